@@ -1,0 +1,280 @@
+"""The leaves of the configuration: plain dataclasses, one for each room's settings.
+
+`ModelArguments` and `DataTrainingArguments` carry exactly the names, types and defaults of the
+reference's command line (OpenGVLab/InternVL, `internvl_chat`), and `TrainingArguments` those of Hugging
+Face's `TrainingArguments`, so that an existing launch script can be read across line by line. What neither
+has a name for lives in the small configs below them.
+
+This module imports nothing of the package: a room takes its leaf from here and never sees the whole tree,
+which is put together and checked in `internvl_jax.config`.
+"""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class ModelArguments:
+  """Which weights to start from and which parts of the model train (the reference's 17 fields)."""
+
+  # A checkpoint folder: the whole model (ViT, projector and LLM) with its config.json and tokenizer.
+  model_name_or_path: str | None = None
+  # Checkpoints of the parts, for building a new model (stage 1).
+  vision_path: str | None = None
+  llm_path: str | None = None
+  mlp_path: str | None = None
+  # Parts that do not train: no gradient, no optimizer state, no backward pass.
+  freeze_llm: bool = False
+  freeze_backbone: bool = False
+  freeze_mlp: bool = False
+  # Train the ViT layers from this index on (negative: counted from the end) under a frozen backbone.
+  unfreeze_vit_layers: int = 0
+  # Which of the ViT's n+1 hidden states feeds the projector; later layers are not run.
+  vision_select_layer: int = -1
+  # LoRA rank for the ViT and for the LLM; 0 is off.
+  use_backbone_lora: int = 0
+  use_llm_lora: int = 0
+  # Train the output embedding although the LLM is frozen.
+  unfreeze_lm_head: bool = False
+  # Recompute activations in the backward pass (`runtime.remat_policy` says which).
+  grad_checkpoint: bool = True
+  # Stochastic depth in the ViT: the rate of the last layer, rising linearly from 0.
+  drop_path_rate: float = 0.0
+  # Pixel shuffle: "v1" transposes height and width (checkpoints before 1.5), "v2" keeps them.
+  ps_version: Literal["v1", "v2"] = "v2"
+  # Accepted for compatibility: the tokenizers library is always used.
+  use_fast_tokenizer: bool = False
+  # Chunked linear cross-entropy: the [rows, sequence, vocabulary] logits are never built.
+  use_liger: bool = False
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class DataTrainingArguments:
+  """Which data to read and how a sample becomes tokens and tiles (the reference's 24 fields)."""
+
+  # Longest sample in tokens, image tokens included.
+  max_seq_length: int = 8192
+  # Side of a square tile in pixels.
+  force_image_size: int = 448
+  # Pixel shuffle keeps this share of each side: 0.5 turns 32x32 patches into 16x16 tokens.
+  down_sample_ratio: float = 0.5
+  # Pad an image to a square with the mean colour before resizing.
+  pad2square: bool = False
+  # Conversation template, by name.
+  conv_style: str = "internlm2-chat"
+  # JSON file that lists the datasets of the mixture.
+  meta_path: str | None = None
+  # Draw datasets in proportion to the square root of their length.
+  use_data_resampling: bool = False
+  # Cut an image into the grid of tiles that fits its aspect ratio best.
+  dynamic_image_size: bool = False
+  # Add a tile with the whole image when it was cut into more than one.
+  use_thumbnail: bool = False
+  # Fewest and most tiles of one image's grid (the thumbnail comes on top).
+  min_dynamic_patch: int = 1
+  max_dynamic_patch: int = 12
+  # Fewest and most frames taken from a video.
+  min_num_frame: int = 8
+  max_num_frame: int = 32
+  # Mean and standard deviation of the pixels.
+  normalize_type: Literal["imagenet", "clip", "siglip"] = "imagenet"
+  # Pack several samples into one row.
+  use_packed_ds: bool = False
+  # Tile budget of a packed row.
+  num_images_expected: int = 40
+  # Token budget of a packed row.
+  max_packed_tokens: int = 8192
+  # Open rows kept while packing.
+  max_buffer_size: int = 20
+  # Report the fill of packed rows every so many rows.
+  log_freq: int = 1000
+  # Pad the tiles of every packed row to `num_images_expected`.
+  strict_mode: bool = True
+  # Draw packed samples with replacement.
+  replacement: bool = False
+  # Let a row exceed its token budget by its last sample.
+  allow_overflow: bool = False
+  # Weight of a packed token: "token" 1, "sample" 1/n, "square" 1/sqrt(n); n = supervised tokens of its sample.
+  loss_reduction: str = "token"
+  # One denominator for the whole optimizer batch, in place of one a device and micro-batch.
+  loss_reduction_all_gather: bool = False
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class TrainingArguments:
+  """How to optimise, log and save, under Hugging Face's names and defaults."""
+
+  # Where checkpoints, logs and the final model go.
+  output_dir: str | None = None
+  # Start anew although output_dir holds a run; without it the run resumes from its newest checkpoint.
+  overwrite_output_dir: bool = False
+  # Must be True in effect: training is what this command does. Recipes set it.
+  do_train: bool = False
+  # Rows per data-parallel device and micro-batch.
+  per_device_train_batch_size: int = 8
+  # Micro-batches summed into one optimizer step.
+  gradient_accumulation_steps: int = 1
+  # Passes over the data; ignored when max_steps is positive.
+  num_train_epochs: float = 3.0
+  # Optimizer steps; -1 derives them from num_train_epochs.
+  max_steps: int = -1
+  # Peak learning rate.
+  learning_rate: float = 5e-5
+  # Decoupled weight decay, on everything but biases and norm weights.
+  weight_decay: float = 0.0
+  adam_beta1: float = 0.9
+  adam_beta2: float = 0.999
+  adam_epsilon: float = 1e-8
+  # Gradients are scaled down to this global norm; 0 turns clipping off.
+  max_grad_norm: float = 1.0
+  optim: str = "adamw_torch"
+  # linear, cosine, constant, constant_with_warmup, cosine_with_restarts, cosine_with_min_lr, polynomial,
+  # inverse_sqrt.
+  lr_scheduler_type: str = "linear"
+  # Arguments of the schedule, as JSON: '{"min_lr_rate": 0.1}'.
+  lr_scheduler_kwargs: str | None = None
+  # Steps of linear warm-up: warmup_steps if positive, else this share of all steps, rounded up.
+  warmup_ratio: float = 0.0
+  warmup_steps: int = 0
+  # Log every so many optimizer steps (and after the first, if asked).
+  logging_steps: int = 500
+  logging_first_step: bool = False
+  # "tensorboard" or "none".
+  report_to: str = "none"
+  # Where TensorBoard files go; output_dir/tensorboard if unset.
+  logging_dir: str | None = None
+  # Hide the progress bar.
+  disable_tqdm: bool = False
+  # When to write a resumable checkpoint: "no" or "steps".
+  save_strategy: str = "steps"
+  save_steps: int = 500
+  # Keep the newest so many checkpoints; None keeps all.
+  save_total_limit: int | None = None
+  # When to score `eval.annotation`: "no" (at the end only) or "steps". Both spellings are read.
+  evaluation_strategy: str = "no"
+  eval_strategy: str = "no"
+  eval_steps: int | None = None
+  # Seeds parameters, dropout and augmentation; data_seed, if set, the order of the data.
+  seed: int = 42
+  data_seed: int | None = None
+  # Compute in bfloat16; what trains keeps float32 master weights.
+  bf16: bool = False
+  # Refused: float16 would need loss scaling; use bf16.
+  fp16: bool = False
+  # Same effect as model.grad_checkpoint.
+  gradient_checkpointing: bool = False
+  # One of the reference's ZeRO JSON files; its stage picks the sharding.
+  deepspeed: str | None = None
+  # Worker processes that decode; 0 decodes in threads of this process.
+  dataloader_num_workers: int = 0
+  # Batches of samples of similar length.
+  group_by_length: bool = False
+  # Accepted for compatibility: batches hold only what the model reads.
+  remove_unused_columns: bool = True
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class PreferenceConfig:
+  """Preference optimisation (MPO), under TRL's names."""
+
+  # One loss or a comma list, e.g. "sigmoid,bco_pair"; None trains by supervised fine-tuning.
+  loss_type: str | None = None
+  beta: float = 0.1
+  label_smoothing: float = 0.0
+  # Weight of the chosen answers' cross-entropy.
+  rpo_alpha: float | None = None
+  # Weights of the terms of a comma list.
+  sigmoid_loss_weight: float = 1.0
+  bco_pair_loss_weight: float = 1.0
+  # Compute the reference model's log-probs once, before training.
+  precompute_reference: bool = False
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class MeshConfig:
+  """How many devices each axis of the mesh takes; -1 is the rest, on one axis at most."""
+
+  data: int = -1
+  fsdp: int = 1
+  expert: int = 1
+  sequence: int = 1
+  tensor: int = 1
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class LoRAConfig:
+  """What `use_backbone_lora` and `use_llm_lora` leave open."""
+
+  # Scale numerator; None is twice the rank, as in the reference.
+  alpha: float | None = None
+  dropout: float = 0.05
+  # Path patterns of the adapted layers; empty is the reference's list for the family.
+  targets: tuple[str, ...] = ()
+  use_dora: bool = False
+  use_rslora: bool = False
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class LoaderConfig:
+  """The loader's behaviour that the reference has no name for."""
+
+  # Shuffle every epoch (a function of seed and epoch); False reads the lines in order.
+  shuffle: bool = True
+  # A sample that cannot be read: "error" stops the run, "drop" masks its place and counts it.
+  on_bad_sample: Literal["error", "drop"] = "error"
+  # Abort once a larger share of the samples read so far was lost.
+  max_bad_fraction: float = 0.01
+  # Lengths that rows are padded to; empty: max_seq_length halved down to 256. The last one must hold
+  # max_seq_length.
+  sequence_buckets: tuple[int, ...] = ()
+  # Sizes that a device's tile pool is padded to; empty: powers of two (and their 1.5-folds) up to the
+  # largest pool possible.
+  tile_buckets: tuple[int, ...] = ()
+  # Micro-batches made ahead by each worker.
+  prefetch: int = 4
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+  """What is written at the end of a run."""
+
+  # Names and layout of the final model: "internvl" (the reference's) or "hf" (transformers' own class).
+  export_layout: Literal["internvl", "hf"] = "internvl"
+  # Number format of the final model; "auto" is bfloat16 under bf16=True, else float32.
+  export_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class EvalConfig:
+  """Scoring by greedy answers: at the end of a run, and during it under eval_strategy="steps"."""
+
+  # A jsonl of questions in the training format; its last answer is what is scored. None: no scoring.
+  annotation: str | None = None
+  # Prefix of the image paths.
+  root: str = ""
+  # Name of the line's field by which scores are also reported; None: the total only.
+  group_field: str | None = None
+  # Questions answered at once, and the longest answer in tokens.
+  batch_size: int = 64
+  max_new_tokens: int = 64
+  # Score the first so many questions only; None: all.
+  limit: int | None = None
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class RuntimeConfig:
+  """How the numbers are computed."""
+
+  # Attention backend: "auto" or "xla".
+  attention: str = "auto"
+  # What the backward pass recomputes under grad_checkpoint: "full" keeps layer inputs only, "dots" also
+  # keeps the results of matrix products without a batch dimension.
+  remat_policy: Literal["full", "dots"] = "full"
+  # Layers unrolled in the body of the scans over layers.
+  scan_unroll: int = 1
+  # Draw the weights at random from model_name_or_path's config.json, in place of reading them.
+  random_init: bool = False
+  # Steps whose first and last bound an XProf trace in output_dir/profile; empty: none.
+  profile_steps: tuple[int, ...] = ()
+  # Folder of compiled programs, reused by later runs; None: compile anew.
+  compilation_cache_dir: str | None = None

@@ -1,0 +1,42 @@
+"""The batches that the data room makes and the step consumes.
+
+Letters: A micro-batches of an optimizer step, R rows, S tokens of a row, D data shards (each with R/D rows),
+T tiles of a shard's pool, P tokens of a tile.
+
+NamedTuples of numpy arrays: JAX takes them as pytrees, and worker processes need not import JAX.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+IGNORE_INDEX = -100
+"""Label of a token that is not supervised (the convention of PyTorch's cross-entropy)."""
+
+NO_IMAGE = -1
+"""Value of `image_index` at a token that is not part of an image."""
+
+
+class SFTBatch(NamedTuple):
+  """One optimizer step's batch for supervised fine-tuning.
+
+  Rows are dealt to data shards in blocks of R/D; a row may point only into its own shard's pool of tiles.
+
+  Attributes:
+    input_ids: int32 [A, R, S], 0 where padded.
+    targets: int32 [A, R, S], the token to predict at each place: the *next* token's label, already shifted;
+      `IGNORE_INDEX` where nothing is to be predicted.
+    loss_weight: float32 [A, R, S], weight of each target before normalisation; 0 where ignored.
+    positions: int32 [A, R, S], counted from 0 within each segment.
+    segment_ids: int32 [A, R, S], from 1; 0 is padding. A token attends within its own segment only.
+    image_index: int32 [A, R, S], which of the T*P features of the shard's pool stands here, or `NO_IMAGE`.
+    tiles: uint8 [A, D, T, H, W, 3], not normalised; T may be 0.
+  """
+
+  input_ids: np.ndarray
+  targets: np.ndarray
+  loss_weight: np.ndarray
+  positions: np.ndarray
+  segment_ids: np.ndarray
+  image_index: np.ndarray
+  tiles: np.ndarray

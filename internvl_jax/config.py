@@ -1,0 +1,660 @@
+"""The whole configuration: the tree of leaves, and the checks that come before anything heavy.
+
+`TrainConfig` puts the leaves of `internvl_jax.arguments` together. `validate` refuses what cannot work, all of
+it at once, from nothing but the configuration and the file system: no JAX, no network, no weights.
+`check_output_dir` decides whether a run starts, resumes or starts over.
+
+The rules are tables, so that a feature which lands is a line that goes:
+
+    NOT_YET    fields that must keep their default, because what they ask for is still to come
+    REFUSED    fields that will never do anything here, and why
+    ACCEPTED   fields that are read from recipes and change nothing, and why
+    ONLY_WITH  fields that would be ignored unless another one switches them on
+    CHOICES    strings with a fixed set of values        RANGES  the numbers' ranges
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import re
+import shutil
+import types
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+from etils import epath
+
+from internvl_jax.arguments import (
+  CheckpointConfig,
+  DataTrainingArguments,
+  EvalConfig,
+  LoaderConfig,
+  LoRAConfig,
+  MeshConfig,
+  ModelArguments,
+  PreferenceConfig,
+  RuntimeConfig,
+  TrainingArguments,
+)
+from internvl_jax.errors import UserError
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class TrainConfig:
+  """Everything that a run depends on; a recipe returns one, flags override its fields.
+
+  Slots make a misspelt field in a recipe an error. It is mutable because flags write to it, and read only by
+  convention once `validate` has passed.
+  """
+
+  model: ModelArguments = dataclasses.field(default_factory=ModelArguments)
+  data: DataTrainingArguments = dataclasses.field(default_factory=DataTrainingArguments)
+  training: TrainingArguments = dataclasses.field(default_factory=TrainingArguments)
+  preference: PreferenceConfig = dataclasses.field(default_factory=PreferenceConfig)
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
+  loader: LoaderConfig = dataclasses.field(default_factory=LoaderConfig)
+  checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+  eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+  runtime: RuntimeConfig = dataclasses.field(default_factory=RuntimeConfig)
+
+
+LEAVES: dict[str, type] = {leaf.name: typing.cast(type, leaf.type) for leaf in dataclasses.fields(TrainConfig)}
+"""The leaf classes by their name in the tree."""
+
+FIELDS: dict[str, dataclasses.Field] = {
+  f"{name}.{field.name}": field for name, leaf in LEAVES.items() for field in dataclasses.fields(leaf)
+}
+"""Every field by its path, e.g. "model.freeze_llm"; a field's type and default are its `.type`, `.default`."""
+
+
+def get(config: TrainConfig, path: str) -> Any:
+  """The value at a path such as "model.freeze_llm"."""
+  leaf, name = path.split(".")
+  return getattr(getattr(config, leaf), name)
+
+
+def to_json(config: TrainConfig) -> dict[str, dict[str, Any]]:
+  """The tree as plain dicts, with nothing but what JSON has (tuples become lists)."""
+  return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+# --- The rules, as data -------------------------------------------------------------------------------------
+
+_PARTS = "models are built from one whole checkpoint so far"
+_LORA = "LoRA"
+_VIDEO = "video"
+NOT_YET: dict[str, str] = {
+  "model.vision_path": _PARTS,
+  "model.llm_path": _PARTS,
+  "model.mlp_path": _PARTS,
+  "model.unfreeze_vit_layers": "the ViT trains whole or not at all",
+  "model.use_backbone_lora": _LORA,
+  "model.use_llm_lora": _LORA,
+  "model.unfreeze_lm_head": "the LLM trains whole or not at all",
+  "data.use_data_resampling": "datasets are mixed in proportion to their length",
+  "data.use_packed_ds": "one sample a row",
+  "data.min_num_frame": _VIDEO,
+  "data.max_num_frame": _VIDEO,
+  "training.deepspeed": "mesh.fsdp shards the parameters, their gradients and the optimizer state",
+  "training.group_by_length": "rows are padded to loader.sequence_buckets",
+  "preference.loss_type": "preference optimisation",
+  "mesh.expert": "mesh.data and mesh.fsdp are the axes so far",
+  "mesh.sequence": "mesh.data and mesh.fsdp are the axes so far",
+  "mesh.tensor": "mesh.data and mesh.fsdp are the axes so far",
+  "checkpoint.export_layout": "the final model has the layout of the checkpoint it started from",
+  "runtime.profile_steps": "profiling",
+}
+"""Field -> what it asks for or what is done instead; the field must keep its default until that is there."""
+
+REFUSED: dict[str, str] = {
+  "training.fp16": "float16 would need loss scaling; use training.bf16=True, which does not",
+}
+"""Field -> why it can never leave its default."""
+
+ACCEPTED: dict[str, str] = {
+  "model.use_fast_tokenizer": "the tokenizers library is always used",
+  "training.do_train": "training is what the command does, whatever it says",
+  "training.remove_unused_columns": "batches hold only what the model reads",
+}
+"""Field -> why both of its values mean the same; existing scripts set them."""
+
+_PACKED = ("data.use_packed_ds",)
+_WITH_LORA = ("model.use_llm_lora", "model.use_backbone_lora")
+_PREFERENCE = ("preference.loss_type",)
+ONLY_WITH: dict[str, tuple[str, ...]] = {
+  "data.num_images_expected": _PACKED,
+  "data.max_packed_tokens": _PACKED,
+  "data.max_buffer_size": _PACKED,
+  "data.log_freq": _PACKED,
+  "data.strict_mode": _PACKED,
+  "data.replacement": _PACKED,
+  "data.allow_overflow": _PACKED,
+  "data.loss_reduction": _PACKED,
+  "data.use_thumbnail": ("data.dynamic_image_size",),
+  "preference.beta": _PREFERENCE,
+  "preference.label_smoothing": _PREFERENCE,
+  "preference.rpo_alpha": _PREFERENCE,
+  "preference.sigmoid_loss_weight": _PREFERENCE,
+  "preference.bco_pair_loss_weight": _PREFERENCE,
+  "preference.precompute_reference": _PREFERENCE,
+  "lora.alpha": _WITH_LORA,
+  "lora.dropout": _WITH_LORA,
+  "lora.targets": _WITH_LORA,
+  "lora.use_dora": _WITH_LORA,
+  "lora.use_rslora": _WITH_LORA,
+}
+"""Field -> the switches of which one must be on; otherwise a changed value would be ignored in silence."""
+
+CHOICES: dict[str, tuple[str, ...]] = {
+  "data.loss_reduction": ("token", "sample", "square"),
+  "training.optim": ("adamw_torch", "adamw_torch_fused"),
+  "training.lr_scheduler_type": (
+    "linear",
+    "cosine",
+    "constant",
+    "constant_with_warmup",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "polynomial",
+    "inverse_sqrt",
+  ),
+  "training.report_to": ("tensorboard", "none"),
+  "training.save_strategy": ("no", "steps"),
+  "training.evaluation_strategy": ("no", "steps"),
+  "training.eval_strategy": ("no", "steps"),
+  "runtime.attention": ("auto", "xla"),
+}
+"""Field -> the strings it takes (fields typed `Literal` say so themselves)."""
+
+REFERENCE_TEMPLATES = (
+  "internvl_zh",
+  "Hermes-2",
+  "internlm2-chat",
+  "phi3-chat",
+  "internvl2_5",
+  "internvl3_5_gpt_oss",
+)
+"""Templates that recipes of the reference name: an unsupported one is missing here, not misspelt there."""
+
+FOREIGN: dict[str, str] = {
+  "split_annotations": "every host already reads only its share of the lines",
+  "use_custom_flash_attn": "runtime.attention names the attention backend",
+  "resume_from_checkpoint": "the same command resumes from the newest checkpoint in training.output_dir",
+}
+"""Names that launch scripts set and that no field has -> what takes their place."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Range:
+  """The values a number may take: from `low` to `high`, or one of `also`."""
+
+  low: float = -math.inf
+  high: float = math.inf
+  low_is_in: bool = True
+  high_is_in: bool = True
+  also: tuple[int, ...] = ()
+
+  def holds(self, value: float) -> bool:
+    """Whether `value` is inside; NaN and infinities never are."""
+    if value in self.also:
+      return True
+    above = value >= self.low if self.low_is_in else value > self.low
+    below = value <= self.high if self.high_is_in else value < self.high
+    return math.isfinite(value) and above and below
+
+  def __str__(self) -> str:
+    """The range in words, to follow "must be"."""
+    words = [str(value) for value in self.also]
+    bounds = []
+    if math.isfinite(self.low):
+      bounds.append(f"{'at least' if self.low_is_in else 'above'} {self.low:g}")
+    if math.isfinite(self.high):
+      bounds.append(f"{'at most' if self.high_is_in else 'below'} {self.high:g}")
+    return " or ".join([*words, " and ".join(bounds) or "finite"])
+
+
+_ANY = Range()
+_POSITIVE = Range(low=1)
+_NOT_NEGATIVE = Range(low=0)
+_ABOVE_0 = Range(low=0, low_is_in=False)
+_SHARE = Range(low=0, high=1)
+_BELOW_1 = Range(low=0, high=1, high_is_in=False)
+_AXIS = Range(low=1, also=(-1,))
+# Seeds reach numpy as unsigned 32-bit integers.
+_SEED = Range(low=0, high=2**32 - 1)
+
+RANGES: dict[str, Range] = {
+  # The ViT's depth bounds these two, and only the checkpoint knows it.
+  "model.unfreeze_vit_layers": _ANY,
+  "model.vision_select_layer": _ANY,
+  "model.use_backbone_lora": _NOT_NEGATIVE,
+  "model.use_llm_lora": _NOT_NEGATIVE,
+  "model.drop_path_rate": _BELOW_1,
+  "data.max_seq_length": _POSITIVE,
+  # That patches divide it is checked where the patch size is known.
+  "data.force_image_size": _POSITIVE,
+  "data.down_sample_ratio": Range(low=0, high=1, low_is_in=False),
+  "data.min_dynamic_patch": _POSITIVE,
+  "data.max_dynamic_patch": _POSITIVE,
+  "data.min_num_frame": _POSITIVE,
+  "data.max_num_frame": _POSITIVE,
+  "data.num_images_expected": _POSITIVE,
+  "data.max_packed_tokens": _POSITIVE,
+  "data.max_buffer_size": _POSITIVE,
+  "data.log_freq": _POSITIVE,
+  "training.per_device_train_batch_size": _POSITIVE,
+  "training.gradient_accumulation_steps": _POSITIVE,
+  "training.num_train_epochs": _ABOVE_0,
+  "training.max_steps": _AXIS,
+  "training.learning_rate": _NOT_NEGATIVE,
+  "training.weight_decay": _NOT_NEGATIVE,
+  "training.adam_beta1": _BELOW_1,
+  "training.adam_beta2": _BELOW_1,
+  "training.adam_epsilon": _ABOVE_0,
+  "training.max_grad_norm": _NOT_NEGATIVE,
+  "training.warmup_ratio": _SHARE,
+  "training.warmup_steps": _NOT_NEGATIVE,
+  "training.logging_steps": _POSITIVE,
+  "training.save_steps": _POSITIVE,
+  "training.save_total_limit": _POSITIVE,
+  "training.eval_steps": _POSITIVE,
+  "training.seed": _SEED,
+  "training.data_seed": _SEED,
+  "training.dataloader_num_workers": _NOT_NEGATIVE,
+  "preference.beta": _ABOVE_0,
+  "preference.label_smoothing": Range(low=0, high=0.5, high_is_in=False),
+  "preference.rpo_alpha": _NOT_NEGATIVE,
+  "preference.sigmoid_loss_weight": _NOT_NEGATIVE,
+  "preference.bco_pair_loss_weight": _NOT_NEGATIVE,
+  "mesh.data": _AXIS,
+  "mesh.fsdp": _AXIS,
+  "mesh.expert": _AXIS,
+  "mesh.sequence": _AXIS,
+  "mesh.tensor": _AXIS,
+  "lora.alpha": _ABOVE_0,
+  "lora.dropout": _BELOW_1,
+  "loader.max_bad_fraction": _SHARE,
+  "loader.sequence_buckets": _POSITIVE,
+  # A pool without tiles is what a batch of text needs.
+  "loader.tile_buckets": _NOT_NEGATIVE,
+  "loader.prefetch": _POSITIVE,
+  "eval.batch_size": _POSITIVE,
+  "eval.max_new_tokens": _POSITIVE,
+  "eval.limit": _POSITIVE,
+  "runtime.scan_unroll": _POSITIVE,
+  "runtime.profile_steps": _NOT_NEGATIVE,
+}
+"""The range of every numeric field (of each entry, for a tuple); None, where a field allows it, is in range."""
+
+Command = Literal["train", "plan", "doctor"]
+
+REQUIRED: dict[Command, tuple[str, ...]] = {
+  "train": ("model.model_name_or_path", "data.meta_path", "training.output_dir"),
+  "plan": ("model.model_name_or_path",),
+  "doctor": ("model.model_name_or_path", "data.meta_path"),
+}
+"""What each command reads or writes, so what must be set (and, if it is read, be there)."""
+
+
+# --- Checking -----------------------------------------------------------------------------------------------
+
+
+def validate(config: TrainConfig, command: Command = "train") -> None:
+  """Raises one `UserError` with every problem of the configuration, a line each; reads, changes nothing."""
+  found = problems(config, command)
+  if len(found) == 1:
+    raise UserError(found[0])
+  if found:
+    raise UserError("\n".join([f"{len(found)} problems in the configuration:", *found]))
+
+
+def problems(config: TrainConfig, command: Command = "train") -> list[str]:
+  """Every reason why `command` must not start with this configuration, one line each."""
+  mistyped = list(_type_problems(config))
+  if mistyped:  # The other checks calculate with the values.
+    return mistyped
+  checks: tuple[Callable[[TrainConfig], Iterator[str]], ...] = (
+    _support_problems,
+    _range_problems,
+    _model_problems,
+    _data_problems,
+    _schedule_problems,
+    _evaluation_problems,
+    _mesh_problems,
+  )
+  found = [line for check in checks for line in check(config)]
+  return [*found, *_path_problems(config, command)]
+
+
+def type_name(annotation: Any) -> str:
+  """A field's type in words: "int", "float or None", "'v1' or 'v2'", "tuple of int"."""
+  origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+  if origin is Literal:
+    return " or ".join(repr(value) for value in args)
+  if origin in (typing.Union, types.UnionType):
+    return " or ".join(type_name(arg) for arg in args)
+  if origin is tuple:
+    return f"tuple of {type_name(args[0])}"
+  return "None" if annotation is type(None) else annotation.__name__
+
+
+def suggest(name: str, known: typing.Iterable[str]) -> str:
+  """" (did you mean X?)", or nothing if no known name is close; goes behind the name in a message."""
+  close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
+  return f"; did you mean {close[0]}?" if close else ""
+
+
+def _is_a(value: Any, annotation: Any) -> bool:
+  origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+  if origin is Literal:
+    return value in args
+  if origin in (typing.Union, types.UnionType):
+    return any(_is_a(value, arg) for arg in args)
+  if origin is tuple:
+    return isinstance(value, tuple) and all(_is_a(entry, args[0]) for entry in value)
+  if annotation is float:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+  if annotation is int:
+    return isinstance(value, int) and not isinstance(value, bool)
+  return isinstance(value, annotation)
+
+
+def _type_problems(config: TrainConfig) -> Iterator[str]:
+  for name, leaf in LEAVES.items():
+    if not isinstance(getattr(config, name), leaf):
+      yield f"{name}={getattr(config, name)!r} must be a {leaf.__name__}"
+      return
+  for path, field in FIELDS.items():
+    value = get(config, path)
+    if not _is_a(value, field.type):
+      yield f"{path}={value!r} must be {type_name(field.type)}"
+
+
+def _changed(config: TrainConfig, path: str) -> bool:
+  return get(config, path) != FIELDS[path].default
+
+
+def _setting(config: TrainConfig, path: str) -> str:
+  return f"{path}={get(config, path)!r}"
+
+
+def _support_problems(config: TrainConfig) -> Iterator[str]:
+  for path, reason in NOT_YET.items():
+    if _changed(config, path):
+      setting, default = _setting(config, path), FIELDS[path].default
+      yield f"{setting} is not supported yet; set it to {default!r} ({reason})"
+  for path, reason in REFUSED.items():
+    if _changed(config, path):
+      yield f"{_setting(config, path)} is not supported: {reason}"
+  for path, switches in ONLY_WITH.items():
+    if _changed(config, path) and not any(_changed(config, switch) for switch in switches):
+      off = " and ".join(_setting(config, switch) for switch in switches)
+      yield f"{_setting(config, path)} has no effect while {off}; set it to {FIELDS[path].default!r}"
+
+
+def _range_problems(config: TrainConfig) -> Iterator[str]:
+  for path, allowed in RANGES.items():
+    value = get(config, path)
+    entries = value if isinstance(value, tuple) else (value,)
+    if not all(entry is None or allowed.holds(entry) for entry in entries):
+      yield f"{path}={value!r} must be {allowed}"
+  for path, choices in CHOICES.items():
+    if (value := get(config, path)) not in choices:
+      yield f"{path}={value!r} must be one of {', '.join(choices)}{suggest(value, choices)}"
+
+
+def _model_problems(config: TrainConfig) -> Iterator[str]:
+  parts = ("model.freeze_backbone", "model.freeze_mlp", "model.freeze_llm")
+  thaw = ("model.unfreeze_vit_layers", "model.use_backbone_lora", "model.use_llm_lora", "model.unfreeze_lm_head")
+  if all(get(config, path) for path in parts) and not any(get(config, path) for path in thaw):
+    settings = ", ".join(_setting(config, path) for path in parts)
+    yield f"{settings} leave nothing to train; set one of them to False"
+  if config.training.bf16 and config.training.fp16:
+    yield "training.bf16=True contradicts training.fp16=True; set training.fp16 to False"
+
+
+def _data_problems(config: TrainConfig) -> Iterator[str]:
+  data, loader = config.data, config.loader
+  if data.min_dynamic_patch > data.max_dynamic_patch:
+    yield (
+      f"data.min_dynamic_patch={data.min_dynamic_patch} is above "
+      f"data.max_dynamic_patch={data.max_dynamic_patch}; lower the one or raise the other"
+    )
+  if data.min_num_frame > data.max_num_frame:
+    yield (
+      f"data.min_num_frame={data.min_num_frame} is above "
+      f"data.max_num_frame={data.max_num_frame}; lower the one or raise the other"
+    )
+  for path in ("loader.sequence_buckets", "loader.tile_buckets"):
+    buckets = get(config, path)
+    if list(buckets) != sorted(set(buckets)):
+      yield f"{path}={buckets} must rise from entry to entry; use {tuple(sorted(set(buckets)))}"
+  if loader.sequence_buckets and max(loader.sequence_buckets) < data.max_seq_length:
+    yield (
+      f"loader.sequence_buckets={loader.sequence_buckets} cannot hold "
+      f"data.max_seq_length={data.max_seq_length}; add a bucket of that length"
+    )
+  yield from _template_problems(data.conv_style)
+
+
+def _known_templates() -> tuple[str, ...]:
+  # Imported late: only this check needs the data room, and `plan --help` should not wait for it.
+  from internvl_jax.data import templates
+
+  return tuple(templates.TEMPLATES)
+
+
+def _template_problems(name: str) -> Iterator[str]:
+  known = _known_templates()
+  if name in known:
+    return
+  use = f"use {', '.join(known)}"
+  if name in REFERENCE_TEMPLATES:
+    yield f"data.conv_style={name!r} is not supported yet; {use}"
+  else:
+    yield f"data.conv_style={name!r} is no known template; {use}{suggest(name, known)}"
+
+
+def _schedule_problems(config: TrainConfig) -> Iterator[str]:
+  training = config.training
+  if 0 < training.max_steps < training.warmup_steps:
+    yield (
+      f"training.warmup_steps={training.warmup_steps} is above training.max_steps={training.max_steps}: "
+      "the learning rate would never peak; lower the one or raise the other"
+    )
+  if training.lr_scheduler_kwargs is not None and not _is_json_object(training.lr_scheduler_kwargs):
+    yield (
+      f"training.lr_scheduler_kwargs={training.lr_scheduler_kwargs!r} must be a JSON object, "
+      "such as '{\"min_lr_rate\": 0.1}'"
+    )
+
+
+def _is_json_object(text: str) -> bool:
+  try:
+    return isinstance(json.loads(text), dict)
+  except json.JSONDecodeError:
+    return False
+
+
+def _evaluation_problems(config: TrainConfig) -> Iterator[str]:
+  training = config.training
+  strategies = {training.eval_strategy, training.evaluation_strategy} - {"no"}
+  if len(strategies) > 1:
+    yield (
+      f"training.eval_strategy={training.eval_strategy!r} contradicts "
+      f"training.evaluation_strategy={training.evaluation_strategy!r}; set one of the two spellings"
+    )
+  if "steps" in strategies and config.eval.annotation is None:
+    yield (
+      "training.eval_strategy='steps' has nothing to score while eval.annotation=None; "
+      "name a jsonl there or set the strategy to 'no'"
+    )
+
+
+def _mesh_problems(config: TrainConfig) -> Iterator[str]:
+  rest = [path for path in FIELDS if path.startswith("mesh.") and get(config, path) == -1]
+  if len(rest) > 1:
+    settings = " and ".join(_setting(config, path) for path in rest)
+    yield f"{settings} both ask for the remaining devices; give all but one a size"
+
+
+def _is_remote(path: str) -> bool:
+  # Looking would need a network and credentials; whoever opens the path reports it.
+  return "://" in path
+
+
+def _path_problems(config: TrainConfig, command: Command) -> Iterator[str]:
+  required = REQUIRED[command]
+  for path in required:
+    if not get(config, path):
+      yield f"{path}={get(config, path)!r} must be set: --config.{path}=..."
+  if config.model.model_name_or_path:
+    yield from _model_path_problems(config.model.model_name_or_path)
+  files = {"data.meta_path": config.data.meta_path if "data.meta_path" in required else None}
+  if command == "train":
+    files["eval.annotation"] = config.eval.annotation
+  for path, name in files.items():
+    if name and not _is_remote(name) and not os.path.isfile(name):
+      yield f"{path}={name!r}: no such file"
+  if command == "train" and config.eval.annotation and (root := config.eval.root):
+    if not _is_remote(root) and not os.path.isdir(root):
+      yield f"eval.root={root!r}: no such folder"
+  if "training.output_dir" in required and config.training.output_dir:
+    yield from _output_path_problems(config)
+
+
+def _model_path_problems(name: str) -> Iterator[str]:
+  if _is_remote(name):
+    return
+  if not os.path.isdir(name):
+    problem = f"model.model_name_or_path={name!r}: no such folder"
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+      problem += "; hub ids are not supported yet, download the model and give its folder"
+    yield problem
+  elif not os.path.isfile(os.path.join(name, "config.json")):
+    yield f"model.model_name_or_path={name!r} holds no config.json; give the folder of a whole checkpoint"
+
+
+def _output_path_problems(config: TrainConfig) -> Iterator[str]:
+  output, model = config.training.output_dir, config.model.model_name_or_path
+  assert output is not None
+  if not _is_remote(output) and os.path.exists(output) and not os.path.isdir(output):
+    yield f"training.output_dir={output!r} is a file; name a folder"
+  # The run would write over the weights it reads, and starting anew would delete them first.
+  if model and _lies_in(model, output):
+    yield (
+      f"model.model_name_or_path={model!r} lies in training.output_dir={output!r}; "
+      "write to a folder of its own"
+    )
+
+
+def _lies_in(path: str, folder: str) -> bool:
+  if _is_remote(path) or _is_remote(folder):
+    path, folder = path.rstrip("/") + "/", folder.rstrip("/") + "/"
+    return path.startswith(folder)
+  path, folder = os.path.realpath(path), os.path.realpath(folder)
+  return path == folder or path.startswith(os.path.join(folder, ""))
+
+
+# --- The output directory -----------------------------------------------------------------------------------
+
+RUN_FILES = (
+  "train_config.json",
+  "trainer_state.json",
+  "train_results.json",
+  "eval_results.json",
+  "config.json",
+  "generation_config.json",
+  "preprocessor_config.json",
+  "model.safetensors",
+  "model.safetensors.index.json",
+  "model-*-of-*.safetensors",
+  "tokenizer.json",
+  "tokenizer.model",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "vocab.json",
+  "merges.txt",
+  "chat_template.jinja",
+)
+"""The files a run writes at the root of its output directory."""
+
+RUN_FOLDERS = ("checkpoints", "adapter", "tensorboard", "profile")
+"""The folders a run writes there."""
+
+RUN_MARKS = ("train_config.json", "trainer_state.json", "checkpoints")
+"""One of these tells a run's output from, say, a downloaded model; `train_config.json` is written first."""
+
+
+def check_output_dir(training: TrainingArguments) -> Literal["new", "resume", "overwrite"]:
+  """Decides from the file system how a run begins; changes nothing.
+
+  "new": nothing is there. "resume": the directory holds a complete checkpoint. "overwrite":
+  `overwrite_output_dir` was asked for and something is there; `clear_output_dir` then makes room.
+
+  Raises:
+    UserError: The directory is not empty, and neither resuming nor overwriting is right.
+  """
+  assert training.output_dir is not None, "validate() comes first"
+  folder = epath.Path(training.output_dir)
+  present = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+  where = f"training.output_dir={training.output_dir!r}"
+  if not present:
+    return "new"
+  if not training.overwrite_output_dir:
+    if newest_checkpoint(training.output_dir) is not None:
+      return "resume"
+    raise UserError(
+      f"{where} is not empty and holds no complete checkpoint to resume from; "
+      "choose another folder or set training.overwrite_output_dir=True"
+    )
+  ours = sorted(entry.name for entry in _run_outputs(folder))
+  if ours and present.isdisjoint(RUN_MARKS):
+    raise UserError(
+      f"{where} holds {ours[0]}, but nothing tells that a run of ours wrote it, so it is not overwritten; "
+      "choose another folder or empty it yourself"
+    )
+  return "overwrite"
+
+
+def newest_checkpoint(output_dir: str) -> int | None:
+  """The step of the newest complete checkpoint under `checkpoints/`, or None.
+
+  A checkpoint is written under a temporary name and renamed when it is whole, so a folder named by digits
+  that holds Orbax's metadata is complete.
+  """
+  root = epath.Path(output_dir) / "checkpoints"
+  if not root.exists():
+    return None
+  complete = (
+    int(entry.name)
+    for entry in root.iterdir()
+    if re.fullmatch("[0-9]+", entry.name) and (entry / "_CHECKPOINT_METADATA").exists()
+  )
+  return max(complete, default=None)
+
+
+def clear_output_dir(output_dir: str) -> list[str]:
+  """Deletes what a run wrote (`RUN_FILES`, `RUN_FOLDERS`) and nothing else; returns the names, sorted.
+
+  For one process of a run, after `check_output_dir` said "overwrite" to all of them.
+  """
+  deleted = _run_outputs(epath.Path(output_dir))
+  for entry in deleted:
+    if os.path.islink(entry):  # What it points to may be anybody's.
+      os.unlink(entry)
+    elif entry.is_dir():
+      entry.rmtree() if _is_remote(output_dir) else shutil.rmtree(entry)
+    else:
+      entry.unlink()
+  return sorted(entry.name for entry in deleted)
+
+
+def _run_outputs(folder: epath.Path) -> list[epath.Path]:
+  files = [entry for entry in folder.iterdir() if any(epath.PurePath(entry.name).match(f) for f in RUN_FILES)]
+  return files + [folder / name for name in RUN_FOLDERS if (folder / name).exists()]

@@ -1,0 +1,92 @@
+"""Weighted cross-entropy of the next token, plain and chunked.
+
+Letters: M tokens, E width, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from internvl_jax.batch import IGNORE_INDEX
+
+CHUNK = 1024
+"""Tokens whose logits exist at a time in `chunked_linear_cross_entropy`."""
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+  """Weighted sum of -log softmax(logits)[target], in float32.
+
+  Args:
+    logits: [..., V] float32.
+    targets: int [...]; IGNORE_INDEX adds nothing.
+    weights: float32 [...], already normalised.
+  """
+  picked = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+  nll = jax.nn.logsumexp(logits, axis=-1) - picked
+  return jnp.sum(jnp.where(targets != IGNORE_INDEX, nll * weights, 0.0))
+
+
+def chunked_linear_cross_entropy(
+  hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array
+) -> jax.Array:
+  """`cross_entropy(hidden @ kernel, targets, weights)` with the logits of CHUNK tokens in memory at a time.
+
+  Gradients are computed on the way forward, since the loss is a sum: each chunk's logits are built once,
+  not once more in the backward pass (as in Liger's fused linear cross-entropy, arXiv:2410.10989). A kernel
+  that does not train costs no gradient.
+
+  Args:
+    hidden: [M, E] in the compute dtype.
+    kernel: [E, V], cast to the dtype of `hidden`.
+    targets: int [M]; IGNORE_INDEX adds nothing.
+    weights: float32 [M], already normalised.
+  """
+  M = hidden.shape[0]
+  chunks = -(-M // CHUNK) if M > CHUNK else 1
+  size = -(-M // chunks)
+  pad = chunks * size - M
+  hidden = jnp.pad(hidden, ((0, pad), (0, 0)))
+  targets = jnp.pad(targets, (0, pad), constant_values=IGNORE_INDEX)
+  weights = jnp.pad(weights, (0, pad))
+  return _fused(hidden.reshape(chunks, size, -1), kernel, targets.reshape(chunks, size), weights.reshape(chunks, size))
+
+
+@jax.custom_vjp
+def _fused(hidden, kernel, targets, weights):
+  def add(total, chunk):
+    x, t, w = chunk
+    return total + cross_entropy(_logits(x, kernel), t, w), None
+
+  return jax.lax.scan(add, jnp.float32(0), (hidden, targets, weights))[0]
+
+
+def _logits(x, kernel):
+  return jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _fused_forward(hidden, kernel, targets, weights):
+  needs_kernel = kernel.perturbed
+  hidden, kernel, targets, weights = hidden.value, kernel.value, targets.value, weights.value
+
+  def add(carry, chunk):
+    total, d_kernel = carry
+    x, t, w = chunk
+    loss, d_logits = jax.value_and_grad(cross_entropy)(_logits(x, kernel), t, w)
+    d_logits = d_logits.astype(x.dtype)
+    if needs_kernel:
+      d_kernel = d_kernel + jnp.dot(x.T, d_logits, preferred_element_type=jnp.float32)
+    return (total + loss, d_kernel), jnp.dot(d_logits, kernel.astype(x.dtype).T)
+
+  zero = jnp.zeros(kernel.shape, jnp.float32) if needs_kernel else None
+  (total, d_kernel), d_hidden = jax.lax.scan(add, (jnp.float32(0), zero), (hidden, targets, weights))
+  if needs_kernel:
+    d_kernel = d_kernel.astype(kernel.dtype)
+  return total, (d_hidden, d_kernel)
+
+
+def _fused_backward(residuals, g):
+  d_hidden, d_kernel = residuals
+  scale = lambda x: None if x is None else (x * g).astype(x.dtype)  # noqa: E731
+  return scale(d_hidden), scale(d_kernel), None, None
+
+
+_fused.defvjp(_fused_forward, _fused_backward, symbolic_zeros=True)

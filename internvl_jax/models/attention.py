@@ -1,0 +1,101 @@
+"""Attention: one signature, several backends.
+
+Letters: B rows, T queries, S keys, N query heads, K key-value heads, G = N/K, H head width.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+QUERY_BLOCK = 512
+"""Queries handled at once by the blockwise backend: its largest temporary is [B, N, QUERY_BLOCK, S]."""
+
+
+def attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  *,
+  segment_ids: jax.Array | None = None,
+  kv_segment_ids: jax.Array | None = None,
+  q_index: jax.Array | None = None,
+  causal: bool,
+  backend: str = "auto",
+) -> jax.Array:
+  """Scaled dot-product attention with grouped heads; softmax in float32.
+
+  A query sees the keys of its own segment and, when causal, those whose index along S is not above its own.
+  A query that sees no key (padding) gets the mean of the values: finite, and never read.
+
+  Args:
+    q: [B, T, N, H]. k, v: [B, S, K, H] with N a multiple of K.
+    segment_ids: int [B, T], the queries' segments; None is one segment.
+    kv_segment_ids: int [B, S], the keys' segments; None takes `segment_ids`.
+    q_index: int [T], the queries' index along S; None is 0..T-1. Only read when causal.
+    causal: hide later keys.
+    backend: "xla", or "auto", which is the same for now.
+
+  Returns:
+    [B, T, N, H] in the dtype of q.
+
+  Raises:
+    ValueError: an unknown backend.
+  """
+  if backend not in ("auto", "xla"):
+    raise ValueError(f"unknown attention backend {backend!r}: use 'auto' or 'xla'")
+  if kv_segment_ids is None:
+    kv_segment_ids = segment_ids
+  if q.shape[1] <= QUERY_BLOCK:
+    return _attend(q, k, v, segment_ids, kv_segment_ids, q_index, causal)
+  return _blockwise(q, k, v, segment_ids, kv_segment_ids, q_index, causal)
+
+
+def _attend(q, k, v, q_segments, kv_segments, q_index, causal) -> jax.Array:
+  """Attention with all of its scores in memory."""
+  B, T, N, H = q.shape
+  S, K = k.shape[1:3]
+  q = q.reshape(B, T, K, N // K, H)
+  scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) / math.sqrt(H)
+  mask = _mask(q_segments, kv_segments, q_index if q_index is not None else jnp.arange(T), S, causal)
+  if mask is not None:
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)
+
+
+def _mask(q_segments, kv_segments, q_index, S, causal) -> jax.Array | None:
+  """What a query may see, broadcastable to [B, 1, 1, T, S]; None when it may see everything."""
+  mask = None
+  if q_segments is not None:
+    mask = (q_segments[:, :, None] == kv_segments[:, None, :])[:, None, None]
+  if causal:
+    order = (q_index[:, None] >= jnp.arange(S))[None, None, None]
+    mask = order if mask is None else mask & order
+  return mask
+
+
+def _blockwise(q, k, v, q_segments, kv_segments, q_index, causal) -> jax.Array:
+  """Attention by blocks of queries, with scores recomputed in the backward pass: memory linear in T."""
+  B, T, N, H = q.shape
+  blocks = -(-T // QUERY_BLOCK)
+  pad = blocks * QUERY_BLOCK - T
+
+  def split(x, axis):
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, pad)
+    x = jnp.pad(x, widths)
+    shape = (*x.shape[:axis], blocks, QUERY_BLOCK, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x.reshape(shape), axis, 0)
+
+  index = jnp.arange(T) if q_index is None else q_index
+  inputs = (split(q, 1), None if q_segments is None else split(q_segments, 1), split(index, 0))
+
+  @functools.partial(jax.checkpoint, prevent_cse=False)
+  def block(_, inputs):
+    q_block, segments, index = inputs
+    return None, _attend(q_block, k, v, segments, kv_segments, index, causal)
+
+  _, out = jax.lax.scan(block, None, inputs)
+  return jnp.moveaxis(out, 0, 1).reshape(B, blocks * QUERY_BLOCK, N, H)[:, :T]

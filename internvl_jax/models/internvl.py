@@ -1,0 +1,116 @@
+"""InternVL: ViT, projector and language model put together.
+
+Letters: D data shards, R rows, S tokens, T tiles of a shard's pool, P tokens of a tile, E width.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from internvl_jax.batch import NO_IMAGE
+from internvl_jax.models.decoder import CausalLM, DecoderConfig
+from internvl_jax.models.layers import remat_by_name
+from internvl_jax.models.projector import Projector, pixel_shuffle
+from internvl_jax.models.vit import VisionConfig, VisionTransformer
+
+PIXEL_STATISTICS = {
+  "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+  "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+  "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+"""Mean and standard deviation of the pixels' red, green and blue, on [0, 1], by normalize_type."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InternVLConfig:
+  """Everything that fixes the model's shapes and numbers."""
+
+  vision: VisionConfig
+  text: DecoderConfig
+  select_layer: int = -1
+  downsample_ratio: float = 0.5
+  ps_version: str = "v2"
+
+  @property
+  def tokens_per_tile(self) -> int:
+    return round(self.vision.num_patches * self.downsample_ratio**2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+  """How a forward pass is computed, as opposed to what: the compute dtype and the choices of RuntimeConfig."""
+
+  dtype: jnp.dtype = jnp.float32
+  attention: str = "auto"
+  remat: str | None = None
+  scan_unroll: int = 1
+
+  @property
+  def scan_options(self) -> dict:
+    """The options that both parts' scans over layers take."""
+    return {"backend": self.attention, "remat": remat_by_name(self.remat), "unroll": self.scan_unroll}
+
+
+def normalize_tiles(tiles: jax.Array, kind: str) -> jax.Array:
+  """Turns uint8 tiles [..., 3] into normalised float32, equal to ToTensor + Normalize."""
+  mean, std = PIXEL_STATISTICS[kind]
+  return (tiles.astype(jnp.float32) / 255.0 - jnp.array(mean)) / jnp.array(std)
+
+
+class InternVL(nnx.Module):
+  """The whole model. Attribute names follow the reference's checkpoints."""
+
+  def __init__(self, config: InternVLConfig, *, rngs: nnx.Rngs):
+    merged = round(1 / config.downsample_ratio**2)
+    self.downsample_ratio = config.downsample_ratio
+    self.ps_version = config.ps_version
+    self.vision_model = VisionTransformer(config.vision, select_layer=config.select_layer, rngs=rngs)
+    self.mlp1 = Projector(config.vision.hidden_size * merged, config.text.hidden_size, rngs=rngs)
+    self.language_model = CausalLM(config.text, rngs=rngs)
+
+  def extract_features(
+    self, tiles: jax.Array, how: Execution, *, drop_path: tuple[float, jax.Array] | None = None
+  ) -> jax.Array:
+    """Encodes normalised tiles [I, side, side, 3] as features [I, P, E] in the language model's width."""
+    x = self.vision_model(tiles.astype(how.dtype), drop_path=drop_path, **how.scan_options)
+    return self.project(x)
+
+  def project(self, vision_hidden: jax.Array) -> jax.Array:
+    """Drops the class token of [I, 1+patches, C], shuffles pixels and projects to [I, P, E]."""
+    x = pixel_shuffle(vision_hidden[:, 1:], ratio=self.downsample_ratio, version=self.ps_version)
+    return self.mlp1(x)
+
+  def embed(self, input_ids: jax.Array, image_index: jax.Array, features: jax.Array, how: Execution) -> jax.Array:
+    """Token embeddings with image features in their places.
+
+    Args:
+      input_ids: int [R, S].
+      image_index: int [R, S] into the shard's T*P features, or NO_IMAGE.
+      features: [D, T*P, E]; rows belong to shards in blocks of R/D. T may be 0.
+      how: the compute dtype.
+
+    Returns:
+      [R, S, E].
+    """
+    x = self.language_model.model.embed_tokens(input_ids, dtype=how.dtype)
+    if features.shape[1] == 0:
+      return x
+    shards, (R, S) = features.shape[0], input_ids.shape
+    index = image_index.reshape(shards, R // shards * S)
+    # One gather a shard, so that no tile crosses devices; NO_IMAGE is clipped and not used.
+    placed = jax.vmap(lambda pool, i: jnp.take(pool, i, axis=0, mode="clip"))(features, index)
+    return jnp.where((image_index != NO_IMAGE)[..., None], placed.reshape(x.shape), x)
+
+  def decode(
+    self, x: jax.Array, how: Execution, *, positions: jax.Array, segment_ids: jax.Array | None, **masks
+  ) -> jax.Array:
+    """Hidden states [R, S, E] of the language model, ready for `lm_head`."""
+    decoder: Callable = self.language_model.model
+    return decoder(x, positions=positions, segment_ids=segment_ids, **masks, **how.scan_options)
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """Scores [..., V] in float32."""
+    return self.language_model.lm_head(hidden).astype(jnp.float32)

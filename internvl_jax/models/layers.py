@@ -1,0 +1,148 @@
+"""The layers that all parts of the model are made of.
+
+Letters: D width in, F width out, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Axes = tuple[str | None, ...]
+
+
+def make_param(value: jax.Array, axes: Axes) -> nnx.Param:
+  """A parameter whose axes carry logical names; placing it on a mesh is left to `parallel.rules`."""
+  return nnx.Param(value, out_sharding=axes, eager_sharding=False)
+
+
+class Linear(nnx.Module):
+  """`x @ kernel + bias`, with kernel [D, F], in the dtype of `x`.
+
+  A fresh kernel is normal with standard deviation 1/sqrt(D), so that a unit-variance input gives a
+  unit-variance output (LeCun et al., Efficient BackProp, 1998); a fresh bias is zero.
+  """
+
+  def __init__(self, d_in: int, d_out: int, *, bias: bool, axes: tuple[str, str], rngs: nnx.Rngs):
+    self.kernel = make_param(jax.random.normal(rngs.params(), (d_in, d_out)) / math.sqrt(d_in), axes)
+    self.bias = make_param(jnp.zeros(d_out), axes[1:]) if bias else None
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = x @ self.kernel[...].astype(x.dtype)
+    return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+  """Layer normalisation over the last axis, computed in float32."""
+
+  def __init__(self, dim: int, *, eps: float, axis: str = "embed"):
+    self.scale = make_param(jnp.ones(dim), (axis,))
+    self.bias = make_param(jnp.zeros(dim), (axis,))
+    self.eps = eps
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+    return (y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+  """Root-mean-square normalisation over the last axis, computed in float32 (arXiv:1910.07467)."""
+
+  def __init__(self, dim: int, *, eps: float, axis: str = "embed"):
+    self.scale = make_param(jnp.ones(dim), (axis,))
+    self.eps = eps
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+    return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class Embed(nnx.Module):
+  """A table [V, D] of token embeddings.
+
+  A fresh table is standard normal: it is the input of a normalised residual stream, where the usual 0.02
+  drowns the token behind the first layers' outputs (a small model trained from scratch stays at the prior
+  of its answers for thousands of steps; docs/quickstart.md has the measurement).
+  """
+
+  def __init__(self, vocab_size: int, dim: int, *, rngs: nnx.Rngs):
+    self.embedding = make_param(jax.random.normal(rngs.params(), (vocab_size, dim)), ("vocab", "embed"))
+
+  def __call__(self, ids: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
+    return jnp.take(self.embedding[...], ids, axis=0).astype(dtype)
+
+
+class LayerStack(nnx.Module):
+  """Layers of one kind, stored as segments of stacked parameters and applied by `jax.lax.scan`.
+
+  Compile time does not grow with depth. A segment is a contiguous range of layers, named by it
+  ("0:20", "20:24"); a stack is split where layers differ in more than their weights: in whether they train,
+  or in whether they run at all.
+  """
+
+  def __init__(self, make_layer: Callable[[nnx.Rngs], nnx.Module], *, bounds: tuple[int, ...], rngs: nnx.Rngs):
+    """Makes the layers of the segments between `bounds`, e.g. (0, 20, 24) for two segments."""
+    segments = {}
+    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+      make = nnx.vmap(make_layer, in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+      segments[f"{start}:{stop}"] = nnx.split_rngs(splits=stop - start)(make)(rngs)
+    self.segments = nnx.Dict(segments)
+
+  def scan(
+    self,
+    apply: Callable,
+    x: jax.Array,
+    *,
+    xs: dict[str, jax.Array] | None = None,
+    stop: int | None = None,
+    remat: Callable | None = None,
+    unroll: int = 1,
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Runs x through the layers below `stop`.
+
+    Args:
+      apply: function (layer, x, slice of xs) -> (x, outputs of this layer or {}).
+      x: the carry.
+      xs: per-layer inputs, each with a leading axis of all layers.
+      stop: the first layer that does not run; it must be a bound of a segment. None runs all.
+      remat: a wrapper such as `jax.checkpoint` with a policy; None keeps all activations.
+      unroll: layers in the body of the loop.
+
+    Returns:
+      The last carry and the layers' outputs, stacked.
+    """
+    outputs = []
+    for name, segment in self.segments.items():
+      first, last = map(int, name.split(":"))
+      if stop is not None and first >= stop:
+        break
+      assert stop is None or last <= stop, f"{stop} is not a bound of {list(self.segments)}"
+      graph, weights = nnx.split(segment)
+
+      def body(x, inputs, graph=graph):
+        layer_weights, layer_xs = inputs
+        return apply(nnx.merge(graph, layer_weights), x, layer_xs)
+
+      segment_xs = jax.tree.map(lambda leaf, a=first, b=last: leaf[a:b], xs or {})
+      x, out = jax.lax.scan(remat(body) if remat else body, x, (weights, segment_xs), unroll=unroll)
+      outputs.append(out)
+    if len(outputs) == 1:
+      return x, outputs[0]
+    return x, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs) if outputs else {}
+
+
+def remat_by_name(policy: str | None) -> Callable | None:
+  """The rematerialisation wrapper of that name: None, "full" or "dots" (see RuntimeConfig.remat_policy)."""
+  if policy is None:
+    return None
+  policies = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  }
+  # prevent_cse=False is safe, and faster, inside a scan (jax.checkpoint's documentation).
+  return lambda body: jax.checkpoint(body, policy=policies[policy], prevent_cse=False)
