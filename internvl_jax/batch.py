@@ -17,6 +17,14 @@ NO_IMAGE = -1
 """Value of `image_index` at a token that is not part of an image."""
 
 
+PIXEL_STATISTICS = {
+  "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+  "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+  "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+"""Mean and standard deviation of red, green and blue on [0, 1], by normalize_type."""
+
+
 class SFTBatch(NamedTuple):
   """One optimizer step's batch for supervised fine-tuning.
 

@@ -15,6 +15,7 @@ The rules are tables, so that a feature which lands is a line that goes:
 
 import dataclasses
 import difflib
+import fnmatch
 import json
 import math
 import os
@@ -62,7 +63,9 @@ class TrainConfig:
   runtime: RuntimeConfig = dataclasses.field(default_factory=RuntimeConfig)
 
 
-LEAVES: dict[str, type] = {leaf.name: typing.cast(type, leaf.type) for leaf in dataclasses.fields(TrainConfig)}
+LEAVES: dict[str, type] = {
+  leaf.name: typing.cast(type, leaf.type) for leaf in dataclasses.fields(TrainConfig)
+}
 """The leaf classes by their name in the tree."""
 
 FIELDS: dict[str, dataclasses.Field] = {
@@ -343,7 +346,7 @@ def type_name(annotation: Any) -> str:
 
 
 def suggest(name: str, known: typing.Iterable[str]) -> str:
-  """" (did you mean X?)", or nothing if no known name is close; goes behind the name in a message."""
+  """A message's tail that names the closest known name, or nothing if none is close."""
   close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
   return f"; did you mean {close[0]}?" if close else ""
 
@@ -409,7 +412,12 @@ def _range_problems(config: TrainConfig) -> Iterator[str]:
 
 def _model_problems(config: TrainConfig) -> Iterator[str]:
   parts = ("model.freeze_backbone", "model.freeze_mlp", "model.freeze_llm")
-  thaw = ("model.unfreeze_vit_layers", "model.use_backbone_lora", "model.use_llm_lora", "model.unfreeze_lm_head")
+  thaw = (
+    "model.unfreeze_vit_layers",
+    "model.use_backbone_lora",
+    "model.use_llm_lora",
+    "model.unfreeze_lm_head",
+  )
   if all(get(config, path) for path in parts) and not any(get(config, path) for path in thaw):
     settings = ", ".join(_setting(config, path) for path in parts)
     yield f"{settings} leave nothing to train; set one of them to False"
@@ -544,20 +552,22 @@ def _output_path_problems(config: TrainConfig) -> Iterator[str]:
   assert output is not None
   if not _is_remote(output) and os.path.exists(output) and not os.path.isdir(output):
     yield f"training.output_dir={output!r} is a file; name a folder"
-  # The run would write over the weights it reads, and starting anew would delete them first.
-  if model and _lies_in(model, output):
+  if model and _is_written_by_run(model, output):
     yield (
-      f"model.model_name_or_path={model!r} lies in training.output_dir={output!r}; "
+      f"model.model_name_or_path={model!r} is where training.output_dir={output!r} would be written; "
       "write to a folder of its own"
     )
 
 
-def _lies_in(path: str, folder: str) -> bool:
-  if _is_remote(path) or _is_remote(folder):
-    path, folder = path.rstrip("/") + "/", folder.rstrip("/") + "/"
-    return path.startswith(folder)
-  path, folder = os.path.realpath(path), os.path.realpath(folder)
-  return path == folder or path.startswith(os.path.join(folder, ""))
+def _is_written_by_run(model: str, output: str) -> bool:
+  """Whether a run would write over the weights it starts from, or delete them to start anew."""
+  if _is_remote(model) != _is_remote(output):
+    return False
+  clean = os.path.normpath if _is_remote(model) else os.path.realpath
+  model, output = clean(model), clean(output)
+  return model == output or any(
+    (model + os.sep).startswith(os.path.join(output, folder, "")) for folder in RUN_FOLDERS
+  )
 
 
 # --- The output directory -----------------------------------------------------------------------------------
@@ -656,5 +666,7 @@ def clear_output_dir(output_dir: str) -> list[str]:
 
 
 def _run_outputs(folder: epath.Path) -> list[epath.Path]:
-  files = [entry for entry in folder.iterdir() if any(epath.PurePath(entry.name).match(f) for f in RUN_FILES)]
+  files = [
+    entry for entry in folder.iterdir() if any(fnmatch.fnmatch(entry.name, name) for name in RUN_FILES)
+  ]
   return files + [folder / name for name in RUN_FOLDERS if (folder / name).exists()]

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ModelDef:
   """A model without its numbers: the NNX graph, and each parameter's path, shape and logical axes."""
 

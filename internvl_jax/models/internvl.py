@@ -10,18 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from internvl_jax.batch import NO_IMAGE
+from internvl_jax.batch import NO_IMAGE, PIXEL_STATISTICS
 from internvl_jax.models.decoder import CausalLM, DecoderConfig
 from internvl_jax.models.layers import remat_by_name
 from internvl_jax.models.projector import Projector, pixel_shuffle
 from internvl_jax.models.vit import VisionConfig, VisionTransformer
-
-PIXEL_STATISTICS = {
-  "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-  "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-  "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
-"""Mean and standard deviation of the pixels' red, green and blue, on [0, 1], by normalize_type."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,41 @@
+"""What the data room raises: one line that names the file, the line, the cause and the remedy."""
+
+import difflib
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class DataError(ValueError):
+  """The data or its settings are wrong; the message is one line and says what to change."""
+
+  def __init__(self, message: object):
+    # Libraries' messages, quoted in ours, may hold line breaks.
+    super().__init__(" ".join(str(message).split()))
+
+
+class Where(NamedTuple):
+  """The line of an annotation file that a sample comes from.
+
+  Attributes:
+    dataset: name in the meta file.
+    file: path of the annotation file.
+    line: number of the line, from 1.
+  """
+
+  dataset: str
+  file: str
+  line: int
+
+  def __str__(self) -> str:
+    return f"{self.file}:{self.line} (dataset {self.dataset!r})"
+
+  def error(self, cause: str) -> DataError:
+    """Returns the error that blames this line."""
+    return DataError(f"{self}: {cause}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+  """Returns `; did you mean 'x'?` for the nearest of the known names, else the list of them."""
+  known = sorted(known)
+  near = difflib.get_close_matches(name, known, n=1)
+  return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"

@@ -1,0 +1,142 @@
+"""From an image file to uint8 tiles.
+
+Tiles stay uint8 up to the device, where they become `(tile / 255 - mean) / std` with the constants here.
+"""
+
+import io
+import os
+import struct
+
+import numpy as np
+from PIL import Image
+
+from internvl_jax.data import tiling
+from internvl_jax.data.errors import DataError, Where, did_you_mean
+
+# Mean and standard deviation of red, green and blue, in units of the full scale.
+NORMALIZATION: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
+  "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+  "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+  "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+# Qualities of the JPEG augmentation, both included (REFERENCE: the set that the reference draws from).
+JPEG_QUALITY = (75, 100)
+
+# What Pillow's decoders raise for a damaged file, besides OSError.
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+def normalization(normalize_type: str) -> tuple[np.ndarray, np.ndarray]:
+  """Returns float32 mean [3] and standard deviation [3] of a `normalize_type`.
+
+  Raises:
+    DataError: the name is unknown.
+  """
+  if normalize_type not in NORMALIZATION:
+    raise DataError(
+      f"data.normalize_type: unknown normalisation {normalize_type!r}{did_you_mean(normalize_type, NORMALIZATION)}"
+    )
+  mean, std = NORMALIZATION[normalize_type]
+  return np.asarray(mean, np.float32), np.asarray(std, np.float32)
+
+
+def open_image(path: str, where: Where) -> Image.Image:
+  """Returns the decoded image as RGB, in the orientation in which it is stored.
+
+  Args:
+    path: the image file.
+    where: the line that names it, for errors.
+
+  Raises:
+    DataError: the file is missing, empty or damaged.
+  """
+  if "://" in path:
+    raise where.error(f"remote image {path!r} is not supported yet; copy it to a local disk")
+  try:
+    with Image.open(path) as image:
+      return image.convert("RGB")
+  except FileNotFoundError as error:
+    raise where.error(f"image not found: {path}; check the dataset's root in the meta file") from error
+  except _DECODE_ERRORS as error:
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
+      raise where.error(f"image {path} is empty (0 bytes); restore it or delete the line") from error
+    cause = f"{type(error).__name__}: {error}"
+    raise where.error(f"image {path} cannot be decoded ({cause}); restore it or delete the line") from error
+
+
+def image_tiles(
+  image: Image.Image,
+  *,
+  tile_size: int,
+  min_tiles: int,
+  max_tiles: int,
+  use_thumbnail: bool,
+  dynamic: bool,
+  pad_color: tuple[int, int, int] | None = None,
+  rng: np.random.Generator | None = None,
+) -> np.ndarray:
+  """Cuts an image into tiles.
+
+  With `dynamic`, the image is resized to the grid nearest to its aspect ratio and cut row by row; a thumbnail
+  of the whole comes last when there is more than one tile. Without, the whole image is the one tile.
+  Padding and JPEG augmentation work on each tile before it gets its final size, as in the reference.
+
+  Args:
+    image: RGB.
+    tile_size: side of a tile, in pixels.
+    min_tiles: fewest tiles of the grid.
+    max_tiles: most tiles of the grid.
+    use_thumbnail: add the thumbnail.
+    dynamic: cut into a grid.
+    pad_color: pad to a square with this colour (0-255) before resizing; None: stretch to a square.
+    rng: draws the quality of the JPEG augmentation, tile by tile; None: no augmentation, else no padding.
+
+  Returns:
+    uint8 [tiles, tile_size, tile_size, 3].
+  """
+  if not dynamic:
+    parts = [image]
+  else:
+    columns, rows = tiling.grid(image.width, image.height, min_tiles, max_tiles, tile_size)
+    whole = image.resize((columns * tile_size, rows * tile_size), Image.Resampling.BICUBIC)
+    if rng is None and not (use_thumbnail and columns * rows > 1):
+      return _cut(whole, columns, rows, tile_size)
+    parts = [Image.fromarray(tile) for tile in _cut(whole, columns, rows, tile_size)]
+    if use_thumbnail and len(parts) > 1:
+      parts.append(image.resize((tile_size, tile_size), Image.Resampling.BICUBIC))
+  if rng is not None:
+    parts = [jpeg_reencode(part, int(rng.integers(*JPEG_QUALITY, endpoint=True))) for part in parts]
+  elif pad_color is not None:
+    parts = [pad_to_square(part, pad_color) for part in parts]
+  size = (tile_size, tile_size)
+  # A tile of the grid has its size already; resizing it again would change nothing.
+  parts = [part if part.size == size else part.resize(size, Image.Resampling.BICUBIC) for part in parts]
+  return np.stack([np.asarray(part) for part in parts])
+
+
+def _cut(image: Image.Image, columns: int, rows: int, tile_size: int) -> np.ndarray:
+  """Returns uint8 [rows * columns, tile_size, tile_size, 3], the first row's tiles first."""
+  pixels = np.asarray(image).reshape(rows, tile_size, columns, tile_size, 3)
+  return np.ascontiguousarray(pixels.swapaxes(1, 2)).reshape(-1, tile_size, tile_size, 3)
+
+
+def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
+  """Returns the image centred on a square of its longer side."""
+  side = max(image.size)
+  square = Image.new("RGB", (side, side), color)
+  square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+  return square
+
+
+def mean_color(normalize_type: str) -> tuple[int, int, int]:
+  """Returns the colour (0-255) that padding uses: the mean, rounded down."""
+  red, green, blue = (int(255 * value) for value in NORMALIZATION[normalize_type][0])
+  return red, green, blue
+
+
+def jpeg_reencode(image: Image.Image, quality: int) -> Image.Image:
+  """Returns the image after a round trip through JPEG."""
+  buffer = io.BytesIO()
+  image.save(buffer, format="JPEG", quality=quality)
+  return Image.open(buffer).convert("RGB")

@@ -1,0 +1,108 @@
+"""Random access to the lines of a jsonl file by their byte offsets."""
+
+import json
+import os
+import pathlib
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from internvl_jax.data.errors import DataError, Where
+
+_BLOCK_BYTES = 1 << 24
+_NEWLINE = 10
+
+
+class JsonlFile:
+  """The non-blank lines of a jsonl file, read one by one on demand.
+
+  What is kept in memory is two int64 numbers a line, never parsed JSON. The file is opened by the first read
+  of each process; reads do not share a position (`pread`), so threads may read at once.
+  """
+
+  def __init__(self, path: str | os.PathLike[str], dataset: str):
+    """Finds the lines in one pass over the file.
+
+    Args:
+      path: the annotation file.
+      dataset: the name that errors use.
+
+    Raises:
+      DataError: the file is missing, unreadable, or has no line.
+    """
+    self.path = str(path)
+    self.dataset = dataset
+    self._file: BinaryIO | None = None
+    try:
+      starts, ends = _line_bounds(pathlib.Path(path))
+    except OSError as error:
+      raise DataError(f"{path}: dataset {dataset!r}: the annotation file cannot be read: {error}") from error
+    blank = self._blank_lines(starts, ends)
+    self._starts, self._ends = starts[~blank], ends[~blank]
+    # Without blank lines, by far the usual case, line numbers need no memory.
+    self._numbers = np.flatnonzero(~blank) + 1 if blank.any() else None
+    if not len(self):
+      raise DataError(f"{path}: dataset {dataset!r} is empty: 0 samples; add lines or take it out of the meta file")
+
+  def _blank_lines(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Returns bool [lines]: True where a line holds white space only."""
+    blank = ends == starts
+    # A longer run of spaces is read as a line and fails with its number, like any other broken line.
+    for i in np.flatnonzero((ends - starts > 0) & (ends - starts <= 8)):
+      blank[i] = not self._read(starts[i], ends[i]).strip()
+    return blank
+
+  def __len__(self) -> int:
+    return len(self._starts)
+
+  def where(self, index: int) -> Where:
+    """Returns the place of the line with this index (counted from 0, blank lines left out)."""
+    line = index + 1 if self._numbers is None else int(self._numbers[index])
+    return Where(self.dataset, self.path, line)
+
+  def read(self, index: int) -> Any:
+    """Returns the parsed JSON of a line.
+
+    Raises:
+      DataError: the line is not JSON.
+    """
+    text = self._read(self._starts[index], self._ends[index])
+    try:
+      return json.loads(text)
+    except json.JSONDecodeError as error:
+      raise self.where(index).error(
+        f"broken JSON at column {error.colno}: {error.msg}; correct the line or delete it"
+      ) from error
+    except UnicodeDecodeError as error:
+      raise self.where(index).error(f"not UTF-8: {error}; save the file as UTF-8") from error
+
+  def close(self) -> None:
+    """Closes the file; the next read opens it again."""
+    if self._file is not None:
+      self._file.close()
+      self._file = None
+
+  def _read(self, start: int, end: int) -> bytes:
+    file = self._file
+    if file is None:
+      # Two threads may both open it here; the one that is not kept is closed when it is collected.
+      file = self._file = open(self.path, "rb", buffering=0)
+    return os.pread(file.fileno(), int(end - start), int(start))
+
+  def __getstate__(self) -> dict[str, Any]:
+    return self.__dict__ | {"_file": None}
+
+
+def _line_bounds(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+  """Returns int64 byte offsets [lines] of each line's first byte and of the byte after its last."""
+  newlines = []
+  size = 0
+  with path.open("rb") as file:
+    while block := file.read(_BLOCK_BYTES):
+      newlines.append(np.flatnonzero(np.frombuffer(block, np.uint8) == _NEWLINE) + size)
+      size += len(block)
+  ends = np.concatenate([*newlines, [size]]).astype(np.int64)
+  starts = np.concatenate([[0], ends[:-1] + 1]).astype(np.int64)
+  # After a last line break there is no further line.
+  keep = starts < size
+  return starts[keep], ends[keep]

@@ -1,0 +1,175 @@
+"""The mixture of datasets that a meta file describes."""
+
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+from typing import Any
+
+from internvl_jax.data.errors import DataError, did_you_mean
+
+_REQUIRED = ("root", "annotation")
+_TYPES: dict[str, tuple[type, ...]] = {
+  "root": (str,),
+  "annotation": (str,),
+  "data_augment": (bool,),
+  "repeat_time": (int, float),
+  "length": (int,),
+  "max_dynamic_patch": (int,),
+}
+# Lines looked at for a first image, which decides what a relative root is relative to.
+_LINES_SEARCHED = 1000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetSpec:
+  """One dataset of the mixture.
+
+  Attributes:
+    name: its key in the meta file.
+    root: folder that image paths start from, "" for the working directory; already looked up.
+    annotation: path of the jsonl file; already looked up.
+    repeat_time: below 1, the share of lines used; else how often every line is seen in an epoch.
+    data_augment: re-encode tiles as JPEG at a random quality.
+    max_dynamic_patch: tile limit of this dataset's images; None is the run's.
+    length: number of lines that the meta file states, for information; None if it states none.
+  """
+
+  name: str
+  root: str
+  annotation: str
+  repeat_time: float = 1
+  data_augment: bool = False
+  max_dynamic_patch: int | None = None
+  length: int | None = None
+
+  @property
+  def repeats(self) -> int:
+    """How often each used line is seen in an epoch."""
+    return max(1, int(self.repeat_time))
+
+  def lines_used(self, lines: int) -> int:
+    """Returns how many of the file's lines, from the first on, are used."""
+    return lines if self.repeat_time >= 1 else int(lines * self.repeat_time)
+
+
+def read_meta(path: str | os.PathLike[str]) -> list[DatasetSpec]:
+  """Reads and checks a meta file: a JSON object with one entry for each dataset.
+
+      {"vqa": {"root": "images/", "annotation": "vqa.jsonl", "data_augment": false, "repeat_time": 1}}
+
+  A relative `annotation` is looked up from the working directory, then from the meta file's folder. A
+  relative `root` (the empty one too) likewise, where "there" means that the dataset's first image exists
+  under it: so a folder of data can be moved as a whole, and paths written for the reference keep working.
+
+  Raises:
+    DataError: the file is missing or is not JSON, or an entry is wrong.
+  """
+  path = pathlib.Path(path)
+  entries = _read_object(path)
+  if not entries:
+    raise DataError(f"{path}: the mixture is empty: 0 datasets; add an entry")
+  return [_spec(path, name, entry) for name, entry in entries.items()]
+
+
+def _read_object(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    text = path.read_text(encoding="utf-8-sig")
+  except OSError as error:
+    raise DataError(f"{path}: the meta file cannot be read: {error}; check data.meta_path") from error
+  except UnicodeDecodeError as error:
+    raise DataError(f"{path}: not UTF-8: {error}; save the meta file as UTF-8") from error
+
+  def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # json keeps the last of two equal keys, which would lose a dataset in silence.
+    keys = [key for key, _ in pairs]
+    twice = [key for key in keys if keys.count(key) > 1]
+    if twice:
+      raise DataError(f"{path}: key {twice[0]!r} stands twice in one object; rename one of them")
+    return dict(pairs)
+
+  try:
+    entries = json.loads(text, object_pairs_hook=unique)
+  except json.JSONDecodeError as error:
+    raise DataError(f"{path}:{error.lineno}: broken JSON at column {error.colno}: {error.msg}") from error
+  if not isinstance(entries, dict):
+    raise DataError(
+      f'{path}: expected a JSON object {{"name": {{"root": ..., "annotation": ...}}}}, got {_json_type(entries)}'
+    )
+  return entries
+
+
+def _spec(path: pathlib.Path, name: str, entry: Any) -> DatasetSpec:
+  """Returns the checked dataset of one entry."""
+  blame = f"{path}: dataset {name!r}"
+  if not isinstance(entry, dict):
+    raise DataError(f"{blame}: expected an object, got {_json_type(entry)}")
+  for key in entry:
+    if key not in _TYPES:
+      raise DataError(f"{blame}: unknown key {key!r}{did_you_mean(key, _TYPES)}")
+  for key in _REQUIRED:
+    if key not in entry:
+      raise DataError(f"{blame}: key {key!r} is missing; it needs {' and '.join(_REQUIRED)}")
+  values = {key: value for key, value in entry.items() if value is not None or key in _REQUIRED}
+  for key, value in values.items():
+    _check_value(blame, key, value)
+  annotation = _find_annotation(path, blame, values["annotation"])
+  root = _find_root(path, values["root"], annotation)
+  return DatasetSpec(name=name, **values | {"root": root, "annotation": annotation})
+
+
+def _check_value(blame: str, key: str, value: Any) -> None:
+  kinds = _TYPES[key]
+  # bool is a subclass of int in Python, but `"repeat_time": true` is a mistake.
+  if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+    expected = "a number" if float in kinds else {str: "a string", bool: "true or false", int: "an integer"}[kinds[0]]
+    raise DataError(f"{blame}: {key!r} must be {expected}, got {json.dumps(value)}")
+  if key == "repeat_time" and (value <= 0 or (value > 1 and value != int(value))):
+    raise DataError(
+      f"{blame}: repeat_time must be a share between 0 and 1 or a whole number of repeats, got {value}; round it"
+    )
+  if key == "max_dynamic_patch" and value < 1:
+    raise DataError(f"{blame}: max_dynamic_patch must be 1 or more, got {value}")
+
+
+def _find_annotation(meta: pathlib.Path, blame: str, annotation: str) -> str:
+  if "://" in annotation:
+    raise DataError(f"{blame}: remote annotation {annotation!r} is not supported yet; copy it to a local disk")
+  tried = list(dict.fromkeys((pathlib.Path(annotation), meta.parent / annotation)))
+  for candidate in tried:
+    if candidate.is_file():
+      return str(candidate)
+  raise DataError(f"{blame}: annotation file not found; tried {' and '.join(str(t) for t in tried)}")
+
+
+def _find_root(meta: pathlib.Path, root: str, annotation: str) -> str:
+  """Returns the root under which the first image is found, else the one nearest to that."""
+  image = _first_image(annotation)
+  candidates = [pathlib.Path(root), meta.parent / root]
+  if image is not None:
+    candidates.sort(key=lambda folder: not (folder / image).is_file())  # stable: the first that has it
+    if not (candidates[0] / image).is_file():
+      # The image will be named as missing when it is read; a folder that exists makes the better message.
+      candidates.sort(key=lambda folder: not folder.is_dir())
+  return "" if candidates[0] == pathlib.Path() else str(candidates[0])
+
+
+def _first_image(annotation: str) -> str | None:
+  """Returns the path in the first line with an image; None if there is none near the start of the file."""
+  with open(annotation, "rb") as file:
+    for line in itertools.islice(file, _LINES_SEARCHED):
+      try:
+        record = json.loads(line)
+      except ValueError:
+        continue  # a broken line is named, with its number, when it is read as a sample
+      image = record.get("image") if isinstance(record, dict) else None
+      image = image[0] if isinstance(image, list) and image else image
+      if isinstance(image, str) and image:
+        return image
+  return None
+
+
+def _json_type(value: Any) -> str:
+  names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+  return names.get(type(value), "a number")

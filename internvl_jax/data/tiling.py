@@ -1,0 +1,53 @@
+"""Which grid of square tiles an image is cut into: pure integers in, pure integers out."""
+
+import functools
+
+
+def grid(width: int, height: int, min_tiles: int, max_tiles: int, tile_size: int) -> tuple[int, int]:
+  """Returns (columns, rows) of the grid whose aspect ratio is nearest to the image's.
+
+  On a tie the later, larger grid wins if the image has more than half of the pixels of that grid.
+
+  Args:
+    width: of the image, in pixels.
+    height: of the image, in pixels.
+    min_tiles: fewest tiles of a grid.
+    max_tiles: most tiles of a grid, a thumbnail not counted.
+    tile_size: side of a tile, in pixels.
+
+  Raises:
+    ValueError: no grid has between min_tiles and max_tiles tiles.
+  """
+  candidates = _grids(min_tiles, max_tiles)
+  if not candidates:
+    raise ValueError(f"no grid of tiles: the fewest, {min_tiles}, exceeds the most, {max_tiles}")
+  best, best_distance = (1, 1), float("inf")
+  for columns, rows in candidates:
+    distance = abs(width / height - columns / rows)
+    large_enough = 2 * width * height > tile_size * tile_size * columns * rows
+    if distance < best_distance or (distance == best_distance and large_enough):
+      best, best_distance = (columns, rows), distance
+  return best
+
+
+def num_tiles(
+  width: int, height: int, min_tiles: int, max_tiles: int, tile_size: int, use_thumbnail: bool
+) -> int:
+  """Returns how many tiles an image makes: its grid, and a thumbnail when the grid has more than one."""
+  columns, rows = grid(width, height, min_tiles, max_tiles, tile_size)
+  return columns * rows + (use_thumbnail and columns * rows > 1)
+
+
+@functools.lru_cache(maxsize=64)
+def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
+  """Returns all grids with min_tiles <= columns * rows <= max_tiles, small ones first."""
+  # A set, although a list would do: between grids of one area the reference keeps the order of its set, which
+  # decides ties such as 1x2 against 2x1 for an image of 5:4 under min_tiles=2.
+  shapes = {
+    (columns, rows)
+    for area in range(min_tiles, max_tiles + 1)
+    for columns in range(1, area + 1)
+    for rows in range(1, area + 1)
+    if min_tiles <= columns * rows <= max_tiles
+  }
+  return tuple(sorted(shapes, key=lambda shape: shape[0] * shape[1]))

@@ -1,0 +1,1 @@
+"""Answering questions about images, and scoring the answers."""

@@ -1,0 +1,175 @@
+"""Learning-rate schedules, weight decay and AdamW, as Hugging Face's Trainer has them."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from internvl_jax.arguments import ModelArguments, TrainingArguments
+from internvl_jax.errors import UserError
+from internvl_jax.trees import first_match, part_of
+
+Schedule = Callable[[int], float]
+"""Learning rate of the optimizer step with that index, counted from 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ramp:
+  """What the schedules are made of: the peak, and the lengths of warm-up and of the whole run in steps."""
+
+  peak: float
+  warmup: int
+  total: int
+
+  def warm(self, step: int) -> float:
+    return step / max(1, self.warmup)
+
+  def progress(self, step: int) -> float:
+    return (step - self.warmup) / max(1, self.total - self.warmup)
+
+
+def _constant(ramp: _Ramp, step: int) -> float:
+  return 1.0
+
+
+def _linear(ramp: _Ramp, step: int) -> float:
+  return max(0.0, (ramp.total - step) / max(1, ramp.total - ramp.warmup))
+
+
+def _cosine(ramp: _Ramp, step: int, *, num_cycles: float = 0.5) -> float:
+  return max(0.0, 0.5 * (1.0 + math.cos(math.pi * num_cycles * 2.0 * ramp.progress(step))))
+
+
+def _cosine_with_restarts(ramp: _Ramp, step: int, *, num_cycles: int = 1) -> float:
+  progress = ramp.progress(step)
+  if progress >= 1.0:
+    return 0.0
+  return max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((num_cycles * progress) % 1.0))))
+
+
+def _cosine_with_min_lr(
+  ramp: _Ramp, step: int, *, num_cycles: float = 0.5, min_lr: float | None = None, min_lr_rate: float | None = None
+) -> float:
+  if (min_lr is None) == (min_lr_rate is None):
+    raise UserError("training.lr_scheduler_kwargs: cosine_with_min_lr takes one of min_lr and min_lr_rate")
+  floor = min_lr_rate if min_lr is None else min_lr / ramp.peak
+  factor = 0.5 * (1.0 + math.cos(math.pi * num_cycles * 2.0 * ramp.progress(step)))
+  return max(0.0, factor * (1 - floor) + floor)
+
+
+def _polynomial(ramp: _Ramp, step: int, *, lr_end: float = 1e-7, power: float = 1.0) -> float:
+  if step > ramp.total:
+    return lr_end / ramp.peak
+  remaining = 1 - ramp.progress(step)
+  return ((ramp.peak - lr_end) * remaining**power + lr_end) / ramp.peak
+
+
+def _inverse_sqrt(ramp: _Ramp, step: int, *, timescale: int | None = None) -> float:
+  timescale = timescale or ramp.warmup or 10_000
+  return 1.0 / math.sqrt((step + timescale - ramp.warmup) / timescale)
+
+
+SCHEDULES: dict[str, Callable[..., float]] = {
+  "constant": _constant,
+  "constant_with_warmup": _constant,
+  "linear": _linear,
+  "cosine": _cosine,
+  "cosine_with_restarts": _cosine_with_restarts,
+  "cosine_with_min_lr": _cosine_with_min_lr,
+  "polynomial": _polynomial,
+  "inverse_sqrt": _inverse_sqrt,
+}
+"""Factor of the peak learning rate after warm-up, by lr_scheduler_type."""
+
+
+def make_schedule(training: TrainingArguments, total_steps: int) -> Schedule:
+  """The learning rate over the run, in float64 on the host, so that what is logged is what is used.
+
+  As in transformers, the first step of a warm-up has rate 0.
+
+  Raises:
+    UserError: an unknown schedule, or arguments that it does not take.
+  """
+  name = training.lr_scheduler_type
+  if name not in SCHEDULES:
+    raise UserError(f"training.lr_scheduler_type={name!r} is unknown; use one of {sorted(SCHEDULES)}")
+  kwargs = json.loads(training.lr_scheduler_kwargs or "{}")
+  warmup = training.warmup_steps if training.warmup_steps > 0 else math.ceil(total_steps * training.warmup_ratio)
+  ramp = _Ramp(training.learning_rate, 0 if name == "constant" else warmup, total_steps)
+  factor = SCHEDULES[name]
+
+  def schedule(step: int) -> float:
+    return ramp.peak * (ramp.warm(step) if step < ramp.warmup else factor(ramp, step, **kwargs))
+
+  try:
+    schedule(ramp.warmup)
+  except TypeError as error:
+    raise UserError(f"training.lr_scheduler_kwargs={training.lr_scheduler_kwargs!r}: {error}") from None
+  return schedule
+
+
+def decays(paths: Iterable[str]) -> dict[str, bool]:
+  """Which parameters weight decay applies to, by the rule of Hugging Face's Trainer (transformers 4.49).
+
+  Spared are biases, everything inside a PyTorch LayerNorm (our norms that have a bias), and what has
+  "layernorm" in its name. RMS norms with other names, layer scales and embeddings do decay; so the
+  reference's runs have it.
+  """
+  paths = set(paths)
+
+  def spared(path: str) -> bool:
+    layer, _, leaf = path.rpartition(".")
+    is_bias = leaf == "bias" or leaf == "patch_bias"
+    in_layer_norm = leaf == "scale" and f"{layer}.bias" in paths
+    return is_bias or in_layer_norm or "layernorm" in path
+
+  return {path: not spared(path) for path in paths}
+
+
+def trainable_paths(model: ModelArguments, paths: Iterable[str]) -> set[str]:
+  """The parameters that train, by the freeze flags.
+
+  Raises:
+    UserError: nothing trains.
+  """
+  frozen = {
+    "vision_model": model.freeze_backbone,
+    "mlp1": model.freeze_mlp,
+    "language_model": model.freeze_llm,
+  }
+  labels = first_match([(rf"{part}\..*", not is_frozen) for part, is_frozen in frozen.items()], paths)
+  trainable = {path for path, trains in labels.items() if trains}
+  if not trainable:
+    raise UserError("nothing trains: freeze_backbone, freeze_mlp and freeze_llm are all True; set one to False")
+  assert all(not frozen[part_of(path)] for path in trainable)
+  return trainable
+
+
+def make_optimizer(training: TrainingArguments, paths: Iterable[str]) -> optax.GradientTransformation:
+  """AdamW's direction, decay included, still to be scaled by minus the learning rate.
+
+  The rate stays outside: it comes from the host at every step (`make_schedule`).
+  """
+  return optax.chain(
+    optax.scale_by_adam(b1=training.adam_beta1, b2=training.adam_beta2, eps=training.adam_epsilon),
+    optax.add_decayed_weights(training.weight_decay, mask=decays(paths)),
+  )
+
+
+def clip_by_global_norm(
+  grads: Mapping[str, jax.Array], max_norm: float
+) -> tuple[dict[str, jax.Array], jax.Array]:
+  """Scales gradients down to a global norm, as `torch.nn.utils.clip_grad_norm_` does; 0 leaves them.
+
+  Returns:
+    The gradients, and their norm before scaling.
+  """
+  norm = optax.global_norm(grads)
+  if max_norm <= 0:
+    return dict(grads), norm
+  scale = jnp.minimum(1.0, max_norm / (norm + 1e-6))
+  return {path: grad * scale.astype(grad.dtype) for path, grad in grads.items()}, norm

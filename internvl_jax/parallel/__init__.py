@@ -1,0 +1,1 @@
+"""Devices: the mesh, and the one table from logical axis names to its axes."""

@@ -1,0 +1,65 @@
+"""What a run changes, and what it only reads."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from internvl_jax.models.functional import ModelDef
+from internvl_jax.trees import count, part_of
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+  """The part of a run that an optimizer step changes; this is what a checkpoint holds.
+
+  Attributes:
+    step: int32, optimizer steps taken.
+    params: the trainable parameters by path, float32.
+    opt_state: the optimizer's moments, for the trainable parameters alone.
+  """
+
+  step: jax.Array
+  params: dict[str, jax.Array]
+  opt_state: optax.OptState
+
+  @classmethod
+  def create(cls, params: dict[str, jax.Array], optimizer: optax.GradientTransformation) -> "TrainState":
+    """The state before the first step. Moments lie where their parameters lie."""
+    opt_state = jax.jit(optimizer.init)(params)
+    return cls(jnp.zeros((), jnp.int32), params, _like_params(opt_state, params))
+
+
+def _like_params(opt_state: optax.OptState, params: Mapping[str, jax.Array]) -> optax.OptState:
+  """Puts each moment on its parameter's sharding."""
+
+  def place(keys: tuple, leaf: jax.Array) -> jax.Array:
+    path = getattr(keys[-1], "key", None)
+    return jax.device_put(leaf, params[path].sharding) if path in params else leaf
+
+  return jax.tree_util.tree_map_with_path(place, opt_state)
+
+
+def with_dtypes(model: ModelDef, trainable: set[str], *, bf16: bool) -> dict[str, jax.ShapeDtypeStruct]:
+  """Storage of every parameter: float32 where it trains, else the compute dtype."""
+  frozen = jnp.bfloat16 if bf16 else jnp.float32
+  return {
+    path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if path in trainable else frozen)
+    for path, leaf in model.shapes.items()
+  }
+
+
+def describe(params: Mapping[str, jax.ShapeDtypeStruct], trainable: set[str]) -> str:
+  """A table of the model's parts: parameters, those that train, bytes of optimizer state."""
+  lines = [f"{'part':<16}{'parameters':>16}{'trainable':>16}{'optimizer bytes':>18}"]
+  parts = list(dict.fromkeys(part_of(path) for path in params))
+  for part in [*parts, "total"]:
+    inside = {p: leaf for p, leaf in params.items() if part in (part_of(p), "total")}
+    training = count({p: leaf for p, leaf in inside.items() if p in trainable})
+    moments = 2 * training * np.dtype(np.float32).itemsize
+    lines.append(f"{part:<16}{count(inside):>16,}{training:>16,}{moments:>18,}")
+  return "\n".join(lines)

@@ -1,0 +1,95 @@
+"""The optimizer step: one jitted function of state, frozen weights and batch.
+
+Nothing here depends on the data's values, so every host runs the same program; it is compiled once for each
+shape of batch.
+"""
+
+import dataclasses
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from internvl_jax.batch import SFTBatch
+from internvl_jax.models.functional import ModelDef
+from internvl_jax.objectives import normalized_weights
+from internvl_jax.optim import clip_by_global_norm
+from internvl_jax.state import TrainState
+
+
+class Objective(Protocol):
+  """A loss over one micro-batch; see `objectives.SupervisedFineTuning`."""
+
+  def loss(self, model: nnx.Module, batch: SFTBatch, weights: jax.Array, key: jax.Array) -> jax.Array: ...
+
+
+class StepMetrics(NamedTuple):
+  """Scalars of one optimizer step: the loss (mean over its micro-batches) and the norm before clipping."""
+
+  loss: jax.Array
+  grad_norm: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainStep:
+  """Everything an optimizer step is made of; call it under `jax.jit`.
+
+  Attributes:
+    model: the definition that parameters are bound to.
+    objective: the loss.
+    optimizer: AdamW's direction (`optim.make_optimizer`).
+    max_grad_norm: global norm to clip to; 0 is off.
+    shards: data shards.
+    all_gather: see `objectives.normalized_weights`.
+    seed: of drop path.
+  """
+
+  model: ModelDef
+  objective: Objective
+  optimizer: optax.GradientTransformation
+  max_grad_norm: float
+  shards: int
+  all_gather: bool
+  seed: int
+
+  def __call__(
+    self, state: TrainState, frozen: dict[str, jax.Array], batch: SFTBatch, learning_rate: jax.Array
+  ) -> tuple[TrainState, StepMetrics]:
+    """Takes one step.
+
+    Args:
+      state: its buffers may be donated.
+      frozen: parameters that do not train: no gradient is computed for them, nor for what only they need.
+      batch: A micro-batches, whose gradients are summed.
+      learning_rate: float32 scalar.
+    """
+    loss, grads = self.value_and_grad(state.params, frozen, batch, state.step)
+    grads, norm = clip_by_global_norm(grads, self.max_grad_norm)
+    updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+    params = {path: value - learning_rate * updates[path] for path, value in state.params.items()}
+    return TrainState(state.step + 1, params, opt_state), StepMetrics(loss, norm)
+
+  def value_and_grad(
+    self, params: dict[str, jax.Array], frozen: dict[str, jax.Array], batch: SFTBatch, step: jax.Array
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Loss of an optimizer batch and its gradients, summed over micro-batches in float32."""
+    weights = normalized_weights(batch.loss_weight, shards=self.shards, all_gather=self.all_gather)
+    key = jax.random.fold_in(jax.random.key(self.seed), step)
+
+    def loss_of(params, micro, weights, key):
+      return self.objective.loss(self.model.bind({**frozen, **params}), micro, weights, key)
+
+    def add(total, inputs):
+      micro, weights, i = inputs
+      value = jax.value_and_grad(loss_of)(params, micro, weights, jax.random.fold_in(key, i))
+      return jax.tree.map(jnp.add, total, value), None
+
+    A = weights.shape[0]
+    if A == 1:
+      first = jax.tree.map(lambda leaf: leaf[0], batch)
+      return jax.value_and_grad(loss_of)(params, first, weights[0], jax.random.fold_in(key, 0))
+    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    total, _ = jax.lax.scan(add, zero, (batch, weights, jnp.arange(A)))
+    return total

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# The gate: lint, format, types, tests. Runs from any folder, in an environment of its own (.venv).
+#
+#   scripts/test.sh                      everything
+#   scripts/test.sh tests/test_x.py -x   everything, with these arguments for pytest
+#   PYTHON=python3.12 scripts/test.sh    makes the environment with that interpreter
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python="${PYTHON:-python3}"
+venv=.venv
+wanted="$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+# What is installed depends on the interpreter and on pyproject.toml alone: the package itself is installed in place.
+stamp="$wanted $(cksum < pyproject.toml)"
+
+if [[ "$(cat "$venv/stamp" 2>/dev/null || true)" != "$stamp" ]]; then
+  echo "== installing into $venv (Python $wanted)"
+  have="$("$venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true)"
+  if [[ "$have" != "$wanted" ]]; then
+    "$python" -m venv --clear "$venv"
+  fi
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e '.[dev,quickstart]'
+  echo "$stamp" > "$venv/stamp"
+fi
+# Tools find their environment, and pre-commit its hooks' programs, on the path.
+export PATH="$PWD/$venv/bin:$PATH"
+
+echo "== ruff check"
+ruff check .
+echo "== ruff format"
+ruff format --check .
+echo "== pyright"
+pyright --pythonpath "$venv/bin/python"
+echo "== pytest"
+pytest -q "$@"

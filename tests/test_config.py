@@ -1,0 +1,694 @@
+"""The configuration: its fields, its overrides from the command line, and all that it refuses."""
+
+import ast
+import copy
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import typing
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from internvl_jax import config as config_lib
+from internvl_jax import frontdoor
+from internvl_jax.arguments import DataTrainingArguments, ModelArguments
+from internvl_jax.config import (
+  ACCEPTED,
+  CHOICES,
+  FIELDS,
+  FOREIGN,
+  LEAVES,
+  NOT_YET,
+  ONLY_WITH,
+  RANGES,
+  REFUSED,
+  TrainConfig,
+  check_output_dir,
+  clear_output_dir,
+  newest_checkpoint,
+  problems,
+  to_json,
+  validate,
+)
+from internvl_jax.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+ASSETS = Path(__file__).parent / "assets"
+RECIPES = json.loads((ASSETS / "recipe_arguments.json").read_text())
+
+# Fields that nothing reads yet although they are not in a table of config.py. To be emptied, never filled.
+PENDING: set[str] = {
+  "data.max_seq_length",
+  "data.meta_path",
+  "training.overwrite_output_dir",
+  "training.gradient_accumulation_steps",
+  "training.num_train_epochs",
+  "training.optim",
+  "training.data_seed",
+  "training.dataloader_num_workers",
+  "mesh.fsdp",
+  "loader.shuffle",
+  "loader.on_bad_sample",
+  "loader.max_bad_fraction",
+  "loader.sequence_buckets",
+  "loader.tile_buckets",
+  "loader.prefetch",
+  "eval.annotation",
+  "eval.root",
+  "eval.group_field",
+  "eval.limit",
+}
+
+
+@pytest.fixture(autouse=True)
+def templates(monkeypatch):
+  monkeypatch.setattr(config_lib, "_known_templates", lambda: ("internvl2_5",))
+
+
+@pytest.fixture
+def config(tmp_path):
+  """A configuration that passes."""
+  model = tmp_path / "model"
+  model.mkdir()
+  (model / "config.json").write_text("{}")
+  for name in ("meta.json", "eval.jsonl"):
+    (tmp_path / name).write_text("{}")
+  config = TrainConfig()
+  config.model.model_name_or_path = str(model)
+  config.data.meta_path = str(tmp_path / "meta.json")
+  config.data.conv_style = "internvl2_5"
+  config.training.output_dir = str(tmp_path / "out")
+  return config
+
+
+def set_field(config, path, value):
+  leaf, name = path.split(".")
+  setattr(getattr(config, leaf), name, value)
+
+
+# --- Fields -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("leaf", [ModelArguments, DataTrainingArguments], ids=lambda leaf: leaf.__name__)
+def test_fields_equal_the_reference(leaf):
+  expected = json.loads((ASSETS / "arguments.json").read_text())[leaf.__name__]
+  fields = {field.name: field for field in dataclasses.fields(leaf)}
+  assert list(fields) == list(expected)
+  for name, field in fields.items():
+    type_ = config_lib.type_name(field.type)
+    wanted = expected[name]["type"].replace("Optional[str]", "str or None")
+    if wanted.startswith("Literal["):
+      wanted = wanted.removeprefix("Literal[").removesuffix("]").replace(", ", " or ")
+    if name == "meta_path":  # The reference types it `str` and gives it None.
+      wanted = "str or None"
+    assert (type_, field.default) == (wanted, expected[name]["default"]), name
+
+
+def test_every_default_has_its_own_type():
+  assert not list(config_lib._type_problems(TrainConfig()))
+
+
+def test_every_number_has_a_range_that_holds_its_default():
+  numeric = {
+    p for p, field in FIELDS.items() if {"int", "float"} & set(config_lib.type_name(field.type).split())
+  }
+  assert numeric == set(RANGES)
+  assert not list(config_lib._range_problems(TrainConfig()))
+
+
+def test_tables_name_fields():
+  for table in (NOT_YET, REFUSED, ACCEPTED, ONLY_WITH, CHOICES, RANGES):
+    assert set(table) <= set(FIELDS)
+  assert {switch for switches in ONLY_WITH.values() for switch in switches} <= set(FIELDS)
+  assert not set(NOT_YET) & set(ACCEPTED)
+
+
+def names_read(package: Path) -> set[str]:
+  """Attribute names that the package reads, outside the files that declare and check the configuration."""
+  read = set()
+  for path in package.rglob("*.py"):
+    if path.name in ("arguments.py", "config.py") and path.parent == package:
+      continue
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    read |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+  return read
+
+
+def test_no_field_is_ignored_in_silence():
+  """A field is read by the package, or a table says why it is not."""
+  switched_off = {path for path, switches in ONLY_WITH.items() if set(switches) <= set(NOT_YET)}
+  excused = set(NOT_YET) | set(REFUSED) | set(ACCEPTED) | switched_off
+  assert not PENDING & excused
+  read = names_read(ROOT / "internvl_jax")
+  ignored = {path for path in set(FIELDS) - excused if path.split(".")[1] not in read}
+  assert sorted(ignored) == sorted(PENDING), (
+    "a field that is read leaves PENDING; one that is not goes in a table"
+  )
+
+
+def test_every_argument_of_the_recipes_is_known():
+  assert RECIPES["recipes"] == 117
+  names = {path.split(".")[1] for path in FIELDS}
+  assert set(RECIPES["arguments"]) - names == {"split_annotations", "use_custom_flash_attn"}
+  assert set(RECIPES["arguments"]) - names <= set(FOREIGN)
+
+
+def test_every_value_of_the_recipes_parses_and_is_in_range(tmp_path):
+  paths = {path.split(".")[1]: path for path in FIELDS if path.split(".")[0] in ("model", "data", "training")}
+  paths |= {path.split(".")[1]: path for path in FIELDS if path.startswith("preference.")}
+  for name, values in RECIPES["arguments"].items():
+    for value in values:
+      if name not in FOREIGN and value != "BATCH_SIZE / PER_DEVICE_BATCH_SIZE / GPUS":
+        config = parse(tmp_path, f"--config.{paths[name]}={value}")
+        assert not list(config_lib._type_problems(config)) + list(config_lib._range_problems(config))
+
+
+def test_to_json_round_trips_through_json(config):
+  config.loader.sequence_buckets = (64, 8192)
+  tree = to_json(config)
+  assert json.loads(json.dumps(tree)) == tree
+  assert tree["loader"]["sequence_buckets"] == [64, 8192]
+  assert set(tree) == set(LEAVES)
+
+
+# --- Overrides ----------------------------------------------------------------------------------------------
+
+RECIPE = """
+from internvl_jax.config import TrainConfig
+
+def get_config(arg: str = "") -> TrainConfig:
+  config = TrainConfig()
+  config.training.save_total_limit = 3
+  config.eval.annotation = "questions.jsonl"
+  if arg:
+    config.training.run(arg)
+  return config
+"""
+
+
+def parse(folder, *overrides, recipe=RECIPE, arg=""):
+  path = folder / "recipe.py"
+  path.write_text(textwrap.dedent(recipe))
+  argv = ["command", f"--config={path}{arg}", *overrides]
+  values = flags.FlagValues()
+  holder = frontdoor.define_config_flag(values, argv)
+  assert frontdoor.parse_flags(argv, values) == ["command"]
+  return holder.value
+
+
+@pytest.mark.parametrize(
+  ("override", "value"),
+  [
+    ("model.freeze_llm=True", True),
+    ("model.freeze_llm=false", False),
+    ("model.mlp_path=a/b.bin", "a/b.bin"),
+    ("model.drop_path_rate=0.1", 0.1),
+    ("model.vision_select_layer=-2", -2),
+    ("model.ps_version=v1", "v1"),
+    ("data.normalize_type=siglip", "siglip"),
+    ("training.learning_rate=4e-5", 4e-5),
+    ("training.num_train_epochs=1", 1.0),
+    ("training.data_seed=7", 7),
+    ("training.data_seed=None", None),
+    ("training.save_total_limit=None", None),
+    ("training.eval_steps=10", 10),
+    ('training.lr_scheduler_kwargs={"min_lr_rate": 0.1}', '{"min_lr_rate": 0.1}'),
+    ("preference.rpo_alpha=1", 1.0),
+    ("preference.rpo_alpha=None", None),
+    ("eval.annotation=None", None),
+    ("eval.annotation=it's a=b.jsonl", "it's a=b.jsonl"),
+    ("loader.sequence_buckets=(64,128)", (64, 128)),
+    ("loader.sequence_buckets=64", (64,)),
+    ("loader.sequence_buckets=()", ()),
+    ("lora.targets=('a','b')", ("a", "b")),
+    ("runtime.remat_policy=dots", "dots"),
+  ],
+)
+def test_overrides(tmp_path, override, value):
+  config = parse(tmp_path, f"--config.{override}")
+  found = config_lib.get(config, override.split("=")[0])
+  assert (found, type(found)) == (value, type(value))
+  assert not list(config_lib._type_problems(config))
+
+
+def test_every_field_can_be_overridden(tmp_path):
+  for path, field in FIELDS.items():
+    value = {"None": None, "()": ()}.get(str(field.default), field.default)
+    config = parse(tmp_path, f"--config.{path}={value}")
+    found = config_lib.get(config, path)
+    assert (found, type(found)) == (field.default, type(field.default)), path
+
+
+def test_override_forms_of_absl(tmp_path):
+  config = parse(
+    tmp_path,
+    "--config.model.freeze_llm",
+    "--noconfig.model.grad_checkpoint",
+    "--config.training.seed",
+    "5",
+    "--config.lora.targets=a",
+    "--config.lora.targets=b",
+    "--config.training.save_total_limit=None",
+    "--config.training.save_total_limit=2",
+  )
+  assert config.model.freeze_llm and not config.model.grad_checkpoint
+  assert config.training.seed == 5 and config.training.save_total_limit == 2
+  assert config.lora.targets == ("a", "b")
+
+
+@pytest.mark.parametrize(
+  ("override", "message"),
+  [
+    (
+      "--config.model.freeze_lm=True",
+      "--config.model.freeze_lm: there is no such field; did you mean model.freeze_llm?",
+    ),
+    ("--config.learning_rate=1", "did you mean training.learning_rate?"),
+    ("--config.trainig.seed=1", "did you mean training.seed?"),
+    ("--config.data.split_annotations=True", "every host already reads"),
+    ("--config.model=x", "is a group of fields"),
+    ("--config.training.seed=ten", "--config.training.seed=ten must be int"),
+    ("--config.training.seed=None", "--config.training.seed=None must be int"),
+    ("--config.model.drop_path_rate=much", "must be float"),
+    ("--config.model.freeze_llm=maybe", "must be bool"),
+    ("--config.model.ps_version=v3", "must be 'v1' or 'v2'"),
+    ("--config.training.data_seed=x", "must be int or None"),
+    ("--config.loader.sequence_buckets=(64,", "must be tuple of int"),
+    ("--learning_rate=1", "Unknown command line flag"),
+    ("stray", "unexpected argument 'stray'"),
+  ],
+)
+def test_refused_overrides(tmp_path, override, message):
+  with pytest.raises(UserError) as error:
+    parse(tmp_path, override)
+  assert message in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+def test_all_unknown_overrides_are_named_at_once(tmp_path):
+  with pytest.raises(UserError, match=r"(?s)freeze_lm:.*sead:"):
+    parse(tmp_path, "--config.model.freeze_lm=True", "--config.training.sead=1")
+
+
+@pytest.mark.parametrize(
+  ("recipe", "arg", "message"),
+  [
+    ("x = 1", "", "has no function get_config"),
+    ("def get_config(): return None", "", "get_config returned NoneType"),
+    ("def get_config(): return 1", ":8b", "does not take the argument '8b'"),
+    ("def get_config(arg): return 1", "", "does not take no argument"),
+    ("def get_config(arg=''): raise ValueError(f'no size {arg}')", ":9b", "no size 9b"),
+    (
+      "from internvl_jax.config import TrainConfig\ndef get_config():\n  TrainConfig().model.freeze_lm = True",
+      "",
+      "recipe.py:3: model.freeze_lm: there is no such field; did you mean model.freeze_llm?",
+    ),
+    (
+      "from internvl_jax.arguments import MeshConfig\ndef get_config():\n  return MeshConfig(fsdb=1)",
+      "",
+      "recipe.py:3: mesh.fsdb: there is no such field; did you mean mesh.fsdp?",
+    ),
+    (
+      "from internvl_jax.config import TrainConfig\ndef get_config():\n  TrainConfig().modle = 1",
+      "",
+      "TrainConfig has no group 'modle'; did you mean model?",
+    ),
+    (
+      "from internvl_jax.config import TrainConfig\nc = TrainConfig(modl=1)",
+      "",
+      "TrainConfig has no group 'modl'; did you mean model?",
+    ),
+  ],
+)
+def test_refused_recipes(tmp_path, recipe, arg, message):
+  with pytest.raises(UserError) as error:
+    parse(tmp_path, recipe=recipe, arg=arg)
+  assert message in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+def test_a_bug_in_a_recipe_keeps_its_traceback(tmp_path):
+  with pytest.raises(RuntimeError, match="recipe failed at") as error:
+    parse(tmp_path, recipe="def get_config():\n  return len(3)")
+  assert isinstance(error.value.__cause__, TypeError)
+
+
+@pytest.mark.parametrize(
+  ("argv", "message"),
+  [
+    (["command"], "--config is missing"),
+    (["command", "--config.training.seed=1"], "--config is missing"),
+    (["command", "--config=nowhere.py"], "--config=nowhere.py: no such recipe file"),
+  ],
+)
+def test_a_recipe_must_be_there(argv, message):
+  values = flags.FlagValues()
+  frontdoor.define_config_flag(values, argv)
+  with pytest.raises(UserError, match=message):
+    frontdoor.parse_flags(argv, values)
+
+
+SCRIPT = """
+from internvl_jax import config, frontdoor
+from internvl_jax.errors import UserError
+CONFIG = frontdoor.define_config_flag()
+def main(_):
+  c = CONFIG.value
+  if c.training.seed == 1: raise UserError("first\\nsecond")
+  if c.training.seed == 2: open("nowhere.txt")
+  if c.training.seed == 3: raise ValueError("bug")
+  print(c.model.freeze_llm, c.model.mlp_path, c.loader.sequence_buckets)
+if __name__ == "__main__":
+  frontdoor.run_app(main)
+"""
+
+
+@pytest.mark.parametrize(
+  ("override", "code", "out", "err"),
+  [
+    ("--config.loader.sequence_buckets=(64,128)", 0, "False None (64, 128)\n", ""),
+    ("--config.model.freeze_lm=1", 1, "", "error: --config.model.freeze_lm: there is no such field"),
+    ("--config.training.seed=1", 1, "", "error: first\n  second\n"),
+    ("--config.training.seed=2", 1, "", "error: cannot open 'nowhere.txt': No such file or directory\n"),
+    ("--config.training.seed=3", 1, "", "Traceback"),
+  ],
+)
+def test_a_command_ends_with_a_line_for_a_users_mistake_only(tmp_path, override, code, out, err):
+  (tmp_path / "script.py").write_text(SCRIPT)
+  (tmp_path / "recipe.py").write_text(RECIPE)
+  done = subprocess.run(
+    [sys.executable, "script.py", "--config", "recipe.py", override],
+    cwd=tmp_path,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert (done.returncode, done.stdout) == (code, out)
+  assert done.stderr.startswith(err)
+  assert ("Traceback" in done.stderr) == (err == "Traceback")
+
+
+def test_reading_a_configuration_does_not_need_jax():
+  code = "import sys, internvl_jax.frontdoor; sys.exit('jax' in sys.modules)"
+  assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+# --- Refusals -----------------------------------------------------------------------------------------------
+
+
+def test_a_sound_configuration_passes_and_is_left_alone(config):
+  before = copy.deepcopy(config)
+  validate(config)
+  assert config == before
+
+
+def other_value(field):
+  """A sound value for a field, other than its default."""
+  kind = config_lib.type_name(field.type)
+  if typing.get_origin(field.type) is typing.Literal:
+    return next(value for value in typing.get_args(field.type) if value != field.default)
+  if kind == "bool":
+    return not field.default
+  if kind.startswith("tuple"):
+    return ("x",) if "str" in kind else (1,)
+  if kind.startswith("str"):
+    return "sample" if field.name == "loss_reduction" else "x"
+  if "int" in kind:
+    return (field.default or 1) * 2
+  return 0.25 if field.default is None else field.default / 2 or 0.25
+
+
+@pytest.mark.parametrize("path", NOT_YET)
+def test_not_yet(config, path):
+  value = other_value(FIELDS[path])
+  set_field(config, path, value)
+  # 2 x 32 frames: min_num_frame=16 is still below.
+  (line,) = problems(config)
+  wanted = f"{path}={value!r} is not supported yet; set it to {FIELDS[path].default!r} ("
+  assert line.startswith(wanted)
+
+
+@pytest.mark.parametrize("path", [path for path in ONLY_WITH if path != "data.use_thumbnail"])
+def test_a_field_without_its_switch(config, path):
+  set_field(config, path, other_value(FIELDS[path]))
+  (line,) = problems(config)
+  assert f"{path}=" in line and "has no effect while" in line and "set it to" in line
+  switch = ONLY_WITH[path][0]
+  set_field(config, switch, other_value(FIELDS[switch]))
+  (line,) = problems(config)  # Only the switch is left to complain about.
+  assert line.startswith(f"{switch}=")
+
+
+@pytest.mark.parametrize("path", RANGES)
+def test_every_range_refuses(config, path):
+  allowed = RANGES[path]
+  bad = allowed.low - 1 if allowed.low > -float("inf") else float("nan")
+  if "float" not in config_lib.type_name(FIELDS[path].type):
+    if bad != bad:
+      return  # An integer without bounds.
+    bad = min(int(bad), -2 if allowed.also else int(bad))
+  value = (bad,) if isinstance(FIELDS[path].default, tuple) else bad
+  set_field(config, path, value)
+  assert f"{path}={value!r} must be {allowed}" in problems(config)
+
+
+@pytest.mark.parametrize(
+  ("path", "value", "words"),
+  [
+    ("training.adam_beta1", 1.0, "at least 0 and below 1"),
+    ("training.learning_rate", float("nan"), "at least 0"),
+    ("training.max_steps", 0, "-1 or at least 1"),
+    ("mesh.fsdp", 0, "-1 or at least 1"),
+    ("training.num_train_epochs", 0.0, "above 0"),
+  ],
+)
+def test_ranges_in_words(config, path, value, words):
+  set_field(config, path, value)
+  assert problems(config) == [f"{path}={value!r} must be {words}"]
+
+
+@pytest.mark.parametrize("path", CHOICES)
+def test_every_choice_refuses(config, path):
+  set_field(config, path, "nothing")
+  assert any(line.startswith(f"{path}='nothing' must be one of ") for line in problems(config))
+
+
+@pytest.mark.parametrize(
+  ("path", "value", "words"),
+  [
+    ("model.ps_version", "v3", "'v1' or 'v2'"),
+    ("training.learning_rate", "1e-5", "float"),
+    ("training.save_steps", 100.0, "int"),
+    ("training.seed", True, "int"),
+    ("loader.sequence_buckets", [64], "tuple of int"),
+    ("loader.sequence_buckets", (64.0,), "tuple of int"),
+    ("eval.annotation", 3, "str or None"),
+    ("loader.on_bad_sample", "skip", "'error' or 'drop'"),
+  ],
+)
+def test_wrong_types_in_a_recipe(config, path, value, words):
+  set_field(config, path, value)
+  assert problems(config) == [f"{path}={value!r} must be {words}"]
+
+
+def test_a_replaced_leaf(config):
+  config.mesh = None
+  assert problems(config) == ["mesh=None must be a MeshConfig"]
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (
+      {"data.min_dynamic_patch": 7, "data.max_dynamic_patch": 6},
+      "data.min_dynamic_patch=7 is above data.max_dynamic_patch=6",
+    ),
+    ({"training.max_steps": 5, "training.warmup_steps": 6}, "warmup_steps=6 is above training.max_steps=5"),
+    (
+      {"model.freeze_backbone": True, "model.freeze_mlp": True, "model.freeze_llm": True},
+      "leave nothing to train",
+    ),
+    ({"training.bf16": True, "training.fp16": True}, "training.bf16=True contradicts training.fp16=True"),
+    ({"training.fp16": True}, "training.fp16=True is not supported: float16 would need loss scaling"),
+    ({"training.eval_strategy": "steps"}, "has nothing to score while eval.annotation=None"),
+    ({"training.evaluation_strategy": "steps"}, "has nothing to score while eval.annotation=None"),
+    (
+      {"training.eval_strategy": "steps", "training.evaluation_strategy": "epoch"},
+      "training.eval_strategy='steps' contradicts training.evaluation_strategy='epoch'",
+    ),
+    (
+      {"data.use_thumbnail": True},
+      "data.use_thumbnail=True has no effect while data.dynamic_image_size=False",
+    ),
+    ({"loader.sequence_buckets": (8192, 64)}, "must rise from entry to entry; use (64, 8192)"),
+    ({"loader.tile_buckets": (4, 4)}, "must rise from entry to entry; use (4,)"),
+    ({"loader.sequence_buckets": (64, 128)}, "(64, 128) cannot hold data.max_seq_length=8192"),
+    ({"training.lr_scheduler_kwargs": "[1]"}, "must be a JSON object"),
+    ({"training.lr_scheduler_kwargs": "min_lr=1"}, "must be a JSON object"),
+    ({"mesh.fsdp": -1}, "mesh.data=-1 and mesh.fsdp=-1 both ask for the remaining devices"),
+    (
+      {"data.conv_style": "internlm2-chat"},
+      "data.conv_style='internlm2-chat' is not supported yet; use internvl2_5",
+    ),
+    ({"data.conv_style": "internvl25"}, "is no known template; use internvl2_5; did you mean internvl2_5?"),
+    ({"training.lr_scheduler_type": "cosin"}, "did you mean cosine?"),
+    ({"model.model_name_or_path": None}, "model.model_name_or_path=None must be set"),
+    (
+      {"model.model_name_or_path": "OpenGVLab/InternVL2_5-1B"},
+      "hub ids are not supported yet, download the model",
+    ),
+    ({"model.model_name_or_path": "./pretrained/none"}, "'./pretrained/none': no such folder"),
+    ({"data.meta_path": None}, "data.meta_path=None must be set"),
+    ({"data.meta_path": "none.json"}, "data.meta_path='none.json': no such file"),
+    ({"eval.annotation": "none.jsonl"}, "eval.annotation='none.jsonl': no such file"),
+    ({"training.output_dir": None}, "training.output_dir=None must be set"),
+  ],
+)
+def test_contradictions_and_paths(config, changes, message):
+  for path, value in changes.items():
+    set_field(config, path, value)
+  found = problems(config)
+  assert sum(message in line for line in found) == 1
+  assert not [line for line in found if "\n" in line]
+
+
+def test_the_reference_default_template_is_named(tmp_path):
+  assert any("internlm2-chat" in line for line in problems(TrainConfig()))
+
+
+def test_paths_that_are_there_but_wrong(config, tmp_path):
+  (tmp_path / "empty").mkdir()
+  config.model.model_name_or_path = str(tmp_path / "empty")
+  config.training.output_dir = config.data.meta_path
+  config.eval.annotation = str(tmp_path / "eval.jsonl")
+  config.eval.root = str(tmp_path / "none")
+  found = "\n".join(problems(config))
+  assert "holds no config.json" in found
+  assert "is a file; name a folder" in found
+  assert "eval.root=" in found and "no such folder" in found
+
+
+@pytest.mark.parametrize("inside", ["", "checkpoints/5", "adapter"])
+def test_the_output_never_covers_the_model(config, tmp_path, inside):
+  model = tmp_path / "out" / inside
+  model.mkdir(parents=True)
+  (model / "config.json").write_text("{}")
+  config.model.model_name_or_path = str(model)
+  (line,) = problems(config)
+  assert "write to a folder of its own" in line
+  config.training.output_dir = str(tmp_path / "elsewhere")
+  assert not problems(config)
+
+
+def test_remote_paths_are_left_to_who_opens_them(config):
+  config.model.model_name_or_path = "gs://bucket/model"
+  config.data.meta_path = "gs://bucket/meta.json"
+  config.training.output_dir = "gs://bucket/out"
+  assert not problems(config)
+
+
+def test_each_command_needs_what_it_reads(config):
+  config.training.output_dir = None
+  assert problems(config, "doctor") == []
+  config.data.meta_path = None
+  assert problems(config, "plan") == []
+  assert len(problems(config, "train")) == 2
+
+
+def test_all_problems_are_reported_together(config):
+  config.training.fp16 = True
+  config.training.max_steps = 0
+  config.data.meta_path = "none.json"
+  with pytest.raises(UserError) as error:
+    validate(config)
+  lines = str(error.value).split("\n")
+  assert lines[0] == "3 problems in the configuration:" and len(lines) == 4
+
+
+# --- The output directory -----------------------------------------------------------------------------------
+
+
+def checkpoint(out: Path, step: str, complete=True):
+  folder = out / "checkpoints" / step
+  folder.mkdir(parents=True)
+  if complete:
+    (folder / "_CHECKPOINT_METADATA").write_text("{}")
+
+
+def test_output_dir_new(config, tmp_path):
+  assert check_output_dir(config.training) == "new"
+  (tmp_path / "out").mkdir()
+  assert check_output_dir(config.training) == "new"
+  config.training.overwrite_output_dir = True
+  assert check_output_dir(config.training) == "new"
+
+
+def test_output_dir_resumes_from_the_newest_complete_checkpoint(config, tmp_path):
+  out = tmp_path / "out"
+  for step in ("9", "10"):
+    checkpoint(out, step)
+  checkpoint(out, "11", complete=False)
+  checkpoint(out, "12.orbax-checkpoint-tmp")
+  assert newest_checkpoint(str(out)) == 10
+  assert check_output_dir(config.training) == "resume"
+  config.training.overwrite_output_dir = True
+  assert check_output_dir(config.training) == "overwrite"
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "train_config.json", "checkpoints/3"])
+def test_output_dir_without_a_checkpoint_is_refused(config, tmp_path, name):
+  path = tmp_path / "out" / name
+  path.parent.mkdir(parents=True)
+  path.write_text("")
+  with pytest.raises(UserError, match="holds no complete checkpoint"):
+    check_output_dir(config.training)
+
+
+def test_overwriting_deletes_only_what_a_run_wrote(config, tmp_path):
+  out = tmp_path / "out"
+  checkpoint(out, "5")
+  theirs = [out / "notes.txt", out / "my_model.safetensors", out / "data" / "config.json"]
+  ours = [out / "model-00001-of-00002.safetensors", out / "train_config.json", out / "tensorboard" / "events"]
+  for path in theirs + ours:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("")
+  elsewhere = tmp_path / "elsewhere"
+  elsewhere.mkdir()
+  (elsewhere / "kept").write_text("")
+  (out / "adapter").symlink_to(elsewhere)
+  config.training.overwrite_output_dir = True
+  assert check_output_dir(config.training) == "overwrite"
+  deleted = clear_output_dir(str(out))
+  assert deleted == [
+    "adapter",
+    "checkpoints",
+    "model-00001-of-00002.safetensors",
+    "tensorboard",
+    "train_config.json",
+  ]
+  assert sorted(path.name for path in out.iterdir()) == ["data", "my_model.safetensors", "notes.txt"]
+  assert (elsewhere / "kept").exists()
+  assert all(path.exists() for path in theirs)
+
+
+def test_a_log_beside_a_new_run_may_be_overwritten(config, tmp_path):
+  """Launch scripts of the reference pipe their log into the output directory."""
+  (tmp_path / "out").mkdir()
+  (tmp_path / "out" / "training_log.txt").write_text("")
+  config.training.overwrite_output_dir = True
+  assert check_output_dir(config.training) == "overwrite"
+  assert clear_output_dir(config.training.output_dir) == []
+
+
+def test_a_model_that_no_run_wrote_is_not_overwritten(config, tmp_path):
+  (tmp_path / "out").mkdir()
+  (tmp_path / "out" / "model.safetensors").write_text("")
+  config.training.overwrite_output_dir = True
+  with pytest.raises(UserError, match=r"holds model.safetensors, but nothing tells"):
+    check_output_dir(config.training)
