@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +34,19 @@ class RunLog:
   the last entry, `grad_norm` that of the last step, `learning_rate` the value after the scheduler's update.
   """
 
-  def __init__(self, training: TrainingArguments, output_dir: Path, *, total_steps: int, steps_per_epoch: float):
+  def __init__(self, training: TrainingArguments, output_dir: Path, *, total_steps: int, epoch_of: Callable[[int], float]):
     """Opens the writers that `training.report_to` asks for.
 
     Args:
       training: logging settings.
       output_dir: the run's directory.
       total_steps: length of the run.
-      steps_per_epoch: optimizer steps of one pass over the data, not rounded.
+      epoch_of: passes over the data after that many steps.
     """
     self._training = training
     self._output_dir = output_dir
     self._total_steps = total_steps
-    self._steps_per_epoch = steps_per_epoch
+    self.epoch = epoch_of
     self._pending: list[Any] = []
     self._tokens = self._tiles = 0
     self._window_start = time.perf_counter()
@@ -134,10 +135,6 @@ class RunLog:
       for key, value in entry.items():
         if key != "step":
           self._writer.add_scalar(f"{prefix}/{key.removeprefix('eval_')}", value, entry["step"])
-
-  def epoch(self, step: int) -> float:
-    """Passes over the data after that many steps."""
-    return step / self._steps_per_epoch
 
   def state(self) -> dict[str, Any]:
     """What a checkpoint keeps, as JSON values."""

@@ -6,19 +6,22 @@ The command starts a run, or goes on with it from its newest checkpoint; at the 
 a model that stands alone. docs/training.md describes what else it leaves there.
 """
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import optax
 from absl import logging
 
 from internvl_jax import frontdoor, optim
 from internvl_jax.checkpoint import Checkpointer
 from internvl_jax.config import TrainConfig, check_output_dir, clear_output_dir, to_json, validate
 from internvl_jax.data.pipeline import TrainLoader
+from internvl_jax.data.show import show_batch
 from internvl_jax.data.tokenize import ChatTokenizer
-from internvl_jax.evaluate import Evaluation, make_evaluation
+from internvl_jax.eval.scoring import Evaluation, make_evaluation
 from internvl_jax.hf.model import Source, open_source, save_model
 from internvl_jax.hf.tokenizer import load_tokenizer
 from internvl_jax.metrics import RunLog, write_json
@@ -29,6 +32,7 @@ from internvl_jax.parallel import rules
 from internvl_jax.state import TrainState, describe, with_dtypes
 from internvl_jax.step import TrainStep
 from internvl_jax.trainer import CompiledSteps, Trainer
+from internvl_jax.trees import select
 
 _CONFIG = frontdoor.define_config_flag()
 
@@ -50,61 +54,50 @@ def train(config: TrainConfig) -> None:
   tokenizer = ChatTokenizer(load_tokenizer(source.folder), config.data.conv_style)
   mesh = meshes.make_mesh(config.mesh)
   shards = meshes.data_parallel_size(mesh)
-  loader = TrainLoader(
+  trainable = optim.trainable_paths(config.model, source.model.shapes)
+  optimizer = optim.make_optimizer(config.training, trainable)
+  make_loader = functools.partial(
+    TrainLoader,
     config.data,
     config.training,
     config.loader,
-    tokenizer=tokenizer,
+    tokenizer,
     tokens_per_tile=source.config.tokens_per_tile,
     data_shards=shards,
   )
-  total_steps = config.training.max_steps if config.training.max_steps > 0 else loader.total_steps
-  logging.info("%s\n%d steps of %d samples", loader.describe(), total_steps, loader.batch_samples)
+  # The data are looked at before the weights are read: mistakes are likelier there, and cheaper to find.
+  loader = make_loader()
+  logging.info("Data:\n%s", "\n".join(loader.describe()))
+  logging.info("%d steps of %d samples, %d to an epoch", loader.total_steps, loader.global_batch, loader.steps_per_epoch)
 
-  trainable = optim.trainable_paths(config.model, source.model.shapes)
   params = place_params(config, source, trainable, mesh)
   logging.info("Model:\n%s", describe(params, trainable))
   frozen = {path: value for path, value in params.items() if path not in trainable}
-  optimizer = optim.make_optimizer(config.training, trainable)
-  state = TrainState.create({path: params[path] for path in params if path in trainable}, optimizer)
+  state = TrainState.create(select(params, trainable), optimizer)
   del params
 
-  how = execution(config)
-  step = TrainStep(
-    model=source.model,
-    objective=SupervisedFineTuning(
-      how=how,
-      normalize_type=config.data.normalize_type,
-      fused_loss=config.model.use_liger,
-      drop_path_rate=0.0 if config.model.freeze_backbone else config.model.drop_path_rate,
-    ),
-    optimizer=optimizer,
-    max_grad_norm=config.training.max_grad_norm,
-    shards=shards,
-    all_gather=config.data.loss_reduction_all_gather,
-    seed=config.training.seed,
-  )
-  evaluation = make_evaluation(config.eval, config.data, source, tokenizer, how)
   output_dir = Path(config.training.output_dir)
   checkpointer = Checkpointer(output_dir, keep=config.training.save_total_limit)
-  log = RunLog(config.training, output_dir, total_steps=total_steps, steps_per_epoch=loader.steps_per_epoch)
+  log = RunLog(config.training, output_dir, total_steps=loader.total_steps, epoch_of=loader.epoch_of)
   if checkpointer.latest_step is not None:
     state, loader_state, log_state = checkpointer.restore(state)
-    loader.restore(loader_state)
+    loader = make_loader(state=loader_state)
     log.restore(log_state)
-    logging.info("Resuming from step %d", int(state.step))
-  logging.info("First batch:\n%s", loader.show_first())
+    logging.info("Resuming from the checkpoint of step %d", int(state.step))
 
+  how = execution(config)
+  evaluation = make_evaluation(config.eval, config.data, source, tokenizer, how)
   with log:
     trainer = Trainer(
       training=config.training,
-      steps=CompiledSteps(step, rules.batch_shardings(mesh)),
-      schedule=optim.make_schedule(config.training, total_steps),
+      steps=CompiledSteps(make_step(config, source, optimizer, how, shards), rules.batch_shardings(mesh)),
+      schedule=optim.make_schedule(config.training, loader.total_steps),
       loader=loader,
       checkpointer=checkpointer,
       log=log,
-      total_steps=total_steps,
+      total_steps=loader.total_steps,
       tokens_per_tile=source.config.tokens_per_tile,
+      show=lambda batch: show_batch(batch, tokenizer),
       evaluate=evaluation.metrics if evaluation else None,
     )
     state = trainer.run(state, frozen)
@@ -149,6 +142,27 @@ def place_params(config: TrainConfig, source: Source, trainable: set[str], mesh:
   if config.runtime.random_init:
     return source.initialize(shapes, place, seed=config.training.seed)
   return source.load(shapes, place)
+
+
+def make_step(
+  config: TrainConfig, source: Source, optimizer: optax.GradientTransformation, how: Execution, shards: int
+) -> TrainStep:
+  """The optimizer step that the config describes."""
+  return TrainStep(
+    model=source.model,
+    objective=SupervisedFineTuning(
+      how=how,
+      normalize_type=config.data.normalize_type,
+      fused_loss=config.model.use_liger,
+      # A frozen part runs as in evaluation.
+      drop_path_rate=0.0 if config.model.freeze_backbone else config.model.drop_path_rate,
+    ),
+    optimizer=optimizer,
+    max_grad_norm=config.training.max_grad_norm,
+    shards=shards,
+    all_gather=config.data.loss_reduction_all_gather,
+    seed=config.training.seed,
+  )
 
 
 def execution(config: TrainConfig) -> Execution:

@@ -25,7 +25,8 @@ class Loader(Protocol):
   """Where batches come from; see `data.pipeline.TrainLoader`."""
 
   def __next__(self) -> SFTBatch: ...
-  def state(self) -> dict[str, Any]: ...
+  def get_state(self) -> dict[str, Any]: ...
+  def counters(self) -> dict[str, Any]: ...
 
 
 @dataclasses.dataclass
@@ -81,6 +82,7 @@ class Trainer:
     log: where metrics go.
     total_steps: steps of the whole run.
     tokens_per_tile: to count tiles.
+    show: function of a batch -> text for the log, to see what the model is taught.
     evaluate: function (parameters, step) -> metrics to log, or None.
   """
 
@@ -92,6 +94,7 @@ class Trainer:
   log: RunLog
   total_steps: int
   tokens_per_tile: int
+  show: Callable[[SFTBatch], str]
   evaluate: Callable[[dict[str, jax.Array], int], dict[str, float]] | None = None
 
   def run(self, state: TrainState, frozen: dict[str, jax.Array]) -> TrainState:
@@ -102,6 +105,8 @@ class Trainer:
       if step > first:
         self._between_steps(state, frozen, step)
       batch = next(self.loader)
+      if step == first:
+        logging.info("First batch:\n%s", self.show(batch))
       fresh = not self.steps.knows(batch)
       state, metrics = self.steps(state, frozen, batch, self.schedule(step))
       if fresh:
@@ -116,7 +121,7 @@ class Trainer:
       )
     if self.training.save_strategy != "no":
       self._save(state)
-    self.log.write_trainer_state(self.total_steps, self.loader.state()["counters"])
+    self.log.write_trainer_state(self.total_steps, self.loader.counters())
     self.checkpointer.wait()
     return state
 
@@ -136,5 +141,5 @@ class Trainer:
     return asked and self.evaluate is not None and step % every == 0
 
   def _save(self, state: TrainState) -> None:
-    self.checkpointer.save(state, loader=self.loader.state(), trainer=self.log.state())
-    self.log.write_trainer_state(int(state.step), self.loader.state()["counters"])
+    self.checkpointer.save(state, loader=self.loader.get_state(), trainer=self.log.state())
+    self.log.write_trainer_state(int(state.step), self.loader.counters())

@@ -19,7 +19,7 @@ LAYERS = (
   ("trainer",),
   ("step",),
   ("state", "checkpoint", "metrics", "optim", "objectives"),
-  ("eval",),
+  ("eval", "inference"),
   ("hf",),
   ("models", "losses", "data"),
   ("parallel",),

@@ -4,8 +4,10 @@ import difflib
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from internvl_jax.errors import UserError
 
-class DataError(ValueError):
+
+class DataError(UserError):
   """The data or its settings are wrong; the message is one line and says what to change."""
 
   def __init__(self, message: object):

@@ -42,7 +42,9 @@ class JsonlFile:
     # Without blank lines, by far the usual case, line numbers need no memory.
     self._numbers = np.flatnonzero(~blank) + 1 if blank.any() else None
     if not len(self):
-      raise DataError(f"{path}: dataset {dataset!r} is empty: 0 samples; add lines or take it out of the meta file")
+      raise DataError(
+        f"{path}: dataset {dataset!r} is empty: 0 samples; add lines or take it out of the meta file"
+      )
 
   def _blank_lines(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """Returns bool [lines]: True where a line holds white space only."""
@@ -86,7 +88,7 @@ class JsonlFile:
     file = self._file
     if file is None:
       # Two threads may both open it here; the one that is not kept is closed when it is collected.
-      file = self._file = open(self.path, "rb", buffering=0)
+      file = self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - stays open between reads
     return os.pread(file.fileno(), int(end - start), int(start))
 
   def __getstate__(self) -> dict[str, Any]:

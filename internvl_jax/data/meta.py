@@ -123,7 +123,9 @@ def _check_value(blame: str, key: str, value: Any) -> None:
   kinds = _TYPES[key]
   # bool is a subclass of int in Python, but `"repeat_time": true` is a mistake.
   if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-    expected = "a number" if float in kinds else {str: "a string", bool: "true or false", int: "an integer"}[kinds[0]]
+    expected = (
+      "a number" if float in kinds else {str: "a string", bool: "true or false", int: "an integer"}[kinds[0]]
+    )
     raise DataError(f"{blame}: {key!r} must be {expected}, got {json.dumps(value)}")
   if key == "repeat_time" and (value <= 0 or (value > 1 and value != int(value))):
     raise DataError(
@@ -135,7 +137,9 @@ def _check_value(blame: str, key: str, value: Any) -> None:
 
 def _find_annotation(meta: pathlib.Path, blame: str, annotation: str) -> str:
   if "://" in annotation:
-    raise DataError(f"{blame}: remote annotation {annotation!r} is not supported yet; copy it to a local disk")
+    raise DataError(
+      f"{blame}: remote annotation {annotation!r} is not supported yet; copy it to a local disk"
+    )
   tried = list(dict.fromkeys((pathlib.Path(annotation), meta.parent / annotation)))
   for candidate in tried:
     if candidate.is_file():
@@ -148,6 +152,8 @@ def _find_root(meta: pathlib.Path, root: str, annotation: str) -> str:
   image = _first_image(annotation)
   candidates = [pathlib.Path(root), meta.parent / root]
   if image is not None:
+    if "://" in root:
+      raise DataError(f"{meta}: remote root {root!r} is not supported yet; copy the images to a local disk")
     candidates.sort(key=lambda folder: not (folder / image).is_file())  # stable: the first that has it
     if not (candidates[0] / image).is_file():
       # The image will be named as missing when it is read; a folder that exists makes the better message.

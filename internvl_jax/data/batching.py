@@ -1,0 +1,218 @@
+"""From samples to the padded batch of an optimizer step: pure numpy.
+
+Letters as in `internvl_jax.batch`: A micro-batches, R rows, S tokens of a row, D data shards, T tiles of a
+shard's pool, P tokens of a tile.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, SFTBatch
+from internvl_jax.data.errors import DataError
+from internvl_jax.data.sample import Sample
+
+_SHORTEST_BUCKET = 256
+
+
+class MicroBatch(NamedTuple):
+  """The rows of one micro-batch end to end, without padding: what travels from a worker process.
+
+  Attributes:
+    input_ids: int32 [sum of lengths].
+    labels: int32 [sum of lengths], not shifted.
+    lengths: int32 [R], tokens of each row; 0 for a row whose sample was dropped.
+    tiles: uint8 [sum of num_tiles, H, W, 3].
+    num_tiles: int32 [R], tiles of each row.
+    datasets: int32 [R], the dataset of each row.
+    truncated: bool [R].
+    fully_masked: bool [R].
+    errors: messages of the samples that could not be read; one for each row of length 0.
+  """
+
+  input_ids: np.ndarray
+  labels: np.ndarray
+  lengths: np.ndarray
+  tiles: np.ndarray
+  num_tiles: np.ndarray
+  datasets: np.ndarray
+  truncated: np.ndarray
+  fully_masked: np.ndarray
+  errors: tuple[str, ...]
+
+
+class Unreadable(NamedTuple):
+  """The place of a sample that could not be made.
+
+  Attributes:
+    dataset: index of its dataset.
+    message: why, in one line.
+  """
+
+  dataset: int
+  message: str
+
+
+def pack_rows(
+  rows: Sequence[Sample | Unreadable], *, tile_size: int, tokens_per_tile: int, image_token_id: int
+) -> MicroBatch:
+  """Joins the rows of a micro-batch.
+
+  Args:
+    rows: one sample a row.
+    tile_size: side of a tile in pixels.
+    tokens_per_tile: image tokens of one tile.
+    image_token_id: the id that stands at image tokens.
+
+  Raises:
+    DataError: a sample's image tokens are not its tiles times tokens_per_tile.
+  """
+  samples = [row for row in rows if isinstance(row, Sample)]
+  for sample in samples:
+    _check_image_tokens(sample, tokens_per_tile, image_token_id)
+  none = np.zeros(0, np.int32)
+  no_tile = np.zeros((0, tile_size, tile_size, 3), np.uint8)
+  read = [isinstance(row, Sample) for row in rows]
+  return MicroBatch(
+    input_ids=np.concatenate([none, *(s.input_ids for s in samples)]),
+    labels=np.concatenate([none, *(s.labels for s in samples)]),
+    lengths=_scatter(read, [len(s.input_ids) for s in samples], np.int32),
+    tiles=np.concatenate([no_tile, *(s.tiles for s in samples)]),
+    num_tiles=_scatter(read, [len(s.tiles) for s in samples], np.int32),
+    datasets=np.array([row.dataset for row in rows], np.int32),
+    truncated=_scatter(read, [s.truncated for s in samples], np.bool_),
+    fully_masked=_scatter(read, [s.fully_masked for s in samples], np.bool_),
+    errors=tuple(row.message for row in rows if isinstance(row, Unreadable)),
+  )
+
+
+def _scatter(where: Sequence[bool], values: Sequence[int], dtype: type) -> np.ndarray:
+  """Returns [R]: the values at the True places in order, 0 elsewhere."""
+  out = np.zeros(len(where), dtype)
+  out[np.array(where, np.bool_)] = values
+  return out
+
+
+def _check_image_tokens(sample: Sample, tokens_per_tile: int, image_token_id: int) -> None:
+  found = int((sample.input_ids == image_token_id).sum())
+  if found != len(sample.tiles) * tokens_per_tile:
+    raise sample.where.error(
+      f"{found} image tokens but {len(sample.tiles)} tiles of {tokens_per_tile} tokens = "
+      f"{len(sample.tiles) * tokens_per_tile}; the tokenizer and the images disagree"
+    )
+
+
+def sequence_buckets(max_length: int, buckets: Sequence[int] = ()) -> tuple[int, ...]:
+  """Returns the row lengths S in use, ascending.
+
+  Args:
+    max_length: longest sample in tokens.
+    buckets: lengths set by the user; empty: max_length and its halves down to 256 tokens.
+
+  Raises:
+    DataError: a length is not positive, or none holds the longest sample.
+  """
+  if buckets:
+    return _checked_buckets("sequence_buckets", buckets, max_length, "data.max_seq_length")
+  lengths = [max_length]
+  while lengths[-1] % 2 == 0 and lengths[-1] // 2 >= _SHORTEST_BUCKET:
+    lengths.append(lengths[-1] // 2)
+  return tuple(reversed(lengths))
+
+
+def tile_buckets(max_pool: int, buckets: Sequence[int] = ()) -> tuple[int, ...]:
+  """Returns the pool sizes T in use, ascending from 0 (a batch of text only).
+
+  Args:
+    max_pool: the largest pool possible: rows of a shard times the most tiles of a row.
+    buckets: sizes set by the user; empty: 1, 2, 3, 4, 6, 8, 12, 16, 24, ... and max_pool itself.
+
+  Raises:
+    DataError: a size is not positive, or none holds the largest pool.
+  """
+  if buckets:
+    sizes = _checked_buckets("tile_buckets", buckets, max_pool, "the largest pool possible")
+  else:
+    steps = {size for i in range(max_pool.bit_length()) for size in (1 << i, 3 << i)}
+    sizes = tuple(sorted({size for size in steps if size < max_pool} | {max_pool}))
+  return (0, *sizes)
+
+
+def _checked_buckets(name: str, buckets: Sequence[int], needed: int, what: str) -> tuple[int, ...]:
+  buckets = tuple(sorted(set(buckets)))
+  if buckets[0] < 1:
+    raise DataError(f"loader.{name}: sizes must be 1 or more, got {buckets[0]}")
+  if buckets[-1] < needed:
+    raise DataError(
+      f"loader.{name}: the largest, {buckets[-1]}, is below {what}, {needed}; add a bucket of {needed}"
+    )
+  return buckets
+
+
+def _bucket(needed: int, buckets: Sequence[int]) -> int:
+  return next(size for size in buckets if size >= needed)
+
+
+def assemble(
+  micro_batches: Sequence[MicroBatch],
+  *,
+  data_shards: int,
+  image_token_id: int,
+  sequence_sizes: Sequence[int],
+  tile_sizes: Sequence[int],
+) -> SFTBatch:
+  """Pads A micro-batches to the smallest buckets that hold them all.
+
+  Rows are dealt to shards in blocks of R/D, and a shard's pool holds its rows' tiles in order of the rows. So
+  the features of the pool stand in the order of the shard's image tokens, and `image_index` counts these.
+
+  Args:
+    micro_batches: A of them, each with R rows.
+    data_shards: D; divides R.
+    image_token_id: the id that stands at image tokens.
+    sequence_sizes: the buckets for S, ascending.
+    tile_sizes: the buckets for T, ascending from 0.
+  """
+  lengths = np.stack([micro.lengths for micro in micro_batches])  # [A, R]
+  num_tiles = np.stack([micro.num_tiles for micro in micro_batches])
+  accumulation, rows = lengths.shape
+  length = _bucket(int(lengths.max()), sequence_sizes)
+  by_shard = (accumulation, data_shards, rows // data_shards)
+  pool = _bucket(int(num_tiles.reshape(by_shard).sum(-1).max()), tile_sizes)
+
+  real = np.arange(length) < lengths[:, :, None]  # [A, R, S]
+  input_ids = np.zeros(real.shape, np.int32)
+  labels = np.full(real.shape, IGNORE_INDEX, np.int32)
+  # The ragged rows fill the real places in the order in which they lie end to end.
+  input_ids[real] = np.concatenate([micro.input_ids for micro in micro_batches])
+  labels[real] = np.concatenate([micro.labels for micro in micro_batches])
+  targets = np.full_like(labels, IGNORE_INDEX)
+  targets[:, :, :-1] = labels[:, :, 1:]
+  is_image = real & (input_ids == image_token_id)
+  return SFTBatch(
+    input_ids=input_ids,
+    targets=targets,
+    loss_weight=(targets != IGNORE_INDEX).astype(np.float32),
+    positions=np.where(real, np.arange(length, dtype=np.int32), 0),
+    segment_ids=real.astype(np.int32),
+    image_index=_image_index(is_image, data_shards),
+    tiles=_pools(micro_batches, num_tiles.reshape(by_shard).sum(-1), pool),
+  )
+
+
+def _image_index(is_image: np.ndarray, data_shards: int) -> np.ndarray:
+  """Returns int32 [A, R, S] from bool [A, R, S]: the number of the image token within its shard."""
+  by_shard = is_image.reshape(len(is_image), data_shards, -1)
+  index = np.where(by_shard, by_shard.cumsum(-1, dtype=np.int32) - 1, np.int32(NO_IMAGE))
+  return index.reshape(is_image.shape)
+
+
+def _pools(micro_batches: Sequence[MicroBatch], used: np.ndarray, pool: int) -> np.ndarray:
+  """Returns uint8 [A, D, T, H, W, 3] from the tiles end to end and how many each shard uses, [A, D]."""
+  tiles = np.zeros((*used.shape, pool, *micro_batches[0].tiles.shape[1:]), np.uint8)
+  ends = used.cumsum(-1)
+  for a, micro in enumerate(micro_batches):
+    for d, (end, count) in enumerate(zip(ends[a], used[a], strict=True)):
+      tiles[a, d, :count] = micro.tiles[end - count : end]
+  return tiles

@@ -1,0 +1,175 @@
+"""Scoring a model's greedy answers by exact match."""
+
+import collections
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from internvl_jax.arguments import DataTrainingArguments, EvalConfig
+from internvl_jax.batch import IGNORE_INDEX
+from internvl_jax.data.jsonl import JsonlFile
+from internvl_jax.data.meta import DatasetSpec
+from internvl_jax.data.sample import Sample, make_sample
+from internvl_jax.data.tokenize import ChatTokenizer
+from internvl_jax.errors import UserError
+from internvl_jax.eval.decoding import GreedyDecoder, Prompt
+from internvl_jax.hf.model import Source
+from internvl_jax.models.internvl import Execution
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+  """A prompt, the answer wanted, and what the line of the jsonl says about it."""
+
+  prompt: Prompt | None
+  answer: str
+  record: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """Exact-match accuracy, in total and by group, and every answer given."""
+
+  accuracy: float
+  num_questions: int
+  by_group: dict[str, dict[str, float | int]]
+  predictions: list[dict[str, Any]]
+
+  def summary(self) -> dict[str, Any]:
+    """Everything but the single answers, for eval_results.json."""
+    return {"accuracy": self.accuracy, "num_questions": self.num_questions, "by_group": self.by_group}
+
+
+def score(questions: Sequence[Question], answers: Sequence[str], *, group_field: str | None) -> Scores:
+  """Compares answers with what was wanted, white space around them apart.
+
+  Args:
+    questions: what was asked.
+    answers: what came back, in the same order.
+    group_field: entry of the records to report by, or None.
+  """
+  groups: dict[str, list[bool]] = collections.defaultdict(list)
+  predictions, hits = [], []
+  for question, answer in zip(questions, answers, strict=True):
+    hit = answer.strip() == question.answer.strip()
+    hits.append(hit)
+    if group_field is not None:
+      groups[str(question.record.get(group_field, "(none)"))].append(hit)
+    predictions.append({**question.record, "prediction": answer.strip(), "answer": question.answer, "correct": hit})
+  by_group = {name: {"accuracy": float(np.mean(g)), "num_questions": len(g)} for name, g in sorted(groups.items())}
+  return Scores(float(np.mean(hits)), len(hits), by_group, predictions)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+  """A jsonl of questions, ready to be asked.
+
+  Attributes:
+    config: what to score.
+    data: tile and length settings of the questions.
+    tokenizer: writes the prompts and reads the answers.
+    decoder: answers.
+    tokens_per_tile: image tokens of one tile.
+  """
+
+  config: EvalConfig
+  data: DataTrainingArguments
+  tokenizer: ChatTokenizer
+  decoder: GreedyDecoder
+  tokens_per_tile: int
+
+  def run(self, params: Mapping[str, jax.Array]) -> Scores:
+    """Asks every question alone and scores the answers."""
+    questions: list[Question] = []
+    answers: list[str] = []
+    start = time.perf_counter()
+    for group in self._groups():
+      tokens = self.decoder(dict(params), [question.prompt for question in group])
+      answers += [self.tokenizer.decode(row) for row in tokens]
+      # Only what the report needs is kept: the tiles of a large set would not fit.
+      questions += [dataclasses.replace(question, prompt=None) for question in group]
+    scores = score(questions, answers, group_field=self.config.group_field)
+    logging.info(
+      "Scored %d questions in %.0f s: accuracy %.4f%s",
+      *(scores.num_questions, time.perf_counter() - start, scores.accuracy),
+      "".join(f", {name} {group['accuracy']:.4f}" for name, group in scores.by_group.items()),
+    )
+    return scores
+
+  def metrics(self, params: Mapping[str, jax.Array], step: int) -> dict[str, float]:
+    """The scores of a run in progress, for the log."""
+    del step
+    scores = self.run(params)
+    return {"eval_accuracy": scores.accuracy} | {
+      f"eval_accuracy_{name}": float(group["accuracy"]) for name, group in scores.by_group.items()
+    }
+
+  def write(self, scores: Scores, folder: str | Path) -> None:
+    """Writes eval_results.json and predictions.jsonl."""
+    folder = Path(folder)
+    (folder / "eval_results.json").write_text(json.dumps(scores.summary(), indent=2) + "\n", encoding="utf-8")
+    with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
+      file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in scores.predictions)
+
+  def _groups(self) -> Iterator[list[Question]]:
+    """The questions in batches, read as they are needed."""
+    assert self.config.annotation is not None
+    file = JsonlFile(self.config.annotation, "eval")
+    spec = DatasetSpec(name="eval", root=self.config.root, annotation=self.config.annotation)
+    total = min(len(file), self.config.limit or len(file))
+    for start in tqdm(range(0, total, self.decoder.batch_size), unit="batch", desc="scoring", leave=False):
+      lines = range(start, min(start + self.decoder.batch_size, total))
+      yield [self._question(file, spec, line) for line in lines]
+
+  def _question(self, file: JsonlFile, spec: DatasetSpec, line: int) -> Question:
+    record, where = file.read(line), file.where(line)
+    sample = make_sample(record, where, spec, self.data, self.tokenizer, self.tokens_per_tile, None)
+    last = record["conversations"][-1]
+    if last["from"] != "gpt" or sample.truncated:
+      cause = "is longer than max_seq_length" if sample.truncated else "does not end with an answer from 'gpt'"
+      raise UserError(f"{where}: the conversation {cause}; it cannot be scored")
+    return Question(Prompt(prompt_ids(sample), sample.tiles), last["value"], record)
+
+
+def prompt_ids(sample: Sample) -> np.ndarray:
+  """The token ids of a sample up to where its last answer begins."""
+  supervised = sample.labels != IGNORE_INDEX
+  end = np.flatnonzero(supervised)[-1] + 1
+  before = np.flatnonzero(~supervised[:end])
+  return sample.input_ids[: before[-1] + 1]
+
+
+def make_evaluation(
+  config: EvalConfig, data: DataTrainingArguments, source: Source, tokenizer: ChatTokenizer, how: Execution
+) -> Evaluation | None:
+  """The evaluation that a config asks for; None if it names no annotation.
+
+  Args:
+    config: what to score.
+    data: tile, length and pixel settings of the questions.
+    source: the model's definition.
+    tokenizer: of prompts and answers.
+    how: how forward passes are computed.
+  """
+  if config.annotation is None:
+    return None
+  decoder = GreedyDecoder(
+    model=source.model,
+    how=how,
+    normalize_type=data.normalize_type,
+    image_token_id=tokenizer.image_token_id,
+    stop_ids=(tokenizer.stop_id,),
+    max_new_tokens=config.max_new_tokens,
+    batch_size=config.batch_size,
+  )
+  return Evaluation(
+    config=config, data=data, tokenizer=tokenizer, decoder=decoder, tokens_per_tile=source.config.tokens_per_tile
+  )

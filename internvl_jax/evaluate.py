@@ -1,0 +1,54 @@
+"""Scores a checkpoint's greedy answers on a jsonl of questions, by exact match.
+
+  python -m internvl_jax.evaluate --model DIR --annotation test.jsonl [--root images] [--output DIR]
+
+The lines have the training format; of each, the last answer is what is asked for, and each is asked alone.
+Writes eval_results.json (accuracy, also by the lines' field --group_field) and predictions.jsonl.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags, logging
+
+from internvl_jax.arguments import EvalConfig
+from internvl_jax.eval.scoring import make_evaluation
+from internvl_jax.frontdoor import run_app
+from internvl_jax.inference import open_for_inference
+
+_MODEL = flags.DEFINE_string("model", None, "Checkpoint folder.", required=True)
+_ANNOTATION = flags.DEFINE_string("annotation", None, "The jsonl of questions.", required=True)
+_ROOT = flags.DEFINE_string("root", "", "Prefix of the image paths.")
+_OUTPUT = flags.DEFINE_string("output", None, "Folder for the results; the model's folder if unset.")
+_GROUP_FIELD = flags.DEFINE_string("group_field", None, "Field of the lines to report by.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Questions answered at once.", lower_bound=1)
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Longest answer in tokens.", lower_bound=1)
+_LIMIT = flags.DEFINE_integer("limit", None, "Score the first so many questions only.", lower_bound=1)
+_BF16 = flags.DEFINE_bool("bf16", False, "Compute in bfloat16.")
+
+
+def main(argv: Sequence[str]) -> None:
+  """Answers, scores and writes."""
+  del argv
+  logging.set_verbosity(logging.INFO)
+  opened = open_for_inference(_MODEL.value, bf16=_BF16.value)
+  config = EvalConfig(
+    annotation=_ANNOTATION.value,
+    root=_ROOT.value,
+    group_field=_GROUP_FIELD.value,
+    batch_size=_BATCH_SIZE.value,
+    max_new_tokens=_MAX_NEW_TOKENS.value,
+    limit=_LIMIT.value,
+  )
+  evaluation = make_evaluation(config, opened.data, opened.source, opened.tokenizer, opened.how)
+  assert evaluation is not None
+  scores = evaluation.run(opened.params)
+  output = Path(_OUTPUT.value or _MODEL.value)
+  output.mkdir(parents=True, exist_ok=True)
+  evaluation.write(scores, output)
+  print(json.dumps(scores.summary(), indent=2))
+
+
+if __name__ == "__main__":
+  run_app(main)

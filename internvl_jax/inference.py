@@ -1,0 +1,77 @@
+"""A finished checkpoint opened for answering: what `evaluate` and `generate` share."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from internvl_jax.arguments import DataTrainingArguments
+from internvl_jax.batch import PIXEL_STATISTICS
+from internvl_jax.data.tokenize import ChatTokenizer
+from internvl_jax.errors import UserError
+from internvl_jax.hf.model import Source, open_source
+from internvl_jax.hf.tokenizer import load_tokenizer
+from internvl_jax.models.internvl import Execution
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Inference:
+  """A checkpoint with its weights on the device, and the settings it was trained with."""
+
+  source: Source
+  params: dict[str, jax.Array]
+  tokenizer: ChatTokenizer
+  data: DataTrainingArguments
+  how: Execution
+
+
+def open_for_inference(folder: str | Path, *, bf16: bool) -> Inference:
+  """Opens a checkpoint folder; its config.json and preprocessor_config.json say how images are cut.
+
+  Raises:
+    UserError: the folder is not a checkpoint that can be run.
+  """
+  source = open_source(folder)
+  data = data_settings(source)
+  dtype = jnp.bfloat16 if bf16 else jnp.float32
+  if not bf16:
+    jax.config.update("jax_default_matmul_precision", "highest")
+  shapes = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in source.model.shapes.items()}
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  params = source.load(shapes, dict.fromkeys(shapes, device))
+  tokenizer = ChatTokenizer(load_tokenizer(folder), data.conv_style)
+  return Inference(source, params, tokenizer, data, Execution(dtype=dtype))
+
+
+def data_settings(source: Source) -> DataTrainingArguments:
+  """The data settings that a checkpoint's files record."""
+  raw = source.raw
+  recorded = {
+    name: raw[name]
+    for name in ("dynamic_image_size", "use_thumbnail", "min_dynamic_patch", "max_dynamic_patch", "pad2square")
+    if name in raw
+  }
+  if "template" not in raw:
+    raise UserError(f"{source.folder}/config.json: 'template' is missing; set it to the name of the chat template")
+  return DataTrainingArguments(
+    force_image_size=source.config.vision.image_size,
+    down_sample_ratio=source.config.downsample_ratio,
+    conv_style=raw["template"],
+    normalize_type=_normalize_type(source.folder),
+    **recorded,
+  )
+
+
+def _normalize_type(folder: Path) -> str:
+  """The name of the pixel statistics in preprocessor_config.json; the usual ones if there is no such file."""
+  path = folder / "preprocessor_config.json"
+  if not path.is_file():
+    return "imagenet"
+  found = json.loads(path.read_text(encoding="utf-8"))
+  statistics = (tuple(found.get("image_mean", ())), tuple(found.get("image_std", ())))
+  for name, known in PIXEL_STATISTICS.items():
+    if statistics == known:
+      return name
+  raise UserError(f"{path}: image_mean and image_std {statistics} are none of {', '.join(PIXEL_STATISTICS)}")

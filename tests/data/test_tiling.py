@@ -1,0 +1,40 @@
+import json
+
+import pytest
+from data_toys import ASSETS
+
+from internvl_jax.data import tiling
+
+GEOMETRY = json.loads((ASSETS / "geometry.json").read_text())
+
+
+def test_grid_equals_the_400_recorded_decisions():
+  assert len(GEOMETRY) == 400
+  wrong = [row for row in GEOMETRY if tiling.grid(*row[:5]) != tuple(row[5:])]
+  assert wrong == []
+
+
+@pytest.mark.parametrize(
+  ("size", "limits", "thumbnail", "expected"),
+  [
+    ((448, 448), (1, 12), True, 1),  # one tile needs no thumbnail
+    ((896, 448), (1, 12), True, 3),
+    ((896, 448), (1, 12), False, 2),
+    ((448, 1344), (1, 12), True, 4),
+    ((896, 448), (1, 1), True, 1),
+  ],
+)
+def test_num_tiles(size, limits, thumbnail, expected):
+  assert tiling.num_tiles(*size, *limits, 448, thumbnail) == expected
+
+
+def test_a_square_image_takes_the_grid_that_its_pixels_fill_by_half():
+  # 1x1, 2x2 and 3x3 tie for a square: each larger one wins from half of its own pixels on.
+  assert tiling.grid(600, 600, 1, 12, 448) == (1, 1)
+  assert tiling.grid(640, 640, 1, 12, 448) == (2, 2)
+  assert tiling.grid(960, 960, 1, 12, 448) == (3, 3)
+
+
+def test_no_grid_between_the_limits():
+  with pytest.raises(ValueError, match="fewest, 5, exceeds the most, 4"):
+    tiling.grid(100, 100, 5, 4, 448)

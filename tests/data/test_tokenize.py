@@ -1,0 +1,214 @@
+import json
+import pathlib
+import pickle
+
+import pytest
+import tokenizers
+import transformers
+from data_toys import ASSETS, WHERE, turns
+
+from internvl_jax.batch import IGNORE_INDEX
+from internvl_jax.data.errors import DataError
+from internvl_jax.data.templates import get_template
+from internvl_jax.data.tokenize import ChatTokenizer, with_placeholder
+
+REFERENCE = pathlib.Path(__file__).parents[3] / "shared" / "reference"
+IMAGE_TOKENS = "<img> </img> <IMG_CONTEXT> <quad> </quad> <ref> </ref> <box> </box>".split()
+
+
+def slow_encode(hf, template, conversation, image_tokens, max_length):
+  """The definition, one tokenizer call a turn and every image token written out as text."""
+  template = get_template(template)
+  conversation = list(conversation)
+  if conversation[0]["from"] != "system":
+    conversation.insert(0, {"from": "system", "value": template.system_message})
+  sizes = iter(image_tokens)
+  opening = len(hf(template.openings["gpt"], add_special_tokens=False).input_ids)
+  ids, labels = [], []
+  for turn in conversation:
+    text = turn["value"]
+    while turn["from"] == "human" and "<image>" in text:
+      text = text.replace("<image>", "<img>" + "<IMG_CONTEXT>" * next(sizes) + "</img>", 1)
+    text = template.openings[turn["from"]] + text + template.closing
+    piece = hf(text, add_special_tokens=False).input_ids
+    ids += piece
+    answer = turn["from"] == "gpt"
+    labels += [t if answer and opening <= i < len(piece) - 1 else IGNORE_INDEX for i, t in enumerate(piece)]
+  return ids[:max_length], labels[:max_length]
+
+
+CASES = {
+  "one image": (turns("<image>\nwhat shape is it?", "a circle"), [5]),
+  "several turns": (turns("<image>\nwhat color?", "red", "sure?", "yes — là", "ok", "\n\nfine\n"), [7]),
+  "two images": (turns("a <image> b\n<image>c", "x", "<image>", "y"), [1, 8, 3]),
+  "text": (turns("hello 世界", "def f():\n    return 1\n"), []),
+  "system": ([{"from": "system", "value": "Be terse."}, *turns("<image>go", "no")], [2]),
+  "answer first": ([{"from": "gpt", "value": "hi"}, *turns("<image>", "no")], [4]),
+  "<image> said by gpt stays text": (turns("<image>what?", "an <image> tag"), [2]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tokens_equal_the_definition(hf_tokenizer, tokenizer, name):
+  conversation, sizes = CASES[name][0], CASES[name][1]
+  before = json.dumps(conversation)
+  chat = tokenizer.encode(conversation, sizes, 4096, WHERE)
+  ids, labels = slow_encode(hf_tokenizer, "internvl2_5", conversation, sizes, 4096)
+  assert chat.input_ids.tolist() == ids
+  assert chat.labels.tolist() == labels
+  assert not chat.truncated
+  assert json.dumps(conversation) == before
+  assert (chat.input_ids == tokenizer.image_token_id).sum() == sum(sizes)
+
+
+def test_supervised_text_by_hand(hf_tokenizer, tokenizer):
+  conversation = turns("<image>\nwhat color?", "red", "sure?", "yes")
+  chat = tokenizer.encode(conversation, [3], 4096, WHERE)
+  supervised = chat.input_ids[chat.labels != IGNORE_INDEX]
+  assert hf_tokenizer.decode(supervised) == "red<|im_end|>yes<|im_end|>"
+  assert (chat.labels[chat.labels != IGNORE_INDEX] == supervised).all()
+  text = hf_tokenizer.decode(chat.input_ids)
+  system = get_template("internvl2_5").system_message
+  assert text == (
+    f"<|im_start|>system\n{system}<|im_end|>\n"
+    "<|im_start|>user\n<img><IMG_CONTEXT><IMG_CONTEXT><IMG_CONTEXT></img>\nwhat color?<|im_end|>\n"
+    "<|im_start|>assistant\nred<|im_end|>\n<|im_start|>user\nsure?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
+  )
+
+
+def test_prompt_and_stop_token(hf_tokenizer, tokenizer):
+  assert hf_tokenizer.decode(tokenizer.answer_opening) == "<|im_start|>assistant\n"
+  assert hf_tokenizer.decode([tokenizer.stop_token_id]) == "<|im_end|>"
+
+
+@pytest.fixture(scope="module")
+def qwen():
+  folder = REFERENCE / "tokenizers" / "qwen2_5"
+  if not folder.exists():
+    pytest.skip(f"no {folder}: the recorded tokens need the 7 MB Qwen2.5 tokenizer, which is not in the repository")
+  hf = transformers.AutoTokenizer.from_pretrained(folder)
+  hf.add_tokens(IMAGE_TOKENS, special_tokens=True)
+  return ChatTokenizer(hf, "internvl2_5")
+
+
+def test_recorded_tokens_of_the_reference(qwen):
+  cases = json.loads((REFERENCE / "preprocess.json").read_text())
+  cases = [case for case in cases if case["template"] == "internvl2_5"]
+  assert len(cases) == 8
+  for case in cases:
+    sizes = [] if case["text_only"] else case["num_image_tokens"]
+    chat = qwen.encode(case["conversations"], sizes, case["max_length"], WHERE)
+    assert chat.input_ids.tolist() == case["input_ids"], case["name"]
+    assert chat.labels.tolist() == case["labels"], case["name"]
+    assert chat.truncated == (case["name"] == "truncated")
+
+
+def test_cut_at_max_length(tokenizer):
+  conversation = turns("<image>what?", "red " * 50)
+  whole = tokenizer.encode(conversation, [4], 4096, WHERE)
+  cut = tokenizer.encode(conversation, [4], len(whole.input_ids) - 20, WHERE)
+  assert cut.truncated and not whole.truncated
+  assert cut.input_ids.tolist() == whole.input_ids[:-20].tolist()
+  assert cut.labels.tolist() == whole.labels[:-20].tolist()
+  assert not tokenizer.encode(conversation, [4], len(whole.input_ids), WHERE).truncated
+
+
+def test_a_cut_through_an_image_names_both_numbers(hf_tokenizer, tokenizer):
+  conversation = turns("<image>what?", "red")
+  whole = tokenizer.encode(conversation, [100], 4096, WHERE)
+  end = whole.input_ids.tolist().index(hf_tokenizer.convert_tokens_to_ids("</img>")) + 1
+  assert tokenizer.encode(conversation, [100], end, WHERE).truncated  # </img> is the last token kept
+  with pytest.raises(DataError, match=rf"^toy.jsonl:3 .*first {end} of .*max_seq_length={end - 1}"):
+    tokenizer.encode(conversation, [100], end - 1, WHERE)
+
+
+@pytest.mark.parametrize(
+  ("conversation", "sizes", "message"),
+  [
+    (turns("<image><image>", "a"), [4], "2 <image> in the human turns but 1 images"),
+    (turns("<image>", "a"), [4, 4], "1 <image> in the human turns but 2 images"),
+    (turns("what is <image>?", "a"), [], "1 <image> in the human turns but 0 images"),
+    (turns("<image> <IMG_CONTEXT>", "a"), [4], "2 <IMG_CONTEXT> tokens for 1 images"),
+    (turns("what?", "<IMG_CONTEXT>"), [], "1 <IMG_CONTEXT> tokens for 0 images"),
+    ([{"from": "user", "value": "a"}], [], "turn 1 is from 'user'; known: gpt, human, system"),
+    ([*turns("a", "b"), {"from": "humn", "value": "a"}], [], "turn 3 is from 'humn'; did you mean 'human'"),
+    ([*turns("a", "b"), {"from": "system", "value": "a"}], [], "turn 3 is from 'system', which must be turn 1"),
+    ([{"from": "human", "value": 7}], [], "turn 1 must be"),
+    ([{"value": "a"}], [], "turn 1 must be"),
+    (["hello"], [], "turn 1 must be"),
+    ([], [], "at least one turn"),
+    ("hello", [], "at least one turn"),
+  ],
+)
+def test_malformed_conversations_are_named(tokenizer, conversation, sizes, message):
+  with pytest.raises(DataError) as caught:
+    tokenizer.encode(conversation, sizes, 4096, WHERE)
+  assert message in str(caught.value)
+  assert str(caught.value).startswith("toy.jsonl:3 (dataset 'toy'): ")
+  assert "\n" not in str(caught.value)
+
+
+def test_placeholder_goes_before_the_first_human_turn():
+  plain = turns("what?", "red")
+  assert with_placeholder(plain)[0]["value"] == "<image>\nwhat?"
+  assert plain[0]["value"] == "what?"
+  system = [{"from": "system", "value": "s"}, *turns("what?", "red")]
+  assert [turn["value"] for turn in with_placeholder(system)] == ["s", "<image>\nwhat?", "red"]
+  later = turns("hi", "hello", "and <image>?", "red")
+  assert with_placeholder(later) == later
+
+
+def test_bos_token_stands_once_at_the_start(tokenizer):
+  hf = transformers.PreTrainedTokenizerFast.from_pretrained(ASSETS / "tokenizer", bos_token="<|endoftext|>")
+  hf.add_bos_token = True
+  conversation = turns("what?", "red", "and?", "blue")
+  chat = ChatTokenizer(hf, "internvl2_5").encode(conversation, [], 4096, WHERE)
+  plain = tokenizer.encode(conversation, [], 4096, WHERE)
+  assert chat.input_ids.tolist() == [hf.bos_token_id, *plain.input_ids.tolist()]
+  assert chat.labels.tolist() == [IGNORE_INDEX, *plain.labels.tolist()]
+
+
+def test_padding_switched_on_elsewhere_does_not_reach_it(hf_tokenizer, tokenizer):
+  conversation = turns("what?", "red")
+  before = tokenizer.encode(conversation, [], 4096, WHERE).input_ids.tolist()
+  hf_tokenizer(["a", "a much longer text"], padding="max_length", max_length=700, truncation=True)
+  try:
+    assert tokenizer.encode(conversation, [], 4096, WHERE).input_ids.tolist() == before
+  finally:
+    hf_tokenizer.backend_tokenizer.no_padding()
+    hf_tokenizer.backend_tokenizer.no_truncation()
+
+
+def test_pickles(tokenizer):
+  copy = pickle.loads(pickle.dumps(tokenizer))
+  conversation = turns("<image>what?", "red")
+  again = copy.encode(conversation, [9], 4096, WHERE)
+  assert again.input_ids.tolist() == tokenizer.encode(conversation, [9], 4096, WHERE).input_ids.tolist()
+
+
+def test_tokenizer_without_image_tokens(hf_tokenizer):
+  class NoBackend:
+    pass
+
+  with pytest.raises(DataError, match=r"NoBackend has no tokenizers backend"):
+    ChatTokenizer(NoBackend(), "internvl2_5")
+  spec = json.loads((ASSETS / "tokenizer" / "tokenizer.json").read_text())
+  spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] != "<IMG_CONTEXT>"]
+  del spec["model"]["vocab"]["<IMG_CONTEXT>"]
+  bare = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(spec)))
+  with pytest.raises(DataError, match=r"lacks <IMG_CONTEXT>;"):
+    ChatTokenizer(bare, "internvl2_5")
+
+
+@pytest.mark.parametrize(
+  ("name", "message"),
+  [
+    ("internvl2-5", "unknown template 'internvl2-5'; did you mean 'internvl2_5'?"),
+    ("phi3-chat", "template 'phi3-chat' is not supported yet; supported: internvl2_5"),
+    ("xyzzy", "unknown template 'xyzzy'; known: Hermes-2"),
+  ],
+)
+def test_template_names(name, message):
+  with pytest.raises(DataError) as caught:
+    get_template(name)
+  assert message in str(caught.value)
