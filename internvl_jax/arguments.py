@@ -227,8 +227,8 @@ class LoaderConfig:
   # Lengths that rows are padded to; empty: max_seq_length halved down to 256. The last one must hold
   # max_seq_length.
   sequence_buckets: tuple[int, ...] = ()
-  # Sizes that a device's tile pool is padded to; empty: powers of two (and their 1.5-folds) up to the
-  # largest pool possible.
+  # Sizes that a device's tile pool is padded to. Pools beyond the last one, and all pools where none is given,
+  # take 1, 2, 3, 4, 6, 8, 12, 16, 24, ... tiles.
   tile_buckets: tuple[int, ...] = ()
   # Micro-batches made ahead by each worker.
   prefetch: int = 4

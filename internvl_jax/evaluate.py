@@ -10,11 +10,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags, logging
+from absl import flags
 
+from internvl_jax import frontdoor
 from internvl_jax.arguments import EvalConfig
 from internvl_jax.eval.scoring import make_evaluation
-from internvl_jax.frontdoor import run_app
 from internvl_jax.inference import open_for_inference
 
 _MODEL = flags.DEFINE_string("model", None, "Checkpoint folder.", required=True)
@@ -31,7 +31,7 @@ _BF16 = flags.DEFINE_bool("bf16", False, "Compute in bfloat16.")
 def main(argv: Sequence[str]) -> None:
   """Answers, scores and writes."""
   del argv
-  logging.set_verbosity(logging.INFO)
+  frontdoor.set_up_logging()
   opened = open_for_inference(_MODEL.value, bf16=_BF16.value)
   config = EvalConfig(
     annotation=_ANNOTATION.value,
@@ -51,4 +51,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  run_app(main)
+  frontdoor.run_app(main)

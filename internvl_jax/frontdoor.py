@@ -18,6 +18,7 @@ A front door with a recipe looks like this:
 
 import importlib.util
 import inspect
+import logging as stdlib_logging
 import os
 import re
 import sys
@@ -29,6 +30,7 @@ from typing import Any, Literal
 
 from absl import app, flags, logging
 from ml_collections import config_flags
+from tqdm import tqdm
 
 from internvl_jax.config import FIELDS, FOREIGN, LEAVES, TrainConfig, suggest, type_name
 from internvl_jax.errors import UserError
@@ -83,6 +85,26 @@ def run_app(main: Callable[[list[str]], Any]) -> None:
       _exit_with(error)
 
   app.run(guarded, flags_parser=guarded_parse)
+
+
+def set_up_logging() -> None:
+  """Logs from level INFO on, in short lines that do not break the progress bar.
+
+  Orbax tells of its every move at INFO, so it is heard from WARNING on.
+  """
+  logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
+  handler = _BarAwareHandler()
+  handler.setFormatter(stdlib_logging.Formatter("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
+  handler.addFilter(lambda record: record.levelno >= stdlib_logging.WARNING or "orbax" not in record.pathname)
+  logger = logging.get_absl_logger()
+  logger.handlers, logger.propagate = [handler], False
+
+
+class _BarAwareHandler(stdlib_logging.Handler):
+  """Writes to stderr above the progress bar, if there is one."""
+
+  def emit(self, record: stdlib_logging.LogRecord) -> None:
+    tqdm.write(self.format(record), file=sys.stderr)
 
 
 def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:

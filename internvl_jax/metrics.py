@@ -48,7 +48,7 @@ class RunLog:
     self._total_steps = total_steps
     self.epoch = epoch_of
     self._pending: list[Any] = []
-    self._tokens = self._tiles = 0
+    self._tokens = self._tiles = self._steps = 0
     self._window_start = time.perf_counter()
     self._bar: tqdm | None = None
     self.history: list[dict[str, Any]] = []
@@ -79,9 +79,9 @@ class RunLog:
   def restart_clock(self) -> None:
     """Leaves the time until now (compiling, saving) out of the throughput."""
     self._window_start = time.perf_counter()
-    self._tokens = self._tiles = 0
+    self._tokens = self._tiles = self._steps = 0
 
-  def add(self, step: int, metrics: Any, *, tokens: int, tiles: int, next_rate: float) -> None:
+  def add(self, step: int, metrics: Any, *, tokens: int, tiles: int, next_rate: float, timed: bool) -> None:
     """Takes in the metrics of a step, and writes an entry when one is due.
 
     Args:
@@ -89,13 +89,16 @@ class RunLog:
       metrics: `StepMetrics`; read from the device only when an entry is due.
       tokens, tiles: supervised tokens and tiles of the batch.
       next_rate: learning rate of the next step.
+      timed: count the step in the throughput; False where it held a compilation.
 
     Raises:
       UserError: the loss or the gradient is not finite.
     """
     self._pending.append(metrics.loss)
-    self._tokens += tokens
-    self._tiles += tiles
+    if timed:
+      self._tokens, self._tiles, self._steps = self._tokens + tokens, self._tiles + tiles, self._steps + 1
+    else:
+      self.restart_clock()
     assert self._bar is not None
     self._bar.update()
     due = step % self._training.logging_steps == 0 or step == self._total_steps
@@ -110,22 +113,24 @@ class RunLog:
         "batch's samples"
       )
     seconds = time.perf_counter() - self._window_start
-    entry = {
+    entry: dict[str, Any] = {
       "loss": loss,
       "grad_norm": grad_norm,
       "learning_rate": learning_rate,
       "epoch": self.epoch(step),
       "step": step,
-      "supervised_tokens_per_second": self._tokens / seconds,
-      "tiles_per_second": self._tiles / seconds,
-      "seconds_per_step": seconds / len(self._pending),
     }
+    speed = ""
+    if self._steps:
+      entry["supervised_tokens_per_second"] = self._tokens / seconds
+      entry["tiles_per_second"] = self._tiles / seconds
+      entry["seconds_per_step"] = seconds / self._steps
+      speed = f", {self._tokens / seconds:,.0f} tok/s, {self._tiles / seconds:,.1f} tiles/s"
     self.record(entry)
     self._pending.clear()
     self.restart_clock()
     assert self._bar is not None
-    rate = f"{entry['supervised_tokens_per_second']:,.0f} tok/s, {entry['tiles_per_second']:,.1f} tiles/s"
-    self._bar.set_postfix_str(f"loss {loss:.4f}, {rate}")
+    self._bar.set_postfix_str(f"loss {loss:.4f}{speed}")
 
   def record(self, entry: dict[str, Any]) -> None:
     """Appends an entry to the history and to TensorBoard."""

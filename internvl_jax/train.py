@@ -40,7 +40,7 @@ _CONFIG = frontdoor.define_config_flag()
 def main(argv: Sequence[str]) -> None:
   """Checks the config, then trains, saves and scores."""
   del argv
-  logging.set_verbosity(logging.INFO)
+  frontdoor.set_up_logging()
   train(_CONFIG.value)
 
 

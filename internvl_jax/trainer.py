@@ -111,13 +111,13 @@ class Trainer:
       state, metrics = self.steps(state, frozen, batch, self.schedule(step))
       if fresh:
         jax.block_until_ready(metrics)
-        self.log.restart_clock()
       self.log.add(
         step + 1,
         metrics,
         tokens=count_supervised(batch),
         tiles=count_tiles(batch, self.tokens_per_tile),
         next_rate=self.schedule(step + 1),
+        timed=not fresh,
       )
     if self.training.save_strategy != "no":
       self._save(state)

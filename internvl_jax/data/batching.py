@@ -121,22 +121,20 @@ def sequence_buckets(max_length: int, buckets: Sequence[int] = ()) -> tuple[int,
   return tuple(reversed(lengths))
 
 
-def tile_buckets(max_pool: int, buckets: Sequence[int] = ()) -> tuple[int, ...]:
-  """Returns the pool sizes T in use, ascending from 0 (a batch of text only).
+def tile_bucket(needed: int, buckets: Sequence[int] = ()) -> int:
+  """Returns the pool size T for so many tiles.
 
   Args:
-    max_pool: the largest pool possible: rows of a shard times the most tiles of a row.
-    buckets: sizes set by the user; empty: 1, 2, 3, 4, 6, 8, 12, 16, 24, ... and max_pool itself.
-
-  Raises:
-    DataError: a size is not positive, or none holds the largest pool.
+    needed: tiles of the fullest pool; 0 stays 0 (a batch of text only).
+    buckets: sizes set by the user. Above them, and without them, the sizes are 1, 2, 3, 4, 6, 8, 12, 16, 24, ...
   """
-  if buckets:
-    sizes = _checked_buckets("tile_buckets", buckets, max_pool, "the largest pool possible")
-  else:
-    steps = {size for i in range(max_pool.bit_length()) for size in (1 << i, 3 << i)}
-    sizes = tuple(sorted({size for size in steps if size < max_pool} | {max_pool}))
-  return (0, *sizes)
+  if not needed:
+    return 0
+  fitting = [size for size in buckets if size >= needed]
+  if fitting:
+    return min(fitting)
+  power = 1 << (needed - 1).bit_length()
+  return power * 3 // 4 if power >= 4 and needed <= power * 3 // 4 else power
 
 
 def _checked_buckets(name: str, buckets: Sequence[int], needed: int, what: str) -> tuple[int, ...]:
@@ -160,7 +158,7 @@ def assemble(
   data_shards: int,
   image_token_id: int,
   sequence_sizes: Sequence[int],
-  tile_sizes: Sequence[int],
+  tile_sizes: Sequence[int] = (),
 ) -> SFTBatch:
   """Pads A micro-batches to the smallest buckets that hold them all.
 
@@ -172,14 +170,14 @@ def assemble(
     data_shards: D; divides R.
     image_token_id: the id that stands at image tokens.
     sequence_sizes: the buckets for S, ascending.
-    tile_sizes: the buckets for T, ascending from 0.
+    tile_sizes: the user's buckets for T; see `tile_bucket`.
   """
   lengths = np.stack([micro.lengths for micro in micro_batches])  # [A, R]
   num_tiles = np.stack([micro.num_tiles for micro in micro_batches])
   accumulation, rows = lengths.shape
   length = _bucket(int(lengths.max()), sequence_sizes)
   by_shard = (accumulation, data_shards, rows // data_shards)
-  pool = _bucket(int(num_tiles.reshape(by_shard).sum(-1).max()), tile_sizes)
+  pool = tile_bucket(int(num_tiles.reshape(by_shard).sum(-1).max()), tile_sizes)
 
   real = np.arange(length) < lengths[:, :, None]  # [A, R, S]
   input_ids = np.zeros(real.shape, np.int32)

@@ -88,7 +88,6 @@ class TrainLoader:
     total_steps: optimizer steps of the run.
     steps_per_epoch: optimizer steps that see all samples once, rounded up.
     sequence_sizes: row lengths S that batches may have.
-    tile_sizes: pool sizes T that batches may have.
     next_step: optimizer steps handed out so far.
   """
 
@@ -137,8 +136,6 @@ class TrainLoader:
       else plans.total_steps(self.num_samples, training.num_train_epochs, self.global_batch)
     )
     self.sequence_sizes = batching.sequence_buckets(data.max_seq_length, loader.sequence_buckets)
-    max_pool = training.per_device_train_batch_size * self._mixture.max_tiles()
-    self.tile_sizes = batching.tile_buckets(max_pool, loader.tile_buckets)
     self.next_step = 0
     self._counts = np.zeros((len(self._mixture.specs), len(COUNTERS)), np.int64)
     self._offenders: list[str] = []
@@ -178,7 +175,7 @@ class TrainLoader:
       data_shards=self._data_shards,
       image_token_id=self._image_token_id,
       sequence_sizes=self.sequence_sizes,
-      tile_sizes=self.tile_sizes,
+      tile_sizes=self._loader.tile_buckets,
     )
 
   def get_state(self) -> dict[str, Any]:

@@ -194,11 +194,8 @@ class Mixture:
     self._tokens_per_tile, self._seed = tokens_per_tile, seed
 
   def max_tiles(self) -> int:
-    """Returns the most tiles that one sample may have."""
-    if not self._data.dynamic_image_size:
-      return 1
-    most = max(max_grid_tiles(spec, self._data) for spec in self.specs)
-    return most + (self._data.use_thumbnail and most > 1)
+    """Returns the most tiles that one sample may have: images are never cut, so their tokens must fit a row."""
+    return self._data.max_seq_length // self._tokens_per_tile
 
   def locate(self, index: int) -> tuple[int, int]:
     """Returns (dataset, line index in its file) of a sample of the mixture."""

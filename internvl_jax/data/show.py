@@ -13,8 +13,8 @@ _ROWS_SHOWN = 2
 def show_batch(batch: SFTBatch, tokenizer: ChatTokenizer) -> str:
   """Returns the batch's shapes and its first rows decoded, with what is supervised between » and «.
 
-      input_ids [1, 32, 48] ... tiles [1, 1, 32, 64, 64, 3]
-      row 0: <|im_start|>user\\n<img><IMG_CONTEXT>x16</img>\\nWhat?<|im_end|>\\n<|im_start|>assistant\\n»Yes<|im_end|>«\\n
+  input_ids [1, 32, 48] ... tiles [1, 1, 32, 64, 64, 3]
+  row 0: <|im_start|>user\\n<img><IMG_CONTEXT>x16</img>\\nWhat?<|im_end|>\\n<|im_start|>assistant\\n»Yes<|im_end|>«\\n
   """
   A, R, S = batch.input_ids.shape
   supervised = int((batch.targets != IGNORE_INDEX).sum())

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from internvl_jax.models.gradients import matmul, scale, shift
+
 Axes = tuple[str | None, ...]
 
 
@@ -30,8 +32,8 @@ class Linear(nnx.Module):
     self.bias = make_param(jnp.zeros(d_out), axes[1:]) if bias else None
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    y = x @ self.kernel[...].astype(x.dtype)
-    return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+    y = matmul(x, self.kernel[...].astype(x.dtype))
+    return y if self.bias is None else shift(y, self.bias[...].astype(x.dtype))
 
 
 class LayerNorm(nnx.Module):
@@ -46,7 +48,8 @@ class LayerNorm(nnx.Module):
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-    return (y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+    y = scale(y, self.scale[...].astype(jnp.float32))
+    return shift(y, self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -59,7 +62,7 @@ class RMSNorm(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-    return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+    return scale(y, self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
 class Embed(nnx.Module):

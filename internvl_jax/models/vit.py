@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from internvl_jax.models.attention import attention
+from internvl_jax.models.gradients import matmul, scale, shift
 from internvl_jax.models.layers import LayerNorm, LayerStack, Linear, RMSNorm, make_param
 
 
@@ -88,9 +89,9 @@ class VisionLayer(nnx.Module):
 
   def __call__(self, x: jax.Array, keep: jax.Array | None, *, backend: str) -> jax.Array:
     """Applies the block to x [I, 1+P, C]; `keep` [2, I] scales the branches of each tile (drop path)."""
-    y = self.attn(self.norm1(x), backend=backend) * self.ls1[...].astype(x.dtype)
+    y = scale(self.attn(self.norm1(x), backend=backend), self.ls1[...].astype(x.dtype))
     x = x + (y if keep is None else y * keep[0, :, None, None].astype(x.dtype))
-    y = self.mlp(self.norm2(x)) * self.ls2[...].astype(x.dtype)
+    y = scale(self.mlp(self.norm2(x)), self.ls2[...].astype(x.dtype))
     return x + (y if keep is None else y * keep[1, :, None, None].astype(x.dtype))
 
 
@@ -100,8 +101,7 @@ class VisionEmbeddings(nnx.Module):
   def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
     C, p = config.hidden_size, config.patch_size
     self.patch_size = p
-    scale = (3 * p * p) ** -0.5
-    kernel = scale * jax.random.normal(rngs.params(), (p, p, 3, C))
+    kernel = (3 * p * p) ** -0.5 * jax.random.normal(rngs.params(), (p, p, 3, C))
     self.patch_kernel = make_param(kernel, (None, None, None, "embed"))
     self.patch_bias = make_param(jnp.zeros(C), ("embed",))
     self.class_embedding = make_param(jax.random.normal(rngs.params(), (C,)), ("embed",))
@@ -114,7 +114,8 @@ class VisionEmbeddings(nnx.Module):
     p, n = self.patch_size, side // self.patch_size
     patches = tiles.reshape(I, n, p, n, p, 3).transpose(0, 1, 3, 2, 4, 5).reshape(I, n * n, p * p * 3)
     dtype = tiles.dtype
-    x = patches @ self.patch_kernel[...].reshape(p * p * 3, -1).astype(dtype) + self.patch_bias[...].astype(dtype)
+    kernel = self.patch_kernel[...].reshape(p * p * 3, -1).astype(dtype)
+    x = shift(matmul(patches, kernel), self.patch_bias[...].astype(dtype))
     first = jnp.broadcast_to(self.class_embedding[...].astype(dtype), (I, 1, x.shape[-1]))
     return jnp.concatenate([first, x], axis=1) + self.position_embedding[...].astype(dtype)
 

@@ -34,7 +34,9 @@ def write_dataset(folder, count=10, *, name="toy", **entry):
       continue
     pixels = rng.integers(0, 256, (24 + 8 * (i % 2), 40, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / f"{name}{i}.png")
-    records.append({"id": i, "image": f"{name}{i}.png", "conversations": turns(f"<image>\n{question}", answer)})
+    records.append(
+      {"id": i, "image": f"{name}{i}.png", "conversations": turns(f"<image>\n{question}", answer)}
+    )
   write_jsonl(folder / f"{name}.jsonl", records)
   meta = folder / "meta.json"
   entries = json.loads(meta.read_text()) if meta.exists() else {}

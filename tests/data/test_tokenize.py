@@ -13,7 +13,7 @@ from internvl_jax.data.templates import get_template
 from internvl_jax.data.tokenize import ChatTokenizer, with_placeholder
 
 REFERENCE = pathlib.Path(__file__).parents[3] / "shared" / "reference"
-IMAGE_TOKENS = "<img> </img> <IMG_CONTEXT> <quad> </quad> <ref> </ref> <box> </box>".split()
+IMAGE_TOKENS = ["<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"]
 
 
 def slow_encode(hf, template, conversation, image_tokens, max_length):
@@ -85,7 +85,9 @@ def test_prompt_and_stop_token(hf_tokenizer, tokenizer):
 def qwen():
   folder = REFERENCE / "tokenizers" / "qwen2_5"
   if not folder.exists():
-    pytest.skip(f"no {folder}: the recorded tokens need the 7 MB Qwen2.5 tokenizer, which is not in the repository")
+    pytest.skip(
+      f"no {folder}: the recorded tokens need the 7 MB Qwen2.5 tokenizer, which is not in the repository"
+    )
   hf = transformers.AutoTokenizer.from_pretrained(folder)
   hf.add_tokens(IMAGE_TOKENS, special_tokens=True)
   return ChatTokenizer(hf, "internvl2_5")
@@ -132,7 +134,11 @@ def test_a_cut_through_an_image_names_both_numbers(hf_tokenizer, tokenizer):
     (turns("what?", "<IMG_CONTEXT>"), [], "1 <IMG_CONTEXT> tokens for 0 images"),
     ([{"from": "user", "value": "a"}], [], "turn 1 is from 'user'; known: gpt, human, system"),
     ([*turns("a", "b"), {"from": "humn", "value": "a"}], [], "turn 3 is from 'humn'; did you mean 'human'"),
-    ([*turns("a", "b"), {"from": "system", "value": "a"}], [], "turn 3 is from 'system', which must be turn 1"),
+    (
+      [*turns("a", "b"), {"from": "system", "value": "a"}],
+      [],
+      "turn 3 is from 'system', which must be turn 1",
+    ),
     ([{"from": "human", "value": 7}], [], "turn 1 must be"),
     ([{"value": "a"}], [], "turn 1 must be"),
     (["hello"], [], "turn 1 must be"),
@@ -195,7 +201,9 @@ def test_tokenizer_without_image_tokens(hf_tokenizer):
   spec = json.loads((ASSETS / "tokenizer" / "tokenizer.json").read_text())
   spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] != "<IMG_CONTEXT>"]
   del spec["model"]["vocab"]["<IMG_CONTEXT>"]
-  bare = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(spec)))
+  bare = transformers.PreTrainedTokenizerFast(
+    tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(spec))
+  )
   with pytest.raises(DataError, match=r"lacks <IMG_CONTEXT>;"):
     ChatTokenizer(bare, "internvl2_5")
 
