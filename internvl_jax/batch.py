@@ -6,9 +6,10 @@ T tiles of a shard's pool, P tokens of a tile.
 NamedTuples of numpy arrays: JAX takes them as pytrees, and worker processes need not import JAX.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
+Array: TypeAlias = Any
+"""np.ndarray on the host, jax.Array inside the step, a sharding where placement is described."""
 
 IGNORE_INDEX = -100
 """Label of a token that is not supervised (the convention of PyTorch's cross-entropy)."""
@@ -41,10 +42,10 @@ class SFTBatch(NamedTuple):
     tiles: uint8 [A, D, T, H, W, 3], not normalised; T may be 0.
   """
 
-  input_ids: np.ndarray
-  targets: np.ndarray
-  loss_weight: np.ndarray
-  positions: np.ndarray
-  segment_ids: np.ndarray
-  image_index: np.ndarray
-  tiles: np.ndarray
+  input_ids: Array
+  targets: Array
+  loss_weight: Array
+  positions: Array
+  segment_ids: Array
+  image_index: Array
+  tiles: Array

@@ -73,7 +73,9 @@ class Checkpointer:
     restored = self._manager.restore(
       step,
       args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract), loader=ocp.args.JsonRestore(), trainer=ocp.args.JsonRestore()
+        state=ocp.args.StandardRestore(abstract),
+        loader=ocp.args.JsonRestore(),
+        trainer=ocp.args.JsonRestore(),
       ),
     )
     tree = restored["state"]

@@ -94,7 +94,9 @@ def set_up_logging() -> None:
   """
   logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
   handler = _BarAwareHandler()
-  handler.setFormatter(stdlib_logging.Formatter("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
+  handler.setFormatter(
+    stdlib_logging.Formatter("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
+  )
   handler.addFilter(lambda record: record.levelno >= stdlib_logging.WARNING or "orbax" not in record.pathname)
   logger = logging.get_absl_logger()
   logger.handlers, logger.propagate = [handler], False

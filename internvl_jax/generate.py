@@ -1,6 +1,6 @@
 """Answers a question about an image.
 
-  python -m internvl_jax.generate --model DIR --image cat.jpg --question "What is on the mat?"
+python -m internvl_jax.generate --model DIR --image cat.jpg --question "What is on the mat?"
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
     how=opened.how,
     normalize_type=opened.data.normalize_type,
     image_token_id=opened.tokenizer.image_token_id,
-    stop_ids=(opened.tokenizer.stop_id,),
+    stop_ids=(opened.tokenizer.stop_token_id,),
     max_new_tokens=_MAX_NEW_TOKENS.value,
     batch_size=1,
   )

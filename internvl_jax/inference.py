@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,11 +51,19 @@ def data_settings(source: Source) -> DataTrainingArguments:
   raw = source.raw
   recorded = {
     name: raw[name]
-    for name in ("dynamic_image_size", "use_thumbnail", "min_dynamic_patch", "max_dynamic_patch", "pad2square")
+    for name in (
+      "dynamic_image_size",
+      "use_thumbnail",
+      "min_dynamic_patch",
+      "max_dynamic_patch",
+      "pad2square",
+    )
     if name in raw
   }
   if "template" not in raw:
-    raise UserError(f"{source.folder}/config.json: 'template' is missing; set it to the name of the chat template")
+    raise UserError(
+      f"{source.folder}/config.json: 'template' is missing; set it to the name of the chat template"
+    )
   return DataTrainingArguments(
     force_image_size=source.config.vision.image_size,
     down_sample_ratio=source.config.downsample_ratio,
@@ -64,7 +73,7 @@ def data_settings(source: Source) -> DataTrainingArguments:
   )
 
 
-def _normalize_type(folder: Path) -> str:
+def _normalize_type(folder: Path) -> Any:
   """The name of the pixel statistics in preprocessor_config.json; the usual ones if there is no such file."""
   path = folder / "preprocessor_config.json"
   if not path.is_file():

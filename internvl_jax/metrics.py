@@ -34,7 +34,9 @@ class RunLog:
   the last entry, `grad_norm` that of the last step, `learning_rate` the value after the scheduler's update.
   """
 
-  def __init__(self, training: TrainingArguments, output_dir: Path, *, total_steps: int, epoch_of: Callable[[int], float]):
+  def __init__(
+    self, training: TrainingArguments, output_dir: Path, *, total_steps: int, epoch_of: Callable[[int], float]
+  ):
     """Opens the writers that `training.report_to` asks for.
 
     Args:

@@ -52,11 +52,16 @@ def _cosine_with_restarts(ramp: _Ramp, step: int, *, num_cycles: int = 1) -> flo
 
 
 def _cosine_with_min_lr(
-  ramp: _Ramp, step: int, *, num_cycles: float = 0.5, min_lr: float | None = None, min_lr_rate: float | None = None
+  ramp: _Ramp,
+  step: int,
+  *,
+  num_cycles: float = 0.5,
+  min_lr: float | None = None,
+  min_lr_rate: float | None = None,
 ) -> float:
   if (min_lr is None) == (min_lr_rate is None):
     raise UserError("training.lr_scheduler_kwargs: cosine_with_min_lr takes one of min_lr and min_lr_rate")
-  floor = min_lr_rate if min_lr is None else min_lr / ramp.peak
+  floor = float(min_lr_rate or 0.0) if min_lr is None else min_lr / ramp.peak
   factor = 0.5 * (1.0 + math.cos(math.pi * num_cycles * 2.0 * ramp.progress(step)))
   return max(0.0, factor * (1 - floor) + floor)
 
@@ -98,7 +103,9 @@ def make_schedule(training: TrainingArguments, total_steps: int) -> Schedule:
   if name not in SCHEDULES:
     raise UserError(f"training.lr_scheduler_type={name!r} is unknown; use one of {sorted(SCHEDULES)}")
   kwargs = json.loads(training.lr_scheduler_kwargs or "{}")
-  warmup = training.warmup_steps if training.warmup_steps > 0 else math.ceil(total_steps * training.warmup_ratio)
+  warmup = (
+    training.warmup_steps if training.warmup_steps > 0 else math.ceil(total_steps * training.warmup_ratio)
+  )
   ramp = _Ramp(training.learning_rate, 0 if name == "constant" else warmup, total_steps)
   factor = SCHEDULES[name]
 
@@ -144,7 +151,9 @@ def trainable_paths(model: ModelArguments, paths: Iterable[str]) -> set[str]:
   labels = first_match([(rf"{part}\..*", not is_frozen) for part, is_frozen in frozen.items()], paths)
   trainable = {path for path, trains in labels.items() if trains}
   if not trainable:
-    raise UserError("nothing trains: freeze_backbone, freeze_mlp and freeze_llm are all True; set one to False")
+    raise UserError(
+      "nothing trains: freeze_backbone, freeze_mlp and freeze_llm are all True; set one to False"
+    )
   assert all(not frozen[part_of(path)] for path in trainable)
   return trainable
 

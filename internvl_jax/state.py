@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ def _like_params(opt_state: optax.OptState, params: Mapping[str, jax.Array]) -> 
   """Puts each moment on its parameter's sharding."""
 
   def place(keys: tuple, leaf: jax.Array) -> jax.Array:
-    path = getattr(keys[-1], "key", None)
+    path = str(getattr(keys[-1], "key", ""))
     return jax.device_put(leaf, params[path].sharding) if path in params else leaf
 
   return jax.tree_util.tree_map_with_path(place, opt_state)
@@ -53,7 +54,7 @@ def with_dtypes(model: ModelDef, trainable: set[str], *, bf16: bool) -> dict[str
   }
 
 
-def describe(params: Mapping[str, jax.ShapeDtypeStruct], trainable: set[str]) -> str:
+def describe(params: Mapping[str, Any], trainable: set[str]) -> str:
   """A table of the model's parts: parameters, those that train, bytes of optimizer state."""
   lines = [f"{'part':<16}{'parameters':>16}{'trainable':>16}{'optimizer bytes':>18}"]
   parts = list(dict.fromkeys(part_of(path) for path in params))

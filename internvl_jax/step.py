@@ -10,10 +10,10 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from internvl_jax.batch import SFTBatch
 from internvl_jax.models.functional import ModelDef
+from internvl_jax.models.internvl import InternVL
 from internvl_jax.objectives import normalized_weights
 from internvl_jax.optim import clip_by_global_norm
 from internvl_jax.state import TrainState
@@ -22,7 +22,7 @@ from internvl_jax.state import TrainState
 class Objective(Protocol):
   """A loss over one micro-batch; see `objectives.SupervisedFineTuning`."""
 
-  def loss(self, model: nnx.Module, batch: SFTBatch, weights: jax.Array, key: jax.Array) -> jax.Array: ...
+  def loss(self, model: InternVL, batch: SFTBatch, weights: jax.Array, key: jax.Array) -> jax.Array: ...
 
 
 class StepMetrics(NamedTuple):
@@ -46,7 +46,7 @@ class TrainStep:
     seed: of drop path.
   """
 
-  model: ModelDef
+  model: ModelDef[InternVL]
   objective: Objective
   optimizer: optax.GradientTransformation
   max_grad_norm: float
@@ -68,7 +68,7 @@ class TrainStep:
     loss, grads = self.value_and_grad(state.params, frozen, batch, state.step)
     grads, norm = clip_by_global_norm(grads, self.max_grad_norm)
     updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-    params = {path: value - learning_rate * updates[path] for path, value in state.params.items()}
+    params = jax.tree.map(lambda value, update: value - learning_rate * update, state.params, updates)
     return TrainState(state.step + 1, params, opt_state), StepMetrics(loss, norm)
 
   def value_and_grad(

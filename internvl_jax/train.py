@@ -68,7 +68,9 @@ def train(config: TrainConfig) -> None:
   # The data are looked at before the weights are read: mistakes are likelier there, and cheaper to find.
   loader = make_loader()
   logging.info("Data:\n%s", "\n".join(loader.describe()))
-  logging.info("%d steps of %d samples, %d to an epoch", loader.total_steps, loader.global_batch, loader.steps_per_epoch)
+  logging.info(
+    "%d steps of %d samples, %d to an epoch", loader.total_steps, loader.global_batch, loader.steps_per_epoch
+  )
 
   params = place_params(config, source, trainable, mesh)
   logging.info("Model:\n%s", describe(params, trainable))
@@ -76,7 +78,7 @@ def train(config: TrainConfig) -> None:
   state = TrainState.create(select(params, trainable), optimizer)
   del params
 
-  output_dir = Path(config.training.output_dir)
+  output_dir = output_folder(config)
   checkpointer = Checkpointer(output_dir, keep=config.training.save_total_limit)
   log = RunLog(config.training, output_dir, total_steps=loader.total_steps, epoch_of=loader.epoch_of)
   if checkpointer.latest_step is not None:
@@ -106,11 +108,17 @@ def train(config: TrainConfig) -> None:
   finish(config, source, tokenizer, {**frozen, **state.params}, evaluation)
 
 
+def output_folder(config: TrainConfig) -> Path:
+  """The run's directory, which `validate` has made sure is named."""
+  assert config.training.output_dir is not None
+  return Path(config.training.output_dir)
+
+
 def prepare_output_dir(config: TrainConfig) -> None:
   """Makes the output directory, or empties it where the config says so, and writes the config into it."""
+  output_dir = output_folder(config)
   if check_output_dir(config.training) == "overwrite":
-    clear_output_dir(config.training.output_dir)
-  output_dir = Path(config.training.output_dir)
+    clear_output_dir(str(output_dir))
   output_dir.mkdir(parents=True, exist_ok=True)
   write_json(output_dir / "train_config.json", to_json(config))
 
@@ -126,6 +134,7 @@ def set_up_jax(config: TrainConfig) -> None:
 
 def open_model(config: TrainConfig) -> Source:
   """The checkpoint's description, with what the config changes about the model."""
+  assert config.model.model_name_or_path is not None
   return open_source(
     config.model.model_name_or_path,
     image_size=config.data.force_image_size,
@@ -184,7 +193,7 @@ def finish(
   evaluation: Evaluation | None,
 ) -> None:
   """Writes the model that stands alone, and scores it where the config says so."""
-  output_dir = config.training.output_dir
+  output_dir = output_folder(config)
   half = config.checkpoint.export_dtype == "bfloat16" or (
     config.checkpoint.export_dtype == "auto" and config.training.bf16
   )
@@ -194,7 +203,7 @@ def finish(
     params,
     dtype=jnp.bfloat16 if half else jnp.float32,
     normalize_type=config.data.normalize_type,
-    eos_token_id=tokenizer.stop_id,
+    eos_token_id=tokenizer.stop_token_id,
     changes={
       "template": config.data.conv_style,
       "dynamic_image_size": config.data.dynamic_image_size,

@@ -24,7 +24,7 @@ from internvl_jax.frontdoor import run_app
 from internvl_jax.hf import model as hf_model
 from internvl_jax.losses import lm
 from internvl_jax.models.functional import ModelDef
-from internvl_jax.models.internvl import Execution
+from internvl_jax.models.internvl import Execution, InternVL
 
 _REQUIRED = ("pixel_values", "image_flags", "input_ids", "labels", "attention_mask", "image_token_id")
 _OUTPUTS = ("logits", "loss", "loss_square", "features", "vit_last_hidden", "grad_norm")
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   params = source.load(source.model.shapes, dict.fromkeys(source.model.shapes, device))
   outputs = run(source.model, params, inputs)
-  np.savez(_OUTPUTS_FILE.value, **outputs)
+  np.savez(_OUTPUTS_FILE.value, allow_pickle=False, **outputs)
   for name in _OUTPUTS:
     if name in inputs and name in outputs:
       print(f"{name:<16} largest difference {np.abs(outputs[name] - inputs[name]).max():.3e}")
@@ -69,12 +69,14 @@ def read_inputs(path: str) -> dict[str, np.ndarray]:
   return inputs
 
 
-def run(model: ModelDef, params: Mapping[str, jax.Array], inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def run(
+  model: ModelDef[InternVL], params: Mapping[str, jax.Array], inputs: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
   """What the model computes on the arrays, in float32, and the norm of all its parameters' gradients."""
 
   def forward(params, weights):
     outputs = _forward(model, params, inputs)
-    return lm.cross_entropy(outputs["logits"], _shifted_targets(inputs), weights), outputs
+    return lm.cross_entropy(outputs["logits"], jnp.asarray(_shifted_targets(inputs)), weights), outputs
 
   mean = _mean_weights(inputs)
   (loss, outputs), grads = jax.jit(jax.value_and_grad(forward, has_aux=True))(params, mean)
@@ -85,18 +87,22 @@ def run(model: ModelDef, params: Mapping[str, jax.Array], inputs: Mapping[str, n
   return {name: np.asarray(value) for name, value in outputs.items()}
 
 
-def _forward(model: ModelDef, params, inputs: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+def _forward(model: ModelDef[InternVL], params, inputs: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
   module, how = model.bind(params), Execution()
   hidden = module.vision_model(jnp.asarray(inputs["pixel_values"]).transpose(0, 2, 3, 1), **how.scan_options)
   features = module.project(hidden)
   pool = features[np.flatnonzero(inputs["image_flags"])].reshape(1, -1, features.shape[-1])
   index = _image_index(inputs, pool.shape[1])
-  x = module.embed(inputs["input_ids"], index, pool, how)
+  x = module.embed(jnp.asarray(inputs["input_ids"]), jnp.asarray(index), pool, how)
   mask = inputs["attention_mask"].astype(np.int32)
   # PyTorch's mask hides padded keys from everyone but lets padded queries look: so queries are all of one
   # segment, and hidden keys of another.
   states = module.decode(
-    x, how, positions=_positions(inputs), segment_ids=jnp.ones_like(mask), kv_segment_ids=jnp.asarray(mask)
+    x,
+    how,
+    positions=jnp.asarray(_positions(inputs)),
+    segment_ids=jnp.ones_like(mask),
+    kv_segment_ids=jnp.asarray(mask),
   )
   return {"vit_last_hidden": hidden, "features": features, "logits": module.logits(states)}
 

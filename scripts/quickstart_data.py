@@ -48,8 +48,9 @@ SPECIAL = (
   "</box>",
 )
 
-# Weights of the types in the mixture (repeat_time): what is a shape is learned last, and drives the rest.
-REPEAT = {"color": 1, "shape": 1, "yes_no_color": 1, "yes_no_shape": 1}
+# How often a training question is seen in an epoch, by type (repeat_time). Shapes are learned last, and a
+# question that names one teaches more than a yes or no.
+REPEAT = {"color": 1, "shape": 4, "yes_no_color": 1, "yes_no_shape": 1}
 
 VISION = {
   "architectures": ["InternVisionModel"],
@@ -124,7 +125,9 @@ def main(argv: Sequence[str]) -> None:
   write_data(out / "data", train, test, scored)
   copy_images(out / "data" / "images", paths)
   write_model(out / "init", train)
-  print(f"{len(train)} training and {len(test)} held-out questions are in {out}/data, the model's config in {out}/init")
+  print(
+    f"{len(train)} training and {len(test)} held-out questions are in {out}/data, the model's config in {out}/init"
+  )
 
 
 def write_data(folder: Path, train: Sequence[Question], test: Sequence[Question], scored: str) -> None:

@@ -111,12 +111,15 @@ def _spec(path: pathlib.Path, name: str, entry: Any) -> DatasetSpec:
   for key in _REQUIRED:
     if key not in entry:
       raise DataError(f"{blame}: key {key!r} is missing; it needs {' and '.join(_REQUIRED)}")
-  values = {key: value for key, value in entry.items() if value is not None or key in _REQUIRED}
+  values: dict[str, Any] = {
+    key: value for key, value in entry.items() if value is not None or key in _REQUIRED
+  }
   for key, value in values.items():
     _check_value(blame, key, value)
   annotation = _find_annotation(path, blame, values["annotation"])
   root = _find_root(path, values["root"], annotation)
-  return DatasetSpec(name=name, **values | {"root": root, "annotation": annotation})
+  values |= {"root": root, "annotation": annotation}
+  return DatasetSpec(name=name, **values)
 
 
 def _check_value(blame: str, key: str, value: Any) -> None:

@@ -1,10 +1,11 @@
 """The loader: plan -> workers that decode micro-batches -> padded batches, with counters and exact resume."""
 
 import dataclasses
+import operator
 import os
 import shutil
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, SupportsIndex
 
 import grain
 import numpy as np
@@ -56,8 +57,8 @@ class MicroBatchSource:
   def __len__(self) -> int:
     return self.count
 
-  def __getitem__(self, element: int) -> batching.MicroBatch:
-    places = self.plan.places((self.start + element) * self.rows, self.rows)
+  def __getitem__(self, record_key: SupportsIndex) -> batching.MicroBatch:
+    places = self.plan.places((self.start + operator.index(record_key)) * self.rows, self.rows)
     rows = [self._row(int(e), int(i)) for e, i in zip(*places, strict=True)]
     return batching.pack_rows(
       rows,

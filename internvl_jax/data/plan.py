@@ -55,8 +55,8 @@ class Plan:
     return zlib.crc32(self.places(0, min(self.num_samples, 1024)).indices.tobytes())
 
 
-# More than one epoch, because a batch may reach over the border. 10^7 samples take 40 MB an epoch and 0.2 s to shuffle,
-# once in each process; far beyond that an index-by-index shuffle should take its place.
+# More than one epoch, because a batch may reach over the border. 10^7 samples take 40 MB an epoch and about a
+# second to shuffle, once in each process; far beyond that an index-by-index shuffle should take its place.
 @functools.lru_cache(maxsize=4)
 def _permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
   dtype = np.int32 if num_samples <= np.iinfo(np.int32).max else np.int64

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -81,12 +80,12 @@ def make_sample(
     raise where.error(
       f"key 'conversations' is missing; the line has {', '.join(map(repr, record)) or 'no key'}"
     )
-  conversations = record["conversations"]
+  conversations: Any = record["conversations"]
   paths = _image_paths(record, where)
   images_tiles = [
     _tiles(os.path.join(spec.root, path), where, spec, data, rng, num_images=len(paths)) for path in paths
   ]
-  if len(paths) == 1 and isinstance(conversations, Sequence) and not isinstance(conversations, str):
+  if len(paths) == 1 and isinstance(conversations, list):
     conversations = with_placeholder(conversations)
   image_tokens = [len(tiles) * tokens_per_tile for tiles in images_tiles]
   no_tile = np.zeros((0, data.force_image_size, data.force_image_size, 3), np.uint8)

@@ -11,21 +11,21 @@ _ROWS_SHOWN = 2
 
 
 def show_batch(batch: SFTBatch, tokenizer: ChatTokenizer) -> str:
-  """Returns the batch's shapes and its first rows decoded, with what is supervised between » and «.
+  r"""Returns the batch's shapes and its first rows decoded, with what is supervised between » and «.
 
-  input_ids [1, 32, 48] ... tiles [1, 1, 32, 64, 64, 3]
-  row 0: <|im_start|>user\\n<img><IMG_CONTEXT>x16</img>\\nWhat?<|im_end|>\\n<|im_start|>assistant\\n»Yes<|im_end|>«\\n
+  1 micro-batches of 32 rows of 48 tokens, 90% of them filled, 64 supervised; tiles 1x1x32x64x64x3
+  row 0: <|im_start|>user\n<img><IMG_CONTEXT>x16</img>\nWhat?<|im_end|>\n<|im_start|>assistant\n»Yes<|im_end|>«\n
   """
   A, R, S = batch.input_ids.shape
   supervised = int((batch.targets != IGNORE_INDEX).sum())
   filled = float((batch.segment_ids > 0).mean())
-  lines = [
+  shapes = (
     f"{A} micro-batches of {R} rows of {S} tokens, {filled:.0%} of them filled, {supervised} supervised; "
     f"tiles {'x'.join(map(str, batch.tiles.shape))}"
-  ]
-  for row in range(min(R, _ROWS_SHOWN)):
-    lines.append(f"row {row}: {_show_row(batch, row, tokenizer)}")
-  return "\n".join(lines)
+  )
+  return "\n".join(
+    [shapes, *(f"row {row}: {_show_row(batch, row, tokenizer)}" for row in range(min(R, _ROWS_SHOWN)))]
+  )
 
 
 def _show_row(batch: SFTBatch, row: int, tokenizer: ChatTokenizer) -> str:

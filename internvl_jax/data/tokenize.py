@@ -41,7 +41,6 @@ class ChatTokenizer:
   Attributes:
     template: how turns are written.
     image_token_id: id of `<IMG_CONTEXT>`, at whose places the features of the image go.
-    stop_id: id of the token that closes an answer.
     answer_opening: ids that stand before an answer: a prompt for generation is the turns before, then these.
     stop_token_id: id that ends an answer.
   """
@@ -79,8 +78,6 @@ class ChatTokenizer:
     self.answer_opening: list[int] = self._encode(self.template.openings["gpt"])
     self.stop_token_id: int = self._encode(self.template.closing)[0]
     self._default_system = self._encode_turn("system", self.template.system_message)
-    # What closes an answer is what ends it when it is generated.
-    self.stop_id: int = self._encode(self.template.closing)[0]
 
   def encode(
     self,

@@ -13,7 +13,7 @@ import numpy as np
 
 from internvl_jax.batch import NO_IMAGE
 from internvl_jax.models.functional import ModelDef
-from internvl_jax.models.internvl import Execution, normalize_tiles
+from internvl_jax.models.internvl import Execution, InternVL, normalize_tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class GreedyDecoder:
     batch_size: B; a smaller last batch is filled up.
   """
 
-  model: ModelDef
+  model: ModelDef[InternVL]
   how: Execution
   normalize_type: str
   image_token_id: int
@@ -96,7 +96,7 @@ class GreedyDecoder:
     decoder = model.language_model.model
     positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
     cache = decoder.make_cache(B, S + self.max_new_tokens, self.how.dtype)
-    hidden, cache = decoder.extend(x, cache, 0, positions=positions, segment_ids=segment_ids)
+    hidden, cache = decoder.extend(x, cache, jnp.int32(0), positions=positions, segment_ids=segment_ids)
     first = jnp.argmax(model.logits(hidden[:, -1]), axis=-1).astype(jnp.int32)
     real = segment_ids.max(axis=1)
     stop_ids = jnp.array(self.stop_ids, jnp.int32)

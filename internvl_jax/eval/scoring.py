@@ -29,9 +29,12 @@ from internvl_jax.models.internvl import Execution
 class Question:
   """A prompt, the answer wanted, and what the line of the jsonl says about it."""
 
-  prompt: Prompt | None
+  prompt: Prompt
   answer: str
   record: dict[str, Any]
+
+
+_NO_PROMPT = Prompt(np.zeros(0, np.int32), np.zeros((0, 0, 0, 3), np.uint8))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +66,12 @@ def score(questions: Sequence[Question], answers: Sequence[str], *, group_field:
     hits.append(hit)
     if group_field is not None:
       groups[str(question.record.get(group_field, "(none)"))].append(hit)
-    predictions.append({**question.record, "prediction": answer.strip(), "answer": question.answer, "correct": hit})
-  by_group = {name: {"accuracy": float(np.mean(g)), "num_questions": len(g)} for name, g in sorted(groups.items())}
+    predictions.append(
+      {**question.record, "prediction": answer.strip(), "answer": question.answer, "correct": hit}
+    )
+  by_group = {
+    name: {"accuracy": float(np.mean(g)), "num_questions": len(g)} for name, g in sorted(groups.items())
+  }
   return Scores(float(np.mean(hits)), len(hits), by_group, predictions)
 
 
@@ -95,7 +102,7 @@ class Evaluation:
       tokens = self.decoder(dict(params), [question.prompt for question in group])
       answers += [self.tokenizer.decode(row) for row in tokens]
       # Only what the report needs is kept: the tiles of a large set would not fit.
-      questions += [dataclasses.replace(question, prompt=None) for question in group]
+      questions += [dataclasses.replace(question, prompt=_NO_PROMPT) for question in group]
     scores = score(questions, answers, group_field=self.config.group_field)
     logging.info(
       "Scored %d questions in %.0f s: accuracy %.4f%s",
@@ -134,7 +141,9 @@ class Evaluation:
     sample = make_sample(record, where, spec, self.data, self.tokenizer, self.tokens_per_tile, None)
     last = record["conversations"][-1]
     if last["from"] != "gpt" or sample.truncated:
-      cause = "is longer than max_seq_length" if sample.truncated else "does not end with an answer from 'gpt'"
+      cause = (
+        "is longer than max_seq_length" if sample.truncated else "does not end with an answer from 'gpt'"
+      )
       raise UserError(f"{where}: the conversation {cause}; it cannot be scored")
     return Question(Prompt(prompt_ids(sample), sample.tiles), last["value"], record)
 
@@ -166,10 +175,14 @@ def make_evaluation(
     how=how,
     normalize_type=data.normalize_type,
     image_token_id=tokenizer.image_token_id,
-    stop_ids=(tokenizer.stop_id,),
+    stop_ids=(tokenizer.stop_token_id,),
     max_new_tokens=config.max_new_tokens,
     batch_size=config.batch_size,
   )
   return Evaluation(
-    config=config, data=data, tokenizer=tokenizer, decoder=decoder, tokens_per_tile=source.config.tokens_per_tile
+    config=config,
+    data=data,
+    tokenizer=tokenizer,
+    decoder=decoder,
+    tokens_per_tile=source.config.tokens_per_tile,
   )

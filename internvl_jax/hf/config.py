@@ -44,7 +44,9 @@ def family_of(config: Mapping[str, Any]) -> Family:
   """
   name = config["llm_config"].get("model_type")
   if name not in FAMILIES:
-    raise UserError(f"config.json: llm_config.model_type={name!r} is not supported; known: {sorted(FAMILIES)}")
+    raise UserError(
+      f"config.json: llm_config.model_type={name!r} is not supported; known: {sorted(FAMILIES)}"
+    )
   return FAMILIES[name]
 
 
@@ -66,7 +68,7 @@ def model_config(
   _check_constants("vision_config", vision, _VISION_CONSTANTS)
   _check_constants("llm_config", config["llm_config"], family.constants)
   try:
-    image_size = image_size or config.get("force_image_size") or vision["image_size"]
+    image_size = int(image_size or config.get("force_image_size") or vision["image_size"])
     _check_tile(image_size, vision["patch_size"])
     return InternVLConfig(
       vision=VisionConfig(
@@ -91,7 +93,9 @@ def model_config(
     raise UserError(f"config.json: the entry {error} is missing") from None
 
 
-def updated_config(config: Mapping[str, Any], model: InternVLConfig, *, dtype: str, **changes: Any) -> dict[str, Any]:
+def updated_config(
+  config: Mapping[str, Any], model: InternVLConfig, *, dtype: str, **changes: Any
+) -> dict[str, Any]:
   """A config.json for a model that was trained on: the original's entries, with what the run fixed.
 
   Args:

@@ -60,7 +60,9 @@ VISION_TABLE = [
   Row(f"{_VIT}.position_embedding", f"{_VIT}.position_embedding", POSITIONS),
   Row(f"{_VIT}.patch_kernel", f"{_VIT}.patch_embedding.weight", CONV),
   Row(f"{_VIT}.patch_bias", f"{_VIT}.patch_embedding.bias"),
-  *(row for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2") for row in linear(f"{_VIT_LAYER}.{name}")),
+  *(
+    row for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2") for row in linear(f"{_VIT_LAYER}.{name}")
+  ),
   *(row for name in ("norm1", "norm2", "attn.q_norm", "attn.k_norm") for row in norm(f"{_VIT_LAYER}.{name}")),
   Row(f"{_VIT_LAYER}.ls1", f"{_VIT_LAYER}.ls1"),
   Row(f"{_VIT_LAYER}.ls2", f"{_VIT_LAYER}.ls2"),

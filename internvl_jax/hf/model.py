@@ -33,7 +33,7 @@ class Source:
   folder: Path
   raw: Mapping[str, Any]
   config: InternVLConfig
-  model: functional.ModelDef
+  model: functional.ModelDef[InternVL]
 
   @property
   def table(self) -> list[families.Row]:

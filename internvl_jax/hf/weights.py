@@ -93,7 +93,7 @@ def load(
     row, keys = plan[path]
     stacked = LAYER_RANGE.search(path) is not None
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index: Any) -> np.ndarray:
       if not stacked:
         return np.ascontiguousarray(row.transform.load(checkpoint[keys[0]], shape)[index], dtype)
       layers = keys[index[0]]
@@ -124,9 +124,13 @@ def _match(
       elif not _fits(found[key], row, inner):
         expected = row.transform.save(np.broadcast_to(np.int8(0), inner)).shape
         problems.append(f"mis-shaped: {key} is {found[key]}, expected {expected} for {path}")
-  problems += [f"left over: {key} {found[key]} fits no parameter of the model" for key in sorted(set(found) - used)]
+  problems += [
+    f"left over: {key} {found[key]} fits no parameter of the model" for key in sorted(set(found) - used)
+  ]
   if problems:
-    raise UserError("\n".join(["the checkpoint does not fit the model that its config.json describes:", *problems]))
+    raise UserError(
+      "\n".join(["the checkpoint does not fit the model that its config.json describes:", *problems])
+    )
   return plan
 
 
@@ -150,7 +154,9 @@ def checkpoint_keys(path: str, table: Sequence[Row]) -> tuple[Row, list[str]]:
   return row, [row.theirs.replace("{i}", str(i)) for i in range(int(span[1]), int(span[2]))]
 
 
-def tensors(params: Mapping[str, jax.Array], table: Sequence[Row], dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
+def tensors(
+  params: Mapping[str, jax.Array], table: Sequence[Row], dtype: np.dtype
+) -> Iterator[tuple[str, np.ndarray]]:
   """A model's parameters as the checkpoint's tensors, one at a time, cast to `dtype`."""
   for path, value in params.items():
     row, keys = checkpoint_keys(path, table)

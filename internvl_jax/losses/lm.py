@@ -47,7 +47,9 @@ def chunked_linear_cross_entropy(
   hidden = jnp.pad(hidden, ((0, pad), (0, 0)))
   targets = jnp.pad(targets, (0, pad), constant_values=IGNORE_INDEX)
   weights = jnp.pad(weights, (0, pad))
-  return _fused(hidden.reshape(chunks, size, -1), kernel, targets.reshape(chunks, size), weights.reshape(chunks, size))
+  return _fused(
+    hidden.reshape(chunks, size, -1), kernel, targets.reshape(chunks, size), weights.reshape(chunks, size)
+  )
 
 
 @jax.custom_vjp
@@ -78,9 +80,7 @@ def _fused_forward(hidden, kernel, targets, weights):
 
   zero = jnp.zeros(kernel.shape, jnp.float32) if needs_kernel else None
   (total, d_kernel), d_hidden = jax.lax.scan(add, (jnp.float32(0), zero), (hidden, targets, weights))
-  if needs_kernel:
-    d_kernel = d_kernel.astype(kernel.dtype)
-  return total, (d_hidden, d_kernel)
+  return total, (d_hidden, None if d_kernel is None else d_kernel.astype(kernel.dtype))
 
 
 def _fused_backward(residuals, g):

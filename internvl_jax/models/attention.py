@@ -56,13 +56,16 @@ def _attend(q, k, v, q_segments, kv_segments, q_index, causal) -> jax.Array:
   """Attention with all of its scores in memory."""
   B, T, N, H = q.shape
   S, K = k.shape[1:3]
-  q = q.reshape(B, T, K, N // K, H)
-  scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) / math.sqrt(H)
+  # Heads next to rows make each product a batch of plain matrices; XLA's CPU backend copies otherwise.
+  q = (q / math.sqrt(H)).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+  k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+  scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32)
   mask = _mask(q_segments, kv_segments, q_index if q_index is not None else jnp.arange(T), S, causal)
   if mask is not None:
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)
+  out = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v)
+  return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def _mask(q_segments, kv_segments, q_index, S, causal) -> jax.Array | None:

@@ -85,7 +85,14 @@ class DecoderAttention(nnx.Module):
       v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), offset, axis=1)
       q_index = offset + jnp.arange(T)
     out = attention(
-      q, k, v, segment_ids=segment_ids, kv_segment_ids=kv_segment_ids, q_index=q_index, causal=True, backend=backend
+      q,
+      k,
+      v,
+      segment_ids=segment_ids,
+      kv_segment_ids=kv_segment_ids,
+      q_index=q_index,
+      causal=True,
+      backend=backend,
     )
     return self.o_proj(out.reshape(B, T, -1)), (k, v)
 
@@ -203,4 +210,6 @@ class CausalLM(nnx.Module):
 
   def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
     self.model = Decoder(config, rngs=rngs)
-    self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, axes=("embed", "vocab"), rngs=rngs)
+    self.lm_head = Linear(
+      config.hidden_size, config.vocab_size, bias=False, axes=("embed", "vocab"), rngs=rngs
+    )

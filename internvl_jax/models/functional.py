@@ -2,13 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Generic, TypeVar
 
 import jax
 from flax import nnx
 
+M = TypeVar("M", bound=nnx.Module)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ModelDef:
+class ModelDef(Generic[M]):
   """A model without its numbers: the NNX graph, and each parameter's path, shape and logical axes."""
 
   graph: nnx.GraphDef
@@ -24,13 +27,13 @@ class ModelDef:
     """Logical axis names of every parameter, by path."""
     return {_dotted(path): var.get_metadata("out_sharding") for path, var in self.variables}
 
-  def bind(self, params: Mapping[str, jax.Array]) -> nnx.Module:
+  def bind(self, params: Mapping[str, jax.Array]) -> M:
     """The module with these parameters in it."""
     leaves = [(path, var.replace(params[_dotted(path)])) for path, var in self.variables]
     return nnx.merge(self.graph, nnx.from_flat_state(leaves))
 
 
-def define(build: Callable[[nnx.Rngs], nnx.Module]) -> ModelDef:
+def define(build: Callable[[nnx.Rngs], M]) -> ModelDef[M]:
   """The definition of what `build` makes, without making any array."""
   graph, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
   return ModelDef(graph, tuple((path, var) for path, var in nnx.to_flat_state(state)))

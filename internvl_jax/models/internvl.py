@@ -76,7 +76,9 @@ class InternVL(nnx.Module):
     x = pixel_shuffle(vision_hidden[:, 1:], ratio=self.downsample_ratio, version=self.ps_version)
     return self.mlp1(x)
 
-  def embed(self, input_ids: jax.Array, image_index: jax.Array, features: jax.Array, how: Execution) -> jax.Array:
+  def embed(
+    self, input_ids: jax.Array, image_index: jax.Array, features: jax.Array, how: Execution
+  ) -> jax.Array:
     """Token embeddings with image features in their places.
 
     Args:

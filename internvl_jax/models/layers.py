@@ -88,7 +88,9 @@ class LayerStack(nnx.Module):
   or in whether they run at all.
   """
 
-  def __init__(self, make_layer: Callable[[nnx.Rngs], nnx.Module], *, bounds: tuple[int, ...], rngs: nnx.Rngs):
+  def __init__(
+    self, make_layer: Callable[[nnx.Rngs], nnx.Module], *, bounds: tuple[int, ...], rngs: nnx.Rngs
+  ):
     """Makes the layers of the segments between `bounds`, e.g. (0, 20, 24) for two segments."""
     segments = {}
     for start, stop in zip(bounds[:-1], bounds[1:], strict=True):

@@ -6,6 +6,7 @@ Axes, outermost first: `data` and `fsdp` split the batch (fsdp also splits weigh
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ DATA_AXES = ("data", "fsdp")
 """Axes that split the batch."""
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
   """Arranges the devices as the config says.
 
   Raises:
@@ -30,7 +31,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   known = math.prod(size for size in sizes if size != -1)
   asked = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
   if len(devices) % known or (-1 not in sizes and known != len(devices)):
-    raise UserError(f"mesh ({asked}) needs a multiple of {known} devices, but there are {len(devices)}; set mesh.data=-1")
+    raise UserError(
+      f"mesh ({asked}) needs a multiple of {known} devices, but there are {len(devices)}; set mesh.data=-1"
+    )
   sizes = [len(devices) // known if size == -1 else size for size in sizes]
   return Mesh(np.array(devices).reshape(sizes), AXES)
 
