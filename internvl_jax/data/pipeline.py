@@ -1,11 +1,10 @@
 """The loader: plan -> workers that decode micro-batches -> padded batches, with counters and exact resume."""
 
 import dataclasses
-import operator
 import os
 import shutil
 from collections.abc import Iterator
-from typing import Any, SupportsIndex
+from typing import Any, cast
 
 import grain
 import numpy as np
@@ -57,8 +56,8 @@ class MicroBatchSource:
   def __len__(self) -> int:
     return self.count
 
-  def __getitem__(self, record_key: SupportsIndex) -> batching.MicroBatch:
-    places = self.plan.places((self.start + operator.index(record_key)) * self.rows, self.rows)
+  def __getitem__(self, element: int) -> batching.MicroBatch:
+    places = self.plan.places((self.start + element) * self.rows, self.rows)
     rows = [self._row(int(e), int(i)) for e, i in zip(*places, strict=True)]
     return batching.pack_rows(
       rows,
@@ -295,7 +294,7 @@ class TrainLoader:
 
 def _prefetched(source: MicroBatchSource, workers: int, prefetch: int, micro_bytes: int) -> grain.IterDataset:
   """Returns the source's elements in order, decoded ahead by worker processes or by threads of this one."""
-  dataset = grain.MapDataset.source(source)
+  dataset = grain.MapDataset.source(cast(Any, source))  # grain names the index differently
   if not workers:
     threads = min(prefetch, os.cpu_count() or 1)
     return dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))

@@ -1,0 +1,154 @@
+"""Checkpoints in Hugging Face's form survive the round trip; greedy decoding agrees with the full forward pass."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from internvl_jax.eval.decoding import GreedyDecoder, Prompt
+from internvl_jax.eval.scoring import Question, score
+from internvl_jax.hf import weights
+from internvl_jax.hf.model import open_source, save_model
+from internvl_jax.models.internvl import Execution, normalize_tiles
+from toy import CURVE
+
+PLACE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def load(folder, **overrides):
+  source = open_source(folder, **overrides)
+  return source, source.load(source.model.shapes, dict.fromkeys(source.model.shapes, PLACE))
+
+
+@pytest.fixture(scope="module")
+def opened():
+  return load(CURVE / "init")
+
+
+@pytest.mark.parametrize("shard_bytes", [weights.SHARD_BYTES, 200_000])
+def test_load_save_load_is_bit_identical(tmp_path, opened, shard_bytes):
+  source, params = opened
+  weights.save(tmp_path, params, source.table, dtype=np.dtype("float32"), shard_bytes=shard_bytes)
+  files = sorted(tmp_path.glob("*.safetensors"))
+  saved = {key: value for path in files for key, value in load_file(path).items()}
+  original = load_file(CURVE / "init/model.safetensors")
+  assert saved.keys() == original.keys()
+  for key, value in original.items():
+    np.testing.assert_array_equal(saved[key], value, err_msg=key)
+  if shard_bytes < weights.SHARD_BYTES:
+    assert len(files) > 3
+    index = json.loads((tmp_path / weights.INDEX).read_text())
+    assert index["weight_map"].keys() == original.keys()
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in original.values())
+  again = weights.load(weights.Checkpoint(tmp_path), source.table, source.model.shapes, lambda _: PLACE)
+  for path, value in params.items():
+    np.testing.assert_array_equal(again[path], value, err_msg=path)
+
+
+def test_bfloat16_export(tmp_path, opened):
+  source, params = opened
+  save_model(
+    tmp_path,
+    source,
+    params,
+    dtype=jnp.bfloat16,
+    normalize_type="imagenet",
+    eos_token_id=2,
+    changes={"template": "x"},
+  )
+  assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+  _, again = load(tmp_path)
+  for path, value in params.items():
+    np.testing.assert_array_equal(again[path], value.astype(jnp.bfloat16).astype(jnp.float32), err_msg=path)
+
+
+def test_a_sharded_load_gives_each_device_its_part(opened):
+  source, params = opened
+  mesh = jax.make_mesh((8,), ("fsdp",))
+  place = {}
+  for path, leaf in source.model.shapes.items():
+    axis = next((i for i, n in enumerate(leaf.shape) if n % 8 == 0), None)
+    spec = [None] * len(leaf.shape)
+    if axis is not None:
+      spec[axis] = "fsdp"
+    place[path] = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+  sharded = source.load(source.model.shapes, place)
+  for path, value in params.items():
+    np.testing.assert_array_equal(sharded[path], value, err_msg=path)
+
+
+def test_another_tile_size_resizes_positions(opened):
+  _, params = opened
+  source, resized = load(CURVE / "init", image_size=84)
+  path = "vision_model.embeddings.position_embedding"
+  assert params[path].shape == (1 + 16, 48) and resized[path].shape == (1 + 36, 48)
+  np.testing.assert_array_equal(resized[path][0], params[path][0])
+  assert source.config.tokens_per_tile == 9
+
+
+def test_greedy_decoding_equals_repeated_full_passes(opened):
+  """Prompts of unequal length, one without an image, in one batch with a filler row."""
+  source, params = opened
+  rng = np.random.default_rng(0)
+  P, image_token = source.config.tokens_per_tile, 5
+
+  def prompt(length, tiles):
+    ids = rng.integers(20, 380, length).astype("i4")
+    ids[2 : 2 + P * tiles] = image_token
+    return Prompt(ids, rng.integers(0, 256, (tiles, 56, 56, 3)).astype("u1"))
+
+  prompts = [prompt(9, 1), prompt(33, 2), prompt(5, 0)]
+  decoder = GreedyDecoder(
+    model=source.model,
+    how=Execution(),
+    normalize_type="imagenet",
+    image_token_id=image_token,
+    stop_ids=(2,),
+    max_new_tokens=6,
+    batch_size=4,
+  )
+  answers = decoder(params, prompts)
+
+  @jax.jit
+  def next_token(ids, index, tiles, length):
+    model = source.model.bind(params)
+    features = jnp.zeros((1, 0, 0))
+    if len(tiles):
+      encoded = model.extract_features(normalize_tiles(tiles, "imagenet"), Execution())
+      features = encoded.reshape(1, -1, encoded.shape[-1])
+    x = model.embed(ids, index, features, Execution())
+    segments = (jnp.arange(ids.shape[1]) < length).astype(jnp.int32)[None]
+    hidden = model.decode(x, Execution(), positions=jnp.arange(ids.shape[1])[None], segment_ids=segments)
+    return jnp.argmax(model.logits(hidden[0, length - 1]))
+
+  for question, answer in zip(prompts, answers, strict=True):
+    ids = list(question.input_ids)
+    expected = []
+    for _ in range(6):
+      row = np.zeros((1, 48), "i4")
+      row[0, : len(ids)] = ids
+      is_image = row == image_token
+      index = np.where(is_image, np.cumsum(is_image) - 1, -1)
+      token = int(next_token(row, index, question.tiles, len(ids)))
+      if token == 2:
+        break
+      expected.append(token)
+      ids.append(token)
+    assert answer.tolist() == expected
+
+
+def test_scores_by_group():
+  nothing = Prompt(np.zeros(0, "i4"), np.zeros((0, 1, 1, 3), "u1"))
+  questions = [
+    Question(nothing, answer, {"type": kind}) for answer, kind in [("a", "x"), ("b", "x"), ("c", "y")]
+  ]
+  scores = score(questions, ["a", " b\n", "d"], group_field="type")
+  assert scores.accuracy == pytest.approx(2 / 3) and scores.num_questions == 3
+  assert scores.by_group == {
+    "x": {"accuracy": 1.0, "num_questions": 2},
+    "y": {"accuracy": 0.0, "num_questions": 1},
+  }
+  assert scores.predictions[2]["prediction"] == "d" and not scores.predictions[2]["correct"]

@@ -1,0 +1,152 @@
+"""The forward pass, the losses and the gradients agree with what PyTorch recorded for the reference's model."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from internvl_jax import verify
+from internvl_jax.hf.model import open_source
+from internvl_jax.hf.weights import checkpoint_keys
+from internvl_jax.losses import lm
+from internvl_jax.models import attention
+from internvl_jax.models.projector import pixel_shuffle
+from internvl_jax.models.vit import resize_position_embedding
+from internvl_jax.trees import LAYER_RANGE
+from toy import ASSETS
+
+QWEN2 = ASSETS / "qwen2"
+
+
+@pytest.fixture(scope="module")
+def source():
+  return open_source(QWEN2)
+
+
+@pytest.fixture(scope="module")
+def params(source):
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return source.load(source.model.shapes, dict.fromkeys(source.model.shapes, place))
+
+
+def test_verify_agrees_with_the_recording(tmp_path):
+  """The command itself, with the tolerances that the project promises."""
+  out = tmp_path / "out.npz"
+  command = [sys.executable, "-m", "internvl_jax.verify", f"--model={QWEN2}", f"--inputs={QWEN2 / 'io.npz'}"]
+  subprocess.run([*command, f"--outputs={out}"], check=True)
+  ours, theirs = np.load(out), np.load(QWEN2 / "io.npz")
+  tolerances = {"logits": 2e-4, "loss": 1e-5, "loss_square": 1e-5, "vit_last_hidden": 1e-4, "features": 1e-4}
+  for name, tolerance in tolerances.items():
+    np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=tolerance, err_msg=name)
+  np.testing.assert_allclose(ours["grad_norm"], theirs["grad_norm"], rtol=1e-4)
+
+
+def test_gradient_norm_of_every_parameter(source, params):
+  inputs = verify.read_inputs(str(QWEN2 / "io.npz"))
+  targets = jnp.asarray(verify._shifted_targets(inputs))
+  weights = jnp.asarray(verify._mean_weights(inputs))
+
+  def loss(params):
+    return lm.cross_entropy(verify._forward(source.model, params, inputs)["logits"], targets, weights)
+
+  grads = jax.jit(jax.grad(loss))(params)
+  recorded = json.loads((QWEN2 / "grad_norms.json").read_text())
+  compared = set()
+  for path, grad in grads.items():
+    _, keys = checkpoint_keys(path, source.table)
+    layers = grad if LAYER_RANGE.search(path) else grad[None]
+    for key, layer in zip(keys, layers, strict=True):
+      # 1e-9: a key bias has no gradient in exact arithmetic, and float32's noise on both sides.
+      np.testing.assert_allclose(jnp.linalg.norm(layer), recorded[key], rtol=1e-3, atol=1e-9, err_msg=key)
+      compared.add(key)
+  assert compared == set(recorded)
+
+
+@pytest.mark.parametrize("tokens", [7, 64, 129])
+def test_chunked_loss_equals_plain(monkeypatch, tokens):
+  monkeypatch.setattr(lm, "CHUNK", 32)
+  rng = np.random.default_rng(0)
+  hidden, kernel = rng.normal(size=(tokens, 16)).astype("f4"), rng.normal(size=(16, 50)).astype("f4")
+  targets = rng.integers(0, 50, tokens).astype("i4")
+  targets[::3] = -100
+  weights = rng.random(tokens).astype("f4")
+
+  def plain(hidden, kernel):
+    return lm.cross_entropy(hidden @ kernel, targets, weights)
+
+  def chunked(hidden, kernel):
+    return lm.chunked_linear_cross_entropy(hidden, kernel, jnp.asarray(targets), jnp.asarray(weights))
+
+  for ours, theirs in zip(
+    jax.tree.leaves(jax.value_and_grad(chunked, argnums=(0, 1))(hidden, kernel)),
+    jax.tree.leaves(jax.value_and_grad(plain, argnums=(0, 1))(hidden, kernel)),
+    strict=True,
+  ):
+    np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-5)
+  # A head that does not train costs no gradient, and hidden states get the same one.
+  only = jax.grad(chunked)(hidden, kernel)
+  np.testing.assert_allclose(only, jax.grad(plain)(hidden, kernel), rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_blockwise_attention_equals_the_whole(monkeypatch, causal):
+  rng = np.random.default_rng(0)
+  q = rng.normal(size=(2, 50, 4, 8)).astype("f4")
+  k, v = rng.normal(size=(2, 2, 50, 2, 8)).astype("f4")
+  segments = np.repeat(np.array([[1, 2, 3, 0], [1, 1, 1, 2]]), [10, 20, 15, 5], axis=1)
+
+  def run(q, k, v):
+    out = attention.attention(q, k, v, segment_ids=segments, causal=causal)
+    return jnp.sum(jnp.sin(out) * (segments > 0)[:, :, None, None]), out
+
+  whole = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+  monkeypatch.setattr(attention, "QUERY_BLOCK", 16)
+  blocks = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+  for ours, theirs in zip(jax.tree.leaves(blocks), jax.tree.leaves(whole), strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=2e-6)
+
+
+def test_a_segment_never_sees_another():
+  rng = np.random.default_rng(0)
+  q, k, v = rng.normal(size=(3, 1, 12, 2, 4)).astype("f4")
+  segments = np.array([[1] * 5 + [2] * 7])
+  out = attention.attention(q, k, v, segment_ids=segments, causal=True)
+  k[:, :5] += 100.0
+  v[:, :5] -= 100.0
+  changed = attention.attention(q, k, v, segment_ids=segments, causal=True)
+  np.testing.assert_array_equal(out[:, 5:], changed[:, 5:])
+  assert np.abs(out[:, :5] - changed[:, :5]).max() > 1
+
+
+def test_unknown_attention_backend_is_named():
+  q = jnp.zeros((1, 2, 2, 4))
+  with pytest.raises(ValueError, match="'flash'"):
+    attention.attention(q, q, q, causal=True, backend="flash")
+
+
+def test_pixel_shuffle_orders_channels_and_grid():
+  # Patch (r, c) holds the number 10 r + c in its one channel.
+  grid = np.array([[10 * r + c for c in range(4)] for r in range(4)], "f4")
+  x = grid.reshape(1, 16, 1)
+  upright = np.asarray(pixel_shuffle(x, ratio=0.5, version="v2"))[0]
+  np.testing.assert_array_equal(upright, [[0, 1, 10, 11], [2, 3, 12, 13], [20, 21, 30, 31], [22, 23, 32, 33]])
+  transposed = np.asarray(pixel_shuffle(x, ratio=0.5, version="v1"))[0]
+  np.testing.assert_array_equal(transposed, upright[[0, 2, 1, 3]])
+
+
+def test_position_embedding_resize():
+  # Along a straight line, cubic convolution reproduces the line away from the clamped borders.
+  old, new = 8, 16
+  line = np.broadcast_to(np.arange(old, dtype="f8")[:, None], (old, old)).reshape(-1, 1)
+  positions = np.concatenate([[[7.5]], line])
+  resized = resize_position_embedding(positions, new * new)
+  assert resized.shape == (1 + new * new, 1)
+  assert resized[0, 0] == 7.5
+  rows = resized[1:, 0].reshape(new, new)
+  expected = (np.arange(new) + 0.5) * old / new - 0.5
+  np.testing.assert_allclose(rows[4:-4], np.broadcast_to(expected[4:-4, None], (new - 8, new)), atol=1e-12)
+  assert resize_position_embedding(positions, old * old) is positions

@@ -1,0 +1,91 @@
+"""The whole program: a recorded run is followed, and a killed one goes on as if nothing had happened."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from toy import CURVE, log_history, run_training, train_command
+
+EXPECTED = json.loads((CURVE / "expected.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def recorded_run(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("curve")
+  done = run_training(folder, folder / "out")
+  assert done.returncode == 0, done.stderr
+  return folder / "out"
+
+
+def test_follows_the_recorded_curve(recorded_run):
+  history = log_history(recorded_run)
+  assert len(history) == len(EXPECTED["log"]) == 24
+  for ours, theirs in zip(history, EXPECTED["log"], strict=True):
+    step = theirs["step"]
+    assert ours["step"] == step
+    assert abs(ours["loss"] - theirs["loss"]) <= (1e-3 if step <= 10 else 5e-3), step
+    np.testing.assert_allclose(ours["grad_norm"], theirs["grad_norm"], rtol=1e-2, err_msg=str(step))
+    assert ours["learning_rate"] == theirs["learning_rate"], step
+
+
+def test_leaves_a_model_that_stands_alone(recorded_run):
+  source = CURVE / "init"
+  trained, start = load_file(recorded_run / "model.safetensors"), load_file(source / "model.safetensors")
+  assert {k: v.shape for k, v in trained.items()} == {k: v.shape for k, v in start.items()}
+  assert sorted(k for k in start if (trained[k] == start[k]).all()) == []
+  for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+    assert (recorded_run / name).read_bytes() == (source / name).read_bytes()
+  config = json.loads((recorded_run / "config.json").read_text())
+  original = json.loads((source / "config.json").read_text())
+  assert config["llm_config"] == original["llm_config"]
+  assert config["max_dynamic_patch"] == 6 and config["template"] == "internvl2_5"
+  assert (recorded_run / "preprocessor_config.json").exists()
+  state = json.loads((recorded_run / "trainer_state.json").read_text())
+  assert state["global_step"] == state["max_steps"] == 24
+  assert state["data"]["easy"]["samples"] == 96
+
+
+def test_an_output_directory_with_other_files_is_refused(tmp_path):
+  out = tmp_path / "out"
+  out.mkdir()
+  (out / "thesis.tex").write_text("mine")
+  done = run_training(tmp_path, out)
+  assert done.returncode == 1
+  errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+  assert len(errors) == 1 and str(out) in errors[0] and "overwrite_output_dir" in errors[0]
+  assert "Traceback" not in done.stderr
+  assert (out / "thesis.tex").read_text() == "mine"
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
+  """SIGKILL at an arbitrary moment after some checkpoint; drop path and shuffling draw random numbers."""
+  settings = ("training.save_steps=3", "model.drop_path_rate=0.2", "loader.shuffle=True")
+  cache = f"runtime.compilation_cache_dir={tmp_path / 'cache'}"
+  straight = tmp_path / "straight"
+  assert run_training(tmp_path, straight, *settings, cache).returncode == 0
+
+  broken = tmp_path / "broken"
+  command, environment = train_command(tmp_path, broken, *settings, cache)
+  process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+  while not list(broken.glob("checkpoints/[0-9]*/_CHECKPOINT_METADATA")):
+    assert process.poll() is None, "ended before it could be killed"
+    time.sleep(0.005)
+  os.kill(process.pid, signal.SIGKILL)
+  assert process.wait() == -signal.SIGKILL
+  assert not (broken / "model.safetensors").exists()
+
+  again = run_training(tmp_path, broken, *settings, cache)
+  assert again.returncode == 0, again.stderr
+  assert "Resuming from the checkpoint of step" in again.stderr
+  for ours, theirs in zip(log_history(broken), log_history(straight), strict=True):
+    for key in ("step", "loss", "grad_norm", "learning_rate", "epoch"):
+      assert ours[key] == theirs[key], (key, ours, theirs)
+  ours, theirs = load_file(broken / "model.safetensors"), load_file(straight / "model.safetensors")
+  for name, value in theirs.items():
+    np.testing.assert_array_equal(ours[name], value, err_msg=name)

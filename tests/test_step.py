@@ -1,0 +1,349 @@
+"""The optimizer step: what it sums, what it leaves alone, and what it costs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from internvl_jax import optim
+from internvl_jax.arguments import MeshConfig, ModelArguments, TrainingArguments
+from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, SFTBatch
+from internvl_jax.models import functional
+from internvl_jax.models.decoder import DecoderConfig
+from internvl_jax.models.internvl import Execution, InternVL, InternVLConfig
+from internvl_jax.models.vit import VisionConfig
+from internvl_jax.objectives import SupervisedFineTuning, normalized_weights
+from internvl_jax.parallel import mesh as meshes
+from internvl_jax.parallel import rules
+from internvl_jax.state import TrainState, with_dtypes
+from internvl_jax.step import TrainStep
+from internvl_jax.trees import select
+
+
+def toy(vision_layers=2, text_layers=2, width=16, **vision):
+  """A model of 2x2 patches merged into one token a tile."""
+  return InternVLConfig(
+    vision=VisionConfig(
+      hidden_size=width,
+      intermediate_size=2 * width,
+      num_layers=vision_layers,
+      num_heads=2,
+      patch_size=4,
+      image_size=16,
+      **vision,
+    ),
+    text=DecoderConfig(
+      vocab_size=40,
+      hidden_size=width,
+      intermediate_size=2 * width,
+      num_layers=text_layers,
+      num_heads=4,
+      num_kv_heads=2,
+      head_dim=4,
+      qkv_bias=True,
+    ),
+  )
+
+
+def make_batch(rows=8, length=12, shards=1, accumulation=1, seed=0):
+  """Rows of random tokens; every other row owns a tile, whose four tokens stand at its front."""
+  rng = np.random.default_rng(seed)
+  shape = (accumulation, rows, length)
+  ids = rng.integers(0, 40, shape).astype("i4")
+  lengths = rng.integers(8, length + 1, shape[:2])
+  segments = (np.arange(length) < lengths[..., None]).astype("i4")
+  targets = np.where((np.arange(length) >= 5) & (segments > 0), rng.integers(0, 40, shape), IGNORE_INDEX)
+  index = np.full(shape, NO_IMAGE, "i4")
+  pool = rows // 2 // shards
+  for row in range(0, rows, 2):
+    index[:, row, :4] = (row // 2 % pool) * 4 + np.arange(4)
+  return SFTBatch(
+    input_ids=ids,
+    targets=targets.astype("i4"),
+    loss_weight=(targets != IGNORE_INDEX).astype("f4"),
+    positions=np.where(segments, np.arange(length), 0).astype("i4"),
+    segment_ids=segments,
+    image_index=index,
+    tiles=rng.integers(0, 256, (accumulation, shards, pool, 16, 16, 3)).astype("u1"),
+  )
+
+
+def reshape_batch(batch, accumulation, shards):
+  """The same rows dealt to other micro-batches and shards."""
+  rows = batch.input_ids.shape[0] * batch.input_ids.shape[1] // accumulation
+  tiles = batch.tiles.reshape(-1, *batch.tiles.shape[3:])
+  pool = len(tiles) // accumulation // shards
+  length = batch.input_ids.shape[-1]
+  fields = {
+    name: getattr(batch, name).reshape(accumulation, rows, length)
+    for name in SFTBatch._fields
+    if name != "tiles"
+  }
+  tile = np.where(fields["image_index"] == NO_IMAGE, 0, fields["image_index"]) // 4
+  local = tile % pool * 4 + fields["image_index"] % 4
+  fields["image_index"] = np.where(fields["image_index"] == NO_IMAGE, NO_IMAGE, local).astype("i4")
+  return SFTBatch(**fields, tiles=tiles.reshape(accumulation, shards, pool, *tiles.shape[1:]))
+
+
+class Harness:
+  """A step over a toy model, on a mesh."""
+
+  def __init__(
+    self,
+    config,
+    *,
+    mesh=None,
+    freeze=None,
+    all_gather=True,
+    fused=True,
+    how=None,
+    drop_path=0.0,
+    training=None,
+  ):
+    self.mesh = meshes.make_mesh(
+      MeshConfig(**(mesh or {"data": 1})), jax.devices()[: np.prod(list((mesh or {"data": 1}).values()))]
+    )
+    self.shards = meshes.data_parallel_size(self.mesh)
+    self.model = functional.define(lambda rngs: InternVL(config, rngs=rngs))
+    self.trainable = optim.trainable_paths(ModelArguments(**(freeze or {})), self.model.shapes)
+    training = training or TrainingArguments(weight_decay=0.1)
+    optimizer = optim.make_optimizer(training, self.trainable)
+    shapes = with_dtypes(self.model, self.trainable, bf16=False)
+    place = rules.weight_shardings(self.model.axes, shapes, self.mesh)
+
+    def build(key):
+      return functional.initialize(lambda rngs: InternVL(config, rngs=rngs), key)
+
+    params = jax.device_put(jax.jit(build)(jax.random.key(0)), place)
+    self.frozen = {path: value for path, value in params.items() if path not in self.trainable}
+    self.state = TrainState.create(select(params, self.trainable), optimizer)
+    objective = SupervisedFineTuning(
+      how=how or Execution(), normalize_type="imagenet", fused_loss=fused, drop_path_rate=drop_path
+    )
+    self.step = TrainStep(
+      model=self.model,
+      objective=objective,
+      optimizer=optimizer,
+      max_grad_norm=1.0,
+      shards=self.shards,
+      all_gather=all_gather,
+      seed=0,
+    )
+
+  def inputs(self, batch):
+    return self.state, self.frozen, jax.device_put(batch, rules.batch_shardings(self.mesh)), np.float32(1e-2)
+
+  def run(self, batch, steps=1):
+    program = jax.jit(self.step.__call__)
+    for _ in range(steps):
+      self.state, metrics = program(*self.inputs(batch))
+    return metrics
+
+
+def test_accumulation_equals_one_large_batch():
+  batch = make_batch(rows=8)
+  whole, parts = Harness(toy()), Harness(toy())
+  one = whole.run(batch)
+  four = parts.run(reshape_batch(batch, accumulation=4, shards=1))
+  np.testing.assert_allclose(four.loss, one.loss, rtol=1e-6)
+  np.testing.assert_allclose(four.grad_norm, one.grad_norm, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", [{"data": 8}, {"fsdp": 8, "data": 1}, {"data": 2, "fsdp": 4}])
+@pytest.mark.parametrize("all_gather", [True, False])
+def test_meshes_agree_with_one_device(mesh, all_gather):
+  """All denominators are equal when each shard's micro-batch is normalised by hand into another's weights."""
+  batch = make_batch(rows=16, shards=1)
+  # Per-shard denominators on one device: the shards' means are micro-batches' means.
+  alone = Harness(toy(), all_gather=all_gather)
+  accumulation = 1 if all_gather else 8
+  one = alone.run(reshape_batch(batch, accumulation=accumulation, shards=1), steps=2)
+  spread = Harness(toy(), mesh=mesh, all_gather=all_gather)
+  many = spread.run(reshape_batch(batch, accumulation=1, shards=8), steps=2)
+  np.testing.assert_allclose(many.loss, one.loss, rtol=1e-5)
+  np.testing.assert_allclose(many.grad_norm, one.grad_norm, rtol=1e-4)
+
+
+def test_fsdp_shards_weights_and_moments():
+  harness = Harness(toy(), mesh={"fsdp": 8, "data": 1})
+  path = "language_model.model.layers.0:2.mlp.gate_proj.kernel"
+  assert harness.state.params[path].addressable_shards[0].data.size * 8 == harness.state.params[path].size
+  moment = harness.state.opt_state[0].mu[path]
+  assert moment.sharding == harness.state.params[path].sharding
+
+
+def test_plain_and_fused_loss_agree():
+  batch = make_batch()
+  plain, fused = Harness(toy(), fused=False).run(batch), Harness(toy(), fused=True).run(batch)
+  np.testing.assert_allclose(fused.loss, plain.loss, rtol=1e-6)
+  np.testing.assert_allclose(fused.grad_norm, plain.grad_norm, rtol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("unroll", [1, 2])
+def test_remat_and_unrolling_change_no_number(remat, unroll):
+  batch = make_batch()
+  plain = Harness(toy()).run(batch)
+  other = Harness(toy(), how=Execution(remat=remat, scan_unroll=unroll)).run(batch)
+  np.testing.assert_allclose(other.loss, plain.loss, rtol=1e-6)
+  np.testing.assert_allclose(other.grad_norm, plain.grad_norm, rtol=1e-5)
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_masters():
+  harness = Harness(toy(), how=Execution(dtype=jnp.bfloat16))
+  before = Harness(toy()).run(make_batch())
+  after = harness.run(make_batch())
+  assert all(value.dtype == jnp.float32 for value in harness.state.params.values())
+  assert after.loss != before.loss
+  np.testing.assert_allclose(after.loss, before.loss, rtol=2e-2)
+
+
+def test_drop_path_draws_anew_each_step_and_only_when_asked():
+  def losses(rate):
+    harness = Harness(toy(vision_layers=4), drop_path=rate)
+    weights = dict(harness.state.params)
+    found = []
+    for step in range(3):
+      loss, _ = jax.jit(harness.step.value_and_grad)(
+        weights, {}, jax.tree.map(jnp.asarray, make_batch()), step
+      )
+      found.append(float(loss))
+    return found
+
+  assert len(set(losses(0.0))) == 1
+  assert len(set(losses(0.5))) == 3
+
+
+@pytest.mark.parametrize(
+  ("freeze", "part"),
+  [("freeze_backbone", "vision_model"), ("freeze_mlp", "mlp1"), ("freeze_llm", "language_model")],
+)
+def test_a_frozen_part_has_no_state_and_does_not_move(freeze, part):
+  harness = Harness(toy(), freeze={freeze: True})
+  before = {path: np.asarray(value) for path, value in (harness.frozen | harness.state.params).items()}
+  harness.run(make_batch(), steps=2)
+  after = harness.frozen | harness.state.params
+  for path, value in before.items():
+    moved = bool((np.asarray(after[path]) != value).any())
+    # A key bias shifts all of a query's scores alike, so it has no gradient, and biases do not decay.
+    assert moved == (not path.startswith(part)) or path.endswith("k_proj.bias"), path
+  assert not any(path.startswith(part) for path in harness.state.opt_state[0].mu)
+
+
+def flops(harness, batch):
+  return jax.jit(harness.step.__call__).lower(*harness.inputs(batch)).compile().cost_analysis()["flops"]
+
+
+def test_a_frozen_vit_costs_a_forward_pass():
+  """FLOPs: the ViT's forward pass costs F and its backward pass about 2 F, which freezing saves."""
+  config, batch = toy(vision_layers=6, width=64), make_batch()
+  how = Execution(scan_unroll=8)  # XLA counts the body of a loop once
+  harness = Harness(config, how=how)
+  everything = flops(harness, batch)
+  frozen = flops(Harness(config, how=how, freeze={"freeze_backbone": True}), batch)
+
+  def encode(params, tiles):
+    return harness.model.bind(params).vision_model(tiles, unroll=8)
+
+  tiles = jnp.zeros((4, 16, 16, 3))
+  forward = jax.jit(encode).lower(harness.state.params, tiles).compile().cost_analysis()["flops"]
+  assert 1.8 * forward < everything - frozen < 2.6 * forward
+
+
+def test_the_program_does_not_grow_with_depth():
+  """The same number of equations, whatever the number of layers, forward and backward."""
+
+  def equations(layers):
+    harness = Harness(toy(vision_layers=layers, text_layers=layers), how=Execution(remat="full"))
+    return str(jax.make_jaxpr(harness.step.__call__)(*harness.inputs(make_batch()))).count("\n")
+
+  assert equations(24) == equations(4)
+
+
+def test_layers_after_the_selected_one_do_not_run():
+  config = toy(vision_layers=4)
+  model = functional.define(lambda rngs: InternVL(config, rngs=rngs))
+  params = jax.jit(lambda key: functional.initialize(lambda rngs: InternVL(config, rngs=rngs), key))(
+    jax.random.key(0)
+  )
+  earlier = InternVLConfig(vision=config.vision, text=config.text, select_layer=-3)
+  cut = functional.define(lambda rngs: InternVL(earlier, rngs=rngs))
+  split = {}
+  for path in cut.shapes:
+    whole = path.replace("layers.0:2.", "layers.0:4.").replace("layers.2:4.", "layers.0:4.")
+    span = (
+      slice(0, 2)
+      if ".encoder.layers.0:2." in path
+      else slice(2, 4)
+      if ".encoder.layers.2:4." in path
+      else None
+    )
+    split[path] = params[path] if span is None else params[whole][span]
+  tiles = jnp.ones((1, 16, 16, 3))
+  # The hidden state after two of four layers, by hand.
+  module = model.bind(params).vision_model
+  x = module.embeddings(tiles)
+  for layer in range(2):
+    prefix = "vision_model.encoder.layers.0:4."
+    weights = {
+      path: value[layer : layer + 1] if path.startswith(prefix) else value for path, value in params.items()
+    }
+    single = functional.define(lambda rngs: InternVL(toy(vision_layers=1), rngs=rngs))
+    one = single.bind(
+      {path.replace("0:4.", "0:1.") if "encoder" in path else path: v for path, v in weights.items()}
+    )
+    x, _ = one.vision_model.encoder.layers.scan(lambda module, x, _: (module(x, None, backend="xla"), {}), x)
+  np.testing.assert_allclose(cut.bind(split).vision_model(tiles), x, atol=1e-6)
+  with pytest.raises(ValueError, match="vision_select_layer=9"):
+    functional.define(
+      lambda rngs: InternVL(InternVLConfig(vision=config.vision, text=config.text, select_layer=9), rngs=rngs)
+    )
+
+
+def test_normalized_weights():
+  weights = jnp.array([[[1.0, 1, 0], [1, 0, 0]], [[0, 0, 0], [1, 1, 1]]])  # [A=2, R=2, S=3]
+  np.testing.assert_allclose(normalized_weights(weights, shards=2, all_gather=True), weights / 6)
+  each = normalized_weights(weights, shards=2, all_gather=False)
+  np.testing.assert_allclose(each.sum(axis=2), [[0.25, 0.25], [0, 0.25]])
+  assert not jnp.isnan(each).any()
+
+
+@pytest.mark.parametrize(
+  ("vision", "text", "parameters"),
+  [
+    # InternVL2.5-1B: InternViT-300M and Qwen2.5-0.5B with an untied head.
+    ((1024, 4096, 24, 16, "layer_norm"), (896, 4864, 24, 14, 2, 151674), 938_158_976),
+    # InternVL2.5-78B: InternViT-6B and Qwen2.5-72B.
+    ((3200, 12800, 45, 25, "rms_norm"), (8192, 29568, 80, 64, 8, 151674), 78_408_318_336),
+  ],
+)
+def test_full_size_models_are_defined_without_memory(vision, text, parameters):
+  width, mlp, layers, heads, norm = vision
+  D, F, L, N, K, V = text
+  big = norm == "rms_norm"
+  config = InternVLConfig(
+    vision=VisionConfig(
+      hidden_size=width,
+      intermediate_size=mlp,
+      num_layers=layers,
+      num_heads=heads,
+      patch_size=14,
+      image_size=448,
+      norm_type=norm,
+      qkv_bias=not big,
+      qk_normalization=big,
+    ),
+    text=DecoderConfig(
+      vocab_size=V,
+      hidden_size=D,
+      intermediate_size=F,
+      num_layers=L,
+      num_heads=N,
+      num_kv_heads=K,
+      head_dim=D // N,
+      qkv_bias=True,
+    ),
+  )
+  model = functional.define(lambda rngs: InternVL(config, rngs=rngs))
+  assert sum(leaf.size for leaf in model.shapes.values()) == parameters
+  assert config.tokens_per_tile == 256
