@@ -27,13 +27,13 @@ def get_config(arg: str = "") -> TrainConfig:
   config.data.force_image_size = 64
   config.data.normalize_type = "imagenet"
   config.data.max_seq_length = 64
-  config.loader.sequence_buckets = (48, 64)
+  config.loader.sequence_buckets = (44, 64)
   config.loader.tile_buckets = (32,)
 
   config.training.output_dir = f"{folder}/output"
   config.training.do_train = True
   config.training.per_device_train_batch_size = 32
-  config.training.max_steps = 2400
+  config.training.max_steps = 3000
   config.training.learning_rate = 1.5e-3
   config.training.lr_scheduler_type = "cosine"
   config.training.warmup_ratio = 0.05

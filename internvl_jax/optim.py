@@ -177,7 +177,7 @@ def clip_by_global_norm(
   Returns:
     The gradients, and their norm before scaling.
   """
-  norm = optax.global_norm(grads)
+  norm = optax.tree.norm(grads)
   if max_norm <= 0:
     return dict(grads), norm
   scale = jnp.minimum(1.0, max_norm / (norm + 1e-6))

@@ -80,7 +80,7 @@ def run(
 
   mean = _mean_weights(inputs)
   (loss, outputs), grads = jax.jit(jax.value_and_grad(forward, has_aux=True))(params, mean)
-  outputs |= {"loss": loss, "grad_norm": optax.global_norm(grads)}
+  outputs |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
   if "loss_weight_square" in inputs:
     weights = np.pad(inputs["loss_weight_square"][:, 1:], ((0, 0), (0, 1))).astype(np.float32)
     outputs["loss_square"] = jax.jit(forward)(params, weights / weights.sum())[0]

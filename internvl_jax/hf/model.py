@@ -63,7 +63,8 @@ class Source:
       params = functional.initialize(self.build, key)
       return {path: value.astype(shapes[path].dtype) for path, value in params.items()}
 
-    return jax.jit(draw, out_shardings=dict(place))(jax.random.key(seed))
+    # The hardware's generator compiles in a moment; the default one is unrolled for every parameter.
+    return jax.jit(draw, out_shardings=dict(place))(jax.random.key(seed, impl="rbg"))
 
 
 def open_source(folder: str | Path, **overrides: Any) -> Source:

@@ -2,8 +2,8 @@
 
 import pytest
 import transformers
-from data_toys import ASSETS
 
+from data_toys import ASSETS
 from internvl_jax.data.tokenize import ChatTokenizer
 
 

@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from data_toys import WHERE, arguments, turns, write_dataset
 from PIL import Image
 
+from data_toys import WHERE, arguments, turns, write_dataset
 from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE
 from internvl_jax.data import batching
 from internvl_jax.data.errors import DataError

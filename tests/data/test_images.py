@@ -3,9 +3,9 @@ import io
 import numpy as np
 import pytest
 import skimage.data
-from data_toys import WHERE
 from PIL import Image
 
+from data_toys import WHERE
 from internvl_jax.data import images
 from internvl_jax.data.errors import DataError
 

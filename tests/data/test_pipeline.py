@@ -9,8 +9,8 @@ import textwrap
 
 import numpy as np
 import pytest
-from data_toys import arguments, turns, write_dataset, write_jsonl
 
+from data_toys import arguments, turns, write_dataset, write_jsonl
 from internvl_jax.arguments import LoaderConfig, TrainingArguments
 from internvl_jax.data.errors import DataError
 from internvl_jax.data.pipeline import TrainLoader

@@ -5,8 +5,8 @@ import pickle
 
 import numpy as np
 import pytest
-from data_toys import write_dataset, write_jsonl
 
+from data_toys import write_dataset, write_jsonl
 from internvl_jax.data.errors import DataError
 from internvl_jax.data.jsonl import JsonlFile
 from internvl_jax.data.meta import read_meta

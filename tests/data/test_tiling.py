@@ -1,8 +1,8 @@
 import json
 
 import pytest
-from data_toys import ASSETS
 
+from data_toys import ASSETS
 from internvl_jax.data import tiling
 
 GEOMETRY = json.loads((ASSETS / "geometry.json").read_text())

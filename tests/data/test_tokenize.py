@@ -5,8 +5,8 @@ import pickle
 import pytest
 import tokenizers
 import transformers
-from data_toys import ASSETS, WHERE, turns
 
+from data_toys import ASSETS, WHERE, turns
 from internvl_jax.batch import IGNORE_INDEX
 from internvl_jax.data.errors import DataError
 from internvl_jax.data.templates import get_template
