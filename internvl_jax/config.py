@@ -560,12 +560,15 @@ RUN_FILES = (
   "trainer_state.json",
   "train_results.json",
   "eval_results.json",
+  "predictions.jsonl",
   "config.json",
   "generation_config.json",
   "preprocessor_config.json",
   "model.safetensors",
   "model.safetensors.index.json",
   "model-*-of-*.safetensors",
+  "shard-*.tmp",
+  "*.json.tmp",
   "tokenizer.json",
   "tokenizer.model",
   "tokenizer_config.json",
@@ -589,7 +592,8 @@ def check_output_dir(training: TrainingArguments) -> Literal["new", "resume", "o
   """Decides from the file system how a run begins; changes nothing.
 
   "new": nothing is there. "resume": the directory holds a complete checkpoint. "overwrite":
-  `overwrite_output_dir` was asked for and something is there; `clear_output_dir` then makes room.
+  `overwrite_output_dir` was asked for and something is there, or there is nothing but the beginnings of a run
+  that was stopped before its first checkpoint; `clear_output_dir` then makes room.
 
   Raises:
     UserError: The directory is not empty, and neither resuming nor overwriting is right.
@@ -603,6 +607,8 @@ def check_output_dir(training: TrainingArguments) -> Literal["new", "resume", "o
   if not training.overwrite_output_dir:
     if newest_checkpoint(training.output_dir) is not None:
       return "resume"
+    if _stopped_early(folder, present):
+      return "overwrite"
     raise UserError(
       f"{where} is not empty and holds no complete checkpoint to resume from; "
       "choose another folder or set training.overwrite_output_dir=True"
@@ -614,6 +620,13 @@ def check_output_dir(training: TrainingArguments) -> Literal["new", "resume", "o
       "choose another folder or empty it yourself"
     )
   return "overwrite"
+
+
+def _stopped_early(folder: epath.Path, present: set[str]) -> bool:
+  """Whether a run began here, and left neither a model nor anything that is not a run's."""
+  ours = {entry.name for entry in _run_outputs(folder)}
+  has_model = any(fnmatch.fnmatch(name, "model*.safetensors") for name in present)
+  return "train_config.json" in present and present <= ours and not has_model
 
 
 def newest_checkpoint(output_dir: str) -> int | None:

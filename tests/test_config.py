@@ -670,3 +670,18 @@ def test_a_model_that_no_run_wrote_is_not_overwritten(config, tmp_path):
   config.training.overwrite_output_dir = True
   with pytest.raises(UserError, match=r"holds model.safetensors, but nothing tells"):
     check_output_dir(config.training)
+
+
+def test_a_run_stopped_before_its_first_checkpoint_begins_anew(tmp_path):
+  training = TrainConfig().training
+  training.output_dir = str(tmp_path)
+  (tmp_path / "train_config.json").write_text("{}")
+  (tmp_path / "tensorboard").mkdir()
+  assert check_output_dir(training) == "overwrite"
+  (tmp_path / "model.safetensors").write_text("finished")
+  with pytest.raises(UserError, match="holds no complete checkpoint"):
+    check_output_dir(training)
+  (tmp_path / "model.safetensors").unlink()
+  (tmp_path / "notes.txt").write_text("mine")
+  with pytest.raises(UserError, match="holds no complete checkpoint"):
+    check_output_dir(training)

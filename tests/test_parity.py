@@ -139,14 +139,18 @@ def test_pixel_shuffle_orders_channels_and_grid():
 
 
 def test_position_embedding_resize():
-  # Along a straight line, cubic convolution reproduces the line away from the clamped borders.
+  # From 8 to 16 along the rows of a slope. With a = -0.75 the four weights at a quarter's distance are
+  # -0.10546875, 0.87890625, 0.26171875, -0.03515625 (Keys' formula by hand).
   old, new = 8, 16
-  line = np.broadcast_to(np.arange(old, dtype="f8")[:, None], (old, old)).reshape(-1, 1)
-  positions = np.concatenate([[[7.5]], line])
+  slope = np.broadcast_to(np.arange(old, dtype="f8")[:, None], (old, old)).reshape(-1, 1)
+  positions = np.concatenate([[[7.5]], slope])
   resized = resize_position_embedding(positions, new * new)
   assert resized.shape == (1 + new * new, 1)
   assert resized[0, 0] == 7.5
   rows = resized[1:, 0].reshape(new, new)
-  expected = (np.arange(new) + 0.5) * old / new - 0.5
-  np.testing.assert_allclose(rows[4:-4], np.broadcast_to(expected[4:-4, None], (new - 8, new)), atol=1e-12)
+  np.testing.assert_allclose(rows[4], 1.703125, rtol=1e-12)  # at 1.75
+  np.testing.assert_allclose(rows[5], 2.296875, rtol=1e-12)  # at 2.25
+  np.testing.assert_allclose(
+    rows[0], -0.03515625 * 0 + 0.26171875 * 0 + -0.10546875 * 1, atol=1e-12
+  )  # at -0.25
   assert resize_position_embedding(positions, old * old) is positions
