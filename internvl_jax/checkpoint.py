@@ -29,7 +29,12 @@ class Checkpointer:
     """
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
     self.folder = Path(output_dir).absolute() / FOLDER
-    self._manager = ocp.CheckpointManager(self.folder, options=options)
+    handlers = {
+      "state": ocp.StandardCheckpointHandler(),
+      "loader": ocp.JsonCheckpointHandler(),
+      "trainer": ocp.JsonCheckpointHandler(),
+    }
+    self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
   @property
   def latest_step(self) -> int | None:

@@ -619,7 +619,7 @@ def test_output_dir_resumes_from_the_newest_complete_checkpoint(config, tmp_path
   assert check_output_dir(config.training) == "overwrite"
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "train_config.json", "checkpoints/3"])
+@pytest.mark.parametrize("name", ["notes.txt", "checkpoints/3"])
 def test_output_dir_without_a_checkpoint_is_refused(config, tmp_path, name):
   path = tmp_path / "out" / name
   path.parent.mkdir(parents=True)
