@@ -1,6 +1,6 @@
 """From an image file to uint8 tiles.
 
-Tiles stay uint8 up to the device, where they become `(tile / 255 - mean) / std` with the constants here.
+Tiles stay uint8 up to the device, where they become `(tile / 255 - mean) / std` with the constants of `internvl_jax.batch`.
 """
 
 import io
@@ -10,17 +10,11 @@ import struct
 import numpy as np
 from PIL import Image
 
+from internvl_jax.batch import PIXEL_STATISTICS
 from internvl_jax.data import tiling
 from internvl_jax.data.errors import DataError, Where, did_you_mean
 
-# Mean and standard deviation of red, green and blue, in units of the full scale.
-NORMALIZATION: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
-  "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-  "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-  "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
-
-# Qualities of the JPEG augmentation, both included (REFERENCE: the set that the reference draws from).
+# Qualities of the JPEG augmentation, both included (the set that the reference draws from).
 JPEG_QUALITY = (75, 100)
 
 # What Pillow's decoders raise for a damaged file, besides OSError.
@@ -33,11 +27,11 @@ def normalization(normalize_type: str) -> tuple[np.ndarray, np.ndarray]:
   Raises:
     DataError: the name is unknown.
   """
-  if normalize_type not in NORMALIZATION:
+  if normalize_type not in PIXEL_STATISTICS:
     raise DataError(
-      f"data.normalize_type: unknown normalisation {normalize_type!r}{did_you_mean(normalize_type, NORMALIZATION)}"
+      f"data.normalize_type: unknown normalisation {normalize_type!r}{did_you_mean(normalize_type, PIXEL_STATISTICS)}"
     )
-  mean, std = NORMALIZATION[normalize_type]
+  mean, std = PIXEL_STATISTICS[normalize_type]
   return np.asarray(mean, np.float32), np.asarray(std, np.float32)
 
 
@@ -131,7 +125,7 @@ def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Imag
 
 def mean_color(normalize_type: str) -> tuple[int, int, int]:
   """Returns the colour (0-255) that padding uses: the mean, rounded down."""
-  red, green, blue = (int(255 * value) for value in NORMALIZATION[normalize_type][0])
+  red, green, blue = (int(255 * value) for value in PIXEL_STATISTICS[normalize_type][0])
   return red, green, blue
 
 

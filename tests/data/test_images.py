@@ -23,7 +23,7 @@ def photograph(name):
 
 def to_tensor_and_normalize(parts, size, normalize_type):
   """What torchvision's Resize, ToTensor and Normalize compute, in float64, channels first."""
-  mean, std = images.NORMALIZATION[normalize_type]
+  mean, std = images.PIXEL_STATISTICS[normalize_type]
   out = []
   for part in parts:
     pixels = (
