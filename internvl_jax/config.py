@@ -87,13 +87,9 @@ def to_json(config: TrainConfig) -> dict[str, dict[str, Any]]:
 
 # --- The rules, as data -------------------------------------------------------------------------------------
 
-_PARTS = "models are built from one whole checkpoint so far"
 _LORA = "LoRA"
 _VIDEO = "video"
 NOT_YET: dict[str, str] = {
-  "model.vision_path": _PARTS,
-  "model.llm_path": _PARTS,
-  "model.mlp_path": _PARTS,
   "model.unfreeze_vit_layers": "the ViT trains whole or not at all",
   "model.use_backbone_lora": _LORA,
   "model.use_llm_lora": _LORA,
@@ -292,6 +288,12 @@ REQUIRED: dict[Command, tuple[str, ...]] = {
   "doctor": ("model.model_name_or_path", "data.meta_path"),
 }
 """What each command reads or writes, so what must be set (and, if it is read, be there)."""
+
+PARTS = ("model.vision_path", "model.llm_path")
+"""Checkpoints that together take the place of model.model_name_or_path."""
+
+PROJECTOR_SUFFIXES = (".safetensors", ".pth", ".bin")
+"""Forms of the file that model.mlp_path names."""
 
 
 # --- Checking -----------------------------------------------------------------------------------------------
@@ -501,10 +503,14 @@ def _is_remote(path: str) -> bool:
 def _path_problems(config: TrainConfig, command: Command) -> Iterator[str]:
   required = REQUIRED[command]
   for path in required:
-    if not get(config, path):
+    if not get(config, path) and not (path == "model.model_name_or_path" and _has_parts(config)):
       yield f"{path}={get(config, path)!r} must be set: --config.{path}=..."
-  if config.model.model_name_or_path:
-    yield from _model_path_problems(config.model.model_name_or_path)
+  yield from _parts_problems(config)
+  for path in ("model.model_name_or_path", *PARTS):
+    if get(config, path):
+      yield from _model_path_problems(path, get(config, path))
+  if config.model.mlp_path:
+    yield from _projector_path_problems(config.model.mlp_path)
   files = {"data.meta_path": config.data.meta_path if "data.meta_path" in required else None}
   if command == "train":
     files["eval.annotation"] = config.eval.annotation
@@ -518,28 +524,67 @@ def _path_problems(config: TrainConfig, command: Command) -> Iterator[str]:
     yield from _output_path_problems(config)
 
 
-def _model_path_problems(name: str) -> Iterator[str]:
+def _has_parts(config: TrainConfig) -> bool:
+  return any(get(config, path) for path in PARTS)
+
+
+def _parts_problems(config: TrainConfig) -> Iterator[str]:
+  whole = "model.model_name_or_path"
+  if get(config, whole):
+    for path in PARTS:
+      if get(config, path):
+        yield (
+          f"{_setting(config, whole)} contradicts {_setting(config, path)}: the one names a whole model, the other "
+          "a part to build one from; set one of them to None"
+        )
+  elif _has_parts(config):
+    for path, other in (PARTS, PARTS[::-1]):
+      if not get(config, path):
+        yield (
+          f"{_setting(config, path)} must be set beside {_setting(config, other)}: a model is built from both "
+          f"(or set {whole})"
+        )
+
+
+def _model_path_problems(path: str, name: str) -> Iterator[str]:
   if _is_remote(name):
     return
   if not os.path.isdir(name):
-    problem = f"model.model_name_or_path={name!r}: no such folder"
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-      problem += "; hub ids are not supported yet, download the model and give its folder"
-    yield problem
+    if not _is_hub_id(name):
+      yield f"{path}={name!r}: no such folder; give a checkpoint's folder or its hub id, org/name"
   elif not os.path.isfile(os.path.join(name, "config.json")):
-    yield f"model.model_name_or_path={name!r} holds no config.json; give the folder of a whole checkpoint"
+    yield f"{path}={name!r} holds no config.json; give the folder of a whole checkpoint"
+
+
+def _projector_path_problems(name: str) -> Iterator[str]:
+  if _is_remote(name) or os.path.isdir(name):
+    return
+  if not os.path.isfile(name):
+    yield f"model.mlp_path={name!r}: no such file or folder"
+  elif not name.endswith(PROJECTOR_SUFFIXES):
+    yield f"model.mlp_path={name!r} must end in {', '.join(PROJECTOR_SUFFIXES)}, or be a folder"
+
+
+def _is_hub_id(name: str) -> bool:
+  # Only the form is looked at: whoever fetches the model reports that there is none.
+  from internvl_jax.hf.hub import is_hub_id
+
+  return is_hub_id(name)
 
 
 def _output_path_problems(config: TrainConfig) -> Iterator[str]:
-  output, model = config.training.output_dir, config.model.model_name_or_path
+  output = config.training.output_dir
   assert output is not None
   if not _is_remote(output) and os.path.exists(output) and not os.path.isdir(output):
     yield f"training.output_dir={output!r} is a file; name a folder"
-  if model and _is_written_by_run(model, output):
-    yield (
-      f"model.model_name_or_path={model!r} is where training.output_dir={output!r} would be written; "
-      "write to a folder of its own"
-    )
+  for path in ("model.model_name_or_path", *PARTS, "model.mlp_path"):
+    name = get(config, path)
+    folder = os.path.dirname(name) if name and name.endswith(PROJECTOR_SUFFIXES) else name
+    if folder and _is_written_by_run(folder, output):
+      yield (
+        f"{path}={name!r} is where training.output_dir={output!r} would be written; "
+        "write to a folder of its own"
+      )
 
 
 def _is_written_by_run(model: str, output: str) -> bool:

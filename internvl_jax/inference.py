@@ -12,6 +12,7 @@ from internvl_jax.arguments import DataTrainingArguments
 from internvl_jax.batch import PIXEL_STATISTICS
 from internvl_jax.data.tokenize import ChatTokenizer
 from internvl_jax.errors import UserError
+from internvl_jax.hf import config as layouts
 from internvl_jax.hf.model import Source, open_source
 from internvl_jax.hf.tokenizer import load_tokenizer
 from internvl_jax.models.internvl import Execution
@@ -29,10 +30,10 @@ class Inference:
 
 
 def open_for_inference(folder: str | Path, *, bf16: bool) -> Inference:
-  """Opens a checkpoint folder; its config.json and preprocessor_config.json say how images are cut.
+  """Opens a checkpoint (see `open_source`); its config.json and preprocessor_config.json say how images are cut.
 
   Raises:
-    UserError: the folder is not a checkpoint that can be run.
+    UserError: it cannot be run.
   """
   source = open_source(folder)
   data = data_settings(source)
@@ -42,13 +43,17 @@ def open_for_inference(folder: str | Path, *, bf16: bool) -> Inference:
   shapes = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in source.model.shapes.items()}
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   params = source.load(shapes, dict.fromkeys(shapes, device))
-  tokenizer = ChatTokenizer(load_tokenizer(folder), data.conv_style)
+  tokenizer = ChatTokenizer(load_tokenizer(source.folder), data.conv_style)
   return Inference(source, params, tokenizer, data, Execution(dtype=dtype))
+
+
+_HF_SETTINGS = {"template": "internvl2_5", "dynamic_image_size": True, "use_thumbnail": True}
 
 
 def data_settings(source: Source) -> DataTrainingArguments:
   """The data settings that a checkpoint's files record."""
-  raw = source.raw
+  # A foreign checkpoint of the hf layout records nothing; all published ones have these settings.
+  raw = {**(_HF_SETTINGS if source.layout is layouts.HF else {}), **source.raw}
   recorded = {
     name: raw[name]
     for name in (

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 
 import jax
@@ -11,7 +12,8 @@ import optax
 
 from internvl_jax.arguments import ModelArguments, TrainingArguments
 from internvl_jax.errors import UserError
-from internvl_jax.trees import first_match, part_of
+from internvl_jax.models.lora import adapter_paths
+from internvl_jax.trees import LAYER_RANGE, first_match, part_of
 
 Schedule = Callable[[int], float]
 """Learning rate of the optimizer step with that index, counted from 0."""
@@ -138,24 +140,45 @@ def decays(paths: Iterable[str]) -> dict[str, bool]:
 
 
 def trainable_paths(model: ModelArguments, paths: Iterable[str]) -> set[str]:
-  """The parameters that train, by the freeze flags.
+  """The parameters that train, by the freeze flags. Adapters do, and freeze the rest of their part.
 
   Raises:
-    UserError: nothing trains.
+    UserError: nothing trains, or a flag thaws what the model does not have.
   """
+  paths = list(paths)
+  adapters = adapter_paths(paths)
   frozen = {
     "vision_model": model.freeze_backbone,
     "mlp1": model.freeze_mlp,
     "language_model": model.freeze_llm,
-  }
-  labels = first_match([(rf"{part}\..*", not is_frozen) for part, is_frozen in frozen.items()], paths)
-  trainable = {path for path, trains in labels.items() if trains}
+  } | dict.fromkeys(map(part_of, adapters), True)
+  patterns = [(re.escape(path), True) for path in adapters]
+  patterns += [(re.escape(path), True) for path in _thawed(model, paths)]
+  patterns += [(rf"{part}\..*", not is_frozen) for part, is_frozen in frozen.items()]
+  trainable = {path for path, trains in first_match(patterns, paths).items() if trains}
   if not trainable:
     raise UserError(
       "nothing trains: freeze_backbone, freeze_mlp and freeze_llm are all True; set one to False"
     )
-  assert all(not frozen[part_of(path)] for path in trainable)
   return trainable
+
+
+def _thawed(model: ModelArguments, paths: list[str]) -> list[str]:
+  """What trains inside a frozen part: the last layers of the ViT, the output embedding."""
+  thawed = []
+  if model.unfreeze_lm_head:
+    thawed = [path for path in paths if path.startswith("language_model.lm_head.")]
+    if not thawed:
+      raise UserError(
+        "model.unfreeze_lm_head=True, but the model's output embedding is its input embedding; set it to False"
+      )
+  if model.unfreeze_vit_layers:
+    spans = {path: LAYER_RANGE.search(path) for path in paths if part_of(path) == "vision_model"}
+    depth = max(int(span[2]) for span in spans.values() if span)
+    # The stack is split there, so no range of layers lies across it.
+    start = model.unfreeze_vit_layers % depth
+    thawed += [path for path, span in spans.items() if span and int(span[1]) >= start]
+  return thawed
 
 
 def make_optimizer(training: TrainingArguments, paths: Iterable[str]) -> optax.GradientTransformation:

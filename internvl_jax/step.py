@@ -22,7 +22,9 @@ from internvl_jax.state import TrainState
 class Objective(Protocol):
   """A loss over one micro-batch; see `objectives.SupervisedFineTuning`."""
 
-  def loss(self, model: InternVL, batch: SFTBatch, weights: jax.Array, key: jax.Array) -> jax.Array: ...
+  def loss(
+    self, model: InternVL, batch: SFTBatch, weights: jax.Array, key: jax.Array, *, share: float
+  ) -> jax.Array: ...
 
 
 class StepMetrics(NamedTuple):
@@ -43,7 +45,7 @@ class TrainStep:
     max_grad_norm: global norm to clip to; 0 is off.
     shards: data shards.
     all_gather: see `objectives.normalized_weights`.
-    seed: of drop path.
+    seed: of drop path and dropout.
   """
 
   model: ModelDef[InternVL]
@@ -77,16 +79,16 @@ class TrainStep:
     """Loss of an optimizer batch and its gradients, summed over micro-batches in float32."""
     weights = normalized_weights(batch.loss_weight, shards=self.shards, all_gather=self.all_gather)
     key = jax.random.fold_in(jax.random.key(self.seed), step)
+    A = weights.shape[0]
 
     def loss_of(params, micro, weights, key):
-      return self.objective.loss(self.model.bind({**frozen, **params}), micro, weights, key)
+      return self.objective.loss(self.model.bind({**frozen, **params}), micro, weights, key, share=1 / A)
 
     def add(total, inputs):
       micro, weights, i = inputs
       value = jax.value_and_grad(loss_of)(params, micro, weights, jax.random.fold_in(key, i))
       return jax.tree.map(jnp.add, total, value), None
 
-    A = weights.shape[0]
     if A == 1:
       first = jax.tree.map(lambda leaf: leaf[0], batch)
       return jax.value_and_grad(loss_of)(params, first, weights[0], jax.random.fold_in(key, 0))

@@ -7,30 +7,33 @@ a model that stands alone. docs/training.md describes what else it leaves there.
 """
 
 import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import optax
 from absl import logging
+from transformers import PreTrainedTokenizerBase
 
 from internvl_jax import frontdoor, optim
+from internvl_jax.adapters import merge_and_check
+from internvl_jax.assembly import execution, make_step, open_model, place_params
 from internvl_jax.checkpoint import Checkpointer
 from internvl_jax.config import TrainConfig, check_output_dir, clear_output_dir, to_json, validate
 from internvl_jax.data.pipeline import TrainLoader
 from internvl_jax.data.show import show_batch
 from internvl_jax.data.tokenize import ChatTokenizer
+from internvl_jax.errors import UserError
 from internvl_jax.eval.scoring import Evaluation, make_evaluation
-from internvl_jax.hf.model import Source, open_source, save_model
-from internvl_jax.hf.tokenizer import load_tokenizer
+from internvl_jax.hf import config as layouts
+from internvl_jax.hf import export, peft
+from internvl_jax.hf.model import Source
 from internvl_jax.metrics import RunLog, write_json
-from internvl_jax.models.internvl import Execution
-from internvl_jax.objectives import SupervisedFineTuning
+from internvl_jax.models.lora import adapter_paths
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.parallel import rules
-from internvl_jax.state import TrainState, describe, with_dtypes
-from internvl_jax.step import TrainStep
+from internvl_jax.state import TrainState, describe
 from internvl_jax.trainer import CompiledSteps, Trainer
 from internvl_jax.trees import select
 
@@ -50,8 +53,8 @@ def train(config: TrainConfig) -> None:
   prepare_output_dir(config)
   set_up_jax(config)
 
-  source = open_model(config)
-  tokenizer = ChatTokenizer(load_tokenizer(source.folder), config.data.conv_style)
+  source, tokenizer = open_model(config)
+  chat = ChatTokenizer(tokenizer, config.data.conv_style)
   mesh = meshes.make_mesh(config.mesh)
   shards = meshes.data_parallel_size(mesh)
   trainable = optim.trainable_paths(config.model, source.model.shapes)
@@ -61,7 +64,7 @@ def train(config: TrainConfig) -> None:
     config.data,
     config.training,
     config.loader,
-    tokenizer,
+    chat,
     tokens_per_tile=source.config.tokens_per_tile,
     data_shards=shards,
   )
@@ -88,7 +91,7 @@ def train(config: TrainConfig) -> None:
     logging.info("Resuming from the checkpoint of step %d", int(state.step))
 
   how = execution(config)
-  evaluation = make_evaluation(config.eval, config.data, source, tokenizer, how)
+  evaluation = make_evaluation(config.eval, config.data, source, chat, how)
   with log:
     trainer = Trainer(
       training=config.training,
@@ -99,13 +102,13 @@ def train(config: TrainConfig) -> None:
       log=log,
       total_steps=loader.total_steps,
       tokens_per_tile=source.config.tokens_per_tile,
-      show=lambda batch: show_batch(batch, tokenizer),
+      show=lambda batch: show_batch(batch, chat),
       evaluate=evaluation.metrics if evaluation else None,
     )
     state = trainer.run(state, frozen)
   loader.close()
   checkpointer.close()
-  finish(config, source, tokenizer, {**frozen, **state.params}, evaluation)
+  finish(config, source, tokenizer, chat, {**frozen, **state.params}, evaluation)
 
 
 def output_folder(config: TrainConfig) -> Path:
@@ -132,79 +135,31 @@ def set_up_jax(config: TrainConfig) -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
 
 
-def open_model(config: TrainConfig) -> Source:
-  """The checkpoint's description, with what the config changes about the model."""
-  assert config.model.model_name_or_path is not None
-  return open_source(
-    config.model.model_name_or_path,
-    image_size=config.data.force_image_size,
-    select_layer=config.model.vision_select_layer,
-    downsample_ratio=config.data.down_sample_ratio,
-    ps_version=config.model.ps_version,
-  )
-
-
-def place_params(config: TrainConfig, source: Source, trainable: set[str], mesh: jax.sharding.Mesh):
-  """All parameters by path, on their devices: from the checkpoint, or fresh."""
-  shapes = with_dtypes(source.model, trainable, bf16=config.training.bf16)
-  place = rules.weight_shardings(source.model.axes, shapes, mesh)
-  if config.runtime.random_init:
-    return source.initialize(shapes, place, seed=config.training.seed)
-  return source.load(shapes, place)
-
-
-def make_step(
-  config: TrainConfig, source: Source, optimizer: optax.GradientTransformation, how: Execution, shards: int
-) -> TrainStep:
-  """The optimizer step that the config describes."""
-  return TrainStep(
-    model=source.model,
-    objective=SupervisedFineTuning(
-      how=how,
-      normalize_type=config.data.normalize_type,
-      fused_loss=config.model.use_liger,
-      # A frozen part runs as in evaluation.
-      drop_path_rate=0.0 if config.model.freeze_backbone else config.model.drop_path_rate,
-    ),
-    optimizer=optimizer,
-    max_grad_norm=config.training.max_grad_norm,
-    shards=shards,
-    all_gather=config.data.loss_reduction_all_gather,
-    seed=config.training.seed,
-  )
-
-
-def execution(config: TrainConfig) -> Execution:
-  """How forward passes are computed."""
-  remat = config.model.grad_checkpoint or config.training.gradient_checkpointing
-  return Execution(
-    dtype=jnp.bfloat16 if config.training.bf16 else jnp.float32,
-    attention=config.runtime.attention,
-    remat=config.runtime.remat_policy if remat else None,
-    scan_unroll=config.runtime.scan_unroll,
-  )
-
-
 def finish(
   config: TrainConfig,
   source: Source,
-  tokenizer: ChatTokenizer,
+  tokenizer: PreTrainedTokenizerBase,
+  chat: ChatTokenizer,
   params: dict[str, jax.Array],
   evaluation: Evaluation | None,
 ) -> None:
-  """Writes the model that stands alone, and scores it where the config says so."""
+  """Writes the model that stands alone, and the adapters apart; scores it where the config says so."""
   output_dir = output_folder(config)
   half = config.checkpoint.export_dtype == "bfloat16" or (
     config.checkpoint.export_dtype == "auto" and config.training.bf16
   )
-  save_model(
+  save_adapters(config, source, params, output_dir)
+  merged, weights = merge_and_check(source, params)
+  export.save_model(
     output_dir,
-    source,
-    params,
+    merged,
+    weights,
+    layout=layouts.layout_named(config.checkpoint.export_layout),
     dtype=jnp.bfloat16 if half else jnp.float32,
+    tokenizer=tokenizer,
     normalize_type=config.data.normalize_type,
-    eos_token_id=tokenizer.stop_token_id,
-    changes={
+    eos_token_id=chat.stop_token_id,
+    settings={
       "template": config.data.conv_style,
       "dynamic_image_size": config.data.dynamic_image_size,
       "use_thumbnail": config.data.use_thumbnail,
@@ -217,6 +172,27 @@ def finish(
   if evaluation is not None:
     scores = evaluation.run(params)
     evaluation.write(scores, output_dir)
+
+
+def save_adapters(
+  config: TrainConfig, source: Source, params: dict[str, jax.Array], output_dir: Path
+) -> None:
+  """Writes the adapters, if any, in PEFT's form, for the base model in the layout that it has."""
+  name = config.model.model_name_or_path
+  if not source.specs:
+    return
+  if name is None:
+    logging.warning("No adapter/ is written, only the merged model: there is no checkpoint of the base model")
+    return
+  base = str(source.folder.absolute()) if os.path.isdir(name) else name
+  try:
+    peft.save_adapter(output_dir / "adapter", params, source.specs, source.layout, source.table, base=base)
+  except UserError as error:
+    logging.warning("No adapter/ is written, only the merged model: %s", error)
+    return
+  others = optim.trainable_paths(config.model, params) - adapter_paths(params)
+  if others:
+    logging.info("adapter/ holds the adapters alone; the merged model also has what else trained")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
 """Runs a checkpoint on given arrays in float32 and writes what it computes, to compare with another program.
 
   python -m internvl_jax.verify --model DIR --inputs io.npz --outputs out.npz
+  python -m internvl_jax.verify --model DIR --against DIR [--inputs io.npz]
 
-Inputs (.npz): pixel_values [T, 3, H, W] normalised float, image_flags [T], input_ids, labels and
-attention_mask [R, S], image_token_id; optionally position_ids and loss_weight_square [R, S].
+Inputs (.npz): pixel_values [T, 3, H, W] normalised float, input_ids, labels and attention_mask [R, S],
+image_token_id; optionally image_flags [T], position_ids and loss_weight_square [R, S].
 Outputs (.npz): logits [R, S, V], loss, loss_square (where its weights are given), features [T, P, E],
 vit_last_hidden [T, 1+patches, C], grad_norm. Arrays that the inputs hold under an output's name are compared,
 and the largest difference of each is printed.
+
+With --against, two checkpoints of any layouts are compared on the same arrays, or on a fixed input without
+--inputs. The command ends with status 1 if a logit differs by more than --tolerance times the largest one.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,43 +23,95 @@ import numpy as np
 import optax
 from absl import flags
 
+from internvl_jax.adapters import probe
 from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE
 from internvl_jax.errors import UserError
 from internvl_jax.frontdoor import run_app
-from internvl_jax.hf import model as hf_model
+from internvl_jax.hf.config import HF
+from internvl_jax.hf.model import Source, open_source
 from internvl_jax.losses import lm
 from internvl_jax.models.functional import ModelDef
 from internvl_jax.models.internvl import Execution, InternVL
 
-_REQUIRED = ("pixel_values", "image_flags", "input_ids", "labels", "attention_mask", "image_token_id")
+_REQUIRED = ("pixel_values", "input_ids", "labels", "attention_mask", "image_token_id")
 _OUTPUTS = ("logits", "loss", "loss_square", "features", "vit_last_hidden", "grad_norm")
 
-_MODEL = flags.DEFINE_string("model", None, "Checkpoint folder.", required=True)
-_INPUTS = flags.DEFINE_string("inputs", None, "The .npz of arrays to run on.", required=True)
-_OUTPUTS_FILE = flags.DEFINE_string("outputs", None, "The .npz to write.", required=True)
+_MODEL = flags.DEFINE_string("model", None, "Checkpoint folder or hub id.", required=True)
+_INPUTS = flags.DEFINE_string("inputs", None, "The .npz of arrays to run on.")
+_OUTPUTS_FILE = flags.DEFINE_string("outputs", None, "The .npz to write.")
+_AGAINST = flags.DEFINE_string("against", None, "Another checkpoint, to compare with.")
+_TOLERANCE = flags.DEFINE_float("tolerance", 1e-4, "With --against: share of the largest logit.", lower_bound=0)
 
 
 def main(argv: Sequence[str]) -> None:
   """Reads the flags, runs, writes and compares."""
   del argv
   jax.config.update("jax_default_matmul_precision", "highest")
-  inputs = read_inputs(_INPUTS.value)
-  source = hf_model.open_source(_MODEL.value)
+  if _INPUTS.value is None and _AGAINST.value is None:
+    raise UserError("--inputs is needed: an .npz of arrays to run on (or --against, to compare two checkpoints)")
+  if _INPUTS.value is not None and _OUTPUTS_FILE.value is None and _AGAINST.value is None:
+    raise UserError("--outputs is needed: the .npz to write")
+  inputs = None if _INPUTS.value is None else read_inputs(_INPUTS.value)
+  outputs = compute(_MODEL.value, inputs)
+  if _OUTPUTS_FILE.value is not None:
+    np.savez(_OUTPUTS_FILE.value, allow_pickle=False, **outputs)
+  if inputs is not None:
+    report(outputs, inputs)
+  if _AGAINST.value is not None:
+    others = compute(_AGAINST.value, inputs)
+    print(f"{_MODEL.value} against {_AGAINST.value}:")
+    report(outputs, others)
+    if not agrees(outputs["logits"], others["logits"], _TOLERANCE.value):
+      sys.exit(1)
+
+
+def compute(model: str, inputs: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+  """What a checkpoint computes on the arrays, or the logits of a fixed input without any."""
+  source = open_source(model)
+  params = load(source)
+  if inputs is None:
+    return {"logits": probe(source, params)}
+  return run(source.model, params, with_positions(source, inputs))
+
+
+def with_positions(source: Source, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The arrays with the positions that the layout's own program takes where they are not given."""
+  mask = inputs["attention_mask"].astype(np.int64)
+  if source.layout is HF:
+    positions = np.broadcast_to(np.arange(mask.shape[1]), mask.shape)
+  else:
+    positions = np.where(mask, np.cumsum(mask, axis=1) - 1, 1)
+  return {"position_ids": positions, **inputs}
+
+
+def load(source: Source) -> dict[str, jax.Array]:
+  """All parameters in float32 on the first device."""
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  params = source.load(source.model.shapes, dict.fromkeys(source.model.shapes, device))
-  outputs = run(source.model, params, inputs)
-  np.savez(_OUTPUTS_FILE.value, allow_pickle=False, **outputs)
+  return source.load(source.model.shapes, dict.fromkeys(source.model.shapes, device))
+
+
+def report(outputs: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray]) -> None:
+  """Prints the largest difference of every array that both have."""
   for name in _OUTPUTS:
-    if name in inputs and name in outputs:
-      print(f"{name:<16} largest difference {np.abs(outputs[name] - inputs[name]).max():.3e}")
+    if name in others and name in outputs:
+      if outputs[name].shape != others[name].shape:
+        print(f"{name:<16} shapes differ: {outputs[name].shape} and {others[name].shape}")
+      else:
+        print(f"{name:<16} largest difference {np.abs(outputs[name] - others[name]).max():.3e}")
+
+
+def agrees(ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> bool:
+  """Whether logits are of one shape and differ by at most `tolerance` times the largest of them."""
+  if ours.shape != theirs.shape:
+    return False
+  return bool(np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max())
 
 
 def read_inputs(path: str) -> dict[str, np.ndarray]:
   """The arrays of an .npz file.
 
   Raises:
-    UserError: the file is not there or not an .npz, an array is missing, or image tokens and features differ
-      in number.
+    UserError: the file is not there or not an .npz, or an array is missing.
   """
   if not Path(path).is_file():
     raise UserError(f"--inputs={path}: no such file")
@@ -66,25 +123,34 @@ def read_inputs(path: str) -> dict[str, np.ndarray]:
   missing = [name for name in _REQUIRED if name not in inputs]
   if missing:
     raise UserError(f"--inputs={path}: lacks {', '.join(missing)}; needed are {', '.join(_REQUIRED)}")
-  return inputs
+  return {"image_flags": np.ones(len(inputs["pixel_values"]), np.int32), **inputs}
 
 
 def run(
   model: ModelDef[InternVL], params: Mapping[str, jax.Array], inputs: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-  """What the model computes on the arrays, in float32, and the norm of all its parameters' gradients."""
+  """What the model computes on the arrays (with their positions), in float32, and the norm of all its parameters' gradients."""
+  outputs, grads = run_with_gradients(model, params, inputs)
+  return {**outputs, "grad_norm": np.asarray(optax.tree.norm(grads))}
 
-  def forward(params, weights):
-    outputs = _forward(model, params, inputs)
-    return lm.cross_entropy(outputs["logits"], jnp.asarray(_shifted_targets(inputs)), weights), outputs
 
-  mean = _mean_weights(inputs)
-  (loss, outputs), grads = jax.jit(jax.value_and_grad(forward, has_aux=True))(params, mean)
-  outputs |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+def run_with_gradients(
+  model: ModelDef[InternVL], params: Mapping[str, jax.Array], inputs: Mapping[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], dict[str, jax.Array]]:
+  """What the model computes on the arrays, in float32, and the gradient of the mean loss by parameter."""
+  targets = jnp.asarray(_shifted_targets(inputs))
+  weights = [_mean_weights(inputs)]
   if "loss_weight_square" in inputs:
-    weights = np.pad(inputs["loss_weight_square"][:, 1:], ((0, 0), (0, 1))).astype(np.float32)
-    outputs["loss_square"] = jax.jit(forward)(params, weights / weights.sum())[0]
-  return {name: np.asarray(value) for name, value in outputs.items()}
+    square = np.pad(inputs["loss_weight_square"][:, 1:], ((0, 0), (0, 1))).astype(np.float32)
+    weights.append(square / square.sum())
+
+  def forward(params):
+    outputs = _forward(model, params, inputs)
+    losses = [lm.cross_entropy(outputs["logits"], targets, jnp.asarray(w)) for w in weights]
+    return losses[0], {**outputs, **dict(zip(("loss", "loss_square"), losses, strict=False))}
+
+  (_, outputs), grads = jax.jit(jax.value_and_grad(forward, has_aux=True))(dict(params))
+  return {name: np.asarray(value) for name, value in outputs.items()}, grads
 
 
 def _forward(model: ModelDef[InternVL], params, inputs: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -97,10 +163,10 @@ def _forward(model: ModelDef[InternVL], params, inputs: Mapping[str, np.ndarray]
   mask = inputs["attention_mask"].astype(np.int32)
   # PyTorch's mask hides padded keys from everyone but lets padded queries look: so queries are all of one
   # segment, and hidden keys of another.
-  states = module.decode(
+  states, _ = module.decode(
     x,
     how,
-    positions=jnp.asarray(_positions(inputs)),
+    positions=jnp.asarray(inputs["position_ids"]),
     segment_ids=jnp.ones_like(mask),
     kv_segment_ids=jnp.asarray(mask),
   )
@@ -115,13 +181,6 @@ def _image_index(inputs: Mapping[str, np.ndarray], num_features: int) -> np.ndar
     )
   order = np.cumsum(is_image.reshape(-1)).reshape(is_image.shape) - 1
   return np.where(is_image, order, NO_IMAGE)
-
-
-def _positions(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-  if "position_ids" in inputs:
-    return inputs["position_ids"]
-  mask = inputs["attention_mask"].astype(np.int64)
-  return np.where(mask, np.cumsum(mask, axis=1) - 1, 1)
 
 
 def _shifted_targets(inputs: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -54,7 +54,10 @@ def compile_seconds(depth: int, width: int) -> float:
   trainable = optim.trainable_paths(ModelArguments(), model.shapes)
   optimizer = optim.make_optimizer(TrainingArguments(weight_decay=0.1), trainable)
   objective = SupervisedFineTuning(
-    how=Execution(remat="full"), normalize_type="imagenet", fused_loss=True, drop_path_rate=0.1
+    how=Execution(remat="full"),
+    normalize_type="imagenet",
+    fused_loss=True,
+    drop_path_rates=(0.1,) * depth,
   )
   shards = meshes.data_parallel_size(meshes.make_mesh(MeshConfig(), jax.devices()[:1]))
   step = TrainStep(

@@ -11,7 +11,10 @@ from safetensors.numpy import load_file
 from internvl_jax.eval.decoding import GreedyDecoder, Prompt
 from internvl_jax.eval.scoring import Question, score
 from internvl_jax.hf import weights
-from internvl_jax.hf.model import open_source, save_model
+from internvl_jax.hf import config as layouts
+from internvl_jax.hf.export import save_model
+from internvl_jax.hf.model import Changes, open_source
+from internvl_jax.hf.tokenizer import load_tokenizer
 from internvl_jax.models.internvl import Execution, normalize_tiles
 from toy import CURVE
 
@@ -19,7 +22,7 @@ PLACE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def load(folder, **overrides):
-  source = open_source(folder, **overrides)
+  source = open_source(folder, Changes(**overrides))
   return source, source.load(source.model.shapes, dict.fromkeys(source.model.shapes, PLACE))
 
 
@@ -31,7 +34,8 @@ def opened():
 @pytest.mark.parametrize("shard_bytes", [weights.SHARD_BYTES, 200_000])
 def test_load_save_load_is_bit_identical(tmp_path, opened, shard_bytes):
   source, params = opened
-  weights.save(tmp_path, params, source.table, dtype=np.dtype("float32"), shard_bytes=shard_bytes)
+  tensors = weights.tensors(params, source.table, np.dtype("float32"))
+  weights.save(tmp_path, tensors, shard_bytes=shard_bytes)
   files = sorted(tmp_path.glob("*.safetensors"))
   saved = {key: value for path in files for key, value in load_file(path).items()}
   original = load_file(CURVE / "init/model.safetensors")
@@ -43,7 +47,8 @@ def test_load_save_load_is_bit_identical(tmp_path, opened, shard_bytes):
     index = json.loads((tmp_path / weights.INDEX).read_text())
     assert index["weight_map"].keys() == original.keys()
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in original.values())
-  again = weights.load(weights.Checkpoint(tmp_path), source.table, source.model.shapes, lambda _: PLACE)
+  shapes = source.model.shapes
+  again = weights.load(weights.open_checkpoint(tmp_path), source.table, shapes, dict.fromkeys(shapes, PLACE))
   for path, value in params.items():
     np.testing.assert_array_equal(again[path], value, err_msg=path)
 
@@ -54,10 +59,12 @@ def test_bfloat16_export(tmp_path, opened):
     tmp_path,
     source,
     params,
+    layout=layouts.INTERNVL,
     dtype=jnp.bfloat16,
+    tokenizer=load_tokenizer(CURVE / "init"),
     normalize_type="imagenet",
     eos_token_id=2,
-    changes={"template": "x"},
+    settings={"template": "x"},
   )
   assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
   _, again = load(tmp_path)
@@ -121,7 +128,7 @@ def test_greedy_decoding_equals_repeated_full_passes(opened):
       features = encoded.reshape(1, -1, encoded.shape[-1])
     x = model.embed(ids, index, features, Execution())
     segments = (jnp.arange(ids.shape[1]) < length).astype(jnp.int32)[None]
-    hidden = model.decode(x, Execution(), positions=jnp.arange(ids.shape[1])[None], segment_ids=segments)
+    hidden, _ = model.decode(x, Execution(), positions=jnp.arange(ids.shape[1])[None], segment_ids=segments)
     return jnp.argmax(model.logits(hidden[0, length - 1]))
 
   for question, answer in zip(prompts, answers, strict=True):

@@ -518,10 +518,23 @@ def test_a_replaced_leaf(config):
     ({"training.lr_scheduler_type": "cosin"}, "did you mean cosine?"),
     ({"model.model_name_or_path": None}, "model.model_name_or_path=None must be set"),
     (
-      {"model.model_name_or_path": "OpenGVLab/InternVL2_5-1B"},
-      "hub ids are not supported yet, download the model",
+      {"model.vision_path": "OpenGVLab/InternViT-300M-448px"},
+      "contradicts model.vision_path='OpenGVLab/InternViT-300M-448px': the one names a whole model",
+    ),
+    ({"model.llm_path": "Qwen/Qwen2.5-0.5B"}, "contradicts model.llm_path='Qwen/Qwen2.5-0.5B'"),
+    (
+      {"model.model_name_or_path": None, "model.vision_path": "org/vit"},
+      "model.llm_path=None must be set beside model.vision_path='org/vit'",
     ),
     ({"model.model_name_or_path": "./pretrained/none"}, "'./pretrained/none': no such folder"),
+    ({"model.model_name_or_path": "none"}, "give a checkpoint's folder or its hub id, org/name"),
+    (
+      {"model.model_name_or_path": None, "model.vision_path": "org/vit", "model.llm_path": "/none/llm"},
+      "model.llm_path='/none/llm': no such folder",
+    ),
+    ({"model.mlp_path": "org/mlp.safetensors"}, "'org/mlp.safetensors': no such file or folder"),
+    ({"model.mlp_path": "org/projector"}, "model.mlp_path='org/projector': no such file or folder"),
+    ({"model.mlp_path": __file__}, "must end in .safetensors, .pth, .bin, or be a folder"),
     ({"data.meta_path": None}, "data.meta_path=None must be set"),
     ({"data.meta_path": "none.json"}, "data.meta_path='none.json': no such file"),
     ({"eval.annotation": "none.jsonl"}, "eval.annotation='none.jsonl': no such file"),
@@ -550,6 +563,35 @@ def test_paths_that_are_there_but_wrong(config, tmp_path):
   assert "holds no config.json" in found
   assert "is a file; name a folder" in found
   assert "eval.root=" in found and "no such folder" in found
+
+
+def test_hub_ids_pass_and_parts_may_take_the_models_place(config, tmp_path):
+  config.model.model_name_or_path = "OpenGVLab/InternVL2_5-1B@main"
+  config.model.mlp_path = str(tmp_path / "model")
+  assert not problems(config)
+  config.model.model_name_or_path = None
+  config.model.vision_path = "OpenGVLab/InternViT-300M-448px-V2_5"
+  config.model.llm_path = str(tmp_path / "model")
+  config.model.mlp_path = str(tmp_path / "mlp.pth")
+  (tmp_path / "mlp.pth").write_text("")
+  assert not problems(config)
+  code = (
+    "import sys, internvl_jax.config as c; c._is_hub_id('a/b'); sys.exit('huggingface_hub' in sys.modules)"
+  )
+  assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("path", ["model.vision_path", "model.llm_path", "model.mlp_path"])
+def test_the_output_never_covers_a_part(config, tmp_path, path):
+  model = tmp_path / "out"
+  model.mkdir()
+  (model / "config.json").write_text("{}")
+  (model / "mlp.safetensors").write_text("")
+  config.model.model_name_or_path = None
+  config.model.vision_path = config.model.llm_path = "org/name"
+  set_field(config, path, str(model / "mlp.safetensors" if path == "model.mlp_path" else model))
+  (line,) = problems(config)
+  assert line.startswith(f"{path}=") and "write to a folder of its own" in line
 
 
 @pytest.mark.parametrize("inside", ["", "checkpoints/5", "adapter"])

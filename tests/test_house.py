@@ -14,12 +14,12 @@ FRONT_DOORS = ("train", "plan", "doctor", "convert", "verify", "evaluate", "gene
 # layer do not know each other, except where ALSO says so.
 LAYERS = (
   FRONT_DOORS,
-  ("frontdoor",),
+  ("frontdoor", "assembly"),
   ("config",),
   ("trainer",),
   ("step",),
   ("state", "checkpoint", "metrics", "optim", "objectives"),
-  ("eval", "inference"),
+  ("eval", "inference", "adapters"),
   ("hf",),
   ("models", "losses", "data"),
   ("parallel",),
@@ -48,7 +48,7 @@ def room_of(path: Path) -> str:
 def allowed(room: str) -> set[str]:
   (depth,) = [i for i, layer in enumerate(LAYERS) if room in layer]
   below = {name for layer in LAYERS[depth + 1 :] for name in layer}
-  if room not in (*FRONT_DOORS, "frontdoor"):
+  if room not in (*FRONT_DOORS, "frontdoor", "assembly"):
     below -= {"config", "frontdoor"}
   if room == "config":
     below = below - {"trainer"}

@@ -11,7 +11,7 @@ from internvl_jax import optim
 from internvl_jax.arguments import ModelArguments, TrainingArguments
 from internvl_jax.errors import UserError
 from internvl_jax.hf.model import open_source
-from internvl_jax.hf.weights import checkpoint_keys
+from internvl_jax.hf.weights import names_of
 from internvl_jax.trees import first_match
 from toy import CURVE
 
@@ -21,7 +21,7 @@ def test_weight_decay_falls_on_the_recorded_names():
   recorded = json.loads((CURVE / "expected.json").read_text())
   decayed, trainable = set(), set()
   for path, decays in optim.decays(source.model.shapes).items():
-    keys = checkpoint_keys(path, source.table)[1]
+    keys = names_of(path, source.model.shapes[path].shape, source.table).keys.reshape(-1)
     trainable |= set(keys)
     decayed |= set(keys) if decays else set()
   assert trainable == set(recorded["trainable"])

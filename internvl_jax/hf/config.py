@@ -1,132 +1,485 @@
-"""A checkpoint's config.json: read into an InternVLConfig, written back with what the run changed."""
+"""A checkpoint's config.json: read into an InternVLConfig, written back for either layout.
 
+    internvl   the reference's: vision_config, llm_config, template, ...   names as in its InternVLChatModel
+    hf         transformers' InternVLForConditionalGeneration: vision_config, text_config, image_token_id
+"""
+
+import dataclasses
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from internvl_jax.errors import UserError
-from internvl_jax.hf.families import FAMILIES, Family
+from internvl_jax.hf import tables
+from internvl_jax.hf.families import FAMILIES, Family, complete, transformers_defaults
+from internvl_jax.hf.tables import Row
+from internvl_jax.models.decoder import DecoderConfig
 from internvl_jax.models.internvl import InternVLConfig
+from internvl_jax.models.rope import DynamicRope, Rope
 from internvl_jax.models.vit import VisionConfig
 
-# Switches of the ViT whose other values would need other code.
-_VISION_CONSTANTS = {"hidden_act": "gelu", "attention_dropout": 0.0, "dropout": 0.0, "num_channels": 3}
+Config = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+  """One of the two forms of a checkpoint.
+
+  Attributes:
+    name: "internvl" or "hf".
+    model_type: what config.json says.
+    text: the entry of config.json that holds the language model's config.
+    renames: (regular expression, replacement) for keys of older checkpoints.
+    modules: (regular expression, replacement) from keys to the modules' names in memory, which adapters go by.
+    prefix: where the parts begin, by our names of the parts.
+    vision: width of the ViT -> names of its tensors.
+    projector: names of the projector's tensors.
+    model: (config.json, language model) -> the model.
+  """
+
+  name: str
+  model_type: str
+  text: str
+  renames: tuple[tuple[str, str], ...]
+  modules: tuple[tuple[str, str], ...]
+  prefix: Config
+  vision: Callable[[int], list[Row]]
+  projector: list[Row]
+  model: Callable[[Config, DecoderConfig], InternVLConfig]
+
+  def module(self, key: str) -> str:
+    """The name in memory of what a key of the checkpoint names."""
+    for pattern, replacement in self.modules:
+      key = re.sub(pattern, replacement, key)
+    return key
+
+  def table(self, family: Family, config: InternVLConfig) -> list[Row]:
+    """Names of all tensors of a model of that family.
+
+    Raises:
+      UserError: the layout has no form for the family.
+    """
+    language = family.table
+    if self is HF and not family.in_transformers:
+      if family.as_llama is None:
+        raise UserError(f"the hf layout has no form for {family.architecture}; write the internvl layout")
+      language = family.as_llama(config.text)
+    return [*self.vision(config.vision.hidden_size), *self.projector, *language]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """A JSON object from a file.
+
+  Raises:
+    UserError: no such file, or no JSON object.
+  """
+  try:
+    found = json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    raise UserError(f"{path}: no such file; a checkpoint folder has a {path.name}") from None
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise UserError(f"{path}: not valid JSON ({error})") from None
+  if not isinstance(found, dict):
+    raise UserError(f"{path}: holds a {type(found).__name__}, expected a JSON object")
+  return found
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-  """The config.json of a checkpoint folder, as a dictionary.
+  """The config.json of a checkpoint folder.
 
   Raises:
-    UserError: no such file, not JSON, or not an InternVL chat model in the `internvl` layout.
+    UserError: no such file, not JSON, or not an InternVL model in one of the two layouts.
   """
   path = Path(folder) / "config.json"
-  try:
-    config = json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    raise UserError(f"{path}: no such file; a checkpoint folder has a config.json") from None
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise UserError(f"{path}: not valid JSON ({error})") from None
-  found = config.get("model_type") if isinstance(config, dict) else None
-  if found != "internvl_chat":
-    raise UserError(f"{path}: model_type is {found!r}, expected 'internvl_chat' (the `internvl` layout)")
-  for key in ("vision_config", "llm_config"):
+  config = read_json(path)
+  found = config.get("model_type")
+  if found not in LAYOUTS:
+    known = " or ".join(f"{model_type!r} (layout {layout.name})" for model_type, layout in LAYOUTS.items())
+    raise UserError(f"{path}: model_type is {found!r}, expected {known}")
+  for key in ("vision_config", LAYOUTS[found].text):
     if not isinstance(config.get(key), dict):
       raise UserError(f"{path}: {key!r} is missing")
   return config
 
 
-def family_of(config: Mapping[str, Any]) -> Family:
+def layout_named(name: str) -> Layout:
+  """The layout of that name."""
+  return next(layout for layout in LAYOUTS.values() if layout.name == name)
+
+
+def layout_of(config: Config) -> Layout:
+  """The layout of a checkpoint, by its config.json."""
+  return LAYOUTS[config["model_type"]]
+
+
+def family_of(config: Config) -> Family:
   """The language model family of a checkpoint.
 
   Raises:
     UserError: a family that is not in the registry.
   """
-  name = config["llm_config"].get("model_type")
+  entry = layout_of(config).text
+  name = config[entry].get("model_type")
   if name not in FAMILIES:
-    raise UserError(
-      f"config.json: llm_config.model_type={name!r} is not supported; known: {sorted(FAMILIES)}"
-    )
+    raise UserError(f"config.json: {entry}.model_type={name!r} is not supported; known: {sorted(FAMILIES)}")
   return FAMILIES[name]
 
 
-def model_config(
-  config: Mapping[str, Any],
-  *,
-  image_size: int | None = None,
-  select_layer: int | None = None,
-  downsample_ratio: float | None = None,
-  ps_version: str | None = None,
-) -> InternVLConfig:
-  """The model that a config.json describes; arguments that are not None take the file's place.
+def decoder_config(entry: str, config: Config) -> DecoderConfig:
+  """The decoder that a language model's config describes; `entry` names the config in messages.
+
+  Raises:
+    UserError: an entry is missing, or has a value that would be ignored.
+  """
+  family = FAMILIES[config["model_type"]]
+  config = complete(config["model_type"], config)
+  _check_constants(entry, config, family.constants)
+  try:
+    return family.decoder(config)
+  except KeyError as error:
+    raise UserError(f"config.json: the entry {entry}.{error.args[0]} is missing") from None
+
+
+def model_config(config: Config) -> InternVLConfig:
+  """The model that a config.json describes, its output embedding untied.
 
   Raises:
     UserError: a missing entry, an unknown family, or a switch set to a value that this program would
       otherwise ignore.
   """
-  family, vision = family_of(config), config["vision_config"]
-  _check_constants("vision_config", vision, _VISION_CONSTANTS)
-  _check_constants("llm_config", config["llm_config"], family.constants)
+  family_of(config)
+  layout = layout_of(config)
+  text = decoder_config(layout.text, config[layout.text])
   try:
-    image_size = int(image_size or config.get("force_image_size") or vision["image_size"])
-    _check_tile(image_size, vision["patch_size"])
-    return InternVLConfig(
-      vision=VisionConfig(
-        hidden_size=vision["hidden_size"],
-        intermediate_size=vision["intermediate_size"],
-        num_layers=vision["num_hidden_layers"],
-        num_heads=vision["num_attention_heads"],
-        patch_size=vision["patch_size"],
-        image_size=image_size,
-        norm_type=vision.get("norm_type", "rms_norm"),
-        qkv_bias=vision["qkv_bias"],
-        qk_normalization=vision["qk_normalization"],
-        layer_norm_eps=vision["layer_norm_eps"],
-        initializer_factor=vision.get("initializer_factor", 0.1),
-      ),
-      text=family.decoder(config["llm_config"]),
-      select_layer=config.get("select_layer", -1) if select_layer is None else select_layer,
-      downsample_ratio=downsample_ratio or config["downsample_ratio"],
-      ps_version=ps_version or config.get("ps_version", "v1"),
-    )
+    return layout.model(config, text)
   except KeyError as error:
     raise UserError(f"config.json: the entry {error} is missing") from None
 
 
-def updated_config(
-  config: Mapping[str, Any], model: InternVLConfig, *, dtype: str, **changes: Any
+def says_tied(config: Config) -> bool | None:
+  """Whether config.json says that the output embedding is the input's; None where it says nothing."""
+  entries = (config, config[layout_of(config).text])
+  stated = [entry["tie_word_embeddings"] for entry in entries if "tie_word_embeddings" in entry]
+  return any(stated) if stated else None
+
+
+# --- The internvl layout ------------------------------------------------------------------------------------
+
+# Switches of the ViT whose other values would need other code.
+_VISION_CONSTANTS = {"hidden_act": "gelu", "attention_dropout": 0.0, "dropout": 0.0, "num_channels": 3}
+
+
+def vision_config(config: Config) -> VisionConfig:
+  """The ViT that a `vision_config` of the internvl layout, or the config.json of a ViT alone, describes."""
+  _check_constants("vision_config", config, _VISION_CONSTANTS)
+  return VisionConfig(
+    hidden_size=config["hidden_size"],
+    intermediate_size=config["intermediate_size"],
+    num_layers=config["num_hidden_layers"],
+    num_heads=config["num_attention_heads"],
+    patch_size=config["patch_size"],
+    image_size=config["image_size"],
+    norm_type=config.get("norm_type", "rms_norm"),
+    qkv_bias=config["qkv_bias"],
+    qk_normalization=config["qk_normalization"],
+    layer_norm_eps=config["layer_norm_eps"],
+    initializer_factor=config.get("initializer_factor", 0.1),
+  )
+
+
+def _internvl_model(config: Config, text: DecoderConfig) -> InternVLConfig:
+  vision = vision_config(config["vision_config"])
+  return InternVLConfig(
+    vision=dataclasses.replace(vision, image_size=config.get("force_image_size") or vision.image_size),
+    text=text,
+    select_layer=config.get("select_layer", -1),
+    downsample_ratio=config["downsample_ratio"],
+    ps_version=config.get("ps_version", "v1"),
+  )
+
+
+INTERNVL = Layout(
+  name="internvl",
+  model_type="internvl_chat",
+  text="llm_config",
+  # Adapters as PEFT wraps them in place (the reference's LoRA checkpoints).
+  renames=(
+    (r"\.base_model\.model\.", "."),
+    (r"\.base_layer\.", "."),
+    (r"\.(lora_A|lora_B)\.default\.", r".\1."),
+    (r"\.lora_magnitude_vector\.default\.weight$", ".lora_magnitude_vector"),
+  ),
+  modules=(),
+  prefix={"vision_model": "vision_model", "language_model": "language_model"},
+  vision=tables.internvl_vision,
+  projector=tables.INTERNVL_PROJECTOR,
+  model=_internvl_model,
+)
+
+
+# --- The hf layout ------------------------------------------------------------------------------------------
+
+_HF_CONSTANTS = {"projector_hidden_act": "gelu", "vision_feature_select_strategy": "default"}
+_HF_VISION_CONSTANTS = {
+  "hidden_act": "gelu",
+  "attention_dropout": 0.0,
+  "hidden_dropout_prob": 0.0,
+  "projection_dropout": 0.0,
+  "num_channels": 3,
+  "use_mask_token": False,
+  "use_absolute_position_embeddings": True,
+  "use_mean_pooling": True,
+}
+_HF_VISION_DEFAULTS = {
+  "hidden_size": 1024,
+  "intermediate_size": 4096,
+  "num_hidden_layers": 24,
+  "num_attention_heads": 16,
+  "patch_size": 14,
+  "image_size": 448,
+  "norm_type": "layer_norm",
+  "attention_bias": False,
+  "use_qk_norm": False,
+  "layer_norm_eps": 1e-6,
+  "layer_scale_init_value": 0.1,
+}
+
+
+def _side(value: Any) -> int:
+  """The side of a square given as a number or as (height, width)."""
+  if isinstance(value, list | tuple):
+    if len(set(value)) != 1:
+      raise UserError(f"config.json: vision_config has the size {value}; only squares are supported")
+    return value[0]
+  return value
+
+
+def _hf_model(config: Config, text: DecoderConfig) -> InternVLConfig:
+  _check_constants("", config, _HF_CONSTANTS)
+  vision = {**_HF_VISION_DEFAULTS, **config["vision_config"]}
+  _check_constants("vision_config", vision, _HF_VISION_CONSTANTS)
+  return InternVLConfig(
+    vision=VisionConfig(
+      hidden_size=vision["hidden_size"],
+      intermediate_size=vision["intermediate_size"],
+      num_layers=vision["num_hidden_layers"],
+      num_heads=vision["num_attention_heads"],
+      patch_size=_side(vision["patch_size"]),
+      image_size=_side(vision["image_size"]),
+      norm_type=vision["norm_type"],
+      qkv_bias=vision["attention_bias"],
+      qk_normalization=vision["use_qk_norm"],
+      layer_norm_eps=vision["layer_norm_eps"],
+      initializer_factor=vision["layer_scale_init_value"],
+    ),
+    text=text,
+    select_layer=config.get("vision_feature_layer", -1),
+    downsample_ratio=config.get("downsample_ratio", 0.5),
+    ps_version="v2",
+  )
+
+
+HF = Layout(
+  name="hf",
+  model_type="internvl",
+  text="text_config",
+  # Some exports have the names of the modules in memory.
+  renames=(
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
+    (r"^lm_head\.", "language_model.lm_head."),
+  ),
+  modules=(
+    (r"^language_model\.model\b", "model.language_model"),
+    (r"^(vision_tower|multi_modal_projector)\b", r"model.\1"),
+    (r"^language_model\.lm_head\b", "lm_head"),
+  ),
+  prefix={"vision_model": "vision_tower", "language_model": "language_model.model"},
+  vision=tables.hf_vision,
+  projector=tables.HF_PROJECTOR,
+  model=_hf_model,
+)
+
+LAYOUTS = {layout.model_type: layout for layout in (INTERNVL, HF)}
+"""The layouts by config.json's model_type."""
+
+
+# --- Writing ------------------------------------------------------------------------------------------------
+
+
+def written_config(
+  config: Config, model: InternVLConfig, layout: Layout, *, dtype: str, image_token_id: int, **settings: Any
 ) -> dict[str, Any]:
-  """A config.json for a model that was trained on: the original's entries, with what the run fixed.
+  """The config.json of a model that is saved: the original's entries where the layout stays, and what changed.
 
   Args:
-    config: the original.
-    model: the model trained.
+    config: the config.json that the model came with.
+    model: the model, with its adapters merged.
+    layout: of the checkpoint to be written.
     dtype: of the weights written, e.g. "bfloat16".
-    **changes: further entries of the top level, e.g. template.
+    image_token_id: id of <IMG_CONTEXT>.
+    **settings: further entries of the reference's config, e.g. template. They are written in both layouts:
+      transformers keeps what it does not know.
+
+  Raises:
+    UserError: the layout cannot hold the model.
   """
+  text = _written_text(config, model, layout)
+  tied = model.text.tie_word_embeddings
+  if layout is INTERNVL:
+    same = layout_of(config) is INTERNVL
+    vision = config["vision_config"] if same else _internvl_vision(model.vision)
+    return {
+      **(config if same else {"architectures": ["InternVLChatModel"], "model_type": "internvl_chat"}),
+      "vision_config": {**vision, "image_size": model.vision.image_size},
+      "llm_config": {**text, "tie_word_embeddings": tied, "torch_dtype": dtype},
+      "force_image_size": model.vision.image_size,
+      "select_layer": model.select_layer,
+      "downsample_ratio": model.downsample_ratio,
+      "ps_version": model.ps_version,
+      "tie_word_embeddings": tied,
+      "use_backbone_lora": 0,
+      "use_llm_lora": 0,
+      "torch_dtype": dtype,
+      **settings,
+    }
+  if model.ps_version != "v2":
+    raise UserError(f"the hf layout has no form for ps_version={model.ps_version!r}; write the internvl layout")
+  side = model.vision.image_size
+  vision = config["vision_config"] if layout_of(config) is HF else _hf_vision(model.vision)
   return {
-    **config,
-    "vision_config": {**config["vision_config"], "image_size": model.vision.image_size},
-    "force_image_size": model.vision.image_size,
-    "select_layer": model.select_layer,
+    **(config if layout_of(config) is HF else {}),
+    "architectures": ["InternVLForConditionalGeneration"],
+    "model_type": "internvl",
+    "vision_config": {**vision, "image_size": [side, side]},
+    "text_config": {**text, "tie_word_embeddings": tied, "dtype": dtype},
+    "image_token_id": image_token_id,
+    "image_seq_length": model.tokens_per_tile,
     "downsample_ratio": model.downsample_ratio,
-    "ps_version": model.ps_version,
-    "torch_dtype": dtype,
-    **changes,
+    "projector_hidden_act": "gelu",
+    "vision_feature_layer": model.select_layer,
+    "vision_feature_select_strategy": "default",
+    "tie_word_embeddings": tied,
+    "dtype": dtype,
+    **settings,
   }
 
 
-def _check_constants(name: str, config: Mapping[str, Any], constants: Mapping[str, Any]) -> None:
+def _written_text(config: Config, model: InternVLConfig, layout: Layout) -> dict[str, Any]:
+  text, family = dict(config[layout_of(config).text]), family_of(config)
+  if layout is HF and layout_of(config) is not HF:
+    text = _known_to_transformers(text) if family.in_transformers else _as_llama(text, family, model.text)
+  if layout is INTERNVL and layout_of(config) is not INTERNVL:
+    text = _with_old_rope_names(text)
+  return {**text, "vocab_size": model.text.vocab_size, "architectures": [FAMILIES[text["model_type"]].architecture]}
+
+
+def _known_to_transformers(text: Config) -> dict[str, Any]:
+  """A config without the entries that transformers' class lacks: old dumps hold settings of generation."""
+  known = {*transformers_defaults(text["model_type"], text), "model_type", "rope_theta", "rope_scaling", "num_experts"}
+  own = {name: value for name, value in text.items() if name in known}
+  return {name: value for name, value in own.items() if name not in ("torch_dtype", "dtype")}
+
+
+def _with_old_rope_names(text: dict[str, Any]) -> dict[str, Any]:
+  """A config with rope_theta and rope_scaling in place of rope_parameters, which the reference does not know."""
+  parameters = dict(text.pop("rope_parameters", None) or {})
+  if not parameters:
+    return text
+  theta = parameters.pop("rope_theta", 10000.0)
+  kind = parameters.pop("rope_type", "default")
+  parameters.pop("partial_rotary_factor", None)
+  scaling = None if kind == "default" else {"type": kind, "rope_type": kind, **parameters}
+  return {**text, "rope_theta": theta, "rope_scaling": scaling}
+
+
+_LLAMA_KEEPS = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "max_position_embeddings")
+
+
+def _as_llama(config: Config, family: Family, model: DecoderConfig) -> dict[str, Any]:
+  """The LLaMA config that computes what a model of a family unknown to transformers does."""
+  if model.qkv_bias != model.o_bias:
+    raise UserError(
+      f"the hf layout has no form for {family.architecture} with qkv_bias={model.qkv_bias} and bias={model.o_bias}; "
+      "write the internvl layout"
+    )
+  return {
+    **{name: config[name] for name in _LLAMA_KEEPS if name in config},
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": model.hidden_size,
+    "intermediate_size": model.intermediate_size,
+    "num_hidden_layers": model.num_layers,
+    "num_attention_heads": model.num_heads,
+    "num_key_value_heads": model.num_kv_heads,
+    "head_dim": model.head_dim,
+    "rms_norm_eps": model.rms_norm_eps,
+    "attention_bias": model.qkv_bias,
+    "mlp_bias": model.mlp_bias,
+    "rope_parameters": _rope_parameters(model.rope),
+  }
+
+
+def _rope_parameters(rope: Rope) -> dict[str, Any]:
+  if isinstance(rope, DynamicRope):
+    return {"rope_type": "dynamic", "rope_theta": rope.theta, "factor": rope.factor}
+  if type(rope) is Rope:
+    return {"rope_type": "default", "rope_theta": rope.theta}
+  raise UserError(f"the hf layout has no LLaMA form for {rope}; write the internvl layout")
+
+
+def _internvl_vision(vision: VisionConfig) -> dict[str, Any]:
+  return {
+    "architectures": ["InternVisionModel"],
+    "model_type": "intern_vit_6b",
+    **_shared_vision(vision),
+    "image_size": vision.image_size,
+    "patch_size": vision.patch_size,
+    "qkv_bias": vision.qkv_bias,
+    "qk_normalization": vision.qk_normalization,
+    "initializer_factor": vision.initializer_factor,
+    "dropout": 0.0,
+    "drop_path_rate": 0.0,
+    "use_flash_attn": True,
+  }
+
+
+def _hf_vision(vision: VisionConfig) -> dict[str, Any]:
+  return {
+    "architectures": ["InternVLVisionModel"],
+    "model_type": "internvl_vision",
+    **_shared_vision(vision),
+    "patch_size": [vision.patch_size, vision.patch_size],
+    "attention_bias": vision.qkv_bias,
+    "use_qk_norm": vision.qk_normalization,
+    "layer_scale_init_value": vision.initializer_factor,
+    "hidden_dropout_prob": 0.0,
+    "projection_dropout": 0.0,
+    "use_absolute_position_embeddings": True,
+    "use_mask_token": False,
+    "use_mean_pooling": True,
+  }
+
+
+def _shared_vision(vision: VisionConfig) -> dict[str, Any]:
+  return {
+    "attention_dropout": 0.0,
+    "hidden_act": "gelu",
+    "hidden_size": vision.hidden_size,
+    "intermediate_size": vision.intermediate_size,
+    "layer_norm_eps": vision.layer_norm_eps,
+    "norm_type": vision.norm_type,
+    "num_attention_heads": vision.num_heads,
+    "num_channels": 3,
+    "num_hidden_layers": vision.num_layers,
+  }
+
+
+def _check_constants(name: str, config: Config, constants: Config) -> None:
   for key, expected in constants.items():
     found = config.get(key, expected)
     if found != expected:
-      raise UserError(f"config.json: {name}.{key}={found!r} is not supported; expected {expected!r}")
-
-
-def _check_tile(image_size: int, patch_size: int) -> None:
-  # Pixel shuffle merges 2x2 patches, so a tile's side must hold an even number of them.
-  if image_size % (2 * patch_size):
-    raise UserError(
-      f"data.force_image_size={image_size} is not a multiple of twice the ViT's patch_size={patch_size}; "
-      f"use {max(1, round(image_size / (2 * patch_size))) * 2 * patch_size}"
-    )
+      path = f"{name}.{key}" if name else key
+      raise UserError(f"config.json: {path}={found!r} is not supported; expected {expected!r}")

@@ -1,133 +1,241 @@
-"""Two-way tables of parameter names, one per part and family, and the registry of families.
+"""The registry of language model families: a config reader, a table of names, a line each.
 
-A row pairs one of our paths with the checkpoint's keys. `{i}` stands for the layer's index on both sides;
-our stacks hold many layers in one array, and the tables speak of one. Rows that a model has no parameter
-for (a bias that a variant lacks) are not used; a parameter without a row is an error.
+A new dense family is a table of names in `hf.tables` and a line here.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
+from internvl_jax.errors import UserError
+from internvl_jax.hf import tables
+from internvl_jax.hf.tables import Row
 from internvl_jax.models.decoder import DecoderConfig
-from internvl_jax.models.vit import resize_position_embedding
+from internvl_jax.models.gpt_oss import GptOssMLPConfig
+from internvl_jax.models.moe import MoEConfig
+from internvl_jax.models.rope import DynamicRope, LinearRope, Llama3Rope, LongRope, Rope, YarnRope
+
+Config = Mapping[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Transform:
-  """How a checkpoint's tensor becomes ours (`load`, which knows the shape wanted) and back (`save`)."""
-
-  load: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
-  save: Callable[[np.ndarray], np.ndarray]
-
-
-SAME = Transform(lambda x, shape: x, lambda x: x)
-TRANSPOSE = Transform(lambda x, shape: x.T, lambda x: x.T)
-# A convolution's [out, in, height, width] as [height, width, in, out].
-CONV = Transform(lambda x, shape: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
-CLASS_TOKEN = Transform(lambda x, shape: x.reshape(-1), lambda x: x.reshape(1, 1, -1))
-POSITIONS = Transform(lambda x, shape: resize_position_embedding(x[0], shape[0] - 1), lambda x: x[None])
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """One line of a table."""
-
-  ours: str
-  theirs: str
-  transform: Transform = SAME
-
-
-def linear(path: str, key: str | None = None) -> list[Row]:
-  """Rows of a linear layer: its kernel, transposed, and its bias."""
-  key = key or path
-  return [Row(f"{path}.kernel", f"{key}.weight", TRANSPOSE), Row(f"{path}.bias", f"{key}.bias")]
-
-
-def norm(path: str, key: str | None = None) -> list[Row]:
-  """Rows of a norm: its scale, and the bias that layer norms have."""
-  key = key or path
-  return [Row(f"{path}.scale", f"{key}.weight"), Row(f"{path}.bias", f"{key}.bias")]
-
-
-_VIT = "vision_model.embeddings"
-_VIT_LAYER = "vision_model.encoder.layers.{i}"
-
-VISION_TABLE = [
-  Row(f"{_VIT}.class_embedding", f"{_VIT}.class_embedding", CLASS_TOKEN),
-  Row(f"{_VIT}.position_embedding", f"{_VIT}.position_embedding", POSITIONS),
-  Row(f"{_VIT}.patch_kernel", f"{_VIT}.patch_embedding.weight", CONV),
-  Row(f"{_VIT}.patch_bias", f"{_VIT}.patch_embedding.bias"),
-  *(
-    row for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2") for row in linear(f"{_VIT_LAYER}.{name}")
-  ),
-  *(row for name in ("norm1", "norm2", "attn.q_norm", "attn.k_norm") for row in norm(f"{_VIT_LAYER}.{name}")),
-  Row(f"{_VIT_LAYER}.ls1", f"{_VIT_LAYER}.ls1"),
-  Row(f"{_VIT_LAYER}.ls2", f"{_VIT_LAYER}.ls2"),
-]
-
-PROJECTOR_TABLE = [
-  *norm("mlp1.layer_norm", "mlp1.0"),
-  *linear("mlp1.linear_1", "mlp1.1"),
-  *linear("mlp1.linear_2", "mlp1.3"),
-]
-
-_LM = "language_model.model"
-_LM_LAYER = "language_model.model.layers.{i}"
-
-# Qwen2's names are Hugging Face's usual ones.
-QWEN2_TABLE = [
-  Row(f"{_LM}.embed_tokens.embedding", f"{_LM}.embed_tokens.weight"),
-  *(row for name in "qkvo" for row in linear(f"{_LM_LAYER}.self_attn.{name}_proj")),
-  *(row for name in ("gate", "up", "down") for row in linear(f"{_LM_LAYER}.mlp.{name}_proj")),
-  *(row for name in ("input", "post_attention") for row in norm(f"{_LM_LAYER}.{name}_layernorm")),
-  *norm(f"{_LM}.norm"),
-  *linear("language_model.lm_head"),
-]
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-  """A language model family: how to read its config, and its table of names.
+  """A language model family.
 
-  `constants` lists the config's switches whose other values would need other code: they are checked, so
-  that no switch of a checkpoint is ignored.
+  Attributes:
+    architecture: the class that the checkpoint's config names.
+    decoder: the language model's config -> what our decoder needs.
+    table: names in the checkpoint.
+    constants: switches of the config whose other values would need other code: they are checked, so that no
+      switch of a checkpoint is ignored.
+    defaults: entries of the config that may be left out. Families that transformers knows have its defaults.
+    in_transformers: transformers has the family, so the `hf` layout can hold it as it is.
+    as_llama: for a family that transformers lacks: its table under LLaMA's names, which it is stored under in
+      the `hf` layout.
   """
 
-  decoder: Callable[[Mapping[str, Any]], DecoderConfig]
+  architecture: str
+  decoder: Callable[[Config], DecoderConfig]
   table: list[Row]
-  constants: Mapping[str, Any]
+  constants: Config
+  defaults: Config = dataclasses.field(default_factory=dict)
+  in_transformers: bool = True
+  as_llama: Callable[[DecoderConfig], list[Row]] | None = None
 
 
-def _qwen2(config: Mapping[str, Any]) -> DecoderConfig:
+def complete(model_type: str, config: Config) -> dict[str, Any]:
+  """A language model's config with the entries that it left out at the family's defaults."""
+  family = FAMILIES[model_type]
+  known = transformers_defaults(model_type, config) if family.in_transformers else {}
+  return {**known, **family.defaults, **config}
+
+
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+
+
+def transformers_defaults(model_type: str, config: Config) -> dict[str, Any]:
+  """The config that transformers gives a model of these sizes; some of its defaults follow from them."""
+  from transformers import CONFIG_MAPPING  # Imported late: it takes a second that `--help` need not wait for.
+
+  sizes = {name: config[name] for name in _SIZES if config.get(name) is not None}
+  return CONFIG_MAPPING[model_type](**sizes).to_dict()
+
+
+# --- Rotary embeddings --------------------------------------------------------------------------------------
+
+
+def read_rope(config: Config) -> Rope:
+  """The rotary embedding of a config, under the old names (rope_theta, rope_scaling) or the new (rope_parameters).
+
+  Raises:
+    UserError: a kind that is not supported, or an entry that it needs and that is missing.
+  """
+  scaling = dict(config.get("rope_scaling") or {})
+  # What the checkpoint says itself comes before the defaults of the new form.
+  if not scaling and "rope_theta" not in config:
+    scaling = dict(config.get("rope_parameters") or {})
+  theta = float(config.get("rope_theta") or scaling.get("rope_theta") or 10000.0)
+  kind = scaling.get("rope_type") or scaling.get("type") or "default"
+  longest = config.get("max_position_embeddings")
+  trained = scaling.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+  if (found := scaling.get("partial_rotary_factor", 1.0)) != 1.0:
+    raise UserError(f"config.json: partial_rotary_factor={found} is not supported; expected 1.0")
+  try:
+    if kind == "default":
+      return Rope(theta=theta)
+    if kind == "linear":
+      return LinearRope(theta=theta, factor=scaling["factor"])
+    if kind == "dynamic":
+      return DynamicRope(theta=theta, factor=scaling["factor"], trained_length=trained or longest)
+    if kind == "llama3":
+      names = ("factor", "low_freq_factor", "high_freq_factor")
+      return Llama3Rope(theta=theta, trained_length=trained or longest, **{n: scaling[n] for n in names})
+    if kind in ("longrope", "su"):
+      trained = trained or longest
+      return LongRope(
+        theta=theta,
+        short_factors=tuple(scaling["short_factor"]),
+        long_factors=tuple(scaling["long_factor"]),
+        trained_length=trained,
+        stretch=longest / trained,
+      )
+    if kind == "yarn":
+      names = ("beta_fast", "beta_slow", "truncate", "attention_factor")
+      options = {name: scaling[name] for name in names if scaling.get(name) is not None}
+      return YarnRope(theta=theta, factor=scaling["factor"], trained_length=trained or longest, **options)
+  except KeyError as error:
+    raise UserError(f"config.json: rope_scaling {scaling} lacks {error}") from None
+  known = "default, linear, dynamic, llama3, longrope, su, yarn"
+  raise UserError(f"config.json: rope type {kind!r} is not supported; known: {known}")
+
+
+# --- Readers ------------------------------------------------------------------------------------------------
+
+
+def _sizes(config: Config) -> dict[str, Any]:
+  """What all families' configs call alike."""
   heads = config["num_attention_heads"]
-  return DecoderConfig(
-    vocab_size=config["vocab_size"],
-    hidden_size=config["hidden_size"],
+  return {
+    "vocab_size": config["vocab_size"],
+    "hidden_size": config["hidden_size"],
+    "intermediate_size": config["intermediate_size"],
+    "num_layers": config["num_hidden_layers"],
+    "num_heads": heads,
+    "num_kv_heads": config.get("num_key_value_heads") or heads,
+    "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+    "rms_norm_eps": config["rms_norm_eps"],
+    "rope": read_rope(config),
+  }
+
+
+def _qwen2(config: Config) -> DecoderConfig:
+  return DecoderConfig(**_sizes(config), qkv_bias=True)
+
+
+def _llama(config: Config) -> DecoderConfig:
+  bias = config["attention_bias"]
+  return DecoderConfig(**_sizes(config), qkv_bias=bias, o_bias=bias, mlp_bias=config["mlp_bias"])
+
+
+def _qwen3(config: Config) -> DecoderConfig:
+  bias = config["attention_bias"]
+  return DecoderConfig(**_sizes(config), qkv_bias=bias, o_bias=bias, qk_norm=True)
+
+
+def _qwen3_moe(config: Config) -> DecoderConfig:
+  experts = MoEConfig(
+    num_experts=_num_experts(config),
+    top_k=config["num_experts_per_tok"],
+    intermediate_size=config["moe_intermediate_size"],
+    normalize_top_k=config["norm_topk_prob"],
+  )
+  return dataclasses.replace(_qwen3(config), experts=experts)
+
+
+def _num_experts(config: Config) -> int:
+  """Two names in use; a checkpoint's own comes before a default under the other."""
+  return config["num_experts"] if "num_experts" in config else config["num_local_experts"]
+
+
+def _gpt_oss(config: Config) -> DecoderConfig:
+  experts = GptOssMLPConfig(
+    num_experts=_num_experts(config),
+    top_k=config["num_experts_per_tok"],
     intermediate_size=config["intermediate_size"],
-    num_layers=config["num_hidden_layers"],
-    num_heads=heads,
-    num_kv_heads=config.get("num_key_value_heads") or heads,
-    head_dim=config["hidden_size"] // heads,
-    rms_norm_eps=config["rms_norm_eps"],
-    rope_theta=config["rope_theta"],
-    qkv_bias=True,
+    limit=config["swiglu_limit"],
+    alpha=config["swiglu_alpha"],
+  )
+  bias, n = config["attention_bias"], config["num_hidden_layers"]
+  kinds = config.get("layer_types") or ["full_attention" if i % 2 else "sliding_attention" for i in range(n)]
+  windows = tuple(config["sliding_window"] if kind == "sliding_attention" else None for kind in kinds)
+  return DecoderConfig(
+    **_sizes(config), qkv_bias=bias, o_bias=bias, experts=experts, sinks=True, windows=windows
   )
 
 
+def _phi3(config: Config) -> DecoderConfig:
+  windows = (config["sliding_window"],) * config["num_hidden_layers"]
+  return DecoderConfig(**_sizes(config), qkv="concatenated", fused_gate_up=True, windows=windows)
+
+
+def _internlm2(config: Config) -> DecoderConfig:
+  bias = config["bias"]
+  return DecoderConfig(**_sizes(config), qkv="grouped", qkv_bias=bias, o_bias=bias)
+
+
+def _internlm2_as_llama(config: DecoderConfig) -> list[Row]:
+  return tables.llama_from_grouped(config.num_heads // config.num_kv_heads, config.num_kv_heads, config.head_dim)
+
+
+def _internlm3(config: Config) -> DecoderConfig:
+  bias = config["bias"]
+  return DecoderConfig(**_sizes(config), qkv_bias=config["qkv_bias"], o_bias=bias, mlp_bias=bias)
+
+
+_SILU = {"hidden_act": "silu", "attention_dropout": 0.0}
+_FULL = {**_SILU, "use_sliding_window": False}
+
 FAMILIES: dict[str, Family] = {
-  "qwen2": Family(
-    _qwen2,
-    QWEN2_TABLE,
-    {
-      "hidden_act": "silu",
-      "use_sliding_window": False,
-      "rope_scaling": None,
-      "tie_word_embeddings": False,
-      "attention_dropout": 0.0,
-    },
+  "qwen2": Family(architecture="Qwen2ForCausalLM", decoder=_qwen2, table=tables.USUAL, constants=_FULL),
+  "qwen3": Family(architecture="Qwen3ForCausalLM", decoder=_qwen3, table=tables.USUAL, constants=_FULL),
+  "llama": Family(
+    architecture="LlamaForCausalLM",
+    decoder=_llama,
+    table=tables.USUAL,
+    constants={**_SILU, "pretraining_tp": 1},
+  ),
+  "phi3": Family(
+    architecture="Phi3ForCausalLM",
+    decoder=_phi3,
+    table=tables.USUAL,
+    constants={**_SILU, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+  ),
+  "qwen3_moe": Family(
+    architecture="Qwen3MoeForCausalLM",
+    decoder=_qwen3_moe,
+    table=tables.QWEN3_MOE,
+    constants={**_FULL, "decoder_sparse_step": 1, "mlp_only_layers": []},
+  ),
+  "gpt_oss": Family(
+    architecture="GptOssForCausalLM", decoder=_gpt_oss, table=tables.GPT_OSS, constants=_SILU
+  ),
+  "internlm2": Family(
+    architecture="InternLM2ForCausalLM",
+    decoder=_internlm2,
+    table=tables.INTERNLM2,
+    constants={"hidden_act": "silu"},
+    defaults={"bias": True, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
+    in_transformers=False,
+    as_llama=_internlm2_as_llama,
+  ),
+  "internlm3": Family(
+    architecture="InternLM3ForCausalLM",
+    decoder=_internlm3,
+    table=tables.USUAL,
+    constants=_SILU,
+    defaults={"bias": False, "qkv_bias": False, "rope_theta": 10000.0, "rms_norm_eps": 1e-6},
+    in_transformers=False,
+    as_llama=lambda config: tables.USUAL,
   ),
 }
-"""Language model families by the `model_type` of a checkpoint's llm_config."""
+"""Language model families by the `model_type` of a checkpoint's language model config."""

@@ -1,140 +1,404 @@
-"""A checkpoint folder as a whole: opened into a definition and parameters, saved so that it stands alone."""
+"""A checkpoint looked at: a definition, and where every parameter comes from, before any number is read."""
 
 import dataclasses
-import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import nnx
 
-from internvl_jax.batch import PIXEL_STATISTICS
+from internvl_jax.errors import UserError
 from internvl_jax.hf import config as config_io
-from internvl_jax.hf import families, tokenizer, weights
-from internvl_jax.models import functional
+from internvl_jax.hf import hub, peft, weights
+from internvl_jax.hf.config import Layout
+from internvl_jax.hf.tables import Row, Transform
+from internvl_jax.hf.weights import Checkpoint, LazyParameter, Rename
+from internvl_jax.models import functional, lora
 from internvl_jax.models.internvl import InternVL, InternVLConfig
+from internvl_jax.models.lora import LoRASpec
+from internvl_jax.trees import part_of, select
+
+_EMBEDDING = "language_model.model.embed_tokens.embedding"
+_HEAD = "language_model.lm_head.kernel"
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Source:
-  """A checkpoint folder that has been looked at, with no number read yet.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Changes:
+  """What a run makes different about the model that a checkpoint holds; None and 0 leave it as it is.
 
   Attributes:
-    folder: where it lies.
+    image_size: side of a tile; the position embeddings are resized.
+    select_layer, downsample_ratio, ps_version: see InternVLConfig.
+    unfreeze_vit_layers: the first layer of the ViT that trains, counted as in Python; the stack is split there.
+    vision_lora, text_lora: adapters. Where the checkpoint has some of the same rank, they go on.
+    vocab_size: rows of the embeddings; the last `new_tokens` are of tokens just added.
+    new_tokens: how many.
+  """
+
+  image_size: int | None = None
+  select_layer: int | None = None
+  downsample_ratio: float | None = None
+  ps_version: str | None = None
+  unfreeze_vit_layers: int = 0
+  vision_lora: LoRASpec | None = None
+  text_lora: LoRASpec | None = None
+  vocab_size: int | None = None
+  new_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Source:
+  """A checkpoint that has been looked at, with no number read yet.
+
+  Attributes:
+    folder: where its tokenizer and further files lie.
     raw: its config.json.
     config: the model it describes, the run's changes included.
     model: the model's definition.
+    table: names of its tensors.
+    checkpoint: its tensors; None where the parameters are to be drawn.
+    fresh: the parameters that it lacks and that are drawn: adapters just attached, a projector not given.
   """
 
   folder: Path
   raw: Mapping[str, Any]
   config: InternVLConfig
   model: functional.ModelDef[InternVL]
+  table: Sequence[Row]
+  checkpoint: Checkpoint | None
+  fresh: frozenset[str]
 
   @property
-  def table(self) -> list[families.Row]:
-    """Names of the checkpoint's tensors."""
-    return [*families.VISION_TABLE, *families.PROJECTOR_TABLE, *config_io.family_of(self.raw).table]
+  def layout(self) -> Layout:
+    """The checkpoint's layout."""
+    return config_io.layout_of(self.raw)
+
+  @property
+  def specs(self) -> dict[str, LoRASpec]:
+    """The adapters by part of the model, of the parts that have some."""
+    specs = {"vision_model": self.config.vision.lora, "language_model": self.config.text.lora}
+    return {part: spec for part, spec in specs.items() if spec is not None}
 
   def build(self, rngs: nnx.Rngs) -> InternVL:
     """The module with fresh parameters."""
     return InternVL(self.config, rngs=rngs)
 
   def load(
-    self, shapes: Mapping[str, jax.ShapeDtypeStruct], place: Mapping[str, jax.sharding.Sharding]
-  ) -> dict[str, jax.Array]:
-    """Reads the parameters, each straight to where `place` says; see `weights.load`."""
-    return weights.load(weights.Checkpoint(self.folder), self.table, shapes, place.__getitem__)
-
-  def initialize(
     self,
     shapes: Mapping[str, jax.ShapeDtypeStruct],
     place: Mapping[str, jax.sharding.Sharding],
     *,
-    seed: int,
+    seed: int = 0,
   ) -> dict[str, jax.Array]:
-    """Draws fresh parameters, each made where `place` says."""
+    """Reads the parameters, each straight to where `place` says, and draws those that are fresh.
+
+    Raises:
+      UserError: tensors are missing, left over or mis-shaped.
+    """
+    if self.checkpoint is None:
+      return lora.fill_magnitudes(self._draw(shapes, place, seed), shapes)
+    stored = {path: leaf for path, leaf in shapes.items() if path not in self.fresh}
+    params = weights.load(self.checkpoint, self.table, stored, place)
+    if self.fresh:
+      params |= self._draw(select(shapes, self.fresh), place, seed)
+      params = lora.fill_magnitudes(params, self.fresh)
+    return {path: params[path] for path in shapes}
+
+  def lazy(self, dtype: jnp.dtype, paths: Iterable[str] | None = None) -> dict[str, LazyParameter]:
+    """The parameters (those at `paths`, if given) as they are in the checkpoint, each layer read when asked for.
+
+    Raises:
+      UserError: tensors are missing, left over or mis-shaped.
+    """
+    assert self.checkpoint is not None and not self.fresh, "only what is stored can be read later"
+    return weights.lazy(self.checkpoint, self.table, self.model.shapes, dtype, paths)
+
+  def _draw(
+    self, shapes: Mapping[str, jax.ShapeDtypeStruct], place: Mapping[str, jax.sharding.Sharding], seed: int
+  ) -> dict[str, jax.Array]:
+    """Fresh parameters, each made where `place` says; what is not asked for is not computed."""
 
     def draw(key: jax.Array) -> dict[str, jax.Array]:
       params = functional.initialize(self.build, key)
-      return {path: value.astype(shapes[path].dtype) for path, value in params.items()}
+      return {path: params[path].astype(leaf.dtype) for path, leaf in shapes.items()}
 
     # The hardware's generator compiles in a moment; the default one is unrolled for every parameter.
-    return jax.jit(draw, out_shardings=dict(place))(jax.random.key(seed, impl="rbg"))
+    shardings = {path: place[path] for path in shapes}
+    return jax.jit(draw, out_shardings=shardings)(jax.random.key(seed, impl="rbg"))
 
 
-def open_source(folder: str | Path, **overrides: Any) -> Source:
-  """Looks at a checkpoint folder; `overrides` as in `hf.config.model_config`.
+def base_folder(name: str | Path) -> Path:
+  """The folder of a checkpoint that has its config and tokenizer: of an adapter, its base model's.
+
+  Raises:
+    UserError: no such checkpoint.
+  """
+  folder = hub.resolve(str(name))
+  return hub.resolve(peft.base_of(folder)) if peft.is_adapter(folder) else folder
+
+
+def open_source(name: str | Path, changes: Changes = Changes(), *, with_weights: bool = True) -> Source:
+  """Looks at a checkpoint: a folder in either layout, a PEFT adapter's folder, or a hub id.
+
+  Args:
+    name: what to open.
+    changes: what is to be different about the model.
+    with_weights: False takes the description alone; the parameters are then drawn.
 
   Raises:
     UserError: no such checkpoint, or one that this program cannot run.
   """
+  given, folder = hub.resolve(str(name)), base_folder(name)
   raw = config_io.read_config(folder)
-  config = config_io.model_config(raw, **overrides)
-  model = functional.define(lambda rngs: InternVL(config, rngs=rngs))
-  return Source(Path(folder), raw, config, model)
+  layout, config = config_io.layout_of(raw), config_io.model_config(raw)
+  checkpoint = weights.open_checkpoint(folder, Rename(layout.renames)) if with_weights else None
+  stored = _recorded_adapters(raw)
+  if given != folder and checkpoint is not None:
+    table = layout.table(config_io.family_of(raw), config)
+    stored |= peft.add_adapter(given, checkpoint, layout, table)
+  return _describe(folder, raw, config, checkpoint, changes, stored, set())
 
 
-def save_model(
-  target: str | Path,
-  source: Source,
-  params: Mapping[str, jax.Array],
+def open_parts(
   *,
-  dtype: jnp.dtype,
-  normalize_type: str,
-  eos_token_id: int,
-  changes: Mapping[str, Any],
-) -> None:
-  """Writes a model that stands alone: weights, config, tokenizer, preprocessor, generation config.
+  vision_path: str,
+  llm_path: str,
+  mlp_path: str | None,
+  changes: Changes,
+  with_weights: bool = True,
+) -> Source:
+  """Looks at a ViT and a language model that stand alone, to make an InternVL of them (stage 1).
 
-  The config's classes come along where the source has them, so that the reference's own code opens it.
+  The projector is read from `mlp_path` or drawn. Embeddings that a language model shares with its output are
+  untied, as in all checkpoints of the internvl layout.
 
-  Args:
-    target: the folder; made if missing, other files in it stay.
-    source: where the model came from.
-    params: all parameters by path.
-    dtype: of the weights written.
-    normalize_type: statistics of the pixels, for preprocessor_config.json.
-    eos_token_id: id that ends an answer.
-    changes: entries of config.json that the run fixed, beside those of the model.
+  Raises:
+    UserError: a part is missing or of an unknown kind.
   """
-  target = Path(target)
-  weights.save(target, params, source.table, dtype=np.dtype(dtype))
-  raw = config_io.updated_config(source.raw, source.config, dtype=np.dtype(dtype).name, **changes)
-  _write(target / "config.json", raw)
-  _write(target / "preprocessor_config.json", _preprocessor(source.config, normalize_type))
-  _write(target / "generation_config.json", _generation(source.folder, eos_token_id))
-  tokenizer.copy_tokenizer(source.folder, target)
-  for code in source.folder.glob("*.py"):
-    shutil.copyfile(code, target / code.name)
-
-
-def _write(path: Path, value: Mapping[str, Any]) -> None:
-  path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _preprocessor(config: InternVLConfig, normalize_type: str) -> dict[str, Any]:
-  mean, std = PIXEL_STATISTICS[normalize_type]
-  side = config.vision.image_size
-  return {
-    "image_processor_type": "CLIPImageProcessor",
-    "feature_extractor_type": "CLIPFeatureExtractor",
-    "do_resize": True,
-    "size": side,
-    "resample": 3,
-    "do_center_crop": True,
-    "crop_size": side,
-    "do_normalize": True,
-    "image_mean": list(mean),
-    "image_std": list(std),
+  assert changes.image_size and changes.downsample_ratio and changes.ps_version
+  vision, llm = hub.resolve(vision_path), hub.resolve(llm_path)
+  parts = {"vision_config": vision, "llm_config": llm}
+  raw: dict[str, Any] = {
+    "architectures": ["InternVLChatModel"],
+    "model_type": config_io.INTERNVL.model_type,
+    "downsample_ratio": changes.downsample_ratio,
+    "ps_version": changes.ps_version,
+    "select_layer": -1,
+    **{entry: config_io.read_json(folder / "config.json") for entry, folder in parts.items()},
   }
+  for entry, folder in parts.items():
+    if raw[entry].get("model_type") in config_io.LAYOUTS:
+      raise UserError(f"{folder}: a whole InternVL checkpoint; name it as model.model_name_or_path")
+  if (found := raw["vision_config"].get("model_type")) != "intern_vit_6b":
+    raise UserError(f"{vision}/config.json: model_type is {found!r}, expected 'intern_vit_6b' (InternViT)")
+  config = config_io.model_config(raw)
+  fresh, checkpoint = set(), None
+  if with_weights:
+    checkpoint = weights.open_checkpoint(vision, Rename(prefix="vision_model."))
+    checkpoint.replace(weights.open_checkpoint(llm, Rename(prefix="language_model.")))
+    if mlp_path is None:
+      fresh = {"mlp1"}
+    else:
+      add_projector(checkpoint, config_io.INTERNVL, mlp_path)
+  return _describe(llm, raw, config, checkpoint, changes, {}, fresh, untie=True)
 
 
-def _generation(folder: Path, eos_token_id: int) -> dict[str, Any]:
-  path = folder / "generation_config.json"
-  found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-  return {**found, "eos_token_id": eos_token_id}
+def add_projector(checkpoint: Checkpoint, layout: Layout, path: str) -> None:
+  """Puts the projector of a file or folder in the place of a checkpoint's.
+
+  Its keys are those of the bare module ("0.weight", ...) or have the prefix `mlp1.`.
+  """
+  names = [row.theirs[0].rsplit(".", 1)[0] for row in layout.projector if row.ours.endswith(("scale", "kernel"))]
+  patterns = [(r"^(?!mlp1\.)", "mlp1.")]
+  patterns += [(rf"^mlp1\.{old}\.", f"{new}.") for old, new in zip("013", names, strict=True)]
+  projector = weights.open_checkpoint(path, Rename(tuple(patterns)))
+  prefix = names[0].split(".", 1)[0] + "."
+  checkpoint.drop([name for name in checkpoint.shapes if name.startswith(prefix)])
+  checkpoint.replace(projector)
+
+
+def with_projector(source: Source, path: str) -> Source:
+  """The same source with the projector of `path`."""
+  if source.checkpoint is not None:
+    add_projector(source.checkpoint, source.layout, path)
+  return source
+
+
+def _describe(
+  folder: Path,
+  raw: Mapping[str, Any],
+  config: InternVLConfig,
+  checkpoint: Checkpoint | None,
+  changes: Changes,
+  stored: dict[str, LoRASpec],
+  fresh: set[str],
+  *,
+  untie: bool = False,
+) -> Source:
+  """Puts a source together; `stored` are the adapters that the checkpoint holds, `fresh` the parts it lacks."""
+  layout = config_io.layout_of(raw)
+  table = layout.table(config_io.family_of(raw), config)
+  if checkpoint is not None:
+    _drop_buffers(checkpoint)
+  tied = _is_tied(raw, checkpoint, table)
+  if tied and untie:
+    table = _with_row(table, _HEAD, theirs=_row(table, _EMBEDDING).theirs)
+    tied = False
+  requested = {"vision_model": changes.vision_lora, "language_model": changes.text_lora}
+  specs = {part: _adapters(part, requested[part], stored.get(part)) for part in requested}
+  config = _changed(config, changes, specs, tied=tied)
+  if changes.new_tokens:
+    table = _with_row(table, _EMBEDDING, transform=_grown(changes.new_tokens, is_output=False))
+    table = _with_row(table, _HEAD, transform=_grown(changes.new_tokens, is_output=True))
+  model = functional.define(lambda rngs: InternVL(config, rngs=rngs))
+  lacking = fresh | {part for part in specs if part not in stored}
+  drawn = {
+    path
+    for path in model.shapes
+    if part_of(path) in lacking and (part_of(path) in fresh or path in lora.adapter_paths([path]))
+  }
+  return Source(
+    folder=folder,
+    raw=raw,
+    config=config,
+    model=model,
+    table=table,
+    checkpoint=checkpoint,
+    fresh=frozenset(drawn),
+  )
+
+
+def _changed(
+  config: InternVLConfig, changes: Changes, specs: Mapping[str, LoRASpec | None], *, tied: bool
+) -> InternVLConfig:
+  image_size = changes.image_size or config.vision.image_size
+  _check_tile(image_size, config.vision.patch_size)
+  vision = dataclasses.replace(
+    config.vision,
+    image_size=image_size,
+    split=_first_trained(changes.unfreeze_vit_layers, config.vision.num_layers),
+    lora=specs["vision_model"],
+  )
+  text = dataclasses.replace(
+    config.text,
+    vocab_size=changes.vocab_size or config.text.vocab_size,
+    tie_word_embeddings=tied,
+    lora=specs["language_model"],
+  )
+  select_layer = config.select_layer if changes.select_layer is None else changes.select_layer
+  return InternVLConfig(
+    vision=vision,
+    text=text,
+    select_layer=select_layer,
+    downsample_ratio=changes.downsample_ratio or config.downsample_ratio,
+    ps_version=changes.ps_version or config.ps_version,
+  )
+
+
+def _check_tile(image_size: int, patch_size: int) -> None:
+  # Pixel shuffle merges 2x2 patches, so a tile's side must hold an even number of them.
+  if image_size % (2 * patch_size):
+    raise UserError(
+      f"data.force_image_size={image_size} is not a multiple of twice the ViT's patch_size={patch_size}; "
+      f"use {max(1, round(image_size / (2 * patch_size))) * 2 * patch_size}"
+    )
+
+
+def _first_trained(start: int, num_layers: int) -> int | None:
+  """Where `layers[start:]` begins; None for all or none of them."""
+  if start and not -num_layers <= start < num_layers:
+    raise UserError(
+      f"model.unfreeze_vit_layers={start} names no layer of a ViT of {num_layers}; use {-num_layers} to "
+      f"{num_layers - 1}"
+    )
+  return start % num_layers or None
+
+
+# --- Embeddings ---------------------------------------------------------------------------------------------
+
+
+def _is_tied(raw: Mapping[str, Any], checkpoint: Checkpoint | None, table: Sequence[Row]) -> bool:
+  """Whether the output embedding is the input embedding: what the tensors say counts more than the config."""
+  stated = config_io.says_tied(raw)
+  if checkpoint is None:
+    return bool(stated)
+  head, embedding = _row(table, _HEAD).theirs[0], _row(table, _EMBEDDING).theirs[0]
+  if head not in checkpoint.shapes:
+    # transformers ties a model of the hf layout that says nothing. Otherwise the missing tensor is reported.
+    return config_io.layout_of(raw) is config_io.HF if stated is None else stated
+  if not stated or checkpoint.shapes[head] != checkpoint.shapes.get(embedding):
+    return False
+  if np.array_equal(checkpoint.read(head), checkpoint.read(embedding)):
+    checkpoint.drop([head])
+    return True
+  logging.warning("config.json ties the embeddings, but %s differs from %s: taken as untied", head, embedding)
+  return False
+
+
+def _grown(new_tokens: int, *, is_output: bool) -> Transform:
+  """Embeddings [V, D] cut or grown to the vocabulary that the tokens just added end.
+
+  New rows of the output embedding are the mean of the others, also where the checkpoint had spare rows; of the
+  input embedding, rows that the checkpoint lacks are (the reference: `resize_token_embeddings`, then the mean
+  into the output embedding).
+  """
+
+  def load(tensors: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    old, size = tensors[0], shape[-1] if is_output else shape[0]
+    kept = size - new_tokens if is_output else min(size, len(old))
+    if kept > len(old):
+      raise UserError(
+        f"the tokenizer had {size - new_tokens} tokens before the image tokens were added, but the embedding has "
+        f"{len(old)} rows; use the tokenizer that belongs to the model"
+      )
+    mean = old[:kept].astype(np.float32).mean(axis=0, keepdims=True).astype(old.dtype)
+    grown = np.concatenate([old[:kept], np.repeat(mean, size - kept, axis=0)])
+    return grown.T if is_output else grown
+
+  return Transform(load, lambda x: [x.T if is_output else x], resizes=True)
+
+
+def _row(table: Sequence[Row], ours: str) -> Row:
+  return next(row for row in table if row.ours == ours)
+
+
+def _with_row(table: Sequence[Row], ours: str, **changes: Any) -> list[Row]:
+  return [dataclasses.replace(row, **changes) if row.ours == ours else row for row in table]
+
+
+def _drop_buffers(checkpoint: Checkpoint) -> None:
+  """Forgets what old checkpoints store and every program computes: the frequencies of rotary embeddings."""
+  buffers = [name for name in checkpoint.shapes if name.endswith(".rotary_emb.inv_freq")]
+  if buffers:
+    logging.info("Not used: %d tensors named like %s, which the config fixes", len(buffers), buffers[0])
+  checkpoint.drop(buffers)
+
+
+# --- Adapters -----------------------------------------------------------------------------------------------
+
+
+def _recorded_adapters(raw: Mapping[str, Any]) -> dict[str, LoRASpec]:
+  """The adapters that a reference's checkpoint holds, by part; their alpha is twice the rank."""
+  ranks = {"vision_model": raw.get("use_backbone_lora"), "language_model": raw.get("use_llm_lora")}
+  return {part: LoRASpec(rank=rank, alpha=2 * rank, dropout=0.05) for part, rank in ranks.items() if rank}
+
+
+def _adapters(part: str, requested: LoRASpec | None, stored: LoRASpec | None) -> LoRASpec | None:
+  """The adapters that a part gets: the checkpoint's go on, with the dropout asked for."""
+  if requested is None or stored is None:
+    return stored or requested
+  for field, flag in (("rank", _RANK[part]), ("alpha", "lora.alpha"), ("use_dora", "lora.use_dora")):
+    ours, theirs = getattr(requested, field), getattr(stored, field)
+    if ours != theirs:
+      raise UserError(
+        f"{flag} asks for {field} {ours}, but the checkpoint's adapters of {part} have {theirs}; set it to that, or "
+        "merge them first: python -m internvl_jax.convert --lora merge"
+      )
+  return dataclasses.replace(stored, dropout=requested.dropout)
+
+
+_RANK = {"vision_model": "model.use_backbone_lora", "language_model": "model.use_llm_lora"}

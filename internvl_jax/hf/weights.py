@@ -4,8 +4,10 @@ Strict both ways: every key of the checkpoint is used and every parameter of the
 that does not fit is reported together, with shapes, before any number is read.
 """
 
+import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from internvl_jax.errors import UserError
-from internvl_jax.hf.families import Row
+from internvl_jax.hf.tables import Index, Row
 from internvl_jax.trees import LAYER_RANGE
 
 SHARD_BYTES = 5 * 2**30
@@ -25,157 +27,317 @@ INDEX = "model.safetensors.index.json"
 
 
 class Checkpoint:
-  """The tensors of a checkpoint folder: names and shapes at once, numbers one at a time."""
+  """The tensors of one or several places: names and shapes at once, numbers when they are asked for."""
 
-  def __init__(self, folder: str | Path):
-    """Opens all safetensors files of the folder.
+  def __init__(self):
+    """An empty one; see `open_checkpoint`."""
+    self.shapes: dict[str, tuple[int, ...]] = {}
+    self.where: dict[str, Path] = {}
+    self.dtypes: set[str] = set()
+    self._handles: dict[str, tuple[Any, str]] = {}
+
+  def add_file(self, path: Path, rename: "Rename") -> None:
+    """Adds the tensors of a safetensors file.
 
     Raises:
-      UserError: no weights, only pickled weights, a damaged file, or a file that the index names and that is
-        not there.
+      UserError: a damaged file, or a tensor that is there already.
     """
-    self.folder = Path(folder)
-    self._handles: dict[str, Any] = {}
-    self.shapes: dict[str, tuple[int, ...]] = {}
-    for path in self._files():
-      try:
-        # The handle maps the file into memory: pages are read when a tensor is.
-        handle = safe_open(path, framework="np")
-        for key in handle.keys():
-          self.shapes[key] = tuple(handle.get_slice(key).get_shape())
-          self._handles[key] = handle
-      except SafetensorError as error:
-        raise UserError(f"{path}: damaged or truncated safetensors file ({error})") from None
+    try:
+      # The handle maps the file into memory: pages are read when a tensor is.
+      handle = safe_open(path, framework="np")
+      for key in handle.keys():
+        name = rename(key)
+        if name in self.shapes:
+          raise UserError(f"{path}: the tensor {key} is there twice, also in {self.where[name]}")
+        self.shapes[name] = tuple(handle.get_slice(key).get_shape())
+        self.dtypes.add(handle.get_slice(key).get_dtype())
+        self.where[name] = path
+        self._handles[name] = handle, key
+    except SafetensorError as error:
+      raise UserError(f"{path}: damaged or truncated safetensors file ({error})") from None
+    except OSError as error:
+      raise UserError(f"{path}: cannot be read ({error})") from None
 
-  def _files(self) -> list[Path]:
-    index = self.folder / INDEX
-    if index.exists():
-      names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-      files = [self.folder / name for name in names]
-    else:
-      files = sorted(self.folder.glob("*.safetensors"))
-    for path in files:
-      if not path.is_file():
-        raise UserError(f"{path}: no such file, but {INDEX} names it")
-    if not files:
-      pickles = [p.name for p in self.folder.glob("*.bin")] + [p.name for p in self.folder.glob("*.pth")]
-      found = f"found {', '.join(pickles)}, which are pickles and are never read" if pickles else "found none"
-      raise UserError(f"{self.folder}: no *.safetensors weights ({found})")
-    return files
+  def replace(self, other: "Checkpoint") -> None:
+    """Takes over the tensors of another, in place of those of the same names."""
+    self.shapes |= other.shapes
+    self.where |= other.where
+    self._handles |= other._handles
 
-  def __getitem__(self, key: str) -> np.ndarray:
-    return self._handles[key].get_tensor(key)
+  def drop(self, names: Iterable[str]) -> None:
+    """Forgets tensors."""
+    for name in list(names):
+      del self.shapes[name], self.where[name], self._handles[name]
+
+  def read(self, name: str, index: Index | None = None) -> np.ndarray:
+    """A tensor, or the part of it at `index`: then no more than that part is read."""
+    handle, key = self._handles[name]
+    if index is None or all(part == slice(None) for part in index):
+      return handle.get_tensor(key)
+    return handle.get_slice(key)[index]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rename:
+  """From a checkpoint's keys to those of the tables: patterns replaced in order, then a prefix added."""
+
+  patterns: tuple[tuple[str, str], ...] = ()
+  prefix: str = ""
+
+  def __call__(self, key: str) -> str:
+    for pattern, replacement in self.patterns:
+      key = re.sub(pattern, replacement, key)
+    return self.prefix + key
+
+
+def open_checkpoint(path: str | Path, rename: Rename = Rename()) -> Checkpoint:
+  """The tensors of a folder's safetensors files, or of one file.
+
+  Raises:
+    UserError: no weights, only pickled weights, a damaged file, or a file that the index names and that is
+      not there.
+  """
+  checkpoint = Checkpoint()
+  for file in _files(Path(path)):
+    checkpoint.add_file(file, rename)
+  return checkpoint
+
+
+def _files(path: Path) -> list[Path]:
+  if path.is_file():
+    if path.suffix != ".safetensors":
+      raise UserError(f"{path}: {_PICKLE_ADVICE.format(path.name, path.with_suffix('.safetensors').name)}")
+    return [path]
+  index = path / INDEX
+  if index.exists():
+    return _indexed_files(path, index)
+  files = sorted(path.glob("*.safetensors"))
+  if not files:
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pth", "*.pt") for p in path.glob(pattern))
+    if pickles:
+      name = Path(pickles[0]).with_suffix(".safetensors").name
+      raise UserError(f"{path}: no *.safetensors weights; {_PICKLE_ADVICE.format(pickles[0], name)}")
+    raise UserError(f"{path}: no *.safetensors weights")
+  return files
+
+
+_PICKLE_ADVICE = (
+  "{0} is a pickle, which can run code and is never read; where torch is installed and you trust the file, convert "
+  "it with: python -c \"import torch, safetensors.torch as s; s.save_file(torch.load('{0}', weights_only=True), "
+  "'{1}')\""
+)
+
+
+def _indexed_files(folder: Path, index: Path) -> list[Path]:
+  try:
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+  except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
+    raise UserError(f"{index}: not an index of safetensors files ({error!r})") from None
+  for name in names:
+    if Path(name).name != name:
+      raise UserError(f"{index}: names {name!r}, which is not a file beside it")
+    if not (folder / name).is_file():
+      raise UserError(f"{folder / name}: no such file, but {index.name} names it")
+  return [folder / name for name in names]
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+  """A parameter's place in a checkpoint.
+
+  Attributes:
+    row: its line of the table.
+    keys: str [*lead, n]: the n tensors of every layer (first axis of `lead`) and expert (the next), where
+      there are any.
+  """
+
+  row: Row
+  keys: np.ndarray
+
+  @property
+  def lead(self) -> int:
+    """How many of our first axes run over layers and experts."""
+    return self.keys.ndim - 1
+
+
+def names_of(path: str, shape: Sequence[int], table: Sequence[Row]) -> Names:
+  """The place of a parameter, by the table."""
+  span = LAYER_RANGE.search(path)
+  template = LAYER_RANGE.sub(".layers.{i}.", path)
+  row = next((row for row in table if row.ours == template), None)
+  if row is None:
+    raise UserError(f"the checkpoint's layout has no form for the parameter {path}")
+  layers = range(int(span[1]), int(span[2])) if span else None
+  with_experts = "{e}" in row.theirs[0]
+  experts = range(shape[1 if span else 0]) if with_experts else None
+
+  def keys(i: int, e: int) -> list[str]:
+    return [key.replace("{i}", str(i)).replace("{e}", str(e)) for key in row.theirs]
+
+  found = [[keys(i, e) for e in experts or [0]] for i in layers or [0]]
+  lead = tuple(len(axis) for axis in (layers, experts) if axis is not None)
+  return Names(row, np.array(found, dtype=object).reshape(*lead, len(row.theirs)))
 
 
 def load(
   checkpoint: Checkpoint,
   table: Sequence[Row],
   shapes: Mapping[str, jax.ShapeDtypeStruct],
-  place: Callable[[str], jax.sharding.Sharding],
+  place: Mapping[str, jax.sharding.Sharding],
 ) -> dict[str, jax.Array]:
-  """Fills a model's parameters from a checkpoint, each shard straight to its device.
+  """Fills a model's parameters from a checkpoint, each shard straight to its devices.
 
-  No more than one tensor of the checkpoint is held beside the shard being filled.
+  On the host there is no more than one shard of one parameter and one tensor of the checkpoint at a time.
 
   Args:
     checkpoint: the source.
     table: its names.
     shapes: shape and dtype of every parameter; numbers are cast to the dtype.
-    place: the sharding of the parameter at a path.
+    place: the sharding of every parameter.
 
   Raises:
     UserError: one line for each missing, left-over or mis-shaped tensor.
   """
-  plan = _match(checkpoint.shapes, table, shapes)
-
-  def fill(path: str) -> jax.Array:
-    shape, dtype = shapes[path].shape, shapes[path].dtype
-    row, keys = plan[path]
-    stacked = LAYER_RANGE.search(path) is not None
-
-    def shard(index: Any) -> np.ndarray:
-      if not stacked:
-        return np.ascontiguousarray(row.transform.load(checkpoint[keys[0]], shape)[index], dtype)
-      layers = keys[index[0]]
-      inner = [row.transform.load(checkpoint[key], shape[1:])[index[1:]] for key in layers[:1]]
-      out = np.empty((len(layers), *inner[0].shape), dtype)
-      for i, key in enumerate(layers):
-        out[i] = row.transform.load(checkpoint[key], shape[1:])[index[1:]]
-      return out
-
-    return jax.make_array_from_callback(shape, place(path), shard)
-
-  return {path: fill(path) for path in shapes}
+  names = {path: names_of(path, leaf.shape, table) for path, leaf in shapes.items()}
+  _check(checkpoint, names, shapes)
+  return {path: _fill(checkpoint, names[path], leaf, place[path]) for path, leaf in shapes.items()}
 
 
-def _match(
-  found: Mapping[str, tuple[int, ...]], table: Sequence[Row], shapes: Mapping[str, jax.ShapeDtypeStruct]
-) -> dict[str, tuple[Row, list[str]]]:
-  """Pairs every parameter with its row and keys (one a layer), or reports all that does not fit."""
-  plan, problems, used = {}, [], set()
-  for path, shape in shapes.items():
-    row, keys = checkpoint_keys(path, table)
-    plan[path] = row, keys
-    inner = shape.shape[1:] if LAYER_RANGE.search(path) else shape.shape
-    for key in keys:
-      used.add(key)
-      if key not in found:
-        problems.append(f"missing: {key} (wanted for {path} {inner})")
-      elif not _fits(found[key], row, inner):
-        expected = row.transform.save(np.broadcast_to(np.int8(0), inner)).shape
-        problems.append(f"mis-shaped: {key} is {found[key]}, expected {expected} for {path}")
-  problems += [
-    f"left over: {key} {found[key]} fits no parameter of the model" for key in sorted(set(found) - used)
-  ]
+@dataclasses.dataclass(frozen=True, eq=False)
+class LazyParameter:
+  """A parameter of which a layer (and expert) is read when it is asked for by index; `np.asarray` reads all."""
+
+  checkpoint: Checkpoint
+  names: Names
+  leaf: jax.ShapeDtypeStruct
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.leaf.shape
+
+  def __getitem__(self, cell: tuple[int, ...]) -> np.ndarray:
+    index = tuple(slice(i, i + 1) for i in cell) + (slice(None),) * (len(self.shape) - len(cell))
+    return _read_shard(self.checkpoint, self.names, self.leaf, index).reshape(self.shape[len(cell) :])
+
+  def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+    del copy
+    whole = _read_shard(self.checkpoint, self.names, self.leaf, (slice(None),) * len(self.shape))
+    return whole if dtype is None else whole.astype(dtype)
+
+
+def lazy(
+  checkpoint: Checkpoint,
+  table: Sequence[Row],
+  shapes: Mapping[str, jax.ShapeDtypeStruct],
+  dtype: np.dtype,
+  paths: Iterable[str] | None = None,
+) -> dict[str, LazyParameter]:
+  """A model's parameters, read layer by layer when they are asked for; arguments and errors as of `load`.
+
+  A checkpoint may hold more than `shapes` asks for where it holds adapters that are left aside.
+  """
+  names = {path: names_of(path, leaf.shape, table) for path, leaf in shapes.items()}
+  _check(checkpoint, names, shapes)
+  chosen = shapes if paths is None else paths
+  return {
+    path: LazyParameter(checkpoint, names[path], jax.ShapeDtypeStruct(shapes[path].shape, dtype))
+    for path in chosen
+  }
+
+
+def _fill(
+  checkpoint: Checkpoint, names: Names, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
+) -> jax.Array:
+  devices_of: dict[str, list[tuple[Any, Any]]] = {}
+  for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+    devices_of.setdefault(str(index), []).append((device, index))
+  arrays = []
+  for group in devices_of.values():
+    shard = _read_shard(checkpoint, names, leaf, group[0][1])
+    arrays += [jax.device_put(shard, device) for device, _ in group]
+  return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
+
+
+def _read_shard(checkpoint: Checkpoint, names: Names, leaf: jax.ShapeDtypeStruct, index: Any) -> np.ndarray:
+  """The part of a parameter at `index`, from the tensors that it needs."""
+  index = tuple(slice(*part.indices(size)) for part, size in zip(index, leaf.shape, strict=True))
+  inner, part = leaf.shape[names.lead :], index[names.lead :]
+  part = tuple(slice(None) if s == slice(0, n, 1) else s for s, n in zip(part, inner, strict=True))
+  keys = names.keys[index[: names.lead]]
+  cells = keys.reshape(-1, keys.shape[-1])
+  transform = names.row.transform
+
+  def read(cell: np.ndarray) -> np.ndarray:
+    if transform.part is not None:
+      return transform.load([checkpoint.read(cell[0], transform.part(part))], inner)
+    return transform.load([checkpoint.read(key) for key in cell], inner)[part]
+
+  if not names.lead:
+    return np.ascontiguousarray(read(cells[0]), leaf.dtype)
+  first = read(cells[0])
+  out = np.empty((len(cells), *first.shape), leaf.dtype)
+  out[0] = first
+  for i in range(1, len(cells)):
+    out[i] = read(cells[i])
+  return out.reshape(*keys.shape[:-1], *first.shape)
+
+
+def _check(checkpoint: Checkpoint, names: Mapping[str, Names], shapes: Mapping[str, Any]) -> None:
+  """Raises with all that does not fit."""
+  found, problems, used = checkpoint.shapes, [], set()
+  for path, place in names.items():
+    inner = shapes[path].shape[place.lead :]
+    # A broadcast zero has the shape without the memory.
+    expected = [x.shape for x in place.row.transform.save(np.broadcast_to(np.int8(0), inner))]
+    for cell in place.keys.reshape(-1, place.keys.shape[-1]):
+      for key, shape in zip(cell, expected, strict=True):
+        used.add(key)
+        if key not in found:
+          problems.append(f"missing: {key} (wanted for {path} {inner})")
+        elif found[key] != shape and not _resizes(place.row, found[key], inner):
+          problems.append(f"mis-shaped: {key} is {found[key]}, expected {shape} for {path}")
+  left = sorted(set(found) - used)
+  problems += [f"left over: {key} {found[key]} fits no parameter of the model" for key in left]
   if problems:
-    raise UserError(
-      "\n".join(["the checkpoint does not fit the model that its config.json describes:", *problems])
-    )
-  return plan
+    places = ", ".join(str(path) for path in sorted({path.parent for path in checkpoint.where.values()}))
+    raise UserError("\n".join([f"{places}: the checkpoint does not fit the model of its config.json:", *problems]))
 
 
-def _fits(found: tuple[int, ...], row: Row, wanted: tuple[int, ...]) -> bool:
-  # A broadcast zero has the shape without the memory. The position embedding is resized, hence `load`.
+def _resizes(row: Row, found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+  if not row.transform.resizes:
+    return False
   try:
-    return row.transform.load(np.broadcast_to(np.float32(0), found), wanted).shape == wanted
+    return row.transform.load([np.broadcast_to(np.float32(0), found)], wanted).shape == wanted
   except (ValueError, AssertionError, IndexError):
     return False
-
-
-def checkpoint_keys(path: str, table: Sequence[Row]) -> tuple[Row, list[str]]:
-  """The table's row for a parameter, and its keys in the checkpoint: one, or one for each layer of a stack."""
-  span = LAYER_RANGE.search(path)
-  template = LAYER_RANGE.sub(".layers.{i}.", path)
-  row = next((row for row in table if row.ours == template), None)
-  if row is None:
-    raise AssertionError(f"no row of the table of names is for {path}")
-  if span is None:
-    return row, [row.theirs]
-  return row, [row.theirs.replace("{i}", str(i)) for i in range(int(span[1]), int(span[2]))]
 
 
 def tensors(
   params: Mapping[str, jax.Array], table: Sequence[Row], dtype: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """A model's parameters as the checkpoint's tensors, one at a time, cast to `dtype`."""
+  """A model's parameters as the checkpoint's tensors, one layer at a time, cast to `dtype`."""
   for path, value in params.items():
-    row, keys = checkpoint_keys(path, table)
-    for i, key in enumerate(keys):
-      layer = value[i] if LAYER_RANGE.search(path) else value
-      yield key, np.ascontiguousarray(row.transform.save(np.asarray(layer)), dtype)
+    names = names_of(path, value.shape, table)
+    for cell in np.ndindex(*names.keys.shape[:-1]):
+      parts = names.row.transform.save(np.asarray(value[cell] if cell else value))
+      for key, part in zip(names.keys[cell], parts, strict=True):
+        yield key, np.ascontiguousarray(part, dtype)
 
 
 def save(
   folder: str | Path,
-  params: Mapping[str, jax.Array],
-  table: Sequence[Row],
+  items: Iterable[tuple[str, np.ndarray]],
   *,
-  dtype: np.dtype,
   shard_bytes: int = SHARD_BYTES,
 ) -> None:
   """Writes safetensors: one file, or numbered files and an index when the tensors exceed `shard_bytes`.
 
   Files are written under temporary names and renamed at the end, so that a broken run leaves no half model.
+
+  Args:
+    folder: made if missing.
+    items: names and tensors (see `tensors`), of which no more than a file's worth is held at a time.
+    shard_bytes: largest file, unless one tensor is larger.
   """
   folder = Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
@@ -188,7 +350,7 @@ def save(
     shards.append(list(pending))
     pending.clear()
 
-  for key, tensor in tensors(params, table, dtype):
+  for key, tensor in items:
     if pending and size + tensor.nbytes > shard_bytes:
       flush()
       size = 0

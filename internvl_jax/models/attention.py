@@ -22,6 +22,8 @@ def attention(
   kv_segment_ids: jax.Array | None = None,
   q_index: jax.Array | None = None,
   causal: bool,
+  window: jax.Array | int | None = None,
+  sinks: jax.Array | None = None,
   backend: str = "auto",
 ) -> jax.Array:
   """Scaled dot-product attention with grouped heads; softmax in float32.
@@ -35,6 +37,9 @@ def attention(
     kv_segment_ids: int [B, S], the keys' segments; None takes `segment_ids`.
     q_index: int [T], the queries' index along S; None is 0..T-1. Only read when causal.
     causal: hide later keys.
+    window: a query sees its own key and the window - 1 before it; None sees all. Only read when causal.
+    sinks: [N] learned scores of a key without a value, one a head, that takes its share of the softmax
+      (arXiv:2309.17453; gpt-oss).
     backend: "xla", or "auto", which is the same for now.
 
   Returns:
@@ -48,11 +53,11 @@ def attention(
   if kv_segment_ids is None:
     kv_segment_ids = segment_ids
   if q.shape[1] <= QUERY_BLOCK:
-    return _attend(q, k, v, segment_ids, kv_segment_ids, q_index, causal)
-  return _blockwise(q, k, v, segment_ids, kv_segment_ids, q_index, causal)
+    return _attend(q, k, v, segment_ids, kv_segment_ids, q_index, causal, window, sinks)
+  return _blockwise(q, k, v, segment_ids, kv_segment_ids, q_index, causal, window, sinks)
 
 
-def _attend(q, k, v, q_segments, kv_segments, q_index, causal) -> jax.Array:
+def _attend(q, k, v, q_segments, kv_segments, q_index, causal, window, sinks) -> jax.Array:
   """Attention with all of its scores in memory."""
   B, T, N, H = q.shape
   S, K = k.shape[1:3]
@@ -60,26 +65,39 @@ def _attend(q, k, v, q_segments, kv_segments, q_index, causal) -> jax.Array:
   q = (q / math.sqrt(H)).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
   k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
   scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32)
-  mask = _mask(q_segments, kv_segments, q_index if q_index is not None else jnp.arange(T), S, causal)
+  q_index = jnp.arange(T) if q_index is None else q_index
+  mask = _mask(q_segments, kv_segments, q_index, S, causal, window)
   if mask is not None:
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  weights = _softmax(scores, sinks).astype(v.dtype)
   out = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v)
   return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def _mask(q_segments, kv_segments, q_index, S, causal) -> jax.Array | None:
+def _softmax(scores: jax.Array, sinks: jax.Array | None) -> jax.Array:
+  """Softmax of [B, K, G, T, S] over S, beside a sink [N] where there is one."""
+  if sinks is None:
+    return jax.nn.softmax(scores, axis=-1)
+  sinks = sinks.astype(jnp.float32).reshape(1, *scores.shape[1:3], 1, 1)
+  top = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks))
+  weights = jnp.exp(scores - top)
+  return weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks - top))
+
+
+def _mask(q_segments, kv_segments, q_index, S, causal, window) -> jax.Array | None:
   """What a query may see, broadcastable to [B, 1, 1, T, S]; None when it may see everything."""
   mask = None
   if q_segments is not None:
     mask = (q_segments[:, :, None] == kv_segments[:, None, :])[:, None, None]
   if causal:
-    order = (q_index[:, None] >= jnp.arange(S))[None, None, None]
+    distance = q_index[:, None] - jnp.arange(S)
+    order = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    order = order[None, None, None]
     mask = order if mask is None else mask & order
   return mask
 
 
-def _blockwise(q, k, v, q_segments, kv_segments, q_index, causal) -> jax.Array:
+def _blockwise(q, k, v, q_segments, kv_segments, q_index, causal, window, sinks) -> jax.Array:
   """Attention by blocks of queries, with scores recomputed in the backward pass: memory linear in T."""
   B, T, N, H = q.shape
   blocks = -(-T // QUERY_BLOCK)
@@ -98,7 +116,7 @@ def _blockwise(q, k, v, q_segments, kv_segments, q_index, causal) -> jax.Array:
   @functools.partial(jax.checkpoint, prevent_cse=False)
   def block(_, inputs):
     q_block, segments, index = inputs
-    return None, _attend(q_block, k, v, segments, kv_segments, index, causal)
+    return None, _attend(q_block, k, v, segments, kv_segments, index, causal, window, sinks)
 
   _, out = jax.lax.scan(block, None, inputs)
   return jnp.moveaxis(out, 0, 1).reshape(B, blocks * QUERY_BLOCK, N, H)[:, :T]

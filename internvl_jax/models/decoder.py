@@ -1,22 +1,54 @@
-"""The dense decoder: one file for every dense family, told apart by data.
+"""The decoder: one file for every family, told apart by data.
 
-Letters: B rows, T tokens, D width, N query heads, K key-value heads, H head width, F mlp width, V vocabulary.
+What a family does in its own way is a switch of `DecoderConfig` where it is small (biases, norms of q and k,
+fused projections, rotary embeddings) and a module of its own where it is not (`DecoderConfig.experts`).
+
+Letters: B rows, T tokens, D width, N query heads, K key-value heads, G = N/K, H head width, F mlp width,
+V vocabulary, L layers.
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from internvl_jax.models import lora
 from internvl_jax.models.attention import attention
-from internvl_jax.models.layers import Embed, LayerStack, Linear, RMSNorm
+from internvl_jax.models.layers import Embed, LayerStack, Linear, RMSNorm, make_param
+from internvl_jax.models.lora import LoRASpec
+from internvl_jax.models.rope import Rope, rotate, rotations
+
+
+class Experts(Protocol):
+  """The settings of a feed-forward of experts, which builds the module; see `models.moe`."""
+
+  def build(self, hidden_size: int, rngs: nnx.Rngs) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-  """Sizes and switches of a dense decoder."""
+  """Sizes and switches of a decoder.
+
+  Attributes:
+    vocab_size, hidden_size, num_layers, num_heads, num_kv_heads, head_dim: V, D, L, N, K, H.
+    intermediate_size: F of the dense feed-forward.
+    experts: the feed-forward of experts that takes its place, or None.
+    rms_norm_eps: of all norms.
+    rope: the rotary embedding.
+    qkv_bias, o_bias, mlp_bias: which linear layers have one.
+    qkv: "separate" projections; or one, whose outputs are "grouped" by key-value head (G queries, key, value:
+      InternLM2) or "concatenated" (all queries, keys, values: Phi-3).
+    fused_gate_up: gate and up of the feed-forward are one projection (Phi-3).
+    qk_norm: RMS norms on each head of q and k (Qwen3).
+    sinks: a learned attention sink for each head (gpt-oss).
+    windows: how many keys each layer's queries see, None for all; empty for all layers.
+    tie_word_embeddings: the output embedding is the input embedding.
+    lora: adapters of the layers' linear maps.
+  """
 
   vocab_size: int
   hidden_size: int
@@ -25,9 +57,19 @@ class DecoderConfig:
   num_heads: int
   num_kv_heads: int
   head_dim: int
+  experts: Experts | None = None
   rms_norm_eps: float = 1e-6
-  rope_theta: float = 10000.0
+  rope: Rope = dataclasses.field(default_factory=Rope)
   qkv_bias: bool = False
+  o_bias: bool = False
+  mlp_bias: bool = False
+  qkv: Literal["separate", "grouped", "concatenated"] = "separate"
+  fused_gate_up: bool = False
+  qk_norm: bool = False
+  sinks: bool = False
+  windows: tuple[int | None, ...] = ()
+  tie_word_embeddings: bool = False
+  lora: LoRASpec | None = None
 
 
 class KVCache(nnx.Pytree):
@@ -44,46 +86,39 @@ class KVCache(nnx.Pytree):
     self.segment_ids = nnx.data(segment_ids)
 
 
-def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-  """Rotary position embedding (arXiv:2104.09864), in float32, on halves as Hugging Face lays them out.
-
-  Args:
-    x: [B, T, heads, H].
-    positions: int [B, T].
-    theta: base of the wavelengths.
-  """
-  half = x.shape[-1] // 2
-  frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angles = positions[..., None, None].astype(jnp.float32) * frequencies
-  cos, sin = jnp.cos(angles), jnp.sin(angles)
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
 class DecoderAttention(nnx.Module):
   """Causal self-attention with grouped key-value heads and rotary positions."""
 
   def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
     D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-    bias = config.qkv_bias
     self.num_heads, self.num_kv_heads, self.head_dim = N, K, H
-    self.rope_theta = config.rope_theta
-    self.q_proj = Linear(D, N * H, bias=bias, axes=("embed", "heads"), rngs=rngs)
-    self.k_proj = Linear(D, K * H, bias=bias, axes=("embed", "kv_heads"), rngs=rngs)
-    self.v_proj = Linear(D, K * H, bias=bias, axes=("embed", "kv_heads"), rngs=rngs)
-    self.o_proj = Linear(N * H, D, bias=False, axes=("heads", "embed"), rngs=rngs)
+    self.layout = config.qkv
 
-  def __call__(self, x, *, positions, segment_ids, kv_segment_ids, cache, offset, backend):
+    def linear(d_in: int, d_out: int, axes: tuple[str, str], bias: bool) -> Linear:
+      return Linear(d_in, d_out, bias=bias, axes=axes, rngs=rngs)
+
+    if config.qkv == "separate":
+      self.q_proj = linear(D, N * H, ("embed", "heads"), config.qkv_bias)
+      self.k_proj = linear(D, K * H, ("embed", "kv_heads"), config.qkv_bias)
+      self.v_proj = linear(D, K * H, ("embed", "kv_heads"), config.qkv_bias)
+    else:
+      self.qkv_proj = linear(D, (N + 2 * K) * H, ("embed", "heads"), config.qkv_bias)
+    self.o_proj = linear(N * H, D, ("heads", "embed"), config.o_bias)
+    self.q_norm = RMSNorm(H, eps=config.rms_norm_eps, axis=None) if config.qk_norm else None
+    self.k_norm = RMSNorm(H, eps=config.rms_norm_eps, axis=None) if config.qk_norm else None
+    self.sinks = make_param(jnp.zeros(N), ("heads",)) if config.sinks else None
+
+  def __call__(self, x, *, rotation, segment_ids, kv_segment_ids, window, cache, offset, backend):
     """Attends over x [B, T, D]; with a cache (k, v) over what it holds, x's own keys written at `offset`."""
-    B, T, _ = x.shape
-    q = rope(self.q_proj(x).reshape(B, T, self.num_heads, self.head_dim), positions, self.rope_theta)
-    k = rope(self.k_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim), positions, self.rope_theta)
-    v = self.v_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
+    q, k, v = self._project(x)
+    if self.q_norm is not None and self.k_norm is not None:
+      q, k = self.q_norm(q), self.k_norm(k)
+    q, k = rotate(q, *rotation), rotate(k, *rotation)
     q_index = None
     if cache is not None:
       k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), offset, axis=1)
       v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), offset, axis=1)
-      q_index = offset + jnp.arange(T)
+      q_index = offset + jnp.arange(x.shape[1])
     out = attention(
       q,
       k,
@@ -92,22 +127,44 @@ class DecoderAttention(nnx.Module):
       kv_segment_ids=kv_segment_ids,
       q_index=q_index,
       causal=True,
+      window=window,
+      sinks=None if self.sinks is None else self.sinks[...],
       backend=backend,
     )
-    return self.o_proj(out.reshape(B, T, -1)), (k, v)
+    return self.o_proj(out.reshape(*x.shape[:2], -1)), (k, v)
+
+  def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [B, T, N, H], keys and values [B, T, K, H]."""
+    N, K, H = self.num_heads, self.num_kv_heads, self.head_dim
+    heads = (*x.shape[:2], -1, H)
+    if self.layout == "separate":
+      return self.q_proj(x).reshape(heads), self.k_proj(x).reshape(heads), self.v_proj(x).reshape(heads)
+    y = self.qkv_proj(x)
+    if self.layout == "concatenated":
+      q, k, v = jnp.split(y, [N * H, (N + K) * H], axis=-1)
+      return q.reshape(heads), k.reshape(heads), v.reshape(heads)
+    y = y.reshape(*x.shape[:2], K, N // K + 2, H)
+    return y[..., :-2, :].reshape(heads), y[..., -2, :], y[..., -1, :]
 
 
 class DecoderMLP(nnx.Module):
   """SwiGLU (arXiv:2002.05202)."""
 
   def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-    D, F = config.hidden_size, config.intermediate_size
-    self.gate_proj = Linear(D, F, bias=False, axes=("embed", "mlp"), rngs=rngs)
-    self.up_proj = Linear(D, F, bias=False, axes=("embed", "mlp"), rngs=rngs)
-    self.down_proj = Linear(F, D, bias=False, axes=("mlp", "embed"), rngs=rngs)
+    D, F, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+    self.fused = config.fused_gate_up
+    if self.fused:
+      self.gate_up_proj = Linear(D, 2 * F, bias=bias, axes=("embed", "mlp"), rngs=rngs)
+    else:
+      self.gate_proj = Linear(D, F, bias=bias, axes=("embed", "mlp"), rngs=rngs)
+      self.up_proj = Linear(D, F, bias=bias, axes=("embed", "mlp"), rngs=rngs)
+    self.down_proj = Linear(F, D, bias=bias, axes=("mlp", "embed"), rngs=rngs)
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+  def __call__(self, x: jax.Array, *, valid: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Maps x [B, T, D]; the second result is there for what has a router."""
+    del valid
+    gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1) if self.fused else (self.gate_proj(x), self.up_proj(x))
+    return self.down_proj(jax.nn.silu(gate) * up), {}
 
 
 class DecoderLayer(nnx.Module):
@@ -116,14 +173,18 @@ class DecoderLayer(nnx.Module):
   def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
     D, eps = config.hidden_size, config.rms_norm_eps
     self.self_attn = DecoderAttention(config, rngs)
-    self.mlp = DecoderMLP(config, rngs)
+    self.mlp = config.experts.build(D, rngs) if config.experts else DecoderMLP(config, rngs)
     self.input_layernorm = RMSNorm(D, eps=eps)
     self.post_attention_layernorm = RMSNorm(D, eps=eps)
+    if config.lora is not None:
+      lora.attach(self, config.lora, rngs)
 
-  def __call__(self, x: jax.Array, **attend) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  def __call__(self, x: jax.Array, *, valid: jax.Array | None, **attend):
+    """Returns the new x, the keys and values, and statistics of the router where there is one."""
     y, kv = self.self_attn(self.input_layernorm(x), **attend)
     x = x + y
-    return x + self.mlp(self.post_attention_layernorm(x)), kv
+    y, router = self.mlp(self.post_attention_layernorm(x), valid=valid)
+    return x + y, kv, router
 
 
 class Decoder(nnx.Module):
@@ -131,6 +192,7 @@ class Decoder(nnx.Module):
 
   def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
     self.kv_shape = (config.num_layers, config.num_kv_heads, config.head_dim)
+    self.rope, self.windows = config.rope, config.windows
     self.embed_tokens = Embed(config.vocab_size, config.hidden_size, rngs=rngs)
     self.layers = LayerStack(lambda r: DecoderLayer(config, r), bounds=(0, config.num_layers), rngs=rngs)
     self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -142,33 +204,48 @@ class Decoder(nnx.Module):
     positions: jax.Array,
     segment_ids: jax.Array | None = None,
     kv_segment_ids: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
     backend: str = "auto",
     remat: Callable | None = None,
     unroll: int = 1,
-  ) -> jax.Array:
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Runs embeddings x [B, T, D] to normalised hidden states [B, T, D].
 
     Args:
       x: token embeddings with image features in place, in the compute dtype.
       positions: int [B, T], for the rotary embedding.
-      segment_ids, kv_segment_ids, backend: see `attention`.
+      segment_ids, kv_segment_ids, backend: see `attention`. Segment 0 is padding to a router's statistics.
+      dropout_key: randomness of the adapters' dropout; None is evaluation.
       remat, unroll: see `LayerStack.scan`.
-    """
 
-    def apply(layer, x, _):
-      x, _ = layer(
+    Returns:
+      The hidden states, and the routers' statistics [L, B, ...]; see `models.moe`.
+    """
+    T = x.shape[1]
+    rotation = rotations(self.rope, positions, self.kv_shape[-1], bound=T)
+    valid = None if segment_ids is None else segment_ids > 0
+    static, xs = self._windows(T)
+    if dropout_key is not None:
+      xs["dropout"] = jax.random.split(dropout_key, self.kv_shape[0])
+
+    def apply(layer, x, xs):
+      if "dropout" in xs:
+        lora.start_dropout(layer, xs["dropout"])
+      x, _, router = layer(
         x,
-        positions=positions,
+        rotation=rotation,
         segment_ids=segment_ids,
         kv_segment_ids=kv_segment_ids,
+        window=xs.get("window", static),
         cache=None,
         offset=None,
         backend=backend,
+        valid=valid,
       )
-      return x, {}
+      return x, router
 
-    x, _ = self.layers.scan(apply, x, remat=remat, unroll=unroll)
-    return self.norm(x)
+    x, router = self.layers.scan(apply, x, xs=xs, remat=remat, unroll=unroll)
+    return self.norm(x), router
 
   def extend(
     self, x: jax.Array, cache: KVCache, offset: jax.Array, *, positions: jax.Array, segment_ids: jax.Array
@@ -181,21 +258,26 @@ class Decoder(nnx.Module):
       offset: scalar int, the slot of the first of these tokens, the same for every row.
       segment_ids: int [B, T]; 0 marks padding, which nobody will see.
     """
+    slots = cache.segment_ids.shape[1]
+    rotation = rotations(self.rope, positions, self.kv_shape[-1], bound=slots)
     kv_segments = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segment_ids, offset, axis=1)
+    static, windows = self._windows(slots)
 
     def apply(layer, x, xs):
-      x, (k, v) = layer(
+      x, (k, v), _ = layer(
         x,
-        positions=positions,
+        rotation=rotation,
         segment_ids=segment_ids,
         kv_segment_ids=kv_segments,
+        window=xs.get("window", static),
         cache=(xs["k"], xs["v"]),
         offset=offset,
         backend="auto",
+        valid=None,
       )
       return x, {"k": k, "v": v}
 
-    x, kv = self.layers.scan(apply, x, xs={"k": cache.k, "v": cache.v})
+    x, kv = self.layers.scan(apply, x, xs={"k": cache.k, "v": cache.v, **windows})
     return self.norm(x), KVCache(kv["k"], kv["v"], kv_segments)
 
   def make_cache(self, batch: int, length: int, dtype: jnp.dtype) -> KVCache:
@@ -204,12 +286,26 @@ class Decoder(nnx.Module):
     shape = (layers, batch, length, heads, width)
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, length), jnp.int32))
 
+  def _windows(self, length: int) -> tuple[int | None, dict[str, Any]]:
+    """The window of all layers, or an array [L] for the scan where they differ; none that hides nothing."""
+    windows = [None if window is None or window >= length else window for window in self.windows]
+    if len(set(windows)) <= 1:
+      return (windows[0] if windows else None), {}
+    return None, {"window": np.array([length if window is None else window for window in windows], np.int32)}
+
 
 class CausalLM(nnx.Module):
-  """A decoder and its output embedding, untied."""
+  """A decoder and its output embedding."""
 
   def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    D, V = config.hidden_size, config.vocab_size
     self.model = Decoder(config, rngs=rngs)
-    self.lm_head = Linear(
-      config.hidden_size, config.vocab_size, bias=False, axes=("embed", "vocab"), rngs=rngs
-    )
+    tied = config.tie_word_embeddings
+    self.lm_head = None if tied else Linear(D, V, bias=False, axes=("embed", "vocab"), rngs=rngs)
+
+  @property
+  def output_embedding(self) -> jax.Array:
+    """The matrix [D, V] from hidden states to scores."""
+    if self.lm_head is None:
+      return self.model.embed_tokens.embedding[...].T
+    return self.lm_head.kernel[...]

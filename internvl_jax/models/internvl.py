@@ -8,10 +8,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from internvl_jax.batch import NO_IMAGE, PIXEL_STATISTICS
 from internvl_jax.models.decoder import CausalLM, DecoderConfig
+from internvl_jax.models.gradients import matmul
 from internvl_jax.models.layers import remat_by_name
 from internvl_jax.models.projector import Projector, pixel_shuffle
 from internvl_jax.models.vit import VisionConfig, VisionTransformer
@@ -65,10 +67,17 @@ class InternVL(nnx.Module):
     self.language_model = CausalLM(config.text, rngs=rngs)
 
   def extract_features(
-    self, tiles: jax.Array, how: Execution, *, drop_path: tuple[float, jax.Array] | None = None
+    self,
+    tiles: jax.Array,
+    how: Execution,
+    *,
+    drop_path: tuple[np.ndarray, jax.Array] | None = None,
+    dropout_key: jax.Array | None = None,
   ) -> jax.Array:
     """Encodes normalised tiles [I, side, side, 3] as features [I, P, E] in the language model's width."""
-    x = self.vision_model(tiles.astype(how.dtype), drop_path=drop_path, **how.scan_options)
+    x = self.vision_model(
+      tiles.astype(how.dtype), drop_path=drop_path, dropout_key=dropout_key, **how.scan_options
+    )
     return self.project(x)
 
   def project(self, vision_hidden: jax.Array) -> jax.Array:
@@ -100,12 +109,12 @@ class InternVL(nnx.Module):
     return jnp.where((image_index != NO_IMAGE)[..., None], placed.reshape(x.shape), x)
 
   def decode(
-    self, x: jax.Array, how: Execution, *, positions: jax.Array, segment_ids: jax.Array | None, **masks
-  ) -> jax.Array:
-    """Hidden states [R, S, E] of the language model, ready for `lm_head`."""
+    self, x: jax.Array, how: Execution, *, positions: jax.Array, segment_ids: jax.Array | None, **options
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Hidden states [R, S, E] of the language model, ready for `logits`, and its routers' statistics."""
     decoder: Callable = self.language_model.model
-    return decoder(x, positions=positions, segment_ids=segment_ids, **masks, **how.scan_options)
+    return decoder(x, positions=positions, segment_ids=segment_ids, **options, **how.scan_options)
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """Scores [..., V] in float32."""
-    return self.language_model.lm_head(hidden).astype(jnp.float32)
+    return matmul(hidden, self.language_model.output_embedding.astype(hidden.dtype)).astype(jnp.float32)

@@ -25,14 +25,20 @@ class Linear(nnx.Module):
 
   A fresh kernel is normal with standard deviation 1/sqrt(D), so that a unit-variance input gives a
   unit-variance output (LeCun et al., Efficient BackProp, 1998); a fresh bias is zero.
+
+  Attributes:
+    adapter: what `models.lora.attach` put beside the kernel, or None: a function (x, y, linear) -> y.
   """
 
-  def __init__(self, d_in: int, d_out: int, *, bias: bool, axes: tuple[str, str], rngs: nnx.Rngs):
+  def __init__(self, d_in: int, d_out: int, *, bias: bool, axes: Axes, rngs: nnx.Rngs):
     self.kernel = make_param(jax.random.normal(rngs.params(), (d_in, d_out)) / math.sqrt(d_in), axes)
     self.bias = make_param(jnp.zeros(d_out), axes[1:]) if bias else None
+    self.adapter = nnx.data(None)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     y = matmul(x, self.kernel[...].astype(x.dtype))
+    if self.adapter is not None:
+      y = self.adapter(x, y, self)
     return y if self.bias is None else shift(y, self.bias[...].astype(x.dtype))
 
 
@@ -55,7 +61,7 @@ class LayerNorm(nnx.Module):
 class RMSNorm(nnx.Module):
   """Root-mean-square normalisation over the last axis, computed in float32 (arXiv:1910.07467)."""
 
-  def __init__(self, dim: int, *, eps: float, axis: str = "embed"):
+  def __init__(self, dim: int, *, eps: float, axis: str | None = "embed"):
     self.scale = make_param(jnp.ones(dim), (axis,))
     self.eps = eps
 

@@ -12,14 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from internvl_jax.models import lora
 from internvl_jax.models.attention import attention
 from internvl_jax.models.gradients import matmul, scale, shift
 from internvl_jax.models.layers import LayerNorm, LayerStack, Linear, RMSNorm, make_param
+from internvl_jax.models.lora import LoRASpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-  """Sizes of an InternViT. `initializer_factor` is the layer scale of fresh weights."""
+  """Sizes of an InternViT.
+
+  Attributes:
+    initializer_factor: the layer scale of fresh weights.
+    split: the layer at which the stack is stored in two, because those before it do not train and the others
+      do; None or 0 is one piece.
+    lora: adapters of the layers' linear maps.
+    The others are named as in the checkpoints' config.
+  """
 
   hidden_size: int
   intermediate_size: int
@@ -32,6 +42,8 @@ class VisionConfig:
   qk_normalization: bool = False
   layer_norm_eps: float = 1e-6
   initializer_factor: float = 1.0
+  split: int | None = None
+  lora: LoRASpec | None = None
 
   @property
   def num_patches(self) -> int:
@@ -86,6 +98,8 @@ class VisionLayer(nnx.Module):
     self.norm2 = norm(C, eps=config.layer_norm_eps)
     self.ls1 = make_param(jnp.full(C, config.initializer_factor), ("embed",))
     self.ls2 = make_param(jnp.full(C, config.initializer_factor), ("embed",))
+    if config.lora is not None:
+      lora.attach(self, config.lora, rngs)
 
   def __call__(self, x: jax.Array, keep: jax.Array | None, *, backend: str) -> jax.Array:
     """Applies the block to x [I, 1+P, C]; `keep` [2, I] scales the branches of each tile (drop path)."""
@@ -148,14 +162,15 @@ class VisionTransformer(nnx.Module):
     self.num_layers = n
     self.run_layers = select_layer % (n + 1)
     self.embeddings = VisionEmbeddings(config, rngs)
-    bounds = tuple(sorted({0, self.run_layers, n}))
+    bounds = tuple(sorted({0, config.split or 0, self.run_layers, n}))
     self.encoder = VisionEncoder(config, bounds=bounds, rngs=rngs)
 
   def __call__(
     self,
     tiles: jax.Array,
     *,
-    drop_path: tuple[float, jax.Array] | None = None,
+    drop_path: tuple[np.ndarray, jax.Array] | None = None,
+    dropout_key: jax.Array | None = None,
     backend: str = "auto",
     remat: Callable | None = None,
     unroll: int = 1,
@@ -164,23 +179,29 @@ class VisionTransformer(nnx.Module):
 
     Args:
       tiles: normalised pixels in the compute dtype.
-      drop_path: (rate of the last layer, random key); None is evaluation.
+      drop_path: (rate of each layer, random key); None is evaluation.
+      dropout_key: randomness of the adapters' dropout; None is evaluation.
       backend, remat, unroll: see `attention` and `LayerStack.scan`.
     """
     x = self.embeddings(tiles)
-    xs = {} if drop_path is None else {"keep": self._keep_branches(x.shape[0], *drop_path)}
+    xs = {} if drop_path is None else {"keep": _keep_branches(x.shape[0], *drop_path)}
+    if dropout_key is not None:
+      xs["dropout"] = jax.random.split(dropout_key, self.num_layers)
 
     def apply(layer, x, xs):
+      if "dropout" in xs:
+        lora.start_dropout(layer, xs["dropout"])
       return layer(x, xs.get("keep"), backend=backend), {}
 
     x, _ = self.encoder.layers.scan(apply, x, xs=xs, stop=self.run_layers, remat=remat, unroll=unroll)
     return x
 
-  def _keep_branches(self, num_tiles: int, rate: float, key: jax.Array) -> jax.Array:
-    """Stochastic depth (arXiv:1603.09382): 0 or 1/(1-rate) for each layer, branch and tile."""
-    rates = jnp.linspace(0.0, rate, self.num_layers)[:, None, None]
-    kept = jax.random.bernoulli(key, 1 - rates, (self.num_layers, 2, num_tiles))
-    return jnp.where(kept, 1 / (1 - rates), 0.0)
+
+def _keep_branches(num_tiles: int, rates: np.ndarray, key: jax.Array) -> jax.Array:
+  """Stochastic depth (arXiv:1603.09382): 0 or 1/(1-rate) for each layer, branch and tile."""
+  rates = jnp.asarray(rates, jnp.float32)[:, None, None]
+  kept = jax.random.bernoulli(key, 1 - rates, (len(rates), 2, num_tiles))
+  return jnp.where(kept, 1 / (1 - rates), 0.0)
 
 
 def resize_position_embedding(positions: np.ndarray, num_patches: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from internvl_jax.parallel.mesh import DATA_AXES
 
 RULES: dict[str, str | None] = {
   "layers": None,
+  "expert": "expert",
   "vocab": "tensor",
   "embed": "fsdp",
   "mlp": "tensor",

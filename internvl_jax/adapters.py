@@ -1,0 +1,81 @@
+"""Merging LoRA adapters into the weights, with proof that the model stays the same."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from internvl_jax.batch import NO_IMAGE
+from internvl_jax.errors import UserError
+from internvl_jax.hf.model import Source
+from internvl_jax.models import functional, lora
+from internvl_jax.models.internvl import Execution, InternVL
+
+TOLERANCE = 1e-3
+"""Largest difference of a logit that a merge may cause, in units of the largest logit (or of 1, if larger)."""
+
+_TEXT_TOKENS = 32
+
+
+def without_adapters(source: Source) -> Source:
+  """The same model with its adapters merged."""
+  config = dataclasses.replace(
+    source.config,
+    vision=dataclasses.replace(source.config.vision, lora=None),
+    text=dataclasses.replace(source.config.text, lora=None),
+  )
+  model = functional.define(lambda rngs: InternVL(config, rngs=rngs))
+  fresh = source.fresh - lora.adapter_paths(source.fresh)
+  return dataclasses.replace(source, config=config, model=model, fresh=fresh)
+
+
+def merge_and_check(source: Source, params: dict[str, jax.Array]) -> tuple[Source, dict[str, jax.Array]]:
+  """Adds the adapters to their kernels and compares the logits of a fixed input before and after, in float32.
+
+  Returns:
+    The source without adapters and its parameters; what has no adapter is returned as it is.
+
+  Raises:
+    UserError: the logits differ by more than TOLERANCE.
+  """
+  if not lora.adapter_paths(params):
+    return source, params
+  plain = without_adapters(source)
+  before = probe(source, params)
+  merged = lora.merge(params, {part: spec.scale for part, spec in source.specs.items()})
+  after = probe(plain, merged)
+  difference, largest = float(np.abs(after - before).max()), float(np.abs(before).max())
+  limit = TOLERANCE * max(1.0, largest)
+  logging.info(
+    "Merged the adapters: logits of a fixed input differ by at most %.3g (allowed: %.3g; largest logit: %.3g)",
+    *(difference, limit, largest),
+  )
+  if not difference <= limit:  # NaN must not pass
+    raise UserError(
+      f"merging the adapters changed a logit by {difference:.3g}, more than the {limit:.3g} allowed; nothing was "
+      "written; save the adapters alone (--lora peft) and report this"
+    )
+  return plain, merged
+
+
+def probe(source: Source, params: dict[str, jax.Array]) -> np.ndarray:
+  """Logits [1, S, V] of a fixed input of one tile and some tokens, in float32."""
+  config, rng = source.config, np.random.default_rng(0)
+  side, P = config.vision.image_size, config.tokens_per_tile
+  tile = rng.normal(size=(1, side, side, 3)).astype(np.float32)
+  ids = rng.integers(0, config.text.vocab_size, (1, P + _TEXT_TOKENS)).astype(np.int32)
+  index = np.full_like(ids, NO_IMAGE)
+  index[0, 1 : 1 + P] = np.arange(P)
+
+  @jax.jit
+  def forward(params: dict[str, jax.Array]) -> jax.Array:
+    model, how = source.model.bind(params), Execution()
+    features = model.extract_features(jnp.asarray(tile), how)
+    x = model.embed(jnp.asarray(ids), jnp.asarray(index), features, how)
+    hidden, _ = model.decode(x, how, positions=jnp.arange(ids.shape[1])[None], segment_ids=None)
+    return model.logits(hidden)
+
+  with jax.default_matmul_precision("highest"):
+    return np.asarray(forward(params))

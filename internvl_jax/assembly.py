@@ -1,0 +1,137 @@
+"""Puts a run's pieces together from the configuration: what the front doors that compute share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from transformers import PreTrainedTokenizerBase
+
+from internvl_jax.arguments import LoRAConfig, ModelArguments
+from internvl_jax.config import TrainConfig
+from internvl_jax.errors import UserError
+from internvl_jax.hf.model import Changes, Source, base_folder, open_parts, open_source, with_projector
+from internvl_jax.hf.tokenizer import add_image_tokens, load_tokenizer
+from internvl_jax.models.internvl import Execution
+from internvl_jax.models.lora import DEFAULT_TARGETS, LoRASpec
+from internvl_jax.objectives import SupervisedFineTuning
+from internvl_jax.parallel import rules
+from internvl_jax.state import with_dtypes
+from internvl_jax.step import TrainStep
+
+
+def open_model(config: TrainConfig) -> tuple[Source, PreTrainedTokenizerBase]:
+  """The model's description, with what the config changes about it, and its tokenizer with the image tokens.
+
+  Raises:
+    UserError: the checkpoint cannot be used as the config says.
+  """
+  model = config.model
+  folder = base_folder(model.model_name_or_path or model.llm_path or "")
+  tokenizer = load_tokenizer(folder)
+  new_tokens = add_image_tokens(tokenizer)
+  if new_tokens:
+    logging.info("Added %d image tokens to the tokenizer; it has %d tokens now", new_tokens, len(tokenizer))
+  changes = Changes(
+    image_size=config.data.force_image_size,
+    select_layer=model.vision_select_layer,
+    downsample_ratio=config.data.down_sample_ratio,
+    ps_version=model.ps_version,
+    unfreeze_vit_layers=model.unfreeze_vit_layers,
+    vision_lora=lora_spec(config.lora, model.use_backbone_lora),
+    text_lora=lora_spec(config.lora, model.use_llm_lora),
+    vocab_size=len(tokenizer) if new_tokens else None,
+    new_tokens=new_tokens,
+  )
+  read = not config.runtime.random_init
+  if not model.model_name_or_path:
+    assert model.vision_path and model.llm_path, "validate() comes first"
+    parts = {"vision_path": model.vision_path, "llm_path": model.llm_path, "mlp_path": model.mlp_path}
+    return open_parts(**parts, changes=changes, with_weights=read), tokenizer
+  source = open_source(model.model_name_or_path, changes, with_weights=read)
+  check_template(config, source)
+  return (with_projector(source, model.mlp_path) if model.mlp_path else source), tokenizer
+
+
+def lora_spec(config: LoRAConfig, rank: int) -> LoRASpec | None:
+  """The adapters of a part, by the rank that its flag gives; None for rank 0."""
+  if not rank:
+    return None
+  return LoRASpec(
+    rank=rank,
+    alpha=2.0 * rank if config.alpha is None else config.alpha,
+    dropout=config.dropout,
+    targets=config.targets or DEFAULT_TARGETS,
+    use_dora=config.use_dora,
+    use_rslora=config.use_rslora,
+  )
+
+
+def check_template(config: TrainConfig, source: Source) -> None:
+  """Refuses a template that is not the checkpoint's, unless the config says that this is meant."""
+  found, asked = source.raw.get("template"), config.data.conv_style
+  if found is None or found == asked or config.runtime.allow_other_template:
+    return
+  raise UserError(
+    f"data.conv_style={asked!r}, but the checkpoint was trained with template {found!r} "
+    f"({source.folder}/config.json): set it to that, or runtime.allow_other_template=True to teach the model another"
+  )
+
+
+def place_params(config: TrainConfig, source: Source, trainable: set[str], mesh: jax.sharding.Mesh):
+  """All parameters by path, on their devices: from the checkpoint, or fresh."""
+  shapes = with_dtypes(source.model, trainable, bf16=config.training.bf16)
+  place = rules.weight_shardings(source.model.axes, shapes, mesh)
+  return source.load(shapes, place, seed=config.training.seed)
+
+
+def make_step(
+  config: TrainConfig, source: Source, optimizer: optax.GradientTransformation, how: Execution, shards: int
+) -> TrainStep:
+  """The optimizer step that the config describes."""
+  return TrainStep(
+    model=source.model,
+    objective=SupervisedFineTuning(
+      how=how,
+      normalize_type=config.data.normalize_type,
+      fused_loss=config.model.use_liger,
+      drop_path_rates=drop_path_rates(config.model, source),
+      dropout=bool(source.specs),
+      shards=shards,
+      router_loss_coef=router_loss_coef(config, source),
+    ),
+    optimizer=optimizer,
+    max_grad_norm=config.training.max_grad_norm,
+    shards=shards,
+    all_gather=config.data.loss_reduction_all_gather,
+    seed=config.training.seed,
+  )
+
+
+def drop_path_rates(model: ModelArguments, source: Source) -> tuple[float, ...]:
+  """The rate of each layer of the ViT: rising linearly, and 0 where it is frozen, which runs as in evaluation."""
+  vision = source.config.vision
+  rates = np.linspace(0.0, model.drop_path_rate, vision.num_layers)
+  if model.freeze_backbone and vision.lora is None:
+    trained = model.unfreeze_vit_layers
+    rates[: trained % vision.num_layers if trained else vision.num_layers] = 0.0
+  return tuple(rates.tolist()) if rates.any() else ()
+
+
+def router_loss_coef(config: TrainConfig, source: Source) -> float:
+  """Weight of the load-balancing loss: the config's, or what the checkpoint's own switch says."""
+  if config.runtime.router_aux_loss_coef is not None:
+    return config.runtime.router_aux_loss_coef
+  text = source.raw[source.layout.text]
+  return float(text.get("router_aux_loss_coef", 0.0)) if text.get("output_router_logits") else 0.0
+
+
+def execution(config: TrainConfig) -> Execution:
+  """How forward passes are computed."""
+  remat = config.model.grad_checkpoint or config.training.gradient_checkpointing
+  return Execution(
+    dtype=jnp.bfloat16 if config.training.bf16 else jnp.float32,
+    attention=config.runtime.attention,
+    remat=config.runtime.remat_policy if remat else None,
+    scan_unroll=config.runtime.scan_unroll,
+  )

@@ -1,0 +1,111 @@
+"""Turns a checkpoint into one of either layout that stands alone.
+
+  python -m internvl_jax.convert --src DIR --dst DIR --layout internvl|hf [--lora merge|peft] [--dtype bfloat16|float32]
+
+The source may have either layout, LoRA adapters as the reference stores them, or be a PEFT adapter's folder or a
+hub id. `--lora merge` adds adapters into the weights and checks that logits stay; `--lora peft` writes the base
+model, and the adapters to DST/adapter in PEFT's form. Without adapters the weights pass through tensor by tensor,
+so that models larger than the memory can be converted.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags, logging
+
+from internvl_jax import frontdoor
+from internvl_jax.adapters import merge_and_check, without_adapters
+from internvl_jax.errors import UserError
+from internvl_jax.hf import config as layouts
+from internvl_jax.hf import export, peft
+from internvl_jax.hf.config import Layout
+from internvl_jax.hf.model import Source, open_source
+from internvl_jax.hf.tokenizer import load_tokenizer
+from internvl_jax.inference import data_settings
+from internvl_jax.models.lora import adapter_paths
+
+_SRC = flags.DEFINE_string("src", None, "Checkpoint folder or hub id.", required=True)
+_DST = flags.DEFINE_string("dst", None, "Folder to write; it must be new or empty.", required=True)
+_LAYOUT = flags.DEFINE_enum("layout", None, ["internvl", "hf"], "Names and config to write.", required=True)
+_LORA = flags.DEFINE_enum("lora", "merge", ["merge", "peft"], "What becomes of adapters.")
+_DTYPE = flags.DEFINE_enum(
+  "dtype", "auto", ["auto", "bfloat16", "float32"], "Numbers of the weights; auto: bfloat16 if the source's are."
+)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Reads the flags and converts."""
+  del argv
+  frontdoor.set_up_logging()
+  dtype = {"auto": None, "bfloat16": jnp.bfloat16, "float32": jnp.float32}[_DTYPE.value]
+  convert(_SRC.value, Path(_DST.value), layouts.layout_named(_LAYOUT.value), lora=_LORA.value, dtype=dtype)
+
+
+def convert(src: str, dst: Path, layout: Layout, *, lora: str, dtype: Any = None) -> None:
+  """Writes the checkpoint `src` to `dst`.
+
+  Args:
+    src: a folder or hub id.
+    dst: a folder that is new or empty.
+    layout: of what is written.
+    lora: "merge" or "peft".
+    dtype: of the weights written; None is bfloat16 where all of the source is, else float32.
+
+  Raises:
+    UserError: the source cannot be read, the layout cannot hold it, or `dst` is not empty.
+  """
+  if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+    raise UserError(f"--dst={dst} is there and not empty; name a new folder")
+  source = open_source(src)
+  settings = data_settings(source)
+  assert source.checkpoint is not None
+  dtype = dtype or (jnp.bfloat16 if source.checkpoint.dtypes == {"BF16"} else jnp.float32)
+  base, params = _weights(source, lora, dtype)
+  if lora == "peft":
+    _save_adapters(dst / "adapter", source, layout, base=str(dst.absolute()))
+  export.save_model(
+    dst,
+    base,
+    params,
+    layout=layout,
+    dtype=dtype,
+    tokenizer=load_tokenizer(source.folder),
+    normalize_type=settings.normalize_type,
+    settings={
+      name: getattr(settings, name)
+      for name in (
+        "dynamic_image_size",
+        "use_thumbnail",
+        "min_dynamic_patch",
+        "max_dynamic_patch",
+        "pad2square",
+      )
+    }
+    | {"template": settings.conv_style},
+  )
+  logging.info("Wrote %s in the layout %s", dst, layout.name)
+
+
+def _weights(source: Source, lora: str, dtype: Any) -> tuple[Source, Mapping[str, Any]]:
+  """The model without adapters and its parameters: read only when they are written, if nothing is computed."""
+  if source.specs and lora == "merge":
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = source.model.shapes
+    return merge_and_check(source, source.load(shapes, dict.fromkeys(shapes, device)))
+  base = without_adapters(source)
+  return base, source.lazy(dtype, base.model.shapes)
+
+
+def _save_adapters(folder: Path, source: Source, layout: Layout, *, base: str) -> None:
+  if not source.specs:
+    raise UserError(f"--lora=peft, but {source.folder} has no adapters; use --lora=merge")
+  adapters = source.lazy(jnp.float32, adapter_paths(source.model.shapes))
+  table = layout.table(layouts.family_of(source.raw), source.config)
+  peft.save_adapter(folder, adapters, source.specs, layout, table, base=base)
+
+
+if __name__ == "__main__":
+  frontdoor.run_app(main)

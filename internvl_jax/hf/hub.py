@@ -1,0 +1,75 @@
+"""Checkpoints named by their id on the Hugging Face hub, brought to a folder of this machine."""
+
+import os
+import re
+from pathlib import Path
+
+from internvl_jax.errors import UserError
+
+_NAME = r"[A-Za-z0-9_](?:[\w.-]*\w)?"
+_HUB_ID = re.compile(rf"(?P<id>{_NAME}/{_NAME})(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+
+_WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")
+"""Config, weights, tokenizer; Python files only so that an export can carry them on, they are never run."""
+
+_LOCAL_REMEDY = "download it elsewhere and give its folder"
+
+
+def is_hub_id(name: str) -> bool:
+  """Whether a name has the form of a hub id, `org/name` or `org/name@revision`; looks nothing up."""
+  found = _HUB_ID.fullmatch(name)
+  return found is not None and not re.search(r"--|\.\.|\.git$", found["id"])
+
+
+def resolve(name: str) -> Path:
+  """The folder of a checkpoint.
+
+  Args:
+    name: a folder, taken as it is, or else a hub id, `org/name` or `org/name@revision`. Its files are fetched
+      to the hub's cache (the environment's HF_HOME says where) unless they are there.
+
+  Raises:
+    UserError: no such folder, and not a hub id or one that cannot be fetched.
+  """
+  if os.path.isdir(name):
+    return Path(name)
+  if not is_hub_id(name):
+    raise UserError(f"{name!r}: no such folder; give a checkpoint's folder or its hub id, org/name")
+  # Imported here: who only asks `is_hub_id` should not wait for an HTTP client.
+  import huggingface_hub
+  from huggingface_hub import errors
+
+  found = _HUB_ID.fullmatch(name)
+  assert found is not None
+  try:
+    # Folders are left out: they hold the weights once more, in the forms of other programs.
+    folder = huggingface_hub.snapshot_download(
+      found["id"], revision=found["revision"], allow_patterns=list(_WANTED), ignore_patterns=["*/*"]
+    )
+  except errors.GatedRepoError:
+    raise UserError(
+      f"{name!r}: access to this model must be granted; ask for it on the model's page, then log in by "
+      f"`hf auth login`, or {_LOCAL_REMEDY}"
+    ) from None
+  except errors.RevisionNotFoundError:
+    raise UserError(f"{name!r}: the model has no revision {found['revision']!r}; name another") from None
+  except errors.RepositoryNotFoundError:
+    raise UserError(
+      f"{name!r}: no such folder, and no such model on the hub; mend the name, or log in by `hf auth login` if "
+      "the model is private"
+    ) from None
+  except errors.LocalEntryNotFoundError as error:
+    raise UserError(
+      f"{name!r}: no such folder, the hub's cache lacks it or a part of it, and the hub cannot be reached "
+      f"({_first_line(error)}); {_LOCAL_REMEDY}, or set HF_HOME to a cache that holds it"
+    ) from None
+  # HTTPError is the HTTP client's own: a broken connection is no error of the hub, nor an OSError.
+  except (errors.HTTPError, OSError) as error:
+    raise UserError(
+      f"{name!r}: could not be fetched from the hub ({_first_line(error)}); try again, or {_LOCAL_REMEDY}"
+    ) from None
+  return Path(folder)
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,188 @@
+"""LoRA adapters in PEFT's form: adapter_config.json and adapter_model.safetensors beside a base model.
+
+Keys are those of the base model's modules in memory, with `base_model.model.` before them; the base model is the
+whole InternVL.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from internvl_jax.errors import UserError
+from internvl_jax.hf import weights
+from internvl_jax.hf.config import Layout, read_json
+from internvl_jax.hf.tables import Row
+from internvl_jax.hf.weights import Checkpoint, Rename
+from internvl_jax.models.lora import MARK, LoRASpec, adapter_paths
+from internvl_jax.trees import part_of, select
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+# Entries of adapter_config.json whose other values would change what the adapter computes.
+_CONSTANTS: dict[str, Any] = {
+  "peft_type": "LORA",
+  "bias": "none",
+  "fan_in_fan_out": False,
+  "modules_to_save": None,
+  "lora_bias": False,
+  "megatron_config": None,
+  "trainable_token_indices": None,
+  "target_parameters": None,
+}
+
+
+def is_adapter(folder: Path) -> bool:
+  """Whether a folder holds an adapter and no model."""
+  return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def base_of(folder: Path) -> str:
+  """The base model that an adapter's config names; a relative path may start at the adapter's folder.
+
+  Raises:
+    UserError: it names none.
+  """
+  name = read_json(folder / CONFIG).get("base_model_name_or_path")
+  if not name:
+    raise UserError(f"{folder / CONFIG}: base_model_name_or_path is missing; set it to the base model's folder")
+  beside = Path(os.path.normpath(folder / name))
+  return str(beside) if beside.is_dir() else name
+
+
+def add_adapter(
+  folder: Path, checkpoint: Checkpoint, layout: Layout, table: Sequence[Row]
+) -> dict[str, LoRASpec]:
+  """Adds an adapter's tensors to those of its base model.
+
+  Returns:
+    The adapters of each part of the model that has some.
+
+  Raises:
+    UserError: a kind of adapter that is not supported.
+  """
+  config = read_json(folder / CONFIG)
+  for key, expected in _CONSTANTS.items():
+    if (found := config.get(key, expected)) != expected and found != []:
+      raise UserError(f"{folder / CONFIG}: {key}={found!r} is not supported; expected {expected!r}")
+  renames = ((r"^base_model\.model\.", ""), *layout.renames)
+  if not (folder / WEIGHTS).is_file():
+    raise UserError(f"{folder / WEIGHTS}: no such file; save the adapter with safe_serialization=True")
+  adapter = weights.open_checkpoint(folder / WEIGHTS, Rename(renames))
+  specs: dict[str, LoRASpec] = {}
+  for part, modules in _adapted(adapter, table).items():
+    specs[part] = _spec(folder, config, part, modules, layout)
+  checkpoint.replace(adapter)
+  return specs
+
+
+def _adapted(adapter: Checkpoint, table: Sequence[Row]) -> dict[str, list[tuple[str, str, int]]]:
+  """By part of the model: (path in its layer, module's key, rank) of all adapted linear maps.
+
+  Keys that no row has are left for `weights.load` to report.
+  """
+  found: dict[str, list[tuple[str, str, int]]] = {}
+  for row in table:
+    if not row.ours.endswith(f"{MARK}a"):
+      continue
+    pattern = re.compile(re.escape(row.theirs[0]).replace(re.escape("{i}"), r"\d+"))
+    for name, shape in adapter.shapes.items():
+      if pattern.fullmatch(name):
+        path = row.ours.removesuffix(f"{MARK}a").split(".layers.{i}.")[-1]
+        found.setdefault(part_of(row.ours), []).append((path, name.removesuffix(".lora_A.weight"), shape[0]))
+  return found
+
+
+def _spec(
+  folder: Path, config: Mapping[str, Any], part: str, modules: list[tuple[str, str, int]], layout: Layout
+) -> LoRASpec:
+  ranks = {rank for _, _, rank in modules}
+  alphas = {_alpha(config, layout.module(key)) for _, key, _ in modules}
+  if len(ranks) > 1 or len(alphas) > 1:
+    raise UserError(
+      f"{folder / CONFIG}: the adapters of {part} have ranks {sorted(ranks)} and alphas {sorted(alphas)}; one of each "
+      "is supported for a part"
+    )
+  return LoRASpec(
+    rank=ranks.pop(),
+    alpha=alphas.pop(),
+    dropout=config.get("lora_dropout", 0.0),
+    targets=tuple(sorted({re.escape(path) for path, _, _ in modules})),
+    use_dora=config.get("use_dora", False),
+    use_rslora=config.get("use_rslora", False),
+  )
+
+
+def _alpha(config: Mapping[str, Any], module: str) -> float:
+  for pattern, alpha in (config.get("alpha_pattern") or {}).items():
+    if re.fullmatch(rf"(.*\.)?({pattern})", module):
+      return float(alpha)
+  return float(config.get("lora_alpha", 8))
+
+
+def save_adapter(
+  folder: str | Path,
+  params: Mapping[str, jax.Array],
+  specs: Mapping[str, LoRASpec],
+  layout: Layout,
+  table: Sequence[Row],
+  *,
+  base: str,
+) -> None:
+  """Writes the adapters among `params` in float32.
+
+  Args:
+    folder: made if missing.
+    params: parameters by path; all but adapters are left out.
+    specs: the adapters of each part of the model that has some.
+    layout: of the base model.
+    table: its names.
+    base: the base model's folder or hub id.
+
+  Raises:
+    UserError: the layout has no form for an adapter (it splits a projection that ours fuses).
+  """
+  folder = Path(folder)
+  adapters = select(params, adapter_paths(params))
+  tensors = {
+    f"base_model.model.{layout.module(key)}": tensor
+    for key, tensor in weights.tensors(adapters, table, np.dtype(np.float32))
+  }
+  folder.mkdir(parents=True, exist_ok=True)
+  save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+  modules = sorted({re.sub(r"\.lora_\w+(\.weight)?$", "", key) for key in tensors})
+  config = _adapter_config(specs, [module.removeprefix("base_model.model.") for module in modules], layout, base)
+  (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _adapter_config(
+  specs: Mapping[str, LoRASpec], modules: list[str], layout: Layout, base: str
+) -> dict[str, Any]:
+  main = specs.get("language_model") or next(iter(specs.values()))
+  other = {part: spec for part, spec in specs.items() if spec is not main}
+  roots = {part: re.escape(layout.module(layout.prefix[part])) + r"\..*" for part in other}
+  shapes = sorted({re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(module)) for module in modules})
+  return {
+    "peft_type": "LORA",
+    "task_type": None,
+    "base_model_name_or_path": base,
+    "inference_mode": True,
+    "r": main.rank,
+    "lora_alpha": main.alpha,
+    "lora_dropout": main.dropout,
+    "target_modules": "|".join(shapes),
+    "rank_pattern": {roots[part]: spec.rank for part, spec in other.items()},
+    "alpha_pattern": {roots[part]: spec.alpha for part, spec in other.items()},
+    "use_dora": main.use_dora,
+    "use_rslora": main.use_rslora,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "init_lora_weights": True,
+    "modules_to_save": None,
+  }

@@ -1,0 +1,104 @@
+"""The feed-forward of gpt-oss: experts with biases and a clamped, shifted SwiGLU.
+
+What else is its own, attention sinks and windows, are switches of `decoder.DecoderConfig`.
+
+Letters: B rows, T tokens, M tokens of all rows, D width, E experts, F width of one expert; k experts a token.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from internvl_jax.models.layers import Linear, make_param
+from internvl_jax.models.moe import fresh_experts, grouped, router_statistics
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GptOssMLPConfig:
+  """The feed-forward of gpt-oss.
+
+  Attributes:
+    num_experts, top_k, intermediate_size: E, k, F.
+    limit: what gate and up are clamped to.
+    alpha: the gate is gate * sigmoid(alpha * gate).
+  """
+
+  num_experts: int
+  top_k: int
+  intermediate_size: int
+  limit: float = 7.0
+  alpha: float = 1.702
+
+  def build(self, hidden_size: int, rngs: nnx.Rngs) -> nnx.Module:
+    return GptOssMLP(self, hidden_size, rngs)
+
+
+class GptOssMLP(nnx.Module):
+  """A router whose k best scores share a softmax, over `GptOssExperts`."""
+
+  def __init__(self, config: GptOssMLPConfig, hidden_size: int, rngs: nnx.Rngs):
+    self.top_k = config.top_k
+    self.router = Linear(hidden_size, config.num_experts, bias=True, axes=("embed", None), rngs=rngs)
+    self.experts = GptOssExperts(config, hidden_size, rngs)
+
+  def __call__(self, x: jax.Array, *, valid: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Maps x [B, T, D]; `valid` bool [B, T] names the tokens that the second result counts, None all.
+
+    Returns:
+      The outputs [B, T, D] and `moe.router_statistics`.
+    """
+    # In float32: rounded scores would choose other experts.
+    scores = self.router(x.astype(jnp.float32))
+    best, chosen = jax.lax.top_k(scores, self.top_k)
+    y = self.experts(x, chosen, jax.nn.softmax(best, axis=-1))
+    return y, router_statistics(jax.nn.softmax(scores, axis=-1), chosen, valid)
+
+
+class GptOssExperts(nnx.Module):
+  """E gated feed-forwards, stacked; gate and up are one projection, its columns taken in turns."""
+
+  def __init__(self, config: GptOssMLPConfig, hidden_size: int, rngs: nnx.Rngs):
+    E, D, F = config.num_experts, hidden_size, config.intermediate_size
+    self.limit, self.alpha = config.limit, config.alpha
+    self.gate_up_proj = make_param(fresh_experts(rngs, (E, D, 2 * F)), ("expert", "embed", "mlp"))
+    self.gate_up_proj_bias = make_param(jnp.zeros((E, 2 * F)), ("expert", "mlp"))
+    self.down_proj = make_param(fresh_experts(rngs, (E, F, D)), ("expert", "mlp", "embed"))
+    self.down_proj_bias = make_param(jnp.zeros((E, D)), ("expert", "embed"))
+
+  def __call__(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
+    """Maps x [B, T, D] by the experts `chosen` [B, T, k], summed with `weights` [B, T, k]."""
+
+    def apply(rows, ids, sizes):
+      y = jax.lax.ragged_dot(rows, self.gate_up_proj[...].astype(x.dtype), sizes)
+      y = self._activate(y + _biases(self.gate_up_proj_bias[...].astype(x.dtype), ids))
+      y = jax.lax.ragged_dot(y, self.down_proj[...].astype(x.dtype), sizes)
+      return y + _biases(self.down_proj_bias[...].astype(x.dtype), ids)
+
+    return grouped(x, chosen, weights, num_experts=self.gate_up_proj.shape[0], apply=apply)
+
+  def _activate(self, y: jax.Array) -> jax.Array:
+    """From gates and ups in turns [..., 2F] to [..., F]. A gate has no lower limit."""
+    gate, up = jnp.minimum(y[..., ::2], self.limit), jnp.clip(y[..., 1::2], -self.limit, self.limit)
+    return gate * jax.nn.sigmoid(self.alpha * gate) * (up + 1)
+
+
+@jax.custom_vjp
+def _biases(bias: jax.Array, ids: jax.Array) -> jax.Array:
+  """The bias of each row's expert: rows `ids` [M*k] of bias [E, F]."""
+  return bias.at[ids].get(mode="promise_in_bounds")
+
+
+def _biases_forward(bias, ids):
+  return _biases(bias, ids), (bias, ids)
+
+
+def _biases_backward(saved, g):
+  # A product with zeros and ones: the gradient of a gather would be a scatter-add (see `moe.grouped`).
+  bias, ids = saved
+  members = jax.nn.one_hot(ids, bias.shape[0], dtype=g.dtype)
+  return jnp.dot(members.T, g, preferred_element_type=jnp.float32).astype(bias.dtype), None
+
+
+_biases.defvjp(_biases_forward, _biases_backward)

@@ -1,0 +1,165 @@
+"""Low-rank adapters (arXiv:2106.09685), put beside the linear maps of a layer that is already built.
+
+    linear.kernel [D, F]                     linear.kernel [D, F]
+                            attach ->        linear.adapter.a [D, r], linear.adapter.b [r, F]
+                            merge  <-        (linear.adapter.magnitude [F] under DoRA)
+
+Attaching happens inside the function that makes one layer of a stack, so that adapters are stacked like the
+kernels they belong to. Trainer, step and checkpoints know parameters only, and no adapter.
+
+Letters: D width in, F width out, r rank.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from internvl_jax.models.layers import Linear, make_param
+
+MARK = ".adapter."
+"""What the path of every adapter parameter has in it, between its linear map and its own name."""
+
+DEFAULT_TARGETS = (
+  r"(attn|self_attn)\.\w+",
+  r"mlp\.(fc1|fc2|gate_proj|up_proj|down_proj|gate_up_proj)",
+)
+"""The reference's targets in all families: the projections of attention and of the dense feed-forward. A
+router and stacked experts are not linear maps of this kind and stay as they are, as there."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRASpec:
+  """The adapters of a stack of layers.
+
+  Attributes:
+    rank: r.
+    alpha: numerator of the scale.
+    dropout: share of the adapter's inputs that is dropped in training.
+    targets: regular expressions that end a linear map's path in its layer, from a dot on ("q_proj",
+      r"self_attn\\.q_proj").
+    use_dora: weight-decomposed adapters (arXiv:2402.09353).
+    use_rslora: scale by alpha / sqrt(r) in place of alpha / r (arXiv:2312.03732).
+  """
+
+  rank: int
+  alpha: float
+  dropout: float = 0.0
+  targets: tuple[str, ...] = DEFAULT_TARGETS
+  use_dora: bool = False
+  use_rslora: bool = False
+
+  @property
+  def scale(self) -> float:
+    return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+  def adapts(self, path: str) -> bool:
+    """Whether a linear map, given by its path in its layer, gets an adapter."""
+    return any(re.fullmatch(rf"(?:.*\.)?(?:{target})", path) for target in self.targets)
+
+
+class Adapter(nnx.Module):
+  """`scale * dropout(x) @ a @ b`, and under DoRA the rescaled columns of the whole.
+
+  Fresh, a is Kaiming-uniform with a = sqrt(5), that is uniform within 1/sqrt(D), and b is zero, as in PEFT. A
+  fresh magnitude is the norm of the kernel's columns, which only loading knows: `fill_magnitudes`.
+  """
+
+  def __init__(self, linear: Linear, spec: LoRASpec, rngs: nnx.Rngs):
+    D, F = linear.kernel.shape
+    axis_in, axis_out = linear.kernel.get_metadata("out_sharding")
+    bound = 1 / math.sqrt(D)
+    self.a = make_param(
+      jax.random.uniform(rngs.params(), (D, spec.rank), minval=-bound, maxval=bound), (axis_in, None)
+    )
+    self.b = make_param(jnp.zeros((spec.rank, F)), (None, axis_out))
+    self.magnitude = make_param(jnp.ones(F), (axis_out,)) if spec.use_dora else None
+    self.scale, self.dropout = spec.scale, spec.dropout
+    self.key = nnx.data(None)
+
+  def __call__(self, x: jax.Array, y: jax.Array, linear: Linear) -> jax.Array:
+    """Adds the adapter's part to y = x @ kernel [..., F], the bias not yet added."""
+    a, b = self.a[...].astype(x.dtype), self.b[...].astype(x.dtype)
+    dropping = self.key is not None and self.dropout > 0
+    if dropping:
+      kept = jax.random.bernoulli(self.key, 1 - self.dropout, x.shape)
+      x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
+    part = (x @ a) @ b * self.scale
+    if self.magnitude is None:
+      return y + part
+    # DoRA's norm is a constant to the gradient (its section 4.3).
+    norm = jax.lax.stop_gradient(_column_norms(self._merged(linear.kernel[...])))
+    ratio = (self.magnitude[...].astype(jnp.float32) / norm).astype(x.dtype)
+    # What dropout leaves of the input goes through both parts, as in PEFT.
+    base = x @ linear.kernel[...].astype(x.dtype) if dropping else y
+    return y + (ratio - 1) * base + ratio * part
+
+  def _merged(self, kernel: jax.Array) -> jax.Array:
+    delta = self.a[...].astype(jnp.float32) @ self.b[...].astype(jnp.float32)
+    return kernel.astype(jnp.float32) + self.scale * delta
+
+
+def attach(layer: nnx.Module, spec: LoRASpec, rngs: nnx.Rngs) -> None:
+  """Gives every linear map of `layer` that the spec adapts a fresh adapter."""
+  for path, module in list(nnx.iter_modules(layer)):
+    if isinstance(module, Linear) and spec.adapts(".".join(map(str, path))):
+      module.adapter = Adapter(module, spec, rngs)
+
+
+def start_dropout(layer: nnx.Module, key: jax.Array) -> None:
+  """Switches the dropout of a layer's adapters on, each with randomness of its own."""
+  adapters = [module for _, module in nnx.iter_modules(layer) if isinstance(module, Adapter)]
+  for i, adapter in enumerate(adapters):
+    adapter.key = jax.random.fold_in(key, i)
+
+
+def adapter_paths(paths: Iterable[str]) -> set[str]:
+  """Those of the parameters that belong to adapters."""
+  return {path for path in paths if MARK in path}
+
+
+def _column_norms(kernel: jax.Array) -> jax.Array:
+  """Norms [..., F] of the columns of [..., D, F]."""
+  return jnp.linalg.norm(kernel.astype(jnp.float32), axis=-2)
+
+
+def fill_magnitudes(params: Mapping[str, jax.Array], fresh: Iterable[str]) -> dict[str, jax.Array]:
+  """`params` with DoRA's magnitudes at the paths `fresh` set to the norms of their kernels' columns."""
+  params = dict(params)
+  for path in fresh:
+    linear, _, name = path.rpartition(MARK)
+    if name == "magnitude":
+      norms = jax.jit(_column_norms, out_shardings=params[path].sharding)(params[f"{linear}.kernel"])
+      params[path] = norms.astype(params[path].dtype)
+  return params
+
+
+def merge(params: Mapping[str, jax.Array], scale_of: Mapping[str, float]) -> dict[str, jax.Array]:
+  """Parameters without adapters: each is added into its kernel, in float32, which the kernel then has.
+
+  Args:
+    params: all parameters by path.
+    scale_of: the adapters' scale by part of the model (`trees.part_of`).
+  """
+  merged = {path: value for path, value in params.items() if MARK not in path}
+  for path in params:
+    linear, mark, name = path.rpartition(MARK)
+    if mark and name == "a":
+      kernel = params[f"{linear}.kernel"]
+      prefix = linear + MARK
+      add = jax.jit(_merge, static_argnames="scale", out_shardings=kernel.sharding)
+      magnitude = params.get(f"{prefix}magnitude")
+      scale = scale_of[linear.split(".", 1)[0]]
+      merged[f"{linear}.kernel"] = add(kernel, params[path], params[f"{prefix}b"], magnitude, scale=scale)
+  return merged
+
+
+def _merge(kernel, a, b, magnitude, *, scale):
+  whole = kernel.astype(jnp.float32) + scale * (a.astype(jnp.float32) @ b.astype(jnp.float32))
+  if magnitude is None:
+    return whole
+  return whole * (magnitude.astype(jnp.float32) / _column_norms(whole))[..., None, :]

@@ -1,0 +1,153 @@
+"""An optimizer step over a tiny model on random rows, without any checkpoint or data."""
+
+import jax
+import numpy as np
+
+from internvl_jax import optim
+from internvl_jax.arguments import MeshConfig, ModelArguments, TrainingArguments
+from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, SFTBatch
+from internvl_jax.models import functional
+from internvl_jax.models.decoder import DecoderConfig
+from internvl_jax.models.internvl import Execution, InternVL, InternVLConfig
+from internvl_jax.models.vit import VisionConfig
+from internvl_jax.objectives import SupervisedFineTuning
+from internvl_jax.parallel import mesh as meshes
+from internvl_jax.parallel import rules
+from internvl_jax.state import TrainState, with_dtypes
+from internvl_jax.step import TrainStep
+from internvl_jax.trees import select
+
+
+def toy(vision_layers=2, text_layers=2, width=16, text=None, **vision):
+  """A model of 2x2 patches merged into one token a tile."""
+  return InternVLConfig(
+    vision=VisionConfig(
+      hidden_size=width,
+      intermediate_size=2 * width,
+      num_layers=vision_layers,
+      num_heads=2,
+      patch_size=4,
+      image_size=16,
+      **vision,
+    ),
+    text=DecoderConfig(
+      vocab_size=40,
+      hidden_size=width,
+      intermediate_size=2 * width,
+      num_layers=text_layers,
+      num_heads=4,
+      num_kv_heads=2,
+      head_dim=4,
+      **{"qkv_bias": True, **(text or {})},
+    ),
+  )
+
+
+def make_batch(rows=8, length=12, shards=1, accumulation=1, seed=0):
+  """Rows of random tokens; every other row owns a tile, whose four tokens stand at its front."""
+  rng = np.random.default_rng(seed)
+  shape = (accumulation, rows, length)
+  ids = rng.integers(0, 40, shape).astype("i4")
+  lengths = rng.integers(8, length + 1, shape[:2])
+  segments = (np.arange(length) < lengths[..., None]).astype("i4")
+  targets = np.where((np.arange(length) >= 5) & (segments > 0), rng.integers(0, 40, shape), IGNORE_INDEX)
+  index = np.full(shape, NO_IMAGE, "i4")
+  pool = rows // 2 // shards
+  for row in range(0, rows, 2):
+    index[:, row, :4] = (row // 2 % pool) * 4 + np.arange(4)
+  return SFTBatch(
+    input_ids=ids,
+    targets=targets.astype("i4"),
+    loss_weight=(targets != IGNORE_INDEX).astype("f4"),
+    positions=np.where(segments, np.arange(length), 0).astype("i4"),
+    segment_ids=segments,
+    image_index=index,
+    tiles=rng.integers(0, 256, (accumulation, shards, pool, 16, 16, 3)).astype("u1"),
+  )
+
+
+def reshape_batch(batch, accumulation, shards):
+  """The same rows dealt to other micro-batches and shards."""
+  rows = batch.input_ids.shape[0] * batch.input_ids.shape[1] // accumulation
+  tiles = batch.tiles.reshape(-1, *batch.tiles.shape[3:])
+  pool = len(tiles) // accumulation // shards
+  length = batch.input_ids.shape[-1]
+  fields = {
+    name: getattr(batch, name).reshape(accumulation, rows, length)
+    for name in SFTBatch._fields
+    if name != "tiles"
+  }
+  tile = np.where(fields["image_index"] == NO_IMAGE, 0, fields["image_index"]) // 4
+  local = tile % pool * 4 + fields["image_index"] % 4
+  fields["image_index"] = np.where(fields["image_index"] == NO_IMAGE, NO_IMAGE, local).astype("i4")
+  return SFTBatch(**fields, tiles=tiles.reshape(accumulation, shards, pool, *tiles.shape[1:]))
+
+
+_AROUND_ONE = ("scale", "ls1", "ls2", "magnitude")
+
+
+class Harness:
+  """A step over a toy model, on a mesh."""
+
+  def __init__(
+    self,
+    config,
+    *,
+    mesh=None,
+    freeze=None,
+    all_gather=True,
+    fused=True,
+    how=None,
+    drop_path=0.0,
+    dropout=False,
+    router_loss_coef=0.0,
+    training=None,
+  ):
+    self.mesh = meshes.make_mesh(
+      MeshConfig(**(mesh or {"data": 1})), jax.devices()[: np.prod(list((mesh or {"data": 1}).values()))]
+    )
+    self.shards = meshes.data_parallel_size(self.mesh)
+    self.model = functional.define(lambda rngs: InternVL(config, rngs=rngs))
+    self.trainable = optim.trainable_paths(ModelArguments(**(freeze or {})), self.model.shapes)
+    training = training or TrainingArguments(weight_decay=0.1)
+    optimizer = optim.make_optimizer(training, self.trainable)
+    shapes = with_dtypes(self.model, self.trainable, bf16=False)
+    place = rules.weight_shardings(self.model.axes, shapes, self.mesh)
+
+    # Drawn by numpy: nothing to compile.
+    rng = np.random.default_rng(0)
+    values = {
+      path: (rng.normal(size=leaf.shape, scale=0.2) + path.endswith(_AROUND_ONE)).astype("f4")
+      for path, leaf in shapes.items()
+    }
+    params = jax.device_put(values, place)
+    self.frozen = {path: value for path, value in params.items() if path not in self.trainable}
+    self.state = TrainState.create(select(params, self.trainable), optimizer)
+    layers = config.vision.num_layers
+    objective = SupervisedFineTuning(
+      how=how or Execution(),
+      normalize_type="imagenet",
+      fused_loss=fused,
+      drop_path_rates=tuple(np.linspace(0.0, drop_path, layers).tolist()) if drop_path else (),
+      dropout=dropout,
+      shards=self.shards,
+      router_loss_coef=router_loss_coef,
+    )
+    self.step = TrainStep(
+      model=self.model,
+      objective=objective,
+      optimizer=optimizer,
+      max_grad_norm=1.0,
+      shards=self.shards,
+      all_gather=all_gather,
+      seed=0,
+    )
+
+  def inputs(self, batch):
+    return self.state, self.frozen, jax.device_put(batch, rules.batch_shardings(self.mesh)), np.float32(1e-2)
+
+  def run(self, batch, steps=1):
+    program = jax.jit(self.step.__call__)
+    for _ in range(steps):
+      self.state, metrics = program(*self.inputs(batch))
+    return metrics
