@@ -17,9 +17,10 @@ from typing import Literal
 class ModelArguments:
   """Which weights to start from and which parts of the model train (the reference's 17 fields)."""
 
-  # A checkpoint folder: the whole model (ViT, projector and LLM) with its config.json and tokenizer.
+  # The whole model (ViT, projector and LLM): a checkpoint folder in either layout, a PEFT adapter's folder, or a hub
+  # id.
   model_name_or_path: str | None = None
-  # Checkpoints of the parts, for building a new model (stage 1).
+  # Checkpoints of the parts, for building a new model (stage 1); mlp_path may also replace a whole model's.
   vision_path: str | None = None
   llm_path: str | None = None
   mlp_path: str | None = None
@@ -208,7 +209,8 @@ class LoRAConfig:
   # Scale numerator; None is twice the rank, as in the reference.
   alpha: float | None = None
   dropout: float = 0.05
-  # Path patterns of the adapted layers; empty is the reference's list for the family.
+  # Regular expressions that end the adapted linear maps' paths in a layer ("q_proj", r"self_attn\.\w+"); empty
+  # is the reference's choice: the projections of attention and of the feed-forward.
   targets: tuple[str, ...] = ()
   use_dora: bool = False
   use_rslora: bool = False
@@ -274,6 +276,11 @@ class RuntimeConfig:
   scan_unroll: int = 1
   # Draw the weights at random from model_name_or_path's config.json, in place of reading them.
   random_init: bool = False
+  # Train with data.conv_style although the checkpoint was trained with another template.
+  allow_other_template: bool = False
+  # Weight of the load-balancing loss of a mixture of experts; None: what the checkpoint's config.json says
+  # (router_aux_loss_coef where output_router_logits is true, else 0).
+  router_aux_loss_coef: float | None = None
   # Steps whose first and last bound an XProf trace in output_dir/profile; empty: none.
   profile_steps: tuple[int, ...] = ()
   # Folder of compiled programs, reused by later runs; None: compile anew.

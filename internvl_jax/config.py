@@ -87,13 +87,8 @@ def to_json(config: TrainConfig) -> dict[str, dict[str, Any]]:
 
 # --- The rules, as data -------------------------------------------------------------------------------------
 
-_LORA = "LoRA"
 _VIDEO = "video"
 NOT_YET: dict[str, str] = {
-  "model.unfreeze_vit_layers": "the ViT trains whole or not at all",
-  "model.use_backbone_lora": _LORA,
-  "model.use_llm_lora": _LORA,
-  "model.unfreeze_lm_head": "the LLM trains whole or not at all",
   "data.use_data_resampling": "datasets are mixed in proportion to their length",
   "data.use_packed_ds": "one sample a row",
   "data.min_num_frame": _VIDEO,
@@ -104,7 +99,6 @@ NOT_YET: dict[str, str] = {
   "mesh.expert": "mesh.data and mesh.fsdp are the axes so far",
   "mesh.sequence": "mesh.data and mesh.fsdp are the axes so far",
   "mesh.tensor": "mesh.data and mesh.fsdp are the axes so far",
-  "checkpoint.export_layout": "the final model has the layout of the checkpoint it started from",
   "runtime.profile_steps": "profiling",
 }
 """Field -> what it asks for or what is done instead; the field must keep its default until that is there."""
@@ -141,6 +135,8 @@ ONLY_WITH: dict[str, tuple[str, ...]] = {
   "preference.sigmoid_loss_weight": _PREFERENCE,
   "preference.bco_pair_loss_weight": _PREFERENCE,
   "preference.precompute_reference": _PREFERENCE,
+  "model.unfreeze_vit_layers": ("model.freeze_backbone", "model.use_backbone_lora"),
+  "model.unfreeze_lm_head": ("model.freeze_llm", "model.use_llm_lora"),
   "lora.alpha": _WITH_LORA,
   "lora.dropout": _WITH_LORA,
   "lora.targets": _WITH_LORA,
@@ -275,6 +271,7 @@ RANGES: dict[str, Range] = {
   "eval.batch_size": _POSITIVE,
   "eval.max_new_tokens": _POSITIVE,
   "eval.limit": _POSITIVE,
+  "runtime.router_aux_loss_coef": _NOT_NEGATIVE,
   "runtime.scan_unroll": _POSITIVE,
   "runtime.profile_steps": _NOT_NEGATIVE,
 }
@@ -414,6 +411,11 @@ def _model_problems(config: TrainConfig) -> Iterator[str]:
   if all(get(config, path) for path in parts) and not any(get(config, path) for path in thaw):
     settings = ", ".join(_setting(config, path) for path in parts)
     yield f"{settings} leave nothing to train; set one of them to False"
+  if config.runtime.random_init and config.model.mlp_path:
+    yield (
+      f"{_setting(config, 'model.mlp_path')} would not be read while runtime.random_init=True draws all weights; "
+      "set one of them to its default"
+    )
   if config.training.bf16 and config.training.fp16:
     yield "training.bf16=True contradicts training.fp16=True; set training.fp16 to False"
 
@@ -552,8 +554,8 @@ def _model_path_problems(path: str, name: str) -> Iterator[str]:
   if not os.path.isdir(name):
     if not _is_hub_id(name):
       yield f"{path}={name!r}: no such folder; give a checkpoint's folder or its hub id, org/name"
-  elif not os.path.isfile(os.path.join(name, "config.json")):
-    yield f"{path}={name!r} holds no config.json; give the folder of a whole checkpoint"
+  elif not any(os.path.isfile(os.path.join(name, file)) for file in ("config.json", "adapter_config.json")):
+    yield f"{path}={name!r} holds no config.json; give the folder of a whole checkpoint or of a PEFT adapter"
 
 
 def _projector_path_problems(name: str) -> Iterator[str]:

@@ -32,7 +32,10 @@ _DST = flags.DEFINE_string("dst", None, "Folder to write; it must be new or empt
 _LAYOUT = flags.DEFINE_enum("layout", None, ["internvl", "hf"], "Names and config to write.", required=True)
 _LORA = flags.DEFINE_enum("lora", "merge", ["merge", "peft"], "What becomes of adapters.")
 _DTYPE = flags.DEFINE_enum(
-  "dtype", "auto", ["auto", "bfloat16", "float32"], "Numbers of the weights; auto: bfloat16 if the source's are."
+  "dtype",
+  "auto",
+  ["auto", "bfloat16", "float32"],
+  "Numbers of the weights; auto: bfloat16 if the source's are.",
 )
 
 

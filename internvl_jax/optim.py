@@ -121,22 +121,24 @@ def make_schedule(training: TrainingArguments, total_steps: int) -> Schedule:
   return schedule
 
 
-def decays(paths: Iterable[str]) -> dict[str, bool]:
+def decays(names: Mapping[str, str]) -> dict[str, bool]:
   """Which parameters weight decay applies to, by the rule of Hugging Face's Trainer (transformers 4.49).
 
   Spared are biases, everything inside a PyTorch LayerNorm (our norms that have a bias), and what has
   "layernorm" in its name. RMS norms with other names, layer scales and embeddings do decay; so the
   reference's runs have it.
+
+  Args:
+    names: the reference's name of every parameter, by path: a norm of one family decays, of another it does
+      not, for its name.
   """
-  paths = set(paths)
 
-  def spared(path: str) -> bool:
+  def spared(path: str, name: str) -> bool:
     layer, _, leaf = path.rpartition(".")
-    is_bias = leaf == "bias" or leaf == "patch_bias"
-    in_layer_norm = leaf == "scale" and f"{layer}.bias" in paths
-    return is_bias or in_layer_norm or "layernorm" in path
+    in_layer_norm = leaf == "scale" and f"{layer}.bias" in names
+    return in_layer_norm or "bias" in name or "layernorm" in name
 
-  return {path: not spared(path) for path in paths}
+  return {path: not spared(path, name) for path, name in names.items()}
 
 
 def trainable_paths(model: ModelArguments, paths: Iterable[str]) -> set[str]:
@@ -181,14 +183,18 @@ def _thawed(model: ModelArguments, paths: list[str]) -> list[str]:
   return thawed
 
 
-def make_optimizer(training: TrainingArguments, paths: Iterable[str]) -> optax.GradientTransformation:
+def make_optimizer(training: TrainingArguments, names: Mapping[str, str]) -> optax.GradientTransformation:
   """AdamW's direction, decay included, still to be scaled by minus the learning rate.
 
   The rate stays outside: it comes from the host at every step (`make_schedule`).
+
+  Args:
+    training: the optimizer's settings.
+    names: the trainable parameters by path, under the reference's names (see `decays`).
   """
   return optax.chain(
     optax.scale_by_adam(b1=training.adam_beta1, b2=training.adam_beta2, eps=training.adam_epsilon),
-    optax.add_decayed_weights(training.weight_decay, mask=decays(paths)),
+    optax.add_decayed_weights(training.weight_decay, mask=decays(names)),
   )
 
 

@@ -58,7 +58,7 @@ def train(config: TrainConfig) -> None:
   mesh = meshes.make_mesh(config.mesh)
   shards = meshes.data_parallel_size(mesh)
   trainable = optim.trainable_paths(config.model, source.model.shapes)
-  optimizer = optim.make_optimizer(config.training, trainable)
+  optimizer = optim.make_optimizer(config.training, select(source.reference_names, trainable))
   make_loader = functools.partial(
     TrainLoader,
     config.data,

@@ -40,7 +40,9 @@ _MODEL = flags.DEFINE_string("model", None, "Checkpoint folder or hub id.", requ
 _INPUTS = flags.DEFINE_string("inputs", None, "The .npz of arrays to run on.")
 _OUTPUTS_FILE = flags.DEFINE_string("outputs", None, "The .npz to write.")
 _AGAINST = flags.DEFINE_string("against", None, "Another checkpoint, to compare with.")
-_TOLERANCE = flags.DEFINE_float("tolerance", 1e-4, "With --against: share of the largest logit.", lower_bound=0)
+_TOLERANCE = flags.DEFINE_float(
+  "tolerance", 1e-4, "With --against: share of the largest logit.", lower_bound=0
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -48,7 +50,9 @@ def main(argv: Sequence[str]) -> None:
   del argv
   jax.config.update("jax_default_matmul_precision", "highest")
   if _INPUTS.value is None and _AGAINST.value is None:
-    raise UserError("--inputs is needed: an .npz of arrays to run on (or --against, to compare two checkpoints)")
+    raise UserError(
+      "--inputs is needed: an .npz of arrays to run on (or --against, to compare two checkpoints)"
+    )
   if _INPUTS.value is not None and _OUTPUTS_FILE.value is None and _AGAINST.value is None:
     raise UserError("--outputs is needed: the .npz to write")
   inputs = None if _INPUTS.value is None else read_inputs(_INPUTS.value)

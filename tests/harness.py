@@ -110,7 +110,7 @@ class Harness:
     self.model = functional.define(lambda rngs: InternVL(config, rngs=rngs))
     self.trainable = optim.trainable_paths(ModelArguments(**(freeze or {})), self.model.shapes)
     training = training or TrainingArguments(weight_decay=0.1)
-    optimizer = optim.make_optimizer(training, self.trainable)
+    optimizer = optim.make_optimizer(training, {path: path for path in self.trainable})
     shapes = with_dtypes(self.model, self.trainable, bf16=False)
     place = rules.weight_shardings(self.model.axes, shapes, self.mesh)
 

@@ -66,7 +66,13 @@ def compare_gradient_norms(source, grads, theirs):
 def test_the_command(tmp_path):
   """It writes what was computed and prints how far that is from arrays of the same names in its inputs."""
   out, folder = tmp_path / "out.npz", ASSETS / "qwen2"
-  command = [sys.executable, "-m", "internvl_jax.verify", f"--model={folder}", f"--inputs={folder / 'io.npz'}"]
+  command = [
+    sys.executable,
+    "-m",
+    "internvl_jax.verify",
+    f"--model={folder}",
+    f"--inputs={folder / 'io.npz'}",
+  ]
   done = subprocess.run([*command, f"--outputs={out}"], check=True, capture_output=True, text=True)
   ours, theirs = np.load(out), np.load(folder / "io.npz")
   np.testing.assert_allclose(ours["logits"], theirs["logits"], rtol=0, atol=2e-4)

@@ -1,4 +1,4 @@
-"""The recorded run that whole-program tests train: a tiny Qwen2 InternVL on 24 small images."""
+"""The recorded runs that whole-program tests train: tiny InternVLs on 24 small images."""
 
 import json
 import os
@@ -9,22 +9,24 @@ from pathlib import Path
 from internvl_jax.config import TrainConfig
 
 ASSETS = Path(__file__).parent / "assets"
-CURVE = ASSETS / "curve"
+CURVE = ASSETS / "curve"  # Qwen2
+CURVE_INTERNLM2 = ASSETS / "curve_internlm2"  # InternLM2, two micro-batches a step, on the same data
 REPOSITORY = Path(__file__).parent.parent
 
 RECIPE = """
-from toy import curve_config
+from toy import ASSETS, curve_config
 
 def get_config(arg):
-  return curve_config(arg)
+  output_dir, _, curve = arg.partition(",")
+  return curve_config(output_dir, ASSETS / (curve or "curve"))
 """
 
 
-def curve_config(output_dir: str | Path) -> TrainConfig:
-  """The settings of tests/assets/curve/expected.json."""
-  recorded = json.loads((CURVE / "expected.json").read_text())["config"]
+def curve_config(output_dir: str | Path, curve: Path = CURVE) -> TrainConfig:
+  """The settings of a curve's expected.json."""
+  recorded = json.loads((curve / "expected.json").read_text())["config"]
   config = TrainConfig()
-  config.model.model_name_or_path = str(CURVE / "init")
+  config.model.model_name_or_path = str(curve / "init")
   config.data.meta_path = str(CURVE / "data/meta.json")
   config.data.conv_style = recorded["conv_style"]
   config.data.force_image_size = recorded["force_image_size"]
@@ -45,11 +47,13 @@ def curve_config(output_dir: str | Path) -> TrainConfig:
   return config
 
 
-def train_command(folder: Path, output_dir: Path, *overrides: str) -> tuple[list[str], dict[str, str]]:
-  """The command line and environment that train the toy on one CPU device."""
+def train_command(
+  folder: Path, output_dir: Path, *overrides: str, curve: Path = CURVE
+) -> tuple[list[str], dict[str, str]]:
+  """The command line and environment that train a curve's model on one CPU device."""
   recipe = folder / "recipe.py"
   recipe.write_text(RECIPE)
-  command = [sys.executable, "-m", "internvl_jax.train", f"--config={recipe}:{output_dir}"]
+  command = [sys.executable, "-m", "internvl_jax.train", f"--config={recipe}:{output_dir},{curve.name}"]
   command += [f"--config.{override}" for override in overrides]
   environment = os.environ | {
     "JAX_NUM_CPU_DEVICES": "1",
@@ -58,9 +62,11 @@ def train_command(folder: Path, output_dir: Path, *overrides: str) -> tuple[list
   return command, environment
 
 
-def run_training(folder: Path, output_dir: Path, *overrides: str) -> subprocess.CompletedProcess:
-  """Trains the toy in a process of its own."""
-  command, environment = train_command(folder, output_dir, *overrides)
+def run_training(
+  folder: Path, output_dir: Path, *overrides: str, curve: Path = CURVE
+) -> subprocess.CompletedProcess:
+  """Trains a curve's model in a process of its own."""
+  command, environment = train_command(folder, output_dir, *overrides, curve=curve)
   return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
 
 

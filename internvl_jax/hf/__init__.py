@@ -1,6 +1,9 @@
 """Checkpoints in Hugging Face's form: the only room that knows their key names.
 
-config.json --config.py--> InternVLConfig
-*.safetensors <--weights.py, by the two-way tables of families.py--> flat parameters
-tokenizer files --tokenizer.py--> a transformers tokenizer
+name of a checkpoint --hub.py--> its folder
+config.json <--config.py, families.py--> InternVLConfig
+*.safetensors <--weights.py, by the two-way tables of tables.py--> flat parameters
+adapter_model.safetensors <--peft.py--> adapters
+tokenizer files <--tokenizer.py, sentencepiece.py--> a transformers tokenizer
+model.py puts what is read together as a Source; export.py writes a folder that stands alone.
 """

@@ -1,7 +1,7 @@
 """A checkpoint's config.json: read into an InternVLConfig, written back for either layout.
 
-    internvl   the reference's: vision_config, llm_config, template, ...   names as in its InternVLChatModel
-    hf         transformers' InternVLForConditionalGeneration: vision_config, text_config, image_token_id
+internvl   the reference's: vision_config, llm_config, template, ...   names as in its InternVLChatModel
+hf         transformers' InternVLForConditionalGeneration: vision_config, text_config, image_token_id
 """
 
 import dataclasses
@@ -346,7 +346,9 @@ def written_config(
       **settings,
     }
   if model.ps_version != "v2":
-    raise UserError(f"the hf layout has no form for ps_version={model.ps_version!r}; write the internvl layout")
+    raise UserError(
+      f"the hf layout has no form for ps_version={model.ps_version!r}; write the internvl layout"
+    )
   side = model.vision.image_size
   vision = config["vision_config"] if layout_of(config) is HF else _hf_vision(model.vision)
   return {
@@ -373,12 +375,22 @@ def _written_text(config: Config, model: InternVLConfig, layout: Layout) -> dict
     text = _known_to_transformers(text) if family.in_transformers else _as_llama(text, family, model.text)
   if layout is INTERNVL and layout_of(config) is not INTERNVL:
     text = _with_old_rope_names(text)
-  return {**text, "vocab_size": model.text.vocab_size, "architectures": [FAMILIES[text["model_type"]].architecture]}
+  return {
+    **text,
+    "vocab_size": model.text.vocab_size,
+    "architectures": [FAMILIES[text["model_type"]].architecture],
+  }
 
 
 def _known_to_transformers(text: Config) -> dict[str, Any]:
   """A config without the entries that transformers' class lacks: old dumps hold settings of generation."""
-  known = {*transformers_defaults(text["model_type"], text), "model_type", "rope_theta", "rope_scaling", "num_experts"}
+  known = {
+    *transformers_defaults(text["model_type"], text),
+    "model_type",
+    "rope_theta",
+    "rope_scaling",
+    "num_experts",
+  }
   own = {name: value for name, value in text.items() if name in known}
   return {name: value for name, value in own.items() if name not in ("torch_dtype", "dtype")}
 
@@ -395,7 +407,13 @@ def _with_old_rope_names(text: dict[str, Any]) -> dict[str, Any]:
   return {**text, "rope_theta": theta, "rope_scaling": scaling}
 
 
-_LLAMA_KEEPS = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "max_position_embeddings")
+_LLAMA_KEEPS = (
+  "bos_token_id",
+  "eos_token_id",
+  "pad_token_id",
+  "initializer_range",
+  "max_position_embeddings",
+)
 
 
 def _as_llama(config: Config, family: Family, model: DecoderConfig) -> dict[str, Any]:

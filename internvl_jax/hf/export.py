@@ -68,8 +68,7 @@ def save_model(
 ) -> None:
   """Writes a model that stands alone.
 
-  The reference's classes come along where the source has them and the layout stays, so that its own code opens
-  the folder.
+  In the internvl layout, the source's Python files come along, so that the reference's own code opens the folder.
 
   Args:
     target: the folder; made if missing, other files in it stay.
@@ -99,12 +98,12 @@ def save_model(
   weights.save(target, weights.tensors(params, table, np.dtype(dtype)))
   write_json(target / "config.json", config)
   write_json(target / "generation_config.json", _generation(source.folder, eos_token_id))
-  save_tokenizer(tokenizer, source.folder, target)
+  save_tokenizer(tokenizer, source.folder, target, portable=layout is config_io.HF)
   if layout is config_io.HF:
     _write_processor(target, source.config, normalize_type, config)
   else:
     write_json(target / "preprocessor_config.json", _clip_preprocessor(source.config, normalize_type))
-    for code in source.folder.glob("*.py") if source.layout is layout else ():
+    for code in source.folder.glob("*.py"):
       shutil.copyfile(code, target / code.name)
 
 

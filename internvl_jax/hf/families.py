@@ -184,7 +184,9 @@ def _internlm2(config: Config) -> DecoderConfig:
 
 
 def _internlm2_as_llama(config: DecoderConfig) -> list[Row]:
-  return tables.llama_from_grouped(config.num_heads // config.num_kv_heads, config.num_kv_heads, config.head_dim)
+  return tables.llama_from_grouped(
+    config.num_heads // config.num_kv_heads, config.num_kv_heads, config.head_dim
+  )
 
 
 def _internlm3(config: Config) -> DecoderConfig:

@@ -83,6 +83,14 @@ class Source:
     specs = {"vision_model": self.config.vision.lora, "language_model": self.config.text.lora}
     return {part: spec for part, spec in specs.items() if spec is not None}
 
+  @property
+  def reference_names(self) -> dict[str, str]:
+    """What the reference calls the parameters (the first layer's, of a stack), whatever the checkpoint's layout."""
+    table = config_io.INTERNVL.table(config_io.family_of(self.raw), self.config)
+    return {
+      path: weights.names_of(path, leaf.shape, table).keys.flat[0] for path, leaf in self.model.shapes.items()
+    }
+
   def build(self, rngs: nnx.Rngs) -> InternVL:
     """The module with fresh parameters."""
     return InternVL(self.config, rngs=rngs)
@@ -212,7 +220,9 @@ def add_projector(checkpoint: Checkpoint, layout: Layout, path: str) -> None:
 
   Its keys are those of the bare module ("0.weight", ...) or have the prefix `mlp1.`.
   """
-  names = [row.theirs[0].rsplit(".", 1)[0] for row in layout.projector if row.ours.endswith(("scale", "kernel"))]
+  names = [
+    row.theirs[0].rsplit(".", 1)[0] for row in layout.projector if row.ours.endswith(("scale", "kernel"))
+  ]
   patterns = [(r"^(?!mlp1\.)", "mlp1.")]
   patterns += [(rf"^mlp1\.{old}\.", f"{new}.") for old, new in zip("013", names, strict=True)]
   projector = weights.open_checkpoint(path, Rename(tuple(patterns)))

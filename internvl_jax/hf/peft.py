@@ -51,7 +51,9 @@ def base_of(folder: Path) -> str:
   """
   name = read_json(folder / CONFIG).get("base_model_name_or_path")
   if not name:
-    raise UserError(f"{folder / CONFIG}: base_model_name_or_path is missing; set it to the base model's folder")
+    raise UserError(
+      f"{folder / CONFIG}: base_model_name_or_path is missing; set it to the base model's folder"
+    )
   beside = Path(os.path.normpath(folder / name))
   return str(beside) if beside.is_dir() else name
 
@@ -157,7 +159,9 @@ def save_adapter(
   folder.mkdir(parents=True, exist_ok=True)
   save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
   modules = sorted({re.sub(r"\.lora_\w+(\.weight)?$", "", key) for key in tensors})
-  config = _adapter_config(specs, [module.removeprefix("base_model.model.") for module in modules], layout, base)
+  config = _adapter_config(
+    specs, [module.removeprefix("base_model.model.") for module in modules], layout, base
+  )
   (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

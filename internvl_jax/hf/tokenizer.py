@@ -81,7 +81,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
   except UserError:
     raise
   except (OSError, ValueError, ImportError) as error:
-    reason = str(error).strip().splitlines()[0]
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise UserError(f"{folder}: no tokenizer could be read there ({reason})") from None
   _check_ids(folder, config, tokenizer)
   _set_bos(folder, config, tokenizer)
@@ -265,7 +265,8 @@ def _refuse_pointer(path: Path) -> None:
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
   """A copy of the tokenizer's backend that neither pads nor truncates."""
-  backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+  shared: Any = tokenizer.backend_tokenizer
+  backend = Tokenizer.from_str(shared.to_str())
   backend.no_padding()
   backend.no_truncation()
   return backend

@@ -300,7 +300,9 @@ def _check(checkpoint: Checkpoint, names: Mapping[str, Names], shapes: Mapping[s
   problems += [f"left over: {key} {found[key]} fits no parameter of the model" for key in left]
   if problems:
     places = ", ".join(str(path) for path in sorted({path.parent for path in checkpoint.where.values()}))
-    raise UserError("\n".join([f"{places}: the checkpoint does not fit the model of its config.json:", *problems]))
+    raise UserError(
+      "\n".join([f"{places}: the checkpoint does not fit the model of its config.json:", *problems])
+    )
 
 
 def _resizes(row: Row, found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

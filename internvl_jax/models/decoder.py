@@ -163,7 +163,9 @@ class DecoderMLP(nnx.Module):
   def __call__(self, x: jax.Array, *, valid: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Maps x [B, T, D]; the second result is there for what has a router."""
     del valid
-    gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1) if self.fused else (self.gate_proj(x), self.up_proj(x))
+    gate, up = (
+      jnp.split(self.gate_up_proj(x), 2, axis=-1) if self.fused else (self.gate_proj(x), self.up_proj(x))
+    )
     return self.down_proj(jax.nn.silu(gate) * up), {}
 
 
