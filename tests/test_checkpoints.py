@@ -10,8 +10,8 @@ from safetensors.numpy import load_file
 
 from internvl_jax.eval.decoding import GreedyDecoder, Prompt
 from internvl_jax.eval.scoring import Question, score
-from internvl_jax.hf import weights
 from internvl_jax.hf import config as layouts
+from internvl_jax.hf import weights
 from internvl_jax.hf.export import save_model
 from internvl_jax.hf.model import Changes, open_source
 from internvl_jax.hf.tokenizer import load_tokenizer

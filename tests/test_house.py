@@ -23,7 +23,7 @@ LAYERS = (
   ("hf",),
   ("models", "losses", "data"),
   ("parallel",),
-  ("batch", "trees"),
+  ("batch", "trees", "flops"),
   ("arguments", "errors"),
 )
 

@@ -17,7 +17,6 @@ from internvl_jax.losses import lm
 from internvl_jax.models import attention
 from internvl_jax.models.projector import pixel_shuffle
 from internvl_jax.models.vit import resize_position_embedding
-from internvl_jax.trees import LAYER_RANGE
 from toy import ASSETS
 
 # Whole models recorded in PyTorch: the reference's own classes (layout internvl), transformers' (layout hf).

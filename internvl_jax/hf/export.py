@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -57,7 +56,7 @@ _CHAT_TEMPLATE = """\
 def save_model(
   target: str | Path,
   source: Source,
-  params: Mapping[str, jax.Array],
+  params: Mapping[str, Any],
   *,
   layout: Layout,
   dtype: jnp.dtype,
@@ -73,7 +72,7 @@ def save_model(
   Args:
     target: the folder; made if missing, other files in it stay.
     source: where the model came from, its adapters merged (`adapters.merge_and_check`).
-    params: all parameters by path.
+    params: all parameters by path, as arrays or to be read when they are written (`Source.lazy`).
     layout: of the files written.
     dtype: of the weights written.
     tokenizer: with the image tokens.
@@ -92,7 +91,7 @@ def save_model(
     source.config,
     layout,
     dtype=np.dtype(dtype).name,
-    image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+    image_token_id=tokenizer.get_vocab()[IMAGE_TOKEN],
     **(settings or {}),
   )
   weights.save(target, weights.tensors(params, table, np.dtype(dtype)))

@@ -58,7 +58,10 @@ def transformers_defaults(model_type: str, config: Config) -> dict[str, Any]:
   from transformers import CONFIG_MAPPING  # Imported late: it takes a second that `--help` need not wait for.
 
   sizes = {name: config[name] for name in _SIZES if config.get(name) is not None}
-  return CONFIG_MAPPING[model_type](**sizes).to_dict()
+  known = CONFIG_MAPPING[model_type](**sizes).to_dict()
+  # Apart, as under the old names: a config that states one of the two leaves the other at its default.
+  scaling = dict(known["rope_parameters"])
+  return {**known, "rope_theta": scaling.pop("rope_theta"), "rope_parameters": scaling}
 
 
 # --- Rotary embeddings --------------------------------------------------------------------------------------
@@ -70,41 +73,43 @@ def read_rope(config: Config) -> Rope:
   Raises:
     UserError: a kind that is not supported, or an entry that it needs and that is missing.
   """
-  scaling = dict(config.get("rope_scaling") or {})
-  # What the checkpoint says itself comes before the defaults of the new form.
-  if not scaling and "rope_theta" not in config:
-    scaling = dict(config.get("rope_parameters") or {})
-  theta = float(config.get("rope_theta") or scaling.get("rope_theta") or 10000.0)
+  scaling = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+  theta = float(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0)
   kind = scaling.get("rope_type") or scaling.get("type") or "default"
-  longest = config.get("max_position_embeddings")
-  trained = scaling.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-  if (found := scaling.get("partial_rotary_factor", 1.0)) != 1.0:
-    raise UserError(f"config.json: partial_rotary_factor={found} is not supported; expected 1.0")
+  for entries in (config, scaling):
+    if (found := entries.get("partial_rotary_factor", 1.0)) != 1.0:
+      raise UserError(f"config.json: partial_rotary_factor={found} is not supported; expected 1.0")
   try:
     if kind == "default":
       return Rope(theta=theta)
     if kind == "linear":
       return LinearRope(theta=theta, factor=scaling["factor"])
+    longest: int = config["max_position_embeddings"]
+    trained: int = (
+      scaling.get("original_max_position_embeddings")
+      or config.get("original_max_position_embeddings")
+      or longest
+    )
     if kind == "dynamic":
-      return DynamicRope(theta=theta, factor=scaling["factor"], trained_length=trained or longest)
+      return DynamicRope(theta=theta, factor=scaling["factor"], trained_length=trained)
     if kind == "llama3":
       names = ("factor", "low_freq_factor", "high_freq_factor")
-      return Llama3Rope(theta=theta, trained_length=trained or longest, **{n: scaling[n] for n in names})
+      return Llama3Rope(theta=theta, trained_length=trained, **{n: scaling[n] for n in names})
     if kind in ("longrope", "su"):
-      trained = trained or longest
       return LongRope(
         theta=theta,
         short_factors=tuple(scaling["short_factor"]),
         long_factors=tuple(scaling["long_factor"]),
         trained_length=trained,
-        stretch=longest / trained,
+        stretch=scaling.get("factor") or longest / trained,
+        attention_factor=scaling.get("attention_factor"),
       )
     if kind == "yarn":
       names = ("beta_fast", "beta_slow", "truncate", "attention_factor")
       options = {name: scaling[name] for name in names if scaling.get(name) is not None}
-      return YarnRope(theta=theta, factor=scaling["factor"], trained_length=trained or longest, **options)
+      return YarnRope(theta=theta, factor=scaling["factor"], trained_length=trained, **options)
   except KeyError as error:
-    raise UserError(f"config.json: rope_scaling {scaling} lacks {error}") from None
+    raise UserError(f"config.json: {error} is missing, which rope type {kind!r} needs") from None
   known = "default, linear, dynamic, llama3, longrope, su, yarn"
   raise UserError(f"config.json: rope type {kind!r} is not supported; known: {known}")
 

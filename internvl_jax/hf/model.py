@@ -13,7 +13,7 @@ from flax import nnx
 
 from internvl_jax.errors import UserError
 from internvl_jax.hf import config as config_io
-from internvl_jax.hf import hub, peft, weights
+from internvl_jax.hf import hub, peft, tables, weights
 from internvl_jax.hf.config import Layout
 from internvl_jax.hf.tables import Row, Transform
 from internvl_jax.hf.weights import Checkpoint, LazyParameter, Rename
@@ -254,6 +254,7 @@ def _describe(
   table = layout.table(config_io.family_of(raw), config)
   if checkpoint is not None:
     _drop_buffers(checkpoint)
+    table = tables.packed(table, checkpoint.shapes)
   tied = _is_tied(raw, checkpoint, table)
   if tied and untie:
     table = _with_row(table, _HEAD, theirs=_row(table, _EMBEDDING).theirs)

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -130,7 +129,7 @@ def _alpha(config: Mapping[str, Any], module: str) -> float:
 
 def save_adapter(
   folder: str | Path,
-  params: Mapping[str, jax.Array],
+  params: Mapping[str, Any],
   specs: Mapping[str, LoRASpec],
   layout: Layout,
   table: Sequence[Row],

@@ -7,7 +7,7 @@ bias that a variant lacks) are not used; a parameter without a row is an error.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 import numpy as np
 
@@ -27,12 +27,14 @@ class Transform:
     part: the index into the tensor that holds an index of ours, where there is one tensor and such an index;
       then only that part of it is read. None: the tensors are read whole.
     resizes: `load` takes tensors of other shapes than `save` gives.
+    shapes: our shape -> the tensors' shapes, for what is only read; else `save` tells them.
   """
 
   load: Callable[[Sequence[np.ndarray], tuple[int, ...]], np.ndarray]
   save: Callable[[np.ndarray], Sequence[np.ndarray]]
   part: Callable[[Index], Index] | None = None
   resizes: bool = False
+  shapes: Callable[[tuple[int, ...]], list[tuple[int, ...]]] | None = None
 
 
 SAME = Transform(lambda x, shape: x[0], lambda x: [x], lambda index: index)
@@ -67,6 +69,32 @@ def grouped(queries: int, groups: int, width: int) -> Transform:
     return [part.reshape(-1, *x.shape[:-1]) for part in parts]
 
   return Transform(load, save)
+
+
+# The sixteen numbers of a 4-bit float with two bits of exponent and one of mantissa.
+_FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+def _unpack_mxfp4(tensors: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+  blocks, scales = (
+    tensors  # uint8 [E, F, D/32, 16] with two numbers a byte, the lower half first; [E, F, D/32]
+  )
+  numbers = np.stack([_FP4[blocks & 15], _FP4[blocks >> 4]], axis=-1).reshape(*blocks.shape[:-1], 32)
+  whole = np.ldexp(numbers, scales.astype(np.int32)[..., None] - 127)
+  return whole.reshape(*blocks.shape[:2], -1).swapaxes(1, 2).reshape(shape)
+
+
+def _never_written(x: np.ndarray) -> Sequence[np.ndarray]:
+  raise AssertionError("a model is never written in 4 bits")
+
+
+# The experts of OpenAI's gpt-oss, in the microscaling format MXFP4 (OCP Microscaling Formats v1.0): blocks of 32
+# numbers of 4 bits with one power of two.
+MXFP4 = Transform(
+  _unpack_mxfp4,
+  _never_written,
+  shapes=lambda s: [(s[0], s[2], s[1] // 32, 16), (s[0], s[2], s[1] // 32)],
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +240,17 @@ GPT_OSS = [
     for name in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
   ),
 ]
+
+
+def packed(table: Sequence[Row], names: Container[str]) -> list[Row]:
+  """The table with the rows of those tensors that a checkpoint holds in MXFP4, as `_blocks` and `_scales`."""
+  return [
+    Row(line.ours, (f"{line.theirs[0]}_blocks", f"{line.theirs[0]}_scales"), MXFP4)
+    if f"{line.theirs[0]}_blocks".replace("{i}", "0") in names
+    else line
+    for line in table
+  ]
+
 
 INTERNLM2 = [
   row(f"{LM}.embed_tokens.embedding", f"{LM}.tok_embeddings.weight"),

@@ -7,7 +7,7 @@ that does not fit is reported together, with shapes, before any number is read.
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -287,8 +287,8 @@ def _check(checkpoint: Checkpoint, names: Mapping[str, Names], shapes: Mapping[s
   found, problems, used = checkpoint.shapes, [], set()
   for path, place in names.items():
     inner = shapes[path].shape[place.lead :]
-    # A broadcast zero has the shape without the memory.
-    expected = [x.shape for x in place.row.transform.save(np.broadcast_to(np.int8(0), inner))]
+    transform = place.row.transform
+    expected = (transform.shapes or _shapes_of(transform.save))(inner)
     for cell in place.keys.reshape(-1, place.keys.shape[-1]):
       for key, shape in zip(cell, expected, strict=True):
         used.add(key)
@@ -305,6 +305,11 @@ def _check(checkpoint: Checkpoint, names: Mapping[str, Names], shapes: Mapping[s
     )
 
 
+def _shapes_of(save: Callable) -> Callable[[tuple[int, ...]], list[tuple[int, ...]]]:
+  # A broadcast zero has the shape without the memory.
+  return lambda shape: [x.shape for x in save(np.broadcast_to(np.int8(0), shape))]
+
+
 def _resizes(row: Row, found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
   if not row.transform.resizes:
     return False
@@ -315,7 +320,7 @@ def _resizes(row: Row, found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
 
 
 def tensors(
-  params: Mapping[str, jax.Array], table: Sequence[Row], dtype: np.dtype
+  params: Mapping[str, Any], table: Sequence[Row], dtype: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
   """A model's parameters as the checkpoint's tensors, one layer at a time, cast to `dtype`."""
   for path, value in params.items():

@@ -33,7 +33,7 @@ class Linear(nnx.Module):
   def __init__(self, d_in: int, d_out: int, *, bias: bool, axes: Axes, rngs: nnx.Rngs):
     self.kernel = make_param(jax.random.normal(rngs.params(), (d_in, d_out)) / math.sqrt(d_in), axes)
     self.bias = make_param(jnp.zeros(d_out), axes[1:]) if bias else None
-    self.adapter = nnx.data(None)
+    self.adapter: Callable | None = nnx.data(None)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     y = matmul(x, self.kernel[...].astype(x.dtype))

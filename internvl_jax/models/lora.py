@@ -34,14 +34,14 @@ router and stacked experts are not linear maps of this kind and stay as they are
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRASpec:
-  """The adapters of a stack of layers.
+  r"""The adapters of a stack of layers.
 
   Attributes:
     rank: r.
     alpha: numerator of the scale.
     dropout: share of the adapter's inputs that is dropped in training.
     targets: regular expressions that end a linear map's path in its layer, from a dot on ("q_proj",
-      r"self_attn\\.q_proj").
+      r"self_attn\.q_proj").
     use_dora: weight-decomposed adapters (arXiv:2402.09353).
     use_rslora: scale by alpha / sqrt(r) in place of alpha / r (arXiv:2312.03732).
   """
@@ -79,23 +79,23 @@ class Adapter(nnx.Module):
     self.b = make_param(jnp.zeros((spec.rank, F)), (None, axis_out))
     self.magnitude = make_param(jnp.ones(F), (axis_out,)) if spec.use_dora else None
     self.scale, self.dropout = spec.scale, spec.dropout
-    self.key = nnx.data(None)
+    self.key: jax.Array | None = nnx.data(None)
 
   def __call__(self, x: jax.Array, y: jax.Array, linear: Linear) -> jax.Array:
     """Adds the adapter's part to y = x @ kernel [..., F], the bias not yet added."""
     a, b = self.a[...].astype(x.dtype), self.b[...].astype(x.dtype)
-    dropping = self.key is not None and self.dropout > 0
-    if dropping:
+    dropped = x
+    if self.key is not None and self.dropout > 0:
       kept = jax.random.bernoulli(self.key, 1 - self.dropout, x.shape)
-      x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
-    part = (x @ a) @ b * self.scale
+      dropped = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
+    part = (dropped @ a) @ b * self.scale
     if self.magnitude is None:
       return y + part
     # DoRA's norm is a constant to the gradient (its section 4.3).
     norm = jax.lax.stop_gradient(_column_norms(self._merged(linear.kernel[...])))
     ratio = (self.magnitude[...].astype(jnp.float32) / norm).astype(x.dtype)
     # What dropout leaves of the input goes through both parts, as in PEFT.
-    base = x @ linear.kernel[...].astype(x.dtype) if dropping else y
+    base = y if dropped is x else dropped @ linear.kernel[...].astype(x.dtype)
     return y + (ratio - 1) * base + ratio * part
 
   def _merged(self, kernel: jax.Array) -> jax.Array:

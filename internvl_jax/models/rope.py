@@ -96,15 +96,19 @@ class LongRope(Rope):
     short_factors, long_factors: divisors of the frequencies, dim/2 each.
     trained_length: rows longer than this take the long list.
     stretch: the longest length supported over the trained one; it fixes the scale.
+    attention_factor: the scale, where it is stated.
   """
 
   short_factors: tuple[float, ...]
   long_factors: tuple[float, ...]
   trained_length: int
   stretch: float
+  attention_factor: float | None = None
 
   @property
   def scale(self) -> float:
+    if self.attention_factor is not None:
+      return self.attention_factor
     return math.sqrt(1 + math.log(self.stretch) / math.log(self.trained_length)) if self.stretch > 1 else 1.0
 
   @property

@@ -199,9 +199,9 @@ class VisionTransformer(nnx.Module):
 
 def _keep_branches(num_tiles: int, rates: np.ndarray, key: jax.Array) -> jax.Array:
   """Stochastic depth (arXiv:1603.09382): 0 or 1/(1-rate) for each layer, branch and tile."""
-  rates = jnp.asarray(rates, jnp.float32)[:, None, None]
-  kept = jax.random.bernoulli(key, 1 - rates, (len(rates), 2, num_tiles))
-  return jnp.where(kept, 1 / (1 - rates), 0.0)
+  keep = 1 - jnp.asarray(rates, jnp.float32)[:, None, None]
+  kept = jax.random.bernoulli(key, keep, (len(rates), 2, num_tiles))
+  return jnp.where(kept, 1 / keep, 0.0)
 
 
 def resize_position_embedding(positions: np.ndarray, num_patches: int) -> np.ndarray:

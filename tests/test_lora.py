@@ -1,0 +1,266 @@
+"""Adapters: what trains, what they compute, what merging gives, and how they come in and go out."""
+
+import dataclasses
+import json
+import logging
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from harness import Harness, make_batch, toy
+from internvl_jax import adapters, convert
+from internvl_jax.errors import UserError
+from internvl_jax.hf import config as layouts
+from internvl_jax.hf.model import Changes, open_source
+from internvl_jax.models import lora
+from internvl_jax.models.lora import LoRASpec
+from internvl_jax.trees import part_of
+from toy import CURVE, CURVE_INTERNLM2
+
+SPEC = LoRASpec(rank=2, alpha=4.0)
+FLAGS = {"freeze_backbone": True, "freeze_mlp": True, "freeze_llm": True, "use_llm_lora": 2}
+PLACE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def adapted(text=SPEC, vision=None, **settings):
+  config = toy(text={"lora": text} if text else None, lora=vision)
+  harness = Harness(config, freeze=FLAGS, **settings)
+  # As fresh adapters are: b is zero.
+  params = {p: v * 0 if p.endswith(".adapter.b") else v for p, v in harness.state.params.items()}
+  harness.state = dataclasses.replace(harness.state, params=params)
+  return harness
+
+
+@pytest.mark.parametrize("vision", [None, SPEC])
+def test_after_one_step_every_b_has_moved_and_nothing_but_adapters(vision):
+  harness = adapted(vision=vision)
+  before = {path: np.asarray(value) for path, value in harness.state.params.items()}
+  frozen = {path: np.asarray(value) for path, value in harness.frozen.items()}
+  harness.run(make_batch())
+  assert before.keys() == lora.adapter_paths(harness.model.shapes)
+  assert {part_of(path) for path in before} == {"language_model"} | ({"vision_model"} if vision else set())
+  for path, value in harness.state.params.items():
+    if path.endswith(".b"):
+      layers = np.abs(np.asarray(value)).max(axis=(1, 2))
+      assert (layers > 0).all(), path
+  for path, value in frozen.items():
+    np.testing.assert_array_equal(harness.frozen[path], value, err_msg=path)
+
+
+def test_targets_are_those_of_the_reference():
+  def adapted_maps(**text):
+    config = toy(text={"lora": SPEC, **text}, lora=SPEC)
+    paths = Harness(config, freeze=FLAGS).state.params
+    return {path.split(".", 3)[-1].split(".", 1)[1].split(".adapter")[0] for path in paths}
+
+  vit = {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"}
+  heads = {f"self_attn.{name}_proj" for name in "qkvo"}
+  assert {m.removeprefix("0:2.") for m in adapted_maps()} == vit | heads | {
+    f"mlp.{name}_proj" for name in ("gate", "up", "down")
+  }
+  fused = adapted_maps(qkv="concatenated", fused_gate_up=True)
+  assert {m.removeprefix("0:2.") for m in fused} == vit | {
+    "self_attn.qkv_proj",
+    "self_attn.o_proj",
+    "mlp.gate_up_proj",
+    "mlp.down_proj",
+  }
+
+
+def test_dropout_acts_in_training_only_and_keeps_the_mean():
+  harness = adapted(text=dataclasses.replace(SPEC, dropout=0.5), dropout=True)
+  calm = adapted(text=dataclasses.replace(SPEC, dropout=0.5))
+  params = {p: v + 0.3 * p.endswith(".b") for p, v in harness.state.params.items()}
+  batch = jax.tree.map(jnp.asarray, make_batch())
+
+  def losses(harness):
+    loss = jax.jit(lambda step: harness.step.value_and_grad(params, harness.frozen, batch, step)[0])
+    return [float(loss(step)) for step in range(3)]
+
+  assert len(set(losses(harness))) == 3
+  assert len(set(losses(calm))) == 1
+
+  # A single map: the mean over many draws is what evaluation gives.
+  from flax import nnx
+
+  from internvl_jax.models.layers import Linear
+
+  layer = nnx.List([Linear(8, 6, bias=False, axes=("embed", "mlp"), rngs=nnx.Rngs(0))])
+  linear = layer[0]
+  linear.adapter = lora.Adapter(linear, dataclasses.replace(SPEC, dropout=0.3), nnx.Rngs(1))
+  linear.adapter.b[...] = jnp.ones((2, 6))
+  x = jax.random.normal(jax.random.key(0), (20000, 8))
+  without = linear(jnp.broadcast_to(x[:1], x.shape))
+  lora.start_dropout(layer, jax.random.key(3))
+  dropped = linear(jnp.broadcast_to(x[:1], x.shape))
+  assert float(jnp.abs(dropped - without).max()) > 0.1
+  np.testing.assert_allclose(dropped.mean(axis=0), without[0], atol=0.03)
+
+
+# --- Whole checkpoints --------------------------------------------------------------------------------------
+
+
+def with_noise(params, seed=0):
+  """Fresh adapters do nothing; these do."""
+  rng = np.random.default_rng(seed)
+  return {
+    path: value + 0.1 * rng.normal(size=value.shape).astype("f4") if path.endswith(".b") else value
+    for path, value in params.items()
+  }
+
+
+def open_adapted(folder=CURVE / "init", *, vision=SPEC, text=SPEC, noise=True):
+  source = open_source(folder, Changes(vision_lora=vision, text_lora=text))
+  params = source.load(source.model.shapes, dict.fromkeys(source.model.shapes, PLACE), seed=3)
+  return source, with_noise(params) if noise else params
+
+
+def test_fresh_adapters_change_nothing_and_are_kaiming_uniform():
+  plain = open_source(CURVE / "init")
+  base = plain.load(plain.model.shapes, dict.fromkeys(plain.model.shapes, PLACE))
+  source, params = open_adapted(noise=False, text=dataclasses.replace(SPEC, use_dora=True))
+  for path, value in base.items():
+    np.testing.assert_array_equal(params[path], value, err_msg=path)
+  np.testing.assert_allclose(adapters.probe(source, params), adapters.probe(plain, base), rtol=0, atol=1e-5)
+  for path in source.fresh:
+    value = np.asarray(params[path])
+    if path.endswith(".a"):
+      bound = value.shape[1] ** -0.5
+      assert 0.8 * bound < np.abs(value).max() <= bound, path
+      assert len(np.unique(value)) > 0.9 * value.size, path  # no two layers alike
+    elif path.endswith(".b"):
+      assert not value.any(), path
+    else:
+      norms = np.linalg.norm(params[path.replace("adapter.magnitude", "kernel")], axis=1)
+      np.testing.assert_allclose(value, norms, rtol=1e-6, err_msg=path)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}], ids=str)
+def test_a_merge_keeps_the_logits_and_says_so(options, caplog):
+  source, params = open_adapted(text=dataclasses.replace(SPEC, **options))
+  before = adapters.probe(source, params)
+  with caplog.at_level(logging.INFO):
+    plain, merged = adapters.merge_and_check(source, params)
+  assert "logits of a fixed input differ by at most" in caplog.text
+  assert not lora.adapter_paths(merged) and merged.keys() == plain.model.shapes.keys()
+  base = open_source(CURVE / "init")
+  weights = base.load(base.model.shapes, dict.fromkeys(base.model.shapes, PLACE))
+  assert np.abs(before - adapters.probe(base, weights)).max() > 0.05  # the adapters do something
+  np.testing.assert_allclose(adapters.probe(plain, merged), before, rtol=0, atol=1e-4)
+
+
+def test_a_merge_that_changes_the_model_is_refused(monkeypatch):
+  source, params = open_adapted()
+  right = lora.merge
+
+  def wrong(params, scales):
+    return right(params, {part: 2 * scale for part, scale in scales.items()})
+
+  monkeypatch.setattr(adapters.lora, "merge", wrong)
+  with pytest.raises(UserError, match=r"merging the adapters changed a logit by .* more than the .* allowed"):
+    adapters.merge_and_check(source, params)
+
+
+def reference_checkpoint(folder, init, *, rank=2):
+  """A LoRA checkpoint as the reference saves it: PEFT's wrapped names, and the rank in config.json."""
+  rng = np.random.default_rng(5)
+  targets = {
+    "language_model": ("self_attn.q_proj", "self_attn.o_proj", "self_attn.k_proj", "self_attn.v_proj")
+    + ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    + ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+    "vision_model": ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"),
+  }
+  tensors, merged = {}, {}
+  for key, value in load_file(init / "model.safetensors").items():
+    part, _, rest = key.partition(".")
+    wrapped = key if part not in targets else f"{part}.base_model.model.{rest}"
+    module = wrapped.rsplit(".", 1)[0]
+    merged[key] = value
+    if ".layers." in key and module.endswith(targets.get(part, ())):
+      wrapped = f"{module}.base_layer.{key.rsplit('.', 1)[1]}"
+      if key.endswith(".weight"):
+        a = 0.1 * rng.normal(size=(rank, value.shape[1])).astype("f4")
+        b = 0.1 * rng.normal(size=(value.shape[0], rank)).astype("f4")
+        tensors |= {f"{module}.lora_A.default.weight": a, f"{module}.lora_B.default.weight": b}
+        merged[key] = value + 2.0 * b @ a
+    tensors[wrapped] = value
+  shutil.copytree(init, folder)
+  (folder / "model.safetensors").unlink()
+  save_file(tensors, folder / "model.safetensors")
+  config = json.loads((folder / "config.json").read_text())
+  config |= {"use_llm_lora": rank, "use_backbone_lora": rank}
+  (folder / "config.json").write_text(json.dumps(config))
+  return merged
+
+
+@pytest.mark.parametrize("init", [CURVE / "init", CURVE_INTERNLM2 / "init"], ids=["qwen2", "internlm2"])
+def test_the_references_lora_checkpoints(tmp_path, init):
+  """They load with their adapters, go on training, and are merged to what numpy merges by hand."""
+  by_hand = reference_checkpoint(tmp_path / "lora", init)
+  source = open_source(tmp_path / "lora", Changes(text_lora=dataclasses.replace(SPEC, dropout=0.1)))
+  assert not source.fresh
+  assert source.specs["language_model"] == dataclasses.replace(SPEC, dropout=0.1)
+  assert source.specs["vision_model"].rank == 2 and source.specs["vision_model"].scale == 2.0
+  with pytest.raises(UserError, match=r"model\.use_llm_lora asks for rank 8, but .* have 2"):
+    open_source(tmp_path / "lora", Changes(text_lora=LoRASpec(rank=8, alpha=16.0)))
+
+  convert.convert(str(tmp_path / "lora"), tmp_path / "merged", layouts.INTERNVL, lora="merge")
+  merged = load_file(tmp_path / "merged/model.safetensors")
+  assert merged.keys() == by_hand.keys()
+  for key, value in by_hand.items():
+    np.testing.assert_allclose(merged[key], value, rtol=0, atol=1e-6, err_msg=key)
+  config = json.loads((tmp_path / "merged/config.json").read_text())
+  assert config["use_llm_lora"] == config["use_backbone_lora"] == 0
+
+  # Apart: base and adapters, which together are the same model again.
+  convert.convert(str(tmp_path / "lora"), tmp_path / "apart", layouts.INTERNVL, lora="peft")
+  base = load_file(tmp_path / "apart/model.safetensors")
+  for key, value in load_file(init / "model.safetensors").items():
+    np.testing.assert_array_equal(base[key], value, err_msg=key)
+  again = open_source(tmp_path / "apart/adapter")
+  for part, spec in source.specs.items():
+    assert (again.specs[part].rank, again.specs[part].alpha) == (spec.rank, spec.alpha)
+  ours = source.load(source.model.shapes, dict.fromkeys(source.model.shapes, PLACE))
+  theirs = again.load(again.model.shapes, dict.fromkeys(again.model.shapes, PLACE))
+  assert ours.keys() == theirs.keys()
+  for path, value in ours.items():
+    np.testing.assert_array_equal(theirs[path], value, err_msg=path)
+
+
+def test_adapters_of_several_ranks_go_out_and_come_in(tmp_path):
+  from internvl_jax.hf import peft
+
+  vision, text = LoRASpec(rank=3, alpha=5.0), LoRASpec(rank=2, alpha=4.0, use_rslora=True)
+  vision = dataclasses.replace(vision, use_rslora=True)
+  source, params = open_adapted(vision=vision, text=text)
+  base = str(CURVE / "init")
+  peft.save_adapter(tmp_path, params, source.specs, source.layout, source.table, base=base)
+  config = json.loads((tmp_path / "adapter_config.json").read_text())
+  assert config["r"] == 2 and config["rank_pattern"] == {r"vision_model\..*": 3}
+  again = open_source(tmp_path)
+  assert again.specs["vision_model"].scale == vision.scale and again.specs["language_model"].scale == text.scale
+  loaded = again.load(again.model.shapes, dict.fromkeys(again.model.shapes, PLACE))
+  for path in lora.adapter_paths(params):
+    np.testing.assert_array_equal(loaded[path], params[path], err_msg=path)
+
+
+def test_a_layout_without_a_form_for_the_adapters_is_refused(tmp_path):
+  """transformers holds q, k and v of the ViT apart; one adapter of all three has no place there."""
+  reference_checkpoint(tmp_path / "lora", CURVE / "init")
+  with pytest.raises(UserError, match=r"has no form for the parameter vision_model.*attn\.qkv\.adapter"):
+    convert.convert(str(tmp_path / "lora"), tmp_path / "out", layouts.HF, lora="peft")
+  assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def test_an_adapter_of_another_kind_is_refused(tmp_path):
+  config = {"peft_type": "IA3", "base_model_name_or_path": str(CURVE / "init")}
+  (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+  with pytest.raises(UserError, match=r"adapter_config\.json: peft_type='IA3' is not supported"):
+    open_source(tmp_path)
+  (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+  with pytest.raises(UserError, match="base_model_name_or_path is missing"):
+    open_source(tmp_path)
