@@ -77,7 +77,7 @@ def read_rope(config: Config) -> Rope:
   theta = float(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0)
   kind = scaling.get("rope_type") or scaling.get("type") or "default"
   for entries in (config, scaling):
-    if (found := entries.get("partial_rotary_factor", 1.0)) != 1.0:
+    if (found := entries.get("partial_rotary_factor")) not in (None, 1.0):
       raise UserError(f"config.json: partial_rotary_factor={found} is not supported; expected 1.0")
   try:
     if kind == "default":
@@ -91,7 +91,7 @@ def read_rope(config: Config) -> Rope:
       or longest
     )
     if kind == "dynamic":
-      return DynamicRope(theta=theta, factor=scaling["factor"], trained_length=trained)
+      return DynamicRope(theta=theta, factor=scaling["factor"], trained_length=longest)
     if kind == "llama3":
       names = ("factor", "low_freq_factor", "high_freq_factor")
       return Llama3Rope(theta=theta, trained_length=trained, **{n: scaling[n] for n in names})
@@ -105,6 +105,8 @@ def read_rope(config: Config) -> Rope:
         attention_factor=scaling.get("attention_factor"),
       )
     if kind == "yarn":
+      if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        raise UserError("config.json: the entries mscale and mscale_all_dim of a rope of type 'yarn' are not supported")
       names = ("beta_fast", "beta_slow", "truncate", "attention_factor")
       options = {name: scaling[name] for name in names if scaling.get(name) is not None}
       return YarnRope(theta=theta, factor=scaling["factor"], trained_length=trained, **options)

@@ -315,6 +315,8 @@ def _resizes(row: Row, found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     return False
   try:
     return row.transform.load([np.broadcast_to(np.float32(0), found)], wanted).shape == wanted
+  except UserError:
+    raise  # It knows better what does not fit.
   except (ValueError, AssertionError, IndexError):
     return False
 
