@@ -185,7 +185,9 @@ def tensor_shapes(source: Source) -> dict[str, tuple[int, ...]]:
   return shapes
 
 
-def inputs(vocab_size: int = _TEXT["vocab_size"], side: int = _VISION["image_size"][0]) -> dict[str, np.ndarray]:
+def inputs(
+  vocab_size: int = _TEXT["vocab_size"], side: int = _VISION["image_size"][0]
+) -> dict[str, np.ndarray]:
   """Two rows with a tile each, the second padded on the right; the arrays that `verify` reads."""
   words = draw("input_ids", (2, LENGTH)) / (2 * 3**0.5) + 0.5
   ids = FIRST_WORD + (words * (vocab_size - FIRST_WORD)).astype(np.int64)

@@ -117,14 +117,23 @@ def test_code_in_a_checkpoint_is_never_run(folder, tmp_path):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"model_type": "llava"}, r"model_type is 'llava', expected 'internvl_chat' \(layout internvl\) or 'internvl'"),
+    (
+      {"model_type": "llava"},
+      r"model_type is 'llava', expected 'internvl_chat' \(layout internvl\) or 'internvl'",
+    ),
     ({"llm_config__model_type": "mamba"}, r"llm_config\.model_type='mamba' is not supported; known: \["),
     ({"llm_config": None}, r"'llm_config' is missing"),
     ({"llm_config__hidden_act": "relu"}, r"llm_config\.hidden_act='relu' is not supported; expected 'silu'"),
     ({"llm_config__use_sliding_window": True}, r"use_sliding_window=True is not supported; expected False"),
     ({"vision_config__hidden_act": "gelu_new"}, r"vision_config\.hidden_act='gelu_new' is not supported"),
-    ({"llm_config__rope_scaling": {"type": "magic"}}, r"rope type 'magic' is not supported; known: default, "),
-    ({"llm_config__rope_scaling": {"type": "dynamic"}}, r"'factor' is missing, which rope type 'dynamic' needs"),
+    (
+      {"llm_config__rope_scaling": {"type": "magic"}},
+      r"rope type 'magic' is not supported; known: default, ",
+    ),
+    (
+      {"llm_config__rope_scaling": {"type": "dynamic"}},
+      r"'factor' is missing, which rope type 'dynamic' needs",
+    ),
   ],
   ids=str,
 )

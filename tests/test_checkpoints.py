@@ -87,6 +87,35 @@ def test_a_sharded_load_gives_each_device_its_part(opened):
     np.testing.assert_array_equal(sharded[path], value, err_msg=path)
 
 
+def test_a_sharded_load_reads_no_more_than_a_shard(opened, monkeypatch):
+  """A device's part of a linear map is all that is read for it, so a shard is all that the host holds."""
+  source, _ = opened
+  path = "language_model.model.layers.0:3.mlp.gate_proj.kernel"
+  mesh = jax.make_mesh((8,), ("fsdp",))
+  spec = jax.sharding.PartitionSpec(None, "fsdp", None)
+  sharding = jax.sharding.NamedSharding(mesh, spec)
+  leaf = source.model.shapes[path]
+  read = []
+  right = weights.Checkpoint.read
+
+  def spy(self, name, index=None):
+    part = right(self, name, index)
+    read.append((name, part.shape))
+    return part
+
+  monkeypatch.setattr(weights.Checkpoint, "read", spy)
+  whole = source.checkpoint.shapes["language_model.model.layers.0.mlp.gate_proj.weight"]
+  names = weights.names_of(path, leaf.shape, source.table)
+  value = weights._fill(source.checkpoint, names, leaf, sharding)
+  assert len(read) == 8 * 3 and {shape for _, shape in read} == {(whole[0], whole[1] // 8)}
+  assert {shard.data.shape for shard in value.addressable_shards} == {(3, whole[1] // 8, whole[0])}
+  # What lies whole on all devices is read once.
+  read.clear()
+  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  weights._fill(source.checkpoint, names, leaf, everywhere)
+  assert len(read) == 3
+
+
 def test_another_tile_size_resizes_positions(opened):
   _, params = opened
   source, resized = load(CURVE / "init", image_size=84)

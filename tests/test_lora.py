@@ -169,9 +169,20 @@ def reference_checkpoint(folder, init, *, rank=2):
   """A LoRA checkpoint as the reference saves it: PEFT's wrapped names, and the rank in config.json."""
   rng = np.random.default_rng(5)
   targets = {
-    "language_model": ("self_attn.q_proj", "self_attn.o_proj", "self_attn.k_proj", "self_attn.v_proj")
-    + ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-    + ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+    "language_model": (
+      "self_attn.q_proj",
+      "self_attn.o_proj",
+      "self_attn.k_proj",
+      "self_attn.v_proj",
+      "mlp.gate_proj",
+      "mlp.up_proj",
+      "mlp.down_proj",
+      "attention.wqkv",
+      "attention.wo",
+      "feed_forward.w1",
+      "feed_forward.w2",
+      "feed_forward.w3",
+    ),
     "vision_model": ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"),
   }
   tensors, merged = {}, {}
@@ -242,7 +253,9 @@ def test_adapters_of_several_ranks_go_out_and_come_in(tmp_path):
   config = json.loads((tmp_path / "adapter_config.json").read_text())
   assert config["r"] == 2 and config["rank_pattern"] == {r"vision_model\..*": 3}
   again = open_source(tmp_path)
-  assert again.specs["vision_model"].scale == vision.scale and again.specs["language_model"].scale == text.scale
+  assert (
+    again.specs["vision_model"].scale == vision.scale and again.specs["language_model"].scale == text.scale
+  )
   loaded = again.load(again.model.shapes, dict.fromkeys(again.model.shapes, PLACE))
   for path in lora.adapter_paths(params):
     np.testing.assert_array_equal(loaded[path], params[path], err_msg=path)

@@ -115,7 +115,17 @@ def test_embeddings_grow_with_the_tokenizer(parts, tmp_path, spare):
   folder = tmp_path / "language_model"
   # The tokenizer without InternVL's tokens.
   raw = json.loads((folder / "tokenizer.json").read_text())
-  image_tokens = {"<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"}
+  image_tokens = {
+    "<img>",
+    "</img>",
+    "<IMG_CONTEXT>",
+    "<quad>",
+    "</quad>",
+    "<ref>",
+    "</ref>",
+    "<box>",
+    "</box>",
+  }
   known = [token["content"] for token in raw["added_tokens"]]
   assert image_tokens <= set(known)
   # Its ids begin with them, so they are renamed: the ids of all others stay.
@@ -141,12 +151,17 @@ def test_embeddings_grow_with_the_tokenizer(parts, tmp_path, spare):
   assert new == 9 and len(tokenizer) == before + 9
   source = open_parts(**parts, changes=Changes(**CHANGES, vocab_size=len(tokenizer), new_tokens=new))
   if spare < 0:
-    with pytest.raises(UserError, match=f"the tokenizer had {before} tokens .* the embedding has {rows} rows"):
+    with pytest.raises(
+      UserError, match=f"the tokenizer had {before} tokens .* the embedding has {rows} rows"
+    ):
       load(source)
     return
   params = load(source)
   old_in, old_out = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
-  table, head = params["language_model.model.embed_tokens.embedding"], params["language_model.lm_head.kernel"].T
+  table, head = (
+    params["language_model.model.embed_tokens.embedding"],
+    params["language_model.lm_head.kernel"].T,
+  )
   assert table.shape[0] == head.shape[0] == before + 9
   np.testing.assert_array_equal(head[:before], old_out[:before])
   np.testing.assert_allclose(head[before:], np.tile(old_out[:before].mean(axis=0), (9, 1)), atol=1e-6)
@@ -178,8 +193,12 @@ def test_parts_of_the_wrong_kind_are_named(parts, tmp_path):
   with pytest.raises(UserError, match=r"model_type is 'qwen2', expected 'intern_vit_6b'"):
     open_parts(**{**parts, "vision_path": parts["llm_path"]}, changes=Changes(**CHANGES))
   edit_json(tmp_path / "language_model/config.json", model_type="mamba")
-  with pytest.raises(UserError, match=r"llm_config\.model_type='mamba' is not supported; known: \['gpt_oss', "):
+  with pytest.raises(
+    UserError, match=r"llm_config\.model_type='mamba' is not supported; known: \['gpt_oss', "
+  ):
     open_parts(**parts, changes=Changes(**CHANGES))
   (tmp_path / "mlp.pth").write_bytes(b"pickle")
-  with pytest.raises(UserError, match=r"mlp\.pth is a pickle, which can run code and is never read; .*weights_only"):
+  with pytest.raises(
+    UserError, match=r"mlp\.pth is a pickle, which can run code and is never read; .*weights_only"
+  ):
     with_projector(open_source(INIT), str(tmp_path / "mlp.pth"))

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import Harness, make_batch, reshape_batch, toy
 
+from harness import Harness, make_batch, reshape_batch, toy
 from internvl_jax.models import functional
 from internvl_jax.models.decoder import DecoderConfig
 from internvl_jax.models.internvl import Execution, InternVL, InternVLConfig
+from internvl_jax.models.moe import MoEConfig
 from internvl_jax.models.vit import VisionConfig
 from internvl_jax.objectives import normalized_weights
 
@@ -102,6 +103,29 @@ def test_a_frozen_part_has_no_state_and_does_not_move(freeze, part):
     # A key bias shifts all of a query's scores alike, so it has no gradient, and biases do not decay.
     assert moved == (not path.startswith(part)) or path.endswith("k_proj.bias"), path
   assert not any(path.startswith(part) for path in harness.state.opt_state[0].mu)
+
+
+def test_the_routers_loss_is_a_mean_over_shards_and_micro_batches():
+  """What it adds to the loss does not depend on the language loss, and is the mean of what each part adds."""
+  experts = MoEConfig(num_experts=4, top_k=2, intermediate_size=16, normalize_top_k=True)
+  batch = make_batch(rows=8)
+
+  def added(batch, mesh=None):
+    losses = [
+      Harness(toy(text={"experts": experts}), mesh=mesh, router_loss_coef=coef).run(batch).loss
+      for coef in (0.0, 0.5)
+    ]
+    return float(losses[1] - losses[0]) / 0.5
+
+  one, two = (reshape_batch(batch, accumulation=2, shards=1) for _ in range(2))
+  halves = [jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], one) for i in range(2)]
+  parts = [added(half) for half in halves]
+  assert all(2.0 <= part < 4.0 for part in parts)  # k where the load is even, E where one expert takes all
+  assert parts[0] != pytest.approx(parts[1], abs=1e-4)
+  assert added(two) == pytest.approx(np.mean(parts), abs=1e-5)
+  assert added(reshape_batch(batch, accumulation=1, shards=2), {"data": 2}) == pytest.approx(
+    np.mean(parts), abs=1e-5
+  )
 
 
 def test_the_program_does_not_grow_with_depth():

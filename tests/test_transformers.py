@@ -1,9 +1,7 @@
 """transformers opens what is written in the hf layout, and computes, decodes and tokenizes the same."""
 
 import shutil
-import sys
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -137,7 +135,9 @@ def test_tokenizer(exported):
 
   before, written = exported("curve")
   ours, theirs = load_tokenizer(before), AutoTokenizer.from_pretrained(written)
-  text = "<|im_start|>user\n<img><IMG_CONTEXT></img>\nWhat is 3 + 4? <box>[[1, 2]]</box><|im_end|>\n 中文 naïve"
+  text = (
+    "<|im_start|>user\n<img><IMG_CONTEXT></img>\nWhat is 3 + 4? <box>[[1, 2]]</box><|im_end|>\n 中文 naïve"
+  )
   ids = ours(text).input_ids
   assert theirs(text).input_ids == ids and ids.count(families.IMAGE_TOKEN) == 1
   assert theirs.decode(ids) == ours.decode(ids)

@@ -400,11 +400,11 @@ def _with_old_rope_names(text: dict[str, Any]) -> dict[str, Any]:
   parameters = dict(text.pop("rope_parameters", None) or {})
   if not parameters:
     return text
-  theta = parameters.pop("rope_theta", 10000.0)
+  theta = {"rope_theta": parameters.pop("rope_theta")} if "rope_theta" in parameters else {}
   kind = parameters.pop("rope_type", "default")
   parameters.pop("partial_rotary_factor", None)
   scaling = None if kind == "default" else {"type": kind, "rope_type": kind, **parameters}
-  return {**text, "rope_theta": theta, "rope_scaling": scaling}
+  return {**text, **theta, "rope_scaling": scaling}
 
 
 _LLAMA_KEEPS = (

@@ -47,6 +47,8 @@ def complete(model_type: str, config: Config) -> dict[str, Any]:
   """A language model's config with the entries that it left out at the family's defaults."""
   family = FAMILIES[model_type]
   known = transformers_defaults(model_type, config) if family.in_transformers else {}
+  if "rope_scaling" in config:  # The old name, under which null is no scaling.
+    known.pop("rope_parameters", None)
   return {**known, **family.defaults, **config}
 
 
@@ -106,7 +108,9 @@ def read_rope(config: Config) -> Rope:
       )
     if kind == "yarn":
       if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        raise UserError("config.json: the entries mscale and mscale_all_dim of a rope of type 'yarn' are not supported")
+        raise UserError(
+          "config.json: the entries mscale and mscale_all_dim of a rope of type 'yarn' are not supported"
+        )
       names = ("beta_fast", "beta_slow", "truncate", "attention_factor")
       options = {name: scaling[name] for name in names if scaling.get(name) is not None}
       return YarnRope(theta=theta, factor=scaling["factor"], trained_length=trained, **options)
