@@ -611,6 +611,7 @@ RUN_FILES = (
   "config.json",
   "generation_config.json",
   "preprocessor_config.json",
+  "processor_config.json",
   "model.safetensors",
   "model.safetensors.index.json",
   "model-*-of-*.safetensors",

@@ -131,8 +131,7 @@ def test_all_mismatches_are_reported_together(tmp_path):
   ("part", "key", "value"),
   [
     ("llm_config", "model_type", "mamba"),
-    ("llm_config", "rope_scaling", {"type": "dynamic", "factor": 2.0}),
-    ("llm_config", "tie_word_embeddings", True),
+    ("llm_config", "use_sliding_window", True),
     ("vision_config", "hidden_act", "relu"),
   ],
 )
