@@ -36,11 +36,11 @@ def _equation_flops(eqn: core.JaxprEqn) -> int:
   name, params = eqn.primitive.name, eqn.params
   if name == "dot_general":
     (contracting, _), _ = params["dimension_numbers"]
-    lhs = eqn.invars[0].aval.shape
-    return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[axis] for axis in contracting)
+    lhs = _shape(eqn.invars[0])
+    return 2 * math.prod(_shape(eqn.outvars[0])) * math.prod(lhs[axis] for axis in contracting)
   if name == "ragged_dot_general" or name == "ragged_dot":
     # Every row meets one group's matrix [K, N], forward and in both gradients.
-    shapes = [var.aval.shape for var in (*eqn.invars[:2], *eqn.outvars)]
+    shapes = [_shape(var) for var in (*eqn.invars[:2], *eqn.outvars)]
     rows = next(shape for shape in shapes if len(shape) == 2)[0]
     matrix = next(shape for shape in shapes if len(shape) == 3)
     return 2 * rows * math.prod(matrix[1:])
@@ -49,6 +49,10 @@ def _equation_flops(eqn: core.JaxprEqn) -> int:
   if name == "cond":
     return max(_jaxpr_flops(branch.jaxpr) for branch in params["branches"])
   return sum(_jaxpr_flops(inner) for inner in _inner_jaxprs(params))
+
+
+def _shape(atom: Any) -> tuple[int, ...]:
+  return atom.aval.shape
 
 
 def _inner_jaxprs(params: dict[str, Any]) -> list[core.Jaxpr]:

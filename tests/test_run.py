@@ -11,6 +11,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from internvl_jax.config import newest_checkpoint
+from internvl_jax.convert import convert
+from internvl_jax.hf.config import HF
 from toy import CURVE, CURVE_INTERNLM2, log_history, run_training, train_command
 
 
@@ -30,6 +32,13 @@ def test_follows_the_recorded_curve_of_internlm2_with_accumulation(tmp_path):
   done = run_training(tmp_path, tmp_path / "out", curve=CURVE_INTERNLM2)
   assert done.returncode == 0, done.stderr
   assert_follows(tmp_path / "out", CURVE_INTERNLM2)
+
+
+def test_follows_the_recorded_curve_from_the_other_layout(tmp_path):
+  convert(str(CURVE / "init"), tmp_path / "hf", HF, lora="merge")
+  done = run_training(tmp_path, tmp_path / "out", f"model.model_name_or_path={tmp_path / 'hf'}")
+  assert done.returncode == 0, done.stderr
+  assert_follows(tmp_path / "out", CURVE)
 
 
 def assert_follows(output_dir, curve):
