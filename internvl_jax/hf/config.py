@@ -334,7 +334,7 @@ def written_config(
     return {
       **(config if same else {"architectures": ["InternVLChatModel"], "model_type": "internvl_chat"}),
       "vision_config": {**vision, "image_size": model.vision.image_size},
-      "llm_config": {**text, "tie_word_embeddings": tied, "torch_dtype": dtype},
+      "llm_config": {**text, "tie_word_embeddings": tied},
       "force_image_size": model.vision.image_size,
       "select_layer": model.select_layer,
       "downsample_ratio": model.downsample_ratio,
@@ -371,6 +371,7 @@ def written_config(
 
 def _written_text(config: Config, model: InternVLConfig, layout: Layout) -> dict[str, Any]:
   text, family = dict(config[layout_of(config).text]), family_of(config)
+  text.pop("quantization_config", None)  # What is written is not quantized.
   if layout is HF and layout_of(config) is not HF:
     text = _known_to_transformers(text) if family.in_transformers else _as_llama(text, family, model.text)
   if layout is INTERNVL and layout_of(config) is not INTERNVL:
