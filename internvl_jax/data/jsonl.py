@@ -1,8 +1,10 @@
 """Random access to the lines of a jsonl file by their byte offsets."""
 
+import hashlib
 import json
 import os
 import pathlib
+import zlib
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -16,16 +18,20 @@ _NEWLINE = 10
 class JsonlFile:
   """The non-blank lines of a jsonl file, read one by one on demand.
 
-  What is kept in memory is two int64 numbers a line, never parsed JSON. The file is opened by the first read
-  of each process; reads do not share a position (`pread`), so threads may read at once.
+  What is kept is two int64 numbers a line, never parsed JSON: in memory, or with a cache in files that are mapped
+  into it, from which a file that has not changed since is opened at once. The file itself is opened by the first
+  read of each process; reads do not share a position (`pread`), so threads may read at once.
   """
 
-  def __init__(self, path: str | os.PathLike[str], dataset: str):
-    """Finds the lines in one pass over the file.
+  def __init__(
+    self, path: str | os.PathLike[str], dataset: str, *, cache: str | os.PathLike[str] | None = None
+  ):
+    """Finds the lines in one pass over the file, or in the cache.
 
     Args:
       path: the annotation file.
       dataset: the name that errors use.
+      cache: folder of caches; None keeps nothing.
 
     Raises:
       DataError: the file is missing, unreadable, or has no line.
@@ -33,18 +39,48 @@ class JsonlFile:
     self.path = str(path)
     self.dataset = dataset
     self._file: BinaryIO | None = None
+    self._cached: pathlib.Path | None = None
     try:
-      starts, ends = _line_bounds(pathlib.Path(path))
+      if cache is None:
+        self._starts, self._ends, self._numbers = self._find_lines()
+      else:
+        self._cached = self._index(pathlib.Path(cache))
+        self._open_index()
     except OSError as error:
       raise DataError(f"{path}: dataset {dataset!r}: the annotation file cannot be read: {error}") from error
-    blank = self._blank_lines(starts, ends)
-    self._starts, self._ends = starts[~blank], ends[~blank]
-    # Without blank lines, by far the usual case, line numbers need no memory.
-    self._numbers = np.flatnonzero(~blank) + 1 if blank.any() else None
     if not len(self):
       raise DataError(
         f"{path}: dataset {dataset!r} is empty: 0 samples; add lines or take it out of the meta file"
       )
+
+  def _find_lines(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Returns int64 [lines]: first bytes, bytes after the last, and line numbers where they are not 1, 2, 3, ..."""
+    starts, ends = _line_bounds(pathlib.Path(self.path))
+    blank = self._blank_lines(starts, ends)
+    # Without blank lines, by far the usual case, line numbers need no memory.
+    numbers = np.flatnonzero(~blank) + 1 if blank.any() else None
+    return starts[~blank], ends[~blank], numbers
+
+  def _index(self, cache: pathlib.Path) -> pathlib.Path:
+    """Returns the file that holds the lines' places for the file as it is now, made if it is not there."""
+    stat = os.stat(self.path)
+    text = f"{os.path.abspath(self.path)} {stat.st_size} {stat.st_mtime_ns}"
+    path = cache / f"lines-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npy"
+    if not path.exists():
+      starts, ends, numbers = self._find_lines()
+      rows = [starts, ends] + ([] if numbers is None else [numbers])
+      cache.mkdir(parents=True, exist_ok=True)
+      temporary = path.with_suffix(f".{os.getpid()}.tmp")
+      with temporary.open("wb") as file:
+        np.save(file, np.stack(rows))
+      temporary.replace(path)  # Whole or not at all: other processes may be looking.
+    return path
+
+  def _open_index(self) -> None:
+    assert self._cached is not None
+    rows = np.load(self._cached, mmap_mode="r")
+    self._starts, self._ends = rows[0], rows[1]
+    self._numbers = rows[2] if len(rows) > 2 else None
 
   def _blank_lines(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """Returns bool [lines]: True where a line holds white space only."""
@@ -78,6 +114,13 @@ class JsonlFile:
     except UnicodeDecodeError as error:
       raise self.where(index).error(f"not UTF-8: {error}; save the file as UTF-8") from error
 
+  def checksum(self, start: int, stop: int) -> int:
+    """Returns a number, never 0, that differs when the bytes of the lines from `start` to before `stop` do."""
+    total = 0
+    for first in range(int(self._starts[start]), int(self._ends[stop - 1]), _BLOCK_BYTES):
+      total = zlib.crc32(self._read(first, min(first + _BLOCK_BYTES, int(self._ends[stop - 1]))), total)
+    return max(1, total)
+
   def close(self) -> None:
     """Closes the file; the next read opens it again."""
     if self._file is not None:
@@ -92,7 +135,15 @@ class JsonlFile:
     return os.pread(file.fileno(), int(end - start), int(start))
 
   def __getstate__(self) -> dict[str, Any]:
-    return self.__dict__ | {"_file": None}
+    state = self.__dict__ | {"_file": None}
+    if self._cached is not None:  # A copy of the process maps the same file; its content need not travel.
+      state |= {"_starts": None, "_ends": None, "_numbers": None}
+    return state
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    self.__dict__.update(state)
+    if self._cached is not None:
+      self._open_index()
 
 
 def _line_bounds(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:

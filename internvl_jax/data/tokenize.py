@@ -1,5 +1,6 @@
 """From a conversation to token ids and labels."""
 
+import itertools
 import pickle
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,9 +13,6 @@ from internvl_jax.data.templates import Template, get_template
 
 IMAGE_PLACEHOLDER = "<image>"
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
-
-# Tokens at the end of an answer that are not supervised: the line break after the closing token.
-_UNSUPERVISED_TAIL = 1
 
 
 class ChatTokens(NamedTuple):
@@ -41,7 +39,6 @@ class ChatTokenizer:
   Attributes:
     template: how turns are written.
     image_token_id: id of `<IMG_CONTEXT>`, at whose places the features of the image go.
-    answer_opening: ids that stand before an answer: a prompt for generation is the turns before, then these.
     stop_token_id: id that ends an answer.
   """
 
@@ -70,14 +67,15 @@ class ChatTokenizer:
         f"the tokenizer lacks {' '.join(missing)}; add them as special tokens and resize the embeddings"
       )
     self.image_token_id: int = self._backend.token_to_id(IMAGE_CONTEXT)
-    self._start: list[int] = []
-    if getattr(tokenizer, "add_bos_token", False):
-      if tokenizer.bos_token_id is None:
-        raise DataError("the tokenizer has add_bos_token=True but no bos_token; set one of them right")
-      self._start = [tokenizer.bos_token_id]
-    self.answer_opening: list[int] = self._encode(self.template.openings["gpt"])
-    self.stop_token_id: int = self._encode(self.template.closing)[0]
-    self._default_system = self._encode_turn("system", self.template.system_message)
+    self._start = self._leading_ids(tokenizer)
+    stop = self._backend.encode(self.template.stop_token, add_special_tokens=False).ids
+    if len(stop) != 1:
+      raise DataError(
+        f"template {self.template.name!r} ends answers by {self.template.stop_token!r}, which the tokenizer "
+        f"writes as {len(stop)} tokens; add it as a special token and resize the embeddings, or choose another "
+        "data.conv_style"
+      )
+    self.stop_token_id: int = stop[0]
 
   def encode(
     self,
@@ -88,9 +86,10 @@ class ChatTokenizer:
   ) -> ChatTokens:
     r"""Tokenises a conversation.
 
-    Each turn is tokenised on its own and the pieces are joined. `<image>` in a human turn becomes `<img>`,
-    the image's tokens and `</img>`; in other turns it is plain text. A first system turn takes the place of
-    the template's. Supervised are the answers and the token that closes them.
+    The template says whether the whole text is tokenised at once or each turn on its own. `<image>` in a
+    human turn becomes `<img>`, the image's tokens and `</img>`; in other turns it is plain text. A first
+    system turn takes the place of the template's. Supervised are the answers and the token that closes them,
+    found by the characters from which tokens come, so no count of tokens can go wrong. For `internvl2_5`:
 
         [human "<image>\nHi", gpt "Yo"] with image_tokens=[2]
         -> system turn, <|im_start|>user\n<img><IMG_CONTEXT><IMG_CONTEXT></img>\nHi<|im_end|>\n
@@ -105,41 +104,84 @@ class ChatTokenizer:
     Raises:
       DataError: a turn is malformed, `<image>` and images differ in number, or the cut goes through an image.
     """
-    turns = _checked_turns(conversations, where)
+    turns = self._arranged(_checked_turns(conversations, where), where)
     found = sum(value.count(IMAGE_PLACEHOLDER) for role, value in turns if role == "human")
     if found != len(image_tokens):
+      others = sum(value.count(IMAGE_PLACEHOLDER) for role, value in turns if role != "human")
+      note = f" ({others} more in other turns, where it is plain text)" if others else ""
       raise where.error(
-        f"{found} {IMAGE_PLACEHOLDER} in the human turns but {len(image_tokens)} images; make the numbers equal"
+        f"{found} {IMAGE_PLACEHOLDER} in the human turns{note} but {len(image_tokens)} images; "
+        "make the numbers equal"
       )
-    ids, labels = list(self._start), [IGNORE_INDEX] * len(self._start)
-    if turns[0][0] != "system":
-      ids += self._default_system
-      labels += [IGNORE_INDEX] * len(self._default_system)
-    for role, value in turns:
-      turn = self._encode_turn(role, value)
-      ids += turn
-      labels += self._labels(role, turn)
-    return self._expand(np.array(ids, np.int32), np.array(labels, np.int32), image_tokens, max_length, where)
+    texts = [turns] if self.template.whole else [[turn] for turn in turns]
+    ids, labels = zip(*map(self._tokenize, texts), strict=True)
+    start = np.array(self._start, np.int32)
+    return self._expand(
+      np.concatenate([start, *ids]),
+      np.concatenate([np.full_like(start, IGNORE_INDEX), *labels]),
+      image_tokens,
+      max_length,
+      where,
+    )
 
   def decode(self, ids: Sequence[int] | np.ndarray, *, special: bool = False) -> str:
     """Returns the text of token ids, with or without the special tokens' names."""
     return self._backend.decode([int(i) for i in ids], skip_special_tokens=not special)
 
-  def _encode(self, text: str) -> list[int]:
-    return self._backend.encode(text, add_special_tokens=False).ids
+  def _leading_ids(self, tokenizer: Any) -> list[int]:
+    """Returns the bos token where conversations begin with one."""
+    if getattr(tokenizer, "add_bos_token", False):
+      if tokenizer.bos_token_id is None:
+        raise DataError("the tokenizer has add_bos_token=True but no bos_token; set one of them right")
+      return [tokenizer.bos_token_id]
+    # Some tokenizers know it only from their post-processor, which the reference runs on whole dialogues; on
+    # single turns it would put the token before each.
+    unsaid = "add_bos_token" not in getattr(tokenizer, "init_kwargs", {})
+    if self.template.whole and unsaid and tokenizer.bos_token_id is not None:
+      return [i for i in self._backend.encode("").ids[:1] if i == tokenizer.bos_token_id]
+    return []
 
-  def _encode_turn(self, role: str, value: str) -> list[int]:
-    """Returns a turn's ids, where an image of any size has one context token."""
-    if role == "human":
-      value = value.replace(IMAGE_PLACEHOLDER, IMAGE_START + IMAGE_CONTEXT + IMAGE_END)
-    return self._encode(self.template.openings[role] + value + self.template.closing)
+  def _arranged(self, turns: list[tuple[str, str]], where: Where) -> list[tuple[str, str]]:
+    """Returns the turns that are written, the system's first."""
+    template = self.template
+    if template.alternates:
+      for number, ((role, _), (following, _)) in enumerate(itertools.pairwise(turns), 1):
+        if role == following:
+          raise where.error(
+            f"turns {number} and {number + 1} are both from {role!r}, but in template {template.name!r} human and "
+            "gpt take turns; join the two or drop one"
+          )
+    if turns[0][0] != "system":
+      turns = [("system", template.system_message), *turns]
+    if template.alternates and turns[1:] and turns[1][0] == "gpt":
+      del turns[1]
+    return [(role, value.strip() if template.strips else value) for role, value in turns]
 
-  def _labels(self, role: str, ids: list[int]) -> list[int]:
-    if role != "gpt":
-      return [IGNORE_INDEX] * len(ids)
-    # As many tokens as the opening has on its own, whatever it merges to before this answer.
-    opening = len(self.answer_opening)
-    return [IGNORE_INDEX] * opening + ids[opening:-_UNSUPERVISED_TAIL] + [IGNORE_INDEX] * _UNSUPERVISED_TAIL
+  def _tokenize(self, turns: Sequence[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns ids and labels of turns tokenised as one text, where an image has one context token."""
+    parts: list[str] = []
+    answers: list[tuple[int, int]] = []  # The characters of each, closing included.
+    end = 0
+    for role, value in turns:
+      if role == "human":
+        value = value.replace(IMAGE_PLACEHOLDER, IMAGE_START + IMAGE_CONTEXT + IMAGE_END)
+      opening = self.template.openings[role]
+      begin = end + len(opening.rstrip(" "))
+      parts += (opening, value, self.template.closings[role])
+      end += sum(map(len, parts[-3:]))
+      if role == "gpt":
+        answers.append((begin, end))
+    encoding = self._backend.encode("".join(parts), add_special_tokens=False)
+    ids = np.array(encoding.ids, np.int32)
+    labels = np.full_like(ids, IGNORE_INDEX)
+    if answers:
+      # A token belongs to where its first character is: a line break of the opening that merges with those of
+      # the answer is not supervised, nor is an opening's special token that takes white space after it in.
+      firsts = np.array([first for first, _ in encoding.offsets])
+      for begin, end in np.searchsorted(firsts, answers):
+        taught = slice(begin, max(begin, end - self.template.unsupervised_tail))
+        labels[taught] = ids[taught]
+    return ids, labels
 
   def _expand(
     self, ids: np.ndarray, labels: np.ndarray, image_tokens: Sequence[int], max_length: int, where: Where
@@ -185,7 +227,8 @@ def with_placeholder(conversations: Sequence[Mapping[str, str]]) -> list[Mapping
 def _checked_turns(conversations: Any, where: Where) -> list[tuple[str, str]]:
   """Returns (role, value) pairs."""
   if not isinstance(conversations, Sequence) or isinstance(conversations, str) or not conversations:
-    raise where.error("'conversations' must be a list of at least one turn")
+    found = "an empty list" if isinstance(conversations, list) else type(conversations).__name__
+    raise where.error(f"'conversations' must be a list of at least one turn, got {found}")
   turns = []
   for number, turn in enumerate(conversations, 1):
     if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str) or "from" not in turn:
@@ -196,5 +239,12 @@ def _checked_turns(conversations: Any, where: Where) -> list[tuple[str, str]]:
       raise where.error(f"turn {number} is from {role!r}{hint}")
     if role == "system" and number > 1:
       raise where.error(f"turn {number} is from 'system', which must be turn 1; move it")
+    try:
+      turn["value"].encode()
+    except UnicodeEncodeError as error:
+      raise where.error(
+        f"turn {number}: character {error.start + 1} is {error.object[error.start]!r}, half of a surrogate pair; "
+        "write the character whole"
+      ) from None
     turns.append((role, turn["value"]))
   return turns
