@@ -278,9 +278,9 @@ class RuntimeConfig:
   random_init: bool = False
   # Train with data.conv_style although the checkpoint was trained with another template.
   allow_other_template: bool = False
-  # Weight of the load-balancing loss of a mixture of experts; None: what the checkpoint's config.json says
-  # (router_aux_loss_coef where output_router_logits is true, else 0).
-  router_aux_loss_coef: float | None = None
+  # Weight of the load-balancing loss of a mixture of experts (Switch Transformer's); the reference adds none,
+  # whatever the checkpoint's config.json says.
+  router_aux_loss_coef: float = 0.0
   # Steps whose first and last bound an XProf trace in output_dir/profile; empty: none.
   profile_steps: tuple[int, ...] = ()
   # Folder of compiled programs, reused by later runs; None: compile anew.

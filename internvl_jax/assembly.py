@@ -98,7 +98,7 @@ def make_step(
       drop_path_rates=drop_path_rates(config.model, source),
       dropout=bool(source.specs),
       shards=shards,
-      router_loss_coef=router_loss_coef(config, source),
+      router_loss_coef=config.runtime.router_aux_loss_coef,
     ),
     optimizer=optimizer,
     max_grad_norm=config.training.max_grad_norm,
@@ -116,14 +116,6 @@ def drop_path_rates(model: ModelArguments, source: Source) -> tuple[float, ...]:
     trained = model.unfreeze_vit_layers
     rates[: trained % vision.num_layers if trained else vision.num_layers] = 0.0
   return tuple(rates.tolist()) if rates.any() else ()
-
-
-def router_loss_coef(config: TrainConfig, source: Source) -> float:
-  """Weight of the load-balancing loss: the config's, or what the checkpoint's own switch says."""
-  if config.runtime.router_aux_loss_coef is not None:
-    return config.runtime.router_aux_loss_coef
-  text = source.raw[source.layout.text]
-  return float(text.get("router_aux_loss_coef", 0.0)) if text.get("output_router_logits") else 0.0
 
 
 def execution(config: TrainConfig) -> Execution:

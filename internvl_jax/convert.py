@@ -14,18 +14,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags, logging
 
 from internvl_jax import frontdoor
 from internvl_jax.adapters import merge_and_check, without_adapters
+from internvl_jax.arguments import MeshConfig
 from internvl_jax.errors import UserError
 from internvl_jax.hf import config as layouts
 from internvl_jax.hf import export, peft
 from internvl_jax.hf.config import Layout
 from internvl_jax.hf.model import Source, open_source
 from internvl_jax.hf.tokenizer import load_tokenizer
-from internvl_jax.inference import data_settings
+from internvl_jax.inference import data_settings, recorded_settings
 from internvl_jax.models.lora import adapter_paths
+from internvl_jax.parallel import rules
+from internvl_jax.parallel.mesh import make_mesh
 
 _SRC = flags.DEFINE_string("src", None, "Checkpoint folder or hub id.", required=True)
 _DST = flags.DEFINE_string("dst", None, "Folder to write; it must be new or empty.", required=True)
@@ -65,7 +69,13 @@ def convert(src: str, dst: Path, layout: Layout, *, lora: str, dtype: Any = None
   source = open_source(src)
   settings = data_settings(source)
   assert source.checkpoint is not None
-  dtype = dtype or (jnp.bfloat16 if source.checkpoint.dtypes == {"BF16"} else jnp.float32)
+  tokenizer = load_tokenizer(source.folder)
+  if dtype is None:
+    # Packed experts (U8) unpack to numbers that bfloat16 holds exactly.
+    dtype = jnp.bfloat16 if source.checkpoint.dtypes <= {"BF16", "U8"} else jnp.float32
+    logging.info(
+      "Writing %s: the source has %s", np.dtype(dtype), ", ".join(sorted(source.checkpoint.dtypes))
+    )
   base, params = _weights(source, lora, dtype)
   if lora == "peft":
     _save_adapters(dst / "adapter", source, layout, base=str(dst.absolute()))
@@ -75,19 +85,9 @@ def convert(src: str, dst: Path, layout: Layout, *, lora: str, dtype: Any = None
     params,
     layout=layout,
     dtype=dtype,
-    tokenizer=load_tokenizer(source.folder),
+    tokenizer=tokenizer,
     normalize_type=settings.normalize_type,
-    settings={
-      name: getattr(settings, name)
-      for name in (
-        "dynamic_image_size",
-        "use_thumbnail",
-        "min_dynamic_patch",
-        "max_dynamic_patch",
-        "pad2square",
-      )
-    }
-    | {"template": settings.conv_style},
+    settings=recorded_settings(settings),
   )
   logging.info("Wrote %s in the layout %s", dst, layout.name)
 
@@ -95,9 +95,14 @@ def convert(src: str, dst: Path, layout: Layout, *, lora: str, dtype: Any = None
 def _weights(source: Source, lora: str, dtype: Any) -> tuple[Source, Mapping[str, Any]]:
   """The model without adapters and its parameters: read only when they are written, if nothing is computed."""
   if source.specs and lora == "merge":
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = source.model.shapes
-    return merge_and_check(source, source.load(shapes, dict.fromkeys(shapes, device)))
+    # The check computes, so the weights must be in memory; they are as small there as in the checkpoint.
+    adapters = adapter_paths(source.model.shapes)
+    shapes = {
+      path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if path in adapters else dtype)
+      for path, leaf in source.model.shapes.items()
+    }
+    place = rules.weight_shardings(source.model.axes, shapes, make_mesh(MeshConfig(data=1, fsdp=-1)))
+    return merge_and_check(source, source.load(shapes, place))
   base = without_adapters(source)
   return base, source.lazy(dtype, base.model.shapes)
 

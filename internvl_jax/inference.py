@@ -1,7 +1,6 @@
 """A finished checkpoint opened for answering: what `evaluate` and `generate` share."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -47,24 +46,21 @@ def open_for_inference(folder: str | Path, *, bf16: bool) -> Inference:
   return Inference(source, params, tokenizer, data, Execution(dtype=dtype))
 
 
+_RECORDED = ("dynamic_image_size", "use_thumbnail", "min_dynamic_patch", "max_dynamic_patch", "pad2square")
 _HF_SETTINGS = {"template": "internvl2_5", "dynamic_image_size": True, "use_thumbnail": True}
+
+
+def recorded_settings(data: DataTrainingArguments) -> dict[str, Any]:
+  """What a checkpoint's config.json records of the data settings, for `data_settings` to read."""
+  recorded = {name: getattr(data, name) for name in _RECORDED}
+  return {"template": data.conv_style, **recorded}
 
 
 def data_settings(source: Source) -> DataTrainingArguments:
   """The data settings that a checkpoint's files record."""
   # A foreign checkpoint of the hf layout records nothing; all published ones have these settings.
   raw = {**(_HF_SETTINGS if source.layout is layouts.HF else {}), **source.raw}
-  recorded = {
-    name: raw[name]
-    for name in (
-      "dynamic_image_size",
-      "use_thumbnail",
-      "min_dynamic_patch",
-      "max_dynamic_patch",
-      "pad2square",
-    )
-    if name in raw
-  }
+  recorded = {name: raw[name] for name in _RECORDED if name in raw}
   if "template" not in raw:
     raise UserError(
       f"{source.folder}/config.json: 'template' is missing; set it to the name of the chat template"
@@ -83,7 +79,7 @@ def _normalize_type(folder: Path) -> Any:
   path = folder / "preprocessor_config.json"
   if not path.is_file():
     return "imagenet"
-  found = json.loads(path.read_text(encoding="utf-8"))
+  found = layouts.read_json(path)
   statistics = (tuple(found.get("image_mean", ())), tuple(found.get("image_std", ())))
   for name, known in PIXEL_STATISTICS.items():
     if statistics == known:

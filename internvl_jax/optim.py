@@ -149,6 +149,7 @@ def trainable_paths(model: ModelArguments, paths: Iterable[str]) -> set[str]:
   """
   paths = list(paths)
   adapters = adapter_paths(paths)
+  _check_adapters(model, {part_of(path) for path in adapters})
   frozen = {
     "vision_model": model.freeze_backbone,
     "mlp1": model.freeze_mlp,
@@ -163,6 +164,21 @@ def trainable_paths(model: ModelArguments, paths: Iterable[str]) -> set[str]:
       "nothing trains: freeze_backbone, freeze_mlp and freeze_llm are all True; set one to False"
     )
   return trainable
+
+
+def _check_adapters(model: ModelArguments, parts: set[str]) -> None:
+  """Refuses to guess whether adapters that a checkpoint brings freeze with their part."""
+  flags = {
+    "vision_model": ("freeze_backbone", "use_backbone_lora"),
+    "language_model": ("freeze_llm", "use_llm_lora"),
+  }
+  for part in parts:
+    freeze, rank = flags[part]
+    if getattr(model, freeze) and not getattr(model, rank):
+      raise UserError(
+        f"model.{freeze}=True with model.{rank}=0, but the checkpoint has adapters of {part}: set model.{rank} to their "
+        "rank to train them, or merge them first (python -m internvl_jax.convert --lora merge)"
+      )
 
 
 def _thawed(model: ModelArguments, paths: list[str]) -> list[str]:

@@ -28,14 +28,15 @@ from internvl_jax.errors import UserError
 from internvl_jax.eval.scoring import Evaluation, make_evaluation
 from internvl_jax.hf import config as layouts
 from internvl_jax.hf import export, peft
-from internvl_jax.hf.model import Source
+from internvl_jax.hf.model import Source, base_name
+from internvl_jax.inference import recorded_settings
 from internvl_jax.metrics import RunLog, write_json
 from internvl_jax.models.lora import adapter_paths
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.parallel import rules
 from internvl_jax.state import TrainState, describe
 from internvl_jax.trainer import CompiledSteps, Trainer
-from internvl_jax.trees import select
+from internvl_jax.trees import part_of, select
 
 _CONFIG = frontdoor.define_config_flag()
 
@@ -159,14 +160,7 @@ def finish(
     tokenizer=tokenizer,
     normalize_type=config.data.normalize_type,
     eos_token_id=chat.stop_token_id,
-    settings={
-      "template": config.data.conv_style,
-      "dynamic_image_size": config.data.dynamic_image_size,
-      "use_thumbnail": config.data.use_thumbnail,
-      "min_dynamic_patch": config.data.min_dynamic_patch,
-      "max_dynamic_patch": config.data.max_dynamic_patch,
-      "pad2square": config.data.pad2square,
-    },
+    settings=recorded_settings(config.data),
   )
   logging.info("Saved the model to %s", output_dir)
   if evaluation is not None:
@@ -184,7 +178,8 @@ def save_adapters(
   if name is None:
     logging.warning("No adapter/ is written, only the merged model: there is no checkpoint of the base model")
     return
-  base = str(source.folder.absolute()) if os.path.isdir(name) else name
+  base = base_name(name)
+  base = os.path.abspath(base) if os.path.isdir(base) else base
   try:
     peft.save_adapter(output_dir / "adapter", params, source.specs, source.layout, source.table, base=base)
   except UserError as error:
@@ -192,7 +187,10 @@ def save_adapters(
     return
   others = optim.trainable_paths(config.model, params) - adapter_paths(params)
   if others:
-    logging.info("adapter/ holds the adapters alone; the merged model also has what else trained")
+    logging.warning(
+      "adapter/ holds the adapters alone; what else trained (%s) is in the merged model only",
+      ", ".join(sorted({part_of(path) for path in others})),
+    )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ With --against, two checkpoints of any layouts are compared on the same arrays, 
 """
 
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -75,7 +76,29 @@ def compute(model: str, inputs: Mapping[str, np.ndarray] | None) -> dict[str, np
   params = load(source)
   if inputs is None:
     return {"logits": probe(source, params)}
+  check_inputs(source, inputs)
   return run(source.model, params, with_positions(source, inputs))
+
+
+def check_inputs(source: Source, inputs: Mapping[str, np.ndarray]) -> None:
+  """Refuses arrays that are not for this model.
+
+  Raises:
+    UserError: ids outside the vocabulary, or tiles of another size.
+  """
+  config = source.config
+  for name in ("input_ids", "labels"):
+    found = inputs[name][inputs[name] != IGNORE_INDEX]
+    if found.size and not 0 <= found.min() <= found.max() < config.text.vocab_size:
+      raise UserError(
+        f"--inputs: {name} has ids from {found.min()} to {found.max()}, but {source.folder} has a vocabulary of "
+        f"{config.text.vocab_size}"
+      )
+  side = config.vision.image_size
+  if inputs["pixel_values"].shape[1:] != (3, side, side):
+    raise UserError(
+      f"--inputs: pixel_values is {inputs['pixel_values'].shape}, but {source.folder} takes [T, 3, {side}, {side}]"
+    )
 
 
 def with_positions(source: Source, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -122,7 +145,7 @@ def read_inputs(path: str) -> dict[str, np.ndarray]:
   try:
     with np.load(path, allow_pickle=False) as file:
       inputs = dict(file)
-  except (ValueError, OSError) as error:
+  except (ValueError, OSError, TypeError, zipfile.BadZipFile) as error:
     raise UserError(f"--inputs={path}: not an .npz of arrays ({error})") from None
   missing = [name for name in _REQUIRED if name not in inputs]
   if missing:

@@ -511,8 +511,8 @@ def test_a_replaced_leaf(config):
     ({"training.lr_scheduler_kwargs": "min_lr=1"}, "must be a JSON object"),
     ({"mesh.fsdp": -1}, "mesh.data=-1 and mesh.fsdp=-1 both ask for the remaining devices"),
     (
-      {"data.conv_style": "internlm2-chat"},
-      "data.conv_style: template 'internlm2-chat' is not supported yet",
+      {"data.conv_style": "internvl3_5_gpt_oss"},
+      "data.conv_style: template 'internvl3_5_gpt_oss' is not supported yet",
     ),
     ({"data.conv_style": "internvl25"}, "unknown template 'internvl25'; did you mean 'internvl2_5'?"),
     ({"training.lr_scheduler_type": "cosin"}, "did you mean cosine?"),
@@ -549,8 +549,9 @@ def test_contradictions_and_paths(config, changes, message):
   assert not [line for line in found if "\n" in line]
 
 
-def test_the_reference_default_template_is_named(tmp_path):
-  assert any("internlm2-chat" in line for line in problems(TrainConfig()))
+def test_the_default_template_is_the_references():
+  assert TrainConfig().data.conv_style == "internlm2-chat"
+  assert not any("conv_style" in line for line in problems(TrainConfig()))
 
 
 def test_paths_that_are_there_but_wrong(config, tmp_path):

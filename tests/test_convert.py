@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from toy import CURVE
+from toy import ASSETS, CURVE
 
 INIT = CURVE / "init"
 
@@ -76,3 +76,9 @@ def test_mistakes(converted, tmp_path):
   assert "no such folder; give a checkpoint's folder or its hub id" in line
   assert not (tmp_path / "x").exists()
   assert "--inputs is needed" in error_of(run("verify", "--model", INIT))
+  bad = dict(np.load(ASSETS / "qwen2/io.npz"))
+  np.savez(tmp_path / "io.npz", **{**bad, "input_ids": bad["input_ids"] + 1000})
+  line = error_of(
+    run("verify", "--model", ASSETS / "qwen2", "--inputs", tmp_path / "io.npz", "--outputs", tmp_path / "o")
+  )
+  assert "input_ids has ids from" in line and "a vocabulary of 512" in line

@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from harness import Harness, make_batch, toy
-from internvl_jax import adapters, convert
+from internvl_jax import adapters, convert, optim
+from internvl_jax.arguments import ModelArguments
 from internvl_jax.errors import UserError
 from internvl_jax.hf import config as layouts
 from internvl_jax.hf.model import Changes, open_source
@@ -28,7 +29,7 @@ PLACE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 def adapted(text=SPEC, vision=None, **settings):
   config = toy(text={"lora": text} if text else None, lora=vision)
-  harness = Harness(config, freeze=FLAGS, **settings)
+  harness = Harness(config, freeze=FLAGS | ({"use_backbone_lora": 2} if vision else {}), **settings)
   # As fresh adapters are: b is zero.
   params = {p: v * 0 if p.endswith(".adapter.b") else v for p, v in harness.state.params.items()}
   harness.state = dataclasses.replace(harness.state, params=params)
@@ -54,7 +55,7 @@ def test_after_one_step_every_b_has_moved_and_nothing_but_adapters(vision):
 def test_targets_are_those_of_the_reference():
   def adapted_maps(**text):
     config = toy(text={"lora": SPEC, **text}, lora=SPEC)
-    paths = Harness(config, freeze=FLAGS).state.params
+    paths = Harness(config, freeze={**FLAGS, "use_backbone_lora": 2}).state.params
     return {path.split(".", 3)[-1].split(".", 1)[1].split(".adapter")[0] for path in paths}
 
   vit = {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"}
@@ -150,17 +151,14 @@ def test_a_merge_keeps_the_logits_and_says_so(options, caplog):
   base = open_source(CURVE / "init")
   weights = base.load(base.model.shapes, dict.fromkeys(base.model.shapes, PLACE))
   assert np.abs(before - adapters.probe(base, weights)).max() > 0.05  # the adapters do something
-  np.testing.assert_allclose(adapters.probe(plain, merged), before, rtol=0, atol=1e-4)
+  arrays = {path: jnp.asarray(np.asarray(value)) for path, value in merged.items()}
+  np.testing.assert_allclose(adapters.probe(plain, arrays), before, rtol=0, atol=1e-4)
 
 
 def test_a_merge_that_changes_the_model_is_refused(monkeypatch):
   source, params = open_adapted()
-  right = lora.merge
-
-  def wrong(params, scales):
-    return right(params, {part: 2 * scale for part, scale in scales.items()})
-
-  monkeypatch.setattr(adapters.lora, "merge", wrong)
+  right = lora._merged
+  monkeypatch.setattr(lora, "_merged", lambda kernel, a, b, m, scale: right(kernel, a, b, m, 2 * scale))
   with pytest.raises(UserError, match=r"merging the adapters changed a logit by .* more than the .* allowed"):
     adapters.merge_and_check(source, params)
 
@@ -267,6 +265,46 @@ def test_a_layout_without_a_form_for_the_adapters_is_refused(tmp_path):
   with pytest.raises(UserError, match=r"has no form for the parameter vision_model.*attn\.qkv\.adapter"):
     convert.convert(str(tmp_path / "lora"), tmp_path / "out", layouts.HF, lora="peft")
   assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+  ("targets", "message"),
+  [
+    (("q_prj",), r"lora\.targets=\('q_prj',\) name no linear map of language_model; it has mlp\.down_proj, "),
+    (("q_proj", "v_prj"), r"lora\.targets: 'v_prj' names no linear map; there are mlp\.down_proj, "),
+  ],
+)
+def test_targets_that_name_nothing_are_refused(targets, message):
+  """A part without adapters would train whole."""
+  with pytest.raises(UserError, match=message):
+    open_source(CURVE / "init", Changes(text_lora=dataclasses.replace(SPEC, targets=targets)))
+
+
+def test_what_is_asked_of_adapters_that_are_there_must_be_what_they_are(tmp_path):
+  reference_checkpoint(tmp_path / "lora", CURVE / "init")
+  for change, flag in (
+    ({"use_rslora": True}, "use_rslora"),
+    ({"targets": ("q_proj",)}, "targets"),
+    ({"alpha": 3.0}, "alpha"),
+  ):
+    with pytest.raises(UserError, match=rf"lora\.{flag} asks for .*, but the checkpoint's adapters"):
+      open_source(tmp_path / "lora", Changes(text_lora=dataclasses.replace(SPEC, **change)))
+  source = open_source(tmp_path / "lora")
+  with pytest.raises(
+    UserError, match=r"freeze_llm=True with model\.use_llm_lora=0, but the checkpoint has adapters"
+  ):
+    optim.trainable_paths(ModelArguments(freeze_llm=True, use_backbone_lora=2), source.model.shapes)
+
+
+@pytest.mark.parametrize(
+  "entry", [{"use_qalora": True}, {"layer_replication": [[0, 2]]}, {"lora_bias": True}]
+)
+def test_an_adapter_with_something_more_is_refused(tmp_path, entry):
+  config = {"peft_type": "LORA", "base_model_name_or_path": str(CURVE / "init"), **entry}
+  (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+  save_file({}, tmp_path / "adapter_model.safetensors")
+  with pytest.raises(UserError, match=f"{next(iter(entry))}=.* is not supported; expected it empty"):
+    open_source(tmp_path)
 
 
 def test_an_adapter_of_another_kind_is_refused(tmp_path):

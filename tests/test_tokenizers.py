@@ -299,7 +299,9 @@ def test_contradictions_of_a_tokenizer_json(tmp_path):
   refused(damage(tmp_path, "tokenizer.json", lambda data: b"[]"), "a JSON object is expected, found list")
   for name in FILES:
     (tmp_path / name).unlink(missing_ok=True)
-  refused(tmp_path, "no tokenizer could be read there")
+  refused(
+    tmp_path, "no tokenizer there; it needs tokenizer.json, tokenizer.model, or vocab.json and merges.txt"
+  )
 
 
 # --- Image tokens, saving -----------------------------------------------------------------------------------

@@ -137,9 +137,13 @@ def decoder_config(entry: str, config: Config) -> DecoderConfig:
   config = complete(config["model_type"], config)
   _check_constants(entry, config, family.constants)
   try:
-    return family.decoder(config)
+    decoder = family.decoder(config)
   except KeyError as error:
     raise UserError(f"config.json: the entry {entry}.{error.args[0]} is missing") from None
+  except TypeError as error:
+    raise UserError(f"config.json: {entry} has an entry of the wrong type ({error})") from None
+  _check_sizes(entry, decoder)
+  return decoder
 
 
 def model_config(config: Config) -> InternVLConfig:
@@ -151,11 +155,20 @@ def model_config(config: Config) -> InternVLConfig:
   """
   family_of(config)
   layout = layout_of(config)
+  for name, entry in (("", config), (layout.text, config[layout.text])):
+    _check_quantization(name, entry)
   text = decoder_config(layout.text, config[layout.text])
   try:
-    return layout.model(config, text)
+    model = layout.model(config, text)
   except KeyError as error:
     raise UserError(f"config.json: the entry {error} is missing") from None
+  _check_sizes("vision_config", model.vision)
+  if model.vision.norm_type not in ("layer_norm", "rms_norm"):
+    raise UserError(
+      f"config.json: vision_config.norm_type={model.vision.norm_type!r} is not supported; expected 'layer_norm' or "
+      "'rms_norm'"
+    )
+  return model
 
 
 def says_tied(config: Config) -> bool | None:
@@ -326,6 +339,7 @@ def written_config(
   Raises:
     UserError: the layout cannot hold the model.
   """
+  config = {key: value for key, value in config.items() if key != "quantization_config"}
   text = _written_text(config, model, layout)
   tied = model.text.tie_word_embeddings
   if layout is INTERNVL:
@@ -371,7 +385,7 @@ def written_config(
 
 def _written_text(config: Config, model: InternVLConfig, layout: Layout) -> dict[str, Any]:
   text, family = dict(config[layout_of(config).text]), family_of(config)
-  text.pop("quantization_config", None)  # What is written is not quantized.
+  text.pop("quantization_config", None)  # What is written is not quantized; so at the top level.
   if layout is HF and layout_of(config) is not HF:
     text = _known_to_transformers(text) if family.in_transformers else _as_llama(text, family, model.text)
   if layout is INTERNVL and layout_of(config) is not INTERNVL:
@@ -494,6 +508,24 @@ def _shared_vision(vision: VisionConfig) -> dict[str, Any]:
     "num_channels": 3,
     "num_hidden_layers": vision.num_layers,
   }
+
+
+def _check_sizes(entry: str, config: Any) -> None:
+  """Refuses sizes that are no positive numbers, before they become an error about shapes."""
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if field.type == "int" or field.type is int:
+      if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"config.json: {entry} gives {field.name}={value!r}; it must be a positive integer")
+
+
+def _check_quantization(name: str, config: Config) -> None:
+  method = (config.get("quantization_config") or {}).get("quant_method")
+  if method not in (None, "mxfp4"):
+    path = f"{name}.quantization_config" if name else "quantization_config"
+    raise UserError(
+      f"config.json: {path}.quant_method={method!r} is not supported; take the checkpoint that is not quantized"
+    )
 
 
 def _check_constants(name: str, config: Config, constants: Config) -> None:

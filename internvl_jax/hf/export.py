@@ -11,6 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from internvl_jax.batch import PIXEL_STATISTICS
+from internvl_jax.errors import UserError
 from internvl_jax.hf import config as config_io
 from internvl_jax.hf import weights
 from internvl_jax.hf.config import Layout
@@ -86,6 +87,10 @@ def save_model(
   target = Path(target)
   # Everything that can be refused comes before the first file.
   table = layout.table(config_io.family_of(source.raw), source.config)
+  if IMAGE_TOKEN not in tokenizer.get_vocab():
+    raise UserError(
+      f"{source.folder}: its tokenizer has no token {IMAGE_TOKEN}; take the one of an InternVL model"
+    )
   config = config_io.written_config(
     source.raw,
     source.config,
@@ -94,9 +99,10 @@ def save_model(
     image_token_id=tokenizer.get_vocab()[IMAGE_TOKEN],
     **(settings or {}),
   )
+  generation = _generation(source.folder, eos_token_id)
   weights.save(target, weights.tensors(params, table, np.dtype(dtype)))
   write_json(target / "config.json", config)
-  write_json(target / "generation_config.json", _generation(source.folder, eos_token_id))
+  write_json(target / "generation_config.json", generation)
   save_tokenizer(tokenizer, source.folder, target, portable=layout is config_io.HF)
   if layout is config_io.HF:
     _write_processor(target, source.config, normalize_type, config)
@@ -113,7 +119,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def _generation(folder: Path, eos_token_id: int | list[int] | None) -> dict[str, Any]:
   path = folder / "generation_config.json"
-  found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+  found = config_io.read_json(path) if path.is_file() else {}
   return found if eos_token_id is None else {**found, "eos_token_id": eos_token_id}
 
 

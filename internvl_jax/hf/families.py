@@ -49,9 +49,15 @@ def complete(model_type: str, config: Config) -> dict[str, Any]:
   known = transformers_defaults(model_type, config) if family.in_transformers else {}
   if "rope_scaling" in config:  # The old name, under which null is no scaling.
     known.pop("rope_parameters", None)
-  return {**known, **family.defaults, **config}
+  own = dict(config)
+  for names in _ALIASES:
+    stated = [config[name] for name in names if name in config]
+    own |= dict.fromkeys(names, stated[0]) if stated else {}
+  return {**known, **family.defaults, **own}
 
 
+# Names of one entry; which of them is in use depends on the release of transformers that wrote the config.
+_ALIASES = (("num_experts", "num_local_experts"),)
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 
@@ -59,7 +65,7 @@ def transformers_defaults(model_type: str, config: Config) -> dict[str, Any]:
   """The config that transformers gives a model of these sizes; some of its defaults follow from them."""
   from transformers import CONFIG_MAPPING  # Imported late: it takes a second that `--help` need not wait for.
 
-  sizes = {name: config[name] for name in _SIZES if config.get(name) is not None}
+  sizes = {name: config[name] for name in _SIZES if isinstance(config.get(name), int)}
   known = CONFIG_MAPPING[model_type](**sizes).to_dict()
   # Apart, as under the old names: a config that states one of the two leaves the other at its default.
   scaling = dict(known["rope_parameters"])
@@ -126,6 +132,15 @@ def read_rope(config: Config) -> Rope:
 def _sizes(config: Config) -> dict[str, Any]:
   """What all families' configs call alike."""
   heads = config["num_attention_heads"]
+  head_dim = config.get("head_dim") or config["hidden_size"] // heads
+  rope = read_rope(config)
+  if isinstance(rope, LongRope):
+    lengths = {len(rope.short_factors), len(rope.long_factors)}
+    if lengths != {head_dim // 2}:
+      raise UserError(
+        f"config.json: short_factor and long_factor have {sorted(lengths)} numbers; heads of {head_dim} need "
+        f"{head_dim // 2}"
+      )
   return {
     "vocab_size": config["vocab_size"],
     "hidden_size": config["hidden_size"],
@@ -133,9 +148,9 @@ def _sizes(config: Config) -> dict[str, Any]:
     "num_layers": config["num_hidden_layers"],
     "num_heads": heads,
     "num_kv_heads": config.get("num_key_value_heads") or heads,
-    "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+    "head_dim": head_dim,
     "rms_norm_eps": config["rms_norm_eps"],
-    "rope": read_rope(config),
+    "rope": rope,
   }
 
 
@@ -155,7 +170,7 @@ def _qwen3(config: Config) -> DecoderConfig:
 
 def _qwen3_moe(config: Config) -> DecoderConfig:
   experts = MoEConfig(
-    num_experts=_num_experts(config),
+    num_experts=config["num_experts"],
     top_k=config["num_experts_per_tok"],
     intermediate_size=config["moe_intermediate_size"],
     normalize_top_k=config["norm_topk_prob"],
@@ -163,14 +178,9 @@ def _qwen3_moe(config: Config) -> DecoderConfig:
   return dataclasses.replace(_qwen3(config), experts=experts)
 
 
-def _num_experts(config: Config) -> int:
-  """Two names in use; a checkpoint's own comes before a default under the other."""
-  return config["num_experts"] if "num_experts" in config else config["num_local_experts"]
-
-
 def _gpt_oss(config: Config) -> DecoderConfig:
   experts = GptOssMLPConfig(
-    num_experts=_num_experts(config),
+    num_experts=config["num_local_experts"],
     top_k=config["num_experts_per_tok"],
     intermediate_size=config["intermediate_size"],
     limit=config["swiglu_limit"],
@@ -178,6 +188,11 @@ def _gpt_oss(config: Config) -> DecoderConfig:
   )
   bias, n = config["attention_bias"], config["num_hidden_layers"]
   kinds = config.get("layer_types") or ["full_attention" if i % 2 else "sliding_attention" for i in range(n)]
+  if len(kinds) != n or not set(kinds) <= {"full_attention", "sliding_attention"}:
+    raise UserError(
+      f"config.json: layer_types has {len(kinds)} entries of {sorted(set(kinds))}; expected {n} of 'full_attention' and "
+      "'sliding_attention'"
+    )
   windows = tuple(config["sliding_window"] if kind == "sliding_attention" else None for kind in kinds)
   return DecoderConfig(
     **_sizes(config), qkv_bias=bias, o_bias=bias, experts=experts, sinks=True, windows=windows
@@ -230,7 +245,11 @@ FAMILIES: dict[str, Family] = {
     constants={**_FULL, "decoder_sparse_step": 1, "mlp_only_layers": []},
   ),
   "gpt_oss": Family(
-    architecture="GptOssForCausalLM", decoder=_gpt_oss, table=tables.GPT_OSS, constants=_SILU
+    architecture="GptOssForCausalLM",
+    decoder=_gpt_oss,
+    table=tables.GPT_OSS,
+    constants=_SILU,
+    defaults={"swiglu_limit": 7.0, "swiglu_alpha": 1.702},
   ),
   "internlm2": Family(
     architecture="InternLM2ForCausalLM",

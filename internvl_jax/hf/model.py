@@ -20,7 +20,7 @@ from internvl_jax.hf.weights import Checkpoint, LazyParameter, Rename
 from internvl_jax.models import functional, lora
 from internvl_jax.models.internvl import InternVL, InternVLConfig
 from internvl_jax.models.lora import LoRASpec
-from internvl_jax.trees import part_of, select
+from internvl_jax.trees import LAYER_RANGE, part_of, select
 
 _EMBEDDING = "language_model.model.embed_tokens.embedding"
 _HEAD = "language_model.lm_head.kernel"
@@ -145,8 +145,24 @@ def base_folder(name: str | Path) -> Path:
   Raises:
     UserError: no such checkpoint.
   """
+  return hub.resolve(base_name(name))
+
+
+def base_name(name: str | Path) -> str:
+  """What names the checkpoint with the config: `name`, or of an adapter what names its base model.
+
+  Raises:
+    UserError: no such checkpoint, or an adapter whose base is not there.
+  """
   folder = hub.resolve(str(name))
-  return hub.resolve(peft.base_of(folder)) if peft.is_adapter(folder) else folder
+  if not peft.is_adapter(folder):
+    return str(name)
+  base = peft.base_of(folder)
+  if not hub.is_hub_id(base) and not Path(base).is_dir():
+    raise UserError(
+      f"{folder / peft.CONFIG}: base_model_name_or_path={base!r} is no folder here; set it to where the base model is"
+    )
+  return base
 
 
 def open_source(name: str | Path, changes: Changes = Changes(), *, with_weights: bool = True) -> Source:
@@ -265,13 +281,11 @@ def _describe(
   if changes.new_tokens:
     table = _with_row(table, _EMBEDDING, transform=_grown(changes.new_tokens, is_output=False))
     table = _with_row(table, _HEAD, transform=_grown(changes.new_tokens, is_output=True))
+  _check_select_layer(config)
   model = functional.define(lambda rngs: InternVL(config, rngs=rngs))
-  lacking = fresh | {part for part in specs if part not in stored}
-  drawn = {
-    path
-    for path in model.shapes
-    if part_of(path) in lacking and (part_of(path) in fresh or path in lora.adapter_paths([path]))
-  }
+  _check_targets(model, {part: spec for part, spec in specs.items() if spec is not None})
+  drawn = {path for path in model.shapes if part_of(path) in fresh}
+  drawn |= {path for path in lora.adapter_paths(model.shapes) if part_of(path) not in stored}
   return Source(
     folder=folder,
     raw=raw,
@@ -308,6 +322,15 @@ def _changed(
     downsample_ratio=changes.downsample_ratio or config.downsample_ratio,
     ps_version=changes.ps_version or config.ps_version,
   )
+
+
+def _check_select_layer(config: InternVLConfig) -> None:
+  n = config.vision.num_layers
+  if not -(n + 1) <= config.select_layer <= n:
+    raise UserError(
+      f"vision_select_layer={config.select_layer} is outside the {n + 1} hidden states of a ViT of {n} layers; use "
+      f"{-(n + 1)} to {n}"
+    )
 
 
 def _check_tile(image_size: int, patch_size: int) -> None:
@@ -402,14 +425,44 @@ def _adapters(part: str, requested: LoRASpec | None, stored: LoRASpec | None) ->
   """The adapters that a part gets: the checkpoint's go on, with the dropout asked for."""
   if requested is None or stored is None:
     return stored or requested
-  for field, flag in (("rank", _RANK[part]), ("alpha", "lora.alpha"), ("use_dora", "lora.use_dora")):
+  fields = {"rank": _RANK[part]} | {
+    name: f"lora.{name}" for name in ("alpha", "use_dora", "use_rslora", "targets")
+  }
+  for field, flag in fields.items():
     ours, theirs = getattr(requested, field), getattr(stored, field)
-    if ours != theirs:
+    # Targets that are not asked for are the checkpoint's.
+    if ours != theirs and ours != lora.DEFAULT_TARGETS:
       raise UserError(
         f"{flag} asks for {field} {ours}, but the checkpoint's adapters of {part} have {theirs}; set it to that, or "
         "merge them first: python -m internvl_jax.convert --lora merge"
       )
   return dataclasses.replace(stored, dropout=requested.dropout)
+
+
+def _check_targets(model: functional.ModelDef, specs: Mapping[str, LoRASpec]) -> None:
+  """Refuses targets that name no linear map: a part without adapters would train whole, or not at all."""
+  adapted = {(part_of(path), linear_map(path)) for path in lora.adapter_paths(model.shapes)}
+  maps = {part: sorted({linear_map(path) for path in model.shapes if is_map(path, part)}) for part in specs}
+  for part, spec in specs.items():
+    if not any(found == part for found, _ in adapted):
+      raise UserError(
+        f"lora.targets={spec.targets} name no linear map of {part}; it has {', '.join(maps[part])}"
+      )
+  for target in {target for spec in specs.values() for target in spec.targets}:
+    alone = LoRASpec(rank=1, alpha=1.0, targets=(target,))
+    if target not in lora.DEFAULT_TARGETS and not any(alone.adapts(path) for _, path in adapted):
+      known = sorted({path for paths in maps.values() for path in paths})
+      raise UserError(f"lora.targets: {target!r} names no linear map; there are {', '.join(known)}")
+
+
+def linear_map(path: str) -> str:
+  """The linear map in its layer that a kernel or an adapter's parameter belongs to."""
+  return LAYER_RANGE.split(path)[-1].partition(lora.MARK)[0].removesuffix(".kernel")
+
+
+def is_map(path: str, part: str) -> bool:
+  """Whether a parameter is the kernel of a linear map in the layers of a part."""
+  return part_of(path) == part and path.endswith(".kernel") and LAYER_RANGE.search(path) is not None
 
 
 _RANK = {"vision_model": "model.use_backbone_lora", "language_model": "model.use_llm_lora"}

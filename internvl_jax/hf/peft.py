@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from internvl_jax.errors import UserError
-from internvl_jax.hf import weights
+from internvl_jax.hf import hub, weights
 from internvl_jax.hf.config import Layout, read_json
 from internvl_jax.hf.tables import Row
 from internvl_jax.hf.weights import Checkpoint, Rename
@@ -24,17 +24,33 @@ from internvl_jax.trees import part_of, select
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-# Entries of adapter_config.json whose other values would change what the adapter computes.
-_CONSTANTS: dict[str, Any] = {
-  "peft_type": "LORA",
-  "bias": "none",
-  "fan_in_fan_out": False,
-  "modules_to_save": None,
-  "lora_bias": False,
-  "megatron_config": None,
-  "trainable_token_indices": None,
-  "target_parameters": None,
-}
+# Entries of adapter_config.json that are read, or that say nothing about what the adapter computes once trained.
+_READ = ("base_model_name_or_path", "lora_alpha", "alpha_pattern", "lora_dropout", "use_dora", "use_rslora")
+_INERT = (
+  "r",  # The tensors have it.
+  "rank_pattern",
+  "target_modules",
+  "exclude_modules",
+  "layers_to_transform",
+  "layers_pattern",
+  "auto_mapping",
+  "ensure_weight_tying",
+  "eva_config",
+  "corda_config",
+  "inference_mode",
+  "init_lora_weights",
+  "loftq_config",
+  "lora_ga_config",
+  "low_cpu_mem_usage",
+  "peft_version",
+  "qalora_group_size",
+  "revision",
+  "runtime_config",
+  "task_type",
+)
+
+# Entries with the one value that is supported; all others must be empty.
+_CONSTANTS: dict[str, Any] = {"peft_type": "LORA", "bias": "none"}
 
 
 def is_adapter(folder: Path) -> bool:
@@ -48,13 +64,17 @@ def base_of(folder: Path) -> str:
   Raises:
     UserError: it names none.
   """
-  name = read_json(folder / CONFIG).get("base_model_name_or_path")
+  config = read_json(folder / CONFIG)
+  name = config.get("base_model_name_or_path")
   if not name:
     raise UserError(
       f"{folder / CONFIG}: base_model_name_or_path is missing; set it to the base model's folder"
     )
   beside = Path(os.path.normpath(folder / name))
-  return str(beside) if beside.is_dir() else name
+  if beside.is_dir():
+    return str(beside)
+  revision = config.get("revision")
+  return f"{name}@{revision}" if revision and hub.is_hub_id(name) and "@" not in name else name
 
 
 def add_adapter(
@@ -69,9 +89,7 @@ def add_adapter(
     UserError: a kind of adapter that is not supported.
   """
   config = read_json(folder / CONFIG)
-  for key, expected in _CONSTANTS.items():
-    if (found := config.get(key, expected)) != expected and found != []:
-      raise UserError(f"{folder / CONFIG}: {key}={found!r} is not supported; expected {expected!r}")
+  _check_config(folder / CONFIG, config)
   renames = ((r"^base_model\.model\.", ""), *layout.renames)
   if not (folder / WEIGHTS).is_file():
     raise UserError(f"{folder / WEIGHTS}: no such file; save the adapter with safe_serialization=True")
@@ -81,6 +99,19 @@ def add_adapter(
     specs[part] = _spec(folder, config, part, modules, layout)
   checkpoint.replace(adapter)
   return specs
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+  """Refuses what would make the adapter compute something else."""
+  for key, found in config.items():
+    if key in _CONSTANTS and found != _CONSTANTS[key]:
+      raise UserError(f"{path}: {key}={found!r} is not supported; expected {_CONSTANTS[key]!r}")
+    if key not in (*_READ, *_INERT, *_CONSTANTS) and found:
+      raise UserError(f"{path}: {key}={found!r} is not supported; expected it empty")
+  if not isinstance(config.get("lora_alpha", 8), int | float):
+    raise UserError(f"{path}: lora_alpha={config['lora_alpha']!r} must be a number")
+  if not isinstance(config.get("alpha_pattern") or {}, dict):
+    raise UserError(f"{path}: alpha_pattern={config['alpha_pattern']!r} must be an object")
 
 
 def _adapted(adapter: Checkpoint, table: Sequence[Row]) -> dict[str, list[tuple[str, str, int]]]:
@@ -144,7 +175,7 @@ def save_adapter(
     specs: the adapters of each part of the model that has some.
     layout: of the base model.
     table: its names.
-    base: the base model's folder or hub id.
+    base: the base model's folder or hub id, which may end in @revision.
 
   Raises:
     UserError: the layout has no form for an adapter (it splits a projection that ours fuses).
@@ -167,6 +198,7 @@ def save_adapter(
 def _adapter_config(
   specs: Mapping[str, LoRASpec], modules: list[str], layout: Layout, base: str
 ) -> dict[str, Any]:
+  name, _, revision = base.partition("@") if hub.is_hub_id(base) else (base, "", "")
   main = specs.get("language_model") or next(iter(specs.values()))
   other = {part: spec for part, spec in specs.items() if spec is not main}
   roots = {part: re.escape(layout.module(layout.prefix[part])) + r"\..*" for part in other}
@@ -174,7 +206,8 @@ def _adapter_config(
   return {
     "peft_type": "LORA",
     "task_type": None,
-    "base_model_name_or_path": base,
+    "base_model_name_or_path": name,
+    "revision": revision or None,
     "inference_mode": True,
     "r": main.rank,
     "lora_alpha": main.alpha,

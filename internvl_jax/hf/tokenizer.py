@@ -76,6 +76,11 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
       tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     elif (folder / "tokenizer.model").is_file():
       tokenizer = _from_sentencepiece(folder, config)
+    elif not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
+      # transformers would make an empty tokenizer of a config alone.
+      raise UserError(
+        f"{folder}: no tokenizer there; it needs tokenizer.json, tokenizer.model, or vocab.json and merges.txt"
+      )
     else:
       tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
   except UserError:

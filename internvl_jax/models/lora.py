@@ -11,15 +11,19 @@ Letters: D width in, F width out, r rank.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from internvl_jax.models.layers import Linear, make_param
+from internvl_jax.trees import part_of
 
 MARK = ".adapter."
 """What the path of every adapter parameter has in it, between its linear map and its own name."""
@@ -80,9 +84,14 @@ class Adapter(nnx.Module):
     self.magnitude = make_param(jnp.ones(F), (axis_out,)) if spec.use_dora else None
     self.scale, self.dropout = spec.scale, spec.dropout
     self.key: jax.Array | None = nnx.data(None)
+    self.as_merged = False
 
   def __call__(self, x: jax.Array, y: jax.Array, linear: Linear) -> jax.Array:
     """Adds the adapter's part to y = x @ kernel [..., F], the bias not yet added."""
+    if self.as_merged:
+      magnitude = None if self.magnitude is None else self.magnitude[...]
+      whole = _merged(linear.kernel[...], self.a[...], self.b[...], magnitude, self.scale)
+      return x @ whole.astype(x.dtype)
     a, b = self.a[...].astype(x.dtype), self.b[...].astype(x.dtype)
     dropped = x
     if self.key is not None and self.dropout > 0:
@@ -92,15 +101,12 @@ class Adapter(nnx.Module):
     if self.magnitude is None:
       return y + part
     # DoRA's norm is a constant to the gradient (its section 4.3).
-    norm = jax.lax.stop_gradient(_column_norms(self._merged(linear.kernel[...])))
+    whole = _merged(linear.kernel[...], self.a[...], self.b[...], None, self.scale)
+    norm = jax.lax.stop_gradient(_column_norms(whole))
     ratio = (self.magnitude[...].astype(jnp.float32) / norm).astype(x.dtype)
     # What dropout leaves of the input goes through both parts, as in PEFT.
     base = y if dropped is x else dropped @ linear.kernel[...].astype(x.dtype)
     return y + (ratio - 1) * base + ratio * part
-
-  def _merged(self, kernel: jax.Array) -> jax.Array:
-    delta = self.a[...].astype(jnp.float32) @ self.b[...].astype(jnp.float32)
-    return kernel.astype(jnp.float32) + self.scale * delta
 
 
 def attach(layer: nnx.Module, spec: LoRASpec, rngs: nnx.Rngs) -> None:
@@ -138,8 +144,31 @@ def fill_magnitudes(params: Mapping[str, jax.Array], fresh: Iterable[str]) -> di
   return params
 
 
-def merge(params: Mapping[str, jax.Array], scale_of: Mapping[str, float]) -> dict[str, jax.Array]:
-  """Parameters without adapters: each is added into its kernel, in float32, which the kernel then has.
+@dataclasses.dataclass(frozen=True, eq=False)
+class MergedParameter:
+  """A kernel with its adapter added in float32, a layer when it is asked for: no more than that is ever in memory."""
+
+  kernel: Any
+  a: Any
+  b: Any
+  magnitude: Any
+  scale: float
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.kernel.shape
+
+  def __getitem__(self, cell: tuple[int, ...]) -> jax.Array:
+    magnitude = None if self.magnitude is None else self.magnitude[cell]
+    return _merged(self.kernel[cell], self.a[cell], self.b[cell], magnitude, self.scale)
+
+  def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+    del copy
+    return np.stack([np.asarray(self[(i,)]) for i in range(self.shape[0])]).astype(dtype or np.float32)
+
+
+def merge(params: Mapping[str, Any], scale_of: Mapping[str, float]) -> dict[str, Any]:
+  """Parameters without adapters, each of which is to be added into its kernel when that is read.
 
   Args:
     params: all parameters by path.
@@ -149,17 +178,28 @@ def merge(params: Mapping[str, jax.Array], scale_of: Mapping[str, float]) -> dic
   for path in params:
     linear, mark, name = path.rpartition(MARK)
     if mark and name == "a":
-      kernel = params[f"{linear}.kernel"]
       prefix = linear + MARK
-      add = jax.jit(_merge, static_argnames="scale", out_shardings=kernel.sharding)
-      magnitude = params.get(f"{prefix}magnitude")
-      scale = scale_of[linear.split(".", 1)[0]]
-      merged[f"{linear}.kernel"] = add(kernel, params[path], params[f"{prefix}b"], magnitude, scale=scale)
+      merged[f"{linear}.kernel"] = MergedParameter(
+        kernel=params[f"{linear}.kernel"],
+        a=params[path],
+        b=params[f"{prefix}b"],
+        magnitude=params.get(f"{prefix}magnitude"),
+        scale=scale_of[part_of(path)],
+      )
   return merged
 
 
-def _merge(kernel, a, b, magnitude, *, scale):
+@functools.partial(jax.jit, static_argnums=4)
+def _merged(kernel, a, b, magnitude, scale):
+  """The kernel [D, F] that computes what a kernel and its adapter do, in float32."""
   whole = kernel.astype(jnp.float32) + scale * (a.astype(jnp.float32) @ b.astype(jnp.float32))
   if magnitude is None:
     return whole
-  return whole * (magnitude.astype(jnp.float32) / _column_norms(whole))[..., None, :]
+  return whole * (magnitude.astype(jnp.float32) / _column_norms(whole))
+
+
+def compute_as_merged(model: nnx.Module) -> None:
+  """Lets a model's adapters compute with merged kernels, to see that merging changes nothing."""
+  for _, module in nnx.iter_modules(model):
+    if isinstance(module, Adapter):
+      module.as_merged = True
