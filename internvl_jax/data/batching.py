@@ -1,7 +1,7 @@
 """From samples to the padded batch of an optimizer step: pure numpy.
 
 Letters as in `internvl_jax.batch`: A micro-batches, R rows, S tokens of a row, D data shards, T tiles of a
-shard's pool, P tokens of a tile.
+shard's pool, P tokens of a tile; and G samples of a micro-batch, one or, packed, several a row.
 """
 
 from collections.abc import Sequence
@@ -17,23 +17,27 @@ _SHORTEST_BUCKET = 256
 
 
 class MicroBatch(NamedTuple):
-  """The rows of one micro-batch end to end, without padding: what travels from a worker process.
+  """The samples of one micro-batch end to end, without padding: what travels from a worker process.
 
   Attributes:
     input_ids: int32 [sum of lengths].
     labels: int32 [sum of lengths], not shifted.
-    lengths: int32 [R], tokens of each row; 0 for a row whose sample was dropped.
+    lengths: int32 [G], tokens of each sample; 0 for one that was dropped.
+    rows: int32 [G], the row that each sample stands in, ascending.
+    num_rows: R.
     tiles: uint8 [sum of num_tiles, H, W, 3].
-    num_tiles: int32 [R], tiles of each row.
-    datasets: int32 [R], the dataset of each row.
-    truncated: bool [R].
-    fully_masked: bool [R].
-    errors: messages of the samples that could not be read; one for each row of length 0.
+    num_tiles: int32 [G], tiles of each sample.
+    datasets: int32 [G], the dataset of each sample.
+    truncated: bool [G].
+    fully_masked: bool [G].
+    errors: messages of the samples that could not be read; one for each of length 0.
   """
 
   input_ids: np.ndarray
   labels: np.ndarray
   lengths: np.ndarray
+  rows: np.ndarray
+  num_rows: int
   tiles: np.ndarray
   num_tiles: np.ndarray
   datasets: np.ndarray
@@ -55,12 +59,12 @@ class Unreadable(NamedTuple):
 
 
 def pack_rows(
-  rows: Sequence[Sample | Unreadable], *, tile_size: int, tokens_per_tile: int, image_token_id: int
+  rows: Sequence[Sequence[Sample | Unreadable]], *, tile_size: int, tokens_per_tile: int, image_token_id: int
 ) -> MicroBatch:
   """Joins the rows of a micro-batch.
 
   Args:
-    rows: one sample a row.
+    rows: the samples of each row, in the order in which they stand there.
     tile_size: side of a tile in pixels.
     tokens_per_tile: image tokens of one tile.
     image_token_id: the id that stands at image tokens.
@@ -68,27 +72,30 @@ def pack_rows(
   Raises:
     DataError: a sample's image tokens are not its tiles times tokens_per_tile.
   """
-  samples = [row for row in rows if isinstance(row, Sample)]
+  places = [place for row in rows for place in row]
+  samples = [place for place in places if isinstance(place, Sample)]
   for sample in samples:
     _check_image_tokens(sample, tokens_per_tile, image_token_id)
   none = np.zeros(0, np.int32)
   no_tile = np.zeros((0, tile_size, tile_size, 3), np.uint8)
-  read = [isinstance(row, Sample) for row in rows]
+  read = [isinstance(place, Sample) for place in places]
   return MicroBatch(
     input_ids=np.concatenate([none, *(s.input_ids for s in samples)]),
     labels=np.concatenate([none, *(s.labels for s in samples)]),
     lengths=_scatter(read, [len(s.input_ids) for s in samples], np.int32),
+    rows=np.repeat(np.arange(len(rows), dtype=np.int32), [len(row) for row in rows]),
+    num_rows=len(rows),
     tiles=np.concatenate([no_tile, *(s.tiles for s in samples)]),
     num_tiles=_scatter(read, [len(s.tiles) for s in samples], np.int32),
-    datasets=np.array([row.dataset for row in rows], np.int32),
+    datasets=np.array([place.dataset for place in places], np.int32),
     truncated=_scatter(read, [s.truncated for s in samples], np.bool_),
     fully_masked=_scatter(read, [s.fully_masked for s in samples], np.bool_),
-    errors=tuple(row.message for row in rows if isinstance(row, Unreadable)),
+    errors=tuple(place.message for place in places if isinstance(place, Unreadable)),
   )
 
 
 def _scatter(where: Sequence[bool], values: Sequence[int], dtype: type) -> np.ndarray:
-  """Returns [R]: the values at the True places in order, 0 elsewhere."""
+  """Returns [G]: the values at the True places in order, 0 elsewhere."""
   out = np.zeros(len(where), dtype)
   out[np.array(where, np.bool_)] = values
   return out
@@ -159,11 +166,13 @@ def assemble(
   image_token_id: int,
   sequence_sizes: Sequence[int],
   tile_sizes: Sequence[int] = (),
+  loss_reduction: str = "token",
 ) -> SFTBatch:
   """Pads A micro-batches to the smallest buckets that hold them all.
 
   Rows are dealt to shards in blocks of R/D, and a shard's pool holds its rows' tiles in order of the rows. So
   the features of the pool stand in the order of the shard's image tokens, and `image_index` counts these.
+  The samples of a row are its segments, numbered from 1, each with positions of its own.
 
   Args:
     micro_batches: A of them, each with R rows.
@@ -171,32 +180,73 @@ def assemble(
     image_token_id: the id that stands at image tokens.
     sequence_sizes: the buckets for S, ascending.
     tile_sizes: the user's buckets for T; see `tile_bucket`.
+    loss_reduction: weight of a token, n being the supervised tokens of its sample: "token" 1, "sample" 1/n,
+      "square" 1/sqrt(n).
   """
-  lengths = np.stack([micro.lengths for micro in micro_batches])  # [A, R]
-  num_tiles = np.stack([micro.num_tiles for micro in micro_batches])
-  accumulation, rows = lengths.shape
+  accumulation, rows = len(micro_batches), micro_batches[0].num_rows
+  lengths = np.stack([_row_sums(micro, micro.lengths) for micro in micro_batches])  # [A, R]
+  num_tiles = np.stack([_row_sums(micro, micro.num_tiles) for micro in micro_batches])
   length = _bucket(int(lengths.max()), sequence_sizes)
   by_shard = (accumulation, data_shards, rows // data_shards)
   pool = tile_bucket(int(num_tiles.reshape(by_shard).sum(-1).max()), tile_sizes)
 
   real = np.arange(length) < lengths[:, :, None]  # [A, R, S]
-  input_ids = np.zeros(real.shape, np.int32)
-  labels = np.full(real.shape, IGNORE_INDEX, np.int32)
-  # The ragged rows fill the real places in the order in which they lie end to end.
-  input_ids[real] = np.concatenate([micro.input_ids for micro in micro_batches])
-  labels[real] = np.concatenate([micro.labels for micro in micro_batches])
+
+  def spread(ragged: list[np.ndarray], empty: int, dtype: type) -> np.ndarray:
+    """The samples' numbers, end to end, at the real places, which come in the same order."""
+    out = np.full(real.shape, empty, dtype)
+    out[real] = np.concatenate(ragged)
+    return out
+
+  input_ids = spread([micro.input_ids for micro in micro_batches], 0, np.int32)
+  labels = spread([_predictable(micro) for micro in micro_batches], IGNORE_INDEX, np.int32)
+  weights = spread([_token_weights(micro, loss_reduction) for micro in micro_batches], 0, np.float32)
   targets = np.full_like(labels, IGNORE_INDEX)
   targets[:, :, :-1] = labels[:, :, 1:]
-  is_image = real & (input_ids == image_token_id)
+  loss_weight = np.zeros_like(weights)
+  loss_weight[:, :, :-1] = weights[:, :, 1:]
   return SFTBatch(
     input_ids=input_ids,
     targets=targets,
-    loss_weight=(targets != IGNORE_INDEX).astype(np.float32),
-    positions=np.where(real, np.arange(length, dtype=np.int32), 0),
-    segment_ids=real.astype(np.int32),
-    image_index=_image_index(is_image, data_shards),
+    loss_weight=np.where(targets != IGNORE_INDEX, loss_weight, np.float32(0)),
+    positions=spread([_positions(micro.lengths) for micro in micro_batches], 0, np.int32),
+    segment_ids=spread([np.repeat(_segments(m), m.lengths) for m in micro_batches], 0, np.int32),
+    image_index=_image_index(real & (input_ids == image_token_id), data_shards),
     tiles=_pools(micro_batches, num_tiles.reshape(by_shard).sum(-1), pool),
   )
+
+
+def _row_sums(micro: MicroBatch, values: np.ndarray) -> np.ndarray:
+  """Returns [R]: sums of the rows' samples from [G]."""
+  return np.bincount(micro.rows, values, micro.num_rows).astype(np.int64)
+
+
+def _segments(micro: MicroBatch) -> np.ndarray:
+  """Returns int32 [G]: the number of each sample within its row, from 1; one that was dropped takes none."""
+  present = (micro.lengths > 0).cumsum()
+  before = np.concatenate([[0], present])[np.searchsorted(micro.rows, micro.rows)]
+  return (present - before).astype(np.int32)
+
+
+def _positions(lengths: np.ndarray) -> np.ndarray:
+  """Returns int32 [sum of lengths]: 0, 1, ... within each sample."""
+  starts = np.concatenate([[0], lengths.cumsum()[:-1]])
+  return (np.arange(lengths.sum()) - np.repeat(starts, lengths)).astype(np.int32)
+
+
+def _predictable(micro: MicroBatch) -> np.ndarray:
+  """Returns the labels without those of first tokens, which nothing of their own sample could predict."""
+  labels = micro.labels.copy()
+  labels[_positions(micro.lengths) == 0] = IGNORE_INDEX
+  return labels
+
+
+def _token_weights(micro: MicroBatch, loss_reduction: str) -> np.ndarray:
+  """Returns float32 [sum of lengths]: the weight of each token's label."""
+  owner = np.repeat(np.arange(len(micro.lengths)), micro.lengths)
+  count = np.bincount(owner, micro.labels != IGNORE_INDEX, len(micro.lengths))
+  power = {"token": 0.0, "square": -0.5, "sample": -1.0}[loss_reduction]
+  return (np.maximum(count, 1.0) ** power).astype(np.float32)[owner]
 
 
 def _image_index(is_image: np.ndarray, data_shards: int) -> np.ndarray:

@@ -104,7 +104,7 @@ def test_augmentation_is_drawn_from_the_samples_own_seed(tokenizer, tmp_path):
       "1 <image> in the human turns but 2 images",
     ),
     ({"image": ["a.png", 7], "conversations": turns("a", "b")}, "'image' must be a path or a list of paths"),
-    ({"video": "a.mp4", "conversations": turns("a", "b")}, "'video' are not supported yet"),
+    ({"video": "gone.mp4", "conversations": turns("a", "b")}, "gone.mp4; check the dataset's root"),
   ],
 )
 def test_wrong_lines_are_named(tokenizer, tmp_path, picture, record, message):
@@ -147,16 +147,21 @@ def sample(length, tiles=0, *, value=0, dataset=0):
 
 
 def pack(*rows):
+  return pack_several([[row] for row in rows])
+
+
+def pack_several(rows):
   return batching.pack_rows(rows, tile_size=2, tokens_per_tile=P, image_token_id=CONTEXT)
 
 
-def assemble(*micro_batches, shards=1, sequence_sizes=(16, 32), tile_sizes=()):
+def assemble(*micro_batches, shards=1, sequence_sizes=(16, 32), tile_sizes=(), **options):
   return batching.assemble(
     micro_batches,
     data_shards=shards,
     image_token_id=CONTEXT,
     sequence_sizes=sequence_sizes,
     tile_sizes=tile_sizes,
+    **options,
   )
 
 
@@ -208,6 +213,32 @@ def test_dropped_sample_is_a_masked_row():
   assert batch.input_ids[0, 2, :6].tolist() == [CONTEXT] * 4 + [5, 6]
   nothing = assemble(pack(batching.Unreadable(0, "a"), batching.Unreadable(0, "b")))
   assert nothing.input_ids.shape == (1, 2, 16) and not nothing.segment_ids.any()
+
+
+def test_packed_row_by_hand():
+  """Three samples in a row and one dropped between them; the second row has one."""
+  gone = batching.Unreadable(1, "gone")
+  rows = [[sample(6, 1, value=7), gone, sample(3), sample(4)], [sample(5)]]
+  batch = assemble(pack_several(rows))
+  first = {name: getattr(batch, name)[0, 0, :14].tolist() for name in ("segment_ids", "positions", "targets")}
+  assert first["segment_ids"] == [1] * 6 + [2] * 3 + [3] * 4 + [0]
+  assert first["positions"] == [0, 1, 2, 3, 4, 5, 0, 1, 2, 0, 1, 2, 3, 0]
+  x = IGNORE_INDEX
+  # No sample's last token is taught what the next one begins with.
+  assert first["targets"] == [x, x, CONTEXT, 5, 6, x, 2, 3, x, x, 3, 4, x, x]
+  assert batch.segment_ids[0, 1].tolist() == [1] * 5 + [0] * 11
+  assert batch.image_index[0, 0, :5].tolist() == [0, 1, 2, 3, NO_IMAGE]
+
+
+@pytest.mark.parametrize(("reduction", "power"), [("token", 0), ("square", -0.5), ("sample", -1)])
+def test_weights_by_supervised_tokens_of_the_sample(reduction, power):
+  batch = assemble(pack_several([[sample(6), sample(12)]]), loss_reduction=reduction, sequence_sizes=(32,))
+  counts = {1: 3, 2: 6}  # the second half of these samples is supervised
+  taught = batch.targets[0, 0] != IGNORE_INDEX
+  for segment, count in counts.items():
+    weights = batch.loss_weight[0, 0][taught & (batch.segment_ids[0, 0] == segment)]
+    np.testing.assert_allclose(weights, [count**power] * count, rtol=1e-6)
+  assert not batch.loss_weight[0, 0][~taught].any()
 
 
 def test_image_tokens_that_are_not_the_tiles_are_named():
