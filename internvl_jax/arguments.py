@@ -234,6 +234,8 @@ class LoaderConfig:
   tile_buckets: tuple[int, ...] = ()
   # Micro-batches made ahead by each worker.
   prefetch: int = 4
+  # Folder of the indexes of lines and sizes; None: internvl_jax in the user's cache folder.
+  cache_dir: str | None = None
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

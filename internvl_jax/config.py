@@ -87,12 +87,9 @@ def to_json(config: TrainConfig) -> dict[str, dict[str, Any]]:
 
 # --- The rules, as data -------------------------------------------------------------------------------------
 
-_VIDEO = "video"
 NOT_YET: dict[str, str] = {
   "data.use_data_resampling": "datasets are mixed in proportion to their length",
-  "data.use_packed_ds": "one sample a row",
-  "data.min_num_frame": _VIDEO,
-  "data.max_num_frame": _VIDEO,
+  "data.replacement": "every sample is seen once an epoch",
   "training.deepspeed": "mesh.fsdp shards the parameters, their gradients and the optimizer state",
   "training.group_by_length": "rows are padded to loader.sequence_buckets",
   "preference.loss_type": "preference optimisation",
@@ -125,7 +122,6 @@ ONLY_WITH: dict[str, tuple[str, ...]] = {
   "data.max_buffer_size": _PACKED,
   "data.log_freq": _PACKED,
   "data.strict_mode": _PACKED,
-  "data.replacement": _PACKED,
   "data.allow_overflow": _PACKED,
   "data.loss_reduction": _PACKED,
   "data.use_thumbnail": ("data.dynamic_image_size",),

@@ -406,7 +406,6 @@ def other_value(field):
 def test_not_yet(config, path):
   value = other_value(FIELDS[path])
   set_field(config, path, value)
-  # 2 x 32 frames: min_num_frame=16 is still below.
   (line,) = problems(config)
   wanted = f"{path}={value!r} is not supported yet; set it to {FIELDS[path].default!r} ("
   assert line.startswith(wanted)

@@ -3,9 +3,11 @@
 Tiles stay uint8 up to the device, where they become `(tile / 255 - mean) / std` with the constants of `internvl_jax.batch`.
 """
 
+import contextlib
 import io
 import os
 import struct
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
@@ -45,11 +47,28 @@ def open_image(path: str, where: Where) -> Image.Image:
   Raises:
     DataError: the file is missing, empty or damaged.
   """
+  with _opened(path, where) as image:
+    return image.convert("RGB")
+
+
+def image_size(path: str, where: Where) -> tuple[int, int]:
+  """Returns (width, height) from an image's header.
+
+  Raises:
+    DataError: the file is missing, empty or no image.
+  """
+  with _opened(path, where) as image:
+    return image.size
+
+
+@contextlib.contextmanager
+def _opened(path: str, where: Where) -> Iterator[Image.Image]:
+  """An image that is open, with what goes wrong in the body named."""
   if "://" in path:
     raise where.error(f"remote image {path!r} is not supported yet; copy it to a local disk")
   try:
     with Image.open(path) as image:
-      return image.convert("RGB")
+      yield image
   except FileNotFoundError as error:
     raise where.error(f"image not found: {path}; check the dataset's root in the meta file") from error
   except _DECODE_ERRORS as error:

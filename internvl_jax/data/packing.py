@@ -142,6 +142,11 @@ class Packer:
     return self._decide(np.zeros((3, 0), np.int64), end=self.position, flush=True)
 
   @property
+  def decided(self) -> int:
+    """The place of the stream before which every sample is in a row or dropped."""
+    return int(self._waiting[_POSITION, 0]) if self._waiting.shape[1] else self.position
+
+  @property
   def stats(self) -> PackStats:
     settings, rows = self.settings, max(self._rows, 1)
     return PackStats(

@@ -42,7 +42,10 @@ class Plan:
 
   def places(self, start: int, count: int) -> Places:
     """Returns the `count` samples from place `start` of the stream on."""
-    positions = np.arange(start, start + count, dtype=np.int64)
+    return self.at(np.arange(start, start + count, dtype=np.int64))
+
+  def at(self, positions: np.ndarray) -> Places:
+    """Returns the samples at these places (int64 [n]) of the stream."""
     epochs, indices = np.divmod(positions, self.num_samples)
     if self.shuffle:
       for epoch in np.unique(epochs):

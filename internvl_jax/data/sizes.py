@@ -33,16 +33,17 @@ from internvl_jax.data.jsonl import JsonlFile
 BLOCK = 1024
 """Lines measured, and remembered as measured, at a time."""
 
-SIZE = np.dtype([("tokens", "<i4"), ("tiles", "<i4"), ("supervised", "<i4")])
-"""A line's tokens, tiles and supervised tokens; tokens is 0 where it cannot be read."""
+SIZE = np.dtype([("tokens", "<i4"), ("tiles", "<i4"), ("supervised", "<i4"), ("needed", "<i4")])
+"""The fields of Size; tokens is 0 where a line cannot be read."""
 
 
 class Size(NamedTuple):
-  """Sizes of a sample."""
+  """Sizes of a sample: tokens, tiles, supervised tokens, and the first tokens that its images need."""
 
   tokens: int
   tiles: int
   supervised: int
+  needed: int = 1
 
 
 class Sizes(NamedTuple):
@@ -68,7 +69,7 @@ def index_sizes(
   cache: str | os.PathLike[str],
   *,
   workers: int,
-  progress: Callable[[int], None] = lambda lines: None,
+  progress: Callable[[int], Any] = lambda lines: None,
 ) -> Sizes:
   """The sizes of a file's lines: from the cache as far as they are there, measured where they are not.
 

@@ -1,5 +1,6 @@
 """From a conversation to token ids and labels."""
 
+import hashlib
 import itertools
 import pickle
 from collections.abc import Mapping, Sequence
@@ -123,6 +124,11 @@ class ChatTokenizer:
       max_length,
       where,
     )
+
+  def fingerprint(self) -> str:
+    """Returns a hash of all that ids depend on."""
+    text = f"{self._backend.to_str()} {self.template} {self._start}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
   def decode(self, ids: Sequence[int] | np.ndarray, *, special: bool = False) -> str:
     """Returns the text of token ids, with or without the special tokens' names."""

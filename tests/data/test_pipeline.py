@@ -125,7 +125,7 @@ def test_dropped_samples_are_masked_and_counted(tokenizer, tmp_path):
   batches = all_batches(loader)
   lengths = np.concatenate([batch.segment_ids.sum(-1).ravel() for batch in batches])
   assert np.flatnonzero(lengths == 0).tolist() == [5]
-  none = {"unreadable": 0, "truncated": 0, "fully_masked": 0}
+  none = {"unreadable": 0, "truncated": 0, "fully_masked": 0, "over_long": 0}
   assert loader.counters() == {"good": none | {"samples": 4}, "bad": none | {"samples": 8, "unreadable": 1}}
   # The counters of a resumed run go on from the checkpoint's.
   first = make_loader(meta, tokenizer, loader=settings, max_steps=3)
@@ -162,7 +162,9 @@ def test_truncated_and_fully_masked_samples_are_counted(tokenizer, tmp_path):
   (tmp_path / "meta.json").write_text(json.dumps({"text": {"root": "", "annotation": "text.jsonl"}}))
   loader = make_loader(tmp_path / "meta.json", tokenizer, data={"max_seq_length": 256}, max_steps=1)
   all_batches(loader)
-  assert loader.counters() == {"text": {"samples": 4, "unreadable": 0, "truncated": 2, "fully_masked": 2}}
+  assert loader.counters() == {
+    "text": {"samples": 4, "unreadable": 0, "truncated": 2, "fully_masked": 2, "over_long": 0}
+  }
 
 
 def test_first_batch_without_a_supervised_token(tokenizer, tmp_path):
@@ -189,7 +191,7 @@ def test_broken_line_is_named(tokenizer, tmp_path):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"data": {"use_packed_ds": True}}, "data.use_packed_ds=True is not supported yet"),
+    ({"data": {"replacement": True}}, "data.replacement=True is not supported yet"),
     ({"data": {"use_data_resampling": True}}, "data.use_data_resampling=True is not supported yet"),
     ({"group_by_length": True}, "training.group_by_length=True is not supported yet"),
     ({"data": {"meta_path": None}}, "data.meta_path is not set"),

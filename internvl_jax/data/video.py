@@ -1,0 +1,320 @@
+"""From a video to a few of its frames.
+
+A video is a file that FFmpeg reads, an animated `.gif`, or a folder of images. How many frames a sample gets is
+the first thing drawn from its generator, and which ones the second:
+
+    num_wanted      uniform from min_num_frame to max_num_frame
+    frame_indices   one frame from each of so many equal intervals
+
+A file that has fewer frames than wanted repeats its last one; a gif or a folder gives all it has. Both are the
+reference's rules, so the tiles of a file are known before it is opened (`planned_frames`).
+"""
+
+import contextlib
+import itertools
+import os
+import re
+import stat
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from internvl_jax.data import images, video_file
+from internvl_jax.data.errors import DataError, Where
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+"""Files of a folder that are frames; others are passed over."""
+
+# A clip's times may miss a frame's by so many seconds: containers round timestamps to milliseconds.
+_ROUNDING = 1e-3
+# A clip may end so many seconds after its video: annotations round up to whole seconds.
+_CLIP_OVERHANG = 1.0
+# Browsers show a gif's frame without a duration for so many seconds.
+_GIF_SECONDS = 0.1
+# What Pillow raises for a damaged gif.
+_GIF_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError)
+
+Sampling = np.random.Generator | Literal["middle"]
+
+
+def num_wanted(rng: np.random.Generator | None, min_num_frame: int, max_num_frame: int) -> int:
+  """Returns a number of frames from min to max, both included; the max without a generator.
+
+  It is the first thing that a video's sample draws.
+  """
+  return max_num_frame if rng is None else int(rng.integers(min_num_frame, max_num_frame, endpoint=True))
+
+
+def frame_indices(num_frames: int, wanted: int, sampling: Sampling) -> list[int]:
+  """Returns one frame from each of `wanted` equal intervals, ascending; all, and the last again, if too few.
+
+      >>> frame_indices(100, 8, "middle")
+      [5, 18, 30, 43, 55, 68, 80, 93]
+      >>> frame_indices(3, 5, "middle")
+      [0, 1, 2, 2, 2]
+
+  The reference never draws an interval's last frame, and draws from the whole video where an interval has but
+  one frame; here every frame of an interval is as likely as the others.
+
+  Args:
+    num_frames: frames of the video, 1 or more.
+    wanted: how many to return.
+    sampling: a generator draws the frame of an interval; "middle" is the one in its middle.
+  """
+  # A float's last digit decides about an interval's first frame: linspace rounds as the reference does.
+  edges = np.linspace(0, num_frames, min(wanted, num_frames) + 1).astype(np.int64)
+  first, end = edges[:-1], edges[1:]
+  indices = (first + end - 1) // 2 if sampling == "middle" else sampling.integers(first, end)
+  return indices.tolist() + [num_frames - 1] * (wanted - len(indices))
+
+
+def frame_indices_at_rate(
+  num_frames: int, fps: float, rate: float, max_num_frame: int | None = None
+) -> list[int]:
+  """Returns the frames in the middle of each 1/rate seconds, the first `max_num_frame` of them.
+
+      >>> frame_indices_at_rate(300, fps=24, rate=2, max_num_frame=8)
+      [6, 18, 30, 42, 54, 66, 78, 90]
+
+  Args:
+    num_frames: frames of the video.
+    fps: of the video.
+    rate: frames wanted a second.
+    max_num_frame: most frames returned; None: no limit.
+  """
+  step = 1 / rate
+  middles = np.arange(step / 2, num_frames / fps + step / 2, step)
+  indices = np.around(middles * fps).astype(np.int64)
+  return indices[indices < num_frames].tolist()[:max_num_frame]
+
+
+def planned_frames(
+  path: str,
+  where: Where,
+  *,
+  min_num_frame: int,
+  max_num_frame: int,
+  rng: np.random.Generator | None,
+  clip: Any = None,
+) -> int:
+  """Returns how many frames `read_frames` gives for a generator in the same state; nothing is decoded.
+
+  Raises:
+    DataError: the video is missing or empty, or the clip is malformed.
+  """
+  span = _checked_clip(clip, where)
+  wanted = num_wanted(rng, min_num_frame, max_num_frame)
+  if _is_folder(path):
+    return min(wanted, len(_folder_images(path, where, span)))
+  _check_file(path, where)
+  if not _is_gif(path):
+    return wanted
+  with _opened_gif(path, where) as gif:
+    return min(wanted, len(_gif_range(gif, path, span, where)))
+
+
+def read_frames(
+  path: str,
+  where: Where,
+  *,
+  min_num_frame: int,
+  max_num_frame: int,
+  rng: np.random.Generator | None,
+  clip: Any = None,
+) -> list[Image.Image]:
+  """Returns `iter_frames` as a list."""
+  limits = {"min_num_frame": min_num_frame, "max_num_frame": max_num_frame}
+  return list(iter_frames(path, where, **limits, rng=rng, clip=clip))
+
+
+def iter_frames(
+  path: str,
+  where: Where,
+  *,
+  min_num_frame: int,
+  max_num_frame: int,
+  rng: np.random.Generator | None,
+  clip: Any = None,
+) -> Iterator[Image.Image]:
+  """Yields frames of a video in order, RGB, in the orientation in which they are stored.
+
+  One at a time, because 32 frames of a large video are most of a gigabyte.
+
+  Args:
+    path: a video file, a gif or a folder of images.
+    where: the line that names it, for errors.
+    min_num_frame: fewest frames wanted.
+    max_num_frame: most frames wanted.
+    rng: draws their number, then which; None: `max_num_frame`, from the middle of each interval.
+    clip: [start, end] in seconds from the first frame; None or empty: the whole video.
+
+  Raises:
+    DataError: the video is missing, empty, damaged or not a video, or the clip does not fit it.
+  """
+  span = _checked_clip(clip, where)
+  wanted = num_wanted(rng, min_num_frame, max_num_frame)
+  sampling = "middle" if rng is None else rng
+  if _is_folder(path):
+    files = _folder_images(path, where, span)
+    for index in frame_indices(len(files), min(wanted, len(files)), sampling):
+      yield images.open_image(files[index], where)
+    return
+  _check_file(path, where)
+  if _is_gif(path):
+    with _opened_gif(path, where) as gif:
+      numbers = _gif_range(gif, path, span, where)
+      for index in frame_indices(len(numbers), min(wanted, len(numbers)), sampling):
+        yield _gif_frame(gif, path, numbers[index], where)
+    return
+  video = video_file.scan(path, where)
+  numbers = _frames_between(video.seconds, video.end, span, path, where)
+  indices = frame_indices(len(numbers), wanted, sampling)
+  once = sorted(set(indices))
+  repeats = [indices.count(index) for index in once]
+  for image, times in zip(
+    video_file.pictures(video, [numbers[i] for i in once], where), repeats, strict=True
+  ):
+    yield from itertools.repeat(image, times)
+
+
+# --- Clips and paths ----------------------------------------------------------------------------------------
+
+
+def _checked_clip(clip: Any, where: Where) -> tuple[float, float] | None:
+  """Returns (start, end); None for the whole video."""
+  if clip is None or clip == []:
+    return None
+  numbers = isinstance(clip, list | tuple) and all(
+    isinstance(time, int | float) and not isinstance(time, bool) for time in clip
+  )
+  if not numbers or len(clip) != 2:
+    raise where.error(f"'clip' must be [start, end] in seconds, got {str(clip)[:80]!r}")
+  start, end = clip
+  if not 0 <= start < end < float("inf"):
+    raise where.error(
+      f"'clip' must have 0 <= start < end, got {clip}; give seconds from the video's beginning"
+    )
+  return float(start), float(end)
+
+
+def _frames_between(
+  seconds: np.ndarray, end: float, span: tuple[float, float] | None, path: str, where: Where
+) -> range:
+  """Returns the numbers of the frames that are shown during a clip.
+
+  Args:
+    seconds: [frames], when each is first shown.
+    end: when the last is over.
+    span: the clip.
+    path: of the video, for errors.
+    where: the line of the clip.
+  """
+  if span is None:
+    return range(len(seconds))
+  if span[0] >= end or span[1] > end + _CLIP_OVERHANG:
+    raise where.error(
+      f"'clip' [{span[0]:g}, {span[1]:g}] is not inside video {path}, which lasts {end:.2f} s; correct it"
+    )
+  # The frame that is on the screen at the start began before it.
+  first = int(np.searchsorted(seconds, span[0] + _ROUNDING, "right")) - 1
+  stop = int(np.searchsorted(seconds, span[1] - _ROUNDING, "left"))
+  return range(first, max(stop, first + 1))
+
+
+def _is_folder(path: str) -> bool:
+  return path.endswith("/") or os.path.isdir(path)
+
+
+def _is_gif(path: str) -> bool:
+  """Says whether it is a gif by name and content; what the web calls .gif is a video at times."""
+  if not path.lower().endswith(".gif"):
+    return False
+  with open(path, "rb") as file:
+    return file.read(4) == b"GIF8"
+
+
+def _check_file(path: str, where: Where) -> None:
+  _check_local(path, where)
+  try:
+    status = os.stat(path)
+  except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a zero byte in the path
+    raise _missing(path, where) from error
+  if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+    raise where.error(f"video {path} is not a file; name a video file or a folder of images")
+  if status.st_size == 0:
+    raise where.error(f"video {path} is empty (0 bytes); restore it or delete the line")
+
+
+def _check_local(path: str, where: Where) -> None:
+  if "://" in path:
+    raise where.error(f"remote video {path!r} is not supported yet; copy it to a local disk")
+
+
+def _missing(path: str, where: Where) -> DataError:
+  return where.error(f"video not found: {path}; check the dataset's root in the meta file")
+
+
+# --- Folders ------------------------------------------------------------------------------------------------
+
+
+def _folder_images(path: str, where: Where, span: tuple[float, float] | None) -> list[str]:
+  """Returns the paths of a folder's images in order: by the number before the suffix, then by name."""
+  _check_local(path, where)
+  if not os.path.isdir(path):
+    raise _missing(path, where)
+  if span is not None:
+    raise where.error(
+      f"'clip' [{span[0]:g}, {span[1]:g}] cuts video {path}, but a folder of images has no seconds; leave the "
+      "clip's images in a folder and take 'clip' out"
+    )
+  # Names with a leading dot are leftovers of file managers, even if they end in .jpg.
+  names = [n for n in os.listdir(path) if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith(".")]
+  if not names:
+    raise where.error(f"video {path} is a folder without an image ({', '.join(IMAGE_SUFFIXES)}); fill it")
+  return [os.path.join(path, name) for name in sorted(names, key=_natural)]
+
+
+def _natural(name: str) -> tuple[int, list[tuple[int, str]], str]:
+  """Returns a key by which shot_2.jpg comes before shot_10.jpg, and both after names without a number."""
+  last = re.search(r"(\d+)\.\w+$", name)
+  parts = [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+  return int(last.group(1)) if last else -1, parts, name
+
+
+# --- Gifs ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _opened_gif(path: str, where: Where) -> Iterator[Any]:
+  try:
+    gif = Image.open(path, formats=["GIF"])
+  except _GIF_ERRORS as error:
+    raise video_file.damaged(path, f"cannot be opened ({type(error).__name__}: {error})", where) from error
+  with gif:
+    yield gif
+
+
+def _gif_range(gif: Any, path: str, span: tuple[float, float] | None, where: Where) -> range:
+  """Returns the numbers of a gif's frames that are shown during a clip."""
+  try:
+    if span is None:
+      return range(gif.n_frames)
+    lasts = []
+    for number in range(gif.n_frames):
+      gif.seek(number)
+      lasts.append(gif.info.get("duration", 0) / 1000 or _GIF_SECONDS)
+  except _GIF_ERRORS as error:
+    raise video_file.damaged(path, f"cannot be read ({type(error).__name__}: {error})", where) from error
+  ends = np.cumsum(lasts)
+  return _frames_between(ends - lasts, float(ends[-1]), span, path, where)
+
+
+def _gif_frame(gif: Any, path: str, number: int, where: Where) -> Image.Image:
+  try:
+    gif.seek(number)
+    return gif.convert("RGB")
+  except _GIF_ERRORS as error:
+    what = f"breaks at frame {number + 1} of {gif.n_frames} ({type(error).__name__}: {error})"
+    raise video_file.damaged(path, what, where) from error
