@@ -20,8 +20,10 @@ from internvl_jax.state import with_dtypes
 from internvl_jax.step import TrainStep
 
 
-def open_model(config: TrainConfig) -> tuple[Source, PreTrainedTokenizerBase]:
+def open_model(config: TrainConfig, *, with_weights: bool = True) -> tuple[Source, PreTrainedTokenizerBase]:
   """The model's description, with what the config changes about it, and its tokenizer with the image tokens.
+
+  Without weights, nothing but the config and the tokenizer needs to be there.
 
   Raises:
     UserError: the checkpoint cannot be used as the config says.
@@ -43,7 +45,7 @@ def open_model(config: TrainConfig) -> tuple[Source, PreTrainedTokenizerBase]:
     vocab_size=len(tokenizer) if new_tokens else None,
     new_tokens=new_tokens,
   )
-  read = not config.runtime.random_init
+  read = with_weights and not config.runtime.random_init
   if not model.model_name_or_path:
     assert model.vision_path and model.llm_path, "validate() comes first"
     parts = {"vision_path": model.vision_path, "llm_path": model.llm_path, "mlp_path": model.mlp_path}

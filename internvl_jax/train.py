@@ -73,7 +73,7 @@ def train(config: TrainConfig) -> None:
   loader = make_loader()
   logging.info("Data:\n%s", "\n".join(loader.describe()))
   logging.info(
-    "%d steps of %d samples, %d to an epoch", loader.total_steps, loader.global_batch, loader.steps_per_epoch
+    "%d steps of %d rows, %d to an epoch", loader.total_steps, loader.global_batch, loader.steps_per_epoch
   )
 
   params = place_params(config, source, trainable, mesh)

@@ -160,7 +160,7 @@ class TrainLoader:
     self._packing, self._stream = None, None
     self.rows_per_epoch, longest = self.num_samples, data.max_seq_length
     if data.use_packed_ds:
-      self._packing, longest = _pack_settings(data), _longest_row(data)
+      self._packing, longest = pack_settings(data), _longest_row(data)
       self._index_sizes()
       self._stream = RowStream(self._plan, self._mixture.size_of, self._packing)
       self.rows_per_epoch = self._count_rows()
@@ -419,7 +419,8 @@ def _log_fill(stats: packing.PackStats) -> None:
   )
 
 
-def _pack_settings(data: DataTrainingArguments) -> PackSettings:
+def pack_settings(data: DataTrainingArguments) -> PackSettings:
+  """Returns the budgets of packed rows."""
   return PackSettings(
     max_tokens=data.max_packed_tokens,
     max_tiles=data.num_images_expected,

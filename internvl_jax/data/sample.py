@@ -475,6 +475,11 @@ class Mixture:
         )
       )
 
+  def records(self, dataset: int) -> np.ndarray:
+    """Returns the sizes (sizes.SIZE) of the lines of a dataset that are used."""
+    assert self._sizes is not None, "index_sizes() comes first"
+    return self._sizes[dataset].records[: self._lines[dataset]]
+
   def size_of(self, indices: np.ndarray) -> np.ndarray:
     """Returns int64 [n, 2], tokens and tiles of samples of the mixture, cut to max_seq_length.
 

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 
 from internvl_jax.batch import IGNORE_INDEX, SFTBatch
+from internvl_jax.data.sample import Sample
 from internvl_jax.data.tokenize import IMAGE_CONTEXT, ChatTokenizer
 
 _ROWS_SHOWN = 2
@@ -28,15 +29,25 @@ def show_batch(batch: SFTBatch, tokenizer: ChatTokenizer) -> str:
   )
 
 
+def show_sample(sample: Sample, tokenizer: ChatTokenizer) -> str:
+  """Returns a sample as text, with what is supervised between » and «."""
+  text = _show_tokens(sample.input_ids, sample.labels != IGNORE_INDEX, tokenizer)
+  return f"{sample.where}, {len(sample.input_ids)} tokens, {len(sample.tiles)} tiles: {text}"
+
+
 def _show_row(batch: SFTBatch, row: int, tokenizer: ChatTokenizer) -> str:
-  """One row of the first micro-batch; a run of image tokens is shown as one with its length."""
+  """One row of the first micro-batch."""
   length = int((batch.segment_ids[0, row] > 0).sum())
-  ids = batch.input_ids[0, row, :length]
   # A target stands one place before the token that it teaches.
   taught = np.concatenate([[False], (batch.targets[0, row] != IGNORE_INDEX)[: length - 1]])
+  return _show_tokens(batch.input_ids[0, row, :length], taught, tokenizer)
+
+
+def _show_tokens(ids: np.ndarray, taught: np.ndarray, tokenizer: ChatTokenizer) -> str:
+  """Tokens as text; a run of image tokens is shown as one with its length."""
   pieces = []
   for (is_image, is_taught), run in itertools.groupby(
-    range(length), key=lambda i: (ids[i] == tokenizer.image_token_id, taught[i])
+    range(len(ids)), key=lambda i: (ids[i] == tokenizer.image_token_id, taught[i])
   ):
     places = list(run)
     if is_image:

@@ -1,0 +1,162 @@
+"""Looks at the data before any accelerator is booked, and tells what a run would lose.
+
+  python -m internvl_jax.doctor --config F [--show N] [--dump out.jsonl] [--picture sizes.png] [--nodecode]
+
+Measures every sample and decodes every image and video, on all cores, and prints a table of the datasets, the
+sizes, how full packed rows would be, and the steps of an epoch. Ends with status 1 if a line would be lost:
+unreadable, with images beyond max_seq_length, too large for a packed row, or without a supervised token.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import tqdm
+from absl import flags
+
+from internvl_jax import assembly, frontdoor
+from internvl_jax.config import TrainConfig, validate
+from internvl_jax.data import packing, pipeline
+from internvl_jax.data.examine import DatasetReport, decode_all, examine
+from internvl_jax.data.rows import packable
+from internvl_jax.data.sample import Mixture
+from internvl_jax.data.show import show_sample
+from internvl_jax.data.tokenize import ChatTokenizer
+from internvl_jax.errors import UserError
+
+_CONFIG = frontdoor.define_config_flag()
+_SHOW = flags.DEFINE_integer(
+  "show", 0, "Print so many samples, the supervised text between » and «.", lower_bound=0
+)
+_DUMP = flags.DEFINE_string("dump", None, "A jsonl to write every sample's ids, labels and tiles to.")
+_PICTURE = flags.DEFINE_string("picture", None, "A picture to write, with histograms of tokens and tiles.")
+_DECODE = flags.DEFINE_bool("decode", True, "Decode images and videos, not only their headers.")
+
+
+def main(argv: Sequence[str]) -> None:
+  """Examines, prints, and ends with 1 if something would be lost."""
+  del argv
+  frontdoor.set_up_logging()
+  config: TrainConfig = _CONFIG.value
+  validate(config, "doctor")
+  source, tokenizer = assembly.open_model(config, with_weights=False)
+  chat = ChatTokenizer(tokenizer, config.data.conv_style)
+  cache = config.loader.cache_dir or pipeline.default_cache()
+  mixture = Mixture(
+    config.data, chat, tokens_per_tile=source.config.tokens_per_tile, seed=config.training.seed, cache=cache
+  )
+  lines = sum(len(file) for file in mixture.files)
+  with tqdm.tqdm(total=lines, desc="sizes", unit="line") as bar:
+    mixture.index_sizes(cache, workers=os.cpu_count() or 1, progress=bar.update)
+  settings = pipeline.pack_settings(config.data) if config.data.use_packed_ds else None
+  reports = examine(mixture, config.data, settings)
+  damaged = decode(mixture) if _DECODE.value else []
+  print(table(reports))
+  print(sizes(reports))
+  if settings is not None:
+    print(fill(mixture, settings))
+  for line in [*(line for report in reports for line in report.examples), *damaged]:
+    print(f"lost: {line}")
+  write_outputs(mixture, chat, reports)
+  lost = sum(report.lost for report in reports) + len(damaged)
+  print(
+    f"{lost} of {sum(report.lines for report in reports)} lines would be lost"
+    if lost
+    else "nothing would be lost"
+  )
+  mixture.close()
+  sys.exit(1 if lost else 0)
+
+
+def decode(mixture: Mixture) -> list[str]:
+  """Why lines cannot be decoded, with a bar of how far that is."""
+  with tqdm.tqdm(
+    total=sum(len(mixture.records(d)) for d in range(len(mixture.specs))), desc="decoding"
+  ) as bar:
+    return list(decode_all(mixture, workers=os.cpu_count() or 1, progress=bar.update))
+
+
+def table(reports: Sequence[DatasetReport]) -> str:
+  """A line for each dataset."""
+  columns = ("lines", "samples", "unreadable", "cut_images", "over_long", "masked", "truncated")
+  width = max(len("dataset"), *(len(report.name) for report in reports))
+  rows = [f"{'dataset':<{width}}" + "".join(f"{column:>12}" for column in columns)]
+  rows += [
+    f"{report.name:<{width}}" + "".join(f"{getattr(report, column):>12,}" for column in columns)
+    for report in reports
+  ]
+  return "\n".join(rows)
+
+
+def sizes(reports: Sequence[DatasetReport]) -> str:
+  """The distribution of tokens and tiles over all readable lines."""
+  rows = []
+  for name in ("tokens", "tiles"):
+    values = np.concatenate([getattr(report, name) for report in reports])
+    if len(values):
+      points = np.percentile(values, [0, 50, 90, 99, 100]).round().astype(int)
+      rows.append(
+        f"{name} a sample: least {points[0]}, half up to {points[1]}, 90 % {points[2]}, 99 % {points[3]}, most {points[4]}"
+      )
+  return "\n".join(rows)
+
+
+def fill(mixture: Mixture, settings: packing.PackSettings) -> str:
+  """How full the packed rows of an epoch in file order are."""
+  packer = packing.Packer(settings)
+  chosen = packable(mixture.size_of(np.arange(mixture.num_samples)), settings)
+  for rows in (packer.feed(chosen), packer.flush()):
+    for _ in rows:
+      pass
+  stats = packer.stats
+  return (
+    f"{stats.rows:,} packed rows an epoch: {100 * stats.token_fill:.1f} % of their tokens and "
+    f"{100 * stats.tile_fill:.1f} % of their tiles are filled, {stats.samples_per_row:.1f} samples a row"
+  )
+
+
+def write_outputs(mixture: Mixture, chat: ChatTokenizer, reports: Sequence[DatasetReport]) -> None:
+  """Prints samples, writes the dump and the picture, as the flags ask."""
+  for index in range(min(_SHOW.value, mixture.num_samples)):
+    print(show_sample(mixture.decode(0, index), chat))
+  if _DUMP.value:
+    dump(mixture, Path(_DUMP.value))
+  if _PICTURE.value:
+    draw(reports, Path(_PICTURE.value))
+
+
+def dump(mixture: Mixture, path: Path) -> None:
+  """Writes every readable line's ids, labels and number of tiles."""
+  first = 0
+  with path.open("w", encoding="utf-8") as file:
+    for dataset, spec in enumerate(mixture.specs):
+      for line in np.flatnonzero(mixture.size_of(first + np.arange(len(mixture.records(dataset))))[:, 0]):
+        sample = mixture.decode(0, first + int(line))
+        entry = {"dataset": spec.name, "index": int(line), "input_ids": sample.input_ids.tolist()}
+        entry |= {"labels": sample.labels.tolist(), "num_tiles": len(sample.tiles)}
+        file.write(json.dumps(entry) + "\n")
+      first += int(mixture.sizes[dataset])
+
+
+def draw(reports: Sequence[DatasetReport], path: Path) -> None:
+  """Writes histograms of tokens and tiles, a colour for each dataset."""
+  try:
+    import matplotlib.pyplot as plt
+  except ImportError:
+    raise UserError("--picture needs matplotlib: pip install matplotlib") from None
+  figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+  for axis, name in zip(axes, ("tokens", "tiles"), strict=True):
+    values = [getattr(report, name) for report in reports]
+    axis.hist(values, bins=40, stacked=True, label=[report.name for report in reports])
+    axis.set_xlabel(f"{name} a sample")
+  axes[0].set_ylabel("lines")
+  axes[0].legend()
+  figure.tight_layout()
+  figure.savefig(path)
+
+
+if __name__ == "__main__":
+  frontdoor.run_app(main)

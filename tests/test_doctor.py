@@ -1,0 +1,82 @@
+"""The doctor finds what a run would lose, and says so by its status."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from internvl_jax.hf.tokenizer import load_tokenizer
+from toy import CURVE, REPOSITORY
+
+RECIPE = """
+from toy import curve_config
+
+def get_config(arg):
+  config = curve_config("unused")
+  config.data.meta_path = arg
+  return config
+"""
+
+
+@pytest.fixture
+def data(tmp_path):
+  """A copy of the curve's data."""
+  folder = shutil.copytree(CURVE / "data", tmp_path / "data")
+  (tmp_path / "recipe.py").write_text(RECIPE)
+  return folder
+
+
+def doctor(data, *flags):
+  recipe = data.parent / "recipe.py"
+  command = [sys.executable, "-m", "internvl_jax.doctor", f"--config={recipe}:{data / 'meta.json'}"]
+  command += [f"--config.loader.cache_dir={data.parent / 'cache'}", *map(str, flags)]
+  path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+  environment = os.environ | {"PYTHONPATH": path}
+  return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
+
+
+def test_good_data(data, tmp_path):
+  packed = ("--config.data.use_packed_ds=True", "--config.data.max_packed_tokens=1024")
+  done = doctor(data, "--dump", tmp_path / "out.jsonl", "--show=1", *packed)
+  assert done.returncode == 0, done.stderr
+  assert "nothing would be lost" in done.stdout
+  assert "packed rows an epoch: " in done.stdout and "»circle<|im_end|>«" in done.stdout
+  lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+  source = (data / "train.jsonl").read_text().splitlines()
+  assert len(lines) == len(source) == 24
+  tokenizer = load_tokenizer(CURVE / "init")
+  for number, (line, record) in enumerate(zip(lines, map(json.loads, source), strict=True)):
+    assert line["index"] == number and line["dataset"] == "easy"
+    answers = [turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"]
+    supervised = tokenizer.decode([token for token in line["labels"] if token != -100])
+    assert supervised == "".join(f"{answer}<|im_end|>" for answer in answers)
+    assert line["input_ids"].count(tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")) == 4 * line["num_tiles"]
+
+
+def test_what_would_be_lost_is_named(data):
+  lines = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+  with_image = [
+    i for i, line in enumerate(lines) if line.get("image") and not isinstance(line["image"], list)
+  ]
+  cut, gone, masked = with_image[:3]
+  names = [name for line in lines for name in [line.get("image")] if isinstance(name, str)]
+  picture = next((data / "images").rglob("*.png"))
+  (data / "images/cut.png").write_bytes(picture.read_bytes()[:200])
+  lines[cut]["image"] = str(names[0]).replace(os.path.basename(str(names[0])), "cut.png")
+  lines[gone]["image"] = "nowhere.png"
+  lines[masked]["conversations"] = lines[masked]["conversations"][:1]
+  (data / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  done = doctor(data)
+  assert done.returncode == 1, done.stdout + done.stderr
+  assert "3 of 24 lines would be lost" in done.stdout
+  lost = [line for line in done.stdout.splitlines() if line.startswith("lost: ")]
+  assert len(lost) == 3
+  for number, cause in (
+    (gone, "image not found"),
+    (masked, "no token is supervised"),
+    (cut, "cannot be decoded"),
+  ):
+    assert any(f"train.jsonl:{number + 1} " in line and cause in line for line in lost), (cause, lost)
