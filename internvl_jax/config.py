@@ -88,7 +88,6 @@ def to_json(config: TrainConfig) -> dict[str, dict[str, Any]]:
 # --- The rules, as data -------------------------------------------------------------------------------------
 
 NOT_YET: dict[str, str] = {
-  "data.use_data_resampling": "datasets are mixed in proportion to their length",
   "data.replacement": "every sample is seen once an epoch",
   "training.deepspeed": "mesh.fsdp shards the parameters, their gradients and the optimizer state",
   "training.group_by_length": "rows are padded to loader.sequence_buckets",

@@ -49,7 +49,7 @@ class MicroBatchSource:
   """
 
   mixture: Mixture
-  plan: plans.Plan
+  plan: plans.Plan | plans.ResampledPlan
   rows: int
   start: int
   count: int
@@ -155,7 +155,9 @@ class TrainLoader:
     self._image_token_id = tokenizer.image_token_id
     order_seed = training.seed if training.data_seed is None else training.data_seed
     self.num_samples = self._mixture.num_samples
-    self._plan = plans.Plan(self.num_samples, order_seed, loader.shuffle)
+    self._plan: plans.Plan | plans.ResampledPlan = plans.Plan(self.num_samples, order_seed, loader.shuffle)
+    if data.use_data_resampling:
+      self._plan = plans.ResampledPlan(tuple(self._mixture.sizes.tolist()), order_seed, loader.shuffle)
     self.global_batch = self._rows * self._accumulation
     self._packing, self._stream = None, None
     self.rows_per_epoch, longest = self.num_samples, data.max_seq_length
@@ -480,7 +482,6 @@ def _shared_memory_threshold(in_flight: int) -> int:
 def _refuse_unsupported(data: DataTrainingArguments, training: TrainingArguments) -> None:
   for name, value in (
     ("data.replacement", data.replacement),
-    ("data.use_data_resampling", data.use_data_resampling),
     ("training.group_by_length", training.group_by_length),
   ):
     if value:

@@ -6,8 +6,8 @@ it across the borders of epochs. So no batch is short, and a place of the stream
 
 import dataclasses
 import fractions
-import functools
 import math
+import threading
 import zlib
 from typing import NamedTuple
 
@@ -58,10 +58,89 @@ class Plan:
     return zlib.crc32(self.places(0, min(self.num_samples, 1024)).indices.tobytes())
 
 
-# More than one epoch, because a batch may reach over the border. 10^7 samples take 40 MB an epoch and about a
-# second to shuffle, once in each process; far beyond that an index-by-index shuffle should take its place.
-@functools.lru_cache(maxsize=4)
+@dataclasses.dataclass(frozen=True, slots=True)
+class ResampledPlan:
+  """The stream of samples with datasets in proportion to the square root of their sizes.
+
+  Each epoch is as long as all samples together, and gives every dataset its share of places, which run through the
+  dataset over and over, each time in a new order. So no sample is seen twice before all of its dataset are seen once.
+
+  Attributes:
+    sizes: samples of each dataset, repeats included.
+    seed: of the shuffling.
+    shuffle: new orders all the time; False takes the datasets one after another, in their own order.
+  """
+
+  sizes: tuple[int, ...]
+  seed: int
+  shuffle: bool
+
+  @property
+  def num_samples(self) -> int:
+    """Samples of an epoch."""
+    return sum(self.sizes)
+
+  @property
+  def shares(self) -> np.ndarray:
+    """int64 [datasets]: places of an epoch; they add up to `num_samples`."""
+    roots = np.sqrt(np.array(self.sizes, np.float64))
+    exact = self.num_samples * roots / roots.sum()
+    shares = np.floor(exact).astype(np.int64)
+    # What rounding down left over goes to those that lost most by it.
+    order = np.argsort(shares - exact, kind="stable")
+    shares[order[: self.num_samples - int(shares.sum())]] += 1
+    return shares
+
+  def places(self, start: int, count: int) -> Places:
+    """Returns the `count` samples from place `start` of the stream on; see `at`."""
+    return self.at(np.arange(start, start + count, dtype=np.int64))
+
+  def at(self, positions: np.ndarray) -> Places:
+    """Returns the samples at these places of the stream, with the pass through their dataset as the epoch."""
+    shares, firsts = self.shares, np.concatenate([[0], np.cumsum(self.sizes)])
+    ends = np.cumsum(shares)
+    places = Plan(self.num_samples, self.seed, self.shuffle).at(positions)
+    datasets = np.searchsorted(ends, places.indices, side="right")
+    passes, indices = np.zeros_like(places.indices), np.zeros_like(places.indices)
+    for dataset in np.unique(datasets).tolist():
+      chosen = datasets == dataset
+      rank = places.indices[chosen] - (ends[dataset] - shares[dataset])
+      turn = places.epochs[chosen] * shares[dataset] + rank
+      # Every dataset is a stream of its own, with a seed of its own.
+      inner = Plan(self.sizes[dataset], hash_seed(self.seed, dataset), self.shuffle).at(turn)
+      passes[chosen], indices[chosen] = inner.epochs, firsts[dataset] + inner.indices
+    return Places(passes, indices)
+
+  def checksum(self) -> int:
+    """Returns a number that differs when the order does; see `Plan.checksum`."""
+    return zlib.crc32(self.places(0, min(self.num_samples, 1024)).indices.tobytes())
+
+
+def hash_seed(seed: int, dataset: int) -> int:
+  """Returns a seed that differs from dataset to dataset."""
+  return zlib.crc32(f"{seed} {dataset}".encode())
+
+
+# Orders in use: of each stream the last few epochs, because a batch may reach over the border. 10^7 samples take
+# 40 MB an epoch and about a second to shuffle, once in each process; far beyond that an index-by-index shuffle should
+# take its place.
+_EPOCHS_KEPT = 3
+_orders: dict[tuple[int, int], dict[int, np.ndarray]] = {}
+_orders_lock = threading.Lock()
+
+
 def _permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+  with _orders_lock:
+    kept = _orders.setdefault((num_samples, seed), {})
+    # What is used last stands last, and what was used longest ago goes.
+    order = kept.pop(epoch, None)
+    kept[epoch] = _shuffled(num_samples, seed, epoch) if order is None else order
+    while len(kept) > _EPOCHS_KEPT:
+      del kept[next(iter(kept))]
+    return kept[epoch]
+
+
+def _shuffled(num_samples: int, seed: int, epoch: int) -> np.ndarray:
   dtype = np.int32 if num_samples <= np.iinfo(np.int32).max else np.int64
   return np.random.default_rng((seed, epoch)).permutation(np.arange(num_samples, dtype=dtype))
 

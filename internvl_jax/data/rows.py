@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from internvl_jax.data import packing
-from internvl_jax.data.plan import Places, Plan
+from internvl_jax.data.plan import Places, Plan, ResampledPlan
 
 # Places of the stream whose sizes are looked up at a time.
 _CHUNK = 1024
@@ -38,7 +38,11 @@ class RowStream:
   """
 
   def __init__(
-    self, plan: Plan, size_of: SizeOf, settings: packing.PackSettings, state: dict[str, Any] | None = None
+    self,
+    plan: Plan | ResampledPlan,
+    size_of: SizeOf,
+    settings: packing.PackSettings,
+    state: dict[str, Any] | None = None,
   ):
     """Goes to the beginning, or to where `get_state` was called.
 
@@ -113,7 +117,12 @@ class PlannedRows:
   """
 
   def __init__(
-    self, plan: Plan, size_of: SizeOf, settings: packing.PackSettings, state: dict[str, Any], rows: int
+    self,
+    plan: Plan | ResampledPlan,
+    size_of: SizeOf,
+    settings: packing.PackSettings,
+    state: dict[str, Any],
+    rows: int,
   ):
     """Begins with micro-batch 0 at `state`; a micro-batch has so many rows."""
     self._arguments = (plan, size_of, settings, state, rows)

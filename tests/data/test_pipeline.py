@@ -192,7 +192,6 @@ def test_broken_line_is_named(tokenizer, tmp_path):
   ("changes", "message"),
   [
     ({"data": {"replacement": True}}, "data.replacement=True is not supported yet"),
-    ({"data": {"use_data_resampling": True}}, "data.use_data_resampling=True is not supported yet"),
     ({"group_by_length": True}, "training.group_by_length=True is not supported yet"),
     ({"data": {"meta_path": None}}, "data.meta_path is not set"),
     ({"data": {"normalize_type": "siglib"}}, "did you mean 'siglip'"),
