@@ -42,6 +42,7 @@ _INERT = (
   "loftq_config",
   "lora_ga_config",
   "low_cpu_mem_usage",
+  "megatron_core",  # Which library, where megatron_config asks for one.
   "peft_version",
   "qalora_group_size",
   "revision",
