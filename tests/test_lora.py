@@ -250,6 +250,20 @@ def test_adapters_of_several_ranks_go_out_and_come_in(tmp_path):
   peft.save_adapter(tmp_path, params, source.specs, source.layout, source.table, base=base)
   config = json.loads((tmp_path / "adapter_config.json").read_text())
   assert config["r"] == 2 and config["rank_pattern"] == {r"vision_model\..*": 3}
+  # What PEFT 0.21 writes beside, at its defaults.
+  config |= dict.fromkeys(
+    ("use_qalora", "lora_bias", "ensure_weight_tying", "use_bdlora", "fan_in_fan_out"), False
+  )
+  config |= dict.fromkeys(
+    ("megatron_config", "trainable_token_indices", "corda_config", "arrow_config", "revision")
+  )
+  config |= {
+    "megatron_core": "megatron.core",
+    "qalora_group_size": 16,
+    "loftq_config": {},
+    "peft_version": "0.21.2",
+  }
+  (tmp_path / "adapter_config.json").write_text(json.dumps(config))
   again = open_source(tmp_path)
   assert (
     again.specs["vision_model"].scale == vision.scale and again.specs["language_model"].scale == text.scale
