@@ -27,6 +27,9 @@ _NO_FRAME: tuple[int, Any] = (-1 - _NEAR, None)
 # Containers of which packets in the middle of the file may be its last: what is broadcast has no end.
 _ENDS_ANYWHERE = {"mpegts", "mpeg"}
 
+# Titles in an unknown encoding are no reason to refuse a video: said so up to av 18, and the rule from av 19 on.
+_TOLERANT: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+
 
 def damaged(path: str, what: str, where: Where) -> DataError:
   """Returns the error that a file is not whole."""
@@ -76,7 +79,7 @@ def _opened(path: str, where: Where) -> Iterator[tuple[Any, Any]]:
     # For the container alone: av 17.0 crashes where decoders get options too.
     # A playlist must not lead to the network, where a sample could wait for ever; names may hold colons.
     options = {"protocol_whitelist": "file"}
-    container = av.open(f"file:{path}", metadata_errors="ignore", container_options=options)
+    container = av.open(f"file:{path}", container_options=options, **_TOLERANT)
   except (av.FFmpegError, UnicodeError) as error:
     raise damaged(path, f"is not a video or is damaged ({_cause(error)})", where) from error
   with container:
