@@ -145,7 +145,8 @@ def base_folder(name: str | Path) -> Path:
   Raises:
     UserError: no such checkpoint.
   """
-  return hub.resolve(base_name(name))
+  folder = hub.resolve(str(name))
+  return hub.resolve(_base_of(folder)) if peft.is_adapter(folder) else folder
 
 
 def base_name(name: str | Path) -> str:
@@ -155,8 +156,11 @@ def base_name(name: str | Path) -> str:
     UserError: no such checkpoint, or an adapter whose base is not there.
   """
   folder = hub.resolve(str(name))
-  if not peft.is_adapter(folder):
-    return str(name)
+  return _base_of(folder) if peft.is_adapter(folder) else str(name)
+
+
+def _base_of(folder: Path) -> str:
+  """What names the base model of an adapter's folder."""
   base = peft.base_of(folder)
   if not hub.is_hub_id(base) and not Path(base).is_dir():
     raise UserError(
@@ -176,7 +180,8 @@ def open_source(name: str | Path, changes: Changes = Changes(), *, with_weights:
   Raises:
     UserError: no such checkpoint, or one that this program cannot run.
   """
-  given, folder = hub.resolve(str(name)), base_folder(name)
+  given = hub.resolve(str(name))
+  folder = hub.resolve(_base_of(given)) if peft.is_adapter(given) else given
   raw = config_io.read_config(folder)
   layout, config = config_io.layout_of(raw), config_io.model_config(raw)
   checkpoint = weights.open_checkpoint(folder, Rename(layout.renames)) if with_weights else None

@@ -3,7 +3,7 @@
 Automatic differentiation of `x @ w` over [rows, tokens, width] contracts two leading axes, for which the
 backend first writes transposed copies; and it sums a bias's gradient over rows one column at a time. Here
 gradients are plain 2-D products, sums included (a product with a row of ones). The numbers are the same, and
-other backends lose nothing. docs/performance.md has the measurement.
+other backends lose nothing.
 
 What does not train gets no gradient: which operands need one is known when the backward pass is traced.
 """
