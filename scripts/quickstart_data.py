@@ -27,26 +27,15 @@ import numpy as np
 from absl import app, flags
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
+from internvl_jax.hf.tokenizer import IMAGE_TOKENS
+
 _OUT = flags.DEFINE_string("out", "quickstart", "Folder to write to.")
 _HOLDOUT = flags.DEFINE_integer("holdout", 0, "Score on so many training images instead of the test images.")
 
 COLORS = ("red", "blue", "green", "yellow", "black", "gray", "brown", "teal")
 SHAPES = ("circle", "rectangle", "triangle")
 SYSTEM = "answer"
-SPECIAL = (
-  "<|endoftext|>",
-  "<|im_start|>",
-  "<|im_end|>",
-  "<img>",
-  "</img>",
-  "<IMG_CONTEXT>",
-  "<quad>",
-  "</quad>",
-  "<ref>",
-  "</ref>",
-  "<box>",
-  "</box>",
-)
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *IMAGE_TOKENS)
 
 # How often a training question is seen in an epoch, by type (repeat_time). Shapes are learned last, and a
 # question that names one teaches more than a yes or no.
