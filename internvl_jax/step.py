@@ -10,12 +10,14 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from internvl_jax.batch import SFTBatch
 from internvl_jax.models.functional import ModelDef
 from internvl_jax.models.internvl import InternVL
 from internvl_jax.objectives import normalized_weights
 from internvl_jax.optim import clip_by_global_norm
+from internvl_jax.parallel import rules
 from internvl_jax.state import TrainState
 
 
@@ -46,6 +48,7 @@ class TrainStep:
     shards: data shards.
     all_gather: see `objectives.normalized_weights`.
     seed: of drop path and dropout.
+    mesh: what the work is spread over; None is the device that the arrays are on.
   """
 
   model: ModelDef[InternVL]
@@ -55,6 +58,7 @@ class TrainStep:
   shards: int
   all_gather: bool
   seed: int
+  mesh: Mesh | None = None
 
   def __call__(
     self, state: TrainState, frozen: dict[str, jax.Array], batch: SFTBatch, learning_rate: jax.Array
@@ -77,6 +81,10 @@ class TrainStep:
     self, params: dict[str, jax.Array], frozen: dict[str, jax.Array], batch: SFTBatch, step: jax.Array
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss of an optimizer batch and its gradients, summed over micro-batches in float32."""
+    with rules.scope(self.mesh):
+      return self._value_and_grad(params, frozen, batch, step)
+
+  def _value_and_grad(self, params, frozen, batch, step):
     weights = normalized_weights(batch.loss_weight, shards=self.shards, all_gather=self.all_gather)
     key = jax.random.fold_in(jax.random.key(self.seed), step)
     A = weights.shape[0]

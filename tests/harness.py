@@ -141,6 +141,7 @@ class Harness:
       shards=self.shards,
       all_gather=all_gather,
       seed=0,
+      mesh=self.mesh,
     )
 
   def inputs(self, batch):
