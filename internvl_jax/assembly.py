@@ -1,5 +1,8 @@
 """Puts a run's pieces together from the configuration: what the front doors that compute share."""
 
+import dataclasses
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +13,16 @@ from transformers import PreTrainedTokenizerBase
 from internvl_jax.arguments import LoRAConfig, ModelArguments
 from internvl_jax.config import TrainConfig
 from internvl_jax.errors import UserError
-from internvl_jax.hf.model import Changes, Source, base_folder, open_parts, open_source, with_projector
+from internvl_jax.hf import published
+from internvl_jax.hf.model import (
+  Changes,
+  Source,
+  base_folder,
+  describe,
+  open_parts,
+  open_source,
+  with_projector,
+)
 from internvl_jax.hf.tokenizer import add_image_tokens, load_tokenizer
 from internvl_jax.models.internvl import Execution
 from internvl_jax.models.lora import DEFAULT_TARGETS, LoRASpec
@@ -34,17 +46,8 @@ def open_model(config: TrainConfig, *, with_weights: bool = True) -> tuple[Sourc
   new_tokens = add_image_tokens(tokenizer)
   if new_tokens:
     logging.info("Added %d image tokens to the tokenizer; it has %d tokens now", new_tokens, len(tokenizer))
-  changes = Changes(
-    image_size=config.data.force_image_size,
-    select_layer=model.vision_select_layer,
-    downsample_ratio=config.data.down_sample_ratio,
-    ps_version=model.ps_version,
-    unfreeze_vit_layers=model.unfreeze_vit_layers,
-    vision_lora=lora_spec(config.lora, model.use_backbone_lora),
-    text_lora=lora_spec(config.lora, model.use_llm_lora),
-    vocab_size=len(tokenizer) if new_tokens else None,
-    new_tokens=new_tokens,
-  )
+  vocab_size = len(tokenizer) if new_tokens else None
+  changes = dataclasses.replace(changes_of(config), vocab_size=vocab_size, new_tokens=new_tokens)
   read = with_weights and not config.runtime.random_init
   if not model.model_name_or_path:
     assert model.vision_path and model.llm_path, "validate() comes first"
@@ -53,6 +56,42 @@ def open_model(config: TrainConfig, *, with_weights: bool = True) -> tuple[Sourc
   source = open_source(model.model_name_or_path, changes, with_weights=read)
   check_template(config, source)
   return (with_projector(source, model.mlp_path) if model.mlp_path else source), tokenizer
+
+
+def describe_model(config: TrainConfig) -> Source:
+  """The model's shapes alone, from config.json: no weights, no tokenizer.
+
+  A published size is not looked up on the hub: its shapes are known. Tokens that a run would add to the
+  vocabulary are left out.
+
+  Raises:
+    UserError: the model cannot be used as the config says.
+  """
+  name, changes = config.model.model_name_or_path, changes_of(config)
+  if not name:
+    vision, llm = config.model.vision_path, config.model.llm_path
+    assert vision and llm, "validate() comes first"
+    return open_parts(
+      vision_path=vision, llm_path=llm, mlp_path=None, changes=changes, with_weights=False
+    )
+  size = None if os.path.isdir(name) else published.size_of(name)
+  if size is None:
+    return open_source(name, changes, with_weights=False)
+  return describe(published.config_of(size), changes)
+
+
+def changes_of(config: TrainConfig) -> Changes:
+  """What the config makes different about the model that the checkpoint holds."""
+  model = config.model
+  return Changes(
+    image_size=config.data.force_image_size,
+    select_layer=model.vision_select_layer,
+    downsample_ratio=config.data.down_sample_ratio,
+    ps_version=model.ps_version,
+    unfreeze_vit_layers=model.unfreeze_vit_layers,
+    vision_lora=lora_spec(config.lora, model.use_backbone_lora),
+    text_lora=lora_spec(config.lora, model.use_llm_lora),
+  )
 
 
 def lora_spec(config: LoRAConfig, rank: int) -> LoRASpec | None:
