@@ -145,7 +145,7 @@ class Product:
     mesh = mesh_in_scope()
     if mesh is None:
       return w
-    return jax.lax.with_sharding_constraint(w, spec(*_weight_entries(self.axes, w.shape, mesh)))
+    return jax.lax.with_sharding_constraint(w, spec(*weight_entries(self.axes, w.shape, mesh)))
 
   def used(self, w: jax.Array) -> jax.Array:
     """The pieces of w that products are computed with."""
@@ -172,7 +172,7 @@ class Product:
 
   def _split(self, shape: tuple[int, ...], mesh: AbstractMesh) -> list[MeshAxes]:
     """Mesh axes that split D and F in use."""
-    entries = _weight_entries(self.axes, shape, mesh)
+    entries = weight_entries(self.axes, shape, mesh)
     return [
       entry if self.over == "tokens" and name in SPLIT_IN_USE and self._whole(entry, size, mesh) else ()
       for name, entry, size in zip(self.axes, entries, shape, strict=True)
@@ -198,12 +198,13 @@ def weight_shardings(
 ) -> dict[str, NamedSharding]:
   """The sharding of every parameter; an axis that the mesh axes do not divide stays whole."""
   return {
-    path: NamedSharding(mesh, spec(*_weight_entries(axes[path], leaf.shape, mesh)))
+    path: NamedSharding(mesh, spec(*weight_entries(axes[path], leaf.shape, mesh)))
     for path, leaf in shapes.items()
   }
 
 
-def _weight_entries(axes: Names, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> list[MeshAxes]:
+def weight_entries(axes: Names, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> list[MeshAxes]:
+  """Mesh axes over which each axis of a weight is stored."""
   # A vector is split only where what it is added to is: collecting it would cost more than it saves.
   is_vector = len([name for name in axes if name != "layers"]) < 2
   used: MeshAxes = ()
