@@ -56,7 +56,7 @@ def linear_cross_entropy(
       *(collected, vocab, hidden.reshape(-1, E), chunks, entries),
       *(targets.reshape(-1), weights.reshape(-1)),
     )
-    return total[None]
+    return jnp.expand_dims(total, 0)
 
   totals = jax.shard_map(
     local,

@@ -221,6 +221,62 @@ def _devices(axes: MeshAxes, mesh: Mesh | AbstractMesh) -> int:
   return math.prod(mesh.shape[axis] for axis in axes)
 
 
+# --- The state ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StateShardings:
+  """Where the state of a run lies, by path.
+
+  Attributes:
+    mesh: the devices.
+    params: all parameters.
+    gradients, moments: the gradients and the optimizer's moments of those that train.
+  """
+
+  mesh: Mesh
+  params: dict[str, NamedSharding]
+  gradients: dict[str, NamedSharding]
+  moments: dict[str, NamedSharding]
+
+  @property
+  def can_share(self) -> bool:
+    """Whether the mesh has axes that split parameters."""
+    return any(size > 1 for axis, size in self.mesh.shape.items() if axis != "data")
+
+
+def state_shardings(
+  axes: Mapping[str, Names],
+  shapes: Mapping[str, jax.ShapeDtypeStruct],
+  trainable: Iterable[str],
+  mesh: Mesh,
+  *,
+  zero_stage: int = 0,
+) -> StateShardings:
+  """Where the state lies: parameters as `weight_shardings` says, the rest as ZeRO's stage says.
+
+  Stage 1 spreads the optimizer's moments over `data` as well, stage 2 also the gradients. Stage 3 also spreads
+  the parameters; that is what `fsdp` is, so that `make_mesh` makes `data` devices `fsdp` devices.
+  """
+  params = weight_shardings(axes, shapes, mesh)
+  kept = {path: params[path] for path in shapes if path in set(trainable)}
+  spread = {
+    path: NamedSharding(mesh, spec(*_over_data(axes[path], shapes[path].shape, mesh))) for path in kept
+  }
+  return StateShardings(
+    mesh, params, gradients=spread if zero_stage >= 2 else kept, moments=spread if zero_stage >= 1 else kept
+  )
+
+
+def _over_data(axes: Names, shape: tuple[int, ...], mesh: Mesh) -> list[MeshAxes]:
+  """`weight_entries`, with `data` added to the first axis that it divides."""
+  entries = weight_entries(axes, shape, mesh)
+  for i, (name, size) in enumerate(zip(axes, shape, strict=True)):
+    if name != "layers" and (more := fit(("data",), size // _devices(entries[i], mesh), mesh)):
+      return [*entries[:i], (*entries[i], *more), *entries[i + 1 :]]
+  return entries
+
+
 # --- Batches ------------------------------------------------------------------------------------------------
 
 
