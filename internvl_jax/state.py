@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 
 from internvl_jax.models.functional import ModelDef
+from internvl_jax.parallel.rules import StateShardings, replicated
 from internvl_jax.trees import count, part_of
 
 
@@ -29,18 +31,23 @@ class TrainState:
   opt_state: optax.OptState
 
   @classmethod
-  def create(cls, params: dict[str, jax.Array], optimizer: optax.GradientTransformation) -> "TrainState":
-    """The state before the first step. Moments lie where their parameters lie."""
-    opt_state = jax.jit(optimizer.init)(params)
-    return cls(jnp.zeros((), jnp.int32), params, _like_params(opt_state, params))
+  def create(
+    cls, params: dict[str, jax.Array], optimizer: optax.GradientTransformation, places: StateShardings
+  ) -> "TrainState":
+    """The state before the first step."""
+    step = jax.device_put(np.zeros((), np.int32), replicated(places.mesh))
+    shapes = jax.eval_shape(optimizer.init, params)
+    return cls(
+      step, params, jax.jit(optimizer.init, out_shardings=opt_state_shardings(shapes, places))(params)
+    )
 
 
-def _like_params(opt_state: optax.OptState, params: Mapping[str, jax.Array]) -> optax.OptState:
-  """Puts each moment on its parameter's sharding."""
+def opt_state_shardings(opt_state: optax.OptState, places: StateShardings) -> optax.OptState:
+  """Where the arrays of an optimizer's state lie: moments as `places` says, the rest on every device."""
 
-  def place(keys: tuple, leaf: jax.Array) -> jax.Array:
-    path = str(getattr(keys[-1], "key", ""))
-    return jax.device_put(leaf, params[path].sharding) if path in params else leaf
+  def place(keys: tuple, leaf: Any) -> NamedSharding:
+    del leaf
+    return places.moments.get(str(getattr(keys[-1], "key", "")), replicated(places.mesh))
 
   return jax.tree_util.tree_map_with_path(place, opt_state)
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from internvl_jax import frontdoor, optim
 from internvl_jax.adapters import merge_and_check
-from internvl_jax.assembly import execution, make_step, open_model, place_params
+from internvl_jax.assembly import execution, make_step, open_mesh, open_model, place_state
 from internvl_jax.checkpoint import Checkpointer
 from internvl_jax.config import TrainConfig, check_output_dir, clear_output_dir, to_json, validate
 from internvl_jax.data.pipeline import TrainLoader
@@ -56,7 +56,7 @@ def train(config: TrainConfig) -> None:
 
   source, tokenizer = open_model(config)
   chat = ChatTokenizer(tokenizer, config.data.conv_style)
-  mesh = meshes.make_mesh(config.mesh)
+  mesh = open_mesh(config)
   shards = meshes.data_parallel_size(mesh)
   trainable = optim.trainable_paths(config.model, source.model.shapes)
   optimizer = optim.make_optimizer(config.training, select(source.reference_names, trainable))
@@ -71,15 +71,16 @@ def train(config: TrainConfig) -> None:
   )
   # The data are looked at before the weights are read: mistakes are likelier there, and cheaper to find.
   loader = make_loader()
+  meshes.check_lengths(loader.sequence_sizes, mesh)
   logging.info("Data:\n%s", "\n".join(loader.describe()))
   logging.info(
     "%d steps of %d rows, %d to an epoch", loader.total_steps, loader.global_batch, loader.steps_per_epoch
   )
 
-  params = place_params(config, source, trainable, mesh)
+  params, places = place_state(config, source, trainable, mesh)
   logging.info("Model:\n%s", describe(params, trainable))
   frozen = {path: value for path, value in params.items() if path not in trainable}
-  state = TrainState.create(select(params, trainable), optimizer)
+  state = TrainState.create(select(params, trainable), optimizer, places)
   del params
 
   output_dir = output_folder(config)
@@ -96,7 +97,7 @@ def train(config: TrainConfig) -> None:
   with log:
     trainer = Trainer(
       training=config.training,
-      steps=CompiledSteps(make_step(config, source, optimizer, how, shards), rules.batch_shardings(mesh)),
+      steps=CompiledSteps(make_step(config, source, optimizer, how, places), rules.batch_shardings(mesh)),
       schedule=optim.make_schedule(config.training, loader.total_steps),
       loader=loader,
       checkpointer=checkpointer,

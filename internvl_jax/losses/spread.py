@@ -52,11 +52,8 @@ def linear_cross_entropy(
     entries = part[0] * (padded // parts) + jnp.arange(padded // parts).reshape(-1, chunk)
     entries = jnp.where(entries < V, entries, -1)
     collected = tuple(axis for axis in width if axis not in vocab)
-    total = _chunked(
-      *(collected, vocab, hidden.reshape(-1, E), chunks, entries),
-      *(targets.reshape(-1), weights.reshape(-1)),
-    )
-    return total[None]
+    flat = (hidden.reshape(-1, E), chunks, entries, targets.reshape(-1), weights.reshape(-1))
+    return _on_device(collected, vocab, *flat)[None]
 
   totals = jax.shard_map(
     local,
@@ -73,12 +70,21 @@ def _chunk_width(tokens: int, vocabulary: int) -> int:
   return math.ceil(vocabulary / chunks / _LANES) * _LANES
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(collected, vocab, x, chunks, entries, targets, weights):
+def _on_device(collected: MeshAxes, vocab: MeshAxes, *arrays: jax.Array) -> jax.Array:
   """The device's share of the weighted sum over tokens x [M, E], with kernels [n, pieces of E, C] of entries [n, C].
 
   Devices that share tokens all have their sum, so that each gives an equal part of it.
+
+  Args:
+    collected: axes of the mesh that hold pieces of E.
+    vocab: those that share tokens and split the vocabulary.
+    arrays: x, kernels, entries, targets [M], weights [M].
   """
+  return _chunked(collected, vocab, *arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked(collected, vocab, x, chunks, entries, targets, weights):
   return _share(collected, vocab, x, chunks, entries, targets, weights)[0]
 
 

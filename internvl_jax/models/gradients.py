@@ -29,16 +29,20 @@ def _column_sums(x: jax.Array) -> jax.Array:
   return jnp.dot(jnp.ones((1, x.shape[0]), x.dtype), x, preferred_element_type=jnp.float32)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(x: jax.Array, w: jax.Array, product: Product) -> jax.Array:
   """`x @ w` of x [..., D] and w [D, F], spread over the mesh in scope as `product` says."""
+  return _matmul(x, w, product)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x, w, product):
   y = product.inputs(x, w.shape) @ product.used(w)
   return product.outputs(y, w.shape)
 
 
 def _matmul_forward(x, w, product):
   needed = (x.value if w.perturbed else None, w.value if x.perturbed else None)
-  return matmul(x.value, w.value, product), needed
+  return _matmul(x.value, w.value, product), needed
 
 
 def _matmul_backward(product, needed, g):
@@ -67,7 +71,7 @@ def _spread_gradients(product, x, w, g):
   return dx, dw
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
+_matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
 
 
 @jax.custom_vjp

@@ -145,7 +145,7 @@ class Product:
     mesh = mesh_in_scope()
     if mesh is None:
       return w
-    return jax.lax.with_sharding_constraint(w, spec(*_weight_entries(self.axes, w.shape, mesh)))
+    return jax.lax.with_sharding_constraint(w, spec(*weight_entries(self.axes, w.shape, mesh)))
 
   def used(self, w: jax.Array) -> jax.Array:
     """The pieces of w that products are computed with."""
@@ -172,7 +172,7 @@ class Product:
 
   def _split(self, shape: tuple[int, ...], mesh: AbstractMesh) -> list[MeshAxes]:
     """Mesh axes that split D and F in use."""
-    entries = _weight_entries(self.axes, shape, mesh)
+    entries = weight_entries(self.axes, shape, mesh)
     return [
       entry if self.over == "tokens" and name in SPLIT_IN_USE and self._whole(entry, size, mesh) else ()
       for name, entry, size in zip(self.axes, entries, shape, strict=True)
@@ -198,12 +198,13 @@ def weight_shardings(
 ) -> dict[str, NamedSharding]:
   """The sharding of every parameter; an axis that the mesh axes do not divide stays whole."""
   return {
-    path: NamedSharding(mesh, spec(*_weight_entries(axes[path], leaf.shape, mesh)))
+    path: NamedSharding(mesh, spec(*weight_entries(axes[path], leaf.shape, mesh)))
     for path, leaf in shapes.items()
   }
 
 
-def _weight_entries(axes: Names, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> list[MeshAxes]:
+def weight_entries(axes: Names, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> list[MeshAxes]:
+  """Mesh axes over which each axis of a weight is stored."""
   # A vector is split only where what it is added to is: collecting it would cost more than it saves.
   is_vector = len([name for name in axes if name != "layers"]) < 2
   used: MeshAxes = ()
@@ -218,6 +219,62 @@ def _weight_entries(axes: Names, shape: tuple[int, ...], mesh: Mesh | AbstractMe
 
 def _devices(axes: MeshAxes, mesh: Mesh | AbstractMesh) -> int:
   return math.prod(mesh.shape[axis] for axis in axes)
+
+
+# --- The state ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StateShardings:
+  """Where the state of a run lies, by path.
+
+  Attributes:
+    mesh: the devices.
+    params: all parameters.
+    gradients, moments: the gradients and the optimizer's moments of those that train.
+  """
+
+  mesh: Mesh
+  params: dict[str, NamedSharding]
+  gradients: dict[str, NamedSharding]
+  moments: dict[str, NamedSharding]
+
+  @property
+  def can_share(self) -> bool:
+    """Whether the mesh has axes that split parameters."""
+    return any(size > 1 for axis, size in self.mesh.shape.items() if axis != "data")
+
+
+def state_shardings(
+  axes: Mapping[str, Names],
+  shapes: Mapping[str, jax.ShapeDtypeStruct],
+  trainable: Iterable[str],
+  mesh: Mesh,
+  *,
+  zero_stage: int = 0,
+) -> StateShardings:
+  """Where the state lies: parameters as `weight_shardings` says, the rest as ZeRO's stage says.
+
+  Stage 1 spreads the optimizer's moments over `data` as well, stage 2 also the gradients. Stage 3 also spreads
+  the parameters; that is what `fsdp` is, so that `make_mesh` makes `data` devices `fsdp` devices.
+  """
+  params = weight_shardings(axes, shapes, mesh)
+  kept = {path: params[path] for path in shapes if path in set(trainable)}
+  spread = {
+    path: NamedSharding(mesh, spec(*_over_data(axes[path], shapes[path].shape, mesh))) for path in kept
+  }
+  return StateShardings(
+    mesh, params, gradients=spread if zero_stage >= 2 else kept, moments=spread if zero_stage >= 1 else kept
+  )
+
+
+def _over_data(axes: Names, shape: tuple[int, ...], mesh: Mesh) -> list[MeshAxes]:
+  """`weight_entries`, with `data` added to the first axis that it divides."""
+  entries = weight_entries(axes, shape, mesh)
+  for i, (name, size) in enumerate(zip(axes, shape, strict=True)):
+    if name != "layers" and (more := fit(("data",), size // _devices(entries[i], mesh), mesh)):
+      return [*entries[:i], (*entries[i], *more), *entries[i + 1 :]]
+  return entries
 
 
 # --- Batches ------------------------------------------------------------------------------------------------
