@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ from internvl_jax.hf.model import (
   with_projector,
 )
 from internvl_jax.hf.tokenizer import add_image_tokens, load_tokenizer
+from internvl_jax.models.attention import backend_for
 from internvl_jax.models.internvl import Execution
 from internvl_jax.models.lora import DEFAULT_TARGETS, LoRASpec
 from internvl_jax.objectives import SupervisedFineTuning
@@ -32,6 +35,15 @@ from internvl_jax.parallel import rules, zero
 from internvl_jax.parallel.table import placement_table, placement_warnings
 from internvl_jax.state import with_dtypes
 from internvl_jax.step import TrainStep
+
+
+def set_up_jax(config: TrainConfig) -> None:
+  """Settings of JAX that the whole process shares."""
+  if config.runtime.compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", config.runtime.compilation_cache_dir)
+  if not config.training.bf16:
+    # Accelerators round float32 products to less by default; float32 is asked for to get float32's numbers.
+    jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def open_model(config: TrainConfig, *, with_weights: bool = True) -> tuple[Source, PreTrainedTokenizerBase]:
@@ -73,9 +85,7 @@ def describe_model(config: TrainConfig) -> Source:
   if not name:
     vision, llm = config.model.vision_path, config.model.llm_path
     assert vision and llm, "validate() comes first"
-    return open_parts(
-      vision_path=vision, llm_path=llm, mlp_path=None, changes=changes, with_weights=False
-    )
+    return open_parts(vision_path=vision, llm_path=llm, mlp_path=None, changes=changes, with_weights=False)
   size = None if os.path.isdir(name) else published.size_of(name)
   if size is None:
     return open_source(name, changes, with_weights=False)
@@ -121,26 +131,33 @@ def check_template(config: TrainConfig, source: Source) -> None:
   )
 
 
-def open_mesh(config: TrainConfig) -> jax.sharding.Mesh:
-  """The devices as the config arranges them.
+def open_mesh(config: TrainConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+  """The devices, by default those at hand, as the config arranges them.
 
   Raises:
     UserError: they cannot be arranged so.
   """
   stage = zero.read_stage(config.training.deepspeed)
-  mesh = meshes.make_mesh(config.mesh, zero_stage=stage)
+  mesh = meshes.make_mesh(config.mesh, devices, zero_stage=stage)
   if config.training.deepspeed:
     logging.info("ZeRO stage %d: %s spread over the data axis", stage, zero.STAGES[stage])
   return mesh
+
+
+def state_places(
+  config: TrainConfig, source: Source, trainable: set[str], mesh: jax.sharding.Mesh
+) -> tuple[dict[str, jax.ShapeDtypeStruct], rules.StateShardings]:
+  """Shapes of all parameters by path, as they are stored, and where all of the state lies."""
+  shapes = with_dtypes(source.model, trainable, bf16=config.training.bf16)
+  stage = zero.read_stage(config.training.deepspeed)
+  return shapes, rules.state_shardings(source.model.axes, shapes, trainable, mesh, zero_stage=stage)
 
 
 def place_state(
   config: TrainConfig, source: Source, trainable: set[str], mesh: jax.sharding.Mesh
 ) -> tuple[dict[str, jax.Array], rules.StateShardings]:
   """All parameters by path, from the checkpoint or fresh, on their devices; and where all of the state lies."""
-  shapes = with_dtypes(source.model, trainable, bf16=config.training.bf16)
-  stage = zero.read_stage(config.training.deepspeed)
-  places = rules.state_shardings(source.model.axes, shapes, trainable, mesh, zero_stage=stage)
+  shapes, places = state_places(config, source, trainable, mesh)
   if mesh.size > 1:
     logging.info("Parameters:\n%s", "\n".join(placement_table(shapes, places)))
     for line in placement_warnings(shapes, places):
@@ -187,12 +204,12 @@ def drop_path_rates(model: ModelArguments, source: Source) -> tuple[float, ...]:
   return tuple(rates.tolist()) if rates.any() else ()
 
 
-def execution(config: TrainConfig) -> Execution:
-  """How forward passes are computed."""
+def execution(config: TrainConfig, platform: str | None = None) -> Execution:
+  """How forward passes are computed on a platform ("tpu", "gpu" or "cpu"), by default the one at hand."""
   remat = config.model.grad_checkpoint or config.training.gradient_checkpointing
   return Execution(
     dtype=jnp.bfloat16 if config.training.bf16 else jnp.float32,
-    attention=config.runtime.attention,
+    attention=backend_for(config.runtime.attention, platform or jax.default_backend()),
     remat=config.runtime.remat_policy if remat else None,
     scan_unroll=config.runtime.scan_unroll,
   )

@@ -252,7 +252,8 @@ _GROUPS = re.compile(
   r"(?P<pairs>source_target_pairs)=\{(?P<list_of_pairs>[\d,{} ]*)\}\}"
   r"|replica_groups=(?:\{(?P<list>[\d,{} ]*)\}(?=,|$)"
   r"|\[(?P<shape>[\d,]+)\]<=\[(?P<iota>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?"
-  r"|mesh\[(?P<mesh>[^\]]*)\]\s*\{(?P<axes>[^}]*)\})"
+  r"|mesh\[(?P<mesh>[^\]]*)\](?:, device_ids=\(\[(?P<ids>[\d,]+)\](?:T\((?P<ids_order>[\d,]+)\))?\))?"
+  r"\s*\{(?P<axes>[^}]*)\})"
 )
 
 
@@ -261,30 +262,37 @@ def _groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
   found = _GROUPS.search(attributes)
   assert found, f"no groups of devices in {attributes[:200]}"
   if found["shape"]:
-    ids = np.arange(devices).reshape(_ints(found["iota"]))
-    if found["order"]:
-      ids = ids.transpose(_ints(found["order"]))
-    return _tuples(ids.reshape(_ints(found["shape"])))
+    return _tuples(_iota(found["iota"], found["order"]).reshape(_ints(found["shape"])))
   if found["mesh"] is not None:
-    return _tuples(_mesh_groups(found["mesh"], found["axes"], devices))
+    ids = _iota(found["ids"] or str(devices), found["ids_order"])
+    return _tuples(_mesh_groups(found["mesh"], found["axes"], ids))
   listed = found["list_of_pairs"] if found["pairs"] else found["list"]
   groups = [_ints(group) for group in re.findall(r"\{([\d, ]+)", "{" + listed if found["pairs"] else listed)]
   return tuple(groups) or (tuple(range(devices)),)
 
 
-def _mesh_groups(mesh: str, axes: str, devices: int) -> np.ndarray:
+def _iota(shape: str, order: str | None) -> np.ndarray:
+  """The numbers from 0 in an array of that shape, its axes in another order."""
+  sizes = _ints(shape)
+  ids = np.arange(math.prod(sizes)).reshape(sizes)
+  return ids.transpose(_ints(order)) if order else ids
+
+
+def _mesh_groups(mesh: str, axes: str, ids: np.ndarray) -> np.ndarray:
   """Groups along axes of the compiler's own mesh; an axis may be cut: 'a':(2)4 is its part of size 4 after 2."""
   sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
   chosen = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
   shape, keep = [], []
   for name, size in sizes.items():
-    cuts = sorted({1, size} | {int(c) for axis, pre, n in chosen if axis == name and n for c in (pre, int(pre) * int(n))})
+    cuts = sorted(
+      {1, size} | {int(c) for axis, pre, n in chosen if axis == name and n for c in (pre, int(pre) * int(n))}
+    )
     for low, high in itertools.pairwise(cuts):
       whole = (name, "", "") in chosen
       inside = any(axis == name and n and int(pre) <= low < int(pre) * int(n) for axis, pre, n in chosen)
       shape.append(high // low)
       keep.append(whole or inside)
-  ids = np.arange(devices).reshape(shape or [devices])
+  ids = ids.reshape(shape or [ids.size])
   order = [i for i, kept in enumerate(keep) if not kept] + [i for i, kept in enumerate(keep) if kept]
   group = math.prod(size for size, kept in zip(shape, keep, strict=True) if kept)
   return ids.transpose(order).reshape(-1, group)
@@ -328,7 +336,9 @@ def _convolution_flops(instruction: Instruction, lines: dict[str, Instruction]) 
   lhs_dims, kernel_dims = (lines[name].arrays[0].dims for name in instruction.operands[:2])
   out_dims = instruction.arrays[0].dims
   total = 2 * out_dims[out.index("b")] * out_dims[out.index("f")] * kernel_dims[kernel.index("i")]
-  window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", instruction.attributes) or [""])[0]))
+  window = dict(
+    re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", instruction.attributes) or [""])[0])
+  )
   for i in range(len(lhs) - 2):
 
     def setting(name: str, default: str, i: int = i) -> str:
@@ -355,11 +365,17 @@ def _overlaps(size, taps, out, *, stride, before, lhs_dilate, rhs_dilate) -> int
   return int(np.sum((places >= 0) & (places % lhs_dilate == 0) & (places // lhs_dilate < size)))
 
 
+def kernel_flops(module: Module) -> int:
+  """Operations of the kernels written by hand that are known, by the shapes they are called with."""
+  del module
+  return 0
+
+
 # --- Memory traffic -----------------------------------------------------------------------------------------
 
 _FREE = frozenset(
-  ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional")
-  + ("after-all", "partition-id", "replica-id", "async-done", "async-update", "copy-done", "iota")
+  {"parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional"}
+  | {"after-all", "partition-id", "replica-id", "async-update"}
 )
 
 

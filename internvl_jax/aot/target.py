@@ -109,9 +109,7 @@ def _slice(name: str, chip: Chip, shape: tuple[int, ...]) -> Target:
   from jax.experimental import topologies
 
   try:
-    devices = topologies.get_topology_desc(
-      platform="tpu", topology_name=name, **dict(chip.options)
-    ).devices
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **dict(chip.options)).devices
   except jax.errors.JaxRuntimeError as error:
     raise UserError(f"--topology={name}: {str(error).splitlines()[0]}") from None
   assert len(devices) == math.prod(shape)
