@@ -7,6 +7,7 @@ Topologies: a slice of TPUs (v4:2x2x1, v5e:4x4, v5p:2x2x1, v6e:2x4; libtpu from 
 devices at hand (cpu, cpu:8, gpu, local). With --search, a kind of TPU (v5e) whose smallest slice that fits is
 looked for, or the largest slice to look at (v5e:8x8).
 
+Without a recipe, everything is fine-tuned in packed rows (aot/recipe.py); fields are overridden as everywhere.
 Nothing is read but the checkpoint's config.json, and of a published size not even that: `--size`, or the size's hub
 id in the recipe. The batch is the largest that the data may make (max_packed_tokens and num_images_expected, or
 max_seq_length and max_dynamic_patch), or --tokens and --tiles a row. docs/scale.md explains the report.
@@ -18,16 +19,16 @@ from pathlib import Path
 from absl import flags
 
 from internvl_jax import frontdoor
+from internvl_jax.aot import recipe
 from internvl_jax.aot import report as reports
 from internvl_jax.aot.program import batch_shape, compile_step, plan_step
 from internvl_jax.aot.target import open_target
 from internvl_jax.assembly import set_up_jax
 from internvl_jax.config import TrainConfig, validate
-from internvl_jax.errors import UserError
 from internvl_jax.hf import published
 from internvl_jax.metrics import write_json
 
-_CONFIG = frontdoor.define_config_flag()
+_CONFIG = frontdoor.define_config_flag(default=recipe.__file__)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Devices to plan for, e.g. v5e:4x4.", required=True)
 _SIZE = flags.DEFINE_enum(
   "size", None, published.SIZES, "Published size, in place of model.model_name_or_path."
@@ -35,7 +36,11 @@ _SIZE = flags.DEFINE_enum(
 _TOKENS = flags.DEFINE_integer("tokens", None, "Tokens of a row.", lower_bound=1)
 _TILES = flags.DEFINE_integer("tiles", None, "Tiles of a row.", lower_bound=0)
 _HBM = flags.DEFINE_float("hbm", None, "GiB that a program may use of each device.", lower_bound=0)
+_LEVEL = flags.DEFINE_enum(
+  "optimization_level", "O1", ("default", "O0", "O1", "O2", "O3"), "How hard the compiler for a slice tries."
+)
 _JSON = flags.DEFINE_string("json", None, "File to write the whole report to.")
+_DUMP = flags.DEFINE_string("dump", None, "Folder for the files that the compiler for a slice writes.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -47,38 +52,24 @@ def main(argv: Sequence[str]) -> None:
   limit = target.memory if _HBM.value is None else round(_HBM.value * reports.GIB)
   shape = batch_shape(config, tokens=_TOKENS.value, tiles=_TILES.value)
   plan = plan_step(config, target, shape)
-  report = reports.make_report(plan, compile_step(plan, target), target, limit=limit)
+  compiled = compile_step(plan, target, optimization_level=_LEVEL.value, dump=_DUMP.value)
+  report = reports.make_report(plan, compiled, target, limit=limit)
   print(reports.render(report))
   if _JSON.value is not None:
     write_json(Path(_JSON.value), report.as_json())
 
 
 def configuration() -> TrainConfig:
-  """The recipe's configuration, or that of fine-tuning a published size in packed rows.
+  """The configuration, of the size that is asked for.
 
   Raises:
-    UserError: neither is named, or the configuration cannot work.
+    UserError: it cannot work.
   """
   config = _CONFIG.value
-  if config is None:
-    if _SIZE.value is None:
-      raise UserError(f"--config=FILE.py or --size is needed; sizes are {', '.join(published.SIZES)}")
-    config = fine_tuning()
   if _SIZE.value is not None:
     config.model.model_name_or_path = published.hub_id(_SIZE.value)
     config.model.vision_path = config.model.llm_path = None
   validate(config, "plan")
-  return config
-
-
-def fine_tuning() -> TrainConfig:
-  """Fine-tuning of everything: one packed row a device, bfloat16, all weights and their state spread."""
-  config = TrainConfig()
-  config.model.use_liger = True
-  config.data.use_packed_ds = True
-  config.training.bf16 = True
-  config.training.per_device_train_batch_size = 1
-  config.mesh.data, config.mesh.fsdp = 1, -1
   return config
 
 

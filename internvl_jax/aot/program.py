@@ -1,5 +1,6 @@
 """The training step of a configuration, described by shapes alone, and compiled."""
 
+import contextlib
 import dataclasses
 import re
 import tempfile
@@ -165,14 +166,17 @@ class Compiled:
 _STATS: tuple[str, ...] = ("argument", "output", "alias", "temp", "generated_code")
 
 
-def compile_step(plan: StepPlan, target: Target, *, optimization_level: str | None = "O1") -> Compiled:
+def compile_step(
+  plan: StepPlan, target: Target, *, optimization_level: str = "O1", dump: str | None = None
+) -> Compiled:
   """Compiles a step. A step that does not fit is an answer like another.
 
   Args:
     plan: the step.
     target: the devices it is planned for.
     optimization_level: how hard the compiler for a slice of TPUs tries. "O1" takes a third of the time, with
-      memory within 2 % (docs/scale.md); None is the default.
+      memory within 2 % (docs/scale.md); "default" is what a run on TPUs gets.
+    dump: an empty folder for what the compiler for a slice writes about the program; None keeps nothing of it.
   """
   start = time.perf_counter()
   # As `trainer.CompiledSteps` does it.
@@ -182,13 +186,14 @@ def compile_step(plan: StepPlan, target: Target, *, optimization_level: str | No
     compiled = lowered.compile()
     seconds = time.perf_counter() - lowered_at
     return _result(compiled, compiled.as_text() or "", None, (), lowered_at - start, seconds)
-  if optimization_level is not None:
+  if optimization_level != "default":
     jax.config.update("jax_optimization_level", optimization_level)
-  with tempfile.TemporaryDirectory(prefix="internvl_jax_plan_") as folder:
+  with contextlib.ExitStack() as stack:
+    folder = dump or stack.enter_context(tempfile.TemporaryDirectory(prefix="internvl_jax_plan_"))
     refusal = compiled = None
     try:
       # The text of a program compiled for v5p and v6e cannot be had otherwise.
-      options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+      options = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
       compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):

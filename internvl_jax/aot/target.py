@@ -16,8 +16,10 @@ _SLICE = re.compile(r"(?P<kind>\w+):(?P<shape>\d+(x\d+)*)")
 _CPU = re.compile(r"cpu(?::(?P<devices>\d+))?")
 _FORMS = "v5e:4x4 (or v4, v5p, v6e), cpu, cpu:8, gpu or local"
 
-# libtpu asks the cloud's metadata server what machine it is on, and complains at length where there is none.
-_QUIET = {
+# libtpu asks the cloud's metadata server what machine it is on, and complains at length where there is none; and it
+# lets one process at a time take the TPU, of which there is none to take.
+_NO_TPU = {
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_WORKER_HOSTNAMES": "localhost",
   "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -102,7 +104,7 @@ def _slice(name: str, chip: Chip, shape: tuple[int, ...]) -> Target:
       f"--topology={name}: links of {chip.name} have {chip.dimensions} dimensions; write {chip.name}:{example}"
     )
   check_compiler()
-  os.environ.update({key: value for key, value in _QUIET.items() if key not in os.environ})
+  os.environ.update({key: value for key, value in _NO_TPU.items() if key not in os.environ})
   jax.config.update("jax_platforms", "cpu")
   # What is compiled for a slice cannot be run here, and the cache would hide what the compiler says about it.
   jax.config.update("jax_enable_compilation_cache", False)
