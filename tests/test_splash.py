@@ -38,7 +38,9 @@ def loss_and_gradients(inputs, backend, **options):
   """A number that all outputs change, and its gradient by every input."""
 
   def run(inputs):
-    out = attention(inputs["q"], inputs["k"], inputs["v"], sinks=inputs.get("sinks"), backend=backend, **options)
+    out = attention(
+      inputs["q"], inputs["k"], inputs["v"], sinks=inputs.get("sinks"), backend=backend, **options
+    )
     return jnp.sum(jnp.sin(out) * jnp.arange(1, WIDTH + 1)), out
 
   return jax.jit(jax.value_and_grad(run, has_aux=True))(inputs)
@@ -57,7 +59,10 @@ def compare(inputs, **options):
     (256, {"causal": True, "segment_ids": segments(256)}),
     (200, {"causal": True, "segment_ids": segments(200)}),  # Padded to whole blocks.
     (128, {"causal": True}),
-    (145, {"causal": False, "over": "tiles"}),  # As a ViT's patches and class token: of no multiple, one segment.
+    (
+      145,
+      {"causal": False, "over": "tiles"},
+    ),  # As a ViT's patches and class token: of no multiple, one segment.
     (256, {"causal": True, "segment_ids": segments(256), "window": 40}),
   ],
 )

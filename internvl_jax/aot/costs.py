@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
+import jax
 import numpy as np
 
 from internvl_jax.aot.hlo import Collective
@@ -71,8 +72,6 @@ def _plain_products(plan: StepPlan) -> list[Products]:
 
 def _whole(tree):
   """The same shapes on no device in particular."""
-  import jax
-
   return jax.tree.map(lambda leaf: leaf.update(sharding=None), tree)
 
 
@@ -88,14 +87,13 @@ def exchange_seconds(collective: Collective, target: Target) -> float | None:
     return None
   speed = target.chip.link_bandwidth
   n = len(collective.groups[0])
-  if collective.kind == "collective-permute":
-    return collective.bytes / speed
   places = np.array([target.devices[i].coords[: len(target.shape)] for i in collective.groups[0]])
   if collective.kind == "all-to-all":
     crossing = n * collective.bytes / 4
     return max(crossing / (speed * links) for links in _links_across(places, target))
-  ways = 2 if collective.kind == "all-reduce" else 1
-  return ways * collective.bytes * (n - 1) / n / (speed * _links_of_a_chip(places, target))
+  # What a chip takes in of an array that all have in the end, twice for a sum; a permutation moves all of it.
+  share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(collective.kind, (n - 1) / n)
+  return share * collective.bytes / (speed * _links_of_a_chip(places, target))
 
 
 def _links_of_a_chip(places: np.ndarray, target: Target) -> int:

@@ -118,7 +118,7 @@ class Module:
     if instruction.opcode == "while":
       body, condition = instruction.called("body"), instruction.called("condition")
       assert body and condition
-      yield body, self._trips(instruction, condition)
+      yield body, self._trips(instruction, body, condition)
     elif instruction.opcode in ("fusion", "async-start", "call"):
       callee = instruction.called("calls") or instruction.called("to_apply")
       if callee in self.computations:
@@ -132,15 +132,33 @@ class Module:
       )
       yield from ((name, 1) for name in names if name)
 
-  def _trips(self, loop: Instruction, condition: str) -> int:
-    """How often a loop's body runs: as the compiler says, or what its condition compares the counter with."""
+  def _trips(self, loop: Instruction, body: str, condition: str) -> int:
+    """How often a loop's body runs: as the compiler says, or by its counter's bound and step."""
     if found := _TRIPS.search(loop.attributes):
       return int(found[1])
-    lines = self.computations[condition]
-    for instruction in lines.values():
-      if instruction.opcode == "constant" and (found := re.fullmatch(r"(\d+)", instruction.operands[0])):
-        return int(found[1])
-    return 1
+    test = next(line for line in self.computations[condition].values() if line.is_root)
+    operands = [self.computations[condition].get(name) for name in test.operands]
+    bound = next((_constant(line) for line in operands if line and line.opcode == "constant"), None)
+    counter = next((line for line in operands if line and line.opcode == "get-tuple-element"), None)
+    if bound is None or counter is None:
+      return 1
+    lines = self.computations[body]
+    results = next(line for line in lines.values() if line.is_root)
+    next_value = lines.get(results.operands[element(counter)])
+    steps = [lines.get(name) for name in next_value.operands] if next_value is not None else []
+    step = next((_constant(line) for line in steps if line and line.opcode == "constant"), None)
+    # Counters begin at 0: so do `lax.scan` and the loops that XLA makes of products and exchanges.
+    return math.ceil(bound / (step or 1))
+
+
+def _constant(line: Instruction) -> int | None:
+  return int(line.operands[0]) if line.operands and line.operands[0].isdigit() else None
+
+
+def element(line: Instruction) -> int:
+  """Which element a get-tuple-element gets."""
+  found = re.search(r"index=(\d+)", line.attributes)
+  return int(found[1]) if found else 0
 
 
 def parse(text: str) -> Module:
@@ -266,9 +284,19 @@ def _groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
   if found["mesh"] is not None:
     ids = _iota(found["ids"] or str(devices), found["ids_order"])
     return _tuples(_mesh_groups(found["mesh"], found["axes"], ids))
-  listed = found["list_of_pairs"] if found["pairs"] else found["list"]
-  groups = [_ints(group) for group in re.findall(r"\{([\d, ]+)", "{" + listed if found["pairs"] else listed)]
-  return tuple(groups) or (tuple(range(devices)),)
+  if found["pairs"]:
+    return _connected([_ints(pair) for pair in re.findall(r"\d+,\d+", found["list_of_pairs"])])
+  groups = tuple(_ints(group) for group in re.findall(r"\{([\d, ]+)", found["list"]))
+  return groups or (tuple(range(devices)),)
+
+
+def _connected(pairs: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+  """The groups within which devices send to each other, directly or by way of others."""
+  group_of: dict[int, set[int]] = {}
+  for pair in pairs:
+    joined = set(pair).union(*(group_of.get(device, set()) for device in pair))
+    group_of.update(dict.fromkeys(joined, joined))
+  return tuple({id(group): tuple(sorted(group)) for group in group_of.values()}.values())
 
 
 def _iota(shape: str, order: str | None) -> np.ndarray:
@@ -365,10 +393,35 @@ def _overlaps(size, taps, out, *, stride, before, lhs_dilate, rhs_dilate) -> int
   return int(np.sum((places >= 0) & (places % lhs_dilate == 0) & (places // lhs_dilate < size)))
 
 
+_KERNEL_PRODUCTS = {"fwd": 2, "dkv": 4, "dq": 3}
+"""Products of queries by keys that the splash kernels compute, those computed again included."""
+
+
 def kernel_flops(module: Module) -> int:
-  """Operations of the kernels written by hand that are known, by the shapes they are called with."""
-  del module
-  return 0
+  """Operations of splash attention's kernels, by the shapes they are called with: those of the slowest device.
+
+  Of a causal mask's square, the blocks that it leaves count; what segments hide within them is not known.
+  """
+  total = 0.0
+  for name, lines in module.computations.items():
+    for line in lines.values() if module.runs[name] else ():
+      found = re.match(r"splash_mha_(fwd|dkv|dq)", line.name)
+      if found and line.opcode == "custom-call":
+        total += module.runs[name] * _KERNEL_PRODUCTS[found[1]] * _square_flops(line, lines)
+  return round(total)
+
+
+def _square_flops(line: Instruction, lines: dict[str, Instruction]) -> float:
+  """Operations of one product of queries by keys in a kernel."""
+  arrays = [lines[name].arrays[0] for name in line.operands if name in lines]
+  q, k = [array.dims for array in arrays if array.dtype in ("bf16", "f32")][:2]
+  square = 2 * math.prod(q) * k[-2]
+  # Segments are two lists of integers; a mask computed in the kernel brings a third, of the queries' places.
+  if sum(array.dtype == "s32" for array in arrays) % 2 == 0:
+    return square
+  blocks, width = arrays[0].dims[-2:]
+  across = k[-2] * blocks // q[-2]
+  return square * min((2 * across - blocks + 1) / (2 * across), width / across)
 
 
 # --- Memory traffic -----------------------------------------------------------------------------------------
@@ -457,9 +510,3 @@ def _update_of(result: Instruction, lines: dict[str, Instruction]) -> int | None
   if result.opcode != "dynamic-update-slice":
     return None
   return lines[result.operands[1]].bytes
-
-
-def scope_of(op_name: str, scopes: Sequence[str]) -> str | None:
-  """The scope of the traced program that an instruction belongs to, if it is one of these."""
-  parts = re.split(r"[/()]", op_name)
-  return next((scope for scope in scopes if scope in parts), None)

@@ -151,7 +151,7 @@ class Compiled:
     flops: the compiler's own count, in which loops run once; None where it gives none.
     lower_seconds, compile_seconds: how long it took.
     refusal: why the compiler gave up, where memory did not suffice; what is known then comes from its dumps.
-    live: buffers alive when most memory is in use, (name, bytes), largest first; empty where there is no report.
+    files: the compiler's files on where values lie and how long they live (see `peak`); empty where there are none.
   """
 
   hlo: str
@@ -160,7 +160,7 @@ class Compiled:
   lower_seconds: float
   compile_seconds: float
   refusal: str | None
-  live: tuple[tuple[str, int], ...]
+  files: tuple[str, str]
 
 
 _STATS: tuple[str, ...] = ("argument", "output", "alias", "temp", "generated_code")
@@ -185,7 +185,7 @@ def compile_step(
   if not target.described:
     compiled = lowered.compile()
     seconds = time.perf_counter() - lowered_at
-    return _result(compiled, compiled.as_text() or "", None, (), lowered_at - start, seconds)
+    return _result(compiled, compiled.as_text() or "", None, ("", ""), lowered_at - start, seconds)
   if optimization_level != "default":
     jax.config.update("jax_optimization_level", optimization_level)
   with contextlib.ExitStack() as stack:
@@ -202,7 +202,7 @@ def compile_step(
     seconds = time.perf_counter() - lowered_at
     dumps = _Dumps(Path(folder))
     if refusal is None:
-      return _result(compiled, dumps.hlo, None, dumps.live, lowered_at - start, seconds)
+      return _result(compiled, dumps.hlo, None, dumps.files, lowered_at - start, seconds)
     return Compiled(
       hlo=dumps.hlo,
       stats=dumps.stats,
@@ -210,11 +210,13 @@ def compile_step(
       lower_seconds=lowered_at - start,
       compile_seconds=seconds,
       refusal=refusal,
-      live=dumps.live,
+      files=dumps.files,
     )
 
 
-def _result(compiled: Any, hlo: str, refusal, live, lower_seconds: float, compile_seconds: float) -> Compiled:
+def _result(
+  compiled: Any, hlo: str, refusal, files, lower_seconds: float, compile_seconds: float
+) -> Compiled:
   found = compiled.memory_analysis()
   costs = compiled.cost_analysis() or {}
   return Compiled(
@@ -224,7 +226,7 @@ def _result(compiled: Any, hlo: str, refusal, live, lower_seconds: float, compil
     lower_seconds=lower_seconds,
     compile_seconds=compile_seconds,
     refusal=refusal,
-    live=live,
+    files=files,
   )
 
 
@@ -260,8 +262,6 @@ class _Dumps:
     return stats
 
   @property
-  def live(self) -> tuple[tuple[str, int], ...]:
-    """The buffers at the peak."""
-    _, _, tail = self._read("-live-range.txt").partition("(peak):")
-    rows = re.findall(r"^\s+(\S+): (\d+) bytes \(cumulative", tail, re.MULTILINE)
-    return tuple((name, int(size)) for name, size in rows)
+  def files(self) -> tuple[str, str]:
+    """Where values lie, and how long they live."""
+    return self._read("-buffer-assignment.txt"), self._read("-live-range.txt")

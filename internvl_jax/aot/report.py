@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from internvl_jax.aot import costs, hlo
+from internvl_jax.aot.peak import peak
 from internvl_jax.aot.program import Compiled, StepPlan
 from internvl_jax.aot.target import Target
 from internvl_jax.parallel.rules import bytes_per_device
@@ -191,20 +192,14 @@ def memory_by_part(plan: StepPlan, compiled: Compiled) -> dict[str, int]:
 
 
 def peak_buffers(module: hlo.Module, compiled: Compiled) -> list[Buffer]:
-  """The largest temporaries that are alive when most memory is in use, those of one shape and origin together."""
+  """The temporaries that live when most memory is in use, those of one shape and origin together."""
   lines = {name: line for found in module.computations.values() for name, line in found.items()}
-  arguments = {name for name, line in module.computations[module.entry].items() if line.opcode == "parameter"}
   groups: dict[tuple[str, str], list[int]] = collections.defaultdict(list)
-  for buffer, size in compiled.live:
-    name, _, index = buffer.partition("{")
-    line = lines.get(name)
-    if line is None or name in arguments:
-      continue
-    place = re.match(r"\d+", index)
-    array = line.arrays[int(place[0]) if place and int(place[0]) < len(line.arrays) else 0]
-    if not array.on_chip:
-      shape = f"{array.dtype}[{','.join(map(str, array.dims))}]"
-      groups[shape, _origin(line)].append(size)
+  for (name, index), size in peak(module, *compiled.files):
+    line = lines[name]
+    array = line.arrays[index[0] if index else 0]
+    shape = f"{array.dtype}[{','.join(map(str, array.dims))}]"
+    groups[shape, _origin(line)].append(size)
   buffers = [
     Buffer(shape=shape, count=len(sizes), bytes=sum(sizes), origin=origin)
     for (shape, origin), sizes in groups.items()
@@ -215,7 +210,7 @@ def peak_buffers(module: hlo.Module, compiled: Compiled) -> list[Buffer]:
 def _origin(line: hlo.Instruction) -> str:
   scope = line.op_name
   if not scope:
-    return line.opcode
+    return re.sub(r"[.\d]+$", "", line.name)
   return f"{costs.part_of(scope)}, {costs.phase_of(scope)}: {scope.rsplit('/', 1)[-1]}"
 
 
