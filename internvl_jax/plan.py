@@ -15,13 +15,15 @@ max_seq_length and max_dynamic_patch), or --tokens and --tiles a row. docs/scale
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from internvl_jax import frontdoor
 from internvl_jax.aot import recipe
 from internvl_jax.aot import report as reports
-from internvl_jax.aot.program import batch_shape, compile_step, plan_step
+from internvl_jax.aot.program import BatchShape, batch_shape, compile_step, plan_step
+from internvl_jax.aot.search import as_json, search, summary
 from internvl_jax.aot.target import open_target
 from internvl_jax.assembly import set_up_jax
 from internvl_jax.config import TrainConfig, validate
@@ -33,6 +35,7 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "Devices to plan for, e.g. v5e
 _SIZE = flags.DEFINE_enum(
   "size", None, published.SIZES, "Published size, in place of model.model_name_or_path."
 )
+_SEARCH = flags.DEFINE_bool("search", False, "Look for the smallest slice that fits.")
 _TOKENS = flags.DEFINE_integer("tokens", None, "Tokens of a row.", lower_bound=1)
 _TILES = flags.DEFINE_integer("tiles", None, "Tiles of a row.", lower_bound=0)
 _HBM = flags.DEFINE_float("hbm", None, "GiB that a program may use of each device.", lower_bound=0)
@@ -44,19 +47,44 @@ _DUMP = flags.DEFINE_string("dump", None, "Folder for the files that the compile
 
 
 def main(argv: Sequence[str]) -> None:
-  """Compiles the step, prints the report and writes it."""
+  """Plans or searches, and writes what was found."""
   del argv
   config = configuration()
+  shape = batch_shape(config, tokens=_TOKENS.value, tiles=_TILES.value)
+  limit = None if _HBM.value is None else round(_HBM.value * reports.GIB)
+  found = look(config, shape, limit) if _SEARCH.value else compile_for(config, shape, limit)
+  if _JSON.value is not None:
+    write_json(Path(_JSON.value), found)
+
+
+def compile_for(config: TrainConfig, shape: BatchShape, limit: int | None) -> dict[str, Any]:
+  """Compiles the step for the devices asked for and prints the report, which it returns as plain values."""
   target = open_target(_TOPOLOGY.value)
   set_up_jax(config)
-  limit = target.memory if _HBM.value is None else round(_HBM.value * reports.GIB)
-  shape = batch_shape(config, tokens=_TOKENS.value, tiles=_TILES.value)
   plan = plan_step(config, target, shape)
   compiled = compile_step(plan, target, optimization_level=_LEVEL.value, dump=_DUMP.value)
+  limit = target.memory if limit is None else limit
   report = reports.make_report(plan, compiled, target, limit=limit)
   print(reports.render(report))
-  if _JSON.value is not None:
-    write_json(Path(_JSON.value), report.as_json())
+  return report.as_json()
+
+
+def look(config: TrainConfig, shape: BatchShape, limit: int | None) -> dict[str, Any]:
+  """Looks for the smallest slice, prints what is tried and the best report; returns all of it as plain values."""
+  set_up_jax(config)
+  attempts = search(
+    config,
+    _TOPOLOGY.value,
+    shape,
+    limit=limit,
+    optimization_level=_LEVEL.value,
+    tell=lambda attempt: print(attempt, flush=True),
+  )
+  best = [attempt.report for attempt in attempts if attempt.fits and attempt.report]
+  if best:
+    print("\n" + reports.render(best[-1]))
+  print("\n" + summary(attempts))
+  return {"attempts": as_json(attempts)}
 
 
 def configuration() -> TrainConfig:

@@ -169,21 +169,27 @@ def _sum(flops: dict[str, dict[str, int]]) -> int:
   return sum(value for entry in flops.values() for value in entry.values())
 
 
-def memory_by_part(plan: StepPlan, compiled: Compiled) -> dict[str, int]:
-  """Bytes of one chip: what the shardings say of arguments, and the compiler of the rest. They add up."""
+def arguments(plan: StepPlan) -> dict[str, int]:
+  """Bytes of one device that the step's arguments take, by their shardings."""
 
   def held(tree: Any) -> int:
     return sum(bytes_per_device(leaf, leaf.sharding) for leaf in jax.tree.leaves(tree))
 
-  stats = compiled.stats
-  parameters = held(plan.state.params) + held(plan.frozen)
-  optimizer, batch = held(plan.state.opt_state), held(plan.batch)
-  gradients = min(stats["temp"], held(plan.state.params))
   return {
-    "parameters": parameters,
-    "optimizer state": optimizer,
-    "batch": batch,
-    "padding of these": stats["argument"] - parameters - optimizer - batch,
+    "parameters that train": held(plan.state.params),
+    "frozen parameters": held(plan.frozen),
+    "optimizer state": held(plan.state.opt_state),
+    "batch": held(plan.batch),
+  }
+
+
+def memory_by_part(plan: StepPlan, compiled: Compiled) -> dict[str, int]:
+  """Bytes of one device: what the shardings say of arguments, and the compiler of the rest. They add up."""
+  stats, known = compiled.stats, arguments(plan)
+  gradients = min(stats["temp"], known["parameters that train"])
+  return {
+    **known,
+    "padding of these": stats["argument"] - sum(known.values()),
     "gradients": gradients,
     "activations and temporaries": stats["temp"] - gradients,
     "results": stats["output"] - stats["alias"],
