@@ -16,7 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from internvl_jax.models.attention import head_axes
-from internvl_jax.parallel.rules import ACTIVATIONS, fit, mesh_in_scope, spec
+from internvl_jax.parallel.rules import ACTIVATIONS, constrain, fit, mesh_in_scope, spec
 
 _BLOCKS = (512, 384, 256, 128)
 """Queries and keys of a block, the preferred first; multiples of the 128 lanes of a TPU's vector unit."""
@@ -51,6 +51,8 @@ def attention(
   """
   T, S = q.shape[1], k.shape[1]
   mesh = mesh_in_scope()
+  # Held by token until here, as in `models.attention`, so that what travels is of the compute dtype.
+  q, k, v = (constrain(x, over, "tokens", "heads", None) for x in (q, k, v))
   queries = () if mesh is None else _query_axes(q, k, over, mesh)
   shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in queries)
   block_q, block_kv = _block(T, shards), _block(S)
