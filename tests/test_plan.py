@@ -434,13 +434,13 @@ def test_without_the_compiler_the_remedy_is_said(monkeypatch):
     open_target("v5e:2x2")
 
 
-@pytest.mark.parametrize("topology", ["v5e:2x4", "v6e:2x4"])
-def test_a_slice_of_tpus_is_compiled_for(tmp_path, topology):
+def test_a_slice_of_tpus_is_compiled_for(tmp_path):
+  """For v6e, whose programs JAX cannot print."""
   pytest.importorskip("libtpu")
   config = tiny_config(tmp_path)
   config.training.bf16 = True
   config.data.max_seq_length = 512
-  target = open_target(topology)
+  target = open_target("v6e:2x4")
   plan = plan_step(config, target, batch_shape(config, tiles=4))
   found = report.make_report(plan, compile_step(plan, target), target, limit=target.memory)
   assert found.fits and found.execution["attention"] == "splash"
@@ -454,7 +454,7 @@ def test_a_slice_of_tpus_is_compiled_for(tmp_path, topology):
 def test_what_the_compiler_refuses_is_a_report_too(tmp_path):
   pytest.importorskip("libtpu")
   config = get_config()
-  config.model.model_name_or_path = published.hub_id("2.5-1b")
+  config.model.model_name_or_path = published.hub_id("2.5-2b")
   target = open_target("v5e:1x1")
   plan = plan_step(config, target, batch_shape(config, tokens=4096, tiles=8))
   found = report.make_report(plan, compile_step(plan, target), target, limit=target.memory)

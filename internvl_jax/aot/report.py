@@ -153,7 +153,7 @@ def make_report(plan: StepPlan, compiled: Compiled, target: Target, *, limit: in
     limit=limit,
     fits=None if limit is None else compiled.refusal is None and total <= limit,
     refusal=compiled.refusal,
-    peak=peak_buffers(module, compiled),
+    peak=peak_buffers(plan, module, compiled),
     flops=flops,
     compiled_flops=compiled_flops,
     kernel_flops=kernels,
@@ -197,15 +197,19 @@ def memory_by_part(plan: StepPlan, compiled: Compiled) -> dict[str, int]:
   }
 
 
-def peak_buffers(module: hlo.Module, compiled: Compiled) -> list[Buffer]:
+def peak_buffers(plan: StepPlan, module: hlo.Module, compiled: Compiled) -> list[Buffer]:
   """The temporaries that live when most memory is in use, those of one shape and origin together."""
   lines = {name: line for found in module.computations.values() for name, line in found.items()}
+  weights = {leaf.sharding.shard_shape(leaf.shape) for leaf in plan.state.params.values() if leaf.ndim > 1}
   groups: dict[tuple[str, str], list[int]] = collections.defaultdict(list)
   for (name, index), size in peak(module, *compiled.files):
     line = lines[name]
+    if len(line.arrays) > 1 and not index:
+      continue  # The addresses of a tuple's parts.
     array = line.arrays[index[0] if index else 0]
     shape = f"{array.dtype}[{','.join(map(str, array.dims))}]"
-    groups[shape, _origin(line)].append(size)
+    is_gradient = array.dtype == "f32" and array.dims in weights
+    groups[shape, "gradients" if is_gradient else _origin(line)].append(size)
   buffers = [
     Buffer(shape=shape, count=len(sizes), bytes=sum(sizes), origin=origin)
     for (shape, origin), sizes in groups.items()
@@ -271,16 +275,19 @@ def roofline(
 
 def verdict(report: Report) -> str:
   """Whether it fits, in a line."""
-  used = f"{report.total / GIB:.2f} GiB"
+  unit, size_of = _unit(report.total, _BYTES)
+  used = f"{report.total / size_of:.2f} {unit}"
   if report.limit is None:
     return f"{used} a device; how much it has is not known (--hbm=GiB says)"
   limit = f"{report.limit / GIB:.2f} GiB"
   if report.fits:
     return f"fits: {used} of {limit} a chip, {(report.limit - report.total) / GIB:.2f} GiB are left"
+  excess = report.total - report.limit
+  # Refused below the limit: what there is would have to lie in one piece.
+  why = f"{excess / GIB:.2f} GiB too much" if excess > 0 else f"the compiler says: {report.refusal}"
   return (
-    f"does not fit: {used} of {limit} a chip, {(report.total - report.limit) / GIB:.2f} GiB too much; spread it "
-    "further (mesh.fsdp, mesh.tensor, mesh.sequence), recompute more (model.grad_checkpoint=True), or look for a "
-    "slice with --search"
+    f"does not fit: {used} of {limit} a chip, {why}; spread it further (mesh.fsdp, mesh.tensor, mesh.sequence), "
+    "recompute more (model.grad_checkpoint=True), or look for a slice with --search"
   )
 
 
@@ -299,7 +306,7 @@ def _head(report: Report) -> list[str]:
   batch, how = report.batch, report.execution
   mesh = " ".join(f"{axis}={size}" for axis, size in report.mesh.items() if size > 1) or "one device"
   return [
-    f"{report.parameters / 1e9:.2f} billion parameters, {report.trainable / 1e9:.2f} billion train",
+    f"{report.parameters:,} parameters, {report.trainable:,} train",
     f"{report.topology}: {report.chips} devices, mesh {mesh}",
     f"a step: {batch['accumulation']} x {batch['shards']} x {batch['rows']} rows (micro-batches, data shards, rows of "
     f"one) of {batch['tokens']} tokens and {batch['tiles']} tiles",
@@ -307,33 +314,48 @@ def _head(report: Report) -> list[str]:
   ]
 
 
+def _unit(total: float, units: tuple[tuple[str, float], ...]) -> tuple[str, float]:
+  """The largest of the units that the total is at least one of, or the smallest."""
+  return next((unit for unit in units if total >= unit[1]), units[-1])
+
+
+_BYTES = (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10))
+_OPERATIONS = (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
+
+
 def _memory(report: Report) -> list[str]:
-  lines = [f"{'memory of a device':<44}{'GiB':>10}"]
-  lines += [f"  {part:<42}{size / GIB:>10.2f}" for part, size in report.memory.items()]
-  lines += [f"  {'total':<42}{report.total / GIB:>10.2f}", verdict(report)]
+  unit, size_of = _unit(report.total, _BYTES)
+  lines = [f"{'memory of a device':<44}{unit:>10}"]
+  lines += [f"  {part:<42}{size / size_of:>10.2f}" for part, size in report.memory.items()]
+  lines += [f"  {'total':<42}{report.total / size_of:>10.2f}", verdict(report)]
   if report.peak:
-    lines += ["", f"{'largest temporaries at the peak':<64}{'GiB':>10}"]
+    lines += ["", f"{'largest temporaries at the peak':<76}{unit:>8}"]
     for buffer in report.peak[:8]:
       times = f"{buffer.count} x " if buffer.count > 1 else ""
-      lines.append(f"  {times + buffer.shape:<34}{buffer.origin[:40]:<42}{buffer.bytes / GIB:>6.2f}")
+      lines.append(f"  {times + buffer.shape:<34}{buffer.origin[:40]:<40}{buffer.bytes / size_of:>8.2f}")
   return lines
 
 
 def _flops(report: Report) -> list[str]:
-  lines = [f"{'operations of a device and step (TFLOP)':<44}{'forward':>10}{'backward':>10}"]
+  unit, size_of = _unit(_sum(report.flops), _OPERATIONS)
+  lines = [f"{f'operations of a device and step ({unit})':<44}{'forward':>10}{'backward':>10}"]
   for part, entry in report.flops.items():
-    lines.append(f"  {part:<42}{entry['forward'] / 1e12:>10.2f}{entry['backward'] / 1e12:>10.2f}")
-  lines.append(f"  {'the model':<42}{_sum(report.flops) / 1e12:>20.2f}")
-  lines.append(f"  {'the program, recomputation included':<42}{report.compiled_flops / 1e12:>20.2f}")
+    lines.append(f"  {part:<42}{entry['forward'] / size_of:>10.2f}{entry['backward'] / size_of:>10.2f}")
+  lines.append(f"  {'the model':<42}{_sum(report.flops) / size_of:>20.2f}")
+  lines.append(f"  {'the program, recomputation included':<42}{report.compiled_flops / size_of:>20.2f}")
   return lines
 
 
 def _exchanges(report: Report) -> list[str]:
-  lines = [f"{'exchanges of a device and step':<44}{'count':>10}{'GiB':>10}{'ms, at least':>14}"]
+  unit, size_of = _unit(max(row.bytes for row in report.exchanges), _BYTES)
+  timed = report.exchanges[0].seconds is not None
+  lines = [
+    f"{'exchanges of a device and step':<44}{'count':>10}{unit:>10}" + ("  ms, at least" if timed else "")
+  ]
   for row in report.exchanges[:16]:
     name = f"{row.kind} {row.dtype} over {row.axes}"
-    seconds = "" if row.seconds is None else f"{1e3 * row.seconds:.1f}"
-    lines.append(f"  {name:<42}{row.count:>10}{row.bytes / GIB:>10.2f}{seconds:>14}")
+    seconds = "" if row.seconds is None else f"{1e3 * row.seconds:>14.1f}"
+    lines.append(f"  {name:<42}{row.count:>10}{row.bytes / size_of:>10.2f}{seconds}")
   if len(report.exchanges) > 16:
     lines.append(f"  and {len(report.exchanges) - 16} smaller kinds")
   return lines
