@@ -44,6 +44,9 @@ def _equation_flops(eqn: core.JaxprEqn) -> int:
     rows = next(shape for shape in shapes if len(shape) == 2)[0]
     matrix = next(shape for shape in shapes if len(shape) == 3)
     return 2 * rows * math.prod(matrix[1:])
+  if name == "shard_map":
+    # Shapes inside are one device's. What several devices compute alike counts for each of them.
+    return params["mesh"].size * _jaxpr_flops(params["jaxpr"])
   if name == "scan":
     return params["length"] * _jaxpr_flops(params["jaxpr"].jaxpr)
   if name == "cond":
