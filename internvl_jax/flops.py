@@ -66,6 +66,10 @@ def _equation(eqn: core.JaxprEqn, scope: str) -> Iterator[Products]:
     rows = next(shape for shape in shapes if len(shape) == 2)[0]
     matrix = next(shape for shape in shapes if len(shape) == 3)
     yield Products(2 * rows * math.prod(matrix[1:]), scope)
+  elif name == "shard_map":
+    # Shapes inside are one device's. What several devices compute alike counts for each of them.
+    for product in _products(params["jaxpr"], scope):
+      yield dataclasses.replace(product, flops=params["mesh"].size * product.flops)
   elif name == "scan":
     for product in _products(params["jaxpr"].jaxpr, scope):
       yield dataclasses.replace(product, flops=params["length"] * product.flops)

@@ -90,6 +90,12 @@ def test_grouped_products_count_every_row_once():
   assert count_flops(both, x, w) == 2 * 2 * 6 * 5 * 3
 
 
+def test_what_runs_device_by_device_counts_for_all_devices():
+  mesh = jax.sharding.Mesh(np.array(jax.devices()), ("rows",))
+  spread = jax.shard_map(jnp.dot, mesh=mesh, in_specs=(jax.P("rows"), jax.P()), out_specs=jax.P("rows"))
+  assert count_flops(spread, jnp.zeros((16, 5)), jnp.zeros((5, 3))) == 2 * 16 * 5 * 3
+
+
 @pytest.mark.parametrize("thaw", [0, -4])
 def test_optimizer_memory_is_that_of_what_trains(thaw):
   flags = {"freeze_backbone": True, "freeze_mlp": True, "freeze_llm": True, "unfreeze_lm_head": True}

@@ -2,13 +2,16 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from harness import Harness, reshape_batch
 from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, SFTBatch
+from internvl_jax.errors import UserError
 from internvl_jax.losses import spread
 from internvl_jax.models import attention
 from internvl_jax.models.decoder import DecoderConfig
@@ -17,6 +20,9 @@ from internvl_jax.models.internvl import Execution, InternVLConfig
 from internvl_jax.models.lora import LoRASpec
 from internvl_jax.models.moe import MoEConfig
 from internvl_jax.models.vit import VisionConfig
+from internvl_jax.parallel import rules
+from internvl_jax.parallel.mesh import AXES, check_lengths
+from internvl_jax.parallel.table import placement_table, placement_warnings
 
 ROWS, LENGTH, STEPS, VOCAB = 16, 32, 10, 41
 LORA = LoRASpec(rank=2, alpha=4.0)
@@ -83,14 +89,15 @@ def packed_batch(seed):
 
 
 def run(harness, shards):
-  """Loss and gradient norm of each step."""
-  program = jax.jit(harness.step.__call__)
-  found = []
+  """Loss and gradient norm of each step, and the program; its state comes out placed as it goes in."""
+  found, program = [], None
   for step in range(STEPS):
     batch = reshape_batch(packed_batch(step % 3), accumulation=1, shards=shards)
-    harness.state, metrics = program(*harness.inputs(batch, learning_rate=2e-3))
+    inputs = harness.inputs(batch, learning_rate=2e-3)
+    program = program or jax.jit(harness.step.__call__).lower(*inputs).compile()
+    harness.state, metrics = program(*inputs)
     found.append((float(metrics.loss), float(metrics.grad_norm)))
-  return np.array(found)
+  return np.array(found), program
 
 
 @functools.cache
@@ -99,27 +106,44 @@ def one_device(name, *, shards=1, all_gather=True):
   harness = Harness(model(name), all_gather=all_gather, **OPTIONS.get(name, {}))
   objective = dataclasses.replace(harness.step.objective, shards=shards)
   harness.step = dataclasses.replace(harness.step, shards=shards, objective=objective)
-  return run(harness, shards)
+  return run(harness, shards)[0]
 
 
 def check(name, mesh, *, all_gather=True, **options):
-  """Compares the steps on a mesh with one device's; returns the harness."""
+  """Compares the steps on a mesh with one device's; returns the harness and the program."""
   harness = Harness(model(name), mesh=mesh, all_gather=all_gather, **OPTIONS.get(name, {}), **options)
-  found = run(harness, harness.shards)
+  found, program = run(harness, harness.shards)
   # What is normalised or balanced by data shard depends on their number, and on nothing else of the mesh.
   by_shard = not all_gather or "router_loss_coef" in OPTIONS.get(name, {})
   expected = one_device(name, shards=harness.shards if by_shard else 1, all_gather=all_gather)
   np.testing.assert_allclose(found[:, 0], expected[:, 0], rtol=0, atol=1e-5)
   np.testing.assert_allclose(found[:, 1], expected[:, 1], rtol=1e-4)
   assert expected[-1, 0] < expected[0, 0] - 0.1  # The steps did something.
-  return harness
+  return harness, program
+
+
+def collectives(program):
+  """(kind, dimensions of each array) of the exchanges in a compiled program."""
+  kinds = "all-gather|all-reduce|reduce-scatter|all-to-all"
+  for shapes, kind in re.findall(rf"= (.+?) ({kinds})(?:-start)?\(", program.as_text()):
+    yield kind, [tuple(map(int, dims.split(","))) for dims in re.findall(r"\[([\d,]+)\]", shapes)]
+
+
+def test_fsdp_collects_a_layer_at_a_time():
+  """Weights travel by layer, never a stack of them nor the embedding tables; activations are not replicated."""
+  harness, program = check("dense", {"fsdp": 8})
+  shapes = harness.model.shapes.values()
+  stacks = {leaf.shape for leaf in shapes if leaf.ndim == 3} | {(VOCAB, 32), (32, VOCAB)}
+  found = {dims for kind, arrays in collectives(program) if kind == "all-gather" for dims in arrays}
+  assert (32, 32) in found  # One layer's q_proj.
+  assert not found & stacks
+  assert not any(dims[:2] == (ROWS, LENGTH) and len(dims) > 2 for dims in found)
 
 
 @pytest.mark.parametrize(
   "mesh",
   [
     {"data": 8},
-    {"fsdp": 8},
     {"tensor": 8},
     {"fsdp": 2, "sequence": 2, "tensor": 2},
     pytest.param({"sequence": 8}, marks=pytest.mark.slow),
@@ -143,7 +167,7 @@ def test_fused_projections():
 
 
 def test_lora_beside_a_frozen_vit():
-  harness = check("lora", {"fsdp": 2, "tensor": 2})
+  harness, _ = check("lora", {"fsdp": 2, "tensor": 2})
   layers = "language_model.model.layers.0:2"
   spread = {
     "q_proj.adapter.a": (None, "fsdp", None),
@@ -172,7 +196,7 @@ def test_experts(name, mesh):
 
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_zero(stage):
-  harness = check("dense", {"data": 8}, zero_stage=stage)
+  harness, _ = check("dense", {"data": 8}, zero_stage=stage)
   path = "language_model.model.layers.0:2.mlp.gate_proj.kernel"
   params, moments = harness.state.params[path], harness.state.opt_state[0].mu[path]
   shares = [array.size // array.addressable_shards[0].data.size for array in (params, moments)]
@@ -184,3 +208,71 @@ def test_denominators_by_shard_on_all_axes(monkeypatch):
   monkeypatch.setattr(spread, "CHUNK_LOGITS", 8 * 16 * 8)
   monkeypatch.setattr(spread, "_LANES", 1)
   check("dense", {"fsdp": 2, "sequence": 2, "tensor": 2}, all_gather=False, how=Execution(remat="full"))
+
+
+# --- Where things lie ---------------------------------------------------------------------------------------
+
+
+def mesh_of(**sizes):
+  return AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES)
+
+
+def test_activations_take_the_axes_that_divide_them():
+  names = ("rows", "tokens", "heads", None)
+  mesh = mesh_of(data=2, fsdp=2, sequence=4, tensor=2)
+  assert rules.activation_spec(names, (8, 64, 6, 4), mesh) == jax.P(
+    ("data", "fsdp"), "sequence", "tensor", None
+  )
+  # Odd heads leave their axis to the tokens, and odd lengths stay whole.
+  assert rules.activation_spec(names, (8, 64, 7, 4), mesh) == jax.P(
+    ("data", "fsdp"), ("sequence", "tensor"), None, None
+  )
+  assert rules.activation_spec(names, (8, 63, 7, 4), mesh) == jax.P(("data", "fsdp"), None, None, None)
+  with pytest.raises(AssertionError):
+    rules.activation_spec(("row",), (8,), mesh)
+
+
+def test_without_a_mesh_nothing_is_constrained():
+  jaxpr = str(jax.make_jaxpr(lambda x: rules.constrain(x, "rows", "tokens"))(np.zeros((2, 2))))
+  assert "sharding" not in jaxpr
+
+
+def test_the_table_of_parameters():
+  """Full-size tables and an odd one: what it says, and what it warns of."""
+  shapes = {
+    "language_model.lm_head.kernel": jax.ShapeDtypeStruct((4096, 92553), np.float32),
+    "language_model.model.layers.0:32.mlp.up_proj.kernel": jax.ShapeDtypeStruct(
+      (32, 4096, 14336), np.float32
+    ),
+    "language_model.model.layers.0:32.input_layernorm.scale": jax.ShapeDtypeStruct((32, 4096), np.float32),
+    "odd": jax.ShapeDtypeStruct((4097, 4099), np.float32),
+  }
+  axes = {
+    "language_model.lm_head.kernel": ("table", "vocab"),
+    "language_model.model.layers.0:32.mlp.up_proj.kernel": ("layers", "embed", "mlp"),
+    "language_model.model.layers.0:32.input_layernorm.scale": ("layers", "embed"),
+    "odd": ("embed", "mlp"),
+  }
+  mesh = jax.make_mesh((1, 4, 1, 1, 2), AXES)
+  places = rules.state_shardings(axes, shapes, set(shapes) - {"odd"}, mesh)
+  lines = placement_table(shapes, places)
+  assert [line.split("  ")[-1].strip() for line in lines[1:-1]] == [
+    "fsdp+tensor, -",
+    "-, fsdp, tensor",
+    "whole",
+    "whole",
+  ]
+  up = 32 * 4096 * 14336 / 8 * 4 / 2**20
+  assert f"{up:.2f}" in lines[2] and f"{2 * up:.2f}" in lines[2]
+  (warning,) = placement_warnings(shapes, places)
+  assert warning.startswith("odd (4097x4099, 64 MiB) stays whole")
+  assert not placement_warnings(
+    shapes, rules.state_shardings(axes, shapes, (), jax.make_mesh((8, 1, 1, 1, 1), AXES))
+  )
+
+
+def test_lengths_that_do_not_divide_are_refused():
+  mesh = jax.make_mesh((1, 2, 1, 2, 2), AXES)
+  check_lengths([256, 512], mesh)
+  with pytest.raises(UserError, match=r"rows of 250 tokens .* mesh.sequence=2 x mesh.tensor=2 = 4 devices"):
+    check_lengths([250, 256], mesh)

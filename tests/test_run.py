@@ -41,6 +41,15 @@ def test_follows_the_recorded_curve_from_the_other_layout(tmp_path):
   assert_follows(tmp_path / "out", CURVE)
 
 
+@pytest.mark.slow
+def test_follows_the_recorded_curve_on_a_mesh(tmp_path):
+  """Tokens, heads and tiles spread over four devices, from the checkpoint to the model that is saved."""
+  done = run_training(tmp_path, tmp_path / "out", "mesh.sequence=2", "mesh.tensor=2", devices=4)
+  assert done.returncode == 0, done.stderr
+  assert_follows(tmp_path / "out", CURVE)
+  assert "model.layers.0:3.self_attn.q_proj.kernel" in done.stderr  # The table of parameters.
+
+
 def assert_follows(output_dir, curve):
   """The promised distance from a recorded run, step by step."""
   recorded = json.loads((curve / "expected.json").read_text())["log"]

@@ -48,25 +48,25 @@ def curve_config(output_dir: str | Path, curve: Path = CURVE) -> TrainConfig:
 
 
 def train_command(
-  folder: Path, output_dir: Path, *overrides: str, curve: Path = CURVE
+  folder: Path, output_dir: Path, *overrides: str, curve: Path = CURVE, devices: int = 1
 ) -> tuple[list[str], dict[str, str]]:
-  """The command line and environment that train a curve's model on one CPU device."""
+  """The command line and environment that train a curve's model on so many CPU devices."""
   recipe = folder / "recipe.py"
   recipe.write_text(RECIPE)
   command = [sys.executable, "-m", "internvl_jax.train", f"--config={recipe}:{output_dir},{curve.name}"]
   command += [f"--config.{override}" for override in overrides]
   environment = os.environ | {
-    "JAX_NUM_CPU_DEVICES": "1",
+    "JAX_NUM_CPU_DEVICES": str(devices),
     "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)]),
   }
   return command, environment
 
 
 def run_training(
-  folder: Path, output_dir: Path, *overrides: str, curve: Path = CURVE
+  folder: Path, output_dir: Path, *overrides: str, curve: Path = CURVE, devices: int = 1
 ) -> subprocess.CompletedProcess:
   """Trains a curve's model in a process of its own."""
-  command, environment = train_command(folder, output_dir, *overrides, curve=curve)
+  command, environment = train_command(folder, output_dir, *overrides, curve=curve, devices=devices)
   return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
 
 
