@@ -9,7 +9,7 @@ import fractions
 import math
 import threading
 import zlib
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -18,12 +18,47 @@ class Places(NamedTuple):
   """Samples by their places in the stream.
 
   Attributes:
-    epochs: int64 [n], from 0.
+    epochs: int64 [n], from 0: how often the sample's data were run through before. It seeds the augmentation, so
+      no two places of a stream may have the same sample and the same number.
     indices: int64 [n], index of the sample in the mixture.
   """
 
   epochs: np.ndarray
   indices: np.ndarray
+
+
+class Order(Protocol):
+  """An endless stream of samples, any place of which is found without those before it.
+
+  Pure: the same values give the same stream in every process. Picklable: worker processes get a copy.
+  """
+
+  @property
+  def num_samples(self) -> int:
+    """Samples of an epoch."""
+    ...
+
+  @property
+  def seed(self) -> int:
+    """Of all that is random."""
+    ...
+
+  @property
+  def shuffle(self) -> bool:
+    """Whether the order is random."""
+    ...
+
+  def places(self, start: int, count: int) -> Places:
+    """Returns the `count` samples from place `start` of the stream on."""
+    ...
+
+  def at(self, positions: np.ndarray) -> Places:
+    """Returns the samples at these places (int64 [n], in any order) of the stream."""
+    ...
+
+  def checksum(self) -> int:
+    """Returns a number that differs when an optimizer step would see other samples."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

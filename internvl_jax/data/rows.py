@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from internvl_jax.data import packing
-from internvl_jax.data.plan import Places, Plan, ResampledPlan
+from internvl_jax.data.plan import Order, Places
 
 # Places of the stream whose sizes are looked up at a time.
 _CHUNK = 1024
@@ -39,7 +39,7 @@ class RowStream:
 
   def __init__(
     self,
-    plan: Plan | ResampledPlan,
+    plan: Order,
     size_of: SizeOf,
     settings: packing.PackSettings,
     state: dict[str, Any] | None = None,
@@ -118,7 +118,7 @@ class PlannedRows:
 
   def __init__(
     self,
-    plan: Plan | ResampledPlan,
+    plan: Order,
     size_of: SizeOf,
     settings: packing.PackSettings,
     state: dict[str, Any],
