@@ -18,8 +18,8 @@ class Places(NamedTuple):
   """Samples by their places in the stream.
 
   Attributes:
-    epochs: int64 [n], from 0: how often the sample's data were run through before. It seeds the augmentation, so
-      no two places of a stream may have the same sample and the same number.
+    epochs: int64 [n], from 0: how often the sample's data were run through before, or the place itself where samples
+      are drawn. It seeds the augmentation, so no two places of a stream may have the same sample and the same number.
     indices: int64 [n], index of the sample in the mixture.
   """
 
@@ -149,6 +149,65 @@ class ResampledPlan:
   def checksum(self) -> int:
     """Returns a number that differs when the order does; see `Plan.checksum`."""
     return zlib.crc32(self.places(0, min(self.num_samples, 1024)).indices.tobytes())
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DrawnPlan:
+  """The stream of samples drawn with replacement: each place on its own, whatever stands at the others.
+
+  A dataset is drawn in proportion to its size, then one of its samples, each as likely as the others. A place is hashed,
+  so that no order is kept in memory. An epoch is as many draws as there are samples: it sees some of them several times
+  and more than a third not at all.
+
+  Attributes:
+    sizes: samples of each dataset, repeats included.
+    seed: of the draws.
+    by_root: datasets in proportion to the square root of their sizes instead of the sizes.
+  """
+
+  sizes: tuple[int, ...]
+  seed: int
+  by_root: bool = False
+
+  @property
+  def num_samples(self) -> int:
+    """Draws of an epoch."""
+    return sum(self.sizes)
+
+  @property
+  def shuffle(self) -> bool:
+    """True: there is no draw in the order of the mixture."""
+    return True
+
+  def places(self, start: int, count: int) -> Places:
+    """Returns the `count` samples from place `start` of the stream on; see `at`."""
+    return self.at(np.arange(start, start + count, dtype=np.int64))
+
+  def at(self, positions: np.ndarray) -> Places:
+    """Returns the samples at these places, with the place as the epoch, so that no two draws look alike."""
+    sizes = np.array(self.sizes, np.int64)
+    shares = np.cumsum(np.sqrt(sizes) if self.by_root else sizes.astype(np.float64))
+    dataset_key, sample_key = np.random.SeedSequence(self.seed).generate_state(2, np.uint64)
+    # The last end is exactly 1, which no draw reaches.
+    datasets = np.searchsorted(shares / shares[-1], _uniform(dataset_key, positions), side="right")
+    within = np.floor(_uniform(sample_key, positions) * sizes[datasets]).astype(np.int64)
+    return Places(positions.copy(), (np.cumsum(sizes) - sizes)[datasets] + within)
+
+  def checksum(self) -> int:
+    """Returns a number that differs when the draws do."""
+    return zlib.crc32(self.places(0, 1024).indices.tobytes())
+
+
+def _uniform(key: np.uint64, places: np.ndarray) -> np.ndarray:
+  """Returns float64 [n] in [0, 1): what SplitMix64 seeded with the key gives at these places of its stream.
+
+  Its state is a counter (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014), so that no place
+  needs those before it; numpy's generators would have to be set up anew for each. Arrays of uint64 wrap around.
+  """
+  state = key + (places.astype(np.uint64) + 1) * 0x9E3779B97F4A7C15
+  state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9
+  state = (state ^ (state >> 27)) * 0x94D049BB133111EB
+  return ((state ^ (state >> 31)) >> 11) * 2.0**-53
 
 
 def hash_seed(seed: int, dataset: int) -> int:

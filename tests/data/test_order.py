@@ -1,0 +1,161 @@
+"""Orders of the samples: drawn with replacement."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from internvl_jax.data import packing
+from internvl_jax.data.plan import DrawnPlan, Order, Places, Plan, ResampledPlan
+from internvl_jax.data.rows import RowStream
+
+SIZES = (900, 100, 0, 25)
+
+
+class Lengths:
+  """Lengths by index: long-tailed as those of real data, or of few values, so that many are equal."""
+
+  def __init__(self, count: int, *, few: bool = False, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    tail = np.minimum(rng.lognormal(6.5, 1, count), 8192).astype(np.int64)
+    self.by_index = rng.integers(0, 4, count) if few else tail
+    self.asked = 0
+
+  def __call__(self, indices):
+    self.asked += len(indices)
+    return self.by_index[indices]
+
+
+def orders() -> dict[str, Order]:
+  return {
+    "plan": Plan(1025, 3, True),
+    "in_order": Plan(1025, 3, False),
+    "resampled": ResampledPlan((900, 100, 25), 3, True),
+    "drawn": DrawnPlan(SIZES, 3),
+    "drawn_by_root": DrawnPlan(SIZES, 3, by_root=True),
+  }
+
+
+def pairs(places: Places) -> list[tuple[int, int]]:
+  return list(zip(places.epochs.tolist(), places.indices.tolist(), strict=True))
+
+
+# --- Every order --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", orders())
+def test_any_place_is_found_without_those_before_it(name):
+  order = orders()[name]
+  whole = pairs(order.places(0, 8 * 1025))  # more epochs than a shuffled order keeps in memory
+  # The beginning, the middle of a step, over its end, over the end of an epoch, and nothing.
+  for start, count in ((0, 5), (7, 10), (20, 9), (1020, 700), (2049, 1), (30, 0)):
+    assert pairs(order.places(start, count)) == whole[start : start + count]
+  scattered = np.random.default_rng(0).integers(0, len(whole), 3000)  # in any order, some of them twice
+  assert pairs(order.at(scattered)) == [whole[place] for place in scattered.tolist()]
+  assert order.num_samples == 1025 and len(set(whole)) == len(whole)
+
+
+@pytest.mark.parametrize("name", orders())
+def test_workers_get_the_same_order(name):
+  order = orders()[name]
+  copy = pickle.loads(pickle.dumps(order))
+  assert pairs(copy.places(1000, 300)) == pairs(order.places(1000, 300))
+  assert (copy.num_samples, copy.seed, copy.shuffle) == (1025, 3, "in_order" not in name)
+  assert copy.checksum() == order.checksum()
+
+
+# --- Draws with replacement ---------------------------------------------------------------------------------
+
+
+def assert_as_by_chance(counts: np.ndarray, expected: np.ndarray) -> None:
+  """Chi square lies within five standard deviations of its mean: below them, counts are more even than draws are."""
+  freedom = counts.size - 1
+  chi_square = ((counts - expected) ** 2 / expected).sum()
+  assert abs(chi_square - freedom) < 5 * np.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("by_root", [False, True])
+@pytest.mark.parametrize("seed", [0, 1, 2**40])
+def test_draws_follow_the_sizes(by_root, seed):
+  draws = DrawnPlan(SIZES, seed, by_root).places(10**6, 200_000).indices
+  sizes = np.array([size for size in SIZES if size])
+  weights = sizes**0.5 if by_root else sizes
+  each = np.repeat(weights / weights.sum() / sizes, sizes)  # the probability of each sample
+  counts = np.bincount(draws, minlength=1025)
+  assert counts.shape == each.shape
+  assert_as_by_chance(counts, 200_000 * each)
+  firsts = [0, 900, 1000]
+  assert_as_by_chance(np.add.reduceat(counts, firsts), 200_000 * np.add.reduceat(each, firsts))
+
+
+@pytest.mark.parametrize("lag", [1, 2, 24, 1025])
+def test_draws_do_not_depend_on_each_other(lag):
+  draws = DrawnPlan((1600,), 5).places(0, 200_000 + lag).indices // 100
+  both = np.bincount(16 * draws[:-lag] + draws[lag:], minlength=256)
+  assert_as_by_chance(both, np.full(256, 200_000 / 256))
+
+
+def test_an_epoch_of_draws_leaves_samples_out():
+  draws = DrawnPlan((10_000,), 7).places(0, 10_000).indices
+  assert abs(len(np.unique(draws)) / 10_000 - (1 - 1 / np.e)) < 0.015
+
+
+@pytest.mark.parametrize("others", [(9, 8), (3, 2**32 + 3), (0, 1)])
+def test_seeds_draw_apart(others):
+  one, other = (DrawnPlan((1600,), seed).places(0, 200_000).indices for seed in others)
+  both = np.bincount(16 * (one // 100) + other // 100, minlength=256)
+  assert_as_by_chance(both, np.full(256, 200_000 / 256))
+  assert DrawnPlan(SIZES, others[0]).checksum() != DrawnPlan(SIZES, others[1]).checksum()
+
+
+def test_the_checksum_tells_sizes_apart():
+  plan = DrawnPlan((3, 2), 1)
+  checksums = {p.checksum() for p in (plan, DrawnPlan((2, 3), 1, True), DrawnPlan((3, 2), 1, True))}
+  assert len(checksums) == 3
+
+
+def test_draws_of_one_sample_look_different():
+  """The epoch seeds the augmentation, and is the place: so nothing that is drawn twice comes out the same."""
+  places = DrawnPlan((3, 2), 1).places(40, 1000)
+  assert places.epochs.tolist() == list(range(40, 1040))
+  assert set(places.indices.tolist()) == set(range(5))
+
+
+def split_mix(key: int, place: int) -> int:
+  """SplitMix64 in whole numbers of Python."""
+  mask = 2**64 - 1
+  z = (key + (place + 1) * 0x9E3779B97F4A7C15) & mask
+  z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+  z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+  return z ^ (z >> 31)
+
+
+def test_draws_are_those_of_split_mix():
+  # The generator's published first numbers.
+  assert [split_mix(1234567, place) for place in range(3)] == [
+    6457827717110365317,
+    3203168211198807973,
+    9817491932198370423,
+  ]
+  dataset_key, sample_key = np.random.SeedSequence(11).generate_state(2, np.uint64).tolist()
+  places = [0, 1, 77, 1024, 10**7, 10**12]
+  expected = []
+  for place in places:
+    sample = split_mix(dataset_key, place) / 2**64 * 1025
+    first, size = (0, 900) if sample < 900 else (900, 100) if sample < 1000 else (1000, 25)
+    expected.append(first + int(split_mix(sample_key, place) / 2**64 * size))
+  assert DrawnPlan(SIZES, 11).at(np.array(places)).indices.tolist() == expected
+  assert len({index >= 900 for index in expected}) == 2  # both branches
+
+
+def test_packed_rows_take_draws():
+  plan, lengths = DrawnPlan(SIZES, 3), Lengths(1025)
+
+  def size_of(indices):
+    return np.stack([lengths(indices), np.ones(len(indices), np.int64)], 1)
+
+  settings = packing.PackSettings(max_tokens=8192, max_tiles=64, look_ahead=20)
+  stream, placed = RowStream(plan, size_of, settings), []
+  while len(placed) < 3 * 1025:
+    placed += pairs(next(stream))
+  assert sorted(placed)[: 2 * 1025] == pairs(plan.places(0, 2 * 1025))
