@@ -1,4 +1,4 @@
-"""Orders of the samples: drawn with replacement."""
+"""Orders of the samples: drawn with replacement, and dealt evenly to the devices of a step."""
 
 import pickle
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from internvl_jax.data import packing
+from internvl_jax.data.grouping import GroupedPlan, deal
 from internvl_jax.data.plan import DrawnPlan, Order, Places, Plan, ResampledPlan
 from internvl_jax.data.rows import RowStream
 
@@ -27,12 +28,16 @@ class Lengths:
 
 
 def orders() -> dict[str, Order]:
+  lengths = Lengths(1025)
   return {
     "plan": Plan(1025, 3, True),
     "in_order": Plan(1025, 3, False),
     "resampled": ResampledPlan((900, 100, 25), 3, True),
     "drawn": DrawnPlan(SIZES, 3),
     "drawn_by_root": DrawnPlan(SIZES, 3, by_root=True),
+    "grouped": GroupedPlan(Plan(1025, 3, True), lengths, 4, 2, 3),
+    "grouped_in_order": GroupedPlan(Plan(1025, 3, False), lengths, 4, 2, 3),
+    "grouped_draws": GroupedPlan(DrawnPlan(SIZES, 3), lengths, 1, 8, 3),
   }
 
 
@@ -159,3 +164,107 @@ def test_packed_rows_take_draws():
   while len(placed) < 3 * 1025:
     placed += pairs(next(stream))
   assert sorted(placed)[: 2 * 1025] == pairs(plan.places(0, 2 * 1025))
+
+
+# --- Even loads ---------------------------------------------------------------------------------------------
+
+
+def slowly_dealt(order: Order, lengths: Lengths, accumulation: int, shards: int, rows: int, steps: int):
+  """The samples of the first steps as the docstrings describe them, one at a time."""
+  stream = pairs(order.places(0, steps * accumulation * shards * rows))
+  out = []
+  while stream:
+    taken = [stream.pop(0) for _ in range(accumulation * shards * rows)]
+    devices: list[list[tuple[int, int]]] = [[] for _ in range(accumulation * shards)]
+    while taken:
+      longest = taken[0]
+      for sample in taken:
+        if lengths.by_index[sample[1]] > lengths.by_index[longest[1]]:
+          longest = sample
+      taken.remove(longest)
+      totals = [sum(lengths.by_index[index] for _, index in device) for device in devices]
+      totals = [np.inf if len(d) == rows else total for d, total in zip(devices, totals, strict=True)]
+      devices[totals.index(min(totals))].append(longest)
+    out += [sample for device in devices for sample in device]
+  return out
+
+
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("shape", [(4, 2, 3), (1, 8, 1), (2, 1, 5), (1, 1, 7), (3, 16, 2)])
+def test_the_longest_goes_to_the_shortest_device_with_room(shape, shuffle, few):
+  lengths, order = Lengths(200, few=few), Plan(200, 5, shuffle)
+  plan = GroupedPlan(order, lengths, *shape)
+  expected = slowly_dealt(order, lengths, *shape, steps=9)
+  assert pairs(plan.places(0, 9 * np.prod(shape))) == expected
+
+
+def test_deal_by_hand():
+  assert deal(np.array([1, 5, 2, 3]), 2).tolist() == [1, 0, 3, 2]
+  # Equal lengths, and none at all, as of samples that cannot be read.
+  assert deal(np.array([4, 4, 4, 4]), 2).tolist() == [0, 2, 1, 3]
+  assert deal(np.array([0, 0, 0, 0]), 2).tolist() == [0, 1, 2, 3]
+  # The shortest device is full: the next goes to another, however long that is.
+  assert deal(np.array([9, 1, 1, 1, 1, 1]), 2).tolist() == [0, 4, 5, 1, 2, 3]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_every_sample_is_seen_once_an_epoch(shuffle):
+  plan = GroupedPlan(Plan(100, 5, shuffle), Lengths(100), 4, 2, 3)
+  # 25 steps of 24 samples are six epochs, and most epochs end within a step.
+  seen = pairs(plan.places(0, 600))
+  assert sorted(seen) == [(epoch, index) for epoch in range(6) for index in range(100)]
+  assert seen != pairs(plan.order.places(0, 600))
+
+
+@pytest.mark.parametrize(
+  "order", [Plan(1025, 3, True), ResampledPlan((900, 100, 25), 3, True), DrawnPlan(SIZES, 3)]
+)
+def test_a_step_sees_what_it_would_see_without_grouping(order):
+  plan = GroupedPlan(order, Lengths(1025), 2, 4, 8)
+  for step in range(40):
+    dealt, plain = plan.places(64 * step, 64), order.places(64 * step, 64)
+    assert sorted(pairs(dealt)) == sorted(pairs(plain)) and pairs(dealt) != pairs(plain)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_loads_are_even(shuffle):
+  lengths, order = Lengths(20_000), Plan(20_000, 3, shuffle)
+  plan = GroupedPlan(order, lengths, 4, 8, 8)
+
+  def totals(stream):
+    return lengths(stream.places(0, 64 * 256).indices).reshape(64, 32, 8).sum(-1)
+
+  dealt, plain = totals(plan), totals(order)
+  assert (dealt.sum(1) == plain.sum(1)).all()
+  assert np.median(plain.max(1) / plain.min(1)) > 3
+  assert np.median(dealt.max(1) / dealt.min(1)) < 1.1
+  # Even where one sample, cut at 8192, is nearly a device's share, which is 8600.
+  assert (dealt.max(1) / dealt.min(1)).max() < 1.5
+
+
+def test_the_longest_samples_of_a_step_are_on_different_devices():
+  lengths = Lengths(1000)
+  plan = GroupedPlan(Plan(1000, 3, True), lengths, 2, 5, 4)
+  for step in range(25):
+    dealt = lengths(plan.places(40 * step, 40).indices).reshape(10, 4)
+    assert sorted(dealt.max(1)) == sorted(dealt.ravel())[-10:]
+
+
+def test_a_window_asks_for_the_lengths_of_its_steps_alone():
+  lengths = Lengths(1000)
+  plan = GroupedPlan(Plan(1000, 3, True), lengths, 2, 5, 4)
+  for start, count, steps in ((80, 40, 1), (85, 3, 1), (119, 2, 2), (120, 0, 0)):
+    lengths.asked = 0
+    plan.places(start, count)
+    assert lengths.asked == 40 * steps
+
+
+def test_a_run_may_go_on_with_other_lengths_and_devices():
+  order = Plan(1000, 3, True)
+  plan = GroupedPlan(order, Lengths(1000), 2, 5, 4)
+  other = GroupedPlan(order, Lengths(1000, seed=1), 4, 2, 5)
+  assert plan.checksum() == other.checksum() == order.checksum()
+  assert plan.checksum() != GroupedPlan(Plan(1000, 4, True), plan.length_of, 2, 5, 4).checksum()
+  first, second = plan.places(400, 40), other.places(400, 40)
+  assert pairs(first) != pairs(second) and sorted(pairs(first)) == sorted(pairs(second))
