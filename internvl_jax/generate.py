@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from absl import flags
 
 from internvl_jax.data.errors import Where
+from internvl_jax.data.fitting import Limits
 from internvl_jax.data.meta import DatasetSpec
-from internvl_jax.data.sample import make_sample
+from internvl_jax.data.sample import SampleMaker
 from internvl_jax.eval.decoding import GreedyDecoder, Prompt
 from internvl_jax.eval.scoring import prompt_ids
 from internvl_jax.frontdoor import run_app
@@ -31,10 +32,14 @@ def main(argv: Sequence[str]) -> None:
   if _SYSTEM.value is not None:
     turns.insert(0, {"from": "system", "value": _SYSTEM.value})
   record = {"conversations": turns} | ({"image": _IMAGE.value} if _IMAGE.value else {})
-  spec = DatasetSpec(name="question", root="", annotation="the command line")
-  where = Where("question", "the command line", 1)
-  tokens_per_tile = opened.source.config.tokens_per_tile
-  sample = make_sample(record, where, spec, opened.data, opened.tokenizer, tokens_per_tile, None)
+  maker = SampleMaker(
+    spec=DatasetSpec(name="question", root="", annotation="the command line"),
+    data=opened.data,
+    tokenizer=opened.tokenizer,
+    tokens_per_tile=opened.source.config.tokens_per_tile,
+    limits=Limits(opened.data.max_seq_length, policy="error"),
+  )
+  sample = maker.make(record, Where("question", "the command line", 1))
   decoder = GreedyDecoder(
     model=opened.source.model,
     how=opened.how,

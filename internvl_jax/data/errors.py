@@ -15,6 +15,14 @@ class DataError(UserError):
     super().__init__(" ".join(str(message).split()))
 
 
+class OverLengthError(DataError):
+  """A sample is longer than it may be, and cannot or must not be shortened."""
+
+
+class UnsupervisedError(DataError):
+  """Of a sample that is longer than it may be, nothing is left that could be learned."""
+
+
 class Where(NamedTuple):
   """The line of an annotation file that a sample comes from.
 
@@ -31,9 +39,9 @@ class Where(NamedTuple):
   def __str__(self) -> str:
     return f"{self.file}:{self.line} (dataset {self.dataset!r})"
 
-  def error(self, cause: str) -> DataError:
-    """Returns the error that blames this line."""
-    return DataError(f"{self}: {cause}")
+  def error(self, cause: str, kind: type[DataError] | None = None) -> DataError:
+    """Returns the error that blames this line, a `DataError` or a kind of it."""
+    return (kind or DataError)(f"{self}: {cause}")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ it across the borders of epochs. So no batch is short, and a place of the stream
 
 import dataclasses
 import fractions
+import functools
 import math
 import threading
 import zlib
@@ -132,19 +133,12 @@ class ResampledPlan:
 
   def at(self, positions: np.ndarray) -> Places:
     """Returns the samples at these places of the stream, with the pass through their dataset as the epoch."""
-    shares, firsts = self.shares, np.concatenate([[0], np.cumsum(self.sizes)])
+    shares = self.shares
     ends = np.cumsum(shares)
     places = Plan(self.num_samples, self.seed, self.shuffle).at(positions)
     datasets = np.searchsorted(ends, places.indices, side="right")
-    passes, indices = np.zeros_like(places.indices), np.zeros_like(places.indices)
-    for dataset in np.unique(datasets).tolist():
-      chosen = datasets == dataset
-      rank = places.indices[chosen] - (ends[dataset] - shares[dataset])
-      turn = places.epochs[chosen] * shares[dataset] + rank
-      # Every dataset is a stream of its own, with a seed of its own.
-      inner = Plan(self.sizes[dataset], hash_seed(self.seed, dataset), self.shuffle).at(turn)
-      passes[chosen], indices[chosen] = inner.epochs, firsts[dataset] + inner.indices
-    return Places(passes, indices)
+    rank = places.indices - (ends - shares)[datasets]
+    return _run_through(self, datasets, places.epochs * shares[datasets] + rank)
 
   def checksum(self) -> int:
     """Returns a number that differs when the order does; see `Plan.checksum`."""
@@ -153,49 +147,89 @@ class ResampledPlan:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DrawnPlan:
-  """The stream of samples drawn with replacement: each place on its own, whatever stands at the others.
+  """The stream of samples whose datasets are drawn with replacement: each place on its own, in proportion to the sizes.
 
-  A dataset is drawn in proportion to its size, then one of its samples, each as likely as the others. A place is hashed,
-  so that no order is kept in memory. An epoch is as many draws as there are samples: it sees some of them several times
-  and more than a third not at all.
+  The places that fall to a dataset run through it over and over, each time in a new order, as the reference's do: so
+  chance decides how often a dataset begins again, but not which of its samples are seen.
 
   Attributes:
     sizes: samples of each dataset, repeats included.
-    seed: of the draws.
+    seed: of the draws and the shuffling.
     by_root: datasets in proportion to the square root of their sizes instead of the sizes.
+    shuffle: new orders all the time; False runs through every dataset in its own order.
   """
 
   sizes: tuple[int, ...]
   seed: int
   by_root: bool = False
+  shuffle: bool = True
 
   @property
   def num_samples(self) -> int:
     """Draws of an epoch."""
     return sum(self.sizes)
 
-  @property
-  def shuffle(self) -> bool:
-    """True: there is no draw in the order of the mixture."""
-    return True
-
   def places(self, start: int, count: int) -> Places:
     """Returns the `count` samples from place `start` of the stream on; see `at`."""
     return self.at(np.arange(start, start + count, dtype=np.int64))
 
   def at(self, positions: np.ndarray) -> Places:
-    """Returns the samples at these places, with the place as the epoch, so that no two draws look alike."""
-    sizes = np.array(self.sizes, np.int64)
-    shares = np.cumsum(np.sqrt(sizes) if self.by_root else sizes.astype(np.float64))
-    dataset_key, sample_key = np.random.SeedSequence(self.seed).generate_state(2, np.uint64)
-    # The last end is exactly 1, which no draw reaches.
-    datasets = np.searchsorted(shares / shares[-1], _uniform(dataset_key, positions), side="right")
-    within = np.floor(_uniform(sample_key, positions) * sizes[datasets]).astype(np.int64)
-    return Places(positions.copy(), (np.cumsum(sizes) - sizes)[datasets] + within)
+    """Returns the samples at these places of the stream, with the pass through their dataset as the epoch."""
+    epochs, inside = np.divmod(positions, self.num_samples)
+    datasets, turns = np.zeros_like(inside), np.zeros_like(inside)
+    for epoch in np.unique(epochs).tolist():
+      chosen = epochs == epoch
+      drawn, ranks = _draws(self, epoch)
+      before = sum((_counts(self, past) for past in range(epoch)), np.zeros(len(self.sizes), np.int64))
+      datasets[chosen] = drawn[inside[chosen]]
+      turns[chosen] = before[datasets[chosen]] + ranks[inside[chosen]]
+    return _run_through(self, datasets, turns)
 
   def checksum(self) -> int:
     """Returns a number that differs when the draws do."""
-    return zlib.crc32(self.places(0, 1024).indices.tobytes())
+    return zlib.crc32(self.places(0, min(self.num_samples, 1024)).indices.tobytes())
+
+
+def _run_through(plan: ResampledPlan | DrawnPlan, datasets: np.ndarray, turns: np.ndarray) -> Places:
+  """Returns the sample that stands at each turn of its dataset, with the pass through that as the epoch.
+
+  Args:
+    plan: the sizes of the datasets, and the seed.
+    datasets: int64 [n].
+    turns: int64 [n], counted from 0 over all passes.
+  """
+  firsts = np.concatenate([[0], np.cumsum(plan.sizes)])
+  passes, indices = np.zeros_like(turns), np.zeros_like(turns)
+  for dataset in np.unique(datasets).tolist():
+    chosen = datasets == dataset
+    # Every dataset is a stream of its own, with a seed of its own.
+    inner = Plan(plan.sizes[dataset], hash_seed(plan.seed, dataset), plan.shuffle).at(turns[chosen])
+    passes[chosen], indices[chosen] = inner.epochs, firsts[dataset] + inner.indices
+  return Places(passes, indices)
+
+
+# 10^7 draws take 60 MB an epoch and 2 s, once in each process.
+@functools.lru_cache(maxsize=2)
+def _draws(plan: DrawnPlan, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the dataset of each place of an epoch, and how many places of the epoch before it fell to the same."""
+  sizes = np.array(plan.sizes, np.int64)
+  ends = np.cumsum(np.sqrt(sizes) if plan.by_root else sizes.astype(np.float64))
+  key = np.random.SeedSequence(plan.seed).generate_state(1, np.uint64)[0]
+  places = np.arange(epoch * plan.num_samples, (epoch + 1) * plan.num_samples)
+  # The last end is exactly 1, which no draw reaches.
+  datasets = np.searchsorted(ends / ends[-1], _uniform(key, places), side="right")
+  datasets = datasets.astype(np.int16 if len(sizes) <= np.iinfo(np.int16).max else np.int32)
+  by_dataset = np.argsort(datasets, kind="stable")
+  counts = np.bincount(datasets, minlength=len(sizes))
+  ranks = np.empty(len(datasets), np.int32)
+  ranks[by_dataset] = np.arange(len(datasets)) - np.repeat(np.cumsum(counts) - counts, counts)
+  return datasets, ranks
+
+
+@functools.lru_cache(maxsize=1024)
+def _counts(plan: DrawnPlan, epoch: int) -> np.ndarray:
+  """Returns int64 [datasets]: the places of an epoch that fall to each."""
+  return np.bincount(_draws(plan, epoch)[0], minlength=len(plan.sizes))
 
 
 def _uniform(key: np.uint64, places: np.ndarray) -> np.ndarray:

@@ -4,9 +4,10 @@ A sample's tokens and tiles follow from its text and its image's header. They ar
 folder of the cache, one for each annotation file, tokenizer and setting that they depend on:
 
     <cache>/<name>-<hash>/key.json     what the sizes depend on, and the state of the annotation file
-                          sizes.npy    one SIZE record a line
+                          sizes.npy    one SIZE record a line, as if samples could be of any length
                           blocks.npy   a checksum of the bytes of every block of lines, 0 where not yet measured
                           errors.jsonl {"line": index, "message": why it cannot be read}
+                          pieces-<hash>.npz  what is left of the longest under some limits (see `pieces`)
 
 A block whose bytes are as they were keeps its sizes, so that an annotation file which grew, or of which a line was
 mended, is measured in part, and an interrupted build goes on. Lines that could not be read are tried again each time.
@@ -14,48 +15,60 @@ The headers of images that could be read are not watched: a sample that turns ou
 an error of that sample when it is decoded.
 """
 
-import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
 import hashlib
-import itertools
 import json
-import multiprocessing
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from internvl_jax.data.errors import DataError
 from internvl_jax.data.jsonl import JsonlFile
+from internvl_jax.data.workers import map_items
+
+_RECORDS = "sizes.npy"
 
 BLOCK = 1024
 """Lines measured, and remembered as measured, at a time."""
 
-SIZE = np.dtype([("tokens", "<i4"), ("tiles", "<i4"), ("supervised", "<i4"), ("needed", "<i4")])
+SIZE = np.dtype([("tokens", "<i4"), ("tiles", "<i4"), ("supervised", "<i4")])
 """The fields of Size; tokens is 0 where a line cannot be read."""
 
 
 class Size(NamedTuple):
-  """Sizes of a sample: tokens, tiles, supervised tokens, and the first tokens that its images need."""
+  """Tokens, tiles and supervised tokens of a sample."""
 
   tokens: int
   tiles: int
   supervised: int
-  needed: int = 1
 
 
 class Sizes(NamedTuple):
   """Sizes of all lines of a file.
 
   Attributes:
+    folder: of the index.
     records: SIZE [lines], mapped into memory.
     errors: why a line cannot be read, by its index.
   """
 
+  folder: pathlib.Path
   records: np.ndarray
   errors: dict[int, str]
+
+  def __reduce__(self) -> tuple:
+    # A copy of the process maps the same file; millions of sizes need not travel.
+    return _reopened, (self.folder, self.errors)
+
+
+def _reopened(folder: pathlib.Path, errors: dict[int, str]) -> Sizes:
+  return Sizes(folder, np.load(folder / _RECORDS, mmap_mode="r"), errors)
 
 
 Measure = Callable[[JsonlFile, int], Size]
@@ -83,22 +96,33 @@ def index_sizes(
   """
   folder = _folder(file, key, pathlib.Path(cache))
   folder.mkdir(parents=True, exist_ok=True)
-  index = _Index(folder, file, key)
-  missing = index.missing()
-  _look_again(index, file, measure, missing)
-  progress(len(file) - sum(index.length(block) for block in missing))
-  for block, records, errors in _measure_all(file, measure, missing, workers):
-    index.store(block, records, errors)
-    progress(len(records))
-  index.finish()
-  return index.sizes()
+  with locked(folder):
+    index = _Index(folder, file, key)
+    missing = index.missing()
+    lines = _MeasureLines(file, measure)
+    _look_again(index, lines, missing)
+    progress(len(file) - sum(index.length(block) for block in missing))
+    blocks = [range(block * BLOCK, block * BLOCK + index.length(block)) for block in missing]
+    for block, (records, errors) in map_items(lines, blocks, workers):
+      index.store(block.start // BLOCK, records, errors)
+      progress(len(records))
+    index.finish()
+    return index.sizes()
 
 
-def _look_again(index: "_Index", file: JsonlFile, measure: Measure, missing: list[int]) -> None:
+@contextlib.contextmanager
+def locked(folder: pathlib.Path) -> Iterator[None]:
+  """Keeps other processes of this host out of a folder: who comes second finds the first one's work done."""
+  with (folder / "lock").open("w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    yield
+
+
+def _look_again(index: "_Index", measure: "_MeasureLines", missing: list[int]) -> None:
   """Measures the lines again that could not be read: an image may have been put where it was missing."""
   for line in index.unreadable():
     if line // BLOCK not in missing:
-      records, errors = _measure_lines(file, measure, range(line, line + 1))
+      records, errors = measure(range(line, line + 1))
       index.mend(line, records[0], errors.get(line))
 
 
@@ -114,7 +138,7 @@ class _Index:
   def __init__(self, folder: pathlib.Path, file: JsonlFile, key: Mapping[str, Any]):
     self._folder, self._file, self._key = folder, file, key
     lines, blocks = len(file), -(-len(file) // BLOCK)
-    self._records, kept = _grown(folder / "sizes.npy", SIZE, lines)
+    self._records, kept = _grown(folder / _RECORDS, SIZE, lines)
     self._blocks, _ = _grown(folder / "blocks.npy", np.dtype("<u4"), blocks)
     # A block whose sizes were lost, in part or whole, is not measured whatever its mark says.
     self._blocks[kept // BLOCK if kept < lines else blocks :] = 0
@@ -174,9 +198,11 @@ class _Index:
 
   def sizes(self) -> Sizes:
     """All sizes, read-only."""
-    records = np.load(self._folder / "sizes.npy", mmap_mode="r")
+    records = np.load(self._folder / _RECORDS, mmap_mode="r")
     unreadable = np.flatnonzero(records["tokens"] == 0).tolist()
-    return Sizes(records, {line: self._errors[line] for line in unreadable if line in self._errors})
+    return Sizes(
+      self._folder, records, {line: self._errors[line] for line in unreadable if line in self._errors}
+    )
 
   def _stat(self) -> list[int]:
     stat = os.stat(self._file.path)
@@ -229,52 +255,18 @@ def _grown(path: pathlib.Path, dtype: np.dtype, length: int) -> tuple[Any, int]:
 # --- Measuring ----------------------------------------------------------------------------------------------
 
 
-def _measure_all(
-  file: JsonlFile, measure: Measure, blocks: list[int], workers: int
-) -> Iterable[tuple[int, np.ndarray, dict[int, str]]]:
-  if workers <= 1 or len(blocks) <= 1:
-    for block in blocks:
-      yield block, *_measure_lines(file, measure, _lines_of(block, file))
-    return
-  # Workers are started afresh: a forked copy of a process with JAX's threads may hang.
-  context = multiprocessing.get_context("spawn")
-  with concurrent.futures.ProcessPoolExecutor(
-    min(workers, len(blocks)), context, initializer=_start_worker, initargs=(file, measure)
-  ) as pool:
-    # A bounded number in flight, so that memory does not grow with the file.
-    waiting, running = iter(blocks), {}
-    for block in itertools.islice(waiting, 4 * workers):
-      running[pool.submit(_measure_in_worker, _lines_of(block, file))] = block
-    while running:
-      done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
-      for future in done:
-        yield running.pop(future), *future.result()
-        for block in itertools.islice(waiting, 1):
-          running[pool.submit(_measure_in_worker, _lines_of(block, file))] = block
+@dataclasses.dataclass(frozen=True)
+class _MeasureLines:
+  """Measures the lines of a block."""
 
+  file: JsonlFile
+  measure: Measure
 
-def _lines_of(block: int, file: JsonlFile) -> range:
-  return range(block * BLOCK, min((block + 1) * BLOCK, len(file)))
-
-
-_worker: tuple[JsonlFile, Measure] | None = None
-
-
-def _start_worker(file: JsonlFile, measure: Measure) -> None:
-  global _worker  # noqa: PLW0603 - sent once to each process, not with every block
-  _worker = file, measure
-
-
-def _measure_in_worker(lines: range) -> tuple[np.ndarray, dict[int, str]]:
-  assert _worker is not None
-  return _measure_lines(*_worker, lines)
-
-
-def _measure_lines(file: JsonlFile, measure: Measure, lines: range) -> tuple[np.ndarray, dict[int, str]]:
-  records, errors = np.zeros(len(lines), SIZE), {}
-  for i, line in enumerate(lines):
-    try:
-      records[i] = tuple(measure(file, line))
-    except DataError as error:
-      errors[line] = str(error)
-  return records, errors
+  def __call__(self, lines: range) -> tuple[np.ndarray, dict[int, str]]:
+    records, errors = np.zeros(len(lines), SIZE), {}
+    for i, line in enumerate(lines):
+      try:
+        records[i] = tuple(self.measure(self.file, line))
+      except DataError as error:
+        errors[line] = str(error)
+    return records, errors

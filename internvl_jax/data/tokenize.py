@@ -22,12 +22,36 @@ class ChatTokens(NamedTuple):
   Attributes:
     input_ids: int32 [n].
     labels: int32 [n], `IGNORE_INDEX` where not supervised; not shifted.
-    truncated: the conversation was longer than allowed and lost its end.
   """
 
   input_ids: np.ndarray
   labels: np.ndarray
-  truncated: bool
+
+
+class Chat(NamedTuple):
+  """A tokenised conversation of m tokens in which every image is one token, whatever its size.
+
+  Attributes:
+    ids: int32 [m].
+    labels: int32 [m], as in `ChatTokens`.
+    contexts: int64 [images], the places of the images' tokens. `<img>` stands before each, `</img>` after it.
+  """
+
+  ids: np.ndarray
+  labels: np.ndarray
+  contexts: np.ndarray
+
+  def length(self, image_tokens: Sequence[int]) -> int:
+    """Returns how many tokens it has when the images have so many."""
+    return len(self.ids) + sum(image_tokens) - len(self.contexts)
+
+  def expand(self, image_tokens: Sequence[int]) -> ChatTokens:
+    """Returns the conversation in which the images have so many tokens."""
+    # Repeating ids equals tokenising the repeated text, because special tokens are split off before anything
+    # else; it saves tokenising thousands of them.
+    counts = np.ones(len(self.ids), np.int64)
+    counts[self.contexts] = image_tokens
+    return ChatTokens(np.repeat(self.ids, counts), np.repeat(self.labels, counts))
 
 
 class ChatTokenizer:
@@ -78,52 +102,51 @@ class ChatTokenizer:
       )
     self.stop_token_id: int = stop[0]
 
-  def encode(
-    self,
-    conversations: Sequence[Mapping[str, str]],
-    image_tokens: Sequence[int],
-    max_length: int,
-    where: Where,
-  ) -> ChatTokens:
-    r"""Tokenises a conversation.
+  def lay_out(self, conversations: Sequence[Mapping[str, str]], num_images: int, where: Where) -> Chat:
+    r"""Tokenises a conversation, with one token for each image.
 
     The template says whether the whole text is tokenised at once or each turn on its own. `<image>` in a
-    human turn becomes `<img>`, the image's tokens and `</img>`; in other turns it is plain text. A first
+    human turn becomes `<img>`, the image's token and `</img>`; in other turns it is plain text. A first
     system turn takes the place of the template's. Supervised are the answers and the token that closes them,
     found by the characters from which tokens come, so no count of tokens can go wrong. For `internvl2_5`:
 
-        [human "<image>\nHi", gpt "Yo"] with image_tokens=[2]
-        -> system turn, <|im_start|>user\n<img><IMG_CONTEXT><IMG_CONTEXT></img>\nHi<|im_end|>\n
+        [human "<image>\nHi", gpt "Yo"]
+        -> system turn, <|im_start|>user\n<img><IMG_CONTEXT></img>\nHi<|im_end|>\n
            <|im_start|>assistant\n[Yo<|im_end|>]\n        with what stands in [] as labels
 
     Args:
       conversations: turns as `{"from": "system" | "human" | "gpt", "value": text}`; left as they are.
-      image_tokens: how many tokens each image takes, in order.
-      max_length: longer conversations are cut to so many tokens.
+      num_images: images of the sample.
       where: the line of the conversation, for errors.
 
     Raises:
-      DataError: a turn is malformed, `<image>` and images differ in number, or the cut goes through an image.
+      DataError: a turn is malformed, or `<image>` and images differ in number.
     """
     turns = self._arranged(_checked_turns(conversations, where), where)
     found = sum(value.count(IMAGE_PLACEHOLDER) for role, value in turns if role == "human")
-    if found != len(image_tokens):
+    if found != num_images:
       others = sum(value.count(IMAGE_PLACEHOLDER) for role, value in turns if role != "human")
       note = f" ({others} more in other turns, where it is plain text)" if others else ""
       raise where.error(
-        f"{found} {IMAGE_PLACEHOLDER} in the human turns{note} but {len(image_tokens)} images; "
-        "make the numbers equal"
+        f"{found} {IMAGE_PLACEHOLDER} in the human turns{note} but {num_images} images; make the numbers equal"
       )
     texts = [turns] if self.template.whole else [[turn] for turn in turns]
     ids, labels = zip(*map(self._tokenize, texts), strict=True)
     start = np.array(self._start, np.int32)
-    return self._expand(
-      np.concatenate([start, *ids]),
-      np.concatenate([np.full_like(start, IGNORE_INDEX), *labels]),
-      image_tokens,
-      max_length,
-      where,
-    )
+    chat_ids = np.concatenate([start, *ids])
+    contexts = np.flatnonzero(chat_ids == self.image_token_id)
+    if len(contexts) != num_images:
+      raise where.error(
+        f"{len(contexts)} {IMAGE_CONTEXT} tokens for {num_images} images: the text itself contains "
+        f"{IMAGE_CONTEXT}; take it out"
+      )
+    return Chat(chat_ids, np.concatenate([np.full_like(start, IGNORE_INDEX), *labels]), contexts)
+
+  def encode(
+    self, conversations: Sequence[Mapping[str, str]], image_tokens: Sequence[int], where: Where
+  ) -> ChatTokens:
+    """Tokenises a conversation whose images take so many tokens, in order; see `lay_out`."""
+    return self.lay_out(conversations, len(image_tokens), where).expand(image_tokens)
 
   def fingerprint(self) -> str:
     """Returns a hash of all that ids depend on."""
@@ -188,32 +211,6 @@ class ChatTokenizer:
         taught = slice(begin, max(begin, end - self.template.unsupervised_tail))
         labels[taught] = ids[taught]
     return ids, labels
-
-  def _expand(
-    self, ids: np.ndarray, labels: np.ndarray, image_tokens: Sequence[int], max_length: int, where: Where
-  ) -> ChatTokens:
-    """Repeats each image's one context token to the image's length, and cuts to max_length."""
-    contexts = np.flatnonzero(ids == self.image_token_id)
-    if len(contexts) != len(image_tokens):
-      raise where.error(
-        f"{len(contexts)} {IMAGE_CONTEXT} tokens for {len(image_tokens)} images: the text itself contains "
-        f"{IMAGE_CONTEXT}; take it out"
-      )
-    # Repeating ids equals tokenising the repeated text, because special tokens are split off before anything
-    # else; it saves tokenising thousands of them.
-    counts = np.ones(len(ids), np.int64)
-    counts[contexts] = image_tokens
-    length = int(counts.sum())
-    if length > max_length and len(contexts):
-      needed = int(counts[: contexts[-1] + 2].sum())  # up to the last </img>
-      if needed > max_length:
-        raise where.error(
-          f"images need the first {needed} of {length} tokens but data.max_seq_length={max_length} cuts them; "
-          "raise it or lower max_dynamic_patch"
-        )
-    return ChatTokens(
-      np.repeat(ids, counts)[:max_length], np.repeat(labels, counts)[:max_length], length > max_length
-    )
 
 
 def with_placeholder(conversations: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
