@@ -1,4 +1,4 @@
-"""Data: from a meta file to batches of numpy arrays; nothing here knows models.
+"""From a meta file to batches of numpy arrays.
 
     meta.py      the mixture: which annotation files, with which root and how often
     jsonl.py     one annotation file: any line by its number, without keeping parsed lines in memory
@@ -14,4 +14,8 @@
     tally.py     what became of the samples, and which losses end a run
     pipeline.py  the stages put together: the loader, with exact resume
     examine.py   what a run would make of the data; show.py: samples and batches as text
+
+Every place of the stream is decided before anything is decoded, so decoding is the only work that runs in
+parallel, and the batches are the same for any number of workers and hosts. The room is numpy only: it imports
+neither JAX nor the models.
 """
