@@ -131,9 +131,28 @@ def photograph(source: Image.Image, megapixels: float, rng: np.random.Generator)
 
 def conversation(rng: np.random.Generator) -> list[dict[str, str]]:
   """One to three questions with answers of a few words up to a paragraph."""
-  words = (
-    "the a red of cat on in street with two sign says left right above small photo shows person is".split()
-  )
+  words = [
+    "the",
+    "a",
+    "red",
+    "of",
+    "cat",
+    "on",
+    "in",
+    "street",
+    "with",
+    "two",
+    "sign",
+    "says",
+    "left",
+    "right",
+    "above",
+    "small",
+    "photo",
+    "shows",
+    "person",
+    "is",
+  ]
 
   def text(low: int, high: int) -> str:
     return " ".join(rng.choice(words, int(rng.integers(low, high)))).capitalize()
