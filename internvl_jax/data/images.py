@@ -15,6 +15,7 @@ from PIL import Image
 from internvl_jax.batch import PIXEL_STATISTICS
 from internvl_jax.data import tiling
 from internvl_jax.data.errors import DataError, Where, did_you_mean
+from internvl_jax.data.pool import TilePool
 
 # Qualities of the JPEG augmentation, both included (the set that the reference draws from).
 JPEG_QUALITY = (75, 100)
@@ -90,6 +91,7 @@ def image_tiles(
   dynamic: bool,
   pad_color: tuple[int, int, int] | None = None,
   rng: np.random.Generator | None = None,
+  pool: TilePool | None = None,
 ) -> np.ndarray:
   """Cuts an image into tiles.
 
@@ -106,6 +108,7 @@ def image_tiles(
     dynamic: cut into a grid.
     pad_color: pad to a square with this colour (0-255) before resizing; None: stretch to a square.
     rng: draws the quality of the JPEG augmentation, tile by tile; None: no augmentation, else no padding.
+    pool: the tiles are written to its end; None: to memory of their own.
 
   Returns:
     uint8 [tiles, tile_size, tile_size, 3].
@@ -118,7 +121,7 @@ def image_tiles(
     whole = image.resize((columns * tile_size, rows * tile_size), Image.Resampling.BICUBIC)
     thumbnail = image.resize(size, Image.Resampling.BICUBIC) if use_thumbnail and columns * rows > 1 else None
     if rng is None:  # Tiles are squares of their final size: padding and resizing would change nothing.
-      return _cut(whole, columns, rows, thumbnail)
+      return _cut(whole, columns, rows, thumbnail, pool or TilePool(tile_size))
     parts = [whole.crop(box) for box in _boxes(columns, rows, tile_size)]
     parts += [] if thumbnail is None else [thumbnail]
   if rng is not None:
@@ -126,13 +129,16 @@ def image_tiles(
   elif pad_color is not None:
     parts = [pad_to_square(part, pad_color) for part in parts]
   parts = [part if part.size == size else part.resize(size, Image.Resampling.BICUBIC) for part in parts]
-  return np.stack([np.asarray(part) for part in parts])
+  tiles = (pool or TilePool(tile_size)).take(len(parts))
+  return np.stack([np.asarray(part) for part in parts], out=tiles)
 
 
-def _cut(whole: Image.Image, columns: int, rows: int, thumbnail: Image.Image | None) -> np.ndarray:
+def _cut(
+  whole: Image.Image, columns: int, rows: int, thumbnail: Image.Image | None, pool: TilePool
+) -> np.ndarray:
   """Returns uint8 [tiles, side, side, 3]: the first row's tiles first, and the thumbnail last."""
   side, count = whole.height // rows, rows * columns
-  tiles = np.empty((count + (thumbnail is not None), side, side, 3), np.uint8)
+  tiles = pool.take(count + (thumbnail is not None))
   # Written to where they stay: other ways, by Pillow's crop or through a contiguous array, copy once more.
   grid = tiles[:count].reshape(rows, columns, side, side, 3)
   grid[:] = np.asarray(whole).reshape(rows, side, columns, side, 3).swapaxes(1, 2)

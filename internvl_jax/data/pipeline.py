@@ -17,6 +17,7 @@ from internvl_jax.data import batching, packing
 from internvl_jax.data import plan as plans
 from internvl_jax.data.errors import DataError
 from internvl_jax.data.packing import PackSettings, look_ahead_of
+from internvl_jax.data.pool import Allocate, TilePool
 from internvl_jax.data.rows import PlannedRows, RowStream, packable
 from internvl_jax.data.sample import Mixture, Sample
 from internvl_jax.data.tokenize import ChatTokenizer
@@ -45,6 +46,8 @@ class MicroBatchSource:
     tile_size: side of a tile in pixels.
     tokens_per_tile: image tokens of one tile.
     image_token_id: the id that stands at image tokens.
+    max_tiles: the most tiles of a micro-batch.
+    allocate: makes the memory of its tiles; None: the process's own.
     packed: the samples of the rows of each element where rows hold several; None: one a row.
   """
 
@@ -56,15 +59,18 @@ class MicroBatchSource:
   tile_size: int
   tokens_per_tile: int
   image_token_id: int
+  max_tiles: int = 0
+  allocate: Allocate | None = None
   packed: PlannedRows | None = None
 
   def __len__(self) -> int:
     return self.count
 
   def __getitem__(self, element: int) -> batching.MicroBatch:
+    pool = TilePool(self.tile_size, self.max_tiles, self.allocate)
     return batching.pack_rows(
-      [self._row(row) for row in self._planned(element)],
-      tile_size=self.tile_size,
+      [self._row(row, pool) for row in self._planned(element)],
+      tiles=pool.since(0),
       tokens_per_tile=self.tokens_per_tile,
       image_token_id=self.image_token_id,
     )
@@ -76,18 +82,20 @@ class MicroBatchSource:
     epochs, indices = self.plan.places((self.start + element) * self.rows, self.rows)
     return [plans.Places(epochs[i : i + 1], indices[i : i + 1]) for i in range(self.rows)]
 
-  def _row(self, places: plans.Places) -> list[Sample | batching.Unreadable]:
-    return [self._sample(int(e), int(i)) for e, i in zip(*places, strict=True)]
+  def _row(self, places: plans.Places, pool: TilePool) -> list[Sample | batching.Unreadable]:
+    return [self._sample(int(e), int(i), pool) for e, i in zip(*places, strict=True)]
 
-  def _sample(self, epoch: int, index: int) -> Sample | batching.Unreadable:
+  def _sample(self, epoch: int, index: int, pool: TilePool) -> Sample | batching.Unreadable:
     # An unreadable sample travels beside the readable ones, so that the main process decides about it, and only
     # once the batch is consumed: the same moment for any number of workers.
+    start = pool.used
     try:
-      sample = self.mixture.decode(epoch, index)
+      sample = self.mixture.decode(epoch, index, pool)
       if self.packed is not None:
         self._check_size(sample)
       return sample
     except DataError as error:
+      pool.rewind(start)
       return batching.Unreadable(self.mixture.locate(index)[0], str(error))
 
   def _check_size(self, sample: Sample) -> None:
@@ -268,11 +276,10 @@ class TrainLoader:
       tile_size=self._tile_size,
       tokens_per_tile=self._tokens_per_tile,
       image_token_id=self._image_token_id,
+      max_tiles=self._most_tiles(),
       packed=self._planned_rows(),
     )
-    return iter(
-      _prefetched(source, self._training.dataloader_num_workers, self._loader.prefetch, self._micro_bytes())
-    )
+    return iter(_prefetched(source, self._training.dataloader_num_workers, self._loader.prefetch))
 
   def _planned_rows(self) -> PlannedRows | None:
     """Returns the packed rows from the next step on, for the workers; None where rows are not packed."""
@@ -281,10 +288,9 @@ class TrainLoader:
     state = self._stream.get_state()
     return PlannedRows(self._plan, self._mixture.size_of, self._packing, state, self._rows)
 
-  def _micro_bytes(self) -> int:
-    """Returns the most bytes that the tiles of a micro-batch may take."""
-    tiles = self._mixture.max_tiles() if self._packing is None else self._packing.max_tiles
-    return self._rows * tiles * 3 * self._tile_size**2
+  def _most_tiles(self) -> int:
+    """Returns the most tiles that a micro-batch may have."""
+    return self._rows * (self._mixture.max_tiles() if self._packing is None else self._packing.max_tiles)
 
   def _index_sizes(self) -> None:
     """Finds out how long every sample is; a bar shows how far that is."""
@@ -449,24 +455,34 @@ def default_cache() -> str:
   return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "internvl_jax")
 
 
-def _prefetched(source: MicroBatchSource, workers: int, prefetch: int, micro_bytes: int) -> grain.IterDataset:
+def _prefetched(source: MicroBatchSource, workers: int, prefetch: int) -> grain.IterDataset:
   """Returns the source's elements in order, decoded ahead by worker processes or by threads of this one."""
-  dataset = grain.MapDataset.source(cast(Any, source))  # grain names the index differently
   if not workers:
     threads = min(prefetch, os.cpu_count() or 1)
+    dataset = grain.MapDataset.source(cast(Any, source))  # grain names the index differently
     return dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
   if not flags.FLAGS.is_parsed():
     # Grain's process prefetch reads absl flags of its own, which only `app.run` parses; in a test, a notebook or
     # another program their defaults are right.
     flags.FLAGS.mark_as_parsed()
+  micro_bytes = source.max_tiles * 3 * source.tile_size**2
+  smallest = _shared_memory_threshold(workers * (prefetch + 2) * micro_bytes)
+  if smallest <= micro_bytes:
+    # Tiles are written where the main process reads them.
+    source = dataclasses.replace(source, allocate=_shared_array)
+  dataset = grain.MapDataset.source(cast(Any, source))
   # A worker decodes one micro-batch at a time: threads within it would only contend for the interpreter lock.
   iterable = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-  in_flight = workers * (prefetch + 2) * micro_bytes
-  options = grain.experimental.DatasetOptions(min_shm_size=_shared_memory_threshold(in_flight))
+  options = grain.experimental.DatasetOptions(min_shm_size=smallest)
   iterable = grain.experimental.WithOptionsIterDataset(iterable, options)
   return iterable.mp_prefetch(
     grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
   )
+
+
+def _shared_array(shape: tuple[int, ...]) -> np.ndarray:
+  """Returns a uint8 array that another process can map: Grain hands on its name in place of its content."""
+  return grain.multiprocessing.SharedMemoryArray(shape, np.uint8)
 
 
 def _shared_memory_threshold(in_flight: int) -> int:

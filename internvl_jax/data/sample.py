@@ -13,6 +13,7 @@ from internvl_jax.data import images, sizes, tiling, video
 from internvl_jax.data.errors import DataError, Where
 from internvl_jax.data.jsonl import JsonlFile
 from internvl_jax.data.meta import DatasetSpec, read_meta
+from internvl_jax.data.pool import TilePool
 from internvl_jax.data.sizes import Size
 from internvl_jax.data.tokenize import IMAGE_PLACEHOLDER, ChatTokenizer, with_placeholder
 
@@ -59,6 +60,7 @@ def make_sample(
   frames: int | None = None,
   dataset: int = 0,
   index: int = 0,
+  pool: TilePool | None = None,
 ) -> Sample:
   r"""Turns one parsed line into a sample: a pure function of its arguments and the image or video file.
 
@@ -78,28 +80,31 @@ def make_sample(
     frames: how many to take of a video; None: the generator draws that too.
     dataset: copied into the sample.
     index: copied into the sample.
+    pool: the tiles are written to its end; None: to memory of their own.
 
   Raises:
     DataError: the line, its image or its video is wrong.
   """
   _check_record(record, where)
+  pool = pool or TilePool(data.force_image_size)
+  start = pool.used
   if path := _video_path(record, where):
     images_tiles = _frame_tiles(
-      os.path.join(spec.root, path), record, where, spec, data, tokens_per_tile, rng, frames
+      os.path.join(spec.root, path), record, where, spec, data, tokens_per_tile, rng, frames, pool
     )
   else:
     paths = _image_paths(record, where)
     images_tiles = [
-      _tiles(os.path.join(spec.root, path), where, spec, data, rng, num_images=len(paths)) for path in paths
+      _tiles(os.path.join(spec.root, path), where, spec, data, rng, pool, num_images=len(paths))
+      for path in paths
     ]
   conversations = _with_places(record, len(images_tiles), where)
   image_tokens = [len(tiles) * tokens_per_tile for tiles in images_tiles]
-  no_tile = np.zeros((0, data.force_image_size, data.force_image_size, 3), np.uint8)
   chat = tokenizer.encode(conversations, image_tokens, data.max_seq_length, where)
   return Sample(
     input_ids=chat.input_ids,
     labels=chat.labels,
-    tiles=np.concatenate([no_tile, *images_tiles]),
+    tiles=pool.since(start),
     truncated=chat.truncated,
     where=where,
     dataset=dataset,
@@ -265,6 +270,7 @@ def _tiles(
   spec: DatasetSpec,
   data: DataTrainingArguments,
   rng: np.random.Generator | None,
+  pool: TilePool,
   *,
   num_images: int,
 ) -> np.ndarray:
@@ -278,6 +284,7 @@ def _tiles(
     dynamic=data.dynamic_image_size,
     pad_color=_pad_color(spec, data),
     rng=rng if spec.data_augment else None,
+    pool=pool,
   )
 
 
@@ -290,6 +297,7 @@ def _frame_tiles(
   tokens_per_tile: int,
   rng: np.random.Generator | None,
   wanted: int | None,
+  pool: TilePool,
 ) -> list[np.ndarray]:
   """Returns the one tile of each frame of a video."""
   frames = video.iter_frames(
@@ -303,7 +311,7 @@ def _frame_tiles(
   settings = {"tile_size": data.force_image_size, "dynamic": False, "min_tiles": 1, "max_tiles": 1}
   settings |= {"use_thumbnail": False, "pad_color": _pad_color(spec, data)}
   augment = rng if spec.data_augment else None
-  tiles = [images.image_tiles(frame, **settings, rng=augment) for frame in frames]
+  tiles = [images.image_tiles(frame, **settings, rng=augment, pool=pool) for frame in frames]
   if len(tiles) * tokens_per_tile > data.max_seq_length:
     raise where.error(
       f"the video's {len(tiles)} frames need {len(tiles) * tokens_per_tile} tokens but "
@@ -431,8 +439,13 @@ class Mixture:
     first = int(self._ends[dataset] - self.sizes[dataset])
     return dataset, (index - first) % self._lines[dataset]
 
-  def decode(self, epoch: int, index: int) -> Sample:
+  def decode(self, epoch: int, index: int, pool: TilePool | None = None) -> Sample:
     """Returns a sample of the mixture. Augmentation and a video's frames depend on seed, epoch and index alone.
+
+    Args:
+      epoch: from 0.
+      index: of the sample in the mixture.
+      pool: see `make_sample`.
 
     Raises:
       DataError: the sample cannot be made.
@@ -451,6 +464,7 @@ class Mixture:
       frames=_frames(self._data, self._seed, dataset, line),
       dataset=dataset,
       index=index,
+      pool=pool,
     )
 
   def index_sizes(self, cache: str | os.PathLike[str], *, workers: int, progress: Progress) -> None:
