@@ -67,13 +67,17 @@ class Lost(NamedTuple):
 
 
 def pack_rows(
-  rows: Sequence[Sequence[Sample | Lost]], *, tile_size: int, tokens_per_tile: int, image_token_id: int
+  rows: Sequence[Sequence[Sample | Lost]],
+  *,
+  tiles: np.ndarray,
+  tokens_per_tile: int,
+  image_token_id: int,
 ) -> MicroBatch:
   """Joins the rows of a micro-batch.
 
   Args:
     rows: the samples of each row, in the order in which they stand there.
-    tile_size: side of a tile in pixels.
+    tiles: the tiles of all samples in this order.
     tokens_per_tile: image tokens of one tile.
     image_token_id: the id that stands at image tokens.
 
@@ -84,8 +88,8 @@ def pack_rows(
   samples = [place for place in places if isinstance(place, Sample)]
   for sample in samples:
     _check_image_tokens(sample, tokens_per_tile, image_token_id)
+  assert len(tiles) == sum(len(s.tiles) for s in samples)
   none = np.zeros(0, np.int32)
-  no_tile = np.zeros((0, tile_size, tile_size, 3), np.uint8)
   read = [isinstance(place, Sample) for place in places]
   return MicroBatch(
     input_ids=np.concatenate([none, *(s.input_ids for s in samples)]),
@@ -93,7 +97,7 @@ def pack_rows(
     lengths=_scatter(read, [len(s.input_ids) for s in samples], np.int32),
     rows=np.repeat(np.arange(len(rows), dtype=np.int32), [len(row) for row in rows]),
     num_rows=len(rows),
-    tiles=np.concatenate([no_tile, *(s.tiles for s in samples)]),
+    tiles=tiles,
     num_tiles=_scatter(read, [len(s.tiles) for s in samples], np.int32),
     datasets=np.array([place.dataset for place in places], np.int32),
     events=np.array([_events(place) for place in places], np.bool_).reshape(-1, len(EVENTS)),

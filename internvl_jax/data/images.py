@@ -15,6 +15,7 @@ from PIL import Image
 from internvl_jax.batch import PIXEL_STATISTICS
 from internvl_jax.data import tiling
 from internvl_jax.data.errors import DataError, Where, did_you_mean
+from internvl_jax.data.pool import TilePool
 
 # Qualities of the JPEG augmentation, both included (the set that the reference draws from).
 JPEG_QUALITY = (75, 100)
@@ -48,7 +49,9 @@ def open_image(path: str, where: Where) -> Image.Image:
     DataError: the file is missing, empty or damaged.
   """
   with _opened(path, where) as image:
-    return image.convert("RGB")
+    image.load()
+    # Converting what is RGB already would copy it.
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def image_size(path: str, where: Where) -> tuple[int, int]:
@@ -88,6 +91,7 @@ def image_tiles(
   dynamic: bool,
   pad_color: tuple[int, int, int] | None = None,
   rng: np.random.Generator | None = None,
+  pool: TilePool | None = None,
 ) -> np.ndarray:
   """Cuts an image into tiles.
 
@@ -104,34 +108,49 @@ def image_tiles(
     dynamic: cut into a grid.
     pad_color: pad to a square with this colour (0-255) before resizing; None: stretch to a square.
     rng: draws the quality of the JPEG augmentation, tile by tile; None: no augmentation, else no padding.
+    pool: the tiles are written to its end; None: to memory of their own.
 
   Returns:
     uint8 [tiles, tile_size, tile_size, 3].
   """
+  size = (tile_size, tile_size)
   if not dynamic:
     parts = [image]
   else:
     columns, rows = tiling.grid(image.width, image.height, min_tiles, max_tiles, tile_size)
     whole = image.resize((columns * tile_size, rows * tile_size), Image.Resampling.BICUBIC)
-    if rng is None and not (use_thumbnail and columns * rows > 1):
-      return _cut(whole, columns, rows, tile_size)
-    parts = [Image.fromarray(tile) for tile in _cut(whole, columns, rows, tile_size)]
-    if use_thumbnail and len(parts) > 1:
-      parts.append(image.resize((tile_size, tile_size), Image.Resampling.BICUBIC))
+    thumbnail = image.resize(size, Image.Resampling.BICUBIC) if use_thumbnail and columns * rows > 1 else None
+    if rng is None:  # Tiles are squares of their final size: padding and resizing would change nothing.
+      return _cut(whole, columns, rows, thumbnail, pool or TilePool(tile_size))
+    parts = [whole.crop(box) for box in _boxes(columns, rows, tile_size)]
+    parts += [] if thumbnail is None else [thumbnail]
   if rng is not None:
     parts = [jpeg_reencode(part, int(rng.integers(*JPEG_QUALITY, endpoint=True))) for part in parts]
   elif pad_color is not None:
     parts = [pad_to_square(part, pad_color) for part in parts]
-  size = (tile_size, tile_size)
-  # A tile of the grid has its size already; resizing it again would change nothing.
   parts = [part if part.size == size else part.resize(size, Image.Resampling.BICUBIC) for part in parts]
-  return np.stack([np.asarray(part) for part in parts])
+  tiles = (pool or TilePool(tile_size)).take(len(parts))
+  return np.stack([np.asarray(part) for part in parts], out=tiles)
 
 
-def _cut(image: Image.Image, columns: int, rows: int, tile_size: int) -> np.ndarray:
-  """Returns uint8 [rows * columns, tile_size, tile_size, 3], the first row's tiles first."""
-  pixels = np.asarray(image).reshape(rows, tile_size, columns, tile_size, 3)
-  return np.ascontiguousarray(pixels.swapaxes(1, 2)).reshape(-1, tile_size, tile_size, 3)
+def _cut(
+  whole: Image.Image, columns: int, rows: int, thumbnail: Image.Image | None, pool: TilePool
+) -> np.ndarray:
+  """Returns uint8 [tiles, side, side, 3]: the first row's tiles first, and the thumbnail last."""
+  side, count = whole.height // rows, rows * columns
+  tiles = pool.take(count + (thumbnail is not None))
+  # Written to where they stay: other ways, by Pillow's crop or through a contiguous array, copy once more.
+  grid = tiles[:count].reshape(rows, columns, side, side, 3)
+  grid[:] = np.asarray(whole).reshape(rows, side, columns, side, 3).swapaxes(1, 2)
+  if thumbnail is not None:
+    tiles[-1] = np.asarray(thumbnail)
+  return tiles
+
+
+def _boxes(columns: int, rows: int, side: int) -> list[tuple[int, int, int, int]]:
+  """Returns (left, top, right, bottom) of the tiles, the first row's first."""
+  corners = [(x * side, y * side) for y in range(rows) for x in range(columns)]
+  return [(x, y, x + side, y + side) for x, y in corners]
 
 
 def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:

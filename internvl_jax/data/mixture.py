@@ -14,6 +14,7 @@ from internvl_jax.data.fitting import Limits, Policy
 from internvl_jax.data.jsonl import JsonlFile
 from internvl_jax.data.meta import DatasetSpec, read_meta
 from internvl_jax.data.pieces import Pieces, index_pieces, over_long
+from internvl_jax.data.pool import TilePool
 from internvl_jax.data.sample import Sample, SampleMaker, max_grid_tiles
 from internvl_jax.data.tokenize import ChatTokenizer
 
@@ -62,13 +63,16 @@ class Dataset:
     line, piece, _ = self._more[:, sample - self.lines].tolist()
     return line, piece
 
-  def make(self, sample: int, rng: np.random.Generator | None, index: int) -> Sample:
+  def make(
+    self, sample: int, rng: np.random.Generator | None, index: int, pool: TilePool | None = None
+  ) -> Sample:
     """Makes a sample; see `SampleMaker.make`.
 
     Args:
       sample: its number in the dataset.
       rng: of its augmentation and frames.
       index: its number in the mixture.
+      pool: what its tiles are written to.
     """
     line, piece = self.locate(sample)
     return self._maker.make(
@@ -79,6 +83,7 @@ class Dataset:
       piece=piece,
       dataset=self._number,
       index=index,
+      pool=pool,
     )
 
   def index(self, cache: str | os.PathLike[str], *, workers: int, quiet: bool) -> None:
@@ -248,14 +253,19 @@ class Mixture:
     first = int(self._ends[number] - self.sizes[number])
     return self.datasets[number], (index - first) % self.datasets[number].num_samples
 
-  def decode(self, epoch: int, index: int) -> Sample:
+  def decode(self, epoch: int, index: int, pool: TilePool | None = None) -> Sample:
     """Returns a sample of the mixture. Augmentation and a video's frames depend on seed, epoch and index alone.
+
+    Args:
+      epoch: from 0.
+      index: of the sample in the mixture.
+      pool: what its tiles are written to; None: memory of their own.
 
     Raises:
       DataError: the sample cannot be made.
     """
     dataset, sample = self._locate(index)
-    return dataset.make(sample, np.random.default_rng((self._seed, epoch, index)), index)
+    return dataset.make(sample, np.random.default_rng((self._seed, epoch, index)), index, pool)
 
   def index_sizes(self, cache: str | os.PathLike[str], *, workers: int, quiet: bool) -> None:
     """Measures all samples, as far as the cache does not know their sizes; `size_of` then tells them.

@@ -218,23 +218,23 @@ class TrainLoader:
     """Starts decoding at the next step."""
     start = self.next_step * self._accumulation
     by_shard = self._training.per_device_train_batch_size
+    mine = range(self._my_shards.start * by_shard, self._my_shards.stop * by_shard)
+    most = self._mixture.max_tiles() if self._packing is None else self._packing.max_tiles
     source = MicroBatchSource(
       mixture=self._mixture,
       order=self._order,
       rows=self._rows,
-      mine=range(self._my_shards.start * by_shard, self._my_shards.stop * by_shard),
+      mine=mine,
       start=start,
       count=self.total_steps * self._accumulation - start,
       tile_size=self._tile_size,
       tokens_per_tile=self._tokens_per_tile,
       image_token_id=self._image_token_id,
+      max_tiles=len(mine) * most,
       packed=self._planned_rows(),
       measured=self._measured,
     )
-    tiles = self._mixture.max_tiles() if self._packing is None else self._packing.max_tiles
-    micro_bytes = len(source.mine) * tiles * 3 * self._tile_size**2
-    workers = self._training.dataloader_num_workers
-    return iter(decoded_ahead(source, workers, self._loader.prefetch, micro_bytes))
+    return iter(decoded_ahead(source, self._training.dataloader_num_workers, self._loader.prefetch))
 
   def _planned_rows(self) -> PlannedRows | None:
     """Returns the packed rows from the next step on, for the workers; None where rows are not packed."""

@@ -1,6 +1,7 @@
 """One line of an annotation file becomes one sample of tokens and tiles."""
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from internvl_jax.data import fitting, images, tiling, video
 from internvl_jax.data.errors import Where
 from internvl_jax.data.fitting import Limits
 from internvl_jax.data.meta import DatasetSpec
+from internvl_jax.data.pool import TilePool
 from internvl_jax.data.sizes import Size
 from internvl_jax.data.tokenize import IMAGE_PLACEHOLDER, Chat, ChatTokenizer, with_placeholder
 
@@ -101,6 +103,7 @@ class SampleMaker:
     piece: int = 0,
     dataset: int = 0,
     index: int = 0,
+    pool: TilePool | None = None,
   ) -> Sample:
     r"""Makes a sample: a pure function of its arguments and the image or video files.
 
@@ -117,6 +120,7 @@ class SampleMaker:
       piece: which piece of a sample that was split; see `pieces`.
       dataset: copied into the sample.
       index: copied into the sample.
+      pool: the tiles are written to its end; None: to memory of their own.
 
     Raises:
       DataError: the line, its image or its video is wrong; `OverLengthError` where nothing of it is kept.
@@ -134,7 +138,9 @@ class SampleMaker:
     return Sample(
       input_ids=tokens.input_ids[part.start : part.stop],
       labels=tokens.labels[part.start : part.stop],
-      tiles=self._pixels(record, where, plan.shape, chosen, rng),
+      tiles=self._pixels(
+        record, where, plan.shape, chosen, rng, pool or TilePool(self.data.force_image_size)
+      ),
       truncated=not plan.fit.complete and piece == len(pieces) - 1,
       shrunk=plan.shrunk,
       piece=piece,
@@ -237,23 +243,26 @@ class SampleMaker:
     shape: _Shape,
     chosen: slice,
     rng: np.random.Generator | None,
+    pool: TilePool,
   ) -> np.ndarray:
-    """Returns uint8 [tiles, H, W, 3] of the chosen images, or frames of the video."""
-    side = self.data.force_image_size
+    """Returns uint8 [tiles, H, W, 3] of the chosen images, or frames of the video, at the end of the pool."""
+    data, start = self.data, pool.used
     augment = rng if self.spec.data_augment else None
-    settings: dict[str, Any] = {"tile_size": side, "pad_color": self._pad_color(), "rng": augment}
+    settings: dict[str, Any] = {"tile_size": data.force_image_size, "pad_color": self._pad_color()}
+    settings |= {"rng": augment, "pool": pool}
     if path := _video_path(record, where):
       frames = self._frames(os.path.join(self.spec.root, path), record, where, shape.limit, rng)
       settings |= {"dynamic": False, "min_tiles": 1, "max_tiles": 1, "use_thumbnail": False}
       # Frame by frame: together, those of a large video would fill the memory.
-      tiles = [images.image_tiles(frame, **settings) for frame in frames][chosen]
+      for frame in itertools.islice(frames, chosen.start, chosen.stop):
+        images.image_tiles(frame, **settings)
     else:
-      data = self.data
       settings |= {"dynamic": data.dynamic_image_size, "use_thumbnail": data.use_thumbnail}
       settings |= {"min_tiles": data.min_dynamic_patch, "max_tiles": shape.limit}
       paths = [os.path.join(self.spec.root, path) for path in _image_paths(record, where)[chosen]]
-      tiles = [images.image_tiles(images.open_image(path, where), **settings) for path in paths]
-    return np.concatenate([np.zeros((0, side, side, 3), np.uint8), *tiles])
+      for path in paths:
+        images.image_tiles(images.open_image(path, where), **settings)
+    return pool.since(start)
 
   def _frames(
     self, path: str, record: dict[str, Any], where: Where, wanted: int, rng: np.random.Generator | None

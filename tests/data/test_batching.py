@@ -160,7 +160,9 @@ def pack(*rows):
 
 
 def pack_several(rows):
-  return batching.pack_rows(rows, tile_size=2, tokens_per_tile=P, image_token_id=CONTEXT)
+  tiles = [place.tiles for row in rows for place in row if isinstance(place, Sample)]
+  tiles = np.concatenate([np.zeros((0, 2, 2, 3), np.uint8), *tiles])
+  return batching.pack_rows(rows, tiles=tiles, tokens_per_tile=P, image_token_id=CONTEXT)
 
 
 def assemble(*micro_batches, shards=1, sequence_sizes=(16, 32), tile_sizes=(), **options):

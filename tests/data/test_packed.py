@@ -199,9 +199,7 @@ def test_what_cannot_be_read_or_fits_no_row_is_counted(meta, tokenizer, tmp_path
   assert loader.counters()["all"]["over_long"] > 0
   loader.close()
   with pytest.raises(DataError, match=r"no sample fits a row of data\.max_packed_tokens=8 tokens"):
-    make_loader(
-      meta, tokenizer, data={**PACKED, "max_packed_tokens": 8}, loader={"on_over_length": "drop"}
-    )
+    make_loader(meta, tokenizer, data={**PACKED, "max_packed_tokens": 8}, loader={"on_over_length": "drop"})
 
 
 def test_a_size_that_the_line_states_wrongly_is_named(tokenizer, tmp_path):
