@@ -223,11 +223,23 @@ def with_placeholder(conversations: Sequence[Mapping[str, str]]) -> list[Mapping
   stay plain text, so ours goes where an image can stand.
   """
   turns = list(conversations)
-  human = [i for i, turn in enumerate(turns) if isinstance(turn, Mapping) and turn.get("from") == "human"]
-  texts = [str(turns[i].get("value")) for i in human]
-  if human and not any(IMAGE_PLACEHOLDER in text for text in texts):
-    turns[human[0]] = {**turns[human[0]], "value": f"{IMAGE_PLACEHOLDER}\n{texts[0]}"}
+  texts = human_texts(turns)
+  if texts and not any(IMAGE_PLACEHOLDER in text for text in texts.values()):
+    first = min(texts)
+    turns[first] = {**turns[first], "value": f"{IMAGE_PLACEHOLDER}\n{texts[first]}"}
   return turns
+
+
+def human_texts(turns: Sequence[Any]) -> dict[int, str]:
+  """Returns the texts of the human turns by their number from 0.
+
+  Turns without a text are left out, and as they are: they are named when the conversation is tokenised.
+  """
+  return {
+    number: turn["value"]
+    for number, turn in enumerate(turns)
+    if isinstance(turn, Mapping) and turn.get("from") == "human" and isinstance(turn.get("value"), str)
+  }
 
 
 def _checked_turns(conversations: Any, where: Where) -> list[tuple[str, str]]:
