@@ -20,6 +20,7 @@ from absl import flags
 from internvl_jax import assembly, frontdoor
 from internvl_jax.config import TrainConfig, validate
 from internvl_jax.data import packing, pipeline
+from internvl_jax.data.errors import DataError
 from internvl_jax.data.examine import DatasetReport, decode_all, examine
 from internvl_jax.data.rows import packable
 from internvl_jax.data.sample import Mixture
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     mixture.index_sizes(cache, workers=os.cpu_count() or 1, progress=bar.update)
   settings = pipeline.pack_settings(config.data) if config.data.use_packed_ds else None
   reports = examine(mixture, config.data, settings)
-  damaged = decode(mixture) if _DECODE.value else []
+  damaged = decode(mixture, packed=config.data.use_packed_ds) if _DECODE.value else []
   print(table(reports))
   print(sizes(reports))
   if settings is not None:
@@ -71,12 +72,12 @@ def main(argv: Sequence[str]) -> None:
   sys.exit(1 if lost else 0)
 
 
-def decode(mixture: Mixture) -> list[str]:
+def decode(mixture: Mixture, *, packed: bool) -> list[str]:
   """Why lines cannot be decoded, with a bar of how far that is."""
   with tqdm.tqdm(
     total=sum(len(mixture.records(d)) for d in range(len(mixture.specs))), desc="decoding"
   ) as bar:
-    return list(decode_all(mixture, workers=os.cpu_count() or 1, progress=bar.update))
+    return list(decode_all(mixture, packed=packed, workers=os.cpu_count() or 1, progress=bar.update))
 
 
 def table(reports: Sequence[DatasetReport]) -> str:
@@ -121,7 +122,10 @@ def fill(mixture: Mixture, settings: packing.PackSettings) -> str:
 def write_outputs(mixture: Mixture, chat: ChatTokenizer, reports: Sequence[DatasetReport]) -> None:
   """Prints samples, writes the dump and the picture, as the flags ask."""
   for index in range(min(_SHOW.value, mixture.num_samples)):
-    print(show_sample(mixture.decode(0, index), chat))
+    try:
+      print(show_sample(mixture.decode(0, index), chat))
+    except DataError as error:
+      print(f"not shown: {error}")
   if _DUMP.value:
     dump(mixture, Path(_DUMP.value))
   if _PICTURE.value:
@@ -129,12 +133,16 @@ def write_outputs(mixture: Mixture, chat: ChatTokenizer, reports: Sequence[Datas
 
 
 def dump(mixture: Mixture, path: Path) -> None:
-  """Writes every readable line's ids, labels and number of tiles."""
+  """Writes the ids, labels and number of tiles of every line that can be decoded."""
   first = 0
   with path.open("w", encoding="utf-8") as file:
     for dataset, spec in enumerate(mixture.specs):
       for line in np.flatnonzero(mixture.size_of(first + np.arange(len(mixture.records(dataset))))[:, 0]):
-        sample = mixture.decode(0, first + int(line))
+        try:
+          sample = mixture.decode(0, first + int(line))
+        except DataError as error:
+          print(f"not dumped: {error}")
+          continue
         entry = {"dataset": spec.name, "index": int(line), "input_ids": sample.input_ids.tolist()}
         entry |= {"labels": sample.labels.tolist(), "num_tiles": len(sample.tiles)}
         file.write(json.dumps(entry) + "\n")

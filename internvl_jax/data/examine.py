@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from internvl_jax.arguments import DataTrainingArguments
-from internvl_jax.data import packing
+from internvl_jax.data import batching, packing
 from internvl_jax.data.errors import DataError
 from internvl_jax.data.sample import Mixture
 
@@ -100,22 +100,28 @@ def _report(
 
 
 def decode_all(
-  mixture: Mixture, *, workers: int, progress: Callable[[int], Any] = lambda samples: None
+  mixture: Mixture, *, packed: bool, workers: int, progress: Callable[[int], Any] = lambda samples: None
 ) -> Iterator[str]:
-  """Decodes every line once, images and videos included, and yields why one cannot be decoded.
+  """Decodes every line once, images and videos included, and yields why a run would lose it.
 
   Lines that could not even be measured are not tried again.
+
+  Args:
+    mixture: the datasets, their sizes indexed.
+    packed: rows hold several samples; then one is lost, too, if its size is not what the index says.
+    workers: processes.
+    progress: told how many samples were decoded.
   """
   groups = [chosen[i : i + _GROUP] for chosen in _readable(mixture) for i in range(0, len(chosen), _GROUP)]
   if workers <= 1 or len(groups) <= workers:  # Workers take seconds to start.
     for group in groups:
-      yield from _decode(mixture, group)
+      yield from _decode(mixture, group, packed)
       progress(len(group))
     return
   # Workers are started afresh: a forked copy of a process with JAX's threads may hang.
   context = multiprocessing.get_context("spawn")
   with concurrent.futures.ProcessPoolExecutor(
-    workers, context, initializer=_start_worker, initargs=(mixture,)
+    workers, context, initializer=_start_worker, initargs=(mixture, packed)
   ) as pool:
     for group, errors in zip(groups, pool.map(_decode_in_worker, groups), strict=True):
       yield from errors
@@ -130,25 +136,28 @@ def _readable(mixture: Mixture) -> Iterator[np.ndarray]:
     first += int(size)
 
 
-_mixture: Mixture | None = None
+_worker: tuple[Mixture, bool] | None = None
 
 
-def _start_worker(mixture: Mixture) -> None:
-  global _mixture  # noqa: PLW0603 - sent once to each process, not with every group
-  _mixture = mixture
+def _start_worker(mixture: Mixture, packed: bool) -> None:
+  global _worker  # noqa: PLW0603 - sent once to each process, not with every group
+  _worker = mixture, packed
 
 
 def _decode_in_worker(group: np.ndarray) -> list[str]:
-  assert _mixture is not None
-  return _decode(_mixture, group)
+  assert _worker is not None
+  mixture, packed = _worker
+  return _decode(mixture, group, packed)
 
 
-def _decode(mixture: Mixture, group: np.ndarray) -> list[str]:
+def _decode(mixture: Mixture, group: np.ndarray, packed: bool) -> list[str]:
   errors = []
-  for index in group.tolist():
+  for index, planned in zip(group.tolist(), mixture.size_of(group), strict=True):
     try:
-      mixture.decode(0, index)
+      sample = mixture.decode(0, index)
+      if packed:
+        batching.check_planned(sample, planned)
     except DataError as error:
-      if mixture.size_of(np.array([index]))[0, 0]:  # What max_seq_length cuts is reported from its size.
+      if planned[0]:  # What max_seq_length cuts is reported from its size.
         errors.append(str(error))
   return errors

@@ -85,19 +85,10 @@ class MicroBatchSource:
     try:
       sample = self.mixture.decode(epoch, index)
       if self.packed is not None:
-        self._check_size(sample)
+        batching.check_planned(sample, self.mixture.size_of(np.array([sample.index]))[0])
       return sample
     except DataError as error:
       return batching.Unreadable(self.mixture.locate(index)[0], str(error))
-
-  def _check_size(self, sample: Sample) -> None:
-    """Refuses a sample that takes other room than was planned for it: its row might not hold it."""
-    tokens, tiles = self.mixture.size_of(np.array([sample.index]))[0].tolist()
-    if (tokens, tiles) != (len(sample.input_ids), len(sample.tiles)):
-      raise sample.where.error(
-        f"it has {len(sample.input_ids)} tokens and {len(sample.tiles)} tiles, but {tokens} and {tiles} were planned: "
-        "the image's size is not what the line says, or it was replaced; correct the line's width and height"
-      )
 
 
 class TrainLoader:
@@ -358,6 +349,7 @@ class TrainLoader:
       raise DataError(
         f"no token is supervised in the first batch: {self.global_batch} samples of up to {longest} tokens; check "
         "that the conversations have 'gpt' turns and that data.max_seq_length reaches them"
+        + (f"; the first that could not be read: {offenders[0]}" if offenders else "")
       )
     return counts, offenders[:_OFFENDERS_SHOWN]
 
