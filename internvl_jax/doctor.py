@@ -20,6 +20,7 @@ from absl import flags
 from internvl_jax import assembly, frontdoor
 from internvl_jax.config import TrainConfig, validate
 from internvl_jax.data import packing, pipeline
+from internvl_jax.data.errors import DataError
 from internvl_jax.data.examine import DatasetReport, decode_all, examine
 from internvl_jax.data.mixture import Mixture
 from internvl_jax.data.rows import packable
@@ -55,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
   )
   mixture.index_sizes(cache, workers=os.cpu_count() or 1, quiet=config.training.disable_tqdm)
   reports = examine(mixture)
-  damaged = decode(mixture) if _DECODE.value else []
+  damaged = decode(mixture, packed=config.data.use_packed_ds) if _DECODE.value else []
   print(table(reports))
   print(sizes(reports))
   if config.data.use_packed_ds:
@@ -73,12 +74,12 @@ def main(argv: Sequence[str]) -> None:
   sys.exit(1 if lost else 0)
 
 
-def decode(mixture: Mixture) -> list[str]:
+def decode(mixture: Mixture, *, packed: bool) -> list[str]:
   """Why lines cannot be decoded, with a bar of how far that is."""
   with tqdm.tqdm(
     total=sum(dataset.num_samples for dataset in mixture.datasets), desc="decoding", unit="sample"
   ) as bar:
-    return list(decode_all(mixture, workers=os.cpu_count() or 1, progress=bar.update))
+    return list(decode_all(mixture, packed=packed, workers=os.cpu_count() or 1, progress=bar.update))
 
 
 def table(reports: Sequence[DatasetReport]) -> str:
@@ -123,7 +124,10 @@ def fill(mixture: Mixture, settings: packing.PackSettings) -> str:
 def write_outputs(mixture: Mixture, chat: ChatTokenizer, reports: Sequence[DatasetReport]) -> None:
   """Prints samples, writes the dump and the picture, as the flags ask."""
   for index in range(min(_SHOW.value, mixture.num_samples)):
-    print(show_sample(mixture.decode(0, index), chat))
+    try:
+      print(show_sample(mixture.decode(0, index), chat))
+    except DataError as error:
+      print(f"not shown: {error}")
   if _DUMP.value:
     dump(mixture, Path(_DUMP.value))
   if _PICTURE.value:
@@ -137,7 +141,11 @@ def dump(mixture: Mixture, path: Path) -> None:
     for dataset, size in zip(mixture.datasets, mixture.sizes.tolist(), strict=True):
       samples = np.arange(dataset.num_samples)
       for sample in samples[dataset.sizes_of(samples)[:, 0] > 0].tolist():
-        decoded = mixture.decode(0, first + sample)
+        try:
+          decoded = mixture.decode(0, first + sample)
+        except DataError as error:
+          print(f"not dumped: {error}")
+          continue
         entry = {"dataset": dataset.spec.name, "index": dataset.locate(sample)[0]}
         entry |= {"input_ids": decoded.input_ids.tolist(), "labels": decoded.labels.tolist()}
         file.write(json.dumps({**entry, "num_tiles": len(decoded.tiles)}) + "\n")

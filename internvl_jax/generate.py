@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     batch_size=1,
   )
   answer = decoder(opened.params, [Prompt(prompt_ids(sample), sample.tiles)])[0]
-  print(opened.tokenizer.decode(answer).strip())
+  print(opened.tokenizer.decode_answer(answer).strip())
 
 
 if __name__ == "__main__":

@@ -127,6 +127,24 @@ def _check_image_tokens(sample: Sample, tokens_per_tile: int, image_token_id: in
     )
 
 
+def check_planned(sample: Sample, planned: np.ndarray) -> None:
+  """Refuses a sample that takes other room than was planned for it: its row might not hold it.
+
+  Args:
+    sample: as it was decoded.
+    planned: int64 [2], its tokens and tiles by the index of sizes.
+
+  Raises:
+    DataError: the numbers differ.
+  """
+  tokens, tiles = planned.tolist()
+  if (tokens, tiles) != (len(sample.input_ids), len(sample.tiles)):
+    raise sample.where.error(
+      f"it has {len(sample.input_ids)} tokens and {len(sample.tiles)} tiles, but {tokens} and {tiles} were planned: "
+      "the image's size is not what the line says, or it was replaced; correct the line's width and height"
+    )
+
+
 def sequence_buckets(max_length: int, buckets: Sequence[int] = ()) -> tuple[int, ...]:
   """Returns the row lengths S in use, ascending.
 

@@ -84,28 +84,19 @@ class MicroBatchSource:
     # A lost sample travels beside the others, so that the main process decides about it, and only once the batch
     # is consumed: the same moment for any number of workers.
     dataset = self.mixture.dataset_of(index)
-    planned = self.mixture.size_of(np.array([index]))[0].tolist() if self.measured else None
+    planned = self.mixture.size_of(np.array([index]))[0] if self.measured else None
     if planned is not None and planned[0] <= 0:
       # Its place has no room, even if what was wrong is mended by now.
-      return batching.Lost(dataset, _EVENTS[planned[0]], self.mixture.why_lost(index))
+      return batching.Lost(dataset, _EVENTS[int(planned[0])], self.mixture.why_lost(index))
     start = pool.used
     try:
       sample = self.mixture.decode(epoch, index, pool)
       if planned is not None:
-        _check_size(sample, *planned)
+        batching.check_planned(sample, planned)
       return sample
     except DataError as error:
       pool.rewind(start)
       return batching.Lost(dataset, _EVENTS[kind_of_loss(error)], str(error))
-
-
-def _check_size(sample: Sample, tokens: int, tiles: int) -> None:
-  """Refuses a sample that takes other room than was planned for it: its row or pool might not hold it."""
-  if (tokens, tiles) != (len(sample.input_ids), len(sample.tiles)):
-    raise sample.where.error(
-      f"it has {len(sample.input_ids)} tokens and {len(sample.tiles)} tiles, but {tokens} and {tiles} were planned: "
-      "the image's size is not what the line says, or it was replaced; correct the line's width and height"
-    )
 
 
 def decoded_ahead(source: MicroBatchSource, workers: int, prefetch: int) -> grain.IterDataset:

@@ -1,18 +1,23 @@
 """What the data room raises: one line that names the file, the line, the cause and the remedy."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from internvl_jax.errors import UserError
+
+# What is that long is no path but a mistake; its ends are shown.
+_LONG_WORD = re.compile(r"(\S{150})\S{200,}(\S{150})")
 
 
 class DataError(UserError):
   """The data or its settings are wrong; the message is one line and says what to change."""
 
   def __init__(self, message: object):
-    # Libraries' messages, quoted in ours, may hold line breaks.
-    super().__init__(" ".join(str(message).split()))
+    # Libraries' messages, quoted in ours, may hold line breaks; paths and texts may hold anything.
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(message).split()))
+    super().__init__(_LONG_WORD.sub(r"\1...\2", line))
 
 
 class OverLengthError(DataError):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from internvl_jax.data import batching
 from internvl_jax.data.errors import DataError
 from internvl_jax.data.mixture import Dataset, Mixture
 from internvl_jax.data.pieces import UNSUPERVISED, over_long
@@ -89,14 +90,20 @@ def _report(dataset: Dataset, samples: int) -> DatasetReport:
 
 
 def decode_all(
-  mixture: Mixture, *, workers: int, progress: Callable[[int], Any] = lambda samples: None
+  mixture: Mixture, *, packed: bool, workers: int, progress: Callable[[int], Any] = lambda samples: None
 ) -> Iterator[str]:
-  """Decodes every sample once, images and videos included, and yields why one cannot be decoded.
+  """Decodes every sample once, images and videos included, and yields why a run would lose it.
 
   What could not even be measured is not tried again.
+
+  Args:
+    mixture: the datasets, their sizes indexed.
+    packed: rows hold several samples; then one is lost, too, if its size is not what the index says.
+    workers: processes.
+    progress: told how many samples were decoded.
   """
   groups = [chosen[i : i + _GROUP] for chosen in _of_one_pass(mixture) for i in range(0, len(chosen), _GROUP)]
-  for group, errors in map_items(_Decode(mixture), groups, workers):
+  for group, errors in map_items(_Decode(mixture, packed), groups, workers):
     yield from errors
     progress(len(group))
 
@@ -115,12 +122,15 @@ class _Decode:
   """Decodes a group of samples of the mixture, and returns why some cannot be decoded."""
 
   mixture: Mixture
+  packed: bool
 
   def __call__(self, group: np.ndarray) -> list[str]:
     errors = []
-    for index in group.tolist():
+    for index, planned in zip(group.tolist(), self.mixture.size_of(group), strict=True):
       try:
-        self.mixture.decode(0, index)
+        sample = self.mixture.decode(0, index)
+        if self.packed:
+          batching.check_planned(sample, planned)
       except DataError as error:
         errors.append(str(error))
     return errors

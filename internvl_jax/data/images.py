@@ -6,11 +6,11 @@ Tiles stay uint8 up to the device, where they become `(tile / 255 - mean) / std`
 import contextlib
 import io
 import os
-import struct
+import stat
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from internvl_jax.batch import PIXEL_STATISTICS
 from internvl_jax.data import tiling
@@ -20,8 +20,13 @@ from internvl_jax.data.pool import TilePool
 # Qualities of the JPEG augmentation, both included (the set that the reference draws from).
 JPEG_QUALITY = (75, 100)
 
-# What Pillow's decoders raise for a damaged file, besides OSError.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+# The reference takes images of any size, where Pillow by itself warns above 89 million pixels and refuses twice as
+# many. Scans and maps are that large; so this warns above 268 million, and refuses what would take 2 GiB decoded,
+# before it is decoded.
+Image.MAX_IMAGE_PIXELS = 1 << 28
+# Pillow refuses a PNG of which one text is longer than 1 MiB, as image editors write them. The reference raises this
+# limit too; that of all texts together, 64 MiB, stays.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 def normalization(normalize_type: str) -> tuple[np.ndarray, np.ndarray]:
@@ -69,16 +74,33 @@ def _opened(path: str, where: Where) -> Iterator[Image.Image]:
   """An image that is open, with what goes wrong in the body named."""
   if "://" in path:
     raise where.error(f"remote image {path!r} is not supported yet; copy it to a local disk")
+  _check_file(path, where)
   try:
     with Image.open(path) as image:
       yield image
-  except FileNotFoundError as error:
-    raise where.error(f"image not found: {path}; check the dataset's root in the meta file") from error
-  except _DECODE_ERRORS as error:
-    if os.path.isfile(path) and os.path.getsize(path) == 0:
-      raise where.error(f"image {path} is empty (0 bytes); restore it or delete the line") from error
+  except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    raise where.error(f"image {path} is too large ({error}); scale it down or delete the line") from error
+  except Exception as error:
+    # Pillow has no list of what its decoders raise for damaged files: RuntimeError from AVIF, NotImplementedError
+    # from DDS, struct.error and others were seen.
     cause = f"{type(error).__name__}: {error}"
     raise where.error(f"image {path} cannot be decoded ({cause}); restore it or delete the line") from error
+
+
+def _check_file(path: str, where: Where) -> None:
+  try:
+    status = os.stat(path)
+  except (FileNotFoundError, NotADirectoryError) as error:
+    raise where.error(f"image not found: {path}; check the dataset's root in the meta file") from error
+  except (OSError, ValueError) as error:  # ValueError: a zero byte or half a surrogate pair in the path
+    cause = getattr(error, "strerror", None) or error
+    raise where.error(
+      f"image {path} cannot be opened ({cause}); correct its path or delete the line"
+    ) from error
+  if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+    raise where.error(f"image {path} is not a file; correct its path or delete the line")
+  if not status.st_size:
+    raise where.error(f"image {path} is empty (0 bytes); restore it or delete the line")
 
 
 def image_tiles(

@@ -1,5 +1,6 @@
 """The mixture of datasets that a meta file describes."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -18,7 +19,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
   "length": (int,),
   "max_dynamic_patch": (int,),
 }
-# Lines looked at for a first image, which decides what a relative root is relative to.
+# The first so many images and videos decide what a relative root is relative to. One would not do: it may be missing.
+_FILES_SOUGHT = 16
 _LINES_SEARCHED = 1000
 
 
@@ -93,6 +95,8 @@ def _read_object(path: pathlib.Path) -> dict[str, Any]:
     entries = json.loads(text, object_pairs_hook=unique)
   except json.JSONDecodeError as error:
     raise DataError(f"{path}:{error.lineno}: broken JSON at column {error.colno}: {error.msg}") from error
+  except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+    raise DataError(f"{path}: JSON that cannot be read: {error}; correct the meta file") from error
   if not isinstance(entries, dict):
     raise DataError(
       f'{path}: expected a JSON object {{"name": {{"root": ..., "annotation": ...}}}}, got {_json_type(entries)}'
@@ -145,38 +149,47 @@ def _find_annotation(meta: pathlib.Path, blame: str, annotation: str) -> str:
     )
   tried = list(dict.fromkeys((pathlib.Path(annotation), meta.parent / annotation)))
   for candidate in tried:
-    if candidate.is_file():
+    if os.path.isfile(candidate):
       return str(candidate)
   raise DataError(f"{blame}: annotation file not found; tried {' and '.join(str(t) for t in tried)}")
 
 
 def _find_root(meta: pathlib.Path, root: str, annotation: str) -> str:
-  """Returns the root under which the first image is found, else the one nearest to that."""
-  image = _first_image(annotation)
+  """Returns the root under which most of the first files are found, else the one nearest to that."""
+  files = _first_files(annotation)
   candidates = [pathlib.Path(root), meta.parent / root]
-  if image is not None:
+  if files:
     if "://" in root:
       raise DataError(f"{meta}: remote root {root!r} is not supported yet; copy the images to a local disk")
-    candidates.sort(key=lambda folder: not (folder / image).is_file())  # stable: the first that has it
-    if not (candidates[0] / image).is_file():
-      # The image will be named as missing when it is read; a folder that exists makes the better message.
-      candidates.sort(key=lambda folder: not folder.is_dir())
+
+    def found(folder: pathlib.Path) -> int:
+      # Not pathlib's exists, which raises for a path that is too long.
+      return sum(os.path.exists(folder / file) for file in files)
+
+    # Stable: the first of equals. What is missing will be named when it is read; a folder that exists makes the
+    # better message.
+    candidates.sort(key=lambda folder: (-found(folder), not os.path.isdir(folder)))
   return "" if candidates[0] == pathlib.Path() else str(candidates[0])
 
 
-def _first_image(annotation: str) -> str | None:
-  """Returns the path in the first line with an image; None if there is none near the start of the file."""
-  with open(annotation, "rb") as file:
-    for line in itertools.islice(file, _LINES_SEARCHED):
+def _first_files(annotation: str) -> list[str]:
+  """Returns the first paths of images and videos near the start of the file."""
+  files: list[str] = []
+  # A file that cannot be read is named when its lines are looked for.
+  with contextlib.suppress(OSError), open(annotation, "rb") as lines:
+    for line in itertools.islice(lines, _LINES_SEARCHED):
       try:
         record = json.loads(line)
-      except ValueError:
+      except (ValueError, RecursionError):
         continue  # a broken line is named, with its number, when it is read as a sample
-      image = record.get("image") if isinstance(record, dict) else None
-      image = image[0] if isinstance(image, list) and image else image
-      if isinstance(image, str) and image:
-        return image
-  return None
+      record = record if isinstance(record, dict) else {}
+      for key in ("image", "video"):
+        paths = record.get(key)
+        paths = paths if isinstance(paths, list) else [paths]
+        files += [path for path in paths if isinstance(path, str) and path]
+      if len(files) >= _FILES_SOUGHT:
+        break
+  return files[:_FILES_SOUGHT]
 
 
 def _json_type(value: Any) -> str:

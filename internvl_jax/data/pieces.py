@@ -7,7 +7,6 @@ over all data.
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import zlib
 from collections.abc import Callable, Sequence
@@ -15,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from internvl_jax.data.cache import cache_errors_named, locked, whole_file
 from internvl_jax.data.errors import DataError, OverLengthError, UnsupervisedError
 from internvl_jax.data.fitting import Limits
 from internvl_jax.data.jsonl import JsonlFile
-from internvl_jax.data.sizes import Sizes, locked
+from internvl_jax.data.sizes import Sizes
 from internvl_jax.data.workers import map_items
 
 UNREADABLE, OVER_LONG, UNSUPERVISED = 0, -1, -2
@@ -151,11 +151,9 @@ _ARRAYS = ("lines", "counts", "losses", "sizes")
 
 def _save(path: pathlib.Path, pieces: Pieces) -> None:
   errors = np.frombuffer(json.dumps(pieces.errors).encode(), np.uint8)
-  temporary = path.with_suffix(f".{os.getpid()}.tmp")
-  with temporary.open("wb") as file:
-    arrays = {name: getattr(pieces, name) for name in _ARRAYS}
+  arrays = {name: getattr(pieces, name) for name in _ARRAYS}
+  with cache_errors_named(path.parent), whole_file(path) as file:
     np.savez(file, errors=errors, **arrays)
-  temporary.replace(path)
 
 
 def _load(path: pathlib.Path) -> Pieces:

@@ -310,6 +310,7 @@ class TrainLoader:
       raise DataError(
         f"no token is supervised in the first batch: {self.global_batch} rows of samples of up to {longest} tokens; "
         "check that the conversations have 'gpt' turns and that data.max_seq_length reaches them"
+        + (f"; the first that was lost: {tally.offenders[0]}" if tally.offenders else "")
       )
 
   def _fingerprint(self) -> dict[str, int]:

@@ -16,7 +16,7 @@ from internvl_jax.data.fitting import Limits
 from internvl_jax.data.meta import DatasetSpec
 from internvl_jax.data.pool import TilePool
 from internvl_jax.data.sizes import Size
-from internvl_jax.data.tokenize import IMAGE_PLACEHOLDER, Chat, ChatTokenizer, with_placeholder
+from internvl_jax.data.tokenize import IMAGE_PLACEHOLDER, Chat, ChatTokenizer, human_texts, with_placeholder
 
 VIDEO_PLACEHOLDER = "<video>"
 
@@ -294,6 +294,10 @@ def _with_places(record: dict[str, Any], num_images: int, where: Where) -> Any:
   return with_placeholder(conversations) if num_images == 1 else conversations
 
 
+# No image format has sides beyond 32 bits; Python's integers go on until they overflow a float.
+_LARGEST_SIDE = 1 << 32
+
+
 def _stated_sizes(record: dict[str, Any], num_images: int) -> list[tuple[int, int]] | None:
   """Returns (width, height) of the images where the line states them all."""
   widths = record.get("width_list", record.get("width"))
@@ -302,14 +306,14 @@ def _stated_sizes(record: dict[str, Any], num_images: int) -> list[tuple[int, in
   if not isinstance(widths, list) or not isinstance(heights, list):
     return None
   sizes = list(zip(widths, heights, strict=False))
-  whole = all(isinstance(side, int) and side > 0 for size in sizes for side in size)
+  whole = all(type(side) is int and 0 < side < _LARGEST_SIDE for size in sizes for side in size)
   return sizes if whole and len(widths) == len(heights) == num_images else None
 
 
 def _image_paths(record: dict[str, Any], where: Where) -> list[str]:
   """Returns the paths of the line's images as written; none for text only."""
   image = record.get("image")
-  paths = image if isinstance(image, list) else [image] if image else []
+  paths = image if isinstance(image, list) else [] if image in (None, "") else [image]
   for path in paths:
     if not isinstance(path, str) or not path:
       raise where.error(f"'image' must be a path or a list of paths, got {str(image)[:80]!r}")
@@ -319,7 +323,7 @@ def _image_paths(record: dict[str, Any], where: Where) -> list[str]:
 def _video_path(record: dict[str, Any], where: Where) -> str | None:
   """Returns the path of the line's video as written; None without one."""
   path = record.get("video")
-  if not path:
+  if path in (None, "", []):
     return None
   if not isinstance(path, str):
     raise where.error(f"'video' must be one path, got {str(path)[:80]!r}; write a line for each video")
@@ -343,14 +347,10 @@ def with_frames(
     DataError: the human turns have more than one `<video>`, or an `<image>`.
   """
   turns = list(conversations)
-  human = {
-    i: str(turn.get("value"))
-    for i, turn in enumerate(turns)
-    if isinstance(turn, Mapping) and turn.get("from") == "human"
-  }
+  human = human_texts(turns)
   if not human:
     raise where.error(
-      f"the line has a video but no human turn where {VIDEO_PLACEHOLDER} could stand; add one"
+      f"the line has a video but no human turn with a text where {VIDEO_PLACEHOLDER} could stand; add one"
     )
   videos, stills = (
     sum(text.count(mark) for text in human.values()) for mark in (VIDEO_PLACEHOLDER, IMAGE_PLACEHOLDER)

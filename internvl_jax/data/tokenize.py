@@ -131,7 +131,7 @@ class ChatTokenizer:
         f"{found} {IMAGE_PLACEHOLDER} in the human turns{note} but {num_images} images; make the numbers equal"
       )
     texts = [turns] if self.template.whole else [[turn] for turn in turns]
-    ids, labels = zip(*map(self._tokenize, texts), strict=True)
+    ids, labels = zip(*(self._tokenize(text, last=text is texts[-1]) for text in texts), strict=True)
     start = np.array(self._start, np.int32)
     chat_ids = np.concatenate([start, *ids])
     contexts = np.flatnonzero(chat_ids == self.image_token_id)
@@ -156,6 +156,13 @@ class ChatTokenizer:
   def decode(self, ids: Sequence[int] | np.ndarray, *, special: bool = False) -> str:
     """Returns the text of token ids, with or without the special tokens' names."""
     return self._backend.decode([int(i) for i in ids], skip_special_tokens=not special)
+
+  def decode_answer(self, ids: Sequence[int] | np.ndarray) -> str:
+    """Returns the text of an answer that was generated, without what the template puts before it."""
+    opening = self._backend.encode(self.template.answer_opening, add_special_tokens=False).ids
+    ids = [int(i) for i in ids]
+    ends = [i for i in range(len(opening), len(ids) + 1) if ids[i - len(opening) : i] == opening]
+    return self.decode(ids[ends[-1] :] if opening and ends else ids)
 
   def _leading_ids(self, tokenizer: Any) -> list[int]:
     """Returns the bos token where conversations begin with one."""
@@ -186,17 +193,25 @@ class ChatTokenizer:
       del turns[1]
     return [(role, value.strip() if template.strips else value) for role, value in turns]
 
-  def _tokenize(self, turns: Sequence[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns ids and labels of turns tokenised as one text, where an image has one context token."""
+  def _tokenize(self, turns: Sequence[tuple[str, str]], *, last: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Returns ids and labels of turns tokenised as one text, where an image has one context token.
+
+    Args:
+      turns: pairs of role and value.
+      last: whether the conversation ends with them.
+    """
+    template = self.template
     parts: list[str] = []
     answers: list[tuple[int, int]] = []  # The characters of each, closing included.
     end = 0
-    for role, value in turns:
+    for number, (role, value) in enumerate(turns, 1):
       if role == "human":
         value = value.replace(IMAGE_PLACEHOLDER, IMAGE_START + IMAGE_CONTEXT + IMAGE_END)
-      opening = self.template.openings[role]
-      begin = end + len(opening.rstrip(" "))
-      parts += (opening, value, self.template.closings[role])
+      opening, closing = template.openings[role], template.closings[role]
+      if role == "gpt" and last and number == len(turns) and template.last_closing is not None:
+        closing = template.last_closing
+      begin = end + len(opening.removesuffix(template.answer_opening).rstrip(" "))
+      parts += (opening, value, closing)
       end += sum(map(len, parts[-3:]))
       if role == "gpt":
         answers.append((begin, end))
@@ -208,7 +223,7 @@ class ChatTokenizer:
       # the answer is not supervised, nor is an opening's special token that takes white space after it in.
       firsts = np.array([first for first, _ in encoding.offsets])
       for begin, end in np.searchsorted(firsts, answers):
-        taught = slice(begin, max(begin, end - self.template.unsupervised_tail))
+        taught = slice(begin, max(begin, end - template.unsupervised_tail))
         labels[taught] = ids[taught]
     return ids, labels
 
@@ -220,11 +235,23 @@ def with_placeholder(conversations: Sequence[Mapping[str, str]]) -> list[Mapping
   stay plain text, so ours goes where an image can stand.
   """
   turns = list(conversations)
-  human = [i for i, turn in enumerate(turns) if isinstance(turn, Mapping) and turn.get("from") == "human"]
-  texts = [str(turns[i].get("value")) for i in human]
-  if human and not any(IMAGE_PLACEHOLDER in text for text in texts):
-    turns[human[0]] = {**turns[human[0]], "value": f"{IMAGE_PLACEHOLDER}\n{texts[0]}"}
+  texts = human_texts(turns)
+  if texts and not any(IMAGE_PLACEHOLDER in text for text in texts.values()):
+    first = min(texts)
+    turns[first] = {**turns[first], "value": f"{IMAGE_PLACEHOLDER}\n{texts[first]}"}
   return turns
+
+
+def human_texts(turns: Sequence[Any]) -> dict[int, str]:
+  """Returns the texts of the human turns by their number from 0.
+
+  Turns without a text are left out, and as they are: they are named when the conversation is tokenised.
+  """
+  return {
+    number: turn["value"]
+    for number, turn in enumerate(turns)
+    if isinstance(turn, Mapping) and turn.get("from") == "human" and isinstance(turn.get("value"), str)
+  }
 
 
 def _checked_turns(conversations: Any, where: Where) -> list[tuple[str, str]]:

@@ -241,6 +241,9 @@ def _check_file(path: str, where: Where) -> None:
     status = os.stat(path)
   except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a zero byte in the path
     raise _missing(path, where) from error
+  except OSError as error:
+    cause = f"cannot be opened ({error.strerror}); correct its path or delete the line"
+    raise where.error(f"video {path} {cause}") from error
   if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
     raise where.error(f"video {path} is not a file; name a video file or a folder of images")
   if status.st_size == 0:

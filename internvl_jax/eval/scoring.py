@@ -100,7 +100,7 @@ class Evaluation:
     start = time.perf_counter()
     for group in self._groups():
       tokens = self.decoder(dict(params), [question.prompt for question in group])
-      answers += [self.tokenizer.decode(row) for row in tokens]
+      answers += [self.tokenizer.decode_answer(row) for row in tokens]
       # Only what the report needs is kept: the tiles of a large set would not fit.
       questions += [dataclasses.replace(question, prompt=_NO_PROMPT) for question in group]
     scores = score(questions, answers, group_field=self.config.group_field)

@@ -242,10 +242,7 @@ def test_stop_tokens(toy):
   ("name", "message"),
   [
     ("internvl2-5", "unknown template 'internvl2-5'; did you mean 'internvl2_5'?"),
-    (
-      "internvl3_5_gpt_oss",
-      "template 'internvl3_5_gpt_oss' is not supported yet; supported: Hermes-2, internlm2",
-    ),
+    ("internvl3_5_gpt-oss", "unknown template 'internvl3_5_gpt-oss'; did you mean 'internvl3_5_gpt_oss'?"),
     ("xyzzy", "unknown template 'xyzzy'; known: Hermes-2"),
   ],
 )
@@ -273,3 +270,62 @@ def test_the_templates_of_the_reference():
     }
     assert template.closings == {"system": ends[0], "human": ends[0], "gpt": ends[1]}
     assert template.stop_token == wanted["sep"].strip()
+
+
+# --- gpt-oss: a channel that the model names itself, and another end for the last answer -------------------------
+
+
+@pytest.fixture(scope="module")
+def gpt_oss():
+  hf = toy_tokenizer()
+  hf.add_tokens(special(("<|start|>", "<|message|>", "<|channel|>", "<|return|>")), special_tokens=True)
+  return hf
+
+
+def test_gpt_oss_by_hand(gpt_oss):
+  chat = ChatTokenizer(gpt_oss, "internvl3_5_gpt_oss").encode(CONVERSATION, [2], 512, WHERE)
+  final = " ".join("*" + token for token in gpt_oss.tokenize("final"))
+  wanted = f"""
+    <|start|> system <|message|> no <|end|>
+    <|start|> user <|message|> <img> <IMG_CONTEXT> <IMG_CONTEXT> </img> Ċ what <|end|>
+    <|start|> assistant *<|channel|> {final} *<|message|> *red *Ġcircle *<|end|>
+    <|start|> user <|message|> is <|end|>
+    <|start|> assistant *<|channel|> {final} *<|message|> *yes *Ċ *<|return|>"""
+  assert shown(gpt_oss, chat).split() == wanted.split()
+
+
+def test_gpt_oss_ends_its_last_answer_alone_by_return(gpt_oss):
+  tokenizer = ChatTokenizer(gpt_oss, "internvl3_5_gpt_oss")
+  assert tokenizer.stop_token_id == gpt_oss.convert_tokens_to_ids("<|return|>")
+  for conversation, ends in (
+    (turns("is", "yes"), ["<|return|>"]),
+    (turns("is", "yes", "a", "b", "c", "d"), ["<|end|>", "<|end|>", "<|return|>"]),
+    (turns("is", "yes", "what"), ["<|end|>"]),
+    ([{"from": "gpt", "value": "red"}, *turns("is", "")], ["<|end|>", "<|return|>"]),
+  ):
+    tokens = shown(gpt_oss, tokenizer.encode(conversation, [], 512, WHERE)).split()
+    assert [token[1:] for token in tokens if token in ("*<|end|>", "*<|return|>")] == ends
+    assert tokens.count("<|return|>") == 0
+  # The reference's system message, which it took from gpt-oss's own.
+  text = gpt_oss.decode(tokenizer.encode(turns("is", "yes"), [], 512, WHERE).input_ids)
+  assert text.startswith(
+    "<|start|>system<|message|>You are InternVL, a large language model trained by Shanghai"
+  )
+  assert (
+    "\n\n# Valid channels: final. Channel must be included for every message.<|end|><|start|>user" in text
+  )
+
+
+def test_gpt_oss_answers_are_read_without_their_channel(gpt_oss):
+  tokenizer = ChatTokenizer(gpt_oss, "internvl3_5_gpt_oss")
+  final = "<|start|>assistant<|channel|>final<|message|>"
+  for text, answer in (
+    ("<|channel|>final<|message|>red circle", "red circle"),
+    (f"<|channel|>analysis<|message|>hm<|end|>{final}red", "red"),
+    ("red", "red"),
+    ("<|channel|>final<|message|>", ""),
+    ("", ""),
+  ):
+    assert tokenizer.decode_answer(gpt_oss(text).input_ids) == answer
+  plain = ChatTokenizer(gpt_oss, "internvl2_5")
+  assert plain.decode_answer(gpt_oss("red circle").input_ids) == "red circle"
