@@ -94,7 +94,11 @@ def index_sizes(
       stack.enter_context(locked(folder))
       index = _Index(folder, file, key)
       missing = index.missing()
-    _look_again(index, file, measure, missing)
+    for line in index.unreadable(missing):
+      # An image may have been put where it was missing.
+      records, errors = _measure_lines(file, measure, range(line, line + 1))
+      with cache_errors_named(cache):
+        index.mend(line, records[0], errors.get(line))
     progress(len(file) - sum(index.length(block) for block in missing))
     for block, records, errors in _measure_all(file, measure, missing, workers):
       with cache_errors_named(cache):
@@ -103,13 +107,6 @@ def index_sizes(
     with cache_errors_named(cache):
       index.finish()
       return index.sizes()
-
-
-def _look_again(index: "_Index", file: JsonlFile, measure: Measure, missing: list[int]) -> None:
-  """Measures the lines again that could not be read: an image may have been put where it was missing."""
-  for line in index.unreadable(missing):
-    records, errors = _measure_lines(file, measure, range(line, line + 1))
-    index.mend(line, records[0], errors.get(line))
 
 
 def _folder(file: JsonlFile, key: Mapping[str, Any], cache: pathlib.Path) -> pathlib.Path:
