@@ -283,7 +283,7 @@ def gpt_oss():
 
 
 def test_gpt_oss_by_hand(gpt_oss):
-  chat = ChatTokenizer(gpt_oss, "internvl3_5_gpt_oss").encode(CONVERSATION, [2], 512, WHERE)
+  chat = ChatTokenizer(gpt_oss, "internvl3_5_gpt_oss").encode(CONVERSATION, [2], WHERE)
   final = " ".join("*" + token for token in gpt_oss.tokenize("final"))
   wanted = f"""
     <|start|> system <|message|> no <|end|>
@@ -303,11 +303,11 @@ def test_gpt_oss_ends_its_last_answer_alone_by_return(gpt_oss):
     (turns("is", "yes", "what"), ["<|end|>"]),
     ([{"from": "gpt", "value": "red"}, *turns("is", "")], ["<|end|>", "<|return|>"]),
   ):
-    tokens = shown(gpt_oss, tokenizer.encode(conversation, [], 512, WHERE)).split()
+    tokens = shown(gpt_oss, tokenizer.encode(conversation, [], WHERE)).split()
     assert [token[1:] for token in tokens if token in ("*<|end|>", "*<|return|>")] == ends
     assert tokens.count("<|return|>") == 0
   # The reference's system message, which it took from gpt-oss's own.
-  text = gpt_oss.decode(tokenizer.encode(turns("is", "yes"), [], 512, WHERE).input_ids)
+  text = gpt_oss.decode(tokenizer.encode(turns("is", "yes"), [], WHERE).input_ids)
   assert text.startswith(
     "<|start|>system<|message|>You are InternVL, a large language model trained by Shanghai"
   )
