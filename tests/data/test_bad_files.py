@@ -26,15 +26,16 @@ from PIL import ExifTags, Image, PngImagePlugin
 from data_toys import WHERE, arguments, turns, write_jsonl
 from internvl_jax.arguments import LoaderConfig, TrainingArguments
 from internvl_jax.data import images, sizes
+from internvl_jax.data.batching import EVENTS
 from internvl_jax.data.errors import DataError
 from internvl_jax.data.examine import decode_all, examine
 from internvl_jax.data.jsonl import JsonlFile
-from internvl_jax.data.pipeline import TrainLoader, pack_settings
-from internvl_jax.data.sample import Mixture
+from internvl_jax.data.mixture import Mixture
+from internvl_jax.data.pipeline import TrainLoader
 from internvl_jax.data.sizes import Size, index_sizes
 
 GOOD = {"conversations": turns("what is it?", "red circle")}
-NOTHING_LOST = {"samples": 3, "unreadable": 0, "truncated": 0, "fully_masked": 0, "over_long": 0}
+NOTHING_LOST = {"samples": 3} | dict.fromkeys(EVENTS, 0)
 PACKED = {"use_packed_ds": True, "max_packed_tokens": 2048, "num_images_expected": 16}
 SIDE, MAX_TILES, TOKENS_PER_TILE = 16, 12, 4
 
@@ -115,8 +116,8 @@ def lost_by_doctor(meta, tokenizer, packed):
   mixture = Mixture(
     data, tokenizer, tokens_per_tile=TOKENS_PER_TILE, seed=42, cache=meta.parent / f"doctor{packed}"
   )
-  mixture.index_sizes(meta.parent / f"doctor{packed}", workers=0, progress=lambda lines: None)
-  reports = examine(mixture, data, pack_settings(data) if packed else None)
+  mixture.index_sizes(meta.parent / f"doctor{packed}", workers=0, quiet=True)
+  reports = examine(mixture)
   damaged = list(decode_all(mixture, packed=packed, workers=0))
   assert sum(report.lost for report in reports) == sum(len(report.examples) for report in reports)
   mixture.close()
@@ -135,8 +136,8 @@ def assert_named(folder, tokenizer, line, cause, modes=(False, True)):
       (batch,) = loader
       assert loader.counters()["toy"] == NOTHING_LOST | {"unreadable": 1}
       # The two good ones are there, and nothing else.
-      good = len(tokenizer.encode(GOOD["conversations"], [], 512, WHERE).input_ids)
-      assert (batch.segment_ids > 0).sum() == 2 * good and not batch.tiles.size
+      good = len(tokenizer.encode(GOOD["conversations"], [], WHERE).input_ids)
+      assert (batch.segment_ids > 0).sum() == 2 * good and not batch.tiles.any()
     assert lost_by_doctor(meta, tokenizer, packed) == [message]
 
 
@@ -614,7 +615,7 @@ def test_an_answer_of_a_million_characters_is_cut_and_counted(tmp_path, tokenize
     with loading(meta, tokenizer, packed=packed, data={"max_seq_length": 256}) as loader:
       (batch,) = loader
       assert loader.counters()["toy"] == NOTHING_LOST | {"truncated": 1}
-    good = len(tokenizer.encode(GOOD["conversations"], [], 512, WHERE).input_ids)
+    good = len(tokenizer.encode(GOOD["conversations"], [], WHERE).input_ids)
     assert (batch.segment_ids > 0).sum() == 2 * good + 256
   # A second or two for each of the three times that it is tokenised: in proportion to its length, not to its square.
   assert time.process_time() - start < 15
@@ -665,7 +666,7 @@ def test_an_annotation_file_that_is_cut_while_it_is_read(tmp_path, tokenizer, in
 def test_an_annotation_file_that_is_written_anew_while_it_is_read(tmp_path, tokenizer):
   records = texts(40)
   meta = write_data(tmp_path, *records)
-  first = len(tokenizer.encode(records[0]["conversations"], [], 512, WHERE).input_ids)
+  first = len(tokenizer.encode(records[0]["conversations"], [], WHERE).input_ids)
 
   def rewrite(path):
     with path.open("r+b") as file:  # the same file, not another of its name
@@ -679,7 +680,7 @@ def test_an_annotation_file_that_is_written_anew_while_it_is_read(tmp_path, toke
   meta = write_data(tmp_path, *records)
   counts, samples = read_on(meta, tokenizer, lambda path: write_jsonl(path, records[::-1][:20]))
   assert counts["samples"] == 40 and counts["unreadable"] >= 20
-  whole = [tokenizer.encode(record["conversations"], [], 512, WHERE).input_ids.tolist() for record in records]
+  whole = [tokenizer.encode(record["conversations"], [], WHERE).input_ids.tolist() for record in records]
   assert all(sample in whole for sample in samples) and len(samples[0]) == first
 
 
@@ -865,7 +866,7 @@ def test_two_processes_build_one_index_at_once(tmp_path):
   for process in processes:
     out, _ = process.communicate(timeout=20)
     records, errors = json.loads(out)
-    assert records == [[number, number % 3, number // 2, 1] for number in range(20, 220)] + [[0, 0, 0, 0]]
+    assert records == [[number, number % 3, number // 2] for number in range(20, 220)] + [[0, 0, 0]]
     assert errors == {"200": "numbers.jsonl:201 (dataset 'toy'): unlucky"}
   # Who came second found the work done, and only looked again at what could not be read.
   assert len((tmp_path / "measured").read_text()) == 201 + 1
