@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from internvl_jax.data import files
 from internvl_jax.data.errors import DataError, Where
 
 _BLOCK_BYTES = 1 << 24
@@ -21,6 +22,12 @@ class JsonlFile:
   What is kept is two int64 numbers a line, never parsed JSON: in memory, or with a cache in files that are mapped
   into it, from which a file that has not changed since is opened at once. The file itself is opened by the first
   read of each process; reads do not share a position (`pread`), so threads may read at once.
+
+  A remote file is copied into the cache, and again when it has changed; what is read is the copy.
+
+  Attributes:
+    path: of the file, as it was named: errors blame it, also where a copy is read.
+    dataset: the name that errors use.
   """
 
   def __init__(
@@ -29,9 +36,9 @@ class JsonlFile:
     """Finds the lines in one pass over the file, or in the cache.
 
     Args:
-      path: the annotation file.
+      path: the annotation file, a path or a URL.
       dataset: the name that errors use.
-      cache: folder of caches; None keeps nothing.
+      cache: folder of caches; None keeps nothing but a remote file's copy, in `files.default_cache()`.
 
     Raises:
       DataError: the file is missing, unreadable, or has no line.
@@ -41,6 +48,7 @@ class JsonlFile:
     self._file: BinaryIO | None = None
     self._cached: pathlib.Path | None = None
     try:
+      self._local = files.cached_copy(self.path, cache) if files.is_remote(self.path) else self.path
       if cache is None:
         self._starts, self._ends, self._numbers = self._find_lines()
       else:
@@ -55,7 +63,7 @@ class JsonlFile:
 
   def _find_lines(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Returns int64 [lines]: first bytes, bytes after the last, and line numbers where they are not 1, 2, 3, ..."""
-    starts, ends = _line_bounds(pathlib.Path(self.path))
+    starts, ends = _line_bounds(pathlib.Path(self._local))
     blank = self._blank_lines(starts, ends)
     # Without blank lines, by far the usual case, line numbers need no memory.
     numbers = np.flatnonzero(~blank) + 1 if blank.any() else None
@@ -63,8 +71,7 @@ class JsonlFile:
 
   def _index(self, cache: pathlib.Path) -> pathlib.Path:
     """Returns the file that holds the lines' places for the file as it is now, made if it is not there."""
-    stat = os.stat(self.path)
-    text = f"{os.path.abspath(self.path)} {stat.st_size} {stat.st_mtime_ns}"
+    text = " ".join(map(str, [os.path.abspath(self._local), *self.state()]))
     path = cache / f"lines-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npy"
     if not path.exists():
       starts, ends, numbers = self._find_lines()
@@ -97,6 +104,11 @@ class JsonlFile:
     """Returns the place of the line with this index (counted from 0, blank lines left out)."""
     line = index + 1 if self._numbers is None else int(self._numbers[index])
     return Where(self.dataset, self.path, line)
+
+  def state(self) -> list[int]:
+    """Returns what is other when the file is: its size and when it was last written."""
+    stat = os.stat(self._local)
+    return [stat.st_size, stat.st_mtime_ns]
 
   def read(self, index: int) -> Any:
     """Returns the parsed JSON of a line.
@@ -131,7 +143,7 @@ class JsonlFile:
     file = self._file
     if file is None:
       # Two threads may both open it here; the one that is not kept is closed when it is collected.
-      file = self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - stays open between reads
+      file = self._file = open(self._local, "rb", buffering=0)  # noqa: SIM115 - stays open between reads
     return os.pread(file.fileno(), int(end - start), int(start))
 
   def __getstate__(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from internvl_jax.arguments import DataTrainingArguments
 from internvl_jax.batch import IGNORE_INDEX
-from internvl_jax.data import images, sizes, tiling, video
+from internvl_jax.data import files, images, sizes, tiling, video
 from internvl_jax.data.errors import DataError, Where
 from internvl_jax.data.jsonl import JsonlFile
 from internvl_jax.data.meta import DatasetSpec, read_meta
@@ -85,13 +85,11 @@ def make_sample(
   _check_record(record, where)
   if path := _video_path(record, where):
     images_tiles = _frame_tiles(
-      os.path.join(spec.root, path), record, where, spec, data, tokens_per_tile, rng, frames
+      files.join(spec.root, path, where), record, where, spec, data, tokens_per_tile, rng, frames
     )
   else:
-    paths = _image_paths(record, where)
-    images_tiles = [
-      _tiles(os.path.join(spec.root, path), where, spec, data, rng, num_images=len(paths)) for path in paths
-    ]
+    paths = [files.join(spec.root, path, where) for path in _image_paths(record, where)]
+    images_tiles = [_tiles(path, where, spec, data, rng, num_images=len(paths)) for path in paths]
   conversations = _with_places(record, len(images_tiles), where)
   image_tokens = [len(tiles) * tokens_per_tile for tiles in images_tiles]
   no_tile = np.zeros((0, data.force_image_size, data.force_image_size, 3), np.uint8)
@@ -131,11 +129,11 @@ def measure_sample(
   _check_record(record, where)
   if path := _video_path(record, where):
     options = {"min_num_frame": frames, "max_num_frame": frames, "rng": None, "clip": record.get("clip")}
-    tiles = [1] * video.planned_frames(os.path.join(spec.root, path), where, **options)
+    tiles = [1] * video.planned_frames(files.join(spec.root, path, where), where, **options)
   else:
-    paths = _image_paths(record, where)
+    paths = [files.join(spec.root, path, where) for path in _image_paths(record, where)]
     stated = _stated_sizes(record, len(paths))
-    pixels = stated or [images.image_size(os.path.join(spec.root, path), where) for path in paths]
+    pixels = stated or [images.image_size(path, where) for path in paths]
     tiles = [_count_tiles(size, spec, data, num_images=len(paths)) for size in pixels]
   chat = tokenizer.encode(
     _with_places(record, len(tiles), where), [n * tokens_per_tile for n in tiles], _UNCUT, where
@@ -349,7 +347,7 @@ class _Measure:
       "version": _MEASURE_VERSION,
       "tokenizer": self.tokenizer.fingerprint(),
       "tokens_per_tile": self.tokens_per_tile,
-      "root": os.path.abspath(self.spec.root),
+      "root": files.absolute(self.spec.root),
       "max_dynamic_patch": max_grid_tiles(self.spec, data),
       "frames": [data.min_num_frame, data.max_num_frame, self.seed, self.dataset],
       **{name: getattr(data, name) for name in settings},
@@ -390,7 +388,7 @@ class Mixture:
       tokenizer: of the conversations.
       tokens_per_tile: image tokens of one tile.
       seed: of the augmentation and of the frames drawn from videos.
-      cache: folder of the lines' index; None keeps none.
+      cache: folder of the lines' index; None keeps none (of remote annotation files, a copy).
 
     Raises:
       DataError: the meta file, an annotation file or a setting is wrong.
@@ -398,7 +396,7 @@ class Mixture:
     if data.meta_path is None:
       raise DataError("data.meta_path is not set; give the JSON file that lists the datasets")
     images.normalization(data.normalize_type)  # an unknown name fails here, not at the first padded image
-    self.specs = read_meta(data.meta_path)
+    self.specs = read_meta(data.meta_path, cache=cache)
     self.files = [JsonlFile(spec.annotation, spec.name, cache=cache) for spec in self.specs]
     self._lines = [spec.lines_used(len(file)) for spec, file in zip(self.specs, self.files, strict=True)]
     for spec, file, lines in zip(self.specs, self.files, self._lines, strict=True):

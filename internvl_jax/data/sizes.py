@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from internvl_jax.data import files
 from internvl_jax.data.errors import DataError
 from internvl_jax.data.jsonl import JsonlFile
 
@@ -103,8 +104,8 @@ def _look_again(index: "_Index", file: JsonlFile, measure: Measure, missing: lis
 
 
 def _folder(file: JsonlFile, key: Mapping[str, Any], cache: pathlib.Path) -> pathlib.Path:
-  text = json.dumps([os.path.abspath(file.path), key], sort_keys=True)
-  name = re.sub(r"\W+", "_", pathlib.Path(file.path).stem)[:40]
+  text = json.dumps([files.absolute(file.path), key], sort_keys=True)
+  name = re.sub(r"\W+", "_", pathlib.Path(files.name(file.path)).stem)[:40]
   return cache / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
@@ -124,7 +125,7 @@ class _Index:
       for line, message in self._read_errors().items()
       if line < lines and self._records["tokens"][line] == 0
     }
-    self._sums = self._checksums() if self._stat() != self._known_stat() else None
+    self._sums = self._checksums() if self._file.state() != self._known_stat() else None
 
   def missing(self) -> list[int]:
     """Blocks that are not measured, or of which the lines have changed."""
@@ -167,7 +168,7 @@ class _Index:
 
   def finish(self) -> None:
     """Notes that all blocks are measured for the annotation file as it is."""
-    content = {"file": os.path.abspath(self._file.path), "stat": self._stat(), "key": dict(self._key)}
+    content = {"file": files.absolute(self._file.path), "stat": self._file.state(), "key": dict(self._key)}
     temporary = self._folder / f"key.json.{os.getpid()}.tmp"
     temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
     temporary.replace(self._folder / "key.json")
@@ -177,10 +178,6 @@ class _Index:
     records = np.load(self._folder / "sizes.npy", mmap_mode="r")
     unreadable = np.flatnonzero(records["tokens"] == 0).tolist()
     return Sizes(records, {line: self._errors[line] for line in unreadable if line in self._errors})
-
-  def _stat(self) -> list[int]:
-    stat = os.stat(self._file.path)
-    return [stat.st_size, stat.st_mtime_ns]
 
   def _known_stat(self) -> list[int] | None:
     try:

@@ -100,7 +100,10 @@ def test_images_decide_between_two_roots_that_both_exist(tmp_path, monkeypatch):
     ({"max_dynamic_patch": 0}, "max_dynamic_patch must be 1 or more, got 0"),
     ({"root": None}, "'root' must be a string, got null"),
     ({"annotation": "gone.jsonl"}, "annotation file not found; tried gone.jsonl and "),
-    ({"root": "s3://bucket"}, "remote root 's3://bucket' is not supported yet"),
+    (
+      {"root": "htp://host"},
+      "nothing can be read from root 'htp://host': unknown scheme 'htp'; did you mean 'http'?",
+    ),
   ],
 )
 def test_wrong_entries_are_named(tmp_path, entry, message):
