@@ -5,7 +5,6 @@ Tiles stay uint8 up to the device, where they become `(tile / 255 - mean) / std`
 
 import contextlib
 import io
-import os
 import struct
 from collections.abc import Iterator
 
@@ -13,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from internvl_jax.batch import PIXEL_STATISTICS
-from internvl_jax.data import tiling
+from internvl_jax.data import files, tiling
 from internvl_jax.data.errors import DataError, Where, did_you_mean
 
 # Qualities of the JPEG augmentation, both included (the set that the reference draws from).
@@ -41,41 +40,55 @@ def open_image(path: str, where: Where) -> Image.Image:
   """Returns the decoded image as RGB, in the orientation in which it is stored.
 
   Args:
-    path: the image file.
+    path: the image file, a path or a URL.
     where: the line that names it, for errors.
 
   Raises:
-    DataError: the file is missing, empty or damaged.
+    DataError: the file is missing, empty or damaged, or cannot be fetched.
   """
-  with _opened(path, where) as image:
+  with _opened(path, where, header=False) as image:
     return image.convert("RGB")
 
 
 def image_size(path: str, where: Where) -> tuple[int, int]:
-  """Returns (width, height) from an image's header.
+  """Returns (width, height) from an image's header. Of a remote image no more is fetched, where its format has one.
+
+  Pillow reads all of a WebP or AVIF file before it tells its size.
 
   Raises:
-    DataError: the file is missing, empty or no image.
+    DataError: the file is missing, empty or no image, or cannot be fetched.
   """
-  with _opened(path, where) as image:
+  with _opened(path, where, header=True) as image:
     return image.size
 
 
 @contextlib.contextmanager
-def _opened(path: str, where: Where) -> Iterator[Image.Image]:
-  """An image that is open, with what goes wrong in the body named."""
-  if "://" in path:
-    raise where.error(f"remote image {path!r} is not supported yet; copy it to a local disk")
+def _opened(path: str, where: Where, *, header: bool) -> Iterator[Image.Image]:
+  """An image that is open, with what goes wrong in the body named. With `header`, its pixels will not be read."""
+  source = path
   try:
-    with Image.open(path) as image:
+    if files.is_remote(path):
+      source = files.open_file(path) if header else io.BytesIO(files.read_bytes(path))
+    with Image.open(source) as image:
       yield image
   except FileNotFoundError as error:
     raise where.error(f"image not found: {path}; check the dataset's root in the meta file") from error
+  except files.FetchError as error:
+    raise where.error(f"image {path} cannot be fetched: {error}") from error
   except _DECODE_ERRORS as error:
-    if os.path.isfile(path) and os.path.getsize(path) == 0:
+    if _is_empty(path):
       raise where.error(f"image {path} is empty (0 bytes); restore it or delete the line") from error
-    cause = f"{type(error).__name__}: {error}"
+    # Pillow names what it was given, which is an object in memory if the image is remote.
+    cause = f"{type(error).__name__}: {error}".replace(repr(source), repr(path))
     raise where.error(f"image {path} cannot be decoded ({cause}); restore it or delete the line") from error
+
+
+def _is_empty(path: str) -> bool:
+  try:
+    status = files.look(path)
+  except OSError:  # What went wrong with the content is the better message.
+    return False
+  return status.is_file and status.size == 0
 
 
 def image_tiles(
