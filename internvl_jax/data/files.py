@@ -95,7 +95,7 @@ def resolve(folder: str, path: str) -> str:
   bare = re.split(r"[?#]", folder)[0] if remote.scheme(folder) in remote.WEB else folder
   # The scheme, the empty part between its slashes, and the host or bucket: no `..` leads out of them.
   head, parts = bare.split("/")[:3], bare.rstrip("/").split("/")[3:]
-  for part in path.split("/"):
+  for part in path.split("/") if path else ():
     if part == "..":
       parts = parts[:-1]
     elif part != ".":
@@ -214,8 +214,8 @@ def local_copy(path: str, size: int | None = None) -> Iterator[str]:
 def cached_copy(url: str, cache: str | os.PathLike[str] | None = None) -> str:
   """Returns the path of a remote file's copy in a cache, made if it is not there or the file has changed.
 
-  Copies are never written over, so that processes of an earlier start go on with theirs; they may be deleted when no run
-  uses them.
+  Copies are never written over, so that a run that has started goes on with what it has; they may be deleted when no
+  run uses them.
 
   Args:
     url: the file.

@@ -142,6 +142,8 @@ def _options(kind: Any, name: str) -> dict[str, Any]:
     options["get_client"] = _web_client
   if name in ("gs", "gcs"):
     options["requests_timeout"] = _web_timeout()  # gcsfs has none of its own
+  if name in ("s3", "s3a"):
+    options["max_concurrency"] = 1  # with more, s3fs asks for a file's size before it gets it
   for protocol in (kind.protocol,) if isinstance(kind.protocol, str) else kind.protocol:
     options |= fsspec.config.conf.get(protocol, {})  # what the user says goes before what we say
   return options

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 import sys
 import tempfile
 
@@ -187,6 +188,7 @@ def test_names_in_urls():
   assert files.parent("https://host/d/meta.json?key=a/b") == "https://host/d"
   assert files.parent("gs://b/meta.json") == "gs://b" and files.parent("meta.json") == ""
   assert files.resolve("gs://b/d", "../../../a.jsonl") == "gs://b/a.jsonl"
+  assert files.resolve("gs://b/d/", "") == "gs://b/d" and files.resolve("", "gs://b/d") == "gs://b/d"
 
 
 # --- What is fetched ----------------------------------------------------------------------------------------
@@ -382,7 +384,7 @@ def test_a_video_that_is_given_up_half_way_leaves_no_copy(data, web, no_copies):
 @pytest.mark.parametrize("faults", [[503, 503], [500], [429], ["cut", "cut"], ["reset", 503], ["silence"]])
 def test_what_passes_is_tried_again(data, web, no_copies, monkeypatch, faults):
   if "silence" in faults:
-    monkeypatch.setattr(remote, "_TIMEOUT", 0.1)
+    monkeypatch.setattr(remote, "_TIMEOUT", 0.2)
   url, expected = f"{web.url}/stills0.png", np.asarray(Image.open(data / "stills0.png"))
   web.faults["/stills0.png"] = list(faults)
   np.testing.assert_array_equal(np.asarray(images.open_image(url, WHERE)), expected)
@@ -400,7 +402,7 @@ def test_what_passes_is_tried_again(data, web, no_copies, monkeypatch, faults):
 def test_what_does_not_pass_is_told_with_its_line(data, web, monkeypatch):
   monkeypatch.setattr(remote, "_TRIES", 3)
   web.faults["/stills0.png"] = [503] * 100
-  for function, what in ((images.open_image, "image"), (images.image_size, "image")):
+  for function in (images.open_image, images.image_size):
     web.log.clear()
     message = message_of(function, f"{web.url}/stills0.png", WHERE)
     assert (
@@ -419,11 +421,13 @@ def test_what_does_not_pass_is_told_with_its_line(data, web, monkeypatch):
 
 
 def test_a_server_that_never_answers_does_not_hold_anyone(data, web, monkeypatch):
-  monkeypatch.setattr(remote, "_TIMEOUT", 0.1)
+  monkeypatch.setattr(remote, "_TIMEOUT", 0.2)
   monkeypatch.setattr(remote, "_TRIES", 2)
   web.faults["/stills0.png"] = ["silence"] * 2
   message = message_of(images.open_image, f"{web.url}/stills0.png", WHERE)
-  assert "no answer in time (SocketTimeoutError: " in message and "2 tries in 0 s; try again later" in message
+  assert re.search(
+    r"no answer in time \(\w+: Timeout on reading.*\), 2 tries in \d s; try again later", message
+  )
 
 
 @pytest.mark.parametrize("status", [401, 403])

@@ -87,6 +87,20 @@ def test_images_decide_between_two_roots_that_both_exist(tmp_path, monkeypatch):
   assert read_meta(meta)[0].root == "images"
 
 
+def test_videos_decide_as_images_do(tmp_path, monkeypatch):
+  data = tmp_path / "data"
+  (data / "films" / "a").mkdir(parents=True)
+  (tmp_path / "films").mkdir()
+  meta = write_dataset(data, 1, root="films")
+  # Neither what is absolute nor what is a URL tells where a relative root lies.
+  lines = [{"image": "/b.png"}, {"image": ["gs://bucket/b.png"]}, {"image": [], "video": "a/"}]
+  write_jsonl(data / "toy.jsonl", lines)
+  monkeypatch.chdir(tmp_path)
+  assert read_meta(meta)[0].root == str(data / "films")
+  (data / "films" / "a").rename(tmp_path / "films" / "a")
+  assert read_meta(meta)[0].root == "films"
+
+
 @pytest.mark.parametrize(
   ("entry", "message"),
   [
