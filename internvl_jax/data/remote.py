@@ -18,6 +18,9 @@ T = TypeVar("T")
 WEB = ("http", "https")
 """Schemes of web servers, whose paths are URLs in the full sense: quoted, with a query and no folders."""
 
+OTHER_FOLDER = "make room, or name another folder: TMPDIR for videos, loader.cache_dir for annotation files"
+"""The remedy where a copy has no room."""
+
 # Seconds without a byte after which a request has failed.
 _TIMEOUT = 30
 # How often a request is made, how many seconds lie between the first two (then twice as many each time), and after how
@@ -47,8 +50,8 @@ _PASSING = {
   ("requests", "ConnectionError"),
   ("requests", "Timeout"),
 }
-# What s3fs makes of 503 and 500.
-_PASSING_ERRNO = {errno.EBUSY, errno.EREMOTEIO}
+# What s3fs makes of 503 and 500; only Linux has a number of its own for the second.
+_PASSING_ERRNO = {errno.EBUSY, getattr(errno, "EREMOTEIO", errno.EIO)}
 _PASSING_STATUS = {408, 425, 429}
 
 # One a process for each scheme: each has connections of its own.
@@ -223,7 +226,3 @@ def _explain(error: Exception) -> str:
   if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
     return f"{reason}; {OTHER_FOLDER}"
   return f"{reason}; check the address and the credentials"
-
-
-OTHER_FOLDER = "make room, or name another folder: TMPDIR for videos, loader.cache_dir for annotation files"
-"""The remedy where a copy has no room."""

@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 from fsspec.registry import _registry
 from PIL import Image
-from test_video import write_folder, write_gif, write_video
-from web_toys import object_store, web_server
 
 from data_toys import WHERE, arguments, turns, write_dataset, write_jsonl
 from internvl_jax.arguments import LoaderConfig, TrainingArguments
@@ -24,6 +22,8 @@ from internvl_jax.data.jsonl import JsonlFile
 from internvl_jax.data.meta import read_meta
 from internvl_jax.data.pipeline import TrainLoader
 from internvl_jax.data.sample import Mixture
+from test_video import write_folder, write_gif, write_video
+from web_toys import object_store, web_server
 
 P = 4
 
@@ -112,10 +112,8 @@ def test_a_remote_mixture_gives_the_samples_of_the_local_one(
 
 def test_a_worker_process_fetches_too(tokenizer, data, web):
   expected = list(loader_of(data, tokenizer))
-  before = images.open_image(
-    f"{web.url}/stills0.png", WHERE
-  )  # This process has connections, which stay its own.
-  assert before.mode == "RGB"
+  # This process has connections already, which stay its own.
+  assert images.open_image(f"{web.url}/stills0.png", WHERE).mode == "RGB"
   loader = loader_of(web.url, tokenizer, dataloader_num_workers=1)
   for batch, other in zip(loader, expected, strict=True):
     for array, wanted in zip(batch, other, strict=True):
@@ -195,7 +193,7 @@ def test_names_in_urls():
 
 
 def header_kinds():
-  noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (700, 900, 3), dtype=np.uint8))
+  noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (500, 600, 3), dtype=np.uint8))
   return noise, {
     "a.jpg": ({"quality": 95}, 1),
     "a.png": ({}, 1),
@@ -213,14 +211,14 @@ def test_only_the_header_of_an_image_is_fetched_for_its_size(data, web):
     size = (data / name).stat().st_size
     assert size > 4 * files.BLOCK_BYTES
     web.served, web.log = 0, []
-    assert images.image_size(f"{web.url}/{name}", WHERE) == (900, 700)
+    assert images.image_size(f"{web.url}/{name}", WHERE) == (600, 500)
     assert web.served <= blocks * files.BLOCK_BYTES, name
     assert web.requests(f"/{name}").count(("GET", 206)) == blocks, name
   for name in ("a.webp", "small.png"):  # Pillow reads all of the one; all of the other is in a block
-    (noise if name == "a.webp" else noise.crop((0, 0, 900, 10)).resize((90, 70))).save(data / name)
+    (noise if name == "a.webp" else noise.resize((60, 50))).save(data / name)
     web.served = 0
     width, _ = images.image_size(f"{web.url}/{name}", WHERE)
-    assert width in (90, 900) and web.served == (data / name).stat().st_size
+    assert width in (60, 600) and web.served == (data / name).stat().st_size
 
 
 def test_a_server_without_ranges_sends_the_whole_and_all_goes_well(data, web):
@@ -228,7 +226,7 @@ def test_a_server_without_ranges_sends_the_whole_and_all_goes_well(data, web):
   noise, kinds = header_kinds()
   for name, (options, _) in kinds.items():
     noise.save(data / name, **options)
-    assert images.image_size(f"{web.url}/{name}", WHERE) == (900, 700)
+    assert images.image_size(f"{web.url}/{name}", WHERE) == (600, 500)
     assert [method for method, _ in web.requests(f"/{name}")] == ["GET"]
 
 
@@ -405,9 +403,7 @@ def test_what_does_not_pass_is_told_with_its_line(data, web, monkeypatch):
   for function in (images.open_image, images.image_size):
     web.log.clear()
     message = message_of(function, f"{web.url}/stills0.png", WHERE)
-    assert (
-      f"{what} {web.url}/stills0.png cannot be fetched: 503 Service Unavailable, 3 tries in 0 s;" in message
-    )
+    assert f"image {web.url}/stills0.png cannot be fetched: 503 Service Unavailable, 3 tries in " in message
     assert web.requests("/stills0.png") == [("GET", 503)] * 3
   web.faults["/films/a.mp4"] = [503] * 100
   limits = {"min_num_frame": 2, "max_num_frame": 2, "rng": None}

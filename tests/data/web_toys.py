@@ -31,6 +31,7 @@ class WebServer(http.server.ThreadingHTTPServer):
   """
 
   daemon_threads = True
+  request_queue_size = 64  # Clients that find it full wait for seconds.
 
   def __init__(self, folder):
     super().__init__(("127.0.0.1", 0), _Handler)
