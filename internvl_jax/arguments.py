@@ -63,7 +63,7 @@ class DataTrainingArguments:
   pad2square: bool = False
   # Conversation template, by name.
   conv_style: str = "internlm2-chat"
-  # JSON file that lists the datasets of the mixture.
+  # JSON file that lists the datasets of the mixture; a path or a URL.
   meta_path: str | None = None
   # Draw datasets in proportion to the square root of their length.
   use_data_resampling: bool = False
@@ -238,7 +238,8 @@ class LoaderConfig:
   tile_buckets: tuple[int, ...] = ()
   # Micro-batches made ahead by each worker.
   prefetch: int = 4
-  # Folder of the indexes of lines and sizes; None: internvl_jax in the user's cache folder.
+  # Folder of the indexes of lines and sizes, and of copies of remote annotation files; None: internvl_jax in the
+  # user's cache folder.
   cache_dir: str | None = None
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from internvl_jax.data.errors import Where
+from internvl_jax.data.files import absolute
 from internvl_jax.data.fitting import Limits
 from internvl_jax.data.meta import DatasetSpec
 from internvl_jax.data.sample import SampleMaker
@@ -18,7 +19,9 @@ from internvl_jax.inference import open_for_inference
 
 _MODEL = flags.DEFINE_string("model", None, "Checkpoint folder.", required=True)
 _QUESTION = flags.DEFINE_string("question", None, "What to ask.", required=True)
-_IMAGE = flags.DEFINE_string("image", None, "The image asked about; none for a question without one.")
+_IMAGE = flags.DEFINE_string(
+  "image", None, "The image asked about, a path or a URL; none for a question without one."
+)
 _SYSTEM = flags.DEFINE_string("system", None, "System message; the template's if unset.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Longest answer in tokens.", lower_bound=1)
 _BF16 = flags.DEFINE_bool("bf16", False, "Compute in bfloat16.")
@@ -31,7 +34,8 @@ def main(argv: Sequence[str]) -> None:
   turns = [{"from": "human", "value": _QUESTION.value}, {"from": "gpt", "value": "?"}]
   if _SYSTEM.value is not None:
     turns.insert(0, {"from": "system", "value": _SYSTEM.value})
-  record = {"conversations": turns} | ({"image": _IMAGE.value} if _IMAGE.value else {})
+  # Typed from the working directory, it may lie anywhere.
+  record = {"conversations": turns} | ({"image": absolute(_IMAGE.value)} if _IMAGE.value else {})
   maker = SampleMaker(
     spec=DatasetSpec(name="question", root="", annotation="the command line"),
     data=opened.data,

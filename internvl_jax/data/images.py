@@ -7,13 +7,14 @@ import contextlib
 import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
 from internvl_jax.batch import PIXEL_STATISTICS
-from internvl_jax.data import tiling
+from internvl_jax.data import files, tiling
 from internvl_jax.data.errors import DataError, Where, did_you_mean
 from internvl_jax.data.pool import TilePool
 
@@ -43,51 +44,101 @@ def normalization(normalize_type: str) -> tuple[np.ndarray, np.ndarray]:
   return np.asarray(mean, np.float32), np.asarray(std, np.float32)
 
 
-def open_image(path: str, where: Where) -> Image.Image:
+class Fetched(NamedTuple):
+  """A remote image file that is looked at more than once.
+
+  Attributes:
+    path: its URL.
+    content: its bytes.
+  """
+
+  path: str
+  content: bytes
+
+
+Source = str | Fetched
+"""An image file: its path or URL, or what was fetched from there."""
+
+
+def fetched(path: str, where: Where) -> Source:
+  """Returns the source of an image of which both the size and the pixels will be read: a remote one is fetched.
+
+  Raises:
+    DataError: it cannot be fetched.
+  """
+  if not files.is_remote(path):
+    return path
+  with _named_errors(path, lambda: path, where):
+    return Fetched(path, files.read_bytes(path))
+
+
+def open_image(source: Source, where: Where) -> Image.Image:
   """Returns the decoded image as RGB, in the orientation in which it is stored.
 
   Args:
-    path: the image file.
+    source: the image file.
     where: the line that names it, for errors.
 
   Raises:
-    DataError: the file is missing, empty or damaged.
+    DataError: the file is missing, empty or damaged, or cannot be fetched.
   """
-  with _opened(path, where) as image:
+  with _opened(source, where, header=False) as image:
     image.load()
     # Converting what is RGB already would copy it.
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def image_size(path: str, where: Where) -> tuple[int, int]:
-  """Returns (width, height) from an image's header.
+def image_size(source: Source, where: Where) -> tuple[int, int]:
+  """Returns (width, height) from an image's header. Of a remote image no more is fetched, where its format has one.
+
+  Pillow reads all of a WebP or AVIF file before it tells its size.
 
   Raises:
-    DataError: the file is missing, empty or no image.
+    DataError: the file is missing, empty or no image, or cannot be fetched.
   """
-  with _opened(path, where) as image:
+  with _opened(source, where, header=True) as image:
     return image.size
 
 
 @contextlib.contextmanager
-def _opened(path: str, where: Where) -> Iterator[Image.Image]:
-  """An image that is open, with what goes wrong in the body named."""
-  if "://" in path:
-    raise where.error(f"remote image {path!r} is not supported yet; copy it to a local disk")
-  _check_file(path, where)
-  try:
-    with Image.open(path) as image:
+def _opened(source: Source, where: Where, *, header: bool) -> Iterator[Image.Image]:
+  """An image that is open, with what goes wrong in the body named. With `header`, its pixels will not be read."""
+  path = source if isinstance(source, str) else source.path
+  if not files.is_remote(path):
+    _check_file(path, where)
+  opened: Any = path
+  with _named_errors(path, lambda: opened, where):
+    if isinstance(source, Fetched):
+      opened = io.BytesIO(source.content)
+    elif files.is_remote(path):
+      opened = files.open_file(path) if header else io.BytesIO(files.read_bytes(path))
+    with Image.open(opened) as image:
       yield image
+
+
+@contextlib.contextmanager
+def _named_errors(path: str, opened: Callable[[], Any], where: Where) -> Iterator[None]:
+  """Names the image that cannot be fetched or decoded; `opened` tells what Pillow was given."""
+  try:
+    yield
+  except FileNotFoundError as error:
+    raise where.error(f"image not found: {path}; check the dataset's root in the meta file") from error
+  except files.FetchError as error:
+    raise where.error(f"image {path} cannot be fetched: {error}") from error
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
     raise where.error(f"image {path} is too large ({error}); scale it down or delete the line") from error
   except Exception as error:
     # Pillow has no list of what its decoders raise for damaged files: RuntimeError from AVIF, NotImplementedError
     # from DDS, struct.error and others were seen.
-    cause = f"{type(error).__name__}: {error}"
+    if _is_empty(path):
+      raise where.error(f"image {path} is empty (0 bytes); restore it or delete the line") from error
+    # Pillow names what it was given, which is an object in memory if the image is remote.
+    cause = f"{type(error).__name__}: {error}".replace(repr(opened()), repr(path))
     raise where.error(f"image {path} cannot be decoded ({cause}); restore it or delete the line") from error
 
 
 def _check_file(path: str, where: Where) -> None:
+  """Refuses what is no file on a local disk, or has no content."""
   try:
     status = os.stat(path)
   except (FileNotFoundError, NotADirectoryError) as error:
@@ -101,6 +152,14 @@ def _check_file(path: str, where: Where) -> None:
     raise where.error(f"image {path} is not a file; correct its path or delete the line")
   if not status.st_size:
     raise where.error(f"image {path} is empty (0 bytes); restore it or delete the line")
+
+
+def _is_empty(path: str) -> bool:
+  try:
+    status = files.look(path)
+  except OSError:  # What went wrong with the content is the better message.
+    return False
+  return status.is_file and status.size == 0
 
 
 def image_tiles(

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from internvl_jax.data import files
 from internvl_jax.data.cache import cache_errors_named, whole_file
 from internvl_jax.data.errors import DataError, Where
 
@@ -23,8 +24,10 @@ class JsonlFile:
   into it, from which a file that has not changed since is opened at once. The file itself is opened by the first
   read of each process; reads do not share a position (`pread`), so threads may read at once.
 
+  A remote file is copied into the cache, and again when it has changed; what is read is the copy.
+
   Attributes:
-    path: the annotation file.
+    path: of the file, as it was named: errors blame it, also where a copy is read.
     dataset: the name that errors use.
     state: the file's size, and when it was last written to, at the time when its lines were found.
   """
@@ -35,9 +38,9 @@ class JsonlFile:
     """Finds the lines in one pass over the file, or in the cache.
 
     Args:
-      path: the annotation file.
+      path: the annotation file, a path or a URL.
       dataset: the name that errors use.
-      cache: folder of caches; None keeps nothing.
+      cache: folder of caches; None keeps nothing but a remote file's copy, in `files.default_cache()`.
 
     Raises:
       DataError: the file is missing, unreadable, or has no line.
@@ -46,8 +49,9 @@ class JsonlFile:
     self.dataset = dataset
     self._file: BinaryIO | None = None
     self._cached: pathlib.Path | None = None
-    self.state = self._stat()
     try:
+      self._local = files.cached_copy(self.path, cache) if files.is_remote(self.path) else self.path
+      self.state = self._stat()
       if cache is None:
         self._starts, self._ends, self._numbers = self._find_lines()
       else:
@@ -62,7 +66,7 @@ class JsonlFile:
 
   def _find_lines(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Returns int64 [lines]: first bytes, bytes after the last, and line numbers where they are not 1, 2, 3, ..."""
-    starts, ends = _line_bounds(pathlib.Path(self.path))
+    starts, ends = _line_bounds(pathlib.Path(self._local))
     blank = self._blank_lines(starts, ends)
     # Without blank lines, by far the usual case, line numbers need no memory.
     numbers = np.flatnonzero(~blank) + 1 if blank.any() else None
@@ -71,7 +75,7 @@ class JsonlFile:
   def _index(self, cache: pathlib.Path) -> pathlib.Path:
     """Returns the file that holds the lines' places for the file as it is now, made if it is not there."""
     size, changed = self.state
-    text = f"{os.path.abspath(self.path)} {size} {changed}"
+    text = f"{os.path.abspath(self._local)} {size} {changed}"
     path = cache / f"lines-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npy"
     if not _is_intact(path):
       starts, ends, numbers = self._find_lines()
@@ -171,7 +175,7 @@ class JsonlFile:
 
   def _stat(self) -> tuple[int, int]:
     try:
-      stat = os.stat(self.path)
+      stat = os.stat(self._local)
     except OSError as error:
       raise self._unreadable(error) from error
     return stat.st_size, stat.st_mtime_ns
@@ -184,7 +188,7 @@ class JsonlFile:
     file = self._file
     if file is None:
       # Two threads may both open it here; the one that is not kept is closed when it is collected.
-      file = self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - stays open between reads
+      file = self._file = open(self._local, "rb", buffering=0)  # noqa: SIM115 - stays open between reads
     # Network file systems may give less than was asked for; nothing is given at the file's end alone.
     data, wanted = b"", int(end - start)
     while len(data) < wanted and (

@@ -8,7 +8,7 @@ import numpy as np
 import tqdm
 
 from internvl_jax.arguments import DataTrainingArguments
-from internvl_jax.data import images, sizes, video
+from internvl_jax.data import files, images, sizes, video
 from internvl_jax.data.errors import DataError
 from internvl_jax.data.fitting import Limits, Policy
 from internvl_jax.data.jsonl import JsonlFile
@@ -168,7 +168,7 @@ class Dataset:
       "version": _MEASURE_VERSION,
       "tokenizer": maker.tokenizer.fingerprint(),
       "tokens_per_tile": maker.tokens_per_tile,
-      "root": os.path.abspath(self.spec.root),
+      "root": files.absolute(self.spec.root),
       "max_dynamic_patch": max_grid_tiles(self.spec, data),
       "frames": [data.min_num_frame, data.max_num_frame, self._seed, self._number],
       **{name: getattr(data, name) for name in settings},
@@ -208,7 +208,7 @@ class Mixture:
       tokens_per_tile: image tokens of one tile.
       seed: of the augmentation and of the frames drawn from videos.
       policy: what is done about over-long samples.
-      cache: folder of the lines' index; None keeps none.
+      cache: folder of the lines' index; None keeps none (of remote annotation files, a copy).
 
     Raises:
       DataError: the meta file, an annotation file or a setting is wrong.
@@ -220,7 +220,7 @@ class Mixture:
     self._tokens_per_tile = tokens_per_tile
     limits = limits_of(data, policy)
     self.datasets = []
-    for number, spec in enumerate(read_meta(data.meta_path)):
+    for number, spec in enumerate(read_meta(data.meta_path, cache=cache)):
       maker = SampleMaker(
         spec=spec, data=data, tokenizer=tokenizer, tokens_per_tile=tokens_per_tile, limits=limits
       )

@@ -16,6 +16,7 @@ from internvl_jax.data import batching, packing
 from internvl_jax.data import plan as plans
 from internvl_jax.data.decoding import MicroBatchSource, decoded_ahead
 from internvl_jax.data.errors import DataError
+from internvl_jax.data.files import default_cache
 from internvl_jax.data.fitting import Policy
 from internvl_jax.data.grouping import GroupedPlan
 from internvl_jax.data.mixture import Mixture
@@ -388,11 +389,6 @@ def _tile_sizes(data: DataTrainingArguments, loader: LoaderConfig, rows: int) ->
   if data.use_packed_ds and data.strict_mode:
     return (data.num_images_expected * rows,)
   return loader.tile_buckets
-
-
-def default_cache() -> str:
-  """Returns the folder of caches where none is named."""
-  return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "internvl_jax")
 
 
 def _check_settings(

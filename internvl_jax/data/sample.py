@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from internvl_jax.arguments import DataTrainingArguments
 from internvl_jax.batch import IGNORE_INDEX
-from internvl_jax.data import fitting, images, tiling, video
+from internvl_jax.data import files, fitting, images, tiling, video
 from internvl_jax.data.errors import Where
 from internvl_jax.data.fitting import Limits
 from internvl_jax.data.meta import DatasetSpec
@@ -125,7 +124,8 @@ class SampleMaker:
     Raises:
       DataError: the line, its image or its video is wrong; `OverLengthError` where nothing of it is kept.
     """
-    plan = self._plan(record, where, frames or self.data.max_num_frame, trust_line=False)
+    sources = self._sources(record, where)
+    plan = self._plan(record, where, frames or self.data.max_num_frame, sources)
     pieces = plan.fit.pieces
     if piece >= len(pieces):
       raise where.error(
@@ -138,9 +138,7 @@ class SampleMaker:
     return Sample(
       input_ids=tokens.input_ids[part.start : part.stop],
       labels=tokens.labels[part.start : part.stop],
-      tiles=self._pixels(
-        record, where, plan.shape, chosen, rng, pool or TilePool(self.data.force_image_size)
-      ),
+      tiles=self._pixels(record, where, plan.shape.limit, sources, chosen, rng, pool),
       truncated=not plan.fit.complete and piece == len(pieces) - 1,
       shrunk=plan.shrunk,
       piece=piece,
@@ -163,7 +161,7 @@ class SampleMaker:
     Raises:
       DataError: the line is wrong, or its image or video cannot be opened.
     """
-    shape = next(self._shapes(record, where, frames, trust_line=True))
+    shape = next(self._shapes(record, where, frames, None))
     return Size(
       tokens=self._length(shape),
       tiles=sum(shape.tiles),
@@ -177,12 +175,18 @@ class SampleMaker:
     Raises:
       DataError: as in `measure`; `OverLengthError` where nothing of it is kept.
     """
-    plan = self._plan(record, where, frames, trust_line=True)
+    plan = self._plan(record, where, frames, None)
     tiles = plan.shape.tiles
     return [(p.stop - p.start, sum(tiles[p.first_image : p.end_image])) for p in plan.fit.pieces]
 
-  def _plan(self, record: Any, where: Where, frames: int, *, trust_line: bool) -> _Plan:
-    shapes = self._shapes(record, where, frames, trust_line=trust_line)
+  def _sources(self, record: Any, where: Where) -> list[images.Source]:
+    """Returns the files of the line's images."""
+    _check_record(record, where)
+    paths = [] if _video_path(record, where) else _image_paths(record, where)
+    return [images.fetched(files.join(self.spec.root, path, where), where) for path in paths]
+
+  def _plan(self, record: Any, where: Where, frames: int, sources: list[images.Source] | None) -> _Plan:
+    shapes = self._shapes(record, where, frames, sources)
     full = shape = next(shapes)
     if self.limits.policy == "shrink_tiles":
       while not self.limits.hold(self._length(shape), sum(shape.tiles)):
@@ -195,22 +199,26 @@ class SampleMaker:
   def _length(self, shape: _Shape) -> int:
     return shape.chat.length([count * self.tokens_per_tile for count in shape.tiles])
 
-  def _shapes(self, record: Any, where: Where, frames: int, *, trust_line: bool) -> Iterator[_Shape]:
+  def _shapes(
+    self, record: Any, where: Where, frames: int, sources: list[images.Source] | None
+  ) -> Iterator[_Shape]:
     """Yields what the sample is as the settings say, and then with ever smaller images or fewer frames.
 
     Args:
       record: the parsed line.
       where: where it stands.
       frames: wanted of a video.
-      trust_line: images are as large as the line says they are, if it does.
+      sources: of the images; None: they are as large as the line says they are, if it does.
     """
     _check_record(record, where)
     if path := _video_path(record, where):
-      yield from self._video_shapes(record, os.path.join(self.spec.root, path), where, frames)
+      yield from self._video_shapes(record, files.join(self.spec.root, path, where), where, frames)
       return
     paths = _image_paths(record, where)
-    pixels = _stated_sizes(record, len(paths)) if trust_line else None
-    pixels = pixels or [images.image_size(os.path.join(self.spec.root, path), where) for path in paths]
+    pixels = _stated_sizes(record, len(paths)) if sources is None else None
+    if pixels is None:
+      sources = sources or [files.join(self.spec.root, path, where) for path in paths]
+      pixels = [images.image_size(source, where) for source in sources]
     chat = self._chat(record, len(paths), where)
     least = self.data.min_dynamic_patch
     most = max(least, max_grid_tiles(self.spec, self.data) // max(len(paths), 1))
@@ -240,28 +248,30 @@ class SampleMaker:
     self,
     record: dict[str, Any],
     where: Where,
-    shape: _Shape,
+    limit: int,
+    sources: Sequence[images.Source],
     chosen: slice,
     rng: np.random.Generator | None,
-    pool: TilePool,
+    pool: TilePool | None,
   ) -> np.ndarray:
     """Returns uint8 [tiles, H, W, 3] of the chosen images, or frames of the video, at the end of the pool."""
-    data, start = self.data, pool.used
+    data = self.data
+    pool = pool or TilePool(data.force_image_size)
+    start = pool.used
     augment = rng if self.spec.data_augment else None
     settings: dict[str, Any] = {"tile_size": data.force_image_size, "pad_color": self._pad_color()}
     settings |= {"rng": augment, "pool": pool}
     if path := _video_path(record, where):
-      frames = self._frames(os.path.join(self.spec.root, path), record, where, shape.limit, rng)
+      frames = self._frames(files.join(self.spec.root, path, where), record, where, limit, rng)
       settings |= {"dynamic": False, "min_tiles": 1, "max_tiles": 1, "use_thumbnail": False}
       # Frame by frame: together, those of a large video would fill the memory.
       for frame in itertools.islice(frames, chosen.start, chosen.stop):
         images.image_tiles(frame, **settings)
     else:
       settings |= {"dynamic": data.dynamic_image_size, "use_thumbnail": data.use_thumbnail}
-      settings |= {"min_tiles": data.min_dynamic_patch, "max_tiles": shape.limit}
-      paths = [os.path.join(self.spec.root, path) for path in _image_paths(record, where)[chosen]]
-      for path in paths:
-        images.image_tiles(images.open_image(path, where), **settings)
+      settings |= {"min_tiles": data.min_dynamic_patch, "max_tiles": limit}
+      for source in sources[chosen]:
+        images.image_tiles(images.open_image(source, where), **settings)
     return pool.since(start)
 
   def _frames(

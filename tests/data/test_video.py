@@ -310,8 +310,8 @@ def message_of(path, wanted=8):
 def test_files_that_are_no_videos(tmp_path):
   assert "video not found" in message_of(tmp_path / "gone.mp4")
   assert "video not found" in message_of(f"{tmp_path}/gone/")
-  assert "remote video" in message_of("s3://bucket/a.mp4")
-  assert "remote video" in message_of("s3://bucket/a/")
+  (tmp_path / "file.mp4").write_bytes(b"0")
+  assert "video not found" in message_of(f"{tmp_path}/file.mp4/")
   (tmp_path / "empty.mp4").write_bytes(b"")
   assert "is empty (0 bytes)" in message_of(tmp_path / "empty.mp4")
   (tmp_path / "text.mp4").write_text("a line of text\n" * 100)
