@@ -131,7 +131,10 @@ def test_slices_are_split_over_the_data_axes_alone():
 
 def test_the_part_of_the_batch_that_a_host_feeds():
   devices = fake_devices(hosts=4, each=2)
-  parts = lambda **axes: [data_part(make_mesh(MeshConfig(**axes), devices), host) for host in range(4)]
+
+  def parts(**axes):
+    return [data_part(make_mesh(MeshConfig(**axes), devices), host) for host in range(4)]
+
   assert parts(data=8) == parts(fsdp=8) == parts(data=4, tensor=2) == [(0, 4), (1, 4), (2, 4), (3, 4)]
   # Two hosts hold the halves of a model: they read the same rows.
   assert parts(data=2, tensor=4) == [(0, 2), (0, 2), (1, 2), (1, 2)]

@@ -16,16 +16,23 @@ A process that is alone joins nobody: it opens no port and waits for nothing.
 
 import contextlib
 import dataclasses
+import functools
 import glob
 import importlib.util
 import os
 import re
+import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from internvl_jax.arguments import parse_distributed
 from internvl_jax.errors import UserError
@@ -405,7 +412,96 @@ def barrier(name: str, *, seconds: int) -> None:
     ) from error
 
 
-def host_of(name: str) -> str:
-  """How a process calls itself in messages: its host's name, and its number where there are several."""
+def host_name() -> str:
+  """How this process calls itself in messages: its host, and its number where there are several."""
   several = jax.process_count() > 1
-  return f"{name} (process {jax.process_index()} of {jax.process_count()})" if several else name
+  number = f" (process {jax.process_index()} of {jax.process_count()})" if several else ""
+  return socket.gethostname() + number
+
+
+class StopSignal:
+  """Whether this run was told to end soon: by SIGTERM, which is also how clusters announce a preemption.
+
+  Use it as a context manager around the loop. Where there are several processes, one of them being told is enough;
+  JAX then names a step at which all of them learn of it.
+  """
+
+  def __init__(self):
+    """A signal that nobody listens for yet."""
+    self._received = False
+    self._before: Any = None
+
+  def __enter__(self) -> "StopSignal":
+    # JAX's own handler is in place where processes have joined.
+    if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+      self._before = signal.signal(signal.SIGTERM, self._receive)
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    if self._before is not None:
+      signal.signal(signal.SIGTERM, self._before)
+
+  def _receive(self, *_: object) -> None:
+    self._received = True
+
+  def __call__(self, step: int) -> bool:
+    """Whether to stop at this step; to be asked at every step, by all processes alike."""
+    if jax.process_count() == 1:
+      return self._received
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+# --- Arrays that lie on several hosts -----------------------------------------------------------------------
+
+
+def fetch(array: jax.Array, cell: tuple[int, ...] = ()) -> np.ndarray:
+  """An array, or what is at `cell` of its first axes, in this host's memory; a call that all processes make.
+
+  Only that part is brought together on the devices, for as long as this takes.
+  """
+  if not array.is_fully_addressable:
+    assert isinstance(array.sharding, NamedSharding)
+    everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())
+    array = _replicate(len(cell), everywhere)(array, *(np.int32(i) for i in cell))
+    return np.asarray(array)
+  return np.asarray(array[cell] if cell else array)
+
+
+@functools.cache
+def _replicate(depth: int, everywhere: NamedSharding) -> Callable[..., jax.Array]:
+  """A program that copies a part to every device; the part's place is an argument, so layers share it."""
+
+  def part(array: jax.Array, *cell: jax.Array) -> jax.Array:
+    assert len(cell) == depth
+    for i in cell:
+      array = jax.lax.dynamic_index_in_dim(array, i, keepdims=False)
+    return array
+
+  return jax.jit(part, out_shardings=everywhere)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Gathered:
+  """A parameter whose shards lie on several hosts, brought together a layer at a time when it is read.
+
+  All processes read the same layers in the same order, whatever they do with them.
+  """
+
+  array: jax.Array
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.array.shape
+
+  def __getitem__(self, cell: tuple[int, ...]) -> np.ndarray:
+    return fetch(self.array, cell)
+
+  def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+    del copy
+    whole = fetch(self.array)
+    return whole if dtype is None else whole.astype(dtype)
+
+
+def gathered(params: Mapping[str, jax.Array]) -> dict[str, Any]:
+  """Parameters by path that this process can read, wherever their shards are."""
+  return {path: value if value.is_fully_addressable else Gathered(value) for path, value in params.items()}
