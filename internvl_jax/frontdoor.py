@@ -111,6 +111,8 @@ def set_up_logging(process: int | None = None) -> None:
   handler.addFilter(
     lambda record: record.levelno >= stdlib_logging.WARNING or not (quiet or "orbax" in record.pathname)
   )
+  # JAX would tell where it opens its port, after us.
+  stdlib_logging.getLogger("jax").setLevel(stdlib_logging.WARNING)
   logger = logging.get_absl_logger()
   logger.handlers, logger.propagate = [handler], False
 
