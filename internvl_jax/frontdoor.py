@@ -95,8 +95,9 @@ def run_app(main: Callable[[list[str]], Any]) -> None:
 def set_up_logging(process: int | None = None) -> None:
   """Logs from level INFO on, in short lines that do not break the progress bar.
 
-  Orbax tells of its every move at INFO, so it is heard from WARNING on. Of several processes, the first tells
-  what all of them do, and the others what goes wrong.
+  Orbax tells of its every move at INFO, so it is heard from WARNING on; errors it logs with their traceback
+  several times before it raises them, which is enough. Of several processes, the first tells what all of them do,
+  and the others what goes wrong.
 
   Args:
     process: this process's number, where there are several.
@@ -107,10 +108,16 @@ def set_up_logging(process: int | None = None) -> None:
   handler.setFormatter(
     stdlib_logging.Formatter(f"%(asctime)s %(levelname).1s {name}%(message)s", datefmt="%H:%M:%S")
   )
-  quiet = bool(process) and logging.get_verbosity() <= logging.INFO
-  handler.addFilter(
-    lambda record: record.levelno >= stdlib_logging.WARNING or not (quiet or "orbax" in record.pathname)
-  )
+  follows = bool(process)
+
+  def is_heard(record: stdlib_logging.LogRecord) -> bool:
+    if logging.get_verbosity() > logging.INFO:
+      return True
+    if "orbax" in record.pathname:
+      return record.levelno >= stdlib_logging.WARNING and not record.exc_info
+    return record.levelno >= stdlib_logging.WARNING or not follows
+
+  handler.addFilter(is_heard)
   # JAX would tell where it opens its port, after us.
   stdlib_logging.getLogger("jax").setLevel(stdlib_logging.WARNING)
   logger = logging.get_absl_logger()
