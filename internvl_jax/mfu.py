@@ -84,31 +84,30 @@ def useful_flops(
     trainable: the paths that get a gradient.
   """
   first = min(map(_stage, trainable))
-  costs = {"vision_model": 0.0, "mlp1": 0.0, "language_model": 0.0}
+  costs = {"patches": 0.0, "vision_model": 0.0, "mlp1": 0.0, "language_model": 0.0}
   for path, leaf in shapes.items():
     if _MATRIX.search(path) and _runs(path, config):
       passes = 1 + (path in trainable) + _passes_gradient(path, first)
-      costs[part_of(path)] += 2 * passes * leaf.size * _share(path, config)
+      part = "patches" if path.endswith("patch_kernel") else part_of(path)
+      costs[part] += 2 * passes * leaf.size * _share(path, config)
   if config.text.tie_word_embeddings:
     passes = 1 + (_EMBEDDING in trainable) + (first < (4, 0))
     costs["language_model"] += 2 * passes * shapes[_EMBEDDING].size
   vision, text = config.vision, config.text
+  tokens = vision.num_patches + 1  # and the class token
+  attention = sum(
+    4 * vision.hidden_size * tokens**2 * (3 if first <= (1, i) else 1) for i in range(_vision_layers(config))
+  )
   each = 4 * text.num_heads * text.head_dim * (3 if first <= (3, 0) else 1)
   windows = text.windows or (None,) * text.num_layers
   return UsefulFlops(
-    per_tile=costs["vision_model"] * vision.num_patches + _vision_attention(config, first),
+    per_tile=costs["patches"] * vision.num_patches + costs["vision_model"] * tokens + attention,
     per_image_token=costs["mlp1"],
     per_token=costs["language_model"],
     per_pair=each * sum(window is None for window in windows),
     windowed=tuple((window, each) for window in windows if window is not None),
     tokens_per_tile=config.tokens_per_tile,
   )
-
-
-def _vision_attention(config: InternVLConfig, first: tuple[int, int]) -> float:
-  vision, layers = config.vision, _vision_layers(config)
-  pairs = (vision.num_patches + 1) ** 2
-  return sum(4 * vision.hidden_size * pairs * (3 if first <= (1, i) else 1) for i in range(layers))
 
 
 def _vision_layers(config: InternVLConfig) -> int:

@@ -216,8 +216,8 @@ class Trainer:
     logging.warning("%s, so it changed nothing; %s", what, of)
     if self.log.skipped_in_a_row >= self.runtime.max_nonfinite_steps:
       raise UserError(
-        f"{what}, the {self.log.skipped_in_a_row}th time in a row (runtime.max_nonfinite_steps); lower "
-        f"training.learning_rate, or look at the batch's samples: {of}"
+        f"{what}, as in each of the last {self.log.skipped_in_a_row} steps (runtime.max_nonfinite_steps); lower "
+        f"training.learning_rate, or look at the batch's samples; {of}"
       )
 
   def _between_steps(self, state: TrainState, frozen: dict[str, jax.Array], step: int) -> bool:

@@ -8,9 +8,9 @@ import time
 
 import numpy as np
 import pytest
+from hosts import Job, assert_same_curve, history, make_world
 from safetensors.numpy import load_file
 
-from hosts import Job, assert_same_curve, history, make_world
 from internvl_jax.config import newest_checkpoint
 
 SAVING = ("training.save_strategy=steps", "training.save_steps=4")

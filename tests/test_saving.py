@@ -19,9 +19,7 @@ SAVER = Path(__file__).parent / "saver.py"
 def start(folder, *arguments):
   command = [sys.executable, str(SAVER), str(folder), "8", *map(str, arguments)]
   environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(REPOSITORY)}
-  return subprocess.Popen(
-    command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-  )
+  return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
@@ -56,7 +54,9 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(tmp_path):
   # The file library's threads may complain about each other's end, in Python's own words.
   (error,) = [line for line in stderr.splitlines() if line.startswith("error:")]
   assert "orbax" not in stderr
-  assert error.startswith(f"error: {tmp_path}/checkpoints: the checkpoint could not be written (file too large;")
+  assert error.startswith(
+    f"error: {tmp_path}/checkpoints: the checkpoint could not be written (file too large;"
+  )
   assert "that of step 3 is complete and kept" in error
   kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdecimal())
   assert kept == ["2", "3"]
