@@ -69,3 +69,22 @@ def test_one_of_four_processes_dies_and_two_go_on(world, straight):
   assert ours.keys() == theirs.keys()
   for name, value in theirs.items():
     np.testing.assert_allclose(ours[name], value, atol=1e-4, err_msg=name)
+
+
+def test_sigterm_in_the_middle_of_a_step_loses_none(world, straight):
+  job = Job(world, *SAVING, "runtime.profile_steps=(2,3)", out="alone", step_seconds=1.0)
+  job.wait_for("step 4/24")
+  time.sleep(0.3)
+  start = time.monotonic()
+  job.processes[0].send_signal(signal.SIGTERM)
+  assert job.wait(60) == [0], job.log()
+  assert time.monotonic() - start < 60
+  taken = newest_checkpoint(str(job.out))
+  assert taken is not None and f"Stopped; the same command goes on from step {taken}" in job.log()
+  assert [entry["step"] for entry in history(job.out)] == list(range(1, taken + 1))
+  assert list((job.out / "profile").rglob("*.xplane.pb"))
+
+  again = Job(world, *SAVING, out="alone")
+  assert again.wait() == [0], again.log()
+  assert f"Resuming from the checkpoint of step {taken}" in again.log()
+  assert history(job.out) == history(straight)
