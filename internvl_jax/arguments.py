@@ -10,6 +10,7 @@ which is put together and checked in `internvl_jax.config`.
 """
 
 import dataclasses
+import re
 from typing import Literal
 
 
@@ -288,7 +289,24 @@ class RuntimeConfig:
   # Weight of the load-balancing loss of a mixture of experts (Switch Transformer's); the reference adds none,
   # whatever the checkpoint's config.json says.
   router_aux_loss_coef: float = 0.0
+  # How this process finds the run's others: "auto" asks the environment (TPU pod, JobSet, Slurm, MPI, torchrun's
+  # or JAX's variables), "off" trains alone, "host:port,processes,process" says it.
+  distributed: str = "auto"
+  # A step whose loss or gradient is not finite changes nothing; so many in a row end the run. One comes of a bad
+  # sample, many of a bad setting: what follows would be lost time.
+  max_nonfinite_steps: int = 10
+  # Tell where the run stands, with stacks, once a step, a save or a wait lasts this long, and every such time
+  # again. Above what compiling the largest models takes, so that it means something.
+  hang_seconds: int = 600
   # Steps whose first and last bound an XProf trace in output_dir/profile; empty: none.
   profile_steps: tuple[int, ...] = ()
   # Folder of compiled programs, reused by later runs; None: compile anew.
   compilation_cache_dir: str | None = None
+
+
+def parse_distributed(setting: str) -> tuple[str, int, int] | None:
+  """The parts of "host:port,processes,process"; None for another form, and for numbers that cannot be."""
+  match = re.fullmatch(r"([^,\s]+:[0-9]+),([0-9]+),([0-9]+)", setting)
+  if match is None or int(match[3]) >= int(match[2]):
+    return None
+  return match[1], int(match[2]), int(match[3])

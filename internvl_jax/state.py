@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from internvl_jax.models.functional import ModelDef
 from internvl_jax.trees import count, part_of
@@ -30,19 +31,28 @@ class TrainState:
 
   @classmethod
   def create(cls, params: dict[str, jax.Array], optimizer: optax.GradientTransformation) -> "TrainState":
-    """The state before the first step. Moments lie where their parameters lie."""
-    opt_state = jax.jit(optimizer.init)(params)
-    return cls(jnp.zeros((), jnp.int32), params, _like_params(opt_state, params))
+    """The state before the first step. Moments lie where their parameters lie, all else on every device."""
+    everywhere = _everywhere(params)
+
+    def start(params: dict[str, jax.Array]) -> tuple[jax.Array, optax.OptState]:
+      return jnp.zeros((), jnp.int32), optimizer.init(params)
+
+    def place(keys: tuple, _: Any) -> jax.sharding.Sharding:
+      path = str(getattr(keys[-1], "key", ""))
+      return params[path].sharding if path in params else everywhere
+
+    shapes = jax.eval_shape(start, params)
+    shardings = jax.tree_util.tree_map_with_path(place, shapes)
+    step, opt_state = jax.jit(start, out_shardings=shardings)(params)
+    return cls(step, params, opt_state)
 
 
-def _like_params(opt_state: optax.OptState, params: Mapping[str, jax.Array]) -> optax.OptState:
-  """Puts each moment on its parameter's sharding."""
-
-  def place(keys: tuple, leaf: jax.Array) -> jax.Array:
-    path = str(getattr(keys[-1], "key", ""))
-    return jax.device_put(leaf, params[path].sharding) if path in params else leaf
-
-  return jax.tree_util.tree_map_with_path(place, opt_state)
+def _everywhere(params: Mapping[str, jax.Array]) -> jax.sharding.Sharding:
+  """A whole copy on every device that holds parameters."""
+  sharding = next(iter(params.values())).sharding
+  if isinstance(sharding, NamedSharding):
+    return NamedSharding(sharding.mesh, PartitionSpec())
+  return sharding
 
 
 def with_dtypes(model: ModelDef, trainable: set[str], *, bf16: bool) -> dict[str, jax.ShapeDtypeStruct]:
