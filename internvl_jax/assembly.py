@@ -15,7 +15,9 @@ from internvl_jax.hf.tokenizer import add_image_tokens, load_tokenizer
 from internvl_jax.models.internvl import Execution
 from internvl_jax.models.lora import DEFAULT_TARGETS, LoRASpec
 from internvl_jax.objectives import SupervisedFineTuning
-from internvl_jax.parallel import rules
+from internvl_jax.parallel import mesh as meshes
+from internvl_jax.parallel import rules, zero
+from internvl_jax.parallel.table import placement_table, placement_warnings
 from internvl_jax.state import with_dtypes
 from internvl_jax.step import TrainStep
 
@@ -80,17 +82,42 @@ def check_template(config: TrainConfig, source: Source) -> None:
   )
 
 
-def place_params(config: TrainConfig, source: Source, trainable: set[str], mesh: jax.sharding.Mesh):
-  """All parameters by path, on their devices: from the checkpoint, or fresh."""
+def open_mesh(config: TrainConfig) -> jax.sharding.Mesh:
+  """The devices as the config arranges them.
+
+  Raises:
+    UserError: they cannot be arranged so.
+  """
+  stage = zero.read_stage(config.training.deepspeed)
+  mesh = meshes.make_mesh(config.mesh, zero_stage=stage)
+  if config.training.deepspeed:
+    logging.info("ZeRO stage %d: %s spread over the data axis", stage, zero.STAGES[stage])
+  return mesh
+
+
+def place_state(
+  config: TrainConfig, source: Source, trainable: set[str], mesh: jax.sharding.Mesh
+) -> tuple[dict[str, jax.Array], rules.StateShardings]:
+  """All parameters by path, from the checkpoint or fresh, on their devices; and where all of the state lies."""
   shapes = with_dtypes(source.model, trainable, bf16=config.training.bf16)
-  place = rules.weight_shardings(source.model.axes, shapes, mesh)
-  return source.load(shapes, place, seed=config.training.seed)
+  stage = zero.read_stage(config.training.deepspeed)
+  places = rules.state_shardings(source.model.axes, shapes, trainable, mesh, zero_stage=stage)
+  if mesh.size > 1:
+    logging.info("Parameters:\n%s", "\n".join(placement_table(shapes, places)))
+    for line in placement_warnings(shapes, places):
+      logging.warning("%s", line)
+  return source.load(shapes, places.params, seed=config.training.seed), places
 
 
 def make_step(
-  config: TrainConfig, source: Source, optimizer: optax.GradientTransformation, how: Execution, shards: int
+  config: TrainConfig,
+  source: Source,
+  optimizer: optax.GradientTransformation,
+  how: Execution,
+  places: rules.StateShardings,
 ) -> TrainStep:
   """The optimizer step that the config describes."""
+  shards = meshes.data_parallel_size(places.mesh)
   return TrainStep(
     model=source.model,
     objective=SupervisedFineTuning(
@@ -107,6 +134,7 @@ def make_step(
     shards=shards,
     all_gather=config.data.loss_reduction_all_gather,
     seed=config.training.seed,
+    places=places,
   )
 
 

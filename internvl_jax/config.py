@@ -42,6 +42,7 @@ from internvl_jax.arguments import (
   parse_distributed,
 )
 from internvl_jax.errors import UserError
+from internvl_jax.parallel import zero
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -89,11 +90,7 @@ def to_json(config: TrainConfig) -> dict[str, dict[str, Any]]:
 # --- The rules, as data -------------------------------------------------------------------------------------
 
 NOT_YET: dict[str, str] = {
-  "training.deepspeed": "mesh.fsdp shards the parameters, their gradients and the optimizer state",
   "preference.loss_type": "preference optimisation",
-  "mesh.expert": "mesh.data and mesh.fsdp are the axes so far",
-  "mesh.sequence": "mesh.data and mesh.fsdp are the axes so far",
-  "mesh.tensor": "mesh.data and mesh.fsdp are the axes so far",
 }
 """Field -> what it asks for or what is done instead; the field must keep its default until that is there."""
 
@@ -492,6 +489,8 @@ def _mesh_problems(config: TrainConfig) -> Iterator[str]:
   if len(rest) > 1:
     settings = " and ".join(_setting(config, path) for path in rest)
     yield f"{settings} both ask for the remaining devices; give all but one a size"
+  if config.training.deepspeed:
+    yield from zero.problems(config.training.deepspeed, config.training)
 
 
 def _runtime_problems(config: TrainConfig) -> Iterator[str]:

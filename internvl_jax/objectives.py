@@ -13,6 +13,7 @@ from internvl_jax.batch import SFTBatch
 from internvl_jax.losses import lm
 from internvl_jax.models.internvl import Execution, InternVL, normalize_tiles
 from internvl_jax.models.moe import load_balancing_loss
+from internvl_jax.parallel.rules import constrain, even_shares
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,10 +65,8 @@ class SupervisedFineTuning:
   def _language_loss(self, model: InternVL, hidden, batch: SFTBatch, weights: jax.Array) -> jax.Array:
     if not self.fused_loss:
       return lm.cross_entropy(model.logits(hidden), batch.targets, weights)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    return lm.chunked_linear_cross_entropy(
-      flat, model.language_model.output_embedding, batch.targets.reshape(-1), weights.reshape(-1)
-    )
+    kernel = model.language_model.output_embedding
+    return lm.chunked_linear_cross_entropy(hidden, kernel, batch.targets, weights)
 
   def _router_loss(self, router: dict[str, jax.Array], batch: SFTBatch) -> jax.Array | float:
     """The load-balancing loss of a decoder with experts; 0 without."""
@@ -84,11 +83,14 @@ class SupervisedFineTuning:
       return jnp.zeros((D, 0, 0), self.how.dtype)
     path_key, dropout_key = jax.random.split(key)
     drop_path = (np.array(self.drop_path_rates), path_key) if any(self.drop_path_rates) else None
-    pixels = normalize_tiles(tiles.reshape(D * T, *tiles.shape[2:]), self.normalize_type)
+    # Empty tiles at the end of each pool, where its devices would not run as many each.
+    tiles = jnp.pad(tiles, ((0, 0), (0, even_shares(T) - T), *[(0, 0)] * 3))
+    tiles = constrain(tiles.reshape(-1, *tiles.shape[2:]), "tiles", None, None, None)
+    pixels = normalize_tiles(tiles, self.normalize_type)
     features = model.extract_features(
       pixels, self.how, drop_path=drop_path, dropout_key=dropout_key if self.dropout else None
     )
-    return features.reshape(D, -1, features.shape[-1])
+    return constrain(features.reshape(D, -1, features.shape[-1]), "rows", "tokens", None)
 
 
 def normalized_weights(loss_weight: jax.Array, *, shards: int, all_gather: bool) -> jax.Array:

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from internvl_jax.models.functional import ModelDef
+from internvl_jax.parallel.rules import StateShardings, replicated
 from internvl_jax.trees import count, part_of
 
 
@@ -30,29 +31,25 @@ class TrainState:
   opt_state: optax.OptState
 
   @classmethod
-  def create(cls, params: dict[str, jax.Array], optimizer: optax.GradientTransformation) -> "TrainState":
-    """The state before the first step. Moments lie where their parameters lie, all else on every device."""
-    everywhere = _everywhere(params)
-
-    def start(params: dict[str, jax.Array]) -> tuple[jax.Array, optax.OptState]:
-      return jnp.zeros((), jnp.int32), optimizer.init(params)
-
-    def place(keys: tuple, _: Any) -> jax.sharding.Sharding:
-      path = str(getattr(keys[-1], "key", ""))
-      return params[path].sharding if path in params else everywhere
-
-    shapes = jax.eval_shape(start, params)
-    shardings = jax.tree_util.tree_map_with_path(place, shapes)
-    step, opt_state = jax.jit(start, out_shardings=shardings)(params)
-    return cls(step, params, opt_state)
+  def create(
+    cls, params: dict[str, jax.Array], optimizer: optax.GradientTransformation, places: StateShardings
+  ) -> "TrainState":
+    """The state before the first step."""
+    step = jax.device_put(np.zeros((), np.int32), replicated(places.mesh))
+    shapes = jax.eval_shape(optimizer.init, params)
+    return cls(
+      step, params, jax.jit(optimizer.init, out_shardings=opt_state_shardings(shapes, places))(params)
+    )
 
 
-def _everywhere(params: Mapping[str, jax.Array]) -> jax.sharding.Sharding:
-  """A whole copy on every device that holds parameters."""
-  sharding = next(iter(params.values())).sharding
-  if isinstance(sharding, NamedSharding):
-    return NamedSharding(sharding.mesh, PartitionSpec())
-  return sharding
+def opt_state_shardings(opt_state: optax.OptState, places: StateShardings) -> optax.OptState:
+  """Where the arrays of an optimizer's state lie: moments as `places` says, the rest on every device."""
+
+  def place(keys: tuple, leaf: Any) -> NamedSharding:
+    del leaf
+    return places.moments.get(str(getattr(keys[-1], "key", "")), replicated(places.mesh))
+
+  return jax.tree_util.tree_map_with_path(place, opt_state)
 
 
 def with_dtypes(model: ModelDef, trainable: set[str], *, bf16: bool) -> dict[str, jax.ShapeDtypeStruct]:

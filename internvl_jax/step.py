@@ -5,7 +5,7 @@ shape of batch.
 """
 
 import dataclasses
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,9 @@ from internvl_jax.models.functional import ModelDef
 from internvl_jax.models.internvl import InternVL
 from internvl_jax.objectives import normalized_weights
 from internvl_jax.optim import clip_by_global_norm
-from internvl_jax.state import TrainState
+from internvl_jax.parallel import rules
+from internvl_jax.parallel.rules import StateShardings
+from internvl_jax.state import TrainState, opt_state_shardings
 
 
 class Objective(Protocol):
@@ -55,6 +57,7 @@ class TrainStep:
     shards: data shards.
     all_gather: see `objectives.normalized_weights`.
     seed: of drop path and dropout.
+    places: where the state lies, and with it the mesh that the work is spread over; None is one device.
   """
 
   model: ModelDef[InternVL]
@@ -64,6 +67,7 @@ class TrainStep:
   shards: int
   all_gather: bool
   seed: int
+  places: StateShardings | None = None
 
   def __call__(
     self, state: TrainState, frozen: dict[str, jax.Array], batch: SFTBatch, learning_rate: jax.Array
@@ -78,19 +82,36 @@ class TrainStep:
     """
     loss, grads = self.value_and_grad(state.params, frozen, batch, state.step)
     grads, norm = clip_by_global_norm(grads, self.max_grad_norm)
-    updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-    params = jax.tree.map(lambda value, update: value - learning_rate * update, state.params, updates)
+    # Updated where the moments lie, and then put where parameters lie.
+    params = self._place(state.params, "moments")
+    updates, opt_state = self.optimizer.update(grads, state.opt_state, params)
+    params = jax.tree.map(lambda value, update: value - learning_rate * update, params, updates)
+    if self.places is not None:
+      opt_state = jax.lax.with_sharding_constraint(opt_state, opt_state_shardings(opt_state, self.places))
     # A choice between values, not a branch: hosts cannot part ways, and it costs nothing beside the update.
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     params, opt_state = jax.tree.map(
-      lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+      lambda new, old: jnp.where(finite, new, old),
+      (self._place(params, "params"), opt_state),
+      (state.params, state.opt_state),
     )
     return TrainState(state.step + 1, params, opt_state), StepMetrics(loss, norm, ~finite, count(batch))
+
+  def _place(self, tree: dict[str, jax.Array], kind: Literal["params", "gradients", "moments"]):
+    """A tree by path, where the state's arrays of that kind lie."""
+    if self.places is None:
+      return tree
+    places = getattr(self.places, kind)
+    return {path: jax.lax.with_sharding_constraint(leaf, places[path]) for path, leaf in tree.items()}
 
   def value_and_grad(
     self, params: dict[str, jax.Array], frozen: dict[str, jax.Array], batch: SFTBatch, step: jax.Array
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss of an optimizer batch and its gradients, summed over micro-batches in float32."""
+    with rules.scope(None if self.places is None else self.places.mesh):
+      return self._value_and_grad(params, frozen, batch, step)
+
+  def _value_and_grad(self, params, frozen, batch, step):
     weights = normalized_weights(batch.loss_weight, shards=self.shards, all_gather=self.all_gather)
     key = jax.random.fold_in(jax.random.key(self.seed), step)
     A = weights.shape[0]
@@ -98,14 +119,17 @@ class TrainStep:
     def loss_of(params, micro, weights, key):
       return self.objective.loss(self.model.bind({**frozen, **params}), micro, weights, key, share=1 / A)
 
+    def value_and_grad(micro, weights, i):
+      loss, grads = jax.value_and_grad(loss_of)(params, micro, weights, jax.random.fold_in(key, i))
+      return loss, self._place(grads, "gradients")
+
     def add(total, inputs):
       micro, weights, i = inputs
-      value = jax.value_and_grad(loss_of)(params, micro, weights, jax.random.fold_in(key, i))
-      return jax.tree.map(jnp.add, total, value), None
+      return jax.tree.map(jnp.add, total, value_and_grad(micro, weights, i)), None
 
     if A == 1:
       first = jax.tree.map(lambda leaf: leaf[0], batch)
-      return jax.value_and_grad(loss_of)(params, first, weights[0], jax.random.fold_in(key, 0))
-    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+      return value_and_grad(first, weights[0], 0)
+    zero = (jnp.float32(0), self._place(jax.tree.map(jnp.zeros_like, params), "gradients"))
     total, _ = jax.lax.scan(add, zero, (batch, weights, jnp.arange(A)))
     return total

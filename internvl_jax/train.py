@@ -13,14 +13,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from transformers import PreTrainedTokenizerBase
 
 from internvl_jax import frontdoor, mfu, optim
 from internvl_jax.adapters import merge_and_check
-from internvl_jax.assembly import execution, make_step, open_model, place_params
-from internvl_jax.batch import SFTBatch
+from internvl_jax.assembly import execution, make_step, open_mesh, open_model, place_state
 from internvl_jax.checkpoint import Checkpointer
 from internvl_jax.config import TrainConfig, check_output_dir, clear_output_dir, to_json, validate
 from internvl_jax.data.pipeline import TrainLoader
@@ -37,7 +35,7 @@ from internvl_jax.models.lora import adapter_paths
 from internvl_jax.parallel import distributed, rules
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.state import TrainState, describe
-from internvl_jax.trainer import CompiledSteps, Loader, Trainer
+from internvl_jax.trainer import CompiledSteps, Trainer
 from internvl_jax.trees import part_of, select
 from internvl_jax.watchdog import Watchdog
 
@@ -70,10 +68,11 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
 
   source, tokenizer = open_model(config)
   chat = ChatTokenizer(tokenizer, config.data.conv_style)
-  mesh = meshes.make_mesh(config.mesh)
+  mesh = open_mesh(config)
   shards = meshes.data_parallel_size(mesh)
   trainable = optim.trainable_paths(config.model, source.model.shapes)
   optimizer = optim.make_optimizer(config.training, select(source.reference_names, trainable))
+  part, parts = meshes.data_part(mesh, jax.process_index())
   make_loader = functools.partial(
     TrainLoader,
     config.data,
@@ -82,18 +81,21 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
     chat,
     tokens_per_tile=source.config.tokens_per_tile,
     data_shards=shards,
+    my_shards=range(part * shards // parts, (part + 1) * shards // parts),
+    all_sum=functools.partial(distributed.sum_over_parts, part=part),
   )
   # The data are looked at before the weights are read: mistakes are likelier there, and cheaper to find.
   loader = make_loader()
+  meshes.check_lengths(loader.sequence_sizes, mesh)
   logging.info("Data:\n%s", "\n".join(loader.describe()))
   logging.info(
     "%d steps of %d rows, %d to an epoch", loader.total_steps, loader.global_batch, loader.steps_per_epoch
   )
 
-  params = place_params(config, source, trainable, mesh)
+  params, places = place_state(config, source, trainable, mesh)
   logging.info("Model:\n%s", describe(params, trainable))
   frozen = {path: value for path, value in params.items() if path not in trainable}
-  state = TrainState.create(select(params, trainable), optimizer)
+  state = TrainState.create(select(params, trainable), optimizer, places)
   del params
 
   output_dir = output_folder(config)
@@ -123,9 +125,9 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
     trainer = Trainer(
       training=config.training,
       runtime=config.runtime,
-      steps=CompiledSteps(make_step(config, source, optimizer, how, shards), rules.batch_shardings(mesh)),
+      steps=CompiledSteps(make_step(config, source, optimizer, how, places), rules.batch_shardings(mesh)),
       schedule=optim.make_schedule(config.training, loader.total_steps),
-      loader=_own_part(loader, *meshes.data_part(mesh, jax.process_index())),
+      loader=loader,
       checkpointer=checkpointer,
       log=log,
       watchdog=watchdog,
@@ -146,22 +148,6 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
   with watchdog.phase("export"):
     finish(config, source, tokenizer, chat, params, evaluation)
     distributed.barrier("the model is saved", seconds=EXPORT_SECONDS)
-
-
-def _own_part(loader: TrainLoader, part: int, parts: int) -> Loader:
-  return loader if parts == 1 else OwnPart(loader, part, parts)
-
-
-class OwnPart:
-  """A loader's batches, cut to the rows and pools that belong to this host's devices."""
-
-  def __init__(self, loader: TrainLoader, part: int, parts: int):
-    """Cuts each batch into `parts` along its rows, and takes one."""
-    self._loader, self._part, self._parts = loader, part, parts
-    self.get_state, self.counters = loader.get_state, loader.counters
-
-  def __next__(self) -> SFTBatch:
-    return SFTBatch(*(np.split(field, self._parts, axis=1)[self._part] for field in next(self._loader)))
 
 
 def output_folder(config: TrainConfig) -> Path:

@@ -102,17 +102,18 @@ class Harness:
     dropout=False,
     router_loss_coef=0.0,
     training=None,
+    zero_stage=0,
   ):
-    self.mesh = meshes.make_mesh(
-      MeshConfig(**(mesh or {"data": 1})), jax.devices()[: np.prod(list((mesh or {"data": 1}).values()))]
-    )
+    sizes = {"data": 1, **(mesh or {})}
+    devices = jax.devices()[: np.prod(list(sizes.values()))]
+    self.mesh = meshes.make_mesh(MeshConfig(**sizes), devices, zero_stage=zero_stage)
     self.shards = meshes.data_parallel_size(self.mesh)
     self.model = functional.define(lambda rngs: InternVL(config, rngs=rngs))
     self.trainable = optim.trainable_paths(ModelArguments(**(freeze or {})), self.model.shapes)
     training = training or TrainingArguments(weight_decay=0.1)
     optimizer = optim.make_optimizer(training, {path: path for path in self.trainable})
     shapes = with_dtypes(self.model, self.trainable, bf16=False)
-    place = rules.weight_shardings(self.model.axes, shapes, self.mesh)
+    places = rules.state_shardings(self.model.axes, shapes, self.trainable, self.mesh, zero_stage=zero_stage)
 
     # Drawn by numpy: nothing to compile.
     rng = np.random.default_rng(0)
@@ -120,9 +121,9 @@ class Harness:
       path: (rng.normal(size=leaf.shape, scale=0.2) + path.endswith(_AROUND_ONE)).astype("f4")
       for path, leaf in shapes.items()
     }
-    params = jax.device_put(values, place)
+    params = jax.device_put(values, places.params)
     self.frozen = {path: value for path, value in params.items() if path not in self.trainable}
-    self.state = TrainState.create(select(params, self.trainable), optimizer)
+    self.state = TrainState.create(select(params, self.trainable), optimizer, places)
     layers = config.vision.num_layers
     objective = SupervisedFineTuning(
       how=how or Execution(),
@@ -141,10 +142,12 @@ class Harness:
       shards=self.shards,
       all_gather=all_gather,
       seed=0,
+      places=places,
     )
 
-  def inputs(self, batch):
-    return self.state, self.frozen, jax.device_put(batch, rules.batch_shardings(self.mesh)), np.float32(1e-2)
+  def inputs(self, batch, learning_rate=1e-2):
+    batch = jax.device_put(batch, rules.batch_shardings(self.mesh))
+    return self.state, self.frozen, batch, np.float32(learning_rate)
 
   def run(self, batch, steps=1):
     program = jax.jit(self.step.__call__)

@@ -9,7 +9,7 @@ import tqdm
 
 from internvl_jax.arguments import DataTrainingArguments
 from internvl_jax.data import files, images, sizes, video
-from internvl_jax.data.errors import DataError
+from internvl_jax.data.errors import DataError, Where
 from internvl_jax.data.fitting import Limits, Policy
 from internvl_jax.data.jsonl import JsonlFile
 from internvl_jax.data.meta import DatasetSpec, read_meta
@@ -252,6 +252,11 @@ class Mixture:
     number = self.dataset_of(index)
     first = int(self._ends[number] - self.sizes[number])
     return self.datasets[number], (index - first) % self.datasets[number].num_samples
+
+  def where(self, index: int) -> Where:
+    """Returns the line that a sample of the mixture comes from."""
+    dataset, sample = self._locate(index)
+    return dataset.file.where(dataset.locate(sample)[0])
 
   def decode(self, epoch: int, index: int, pool: TilePool | None = None) -> Sample:
     """Returns a sample of the mixture. Augmentation and a video's frames depend on seed, epoch and index alone.

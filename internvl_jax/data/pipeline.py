@@ -27,6 +27,8 @@ from internvl_jax.data.tokenize import ChatTokenizer
 
 # Reasons looked up of samples that a step passes over.
 _REASONS = 5
+# Steps of which the samples can still be told: devices are a step or two behind.
+_REMEMBERED = 8
 
 
 class TrainLoader:
@@ -122,6 +124,7 @@ class TrainLoader:
     self._tally = Tally(
       self._mixture.names, loader, hosts=data_shards // len(my_shards), epoch=self.num_samples
     )
+    self._handed: dict[int, list[plans.Places]] = {}
     self._iterator: grain.DatasetIterator | None = None
     self._closed = False
     if state is not None:
@@ -156,6 +159,8 @@ class TrainLoader:
         self._stream = RowStream(self._order, self._mixture.size_of, self._packing, before)
       raise
     self._tally = tally
+    self._handed = {**self._handed, self.next_step: rows}
+    self._handed.pop(self.next_step - _REMEMBERED, None)
     self.next_step += 1
     return batching.assemble(
       micro_batches,
@@ -178,6 +183,19 @@ class TrainLoader:
   def counters(self) -> dict[str, dict[str, int]]:
     """Returns for each dataset what became of its samples in the batches handed out so far. See `all_sum`."""
     return self._tally.named(self._all_sum(self._tally.read))
+
+  def describe_batch(self, step: int) -> str:
+    """Returns the samples, of all hosts, of the batch that took the run from `step` to the next: datasets and lines.
+
+    Raises:
+      KeyError: that was too long ago.
+    """
+    named: dict[str, list[int]] = {}
+    for row in self._handed[step]:
+      for index in row.indices.tolist():
+        where = self._mixture.where(index)
+        named.setdefault(where.file, []).append(where.line)
+    return "; ".join(f"{file}:{','.join(map(str, lines))}" for file, lines in named.items())
 
   def epoch_of(self, step: int) -> float:
     """Returns how many times the data have been seen after `step` optimizer steps."""
@@ -258,15 +276,9 @@ class TrainLoader:
       )
     return rows
 
-  def _take_rows(self, tally: Tally) -> list[plans.Places] | None:
-    """Goes past the rows of a step, of all hosts, and counts what packing passed over.
-
-    Returns:
-      The samples of each row; None if nobody knows their sizes.
-    """
+  def _take_rows(self, tally: Tally) -> list[plans.Places]:
+    """Returns the samples of each row of a step, of all hosts, and counts what packing passed over."""
     if self._stream is None:
-      if not self._measured:
-        return None
       epochs, indices = self._order.places(self.next_step * self.global_batch, self.global_batch)
       return [plans.Places(epochs[i : i + 1], indices[i : i + 1]) for i in range(self.global_batch)]
     start, rows = self._stream.decided, []
@@ -280,9 +292,9 @@ class TrainLoader:
       tally.add_skipped(event, datasets, map(self._mixture.why_lost, indices[:_REASONS].tolist()))
     return rows
 
-  def _room(self, rows: list[plans.Places] | None) -> tuple[int, int]:
+  def _room(self, rows: list[plans.Places]) -> tuple[int, int]:
     """Returns the tokens of the longest row and the tiles of the fullest shard, of all hosts; 0 if not known."""
-    if rows is None:
+    if not self._measured:
       return 0, 0
     sizes = self._mixture.size_of(np.concatenate([row.indices for row in rows])).clip(0)
     owners = np.repeat(np.arange(len(rows)), [len(row.indices) for row in rows])

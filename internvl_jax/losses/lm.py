@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from internvl_jax.batch import IGNORE_INDEX
+from internvl_jax.losses import spread
+from internvl_jax.parallel.rules import mesh_in_scope
 
 CHUNK = 1024
 """Tokens whose logits exist at a time in `chunked_linear_cross_entropy`."""
@@ -35,11 +37,14 @@ def chunked_linear_cross_entropy(
   that does not train costs no gradient.
 
   Args:
-    hidden: [M, E] in the compute dtype.
+    hidden: [M, E] in the compute dtype; on a mesh [R, S, E].
     kernel: [E, V], cast to the dtype of `hidden`.
-    targets: int [M]; IGNORE_INDEX adds nothing.
-    weights: float32 [M], already normalised.
+    targets: int [M] or [R, S]; IGNORE_INDEX adds nothing.
+    weights: float32 [M] or [R, S], already normalised.
   """
+  if mesh_in_scope() is not None:
+    return spread.linear_cross_entropy(hidden, kernel, targets, weights)
+  hidden, targets, weights = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), weights.reshape(-1)
   M = hidden.shape[0]
   chunks = -(-M // CHUNK) if M > CHUNK else 1
   size = -(-M // chunks)

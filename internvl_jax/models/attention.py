@@ -5,9 +5,13 @@ Letters: B rows, T queries, S keys, N query heads, K key-value heads, G = N/K, H
 
 import functools
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from internvl_jax.parallel.rules import ACTIVATIONS, MeshAxes, fit, mesh_in_scope, spec
 
 QUERY_BLOCK = 512
 """Queries handled at once by the blockwise backend: its largest temporary is [B, N, QUERY_BLOCK, S]."""
@@ -24,6 +28,7 @@ def attention(
   causal: bool,
   window: jax.Array | int | None = None,
   sinks: jax.Array | None = None,
+  over: Literal["rows", "tiles"] = "rows",
   backend: str = "auto",
 ) -> jax.Array:
   """Scaled dot-product attention with grouped heads; softmax in float32.
@@ -40,6 +45,7 @@ def attention(
     window: a query sees its own key and the window - 1 before it; None sees all. Only read when causal.
     sinks: [N] learned scores of a key without a value, one a head, that takes its share of the softmax
       (arXiv:2309.17453; gpt-oss).
+    over: what B counts, which says how they are spread over a mesh (`parallel.rules.ACTIVATIONS`).
     backend: "xla", or "auto", which is the same for now.
 
   Returns:
@@ -52,9 +58,52 @@ def attention(
     raise ValueError(f"unknown attention backend {backend!r}: use 'auto' or 'xla'")
   if kv_segment_ids is None:
     kv_segment_ids = segment_ids
-  if q.shape[1] <= QUERY_BLOCK:
-    return _attend(q, k, v, segment_ids, kv_segment_ids, q_index, causal, window, sinks)
-  return _blockwise(q, k, v, segment_ids, kv_segment_ids, q_index, causal, window, sinks)
+  arrays = (q, k, v, segment_ids, kv_segment_ids, q_index, window, sinks)
+  if mesh_in_scope() is not None:
+    return _spread(*arrays, causal, over)
+  return _on_device(*arrays, causal)
+
+
+def _spread(q, k, v, q_segments, kv_segments, q_index, window, sinks, causal, over) -> jax.Array:
+  """Attention device by device: each has some heads of some rows, and all keys.
+
+  Heads are split over as many axes of the mesh as divide them, for which tokens and heads change places between
+  devices (arXiv:2309.14509). Over the rest, queries stay where their tokens are, and keys and values are
+  collected.
+  """
+  mesh = mesh_in_scope()
+  assert mesh is not None
+  (B, T, N, _), K = q.shape, k.shape[2]
+  rows = fit(ACTIVATIONS[over], B, mesh)
+  heads, repeats = _head_axes(N, K, rows, mesh)
+  queries = fit(ACTIVATIONS["tokens"], T, mesh, used=(*rows, *heads))
+  k, v = (jnp.repeat(x, repeats, axis=2) if repeats > 1 else x for x in (k, v))
+  q_index = jnp.arange(T) if q_index is None else q_index
+  spread_q, spread_kv = spec(rows, queries, heads), spec(rows, None, heads)
+  whole = spec()
+  return jax.shard_map(
+    functools.partial(_on_device, causal=causal),
+    in_specs=(
+      *(spread_q, spread_kv, spread_kv),
+      *(spec(rows, queries), spec(rows), spec(queries)),
+      *(whole, spec(heads)),
+    ),
+    out_specs=spread_q,
+    check_vma=False,
+  )(q, k, v, q_segments, kv_segments, q_index, window, sinks)
+
+
+def _head_axes(N: int, K: int, used: MeshAxes, mesh: AbstractMesh) -> tuple[MeshAxes, int]:
+  """Mesh axes that split the heads, and how often keys and values are repeated so that they split alike."""
+  axes = fit(ACTIVATIONS["attention_heads"], N, mesh, used)
+  while N % math.lcm(K, math.prod(mesh.shape[axis] for axis in axes)):
+    axes = axes[:-1]
+  return axes, math.lcm(K, math.prod(mesh.shape[axis] for axis in axes)) // K
+
+
+def _on_device(q, k, v, q_segments, kv_segments, q_index, window, sinks, causal) -> jax.Array:
+  attend = _attend if q.shape[1] <= QUERY_BLOCK else _blockwise
+  return attend(q, k, v, q_segments, kv_segments, q_index, causal, window, sinks)
 
 
 def _attend(q, k, v, q_segments, kv_segments, q_index, causal, window, sinks) -> jax.Array:

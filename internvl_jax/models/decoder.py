@@ -21,6 +21,7 @@ from internvl_jax.models.attention import attention
 from internvl_jax.models.layers import Embed, LayerStack, Linear, RMSNorm, make_param
 from internvl_jax.models.lora import LoRASpec
 from internvl_jax.models.rope import Rope, rotate, rotations
+from internvl_jax.parallel.rules import constrain
 
 
 class Experts(Protocol):
@@ -94,16 +95,17 @@ class DecoderAttention(nnx.Module):
     self.num_heads, self.num_kv_heads, self.head_dim = N, K, H
     self.layout = config.qkv
 
-    def linear(d_in: int, d_out: int, axes: tuple[str, str], bias: bool) -> Linear:
-      return Linear(d_in, d_out, bias=bias, axes=axes, rngs=rngs)
+    def linear(d_in: int, d_out: int, axes: tuple[str, str], pieces: int, bias: bool) -> Linear:
+      return Linear(d_in, d_out, bias=bias, axes=axes, pieces=pieces, rngs=rngs)
 
     if config.qkv == "separate":
-      self.q_proj = linear(D, N * H, ("embed", "heads"), config.qkv_bias)
-      self.k_proj = linear(D, K * H, ("embed", "kv_heads"), config.qkv_bias)
-      self.v_proj = linear(D, K * H, ("embed", "kv_heads"), config.qkv_bias)
+      self.q_proj = linear(D, N * H, ("embed", "heads"), N, config.qkv_bias)
+      self.k_proj = linear(D, K * H, ("embed", "kv_heads"), K, config.qkv_bias)
+      self.v_proj = linear(D, K * H, ("embed", "kv_heads"), K, config.qkv_bias)
     else:
-      self.qkv_proj = linear(D, (N + 2 * K) * H, ("embed", "heads"), config.qkv_bias)
-    self.o_proj = linear(N * H, D, ("heads", "embed"), config.o_bias)
+      out = "kv_heads" if config.qkv == "grouped" else "fused"
+      self.qkv_proj = linear(D, (N + 2 * K) * H, ("embed", out), K, config.qkv_bias)
+    self.o_proj = linear(N * H, D, ("heads", "embed"), N, config.o_bias)
     self.q_norm = RMSNorm(H, eps=config.rms_norm_eps, axis=None) if config.qk_norm else None
     self.k_norm = RMSNorm(H, eps=config.rms_norm_eps, axis=None) if config.qk_norm else None
     self.sinks = make_param(jnp.zeros(N), ("heads",)) if config.sinks else None
@@ -154,11 +156,12 @@ class DecoderMLP(nnx.Module):
     D, F, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
     self.fused = config.fused_gate_up
     if self.fused:
-      self.gate_up_proj = Linear(D, 2 * F, bias=bias, axes=("embed", "mlp"), rngs=rngs)
+      self.gate_up_proj = Linear(D, 2 * F, bias=bias, axes=("embed", "fused"), rngs=rngs)
     else:
       self.gate_proj = Linear(D, F, bias=bias, axes=("embed", "mlp"), rngs=rngs)
       self.up_proj = Linear(D, F, bias=bias, axes=("embed", "mlp"), rngs=rngs)
-    self.down_proj = Linear(F, D, bias=bias, axes=("mlp", "embed"), rngs=rngs)
+    inner = "fused" if self.fused else "mlp"
+    self.down_proj = Linear(F, D, bias=bias, axes=(inner, "embed"), rngs=rngs)
 
   def __call__(self, x: jax.Array, *, valid: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Maps x [B, T, D]; the second result is there for what has a router."""
@@ -183,10 +186,11 @@ class DecoderLayer(nnx.Module):
 
   def __call__(self, x: jax.Array, *, valid: jax.Array | None, **attend):
     """Returns the new x, the keys and values, and statistics of the router where there is one."""
+    x = constrain(x, "rows", "tokens", None)
     y, kv = self.self_attn(self.input_layernorm(x), **attend)
     x = x + y
     y, router = self.mlp(self.post_attention_layernorm(x), valid=valid)
-    return x + y, kv, router
+    return constrain(x + y, "rows", "tokens", None), kv, router
 
 
 class Decoder(nnx.Module):
@@ -296,6 +300,10 @@ class Decoder(nnx.Module):
     return None, {"window": np.array([length if window is None else window for window in windows], np.int32)}
 
 
+OUTPUT_AXES = ("table", "vocab")
+"""Logical axes of the output embedding [D, V]."""
+
+
 class CausalLM(nnx.Module):
   """A decoder and its output embedding."""
 
@@ -303,7 +311,7 @@ class CausalLM(nnx.Module):
     D, V = config.hidden_size, config.vocab_size
     self.model = Decoder(config, rngs=rngs)
     tied = config.tie_word_embeddings
-    self.lm_head = None if tied else Linear(D, V, bias=False, axes=("embed", "vocab"), rngs=rngs)
+    self.lm_head = None if tied else Linear(D, V, bias=False, axes=OUTPUT_AXES, rngs=rngs)
 
   @property
   def output_embedding(self) -> jax.Array:

@@ -6,6 +6,7 @@ Letters: B rows, T tokens, M tokens of all rows, D width, E experts, F width of 
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from flax import nnx
 
 from internvl_jax.models.layers import Linear, make_param
 from internvl_jax.models.moe import fresh_experts, grouped, router_statistics
+from internvl_jax.parallel.rules import Names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,24 +61,32 @@ class GptOssMLP(nnx.Module):
 class GptOssExperts(nnx.Module):
   """E gated feed-forwards, stacked; gate and up are one projection, its columns taken in turns."""
 
+  AXES: ClassVar[dict[str, Names]] = {
+    "gate_up_proj": ("expert", "embed", "mlp"),
+    "gate_up_proj_bias": ("expert", "mlp"),
+    "down_proj": ("expert", "mlp", "embed"),
+    "down_proj_bias": ("expert", "embed"),
+  }
+
   def __init__(self, config: GptOssMLPConfig, hidden_size: int, rngs: nnx.Rngs):
     E, D, F = config.num_experts, hidden_size, config.intermediate_size
     self.limit, self.alpha = config.limit, config.alpha
-    self.gate_up_proj = make_param(fresh_experts(rngs, (E, D, 2 * F)), ("expert", "embed", "mlp"))
-    self.gate_up_proj_bias = make_param(jnp.zeros((E, 2 * F)), ("expert", "mlp"))
-    self.down_proj = make_param(fresh_experts(rngs, (E, F, D)), ("expert", "mlp", "embed"))
-    self.down_proj_bias = make_param(jnp.zeros((E, D)), ("expert", "embed"))
+    self.gate_up_proj = make_param(fresh_experts(rngs, (E, D, 2 * F)), self.AXES["gate_up_proj"])
+    self.gate_up_proj_bias = make_param(jnp.zeros((E, 2 * F)), self.AXES["gate_up_proj_bias"])
+    self.down_proj = make_param(fresh_experts(rngs, (E, F, D)), self.AXES["down_proj"])
+    self.down_proj_bias = make_param(jnp.zeros((E, D)), self.AXES["down_proj_bias"])
 
   def __call__(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
     """Maps x [B, T, D] by the experts `chosen` [B, T, k], summed with `weights` [B, T, k]."""
 
-    def apply(rows, ids, sizes):
-      y = jax.lax.ragged_dot(rows, self.gate_up_proj[...].astype(x.dtype), sizes)
-      y = self._activate(y + _biases(self.gate_up_proj_bias[...].astype(x.dtype), ids))
-      y = jax.lax.ragged_dot(y, self.down_proj[...].astype(x.dtype), sizes)
-      return y + _biases(self.down_proj_bias[...].astype(x.dtype), ids)
+    def apply(kernels, rows, ids, sizes):
+      y = jax.lax.ragged_dot(rows, kernels["gate_up_proj"], sizes)
+      y = self._activate(y + _biases(kernels["gate_up_proj_bias"], ids))
+      y = jax.lax.ragged_dot(y, kernels["down_proj"], sizes)
+      return y + _biases(kernels["down_proj_bias"], ids)
 
-    return grouped(x, chosen, weights, num_experts=self.gate_up_proj.shape[0], apply=apply)
+    kernels = {name: getattr(self, name)[...].astype(x.dtype) for name in self.AXES}
+    return grouped(x, chosen, weights, kernels=kernels, axes=self.AXES, apply=apply)
 
   def _activate(self, y: jax.Array) -> jax.Array:
     """From gates and ups in turns [..., 2F] to [..., F]. A gate has no lower limit."""

@@ -3,13 +3,18 @@
 Automatic differentiation of `x @ w` over [rows, tokens, width] contracts two leading axes, for which the
 backend first writes transposed copies; and it sums a bias's gradient over rows one column at a time. Here
 gradients are plain 2-D products, sums included (a product with a row of ones). The numbers are the same, and
-other backends lose nothing.
+other backends lose nothing. On a mesh, rows and tokens are spread over different devices, so that nothing is
+reshaped to 2-D there.
 
 What does not train gets no gradient: which operands need one is known when the backward pass is traced.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+
+from internvl_jax.parallel.rules import Product, mesh_in_scope
 
 
 def _rows(x: jax.Array) -> jax.Array:
@@ -17,25 +22,35 @@ def _rows(x: jax.Array) -> jax.Array:
 
 
 def _column_sums(x: jax.Array) -> jax.Array:
-  """Sums of [rows, D] over its rows."""
+  """Sums of [..., D] over all but the last axis, in float32."""
+  if mesh_in_scope() is not None:
+    return jnp.sum(x, axis=tuple(range(x.ndim - 1)), dtype=jnp.float32)
+  x = _rows(x)
   return jnp.dot(jnp.ones((1, x.shape[0]), x.dtype), x, preferred_element_type=jnp.float32)[0]
 
 
-@jax.custom_vjp
-def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-  """`x @ w` of x [..., D] and w [D, F]."""
-  return x @ w
+def matmul(x: jax.Array, w: jax.Array, product: Product) -> jax.Array:
+  """`x @ w` of x [..., D] and w [D, F], spread over the mesh in scope as `product` says."""
+  return _matmul(x, w, product)
 
 
-def _matmul_forward(x, w):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x, w, product):
+  y = product.inputs(x, w.shape) @ product.used(w)
+  return product.outputs(y, w.shape)
+
+
+def _matmul_forward(x, w, product):
   needed = (x.value if w.perturbed else None, w.value if x.perturbed else None)
-  return matmul(x.value, w.value), needed
+  return _matmul(x.value, w.value, product), needed
 
 
-def _matmul_backward(needed, g):
+def _matmul_backward(product, needed, g):
   x, w = needed
   if type(g) is jax.custom_derivatives.SymbolicZero:
     return None, None
+  if mesh_in_scope() is not None:
+    return _spread_gradients(product, x, w, g)
   # The barrier keeps XLA from fusing what makes `g` into both products, where it would be transposed.
   shape, g = g.shape[:-1], jax.lax.optimization_barrier(_rows(g))
   dx = None if w is None else (g @ w.T).reshape(*shape, -1)
@@ -43,7 +58,20 @@ def _matmul_backward(needed, g):
   return dx, dw
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
+def _spread_gradients(product, x, w, g):
+  """The gradients of `matmul` on a mesh; that of w is summed where it is stored."""
+  if x is None and w is None:
+    return None, None
+  w_shape = w.shape if x is None else (x.shape[-1], g.shape[-1])
+  g = product.outputs(g, w_shape)
+  dx = None if w is None else product.inputs(g @ product.used(w).T, w_shape)
+  dw = None
+  if x is not None:
+    dw = product.stored(jnp.einsum("...d,...f->df", product.inputs(x, w_shape), g))
+  return dx, dw
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
 
 
 @jax.custom_vjp
@@ -61,7 +89,7 @@ def _scale_backward(needed, g):
   x, w = needed
   if type(g) is jax.custom_derivatives.SymbolicZero:
     return None, None
-  dw = None if x is None else _column_sums(_rows(g * x)).astype(x.dtype)
+  dw = None if x is None else _column_sums(g * x).astype(x.dtype)
   return (None if w is None else g * w), dw
 
 
@@ -83,7 +111,7 @@ def _shift_backward(needed, g):
   for_x, for_b = needed
   if type(g) is jax.custom_derivatives.SymbolicZero:
     return None, None
-  db = None if for_b is None else _column_sums(_rows(g)).astype(g.dtype)
+  db = None if for_b is None else _column_sums(g).astype(g.dtype)
   return (None if for_x is None else g), db
 
 

@@ -12,11 +12,13 @@ import numpy as np
 from flax import nnx
 
 from internvl_jax.batch import NO_IMAGE, PIXEL_STATISTICS
-from internvl_jax.models.decoder import CausalLM, DecoderConfig
+from internvl_jax.models.decoder import OUTPUT_AXES, CausalLM, DecoderConfig
 from internvl_jax.models.gradients import matmul
 from internvl_jax.models.layers import remat_by_name
 from internvl_jax.models.projector import Projector, pixel_shuffle
 from internvl_jax.models.vit import VisionConfig, VisionTransformer
+from internvl_jax.parallel.lookup import take_features
+from internvl_jax.parallel.rules import Product, constrain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,11 +104,9 @@ class InternVL(nnx.Module):
     x = self.language_model.model.embed_tokens(input_ids, dtype=how.dtype)
     if features.shape[1] == 0:
       return x
-    shards, (R, S) = features.shape[0], input_ids.shape
-    index = image_index.reshape(shards, R // shards * S)
-    # One gather a shard, so that no tile crosses devices; NO_IMAGE is clipped and not used.
-    placed = jax.vmap(lambda pool, i: jnp.take(pool, i, axis=0, mode="clip"))(features, index)
-    return jnp.where((image_index != NO_IMAGE)[..., None], placed.reshape(x.shape), x)
+    # NO_IMAGE is clipped and not used.
+    x = jnp.where((image_index != NO_IMAGE)[..., None], take_features(features, image_index), x)
+    return constrain(x, "rows", "tokens", None)
 
   def decode(
     self, x: jax.Array, how: Execution, *, positions: jax.Array, segment_ids: jax.Array | None, **options
@@ -117,4 +117,5 @@ class InternVL(nnx.Module):
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """Scores [..., V] in float32."""
-    return matmul(hidden, self.language_model.output_embedding.astype(hidden.dtype)).astype(jnp.float32)
+    kernel = self.language_model.output_embedding.astype(hidden.dtype)
+    return matmul(hidden, kernel, Product(OUTPUT_AXES)).astype(jnp.float32)

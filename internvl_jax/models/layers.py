@@ -5,12 +5,15 @@ Letters: D width in, F width out, V vocabulary.
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from internvl_jax.models.gradients import matmul, scale, shift
+from internvl_jax.parallel import lookup
+from internvl_jax.parallel.rules import Product
 
 Axes = tuple[str | None, ...]
 
@@ -27,16 +30,29 @@ class Linear(nnx.Module):
   unit-variance output (LeCun et al., Efficient BackProp, 1998); a fresh bias is zero.
 
   Attributes:
+    product: how the product is spread over a mesh.
     adapter: what `models.lora.attach` put beside the kernel, or None: a function (x, y, linear) -> y.
   """
 
-  def __init__(self, d_in: int, d_out: int, *, bias: bool, axes: Axes, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    d_in: int,
+    d_out: int,
+    *,
+    bias: bool,
+    axes: tuple[str | None, str | None],
+    rngs: nnx.Rngs,
+    pieces: int | None = None,
+    over: Literal["tokens", "tiles"] = "tokens",
+  ):
+    """Makes the map; `axes`, `pieces` and `over` are those of `parallel.rules.Product`."""
+    self.product = Product(axes, pieces, over)
     self.kernel = make_param(jax.random.normal(rngs.params(), (d_in, d_out)) / math.sqrt(d_in), axes)
     self.bias = make_param(jnp.zeros(d_out), axes[1:]) if bias else None
     self.adapter: Callable | None = nnx.data(None)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    y = matmul(x, self.kernel[...].astype(x.dtype))
+    y = matmul(x, self.kernel[...].astype(x.dtype), self.product)
     if self.adapter is not None:
       y = self.adapter(x, y, self)
     return y if self.bias is None else shift(y, self.bias[...].astype(x.dtype))
@@ -80,10 +96,10 @@ class Embed(nnx.Module):
   """
 
   def __init__(self, vocab_size: int, dim: int, *, rngs: nnx.Rngs):
-    self.embedding = make_param(jax.random.normal(rngs.params(), (vocab_size, dim)), ("vocab", "embed"))
+    self.embedding = make_param(jax.random.normal(rngs.params(), (vocab_size, dim)), ("vocab", "table"))
 
   def __call__(self, ids: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
-    return jnp.take(self.embedding[...], ids, axis=0).astype(dtype)
+    return lookup.embed(self.embedding[...], ids, dtype=dtype)
 
 
 class LayerStack(nnx.Module):

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from internvl_jax.models.gradients import matmul
 from internvl_jax.models.layers import Linear, make_param
 from internvl_jax.trees import part_of
 
@@ -75,13 +76,15 @@ class Adapter(nnx.Module):
 
   def __init__(self, linear: Linear, spec: LoRASpec, rngs: nnx.Rngs):
     D, F = linear.kernel.shape
-    axis_in, axis_out = linear.kernel.get_metadata("out_sharding")
+    axis_in, axis_out = linear.product.axes
     bound = 1 / math.sqrt(D)
     self.a = make_param(
       jax.random.uniform(rngs.params(), (D, spec.rank), minval=-bound, maxval=bound), (axis_in, None)
     )
     self.b = make_param(jnp.zeros((spec.rank, F)), (None, axis_out))
     self.magnitude = make_param(jnp.ones(F), (axis_out,)) if spec.use_dora else None
+    self.narrow = dataclasses.replace(linear.product, axes=(axis_in, None))
+    self.widen = dataclasses.replace(linear.product, axes=(None, axis_out))
     self.scale, self.dropout = spec.scale, spec.dropout
     self.key: jax.Array | None = nnx.data(None)
     self.as_merged = False
@@ -97,7 +100,7 @@ class Adapter(nnx.Module):
     if self.key is not None and self.dropout > 0:
       kept = jax.random.bernoulli(self.key, 1 - self.dropout, x.shape)
       dropped = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
-    part = (dropped @ a) @ b * self.scale
+    part = matmul(matmul(dropped, a, self.narrow), b, self.widen) * self.scale
     if self.magnitude is None:
       return y + part
     # DoRA's norm is a constant to the gradient (its section 4.3).
@@ -105,7 +108,7 @@ class Adapter(nnx.Module):
     norm = jax.lax.stop_gradient(_column_norms(whole))
     ratio = (self.magnitude[...].astype(jnp.float32) / norm).astype(x.dtype)
     # What dropout leaves of the input goes through both parts, as in PEFT.
-    base = y if dropped is x else dropped @ linear.kernel[...].astype(x.dtype)
+    base = y if dropped is x else matmul(dropped, linear.kernel[...].astype(x.dtype), linear.product)
     return y + (ratio - 1) * base + ratio * part
 
 

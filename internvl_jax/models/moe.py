@@ -9,13 +9,15 @@ Letters: B rows, T tokens, M tokens of all rows, D width, E experts, F width of 
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from internvl_jax.models.layers import Linear, make_param
+from internvl_jax.parallel.rules import ACTIVATIONS, MeshAxes, Names, fit, mesh_in_scope, spec, weight_entries
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,22 +63,29 @@ class MoE(nnx.Module):
 class SwiGLUExperts(nnx.Module):
   """E feed-forwards of the kind of `decoder.DecoderMLP`, stacked."""
 
+  AXES: ClassVar[dict[str, Names]] = {
+    "gate_proj": ("expert", "embed", "mlp"),
+    "up_proj": ("expert", "embed", "mlp"),
+    "down_proj": ("expert", "mlp", "embed"),
+  }
+
   def __init__(self, config: MoEConfig, hidden_size: int, rngs: nnx.Rngs):
     E, D, F = config.num_experts, hidden_size, config.intermediate_size
-    self.gate_proj = make_param(fresh_experts(rngs, (E, D, F)), ("expert", "embed", "mlp"))
-    self.up_proj = make_param(fresh_experts(rngs, (E, D, F)), ("expert", "embed", "mlp"))
-    self.down_proj = make_param(fresh_experts(rngs, (E, F, D)), ("expert", "mlp", "embed"))
+    self.gate_proj = make_param(fresh_experts(rngs, (E, D, F)), self.AXES["gate_proj"])
+    self.up_proj = make_param(fresh_experts(rngs, (E, D, F)), self.AXES["up_proj"])
+    self.down_proj = make_param(fresh_experts(rngs, (E, F, D)), self.AXES["down_proj"])
 
   def __call__(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
     """Maps x [B, T, D] by the experts `chosen` [B, T, k], summed with `weights` [B, T, k]."""
 
-    def apply(rows, ids, sizes):
+    def apply(kernels, rows, ids, sizes):
       del ids
-      gate = jax.lax.ragged_dot(rows, self.gate_proj[...].astype(x.dtype), sizes)
-      up = jax.lax.ragged_dot(rows, self.up_proj[...].astype(x.dtype), sizes)
-      return jax.lax.ragged_dot(jax.nn.silu(gate) * up, self.down_proj[...].astype(x.dtype), sizes)
+      gate = jax.lax.ragged_dot(rows, kernels["gate_proj"], sizes)
+      up = jax.lax.ragged_dot(rows, kernels["up_proj"], sizes)
+      return jax.lax.ragged_dot(jax.nn.silu(gate) * up, kernels["down_proj"], sizes)
 
-    return grouped(x, chosen, weights, num_experts=self.gate_proj.shape[0], apply=apply)
+    kernels = {name: getattr(self, name)[...].astype(x.dtype) for name in self.AXES}
+    return grouped(x, chosen, weights, kernels=kernels, axes=self.AXES, apply=apply)
 
 
 def fresh_experts(rngs: nnx.Rngs, shape: tuple[int, int, int]) -> jax.Array:
@@ -84,37 +93,121 @@ def fresh_experts(rngs: nnx.Rngs, shape: tuple[int, int, int]) -> jax.Array:
   return jax.random.normal(rngs.params(), shape) / math.sqrt(shape[1])
 
 
+Experts = Callable[[Mapping[str, jax.Array], jax.Array, jax.Array, jax.Array], jax.Array]
+"""Function (kernels [E, ...], rows [M*k, D] sorted by expert, their experts int [M*k], rows of each expert int [E]) ->
+[M*k, D]."""
+
+
 def grouped(
   x: jax.Array,
   chosen: jax.Array,
   weights: jax.Array,
   *,
-  num_experts: int,
-  apply: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+  kernels: Mapping[str, jax.Array],
+  axes: Mapping[str, Names],
+  apply: Experts,
 ) -> jax.Array:
   """Sends tokens to their experts and sums what comes back.
 
-  Rows move by permutations and their inverses only, forward and backward: scatter-adds are slow on
-  accelerators, and on GPUs they add in no fixed order.
+  On a mesh, the devices that share the experts collect each other's tokens, compute what their own experts
+  say of all of them, and sum the parts into the tokens' places. Since a token chooses about as many experts as
+  there are such devices, sending each token only where it is wanted would hardly send less; and shapes depend
+  on nobody's choice, so that no expert can be full.
 
   Args:
-    x: [..., D].
-    chosen: int [..., k], the experts of each token.
-    weights: [..., k], what their outputs count.
-    num_experts: E.
-    apply: the experts: function (rows [M*k, D] sorted by expert, experts of the rows int [M*k], rows of each
-      expert int [E]) -> [M*k, D].
+    x: [B, T, D].
+    chosen: int [B, T, k], the experts of each token.
+    weights: [B, T, k], what their outputs count.
+    kernels: the experts' parameters [E, ...], in the dtype of x.
+    axes: the kernels' logical axes.
+    apply: what the experts compute.
 
   Returns:
-    [..., D] in the dtype of x.
+    [B, T, D] in the dtype of x.
+  """
+  mesh = mesh_in_scope()
+  if mesh is None:
+    return _by_expert(x, chosen, weights, kernels, apply=apply)
+  rows, tokens = fit(ACTIVATIONS["rows"], x.shape[0], mesh), fit(ACTIVATIONS["tokens"], x.shape[1], mesh)
+  stored = {name: weight_entries(axes[name], kernel.shape, mesh) for name, kernel in kernels.items()}
+  experts = next(iter(stored.values()))[0]
+  mlp = [set(stored[name][i]) for name in stored for i, axis in enumerate(axes[name]) if axis == "mlp"]
+  inner = tuple(axis for axis in mesh.axis_names if all(axis in entry for entry in mlp))
+  partial = (*experts, *inner)
+
+  def local(x, chosen, weights, kernels, expert_part, inner_part):
+    kernels = {name: _collect(kernel, stored[name], keep=partial) for name, kernel in kernels.items()}
+    for name in axes:
+      # What is added to the sum over the feed-forward's width is added once.
+      if "mlp" not in axes[name]:
+        kernels[name] = jnp.where(inner_part[0] == 0, kernels[name], 0)
+    shared = [axis for axis in partial if axis in tokens]
+    for axis in shared:
+      x, chosen, weights = (jax.lax.all_gather(a, axis, axis=1, tiled=True) for a in (x, chosen, weights))
+    part = expert_part[0] if experts else None
+    y = _by_expert(x, chosen, weights, kernels, apply=apply, part=part)
+    for axis in reversed(shared):
+      y = jax.lax.psum_scatter(y, axis, scatter_dimension=1, tiled=True)
+    others = tuple(axis for axis in partial if axis not in tokens)
+    return jax.lax.psum(y, others) if others else y
+
+  parts = [jnp.arange(math.prod(mesh.shape[axis] for axis in group)) for group in (experts, inner)]
+  spread = spec(rows, tokens, ())
+  return jax.shard_map(
+    local,
+    in_specs=(
+      *[spread] * 3,
+      {name: spec(*entries) for name, entries in stored.items()},
+      spec(experts),
+      spec(inner),
+    ),
+    out_specs=spread,
+    check_vma=False,
+  )(x, chosen, weights, dict(kernels), *parts)
+
+
+def _collect(kernel: jax.Array, stored: Sequence[MeshAxes], *, keep: MeshAxes) -> jax.Array:
+  """A kernel's pieces on the other devices, but those along the axes to keep."""
+  for i, entry in enumerate(stored):
+    others = tuple(axis for axis in entry if axis not in keep)
+    if others:
+      kernel = jax.lax.all_gather(kernel, others, axis=i, tiled=True)
+  return kernel
+
+
+def _by_expert(
+  x: jax.Array,
+  chosen: jax.Array,
+  weights: jax.Array,
+  kernels: Mapping[str, jax.Array],
+  *,
+  apply: Experts,
+  part: jax.Array | None = None,
+) -> jax.Array:
+  """`grouped` on one device, which has all experts, or this part of them.
+
+  Rows move by permutations and their inverses only, forward and backward: scatter-adds are slow on
+  accelerators, and on GPUs they add in no fixed order.
   """
   D = x.shape[-1]
+  num_experts = len(next(iter(kernels.values())))
   ids = chosen.reshape(-1)
+  if part is not None:
+    # What other devices' experts are to compute comes last, after the rows that are computed here.
+    ids = ids - part * num_experts
+    ids = jnp.where((ids >= 0) & (ids < num_experts), ids, num_experts)
   order = jnp.argsort(ids)
   inverse = jnp.argsort(order)
   rows = _take(x.reshape(-1, D), order, inverse)
   sorted_ids = ids.at[order].get(mode="promise_in_bounds")
-  out = apply(rows, sorted_ids, jnp.bincount(ids, length=num_experts))
+  sizes = jnp.bincount(ids, length=num_experts + 1)[:num_experts]
+  if part is None:
+    out = apply(kernels, rows, sorted_ids, sizes)
+  else:
+    # What rows without an expert hold is left open; masked before and after, they add nothing to any gradient.
+    mine = (sorted_ids < num_experts)[:, None]
+    out = apply(kernels, jnp.where(mine, rows, 0), jnp.minimum(sorted_ids, num_experts - 1), sizes)
+    out = jnp.where(mine, out, 0)
   out = _take(out, inverse, order).reshape(*weights.shape, D)
   return jnp.sum(out * weights.astype(out.dtype)[..., None], axis=-2)
 

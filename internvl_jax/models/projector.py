@@ -29,8 +29,8 @@ class Projector(nnx.Module):
 
   def __init__(self, d_in: int, d_out: int, *, rngs: nnx.Rngs):
     self.layer_norm = LayerNorm(d_in, eps=1e-5, axis="patch")
-    self.linear_1 = Linear(d_in, d_out, bias=True, axes=("patch", "mlp"), rngs=rngs)
-    self.linear_2 = Linear(d_out, d_out, bias=True, axes=("mlp", "embed"), rngs=rngs)
+    self.linear_1 = Linear(d_in, d_out, bias=True, axes=("patch", "vision"), over="tiles", rngs=rngs)
+    self.linear_2 = Linear(d_out, d_out, bias=True, axes=("vision", "embed"), over="tiles", rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return self.linear_2(jax.nn.gelu(self.linear_1(self.layer_norm(x)), approximate=False))

@@ -17,6 +17,7 @@ from internvl_jax.models.attention import attention
 from internvl_jax.models.gradients import matmul, scale, shift
 from internvl_jax.models.layers import LayerNorm, LayerStack, Linear, RMSNorm, make_param
 from internvl_jax.models.lora import LoRASpec
+from internvl_jax.parallel.rules import Product, constrain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,18 +60,20 @@ class VisionAttention(nnx.Module):
   def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
     C = config.hidden_size
     self.num_heads = config.num_heads
-    self.qkv = Linear(C, 3 * C, bias=config.qkv_bias, axes=("embed", "heads"), rngs=rngs)
-    self.proj = Linear(C, C, bias=True, axes=("heads", "embed"), rngs=rngs)
+    self.qkv = Linear(C, 3 * C, bias=config.qkv_bias, axes=("embed", "vision"), over="tiles", rngs=rngs)
+    self.proj = Linear(C, C, bias=True, axes=("vision", "embed"), over="tiles", rngs=rngs)
     normed = config.qk_normalization
-    self.q_norm = RMSNorm(C, eps=config.layer_norm_eps, axis="heads") if normed else None
-    self.k_norm = RMSNorm(C, eps=config.layer_norm_eps, axis="heads") if normed else None
+    self.q_norm = RMSNorm(C, eps=config.layer_norm_eps, axis="vision") if normed else None
+    self.k_norm = RMSNorm(C, eps=config.layer_norm_eps, axis="vision") if normed else None
 
   def __call__(self, x: jax.Array, *, backend: str) -> jax.Array:
     q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
     if self.q_norm is not None and self.k_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
     heads = (*x.shape[:2], self.num_heads, -1)
-    out = attention(q.reshape(heads), k.reshape(heads), v.reshape(heads), causal=False, backend=backend)
+    out = attention(
+      q.reshape(heads), k.reshape(heads), v.reshape(heads), causal=False, over="tiles", backend=backend
+    )
     return self.proj(out.reshape(x.shape))
 
 
@@ -79,8 +82,8 @@ class VisionMLP(nnx.Module):
 
   def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
     C, F = config.hidden_size, config.intermediate_size
-    self.fc1 = Linear(C, F, bias=True, axes=("embed", "mlp"), rngs=rngs)
-    self.fc2 = Linear(F, C, bias=True, axes=("mlp", "embed"), rngs=rngs)
+    self.fc1 = Linear(C, F, bias=True, axes=("embed", "vision"), over="tiles", rngs=rngs)
+    self.fc2 = Linear(F, C, bias=True, axes=("vision", "embed"), over="tiles", rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
@@ -103,10 +106,16 @@ class VisionLayer(nnx.Module):
 
   def __call__(self, x: jax.Array, keep: jax.Array | None, *, backend: str) -> jax.Array:
     """Applies the block to x [I, 1+P, C]; `keep` [2, I] scales the branches of each tile (drop path)."""
+    x = constrain(x, "tiles", None, None)
     y = scale(self.attn(self.norm1(x), backend=backend), self.ls1[...].astype(x.dtype))
     x = x + (y if keep is None else y * keep[0, :, None, None].astype(x.dtype))
     y = scale(self.mlp(self.norm2(x)), self.ls2[...].astype(x.dtype))
-    return x + (y if keep is None else y * keep[1, :, None, None].astype(x.dtype))
+    return constrain(
+      x + (y if keep is None else y * keep[1, :, None, None].astype(x.dtype)), "tiles", None, None
+    )
+
+
+_PATCHES = Product((None, "embed"), over="tiles")
 
 
 class VisionEmbeddings(nnx.Module):
@@ -134,7 +143,7 @@ class VisionEmbeddings(nnx.Module):
     patches = tiles.reshape(I, n, p, n, p, 3).transpose(0, 1, 3, 2, 4, 5).reshape(I, n * n, p * p * 3)
     dtype = tiles.dtype
     kernel = self.patch_kernel[...].reshape(p * p * 3, -1).astype(dtype)
-    x = shift(matmul(patches, kernel), self.patch_bias[...].astype(dtype))
+    x = shift(matmul(patches, kernel, _PATCHES), self.patch_bias[...].astype(dtype))
     first = jnp.broadcast_to(self.class_embedding[...].astype(dtype), (I, 1, x.shape[-1]))
     return jnp.concatenate([first, x], axis=1) + self.position_embedding[...].astype(dtype)
 

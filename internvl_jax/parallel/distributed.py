@@ -419,6 +419,20 @@ def host_name() -> str:
   return socket.gethostname() + number
 
 
+def sum_over_parts(counts: np.ndarray, part: int) -> np.ndarray:
+  """Adds int64 counts over the processes, those that feed the same part of every batch counted once.
+
+  A call that all processes make. `part` is this process's; see `parallel.mesh.data_part`.
+  """
+  if jax.process_count() == 1:
+    return counts
+  # In halves: without 64-bit mode, JAX would cut them off.
+  told = np.concatenate([[part], counts.ravel()]).astype(np.int64).view(np.int32)
+  everyone = np.asarray(multihost_utils.process_allgather(told)).view(np.int64)
+  _, firsts = np.unique(everyone[:, 0], return_index=True)
+  return everyone[firsts, 1:].sum(0).reshape(counts.shape)
+
+
 class StopSignal:
   """Whether this run was told to end soon: by SIGTERM, which is also how clusters announce a preemption.
 

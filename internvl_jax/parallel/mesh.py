@@ -1,7 +1,8 @@
 """The device mesh.
 
 Axes, outermost first: `data` and `fsdp` split the batch (fsdp also splits weights and optimizer state),
-`expert`, `sequence` and `tensor` split the model.
+`expert`, `sequence` and `tensor` split the model. Their devices share rows: a row's tokens, and a pool's tiles, are
+spread over all three (`parallel.rules`).
 """
 
 import math
@@ -21,8 +22,11 @@ DATA_AXES = ("data", "fsdp")
 """Axes that split the batch."""
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None, *, zero_stage: int = 0) -> Mesh:
   """Arranges the devices as the config says.
+
+  Under ZeRO stage 3 the devices of `data` are devices of `fsdp`: both split the batch, and what stage 3 adds is
+  what `fsdp` does.
 
   Raises:
     UserError: the axes do not multiply to the number of devices.
@@ -35,8 +39,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     raise UserError(
       f"mesh ({asked}) needs a multiple of {known} devices, but there are {len(devices)}; set mesh.data=-1"
     )
-  sizes = [len(devices) // known if size == -1 else size for size in sizes]
-  return Mesh(_arrange(devices, sizes), AXES)
+  shape = dict(zip(AXES, (len(devices) // known if size == -1 else size for size in sizes), strict=True))
+  if zero_stage == 3:
+    shape |= {"data": 1, "fsdp": shape["data"] * shape["fsdp"]}
+  return Mesh(_arrange(devices, list(shape.values())), AXES)
 
 
 def _arrange(devices: list[Any], sizes: list[int]) -> np.ndarray:
@@ -60,6 +66,23 @@ def _arrange(devices: list[Any], sizes: list[int]) -> np.ndarray:
     )
   inner = [size // n for size, n in zip(sizes, outer, strict=True)]
   return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+
+
+def check_lengths(lengths: Sequence[int], mesh: Mesh) -> None:
+  """Refuses rows that the devices which share them cannot split evenly: each would compute all of them.
+
+  Raises:
+    UserError: a length does not divide.
+  """
+  sizes = {axis: mesh.shape[axis] for axis in AXES if axis not in DATA_AXES}
+  devices = math.prod(sizes.values())
+  odd = [length for length in lengths if length % devices]
+  if odd:
+    axes = " x ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size > 1)
+    raise UserError(
+      f"rows of {', '.join(map(str, odd))} tokens do not divide by {axes} = {devices} devices; make "
+      f"loader.sequence_buckets multiples of {devices}"
+    )
 
 
 def data_parallel_size(mesh: Mesh) -> int:

@@ -1,43 +1,283 @@
-"""Where arrays live: logical axis names of weights, and the axes of a batch, mapped to the mesh."""
+"""Where arrays live: logical axis names of weights, activations and batches, mapped to the mesh.
 
+Models name the axes of what they compute and know no mesh. `constrain` and `Product` turn names into the
+compiler's sharding constraints under the mesh in scope (`scope`), and do nothing without one or on one device.
+
+A row's tokens are spread over `expert`, `sequence` and `tensor`, whose devices share the rows: what works on
+each token apart (norms, residuals, the loss) is computed once. Between a projection that widens and the one
+that narrows again, `tensor` splits the heads or the feed-forward instead. The tiles of a pool are spread over
+all axes, and what works on them collects its weights.
+
+Letters: R rows, S tokens, D data shards.
+"""
+
+import contextlib
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Literal, TypeAlias
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from internvl_jax.batch import SFTBatch
 from internvl_jax.parallel.mesh import DATA_AXES
 
-RULES: dict[str, str | None] = {
-  "layers": None,
-  "expert": "expert",
-  "vocab": "tensor",
-  "embed": "fsdp",
-  "mlp": "tensor",
-  "heads": "tensor",
-  "kv_heads": "tensor",
-  "patch": "fsdp",
+MeshAxes: TypeAlias = tuple[str, ...]
+Names: TypeAlias = tuple[str | None, ...]
+
+_SHARED = ("expert", "sequence")
+"""Axes whose devices share rows, and that split no axis of a dense weight in use: they store it like `fsdp`."""
+
+WEIGHTS: dict[str, MeshAxes] = {
+  "layers": (),
+  "expert": ("expert",),
+  "embed": ("fsdp", *_SHARED),
+  "patch": ("fsdp", *_SHARED),
+  # The token embeddings: their number is rarely a multiple of anything, so their width is split.
+  "vocab": (),
+  "table": ("fsdp", *_SHARED, "tensor"),
+  # Split in use as well.
+  "heads": ("tensor",),
+  "kv_heads": ("tensor",),
+  "mlp": ("tensor",),
+  # Collected before use: by the ViT, whose tiles are spread over `tensor`, and where queries, keys and values
+  # (gates and ups) stand one after the other, so that a piece of their axis is no set of heads.
+  "vision": ("tensor",),
+  "fused": ("tensor",),
 }
-"""Mesh axis of each logical axis of a weight; None keeps it whole."""
+"""Mesh axes over which each logical axis of a weight is stored, as far as they divide it."""
+
+SPLIT_IN_USE = frozenset({"heads", "kv_heads", "mlp"})
+"""Axes of weights that products are computed in pieces of; the others are collected before."""
+
+ACTIVATIONS: dict[str, MeshAxes] = {
+  "tiles": (*DATA_AXES, *_SHARED, "tensor"),
+  "rows": DATA_AXES,
+  # Within attention, where tokens give up their axes to heads.
+  "attention_heads": ("tensor", *_SHARED),
+  # Within the loss.
+  "vocab": ("tensor",),
+  "tokens": (*_SHARED, "tensor"),
+}
+"""Mesh axes of each logical axis of an activation; earlier entries choose first, later ones take what is left."""
+
+
+# --- Activations --------------------------------------------------------------------------------------------
+
+
+def scope(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+  """Lets `constrain` and its kin see the mesh while a function is traced."""
+  return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def mesh_in_scope() -> AbstractMesh | None:
+  """The mesh to spread over; None without one, on one device, and where a function runs device by device."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
+
+
+def fit(axes: Iterable[str], size: int, mesh: Mesh | AbstractMesh, used: Iterable[str] = ()) -> MeshAxes:
+  """Those of the mesh's axes that, taken in order, divide an axis of that size, apart from the `used` ones."""
+  taken, used = [], set(used)
+  for axis in axes:
+    devices = mesh.shape[axis]
+    if devices > 1 and axis not in used and size % devices == 0:
+      taken.append(axis)
+      size //= devices
+  return tuple(taken)
+
+
+def spec(*entries: MeshAxes | None) -> PartitionSpec:
+  """The spec of an array whose axes are spread over these axes of the mesh; None or () stays whole."""
+  return PartitionSpec(*(entry[0] if entry and len(entry) == 1 else entry or None for entry in entries))
+
+
+def activation_spec(names: Names, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+  """How an activation with axes of these names is spread."""
+  entries: list[MeshAxes] = [()] * len(names)
+  for name, axes in ACTIVATIONS.items():
+    for i in (i for i, found in enumerate(names) if found == name):
+      entries[i] = fit(axes, shape[i], mesh, used=(axis for entry in entries for axis in entry))
+  return spec(*entries)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+  """Spreads x, whose axes have these names in `ACTIVATIONS`, over the mesh in scope; None stays whole."""
+  mesh = mesh_in_scope()
+  if mesh is None:
+    return x
+  return jax.lax.with_sharding_constraint(x, activation_spec(names, x.shape, mesh))
+
+
+def even_shares(tiles: int) -> int:
+  """The size of a shard's pool of tiles, rounded up so that all devices that share it take as many."""
+  mesh = mesh_in_scope()
+  if mesh is None:
+    return tiles
+  devices = _devices((*_SHARED, "tensor"), mesh)
+  return -(-tiles // devices) * devices
+
+
+# --- Products with weights ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+  """How `x @ w` of x [*leading, D] and w [D, F] is spread over the mesh in scope.
+
+  An axis that is split in use stays as it is stored, if that splits it into whole pieces (heads); all others
+  are collected in the compute dtype, right before the product, forward and backward. Gradients of w are
+  summed straight into the pieces that are stored.
+
+  Attributes:
+    axes: the names of D and F in `WEIGHTS`.
+    pieces: how many equal pieces the split axis consists of that must stay whole; None: any number.
+    over: what stands along the two leading axes of x: rows of tokens, or tiles and their patches.
+  """
+
+  axes: tuple[str | None, str | None]
+  pieces: int | None = None
+  over: Literal["tokens", "tiles"] = "tokens"
+
+  def stored(self, w: jax.Array) -> jax.Array:
+    """The pieces of w, or of its gradient, that are stored."""
+    mesh = mesh_in_scope()
+    if mesh is None:
+      return w
+    return jax.lax.with_sharding_constraint(w, spec(*weight_entries(self.axes, w.shape, mesh)))
+
+  def used(self, w: jax.Array) -> jax.Array:
+    """The pieces of w that products are computed with."""
+    mesh = mesh_in_scope()
+    if mesh is None:
+      return w
+    return jax.lax.with_sharding_constraint(w, spec(*self._split(w.shape, mesh)))
+
+  def inputs(self, x: jax.Array, w_shape: tuple[int, ...]) -> jax.Array:
+    """Input x, or its gradient, as the product takes it."""
+    mesh = mesh_in_scope()
+    if mesh is None:
+      return x
+    split_in, split_out = self._split(w_shape, mesh)
+    return self._spread(x, split_in, (*split_in, *split_out), mesh)
+
+  def outputs(self, y: jax.Array, w_shape: tuple[int, ...]) -> jax.Array:
+    """Output y, or its gradient, as the product leaves it."""
+    mesh = mesh_in_scope()
+    if mesh is None:
+      return y
+    _, split_out = self._split(w_shape, mesh)
+    return self._spread(y, split_out, split_out, mesh)
+
+  def _split(self, shape: tuple[int, ...], mesh: AbstractMesh) -> list[MeshAxes]:
+    """Mesh axes that split D and F in use."""
+    entries = weight_entries(self.axes, shape, mesh)
+    return [
+      entry if self.over == "tokens" and name in SPLIT_IN_USE and self._whole(entry, size, mesh) else ()
+      for name, entry, size in zip(self.axes, entries, shape, strict=True)
+    ]
+
+  def _whole(self, entry: MeshAxes, size: int, mesh: AbstractMesh) -> bool:
+    return (size if self.pieces is None else self.pieces) % _devices(entry, mesh) == 0
+
+  def _spread(self, x: jax.Array, last: MeshAxes, used: MeshAxes, mesh: AbstractMesh) -> jax.Array:
+    leading: Names = ("rows", "tokens") if self.over == "tokens" else ("tiles", None)
+    entries = [
+      fit(ACTIVATIONS[name], size, mesh, used=used) if name else ()
+      for name, size in zip(leading, x.shape[:2], strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, spec(*entries, last))
+
+
+# --- Weights ------------------------------------------------------------------------------------------------
 
 
 def weight_shardings(
-  axes: Mapping[str, tuple[str | None, ...]], shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh
+  axes: Mapping[str, Names], shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh
 ) -> dict[str, NamedSharding]:
-  """The sharding of every parameter; an axis that the mesh axis does not divide stays whole."""
+  """The sharding of every parameter; an axis that the mesh axes do not divide stays whole."""
+  return {
+    path: NamedSharding(mesh, spec(*weight_entries(axes[path], leaf.shape, mesh)))
+    for path, leaf in shapes.items()
+  }
 
-  def spec(path: str) -> PartitionSpec:
-    used: set[str] = set()
-    entries = []
-    for name, size in zip(axes[path], shapes[path].shape, strict=True):
-      axis = RULES[name] if name is not None else None
-      fits = axis is not None and axis not in used and size % mesh.shape[axis] == 0
-      entries.append(axis if fits else None)
-      used.update([axis] if fits and axis else [])
-    return PartitionSpec(*entries)
 
-  return {path: NamedSharding(mesh, spec(path)) for path in shapes}
+def weight_entries(axes: Names, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> list[MeshAxes]:
+  """Mesh axes over which each axis of a weight is stored."""
+  # A vector is split only where what it is added to is: collecting it would cost more than it saves.
+  is_vector = len([name for name in axes if name != "layers"]) < 2
+  used: MeshAxes = ()
+  entries = []
+  for name, size in zip(axes, shape, strict=True):
+    stored = () if name is None or (is_vector and name not in SPLIT_IN_USE) else WEIGHTS[name]
+    entry = fit(stored, size, mesh, used)
+    entries.append(entry)
+    used += entry
+  return entries
+
+
+def _devices(axes: MeshAxes, mesh: Mesh | AbstractMesh) -> int:
+  return math.prod(mesh.shape[axis] for axis in axes)
+
+
+# --- The state ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StateShardings:
+  """Where the state of a run lies, by path.
+
+  Attributes:
+    mesh: the devices.
+    params: all parameters.
+    gradients, moments: the gradients and the optimizer's moments of those that train.
+  """
+
+  mesh: Mesh
+  params: dict[str, NamedSharding]
+  gradients: dict[str, NamedSharding]
+  moments: dict[str, NamedSharding]
+
+  @property
+  def can_share(self) -> bool:
+    """Whether the mesh has axes that split parameters."""
+    return any(size > 1 for axis, size in self.mesh.shape.items() if axis != "data")
+
+
+def state_shardings(
+  axes: Mapping[str, Names],
+  shapes: Mapping[str, jax.ShapeDtypeStruct],
+  trainable: Iterable[str],
+  mesh: Mesh,
+  *,
+  zero_stage: int = 0,
+) -> StateShardings:
+  """Where the state lies: parameters as `weight_shardings` says, the rest as ZeRO's stage says.
+
+  Stage 1 spreads the optimizer's moments over `data` as well, stage 2 also the gradients. Stage 3 also spreads
+  the parameters; that is what `fsdp` is, so that `make_mesh` makes `data` devices `fsdp` devices.
+  """
+  params = weight_shardings(axes, shapes, mesh)
+  kept = {path: params[path] for path in shapes if path in set(trainable)}
+  spread = {
+    path: NamedSharding(mesh, spec(*_over_data(axes[path], shapes[path].shape, mesh))) for path in kept
+  }
+  return StateShardings(
+    mesh, params, gradients=spread if zero_stage >= 2 else kept, moments=spread if zero_stage >= 1 else kept
+  )
+
+
+def _over_data(axes: Names, shape: tuple[int, ...], mesh: Mesh) -> list[MeshAxes]:
+  """`weight_entries`, with `data` added to the first axis that it divides."""
+  entries = weight_entries(axes, shape, mesh)
+  for i, (name, size) in enumerate(zip(axes, shape, strict=True)):
+    if name != "layers" and (more := fit(("data",), size // _devices(entries[i], mesh), mesh)):
+      return [*entries[:i], (*entries[i], *more), *entries[i + 1 :]]
+  return entries
+
+
+# --- Batches ------------------------------------------------------------------------------------------------
 
 
 def batch_shardings(mesh: Mesh) -> SFTBatch:

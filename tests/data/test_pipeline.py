@@ -279,3 +279,14 @@ def test_workers_under_absl_app_run(meta):
   )
   assert result.returncode == 0, result.stderr[-2000:]
   assert "shapes [(1, 2, 256), (1, 2, 256), (1, 2, 256)]" in result.stdout
+
+
+def test_the_samples_of_a_batch_are_told(meta, tokenizer):
+  loader = make_loader(meta, tokenizer, loader={"shuffle": False}, max_steps=5)
+  next(loader), next(loader)
+  folder = meta.parent
+  assert loader.describe_batch(0) == f"{folder}/first.jsonl:1,2,3,4"
+  assert loader.describe_batch(1) == f"{folder}/first.jsonl:5,6,7,1"
+  with pytest.raises(KeyError):
+    loader.describe_batch(2)
+  loader.close()
