@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from internvl_jax.hf.tokenizer import load_tokenizer
 from toy import CURVE, REPOSITORY
@@ -40,9 +41,13 @@ def doctor(data, *flags):
 
 def test_good_data(data, tmp_path):
   packed = ("--config.data.use_packed_ds=True", "--config.data.max_packed_tokens=1024")
-  done = doctor(data, "--dump", tmp_path / "out.jsonl", "--show=1", *packed)
+  done = doctor(
+    data, "--dump", tmp_path / "out.jsonl", "--picture", tmp_path / "sizes.png", "--show=1", *packed
+  )
   assert done.returncode == 0, done.stderr
   assert "nothing would be lost" in done.stdout
+  with Image.open(tmp_path / "sizes.png") as picture:
+    assert picture.width > picture.height and len(picture.convert("L").getcolors()) > 2
   assert "packed rows an epoch: " in done.stdout and "»circle<|im_end|>«" in done.stdout
   lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
   source = (data / "train.jsonl").read_text().splitlines()
