@@ -14,6 +14,7 @@ import errno
 import hashlib
 import io
 import os
+import pathlib
 import re
 import stat
 import tempfile
@@ -25,6 +26,7 @@ from typing import Any, BinaryIO, NamedTuple
 from absl import logging
 
 from internvl_jax.data import remote
+from internvl_jax.data.cache import cache_errors_named, locked
 from internvl_jax.data.errors import Where
 from internvl_jax.data.remote import FetchError
 
@@ -200,15 +202,17 @@ def local_copy(path: str, size: int | None = None) -> Iterator[str]:
   if not is_remote(path):
     yield path
     return
-  end = suffix(path)
-  # The folder may be everyone's: the copy is not.
-  copy = _temporary(tempfile.gettempdir(), end if re.fullmatch(r"\.\w{1,16}", end) else "", 0o600)
+  folder, end = tempfile.gettempdir(), suffix(path)
+  try:
+    # The folder may be everyone's: the copy is not.
+    copy = _temporary(folder, end if re.fullmatch(r"\.\w{1,16}", end) else "", 0o600)
+  except OSError as error:
+    raise FetchError(f"{folder} cannot hold a copy ({error}); {remote.OTHER_FOLDER}") from error
   try:
     _download(path, copy, size)
     yield copy
   finally:
-    with contextlib.suppress(FileNotFoundError):
-      os.unlink(copy)
+    _remove(copy)
 
 
 def cached_copy(url: str, cache: str | os.PathLike[str] | None = None) -> str:
@@ -220,23 +224,39 @@ def cached_copy(url: str, cache: str | os.PathLike[str] | None = None) -> str:
   Args:
     url: the file.
     cache: folder of caches; None: `default_cache()`.
+
+  Raises:
+    DataError: the cache cannot be written.
   """
-  folder = os.path.join(cache or default_cache(), "copies")
+  cache = cache or default_cache()
+  folder = os.path.join(cache, "copies")
   info = _info(url)
-  version, size = _version(info), info.get("size")
-  if version and os.path.exists(copy := _copy_path(folder, url, version)):
+  version = _version(info)
+  copy = _copy_path(folder, url, version) if version else None
+  if copy and os.path.exists(copy):
     return copy
-  temporary = _temporary(folder, ".tmp", 0o666)
-  try:
+  with contextlib.ExitStack() as stack:
+    with cache_errors_named(cache):
+      os.makedirs(folder, exist_ok=True)
+      stack.enter_context(locked(pathlib.Path(folder)))
+      temporary = _temporary(folder, ".tmp", 0o666)
+    stack.callback(_remove, temporary)
+    if copy and os.path.exists(copy):  # Another process has just made it.
+      return copy
+    size = info.get("size")
     logging.info("Copying %s (%s) to %s", url, "?" if size is None else f"{size / 1e6:.1f} MB", folder)
     _download(url, temporary, size)
-    # A server that gives a file no version may have changed it: what came tells it from what was there.
-    copy = _copy_path(folder, url, version or _checksum(temporary))
-    os.replace(temporary, copy)  # Whole or not at all: other processes may be looking.
-  finally:
-    with contextlib.suppress(FileNotFoundError):
-      os.unlink(temporary)
+    with cache_errors_named(cache):
+      # A server that gives a file no version may have changed it: what came tells it from what was there.
+      copy = copy or _copy_path(folder, url, _checksum(temporary))
+      if not os.path.exists(copy):  # A run that uses a copy refuses it when its date changes.
+        os.replace(temporary, copy)
   return copy
+
+
+def _remove(path: str) -> None:
+  with contextlib.suppress(FileNotFoundError):
+    os.unlink(path)
 
 
 def _info(url: str) -> dict[str, Any]:
@@ -274,11 +294,7 @@ def _checksum(path: str) -> str:
 def _temporary(folder: str, end: str, mode: int) -> str:
   """Returns the path of a new, empty file."""
   path = os.path.join(folder, f"{uuid.uuid4().hex}{end}")
-  try:
-    os.makedirs(folder, exist_ok=True)
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
-  except OSError as error:
-    raise FetchError(f"{folder} cannot hold a copy ({error}); {remote.OTHER_FOLDER}") from error
+  os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
   return path
 
 

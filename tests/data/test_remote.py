@@ -281,13 +281,15 @@ def test_an_annotation_file_is_copied_once_and_again_when_it_has_changed(tmp_pat
 
   write_jsonl(path, [{"a": 1}, {"a": 2}])
   assert first_line()[0] == {"a": 1}
-  _, kept = first_line()
-  assert web.requests("/a.jsonl").count(("GET", 200)) == (1 if versions else 2)
+  kept = first_line()[1]
+  assert first_line()[1].state == kept.state
+  assert web.requests("/a.jsonl").count(("GET", 200)) == (1 if versions else 3)
   write_jsonl(path, [{"a": 3}, {"a": 2}])  # as long as before
   os.utime(path, ns=(1, 1))
   assert first_line()[0] == {"a": 3}
   assert kept.read(0) == {"a": 1}  # a run that has started goes on with what it has
-  names = [entry.name for entry in (cache / "copies").iterdir()]
+  kept.check_unchanged()
+  names = [entry.name for entry in (cache / "copies").iterdir() if entry.name != "lock"]
   assert len(names) == 2 and all(name.startswith("a-") and name.endswith(".jsonl") for name in names)
 
 
