@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from harness import on_one_device
 from internvl_jax import frontdoor
 from internvl_jax.checkpoint import Checkpointer
 from internvl_jax.state import TrainState
@@ -21,7 +22,8 @@ from internvl_jax.state import TrainState
 
 def state_of(step: int, megabytes: int) -> TrainState:
   noise = np.random.default_rng(0).random((megabytes, 2**18), np.float32)
-  state = TrainState.create({"a.kernel": jnp.asarray(noise)}, optax.scale_by_adam())
+  params = {"a.kernel": jnp.asarray(noise)}
+  state = TrainState.create(params, optax.scale_by_adam(), on_one_device(params))
   # Three arrays: the parameters and two moments.
   return jax.tree.map(lambda leaf: jnp.asarray(noise * step) if leaf.ndim else leaf + step, state)
 
