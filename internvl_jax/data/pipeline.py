@@ -1,19 +1,23 @@
 """The loader: order -> rows -> workers that decode them -> padded batches, with counters and exact resume."""
 
 import functools
+import hashlib
 import os
+import pathlib
 import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
 import numpy as np
+import tqdm
 from absl import logging
 
 from internvl_jax.arguments import DataTrainingArguments, LoaderConfig, TrainingArguments
 from internvl_jax.batch import SFTBatch
 from internvl_jax.data import batching, packing
 from internvl_jax.data import plan as plans
+from internvl_jax.data.cache import cache_errors_named, whole_file
 from internvl_jax.data.decoding import MicroBatchSource, decoded_ahead
 from internvl_jax.data.errors import DataError
 from internvl_jax.data.files import default_cache
@@ -110,8 +114,9 @@ class TrainLoader:
     self.rows_per_epoch, longest = self.num_samples, data.max_seq_length
     if data.use_packed_ds:
       self._packing, longest = pack_settings(data), _longest_row(data)
+      assert cache is not None
       self._stream = RowStream(self._order, self._mixture.size_of, self._packing)
-      self.rows_per_epoch = self._count_rows()
+      self.rows_per_epoch = self._count_rows(pathlib.Path(cache))
     self.steps_per_epoch = plans.total_steps(self.rows_per_epoch, 1, self.global_batch)
     self.total_steps = (
       training.max_steps
@@ -262,18 +267,25 @@ class TrainLoader:
     state = self._stream.get_state()
     return PlannedRows(self._order, self._mixture.size_of, self._packing, state, self._rows)
 
-  def _count_rows(self) -> int:
-    """Returns how many rows the first epoch's samples make."""
+  def _count_rows(self, cache: pathlib.Path) -> int:
+    """Returns how many rows the first epoch's samples make, which the cache remembers: millions take minutes."""
     assert self._packing is not None
     order = self._order.places(0, self.num_samples).indices
     sizes = packable(self._mixture.size_of(order), self._packing)
-    rows = packing.count_rows(sizes, self._packing)
+    key = hashlib.sha256(repr((packing.ALGORITHM, self._packing)).encode() + sizes.tobytes()).hexdigest()[:16]
+    path = cache / f"rows-{key}.txt"
+    if path.exists():
+      return int(path.read_text(encoding="ascii"))
+    with tqdm.tqdm(total=len(sizes), desc="rows", unit="sample", disable=self._training.disable_tqdm) as bar:
+      rows = packing.count_rows(sizes, self._packing, progress=bar.update)
     if not rows:
       raise DataError(
         f"no sample fits a row of data.max_packed_tokens={self._packing.max_tokens} tokens and "
         f"data.num_images_expected={self._packing.max_tiles} tiles; raise them. The first: "
         f"{self._mixture.why_lost(int(order[0]))}"
       )
+    with cache_errors_named(cache), whole_file(path) as file:
+      file.write(str(rows).encode())
     return rows
 
   def _take_rows(self, tally: Tally) -> list[plans.Places]:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from data_toys import arguments, turns, write_jsonl
 from internvl_jax.arguments import LoaderConfig, TrainingArguments
+from internvl_jax.data import packing
 from internvl_jax.data.errors import DataError
 from internvl_jax.data.mixture import Mixture
 from internvl_jax.data.pipeline import TrainLoader
@@ -210,3 +211,20 @@ def test_a_size_that_the_line_states_wrongly_is_named(tokenizer, tmp_path):
   write_jsonl(tmp_path / "all.jsonl", records)
   with pytest.raises(DataError, match=r"all\.jsonl:2 .* tokens and \d tiles, but .* were planned"):
     list(make_loader(meta, tokenizer, data=PACKED))
+
+
+def test_the_rows_of_an_epoch_are_counted_once(meta, tokenizer, tmp_path, monkeypatch):
+  options = {"cache_dir": str(tmp_path)}
+  loader = make_loader(meta, tokenizer, data=PACKED, loader=options)
+  loader.close()
+
+  def again(*_, **__):
+    raise AssertionError("counted again")
+
+  monkeypatch.setattr(packing, "count_rows", again)
+  same = make_loader(meta, tokenizer, data=PACKED, loader=options)
+  assert same.rows_per_epoch == loader.rows_per_epoch > 1
+  same.close()
+  for changes in ({"data": {**PACKED, "max_packed_tokens": 500}}, {"data": PACKED, "data_seed": 1}):
+    with pytest.raises(AssertionError, match="counted again"):
+      make_loader(meta, tokenizer, loader=options, **changes)
