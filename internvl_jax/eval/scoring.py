@@ -23,6 +23,7 @@ from internvl_jax.errors import UserError
 from internvl_jax.eval.decoding import GreedyDecoder, Prompt
 from internvl_jax.hf.model import Source
 from internvl_jax.models.internvl import Execution
+from internvl_jax.parallel.distributed import is_first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +133,8 @@ class Evaluation:
     file = JsonlFile(self.config.annotation, "eval")
     spec = DatasetSpec(name="eval", root=self.config.root, annotation=self.config.annotation)
     total = min(len(file), self.config.limit or len(file))
-    for start in tqdm(range(0, total, self.decoder.batch_size), unit="batch", desc="scoring", leave=False):
+    starts = range(0, total, self.decoder.batch_size)
+    for start in tqdm(starts, unit="batch", desc="scoring", leave=False, disable=not is_first()):
       lines = range(start, min(start + self.decoder.batch_size, total))
       yield [self._question(file, spec, line) for line in lines]
 
