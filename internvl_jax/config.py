@@ -89,9 +89,7 @@ def to_json(config: TrainConfig) -> dict[str, dict[str, Any]]:
 # --- The rules, as data -------------------------------------------------------------------------------------
 
 NOT_YET: dict[str, str] = {
-  "data.replacement": "every sample is seen once an epoch",
   "training.deepspeed": "mesh.fsdp shards the parameters, their gradients and the optimizer state",
-  "training.group_by_length": "rows are padded to loader.sequence_buckets",
   "preference.loss_type": "preference optimisation",
   "mesh.expert": "mesh.data and mesh.fsdp are the axes so far",
   "mesh.sequence": "mesh.data and mesh.fsdp are the axes so far",
@@ -123,6 +121,7 @@ ONLY_WITH: dict[str, tuple[str, ...]] = {
   "data.strict_mode": _PACKED,
   "data.allow_overflow": _PACKED,
   "data.loss_reduction": _PACKED,
+  "data.replacement": _PACKED,
   "data.use_thumbnail": ("data.dynamic_image_size",),
   "preference.beta": _PREFERENCE,
   "preference.label_smoothing": _PREFERENCE,

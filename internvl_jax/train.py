@@ -10,17 +10,16 @@ import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from transformers import PreTrainedTokenizerBase
 
 from internvl_jax import frontdoor, mfu, optim
 from internvl_jax.adapters import merge_and_check
 from internvl_jax.assembly import execution, make_step, open_model, place_params
-from internvl_jax.batch import SFTBatch
 from internvl_jax.checkpoint import Checkpointer
 from internvl_jax.config import TrainConfig, check_output_dir, clear_output_dir, to_json, validate
 from internvl_jax.data.pipeline import TrainLoader
@@ -37,7 +36,7 @@ from internvl_jax.models.lora import adapter_paths
 from internvl_jax.parallel import distributed, rules
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.state import TrainState, describe
-from internvl_jax.trainer import CompiledSteps, Loader, Trainer
+from internvl_jax.trainer import CompiledSteps, Trainer
 from internvl_jax.trees import part_of, select
 from internvl_jax.watchdog import Watchdog
 
@@ -81,7 +80,7 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
     config.loader,
     chat,
     tokens_per_tile=source.config.tokens_per_tile,
-    data_shards=shards,
+    **host_shards(mesh),
   )
   # The data are looked at before the weights are read: mistakes are likelier there, and cheaper to find.
   loader = make_loader()
@@ -125,7 +124,7 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
       runtime=config.runtime,
       steps=CompiledSteps(make_step(config, source, optimizer, how, shards), rules.batch_shardings(mesh)),
       schedule=optim.make_schedule(config.training, loader.total_steps),
-      loader=_own_part(loader, *meshes.data_part(mesh, jax.process_index())),
+      loader=loader,
       checkpointer=checkpointer,
       log=log,
       watchdog=watchdog,
@@ -148,20 +147,16 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
     distributed.barrier("the model is saved", seconds=EXPORT_SECONDS)
 
 
-def _own_part(loader: TrainLoader, part: int, parts: int) -> Loader:
-  return loader if parts == 1 else OwnPart(loader, part, parts)
-
-
-class OwnPart:
-  """A loader's batches, cut to the rows and pools that belong to this host's devices."""
-
-  def __init__(self, loader: TrainLoader, part: int, parts: int):
-    """Cuts each batch into `parts` along its rows, and takes one."""
-    self._loader, self._part, self._parts = loader, part, parts
-    self.get_state, self.counters = loader.get_state, loader.counters
-
-  def __next__(self) -> SFTBatch:
-    return SFTBatch(*(np.split(field, self._parts, axis=1)[self._part] for field in next(self._loader)))
+def host_shards(mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  """What the loader has to know of the hosts: the data shards, those of them that this one feeds, and how to sum."""
+  shards, parts = meshes.data_parallel_size(mesh), meshes.data_parts(mesh)
+  part, each = parts[jax.process_index()], shards // (max(parts) + 1)
+  return {
+    "data_shards": shards,
+    "my_shards": range(part * each, (part + 1) * each),
+    # Of processes that feed the same rows, the first counts.
+    "all_sum": functools.partial(distributed.sum_over, [parts.index(i) for i in range(max(parts) + 1)]),
+  }
 
 
 def output_folder(config: TrainConfig) -> Path:

@@ -69,7 +69,7 @@ def test_what_would_be_lost_is_named(data):
   lines[gone]["image"] = "nowhere.png"
   lines[masked]["conversations"] = lines[masked]["conversations"][:1]
   (data / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-  done = doctor(data)
+  done = doctor(data, "--dump", data / "out.jsonl", "--show=24")
   assert done.returncode == 1, done.stdout + done.stderr
   assert "3 of 24 lines would be lost" in done.stdout
   lost = [line for line in done.stdout.splitlines() if line.startswith("lost: ")]
@@ -80,3 +80,7 @@ def test_what_would_be_lost_is_named(data):
     (cut, "cannot be decoded"),
   ):
     assert any(f"train.jsonl:{number + 1} " in line and cause in line for line in lost), (cause, lost)
+  # What can be decoded is shown and dumped all the same, and what cannot is named.
+  starts = [line.split(": ")[0] for line in done.stdout.splitlines()]
+  assert starts.count("not shown") == 2 and starts.count("not dumped") == 2
+  assert len((data / "out.jsonl").read_text().splitlines()) == 22

@@ -25,7 +25,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -410,6 +410,15 @@ def barrier(name: str, *, seconds: int) -> None:
       f"process {jax.process_index()} of {jax.process_count()} waited {seconds} s for the others ({name}): "
       f"{' '.join(str(error).split())[:300]}; look for the first error in the other processes' logs"
     ) from error
+
+
+def sum_over(processes: Sequence[int], counts: np.ndarray) -> np.ndarray:
+  """Adds an array of integers over some processes; a call that all processes make."""
+  if jax.process_count() == 1:
+    return counts
+  # As bytes: arrays of 64-bit integers would be cut to 32 on their way.
+  everyone = multihost_utils.process_allgather(np.ascontiguousarray(counts)[..., None].view(np.uint8))
+  return np.asarray(everyone).view(counts.dtype)[list(processes), ..., 0].sum(axis=0)
 
 
 def host_name() -> str:
