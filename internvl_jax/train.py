@@ -40,8 +40,9 @@ from internvl_jax.trainer import CompiledSteps, Trainer
 from internvl_jax.trees import part_of, select
 from internvl_jax.watchdog import Watchdog
 
-EXPORT_SECONDS = 3600
-"""How long processes wait for the first one to write the model: 150 GB to a slow bucket."""
+OPEN_SECONDS = EXPORT_SECONDS = 3600
+"""How long processes wait for the last one to read its weights, and for the first one to write the model: 150 GB from
+or to a slow disk."""
 
 _CONFIG = frontdoor.define_config_flag()
 
@@ -94,6 +95,9 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
   frozen = {path: value for path, value in params.items() if path not in trainable}
   state = TrainState.create(select(params, trainable), optimizer)
   del params
+  # What follows talks over the devices, where nobody waits for long.
+  with watchdog.phase("barrier"):
+    distributed.barrier("weights and data are opened", seconds=OPEN_SECONDS)
 
   output_dir = output_folder(config)
   checkpointer = Checkpointer(output_dir, keep=config.training.save_total_limit)
@@ -173,6 +177,11 @@ def prepare_output_dir(config: TrainConfig, watchdog: Watchdog) -> None:
   Raises:
     UserError: the directory must not be written to, or not all hosts see it.
   """
+  if "://" in str(config.training.output_dir):
+    raise UserError(
+      f"training.output_dir={config.training.output_dir!r}: runs write to folders only; mount the bucket, or a file "
+      "system that all hosts share, and name the folder"
+    )
   output_dir = output_folder(config)
   written = output_dir / "train_config.json"
   if distributed.is_first():
