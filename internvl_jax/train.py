@@ -10,6 +10,7 @@ import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +40,9 @@ from internvl_jax.trainer import CompiledSteps, Trainer
 from internvl_jax.trees import part_of, select
 from internvl_jax.watchdog import Watchdog
 
-EXPORT_SECONDS = 3600
-"""How long processes wait for the first one to write the model: 150 GB to a slow bucket."""
+OPEN_SECONDS = EXPORT_SECONDS = 3600
+"""How long processes wait for the last one to read its weights, and for the first one to write the model: 150 GB from
+or to a slow disk."""
 
 _CONFIG = frontdoor.define_config_flag()
 
@@ -69,10 +71,8 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
   source, tokenizer = open_model(config)
   chat = ChatTokenizer(tokenizer, config.data.conv_style)
   mesh = open_mesh(config)
-  shards = meshes.data_parallel_size(mesh)
   trainable = optim.trainable_paths(config.model, source.model.shapes)
   optimizer = optim.make_optimizer(config.training, select(source.reference_names, trainable))
-  part, parts = meshes.data_part(mesh, jax.process_index())
   make_loader = functools.partial(
     TrainLoader,
     config.data,
@@ -80,9 +80,7 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
     config.loader,
     chat,
     tokens_per_tile=source.config.tokens_per_tile,
-    data_shards=shards,
-    my_shards=range(part * shards // parts, (part + 1) * shards // parts),
-    all_sum=functools.partial(distributed.sum_over_parts, part=part),
+    **host_shards(mesh),
   )
   # The data are looked at before the weights are read: mistakes are likelier there, and cheaper to find.
   loader = make_loader()
@@ -97,6 +95,9 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
   frozen = {path: value for path, value in params.items() if path not in trainable}
   state = TrainState.create(select(params, trainable), optimizer, places)
   del params
+  # What follows talks over the devices, where nobody waits for long.
+  with watchdog.phase("barrier"):
+    distributed.barrier("weights and data are opened", seconds=OPEN_SECONDS)
 
   output_dir = output_folder(config)
   checkpointer = Checkpointer(output_dir, keep=config.training.save_total_limit)
@@ -150,6 +151,18 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
     distributed.barrier("the model is saved", seconds=EXPORT_SECONDS)
 
 
+def host_shards(mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  """What the loader has to know of the hosts: the data shards, those of them that this one feeds, and how to sum."""
+  shards, parts = meshes.data_parallel_size(mesh), meshes.data_parts(mesh)
+  part, each = parts[jax.process_index()], shards // (max(parts) + 1)
+  return {
+    "data_shards": shards,
+    "my_shards": range(part * each, (part + 1) * each),
+    # Of processes that feed the same rows, the first counts.
+    "all_sum": functools.partial(distributed.sum_over, [parts.index(i) for i in range(max(parts) + 1)]),
+  }
+
+
 def output_folder(config: TrainConfig) -> Path:
   """The run's directory, which `validate` has made sure is named."""
   assert config.training.output_dir is not None
@@ -164,6 +177,11 @@ def prepare_output_dir(config: TrainConfig, watchdog: Watchdog) -> None:
   Raises:
     UserError: the directory must not be written to, or not all hosts see it.
   """
+  if "://" in str(config.training.output_dir):
+    raise UserError(
+      f"training.output_dir={config.training.output_dir!r}: runs write to folders only; mount the bucket, or a file "
+      "system that all hosts share, and name the folder"
+    )
   output_dir = output_folder(config)
   written = output_dir / "train_config.json"
   if distributed.is_first():

@@ -20,9 +20,13 @@ from internvl_jax.checkpoint import Checkpointer
 from internvl_jax.errors import UserError
 from internvl_jax.metrics import RunLog, StepClock, Trace
 from internvl_jax.optim import Schedule
+from internvl_jax.parallel import distributed
 from internvl_jax.state import TrainState
 from internvl_jax.step import StepMetrics, TrainStep
 from internvl_jax.watchdog import Watchdog
+
+COMPILE_SECONDS = 1800
+"""How long processes wait for the last one to compile a program."""
 
 
 class Loader(Protocol):
@@ -87,6 +91,8 @@ class CompiledSteps:
       *(A, R, S, batch.tiles.shape[2]),
       time.perf_counter() - start,
     )
+    # Collectives wait for their other side for half a minute only, and compilers are not equally fast everywhere.
+    distributed.barrier(f"program {len(self._programs)} is compiled", seconds=COMPILE_SECONDS)
     return program
 
 

@@ -72,6 +72,7 @@ def tiny_config(folder: str) -> TrainConfig:
   config.data.max_seq_length = 64
   config.loader.sequence_buckets = (64,)
   config.loader.tile_buckets = (1,)
+  config.loader.cache_dir = f"{folder}/sizes"
   config.training.output_dir = f"{folder}/out"
   config.training.per_device_train_batch_size = 1
   config.training.max_steps = 24

@@ -1,11 +1,20 @@
-"""Which process of a run this one is, from the environment of every launcher."""
+"""Processes find each other in the environment of every launcher, and end together."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
 import pytest
 
+from hosts import free_port
 from internvl_jax.arguments import MeshConfig
 from internvl_jax.errors import UserError
-from internvl_jax.parallel.distributed import Place, find_place
-from internvl_jax.parallel.mesh import data_part, make_mesh
+from internvl_jax.parallel.distributed import Place, StopSignal, find_place, joined
+from internvl_jax.parallel.mesh import data_parts, make_mesh
+from toy import REPOSITORY
 
 TORCHRUN = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "34229", "RANK": "5", "WORLD_SIZE": "8"}
 OPEN_MPI = {
@@ -133,12 +142,73 @@ def test_the_part_of_the_batch_that_a_host_feeds():
   devices = fake_devices(hosts=4, each=2)
 
   def parts(**axes):
-    return [data_part(make_mesh(MeshConfig(**axes), devices), host) for host in range(4)]
+    return data_parts(make_mesh(MeshConfig(**axes), devices))
 
-  assert parts(data=8) == parts(fsdp=8) == parts(data=4, tensor=2) == [(0, 4), (1, 4), (2, 4), (3, 4)]
+  assert parts(data=8) == parts(fsdp=8) == parts(data=4, tensor=2) == [0, 1, 2, 3]
   # Two hosts hold the halves of a model: they read the same rows.
-  assert parts(data=2, tensor=4) == [(0, 2), (0, 2), (1, 2), (1, 2)]
-  assert parts(data=1, tensor=8) == [(0, 1)] * 4
+  assert parts(data=2, tensor=4) == [0, 0, 1, 1]
+  assert parts(data=1, tensor=8) == [0, 0, 0, 0]
   uneven = [FakeDevice(i, host, 0) for i, host in enumerate([0, 0, 0, 1])]
   with pytest.raises(UserError, match="unevenly"):
-    data_part(make_mesh(MeshConfig(data=4), uneven), 0)
+    data_parts(make_mesh(MeshConfig(data=4), uneven))
+
+
+PROGRAM = """
+import sys, time
+import jax
+import numpy as np
+from internvl_jax import frontdoor
+from internvl_jax.errors import UserError
+from internvl_jax.parallel import distributed
+
+distributed.JOIN_SECONDS, distributed.HEARTBEAT_SECONDS = int(sys.argv[2]), 10
+with distributed.joined(sys.argv[1], frontdoor.report):
+  print("joined", jax.process_index(), flush=True)
+  if jax.process_index() == 1 and sys.argv[3] == "fail":
+    raise UserError("the disk of this host is on fire")
+  print(distributed.sum_over([1], np.array([[1, 2], [2**40, 4]]) * (1 + jax.process_index())).tolist())
+  distributed.barrier("everybody", seconds=60)
+print("left")
+"""
+
+
+def start(setting, *, seconds=60, what="pass"):
+  command = [sys.executable, "-c", PROGRAM, setting, str(seconds), what]
+  environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(REPOSITORY)}
+  return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_processes_join_and_leave():
+  port = free_port()
+  processes = [start(f"127.0.0.1:{port},2,{i}") for i in range(2)]
+  for i, process in enumerate(processes):
+    said = [line for line in process.communicate(timeout=60)[0].splitlines() if "Gloo" not in line]
+    assert said == [f"joined {i}", f"[[2, 4], [{2**41}, 8]]", "left"]
+
+
+def test_one_that_fails_says_why_and_ends_the_others():
+  port = free_port()
+  begin = time.monotonic()
+  processes = [start(f"127.0.0.1:{port},2,{i}", what="fail") for i in range(2)]
+  told, why = (process.communicate(timeout=60)[1] for process in processes)
+  assert time.monotonic() - begin < 40 and processes[1].returncode == 1 and processes[0].returncode != 0
+  assert "error: the disk of this host is on fire\n" in why and "Traceback" not in why
+  assert "another task died" in told
+
+
+def test_one_that_meets_nobody_says_so():
+  for process, others in ((0, "the others"), (1, "process 0")):
+    alone = start(f"127.0.0.1:{free_port()},2,{process}", seconds=3)
+    _, stderr = alone.communicate(timeout=60)
+    (error,) = [line for line in stderr.splitlines() if line.startswith("error:")]
+    assert f"process {process} of 2 (runtime.distributed) has waited 3 s for {others} at 127.0.0.1" in error
+    assert alone.returncode == 1
+
+
+def test_one_alone_opens_no_port_and_stops_when_told():
+  with joined("auto", pytest.fail), StopSignal() as asked_to_stop:
+    assert not jax.distributed.is_initialized()
+    assert not asked_to_stop(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert asked_to_stop(2)
+  assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

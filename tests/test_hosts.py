@@ -8,9 +8,9 @@ import time
 
 import numpy as np
 import pytest
-from hosts import Job, assert_same_curve, history, make_world
 from safetensors.numpy import load_file
 
+from hosts import Job, assert_same_curve, history, make_world
 from internvl_jax.config import newest_checkpoint
 
 SAVING = ("training.save_strategy=steps", "training.save_steps=4")
@@ -88,3 +88,17 @@ def test_sigterm_in_the_middle_of_a_step_loses_none(world, straight):
   assert again.wait() == [0], again.log()
   assert f"Resuming from the checkpoint of step {taken}" in again.log()
   assert history(job.out) == history(straight)
+
+
+@pytest.mark.slow
+def test_one_that_hangs_is_named_and_ends_the_others(world):
+  """Its connections stay open, so that only its silence tells: what a dead host is like on accelerators."""
+  job = Job(world, "runtime.hang_seconds=12", out="hung", processes=2, step_seconds=0.3)
+  job.wait_for("step 3/24")
+  start = time.monotonic()
+  job.processes[1].send_signal(signal.SIGSTOP)
+  assert job.processes[0].wait(60) != 0
+  assert time.monotonic() - start < 60
+  job.kill()
+  assert "(process 0 of 2) has been in phase 'step' of step" in job.log(0)
+  assert "stopped sending heartbeats" in job.log(0)

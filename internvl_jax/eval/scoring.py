@@ -23,6 +23,7 @@ from internvl_jax.data.tokenize import ChatTokenizer
 from internvl_jax.eval.decoding import GreedyDecoder, Prompt
 from internvl_jax.hf.model import Source
 from internvl_jax.models.internvl import Execution
+from internvl_jax.parallel.distributed import is_first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +139,8 @@ class Evaluation:
       limits=Limits(self.data.max_seq_length, policy="error"),
     )
     total = min(len(file), self.config.limit or len(file))
-    for start in tqdm(range(0, total, self.decoder.batch_size), unit="batch", desc="scoring", leave=False):
+    starts = range(0, total, self.decoder.batch_size)
+    for start in tqdm(starts, unit="batch", desc="scoring", leave=False, disable=not is_first()):
       lines = range(start, min(start + self.decoder.batch_size, total))
       yield [_question(file, maker, line) for line in lines]
 

@@ -25,7 +25,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -412,25 +412,20 @@ def barrier(name: str, *, seconds: int) -> None:
     ) from error
 
 
+def sum_over(processes: Sequence[int], counts: np.ndarray) -> np.ndarray:
+  """Adds an array of integers over some processes; a call that all processes make."""
+  if jax.process_count() == 1:
+    return counts
+  # As bytes: arrays of 64-bit integers would be cut to 32 on their way.
+  everyone = multihost_utils.process_allgather(np.ascontiguousarray(counts)[..., None].view(np.uint8))
+  return np.asarray(everyone).view(counts.dtype)[list(processes), ..., 0].sum(axis=0)
+
+
 def host_name() -> str:
   """How this process calls itself in messages: its host, and its number where there are several."""
   several = jax.process_count() > 1
   number = f" (process {jax.process_index()} of {jax.process_count()})" if several else ""
   return socket.gethostname() + number
-
-
-def sum_over_parts(counts: np.ndarray, part: int) -> np.ndarray:
-  """Adds int64 counts over the processes, those that feed the same part of every batch counted once.
-
-  A call that all processes make. `part` is this process's; see `parallel.mesh.data_part`.
-  """
-  if jax.process_count() == 1:
-    return counts
-  # In halves: without 64-bit mode, JAX would cut them off.
-  told = np.concatenate([[part], counts.ravel()]).astype(np.int64).view(np.int32)
-  everyone = np.asarray(multihost_utils.process_allgather(told)).view(np.int64)
-  _, firsts = np.unique(everyone[:, 0], return_index=True)
-  return everyone[firsts, 1:].sum(0).reshape(counts.shape)
 
 
 class StopSignal:

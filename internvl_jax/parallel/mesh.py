@@ -90,23 +90,24 @@ def data_parallel_size(mesh: Mesh) -> int:
   return math.prod(mesh.shape[axis] for axis in DATA_AXES)
 
 
-def data_part(mesh: Mesh, process: int) -> tuple[int, int]:
-  """Which part of every batch a process feeds to its devices, and how many parts there are.
+def data_parts(mesh: Mesh) -> list[int]:
+  """Which part of every batch each process feeds to its devices, counted from 0.
 
   Processes whose devices hold other parts of the model for the same rows feed the same part.
 
   Raises:
-    UserError: the mesh cuts a host's devices in a way that leaves no such parts.
+    UserError: the mesh cuts a host's devices in a way that leaves no equal parts.
   """
-  shards: dict[int, set[int]] = {}
+  held: dict[int, set[int]] = {}
   for shard, devices in enumerate(mesh.devices.reshape(data_parallel_size(mesh), -1)):
     for device in devices:
-      shards.setdefault(device.process_index, set()).add(shard)
-  parts = sorted({tuple(sorted(held)) for held in shards.values()})
+      held.setdefault(device.process_index, set()).add(shard)
+  shards = {process: tuple(sorted(found)) for process, found in held.items()}
+  parts = sorted(set(shards.values()))
   together = [shard for part in parts for shard in part]
   if len({len(part) for part in parts}) > 1 or len(together) != len(set(together)):
     raise UserError(
       f"the mesh {dict(mesh.shape)} spreads the rows unevenly over the hosts; let mesh.tensor * mesh.sequence * "
       "mesh.expert divide the devices of a host, or be a multiple of them"
     )
-  return parts.index(tuple(sorted(shards[process]))), len(parts)
+  return [parts.index(shards[process]) for process in sorted(shards)]
