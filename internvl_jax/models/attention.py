@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from internvl_jax.parallel.rules import ACTIVATIONS, MeshAxes, fit, mesh_in_scope, spec
+from internvl_jax.parallel.rules import ACTIVATIONS, MeshAxes, constrain, fit, mesh_in_scope, spec
 
 QUERY_BLOCK = 512
 """Queries handled at once by the blockwise backend: its largest temporary is [B, N, QUERY_BLOCK, S]."""
@@ -77,6 +77,8 @@ def _spread(q, k, v, q_segments, kv_segments, q_index, window, sinks, causal, ov
   rows = fit(ACTIVATIONS[over], B, mesh)
   heads, repeats = _head_axes(N, K, rows, mesh)
   queries = fit(ACTIVATIONS["tokens"], T, mesh, used=(*rows, *heads))
+  # Held by token until here: what makes them would else be computed after the exchange, which is then of float32.
+  q, k, v = (constrain(x, over, "tokens", "heads", None) for x in (q, k, v))
   k, v = (jnp.repeat(x, repeats, axis=2) if repeats > 1 else x for x in (k, v))
   q_index = jnp.arange(T) if q_index is None else q_index
   spread_q, spread_kv = spec(rows, queries, heads), spec(rows, None, heads)

@@ -186,11 +186,16 @@ class DecoderLayer(nnx.Module):
 
   def __call__(self, x: jax.Array, *, valid: jax.Array | None, **attend):
     """Returns the new x, the keys and values, and statistics of the router where there is one."""
-    x = constrain(x, "rows", "tokens", None)
-    y, kv = self.self_attn(self.input_layernorm(x), **attend)
+    x = _by_token(x)
+    y, kv = self.self_attn(_by_token(self.input_layernorm(x)), **attend)
     x = x + y
-    y, router = self.mlp(self.post_attention_layernorm(x), valid=valid)
-    return constrain(x + y, "rows", "tokens", None), kv, router
+    y, router = self.mlp(_by_token(self.post_attention_layernorm(x)), valid=valid)
+    return _by_token(x + y), kv, router
+
+
+def _by_token(x: jax.Array) -> jax.Array:
+  """Spreads x [B, T, D] over the devices that its tokens are spread over."""
+  return constrain(x, "rows", "tokens", None)
 
 
 class Decoder(nnx.Module):

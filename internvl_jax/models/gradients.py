@@ -67,7 +67,7 @@ def _spread_gradients(product, x, w, g):
   dx = None if w is None else product.inputs(g @ product.used(w).T, w_shape)
   dw = None
   if x is not None:
-    dw = product.stored(jnp.einsum("...d,...f->df", product.inputs(x, w_shape), g))
+    dw = product.gradient(jnp.einsum("...d,...f->df", product.inputs(x, w_shape), g))
   return dx, dw
 
 

@@ -85,7 +85,8 @@ class InternVL(nnx.Module):
   def project(self, vision_hidden: jax.Array) -> jax.Array:
     """Drops the class token of [I, 1+patches, C], shuffles pixels and projects to [I, P, E]."""
     x = pixel_shuffle(vision_hidden[:, 1:], ratio=self.downsample_ratio, version=self.ps_version)
-    return self.mlp1(x)
+    # XLA's TPU compiler (libtpu 0.0.52) aborts when it fuses cutting the class token off with what follows.
+    return self.mlp1(jax.lax.optimization_barrier(x))
 
   def embed(
     self, input_ids: jax.Array, image_index: jax.Array, features: jax.Array, how: Execution

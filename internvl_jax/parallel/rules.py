@@ -54,6 +54,7 @@ SPLIT_IN_USE = frozenset({"heads", "kv_heads", "mlp"})
 ACTIVATIONS: dict[str, MeshAxes] = {
   "tiles": (*DATA_AXES, *_SHARED, "tensor"),
   "rows": DATA_AXES,
+  "heads": ("tensor",),
   # Within attention, where tokens give up their axes to heads.
   "attention_heads": ("tensor", *_SHARED),
   # Within the loss.
@@ -95,6 +96,7 @@ def spec(*entries: MeshAxes | None) -> PartitionSpec:
 
 def activation_spec(names: Names, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
   """How an activation with axes of these names is spread."""
+  assert {name for name in names if name} <= ACTIVATIONS.keys(), names
   entries: list[MeshAxes] = [()] * len(names)
   for name, axes in ACTIVATIONS.items():
     for i in (i for i, found in enumerate(names) if found == name):
@@ -141,18 +143,29 @@ class Product:
   over: Literal["tokens", "tiles"] = "tokens"
 
   def stored(self, w: jax.Array) -> jax.Array:
-    """The pieces of w, or of its gradient, that are stored."""
+    """The pieces of w that are stored."""
     mesh = mesh_in_scope()
     if mesh is None:
       return w
     return jax.lax.with_sharding_constraint(w, spec(*weight_entries(self.axes, w.shape, mesh)))
+
+  def gradient(self, dw: jax.Array) -> jax.Array:
+    """The gradient of w, summed over devices, in the pieces that are stored."""
+    mesh = mesh_in_scope()
+    if mesh is None:
+      return dw
+    # One axis of the mesh at first. Asked for pieces over several, XLA collects both factors of the product
+    # rather than scattering the sum; what is left to sum is smaller by the first axis.
+    first = [entry[:1] for entry in weight_entries(self.axes, dw.shape, mesh)]
+    return self.stored(jax.lax.with_sharding_constraint(dw, spec(*first)))
 
   def used(self, w: jax.Array) -> jax.Array:
     """The pieces of w that products are computed with."""
     mesh = mesh_in_scope()
     if mesh is None:
       return w
-    return jax.lax.with_sharding_constraint(w, spec(*self._split(w.shape, mesh)))
+    # Held where it is stored until it has the compute dtype: pieces would else travel in float32.
+    return jax.lax.with_sharding_constraint(self.stored(w), spec(*self._split(w.shape, mesh)))
 
   def inputs(self, x: jax.Array, w_shape: tuple[int, ...]) -> jax.Array:
     """Input x, or its gradient, as the product takes it."""
