@@ -24,6 +24,7 @@ Needs Linux (/proc, CPU affinity) and scikit-image, whose photographs are croppe
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -39,7 +40,6 @@ from typing import Any
 
 import numpy as np
 import PIL
-import transformers
 from absl import app, flags
 from PIL import Image, features
 
@@ -200,9 +200,10 @@ class Job:
     )
 
   def tokenizer(self) -> ChatTokenizer:
-    return ChatTokenizer(
-      transformers.PreTrainedTokenizerFast.from_pretrained(TOKENIZER), self.data().conv_style
-    )
+    import transformers  # Here, because what only decodes does without it.
+
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(TOKENIZER)
+    return ChatTokenizer(tokenizer, self.data().conv_style)
 
   def loader(self) -> pipeline.TrainLoader:
     """An endless loader, one row a batch."""
@@ -330,17 +331,17 @@ class Contender:
 
 
 def contenders() -> list[Contender]:
-  """One core first, then all."""
+  """On one core first, then on all."""
   cores = tuple(sorted(os.sched_getaffinity(0)))
   one, each, n = ((cores[-1],),), tuple((core,) for core in cores), len(cores)
   found = [
-    Contender("floor, 1 core", "floor", one),
-    Contender("plain, 1 core", "plain", one),
-    Contender("ours, 1 core", "ours", one),
-    Contender("floor, all cores", "floor", each),
-    Contender("plain, all cores", "plain", each),
-    Contender("ours, all cores, threads", "ours", (cores,), threads=n),
-    Contender("ours, all cores, processes", "ours", (cores,), workers=n),
+    Contender("floor-1", "floor", one),
+    Contender("plain-1", "plain", one),
+    Contender("ours-1", "ours", one),
+    Contender("floor-all", "floor", each),
+    Contender("plain-all", "plain", each),
+    Contender("ours-all-threads", "ours", (cores,), threads=n),
+    Contender("ours-all-processes", "ours", (cores,), workers=n),
   ]
   return [c for c in found if _CONTENDERS.value is None or c.name in _CONTENDERS.value]
 
@@ -379,8 +380,9 @@ class Lane:
     return sum(_cpu_seconds(self._pid))
 
   def close(self) -> None:
-    os.killpg(self._pid, signal.SIGCONT)
-    self._pipe.send(None)
+    with contextlib.suppress(ProcessLookupError, BrokenPipeError):  # It may have failed.
+      os.killpg(self._pid, signal.SIGCONT)
+      self._pipe.send(None)
     self._process.join(TURN_SECONDS)
 
   @property
@@ -457,7 +459,7 @@ def bench_images(folder: pathlib.Path) -> dict[str, Any]:
   taking_part = contenders()
   turns: dict[str, list[Measured]] = {contender.name: [] for contender in taking_part}
   with contextlib.ExitStack() as stack:
-    lanes = {contender.name: start(contender, job, stack) for contender in taking_part}
+    lanes = start(taking_part, job, stack)
     skipped = {c.name: c.job(job).warm_up() for c in taking_part}
     rows_ = [next(stream) for _ in range(rounds * batches + max(skipped.values()))]
     for number in range(rounds):
@@ -471,11 +473,14 @@ def bench_images(folder: pathlib.Path) -> dict[str, Any]:
   return report(turns)
 
 
-def start(contender: Contender, job: Job, stack: contextlib.ExitStack) -> list[Lane]:
-  """Starts a contender's processes and waits until they are warm."""
-  lanes = [Lane(contender.job(job), contender.kind, cores) for cores in contender.lanes]
-  for lane in lanes:
-    stack.callback(lane.close)
+def start(taking_part: Sequence[Contender], job: Job, stack: contextlib.ExitStack) -> dict[str, list[Lane]]:
+  """Starts the contenders' processes and waits until they are warm."""
+  lanes: dict[str, list[Lane]] = {}
+  for contender in taking_part:
+    lanes[contender.name] = [Lane(contender.job(job), contender.kind, cores) for cores in contender.lanes]
+    for lane in lanes[contender.name]:
+      stack.callback(lane.close)
+  for lane in itertools.chain(*lanes.values()):
     lane.ready()
   return lanes
 
@@ -537,28 +542,28 @@ def our_tiles(job: Job, index: int) -> np.ndarray:
 # --- The report ---------------------------------------------------------------------------------------------
 
 RATIOS = (
-  ("ours, 1 core", "floor, 1 core"),
-  ("ours, 1 core", "plain, 1 core"),
-  ("ours, all cores, threads", "floor, all cores"),
-  ("ours, all cores, processes", "floor, all cores"),
-  ("ours, all cores, threads", "plain, all cores"),
-  ("ours, all cores, processes", "plain, all cores"),
-  ("floor, all cores", "floor, 1 core"),
-  ("ours, all cores, threads", "ours, 1 core"),
-  ("ours, all cores, processes", "ours, 1 core"),
+  ("ours-1", "floor-1"),
+  ("ours-1", "plain-1"),
+  ("ours-all-threads", "floor-all"),
+  ("ours-all-processes", "floor-all"),
+  ("ours-all-threads", "plain-all"),
+  ("ours-all-processes", "plain-all"),
+  ("floor-all", "floor-1"),
+  ("ours-all-threads", "ours-1"),
+  ("ours-all-processes", "ours-1"),
 )
 
 
 def report(turns: dict[str, list[Measured]]) -> dict[str, Any]:
   """Prints medians over the rounds, and ratios: within each round, and of the best round of each."""
-  print(f"\n{'':<28}{'images/s':>10}{'tiles/s':>10}{'CPU ms an image':>18}{'least':>8}{'others':>8}")
+  print(f"\n{'':<20}{'images/s':>10}{'tiles/s':>10}{'CPU ms an image':>18}{'least':>8}{'others':>8}")
   for name, measured in turns.items():
     images_, tiles, cpu, others = (
       statistics.median(getattr(m, f.name) for m in measured) for f in dataclasses.fields(Measured)
     )
     least = min(m.cpu_seconds for m in measured)
-    print(f"{name:<28}{images_:>10.1f}{tiles:>10.0f}{1e3 * cpu:>18.1f}{1e3 * least:>8.1f}{others:>8.2f}")
-  print(f"\n{'ratio of images/s':<52}{'median':>8}{'quartiles':>14}{'calm rounds':>14}{'of CPU time':>13}")
+    print(f"{name:<20}{images_:>10.1f}{tiles:>10.0f}{1e3 * cpu:>18.1f}{1e3 * least:>8.1f}{others:>8.2f}")
+  print(f"\n{'ratio of images/s':<34}{'median':>8}{'quartiles':>14}{'calm rounds':>14}{'of CPU time':>13}")
   ratios = {}
   for ours, other in RATIOS:
     if ours in turns and other in turns:
@@ -566,7 +571,7 @@ def report(turns: dict[str, list[Measured]]) -> dict[str, Any]:
       low, high = ratio["quartiles"]
       calm = f"{ratio['calm_median']:.3f} of {ratio['calm_rounds']}" if ratio["calm_rounds"] else "none"
       print(
-        f"{f'{ours} / {other}':<52}{ratio['median']:>8.3f}{f'{low:.3f}-{high:.3f}':>14}{calm:>14}"
+        f"{f'{ours} / {other}':<34}{ratio['median']:>8.3f}{f'{low:.3f}-{high:.3f}':>14}{calm:>14}"
         f"{ratio['cpu']:>13.3f}"
       )
   print(
