@@ -16,6 +16,8 @@ from typing import Any, Self
 
 import numpy as np
 
+_NAME = "internvl_jax_tiles"
+
 Allocate = Callable[[tuple[int, ...]], np.ndarray]
 """Returns a uint8 array of a shape, with any content."""
 
@@ -113,12 +115,16 @@ class SharedSlots:
     """Makes slots of so many bytes; None where the system cannot."""
     if not hasattr(os, "memfd_create"):
       return None
-    descriptor = os.memfd_create("internvl_jax_tiles")
+    try:
+      descriptor = os.memfd_create(_NAME)
+    except OSError:
+      return None
     os.ftruncate(descriptor, _pages(count) + count * _pages(slot_bytes))
     return cls(descriptor, count, slot_bytes)
 
   def __reduce__(self) -> tuple[Any, ...]:
-    return _attached, (os.getpid(), self._descriptor, self._count, self._slot_bytes)
+    place = (os.getpid(), self._descriptor, os.fstat(self._descriptor).st_ino)
+    return _attached, (place, self._count, self._slot_bytes)
 
   def claim(self) -> int | None:
     """Returns a free slot, now taken; None if there is none."""
@@ -156,11 +162,16 @@ class SharedSlots:
     self._close()
 
 
-def _attached(process: int, descriptor: int, count: int, slot_bytes: int) -> SharedSlots | None:
-  """Returns another process's slots; None where that is not allowed."""
+def _attached(place: tuple[int, int, int], count: int, slot_bytes: int) -> SharedSlots | None:
+  """Returns another process's slots; None where that is not allowed, or where they were closed meanwhile."""
+  process, descriptor, inode = place
   try:
     own = os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDWR)
   except OSError:
+    return None
+  # The number may stand for another file by now.
+  if os.fstat(own).st_ino != inode or _NAME not in os.readlink(f"/proc/self/fd/{own}"):
+    os.close(own)
     return None
   return SharedSlots(own, count, slot_bytes)
 

@@ -98,7 +98,9 @@ def test_a_remote_mixture_gives_the_samples_of_the_local_one(
     mixtures.append(mixture)
   local, far = mixtures
   assert far.num_samples == local.num_samples == 9
-  assert far.datasets[1].spec.root == f"{root}/films" and far.datasets[2].spec.annotation == f"{root}/more.jsonl"
+  assert (
+    far.datasets[1].spec.root == f"{root}/films" and far.datasets[2].spec.annotation == f"{root}/more.jsonl"
+  )
   for index in range(9):
     one, other = local.decode(0, index), far.decode(0, index)
     for name in ("input_ids", "labels", "tiles"):
