@@ -1,6 +1,6 @@
 """Measures how fast photographs become batches, beside what decoding and resizing alone take.
 
-  python scripts/bench_data.py [--images 240] [--rounds 12] [--json out.json]
+  python scripts/bench_data.py [--images 240] [--rounds 20] [--json out.json]
   python scripts/bench_data.py --quick
   python scripts/bench_data.py --lines 10000000
 
@@ -24,33 +24,38 @@ Needs Linux (/proc, CPU affinity) and scikit-image, whose photographs are croppe
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import json
-import multiprocessing
 import os
 import pathlib
 import platform
 import resource
-import signal
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import PIL
-import transformers
 from absl import app, flags
 from PIL import Image, features
 
+import bench_lines
+import bench_photographs
+from bench_turns import Lane, Measured, Prepare, Turn, compare, take_turn
 from internvl_jax.arguments import DataTrainingArguments, LoaderConfig, TrainingArguments
-from internvl_jax.data import images, jsonl, pipeline, plan, rows, sample, tiling
+from internvl_jax.data import images, pipeline, plan, rows, tiling
 from internvl_jax.data.errors import Where
+from internvl_jax.data.mixture import Mixture
 from internvl_jax.data.tokenize import ChatTokenizer
 
 _IMAGES = flags.DEFINE_integer("images", 240, "Photographs to make.")
-_ROUNDS = flags.DEFINE_integer("rounds", 12, "Turns of each contender.")
-_BATCHES = flags.DEFINE_integer("batches", 16, "Packed rows of a turn; about six images each.")
+_ROUNDS = flags.DEFINE_integer("rounds", 20, "Turns of each contender.")
+_ROWS = flags.DEFINE_integer("rows", 8, "Packed rows of a turn; about six images each.")
+_ACCUMULATION = flags.DEFINE_integer(
+  "accumulation", 1, "Rows of a batch; divides --rows. Above 1 their tiles are copied to the batch."
+)
 _QUICK = flags.DEFINE_bool("quick", False, "A few small photographs and one short turn: shows that it runs.")
 _CONTENDERS = flags.DEFINE_list("contenders", None, "Names of those that take part; all if unset.")
 _LINES = flags.DEFINE_integer("lines", 0, "Measure an annotation file of so many lines in place of all else.")
@@ -60,11 +65,6 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of photographs, conversations and order
 
 TOKENIZER = pathlib.Path(__file__).parents[1] / "tests" / "assets" / "tokenizer"
 TILE, MAX_TILES, TOKENS_PER_TILE = 448, 12, 256
-PHOTOGRAPHS = (
-  *("astronaut", "coffee", "chelsea", "rocket", "retina", "hubble_deep_field", "immunohistochemistry"),
-  "stereo_motorcycle",
-)
-TURN_SECONDS = 300
 
 
 def main(argv: Sequence[str]) -> None:
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
   print(machine())
   with contextlib.ExitStack() as stack:
     folder = pathlib.Path(_FOLDER.value or stack.enter_context(tempfile.TemporaryDirectory()))
-    result = bench_lines(folder, _LINES.value) if _LINES.value else bench_images(folder)
+    result = bench_lines.measure(folder, _LINES.value) if _LINES.value else bench_images(folder)
   if _JSON.value:
     pathlib.Path(_JSON.value).write_text(json.dumps({"machine": machine(), **result}, indent=2))
 
@@ -95,93 +95,35 @@ def processor() -> str:
   return platform.machine()
 
 
-# --- The data -----------------------------------------------------------------------------------------------
-
-
-def write_photographs(folder: pathlib.Path, count: int, megapixels: tuple[float, float], seed: int) -> None:
-  """Writes photographs of many sizes and shapes, each with a conversation, and the meta file."""
-  from skimage import data as photographs  # of the test extra
-
-  folder.mkdir(parents=True, exist_ok=True)
-  rng = np.random.default_rng(seed)
-  loaded = [getattr(photographs, name)() for name in PHOTOGRAPHS]
-  sources = [Image.fromarray(pixels[0] if isinstance(pixels, tuple) else pixels) for pixels in loaded]
-  records = []
-  for i in range(count):
-    image = photograph(sources[i % len(sources)], np.exp(rng.uniform(*np.log(megapixels))), rng)
-    image.save(folder / f"{i}.jpg", quality=int(rng.integers(90, 96)))
-    turns = conversation(rng)
-    records.append({"id": i, "image": f"{i}.jpg", "conversations": turns})
-  (folder / "photographs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-  meta = {"photographs": {"root": str(folder), "annotation": str(folder / "photographs.jsonl")}}
-  (folder / "meta.json").write_text(json.dumps(meta))
-
-
-def photograph(source: Image.Image, megapixels: float, rng: np.random.Generator) -> Image.Image:
-  """A random part of a photograph, resized; with noise as a sensor's, so that its file is as long as a camera's."""
-  aspect = float(np.exp(rng.uniform(-1, 1) * np.log(2.2)))
-  width = min(source.width, source.height * aspect) * rng.uniform(0.6, 1)
-  height = width / aspect
-  left, top = rng.uniform(0, source.width - width), rng.uniform(0, source.height - height)
-  size = round((megapixels * 1e6 * aspect) ** 0.5), round((megapixels * 1e6 / aspect) ** 0.5)
-  part = source.convert("RGB").resize(size, Image.Resampling.BICUBIC, (left, top, left + width, top + height))
-  noise = rng.normal(0, 3, (size[1], size[0], 1)).round()
-  return Image.fromarray(np.clip(np.asarray(part) + noise, 0, 255).astype(np.uint8))
-
-
-def conversation(rng: np.random.Generator) -> list[dict[str, str]]:
-  """One to three questions with answers of a few words up to a paragraph."""
-  words = [
-    "the",
-    "a",
-    "red",
-    "of",
-    "cat",
-    "on",
-    "in",
-    "street",
-    "with",
-    "two",
-    "sign",
-    "says",
-    "left",
-    "right",
-    "above",
-    "small",
-    "photo",
-    "shows",
-    "person",
-    "is",
-  ]
-
-  def text(low: int, high: int) -> str:
-    return " ".join(rng.choice(words, int(rng.integers(low, high)))).capitalize()
-
-  turns = []
-  for _ in range(int(rng.integers(1, 4))):
-    turns.append({"from": "human", "value": f"{text(6, 20)}?"})
-    turns.append({"from": "gpt", "value": f"{text(5, 120)}."})
-  turns[0]["value"] = f"<image>\n{turns[0]['value']}"
-  return turns
+# --- The contenders -----------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """What all contenders share; goes to their processes."""
+  """What goes to the contenders' processes.
+
+  Attributes:
+    folder: of the photographs.
+    max_tokens: of a packed row.
+    max_tiles: of a packed row.
+    seed: of the order.
+    warm_up: rows before the first turn.
+    accumulation: rows of a batch, each a micro-batch.
+    workers: worker processes of a loader.
+    threads: decoding threads of a loader without workers.
+  """
 
   folder: pathlib.Path
   max_tokens: int
   max_tiles: int
   seed: int
+  warm_up: int
+  accumulation: int = 1
   workers: int = 0
   threads: int = 1
 
   def path(self, index: int) -> str:
     return str(self.folder / f"{index}.jpg")
-
-  def warm_up(self) -> int:
-    """Batches before the first turn: those that workers make ahead, and some more."""
-    return 2 + 3 * self.workers
 
   def data(self) -> DataTrainingArguments:
     """The settings of the packed recipes."""
@@ -200,14 +142,16 @@ class Job:
     )
 
   def tokenizer(self) -> ChatTokenizer:
-    return ChatTokenizer(
-      transformers.PreTrainedTokenizerFast.from_pretrained(TOKENIZER), self.data().conv_style
-    )
+    import transformers  # Here, because what only decodes does without it.
+
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(TOKENIZER)
+    return ChatTokenizer(tokenizer, self.data().conv_style)
 
   def loader(self) -> pipeline.TrainLoader:
-    """An endless loader, one row a batch."""
+    """An endless loader."""
     training = TrainingArguments(
       per_device_train_batch_size=1,
+      gradient_accumulation_steps=self.accumulation,
       max_steps=1 << 40,
       dataloader_num_workers=self.workers,
       seed=self.seed,
@@ -221,17 +165,15 @@ class Job:
 
   def row_stream(self) -> Iterator[list[int]]:
     """The images of each row, in the loader's order."""
-    mixture = sample.Mixture(
-      self.data(), self.tokenizer(), tokens_per_tile=TOKENS_PER_TILE, seed=self.seed, cache=None
+    data, policy = self.data(), LoaderConfig().on_over_length
+    mixture = Mixture(
+      data, self.tokenizer(), tokens_per_tile=TOKENS_PER_TILE, seed=self.seed, policy=policy, cache=None
     )
-    mixture.index_sizes(self.folder / "cache", workers=0, progress=lambda lines: None)
+    mixture.index_sizes(self.folder / "cache", workers=0, quiet=True)
     order = plan.Plan(mixture.num_samples, self.seed, shuffle=True)
-    stream = rows.RowStream(order, mixture.size_of, pipeline.pack_settings(self.data()))
+    stream = rows.RowStream(order, mixture.size_of, pipeline.pack_settings(data))
     while True:
       yield next(stream).indices.tolist()
-
-
-# --- The contenders -----------------------------------------------------------------------------------------
 
 
 def floor_tiles(path: str) -> list[Image.Image]:
@@ -271,18 +213,14 @@ def _normalized(pixels: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.nda
   return tensor
 
 
-Turn = Callable[[Sequence[int], int], int]
-"""Handles images of these indices, or so many batches; returns how many tiles that were."""
-
-
 @contextlib.contextmanager
 def floor(job: Job) -> Iterator[Turn]:
-  yield lambda indices, batches: sum(len(floor_tiles(job.path(index))) for index in indices)
+  yield lambda indices, number: sum(len(floor_tiles(job.path(index))) for index in indices)
 
 
 @contextlib.contextmanager
 def plain(job: Job) -> Iterator[Turn]:
-  yield lambda indices, batches: sum(len(plain_tiles(job.path(index))) for index in indices)
+  yield lambda indices, number: sum(len(plain_tiles(job.path(index))) for index in indices)
 
 
 @contextlib.contextmanager
@@ -290,9 +228,14 @@ def ours(job: Job) -> Iterator[Turn]:
   """Consumes our loader."""
   loader = job.loader()
 
-  def turn(indices: Sequence[int], batches: int) -> int:
+  def turn(indices: Sequence[int], number: int) -> int:
     del indices
-    image_tokens = sum(int((next(loader).image_index >= 0).sum()) for _ in range(batches))
+    image_tokens = 0
+    for _ in range(number // job.accumulation):
+      batch = next(loader)
+      image_tokens += int((batch.image_index >= 0).sum())
+      # Every page is touched: what another process wrote is mapped only then.
+      batch.tiles.reshape(-1)[:: resource.getpagesize()].max(initial=0)
     return image_tokens // TOKENS_PER_TILE
 
   yield turn
@@ -300,6 +243,14 @@ def ours(job: Job) -> Iterator[Turn]:
 
 
 KINDS = {"floor": floor, "plain": plain, "ours": ours}
+
+
+@contextlib.contextmanager
+def warm(kind: str, job: Job) -> Iterator[Turn]:
+  """A contender after its first images or rows."""
+  with KINDS[kind](job) as turn:
+    turn(range(3), job.warm_up)
+    yield turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,19 +274,22 @@ class Contender:
   def job(self, job: Job) -> Job:
     return dataclasses.replace(job, workers=self.workers, threads=self.threads)
 
+  def prepare(self, job: Job) -> Prepare:
+    return functools.partial(warm, self.kind, self.job(job))
+
 
 def contenders() -> list[Contender]:
-  """One core first, then all."""
+  """On one core first, then on all."""
   cores = tuple(sorted(os.sched_getaffinity(0)))
   one, each, n = ((cores[-1],),), tuple((core,) for core in cores), len(cores)
   found = [
-    Contender("floor, 1 core", "floor", one),
-    Contender("plain, 1 core", "plain", one),
-    Contender("ours, 1 core", "ours", one),
-    Contender("floor, all cores", "floor", each),
-    Contender("plain, all cores", "plain", each),
-    Contender("ours, all cores, threads", "ours", (cores,), threads=n),
-    Contender("ours, all cores, processes", "ours", (cores,), workers=n),
+    Contender("floor-1", "floor", one),
+    Contender("plain-1", "plain", one),
+    Contender("ours-1", "ours", one),
+    Contender("floor-all", "floor", each),
+    Contender("plain-all", "plain", each),
+    Contender("ours-all-threads", "ours", (cores,), threads=n),
+    Contender("ours-all-processes", "ours", (cores,), workers=n),
   ]
   return [c for c in found if _CONTENDERS.value is None or c.name in _CONTENDERS.value]
 
@@ -343,124 +297,41 @@ def contenders() -> list[Contender]:
 # --- Turns --------------------------------------------------------------------------------------------------
 
 
-class Lane:
-  """A process of a contender, stopped outside its turns. Workers that it starts are stopped with it."""
-
-  def __init__(self, job: Job, kind: str, cores: Sequence[int]):
-    context = multiprocessing.get_context("spawn")
-    self._pipe, theirs = context.Pipe()
-    self._process = context.Process(target=_serve, args=(theirs, job, kind, tuple(cores)))
-    self._process.start()
-
-  def ready(self) -> None:
-    """Waits until it is warm."""
-    self.receive()
-    self.pause()
-
-  def send(self, indices: Sequence[int], batches: int) -> None:
-    os.killpg(self._pid, signal.SIGCONT)
-    self._pipe.send((list(indices), batches))
-
-  def receive(self) -> Any:
-    if not self._pipe.poll(TURN_SECONDS):
-      raise TimeoutError(f"a contender did not answer within {TURN_SECONDS} s")
-    return self._pipe.recv()
-
-  def pause(self) -> None:
-    os.killpg(self._pid, signal.SIGSTOP)
-
-  def cpu_seconds(self) -> float:
-    """CPU time so far, of the process and its workers."""
-    return sum(_cpu_seconds(self._pid))
-
-  def close(self) -> None:
-    os.killpg(self._pid, signal.SIGCONT)
-    self._pipe.send(None)
-    self._process.join(TURN_SECONDS)
-
-  @property
-  def _pid(self) -> int:
-    assert self._process.pid is not None
-    return self._process.pid
-
-
-def _cpu_seconds(group: int) -> Iterator[float]:
-  for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
-    with contextlib.suppress(OSError):  # a process that ended meanwhile
-      fields = stat.read_text().rpartition(")")[2].split()
-      if int(fields[2]) == group:
-        yield (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _serve(pipe: Any, job: Job, kind: str, cores: tuple[int, ...]) -> None:
-  os.setpgid(0, 0)
-  os.sched_setaffinity(0, cores)
-  with KINDS[kind](job) as turn:
-    turn(range(3), job.warm_up())
-    pipe.send("ready")
-    while (order := pipe.recv()) is not None:
-      start = time.perf_counter()
-      tiles = turn(*order)
-      pipe.send((time.perf_counter() - start, tiles))
-
-
-@dataclasses.dataclass
-class Measured:
-  """A turn of a contender, for each image."""
-
-  images_per_second: float
-  tiles_per_second: float
-  cpu_seconds: float
-
-
-def take_turn(lanes: Sequence[Lane], indices: Sequence[int], batches: int) -> tuple[Measured, int]:
-  """Lets a contender handle these images; returns also how many tiles they had."""
-  before = sum(lane.cpu_seconds() for lane in lanes)
-  shares = [indices[i :: len(lanes)] for i in range(len(lanes))]
-  for lane, share in zip(lanes, shares, strict=True):
-    lane.send(share, batches)
-  answers = [lane.receive() for lane in lanes]
-  for lane in lanes:
-    lane.pause()
-  cpu = sum(lane.cpu_seconds() for lane in lanes) - before
-  # One lane may end before the other; it would go on with other images, so the rates add up.
-  rate = sum(len(share) / seconds for share, (seconds, _) in zip(shares, answers, strict=True))
-  tiles = sum(tiles for _, tiles in answers)
-  return Measured(rate, rate * tiles / len(indices), cpu / len(indices)), tiles
-
-
 def bench_images(folder: pathlib.Path) -> dict[str, Any]:
   """Makes the data, checks that all see the same pixels, and measures."""
-  count, rounds, batches = (6, 1, 2) if _QUICK.value else (_IMAGES.value, _ROUNDS.value, _BATCHES.value)
+  count, rounds, number = (6, 1, 2) if _QUICK.value else (_IMAGES.value, _ROUNDS.value, _ROWS.value)
   folder = folder / f"{count}-{_SEED.value}"
   if not (folder / "meta.json").exists():
-    write_photographs(folder, count, (0.05, 0.5) if _QUICK.value else (0.25, 2.5), _SEED.value)
-  job = Job(folder, 8192 if _QUICK.value else 16384, 48, _SEED.value)
+    bench_photographs.write(folder, count, (0.05, 0.5) if _QUICK.value else (0.25, 2.5), _SEED.value)
+  # As many rows as the workers make ahead, and some more.
+  warm_up = _ACCUMULATION.value * (2 + 3 * len(os.sched_getaffinity(0)))
+  job = Job(folder, 8192 if _QUICK.value else 16384, 48, _SEED.value, warm_up, _ACCUMULATION.value)
   print(describe(job, count))
   stream = job.row_stream()
   check_pixels(job, count)
   taking_part = contenders()
   turns: dict[str, list[Measured]] = {contender.name: [] for contender in taking_part}
   with contextlib.ExitStack() as stack:
-    lanes = {contender.name: start(contender, job, stack) for contender in taking_part}
-    skipped = {c.name: c.job(job).warm_up() for c in taking_part}
-    rows_ = [next(stream) for _ in range(rounds * batches + max(skipped.values()))]
-    for number in range(rounds):
-      # Loaders with workers are some batches ahead, so their images are others; those of each turn are known.
+    lanes = start(taking_part, job, stack)
+    rows_ = list(itertools.islice(stream, warm_up + rounds * number))
+    for first in range(warm_up, len(rows_), number):
+      indices = [index for row in rows_[first : first + number] for index in row]
+      wanted = sum(tiles_of(job, index) for index in indices)
       for contender in taking_part:
-        first = skipped[contender.name] + number * batches
-        indices = [index for row in rows_[first : first + batches] for index in row]
-        measured, tiles = take_turn(lanes[contender.name], indices, batches)
-        assert tiles == sum(tiles_of(job, index) for index in indices), (contender, tiles)
+        measured, tiles = take_turn(lanes[contender.name], indices, number)
+        assert tiles == wanted, (contender, tiles, wanted)
         turns[contender.name].append(measured)
   return report(turns)
 
 
-def start(contender: Contender, job: Job, stack: contextlib.ExitStack) -> list[Lane]:
-  """Starts a contender's processes and waits until they are warm."""
-  lanes = [Lane(contender.job(job), contender.kind, cores) for cores in contender.lanes]
-  for lane in lanes:
-    stack.callback(lane.close)
+def start(taking_part: Sequence[Contender], job: Job, stack: contextlib.ExitStack) -> dict[str, list[Lane]]:
+  """Starts the contenders' processes and waits until they are warm."""
+  lanes: dict[str, list[Lane]] = {}
+  for contender in taking_part:
+    lanes[contender.name] = [Lane(contender.prepare(job), cores) for cores in contender.lanes]
+    for lane in lanes[contender.name]:
+      stack.callback(lane.close)
+  for lane in itertools.chain(*lanes.values()):
     lane.ready()
   return lanes
 
@@ -497,10 +368,9 @@ def check_pixels(job: Job, count: int) -> None:
     if index < 3:
       plain = np.asarray(plain_tiles(job.path(index)))
       np.testing.assert_allclose((plain * std + mean) * 255, wanted.transpose(0, 3, 1, 2), atol=1e-3)
-  loader = job.loader()
-  for row, _ in zip(job.row_stream(), range(2), strict=False):
-    pool = next(loader).tiles[0, 0]
-    tiles = np.concatenate([our_tiles(job, index) for index in row])
+  loader, stream = job.loader(), job.row_stream()
+  for pool in next(loader).tiles[:, 0]:
+    tiles = np.concatenate([our_tiles(job, index) for index in next(stream)])
     np.testing.assert_array_equal(pool[: len(tiles)], tiles)
     assert not pool[len(tiles) :].any()
   loader.close()
@@ -522,115 +392,45 @@ def our_tiles(job: Job, index: int) -> np.ndarray:
 # --- The report ---------------------------------------------------------------------------------------------
 
 RATIOS = (
-  ("ours, 1 core", "floor, 1 core"),
-  ("ours, 1 core", "plain, 1 core"),
-  ("ours, all cores, threads", "floor, all cores"),
-  ("ours, all cores, processes", "floor, all cores"),
-  ("ours, all cores, threads", "plain, all cores"),
-  ("ours, all cores, processes", "plain, all cores"),
-  ("floor, all cores", "floor, 1 core"),
-  ("ours, all cores, threads", "ours, 1 core"),
-  ("ours, all cores, processes", "ours, 1 core"),
+  ("ours-1", "floor-1"),
+  ("ours-1", "plain-1"),
+  ("ours-all-threads", "floor-all"),
+  ("ours-all-processes", "floor-all"),
+  ("ours-all-threads", "plain-all"),
+  ("ours-all-processes", "plain-all"),
+  ("floor-all", "floor-1"),
+  ("ours-all-threads", "ours-1"),
+  ("ours-all-processes", "ours-1"),
 )
 
 
 def report(turns: dict[str, list[Measured]]) -> dict[str, Any]:
-  """Prints medians over the rounds, and ratios within the rounds."""
-  print(f"\n{'':<28}{'images/s':>10}{'tiles/s':>10}{'CPU ms an image':>18}")
+  """Prints medians over the rounds, and ratios: within each round, and of the best round of each."""
+  print(f"\n{'':<20}{'images/s':>10}{'tiles/s':>10}{'CPU ms an image':>18}{'least':>8}{'others':>8}")
   for name, measured in turns.items():
-    columns = [statistics.median(getattr(m, f.name) for m in measured) for f in dataclasses.fields(Measured)]
-    print(f"{name:<28}{columns[0]:>10.1f}{columns[1]:>10.0f}{1e3 * columns[2]:>18.1f}")
-  print(f"\n{'ratio of images/s':<54}{'median':>8}{'quartiles':>16}{'range':>16}{'of CPU time':>14}")
+    images_, tiles, cpu, others = (
+      statistics.median(getattr(m, f.name) for m in measured) for f in dataclasses.fields(Measured)
+    )
+    least = min(m.cpu_seconds for m in measured)
+    print(f"{name:<20}{images_:>10.1f}{tiles:>10.0f}{1e3 * cpu:>18.1f}{1e3 * least:>8.1f}{others:>8.2f}")
+  print(f"\n{'ratio of images/s':<34}{'median':>8}{'quartiles':>14}{'calm rounds':>14}{'of CPU time':>13}")
   ratios = {}
   for ours, other in RATIOS:
     if ours in turns and other in turns:
-      pairs = list(zip(turns[ours], turns[other], strict=True))
-      speed = sorted(a.images_per_second / b.images_per_second for a, b in pairs)
-      cpu = statistics.median(b.cpu_seconds / a.cpu_seconds for a, b in pairs)
-      ratios[f"{ours} / {other}"] = {"rounds": speed, "median": statistics.median(speed), "cpu": cpu}
-      low, high = np.quantile(speed, (0.25, 0.75))
+      ratio = ratios[f"{ours} / {other}"] = compare(turns[ours], turns[other])
+      low, high = ratio["quartiles"]
+      calm = f"{ratio['calm_median']:.3f} of {ratio['calm_rounds']}" if ratio["calm_rounds"] else "none"
       print(
-        f"{f'{ours} / {other}':<54}{statistics.median(speed):>8.3f}{f'{low:.3f}-{high:.3f}':>16}"
-        f"{f'{speed[0]:.3f}-{speed[-1]:.3f}':>16}{cpu:>14.3f}"
+        f"{f'{ours} / {other}':<34}{ratio['median']:>8.3f}{f'{low:.3f}-{high:.3f}':>14}{calm:>14}"
+        f"{ratio['cpu']:>13.3f}"
       )
+  print(
+    "calm: rounds in which other processes took less than 5 % of a core; CPU time: of both, all rounds together"
+  )
   return {
     "turns": {name: [dataclasses.asdict(m) for m in measured] for name, measured in turns.items()},
     "ratios": ratios,
   }
-
-
-# --- A long annotation file ---------------------------------------------------------------------------------
-
-
-def bench_lines(folder: pathlib.Path, count: int) -> dict[str, Any]:
-  """Writes an annotation file of so many lines, and times what a run does with it before the first sample."""
-  folder.mkdir(parents=True, exist_ok=True)
-  path = folder / "lines.jsonl"
-  with path.open("w") as file:
-    for start in range(0, count, 10_000):
-      file.writelines(
-        f'{{"id": {i}, "conversations": [{{"from": "human", "value": "What is {i} + 1?"}}, '
-        f'{{"from": "gpt", "value": "{i + 1}"}}]}}\n'
-        for i in range(start, min(start + 10_000, count))
-      )
-  print(f"{count} lines, {path.stat().st_size / 1e6:.0f} MB")
-  result: dict[str, Any] = {"lines": count, "bytes": path.stat().st_size}
-  cache = folder / "lines_cache"
-  for name, action in (
-    ("first opening", open_file),
-    ("second opening", open_file),
-    ("1000 random reads", read_lines),
-    ("order of an epoch", order_lines),
-  ):
-    result[name] = in_fresh_process(action, str(path), str(cache), count)
-    seconds, grown, peak = (result[name][key] for key in ("seconds", "grown_mb", "peak_mb"))
-    print(f"{name:<20}{seconds:>9.3f} s, memory {grown:+.0f} MB, at its peak {peak:+.0f} MB")
-  return result
-
-
-def in_fresh_process(action: Callable[..., Any], *args: Any) -> dict[str, float]:
-  """Seconds of an action, and by how much the process's own memory grew: after it, and at its peak."""
-  with multiprocessing.get_context("spawn").Pool(1) as pool:
-    return pool.apply(_measure, (action, *args))
-
-
-def _measure(action: Callable[..., Any], *args: Any) -> dict[str, float]:
-  prepared = action(*args)
-  before, peak = _memory_mb(), _peak_mb()
-  start = time.perf_counter()
-  kept = prepared()
-  seconds = time.perf_counter() - start
-  grown = _memory_mb() - before
-  del kept
-  return {"seconds": seconds, "grown_mb": grown, "peak_mb": max(0, _peak_mb() - peak)}
-
-
-def _memory_mb() -> float:
-  pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-  return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
-def _peak_mb() -> float:
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-
-
-def open_file(path: str, cache: str, count: int) -> Callable[[], Any]:
-  del count
-  return lambda: jsonl.JsonlFile(path, "lines", cache=cache)
-
-
-def read_lines(path: str, cache: str, count: int) -> Callable[[], Any]:
-  file, chosen = (
-    jsonl.JsonlFile(path, "lines", cache=cache),
-    np.random.default_rng(0).integers(0, count, 1000),
-  )
-  return lambda: [file.read(index)["id"] for index in chosen.tolist()]
-
-
-def order_lines(path: str, cache: str, count: int) -> Callable[[], Any]:
-  del path, cache
-  order = plan.Plan(count, 0, shuffle=True)
-  return lambda: (order, order.places(0, 1))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ class MicroBatch(NamedTuple):
     lengths: int32 [G], tokens of each sample; 0 for one that was dropped.
     rows: int32 [G], the row that each sample stands in, ascending.
     num_rows: R.
-    tiles: uint8 [sum of num_tiles, H, W, 3].
+    tiles: uint8 [sum of num_tiles or more, H, W, 3]: those of the samples, then room of any content. (Between processes
+      they may travel as `pool.SharedTiles`.)
     num_tiles: int32 [G], tiles of each sample.
     datasets: int32 [G], the dataset of each sample.
     events: bool [G, EVENTS].
@@ -77,7 +78,7 @@ def pack_rows(
 
   Args:
     rows: the samples of each row, in the order in which they stand there.
-    tiles: the tiles of all samples in this order.
+    tiles: the tiles of all samples in this order, then room of any content.
     tokens_per_tile: image tokens of one tile.
     image_token_id: the id that stands at image tokens.
 
@@ -88,7 +89,7 @@ def pack_rows(
   samples = [place for place in places if isinstance(place, Sample)]
   for sample in samples:
     _check_image_tokens(sample, tokens_per_tile, image_token_id)
-  assert len(tiles) == sum(len(s.tiles) for s in samples)
+  assert len(tiles) >= sum(len(s.tiles) for s in samples)
   none = np.zeros(0, np.int32)
   read = [isinstance(place, Sample) for place in places]
   return MicroBatch(
@@ -211,7 +212,7 @@ def assemble(
   The samples of a row are its segments, numbered from 1, each with positions of its own.
 
   Args:
-    micro_batches: A of them, each with R rows.
+    micro_batches: A of them, each with R rows. The memory of a single one becomes the batch's.
     data_shards: D; divides R.
     image_token_id: the id that stands at image tokens.
     sequence_sizes: the buckets for S, ascending.
@@ -295,6 +296,11 @@ def _image_index(is_image: np.ndarray, data_shards: int) -> np.ndarray:
 
 def _pools(micro_batches: Sequence[MicroBatch], used: np.ndarray, pool: int) -> np.ndarray:
   """Returns uint8 [A, D, T, H, W, 3] from the tiles end to end and how many each shard uses, [A, D]."""
+  if used.size == 1 and len(micro_batches[0].tiles) >= pool:
+    # A whole batch already, but for what is not used; copying it would be the most of what this process does.
+    tiles = np.asarray(micro_batches[0].tiles)[:pool]
+    tiles[used.item() :] = 0
+    return tiles[None, None]
   tiles = np.zeros((*used.shape, pool, *micro_batches[0].tiles.shape[1:]), np.uint8)
   ends = used.cumsum(-1)
   for a, micro in enumerate(micro_batches):

@@ -1,6 +1,7 @@
 """Micro-batches decoded ahead, by worker processes or by threads."""
 
 import dataclasses
+import functools
 import os
 import shutil
 from typing import Any, cast
@@ -14,7 +15,7 @@ from internvl_jax.data.errors import DataError
 from internvl_jax.data.mixture import Mixture
 from internvl_jax.data.pieces import OVER_LONG, UNREADABLE, UNSUPERVISED, kind_of_loss
 from internvl_jax.data.plan import Order, Places
-from internvl_jax.data.pool import Allocate, TilePool
+from internvl_jax.data.pool import SharedSlots, SharedTiles, TilePool, keep_freed_memory
 from internvl_jax.data.rows import PlannedRows
 from internvl_jax.data.sample import Sample
 
@@ -38,8 +39,8 @@ class MicroBatchSource:
     tile_size: side of a tile in pixels.
     tokens_per_tile: image tokens of one tile.
     image_token_id: the id that stands at image tokens.
-    max_tiles: the most tiles of a micro-batch.
-    allocate: makes the memory of its tiles; None: the process's own.
+    max_tiles: room for the tiles of a micro-batch.
+    shared: where worker processes write the tiles; None: to memory of their own.
     packed: the samples of the rows of each element where rows hold several; None: one a row.
     measured: the mixture's sizes are known, and a sample of another size is an error.
   """
@@ -54,7 +55,7 @@ class MicroBatchSource:
   tokens_per_tile: int
   image_token_id: int
   max_tiles: int = 0
-  allocate: Allocate | None = None
+  shared: SharedSlots | None = None
   packed: PlannedRows | None = None
   measured: bool = False
 
@@ -62,10 +63,27 @@ class MicroBatchSource:
     return self.count
 
   def __getitem__(self, element: int) -> batching.MicroBatch:
-    pool = TilePool(self.tile_size, self.max_tiles, self.allocate)
+    pool = TilePool(self.tile_size, self.max_tiles)
+    if self.shared is None:
+      return self._make(element, pool)
+    slot = self.shared.claim()
+    if slot is None:
+      return _without_room(self._make(element, pool))
+    try:
+      pool = TilePool(self.tile_size, self.max_tiles, functools.partial(self.shared.array, slot))
+      micro = self._make(element, pool)
+      if pool.allocated:
+        return micro._replace(tiles=SharedTiles(slot, micro.tiles.shape))
+    except BaseException:
+      self.shared.release(slot)
+      raise
+    self.shared.release(slot)
+    return _without_room(micro)
+
+  def _make(self, element: int, pool: TilePool) -> batching.MicroBatch:
     return batching.pack_rows(
       [self._row(places, pool) for places in self._planned(element)],
-      tiles=pool.since(0),
+      tiles=pool.tiles,
       tokens_per_tile=self.tokens_per_tile,
       image_token_id=self.image_token_id,
     )
@@ -99,40 +117,72 @@ class MicroBatchSource:
       return batching.Lost(dataset, _EVENTS[kind_of_loss(error)], str(error))
 
 
-def decoded_ahead(source: MicroBatchSource, workers: int, prefetch: int) -> grain.IterDataset:
-  """Returns the source's elements in order, decoded ahead by worker processes or by threads of this one.
+def _without_room(micro: batching.MicroBatch) -> batching.MicroBatch:
+  """Returns what is sent from one process to another: room for more tiles would travel too."""
+  return micro._replace(tiles=micro.tiles[: micro.num_tiles.sum()])
 
-  Args:
-    source: the micro-batches.
-    workers: processes; 0: threads.
-    prefetch: micro-batches made ahead, by each worker.
-  """
-  if not workers:
-    threads = min(prefetch, os.cpu_count() or 1)
-    dataset = grain.MapDataset.source(cast(Any, source))  # grain names the index differently
-    return dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
+
+class DecodedAhead:
+  """A source's elements in order, decoded ahead by worker processes or by threads of this one."""
+
+  def __init__(self, source: MicroBatchSource, workers: int, prefetch: int):
+    """Starts to decode.
+
+    Args:
+      source: the micro-batches.
+      workers: processes; 0: threads.
+      prefetch: micro-batches made ahead, by each worker.
+    """
+    keep_freed_memory()
+    self._shared: SharedSlots | None = None
+    if workers:
+      # Each worker's queue, what it is making and what it made last; and the batches that the trainer holds.
+      slots, micro_bytes = workers * (prefetch + 2) + 2, source.max_tiles * 3 * source.tile_size**2
+      self._shared = SharedSlots.create(slots, micro_bytes)
+      source = dataclasses.replace(source, shared=self._shared)
+      # What finds no slot travels through shared memory of its own.
+      self._iterator = iter(_by_processes(source, workers, prefetch, slots * micro_bytes))
+    else:
+      self._iterator = iter(_by_threads(source, prefetch))
+
+  def __next__(self) -> batching.MicroBatch:
+    micro = next(self._iterator)
+    if isinstance(micro.tiles, SharedTiles):
+      assert self._shared is not None
+      return micro._replace(tiles=self._shared.open(micro.tiles))
+    return micro
+
+  def close(self) -> None:
+    """Ends the workers. What was handed out can still be read."""
+    self._iterator.close()
+    if self._shared is not None:
+      self._shared.close()
+
+
+def _by_threads(source: MicroBatchSource, prefetch: int) -> grain.IterDataset:
+  threads = min(prefetch, os.cpu_count() or 1)
+  dataset = grain.MapDataset.source(cast(Any, source))  # grain names the index differently
+  return dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
+
+
+def _by_processes(source: MicroBatchSource, workers: int, prefetch: int, in_flight: int) -> grain.IterDataset:
   if not flags.FLAGS.is_parsed():
     # Grain's process prefetch reads absl flags of its own, which only `app.run` parses; in a test, a notebook or
     # another program their defaults are right.
     flags.FLAGS.mark_as_parsed()
-  micro_bytes = source.max_tiles * 3 * source.tile_size**2
-  smallest = _shared_memory_threshold(workers * (prefetch + 2) * micro_bytes)
-  if smallest <= micro_bytes:
-    # Tiles are written where the main process reads them.
-    source = dataclasses.replace(source, allocate=_shared_array)
   dataset = grain.MapDataset.source(cast(Any, source))
   # A worker decodes one micro-batch at a time: threads within it would only contend for the interpreter lock.
   iterable = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-  options = grain.experimental.DatasetOptions(min_shm_size=smallest)
+  options = grain.experimental.DatasetOptions(min_shm_size=_shared_memory_threshold(in_flight))
   iterable = grain.experimental.WithOptionsIterDataset(iterable, options)
   return iterable.mp_prefetch(
-    grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
+    grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch), _start_worker
   )
 
 
-def _shared_array(shape: tuple[int, ...]) -> np.ndarray:
-  """Returns a uint8 array that another process can map: Grain hands on its name in place of its content."""
-  return grain.multiprocessing.SharedMemoryArray(shape, np.uint8)
+def _start_worker(index: int, count: int) -> None:
+  del index, count
+  keep_freed_memory()
 
 
 def _shared_memory_threshold(in_flight: int) -> int:

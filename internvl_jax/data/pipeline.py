@@ -8,7 +8,6 @@ import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import grain
 import numpy as np
 import tqdm
 from absl import logging
@@ -18,7 +17,7 @@ from internvl_jax.batch import SFTBatch
 from internvl_jax.data import batching, packing
 from internvl_jax.data import plan as plans
 from internvl_jax.data.cache import cache_errors_named, whole_file
-from internvl_jax.data.decoding import MicroBatchSource, decoded_ahead
+from internvl_jax.data.decoding import DecodedAhead, MicroBatchSource
 from internvl_jax.data.errors import DataError
 from internvl_jax.data.files import default_cache
 from internvl_jax.data.fitting import Policy
@@ -130,7 +129,7 @@ class TrainLoader:
       self._mixture.names, loader, hosts=data_shards // len(my_shards), epoch=self.num_samples
     )
     self._handed: dict[int, list[plans.Places]] = {}
-    self._iterator: grain.DatasetIterator | None = None
+    self._iterator: DecodedAhead | None = None
     self._closed = False
     if state is not None:
       self._restore(state)
@@ -238,12 +237,13 @@ class TrainLoader:
       order, length_of, self._accumulation, self._data_shards, training.per_device_train_batch_size
     )
 
-  def _start(self) -> grain.DatasetIterator:
+  def _start(self) -> DecodedAhead:
     """Starts decoding at the next step."""
     start = self.next_step * self._accumulation
     by_shard = self._training.per_device_train_batch_size
     mine = range(self._my_shards.start * by_shard, self._my_shards.stop * by_shard)
     most = self._mixture.max_tiles() if self._packing is None else self._packing.max_tiles
+    room = batching.tile_bucket(len(mine) * most, self._tile_sizes)
     source = MicroBatchSource(
       mixture=self._mixture,
       order=self._order,
@@ -254,11 +254,11 @@ class TrainLoader:
       tile_size=self._tile_size,
       tokens_per_tile=self._tokens_per_tile,
       image_token_id=self._image_token_id,
-      max_tiles=len(mine) * most,
+      max_tiles=room,
       packed=self._planned_rows(),
       measured=self._measured,
     )
-    return iter(decoded_ahead(source, self._training.dataloader_num_workers, self._loader.prefetch))
+    return DecodedAhead(source, self._training.dataloader_num_workers, self._loader.prefetch)
 
   def _planned_rows(self) -> PlannedRows | None:
     """Returns the packed rows from the next step on, for the workers; None where rows are not packed."""
