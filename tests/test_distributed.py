@@ -12,7 +12,8 @@ import pytest
 from hosts import free_port
 from internvl_jax.arguments import MeshConfig
 from internvl_jax.errors import UserError
-from internvl_jax.parallel.distributed import Place, StopSignal, find_place, joined
+from internvl_jax.parallel.distributed import StopSignal, joined
+from internvl_jax.parallel.launchers import Place, find_place
 from internvl_jax.parallel.mesh import data_parts, make_mesh
 from toy import REPOSITORY
 
