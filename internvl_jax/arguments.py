@@ -275,7 +275,7 @@ class EvalConfig:
 class RuntimeConfig:
   """How the numbers are computed."""
 
-  # Attention backend: "auto" or "xla".
+  # Attention backend: "xla", "splash" (kernels for TPUs), or "auto", which is the one made for the platform.
   attention: str = "auto"
   # What the backward pass recomputes under grad_checkpoint: "full" keeps layer inputs only, "dots" also
   # keeps the results of matrix products without a batch dimension.

@@ -1,5 +1,10 @@
 """Puts a run's pieces together from the configuration: what the front doors that compute share."""
 
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +15,18 @@ from transformers import PreTrainedTokenizerBase
 from internvl_jax.arguments import LoRAConfig, ModelArguments
 from internvl_jax.config import TrainConfig
 from internvl_jax.errors import UserError
-from internvl_jax.hf.model import Changes, Source, base_folder, open_parts, open_source, with_projector
+from internvl_jax.hf import published
+from internvl_jax.hf.model import (
+  Changes,
+  Source,
+  base_folder,
+  describe,
+  open_parts,
+  open_source,
+  with_projector,
+)
 from internvl_jax.hf.tokenizer import add_image_tokens, load_tokenizer
+from internvl_jax.models.attention import backend_for
 from internvl_jax.models.internvl import Execution
 from internvl_jax.models.lora import DEFAULT_TARGETS, LoRASpec
 from internvl_jax.objectives import SupervisedFineTuning
@@ -20,6 +35,15 @@ from internvl_jax.parallel import rules, zero
 from internvl_jax.parallel.table import placement_table, placement_warnings
 from internvl_jax.state import with_dtypes
 from internvl_jax.step import TrainStep
+
+
+def set_up_jax(config: TrainConfig) -> None:
+  """Settings of JAX that the whole process shares."""
+  if config.runtime.compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", config.runtime.compilation_cache_dir)
+  if not config.training.bf16:
+    # Accelerators round float32 products to less by default; float32 is asked for to get float32's numbers.
+    jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def open_model(config: TrainConfig, *, with_weights: bool = True) -> tuple[Source, PreTrainedTokenizerBase]:
@@ -36,17 +60,8 @@ def open_model(config: TrainConfig, *, with_weights: bool = True) -> tuple[Sourc
   new_tokens = add_image_tokens(tokenizer)
   if new_tokens:
     logging.info("Added %d image tokens to the tokenizer; it has %d tokens now", new_tokens, len(tokenizer))
-  changes = Changes(
-    image_size=config.data.force_image_size,
-    select_layer=model.vision_select_layer,
-    downsample_ratio=config.data.down_sample_ratio,
-    ps_version=model.ps_version,
-    unfreeze_vit_layers=model.unfreeze_vit_layers,
-    vision_lora=lora_spec(config.lora, model.use_backbone_lora),
-    text_lora=lora_spec(config.lora, model.use_llm_lora),
-    vocab_size=len(tokenizer) if new_tokens else None,
-    new_tokens=new_tokens,
-  )
+  vocab_size = len(tokenizer) if new_tokens else None
+  changes = dataclasses.replace(changes_of(config), vocab_size=vocab_size, new_tokens=new_tokens)
   read = with_weights and not config.runtime.random_init
   if not model.model_name_or_path:
     assert model.vision_path and model.llm_path, "validate() comes first"
@@ -55,6 +70,40 @@ def open_model(config: TrainConfig, *, with_weights: bool = True) -> tuple[Sourc
   source = open_source(model.model_name_or_path, changes, with_weights=read)
   check_template(config, source)
   return (with_projector(source, model.mlp_path) if model.mlp_path else source), tokenizer
+
+
+def describe_model(config: TrainConfig) -> Source:
+  """The model's shapes alone, from config.json: no weights, no tokenizer.
+
+  A published size is not looked up on the hub: its shapes are known. Tokens that a run would add to the
+  vocabulary are left out.
+
+  Raises:
+    UserError: the model cannot be used as the config says.
+  """
+  name, changes = config.model.model_name_or_path, changes_of(config)
+  if not name:
+    vision, llm = config.model.vision_path, config.model.llm_path
+    assert vision and llm, "validate() comes first"
+    return open_parts(vision_path=vision, llm_path=llm, mlp_path=None, changes=changes, with_weights=False)
+  size = None if os.path.isdir(name) else published.size_of(name)
+  if size is None:
+    return open_source(name, changes, with_weights=False)
+  return describe(published.config_of(size), changes)
+
+
+def changes_of(config: TrainConfig) -> Changes:
+  """What the config makes different about the model that the checkpoint holds."""
+  model = config.model
+  return Changes(
+    image_size=config.data.force_image_size,
+    select_layer=model.vision_select_layer,
+    downsample_ratio=config.data.down_sample_ratio,
+    ps_version=model.ps_version,
+    unfreeze_vit_layers=model.unfreeze_vit_layers,
+    vision_lora=lora_spec(config.lora, model.use_backbone_lora),
+    text_lora=lora_spec(config.lora, model.use_llm_lora),
+  )
 
 
 def lora_spec(config: LoRAConfig, rank: int) -> LoRASpec | None:
@@ -82,26 +131,33 @@ def check_template(config: TrainConfig, source: Source) -> None:
   )
 
 
-def open_mesh(config: TrainConfig) -> jax.sharding.Mesh:
-  """The devices as the config arranges them.
+def open_mesh(config: TrainConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+  """The devices, by default those at hand, as the config arranges them.
 
   Raises:
     UserError: they cannot be arranged so.
   """
   stage = zero.read_stage(config.training.deepspeed)
-  mesh = meshes.make_mesh(config.mesh, zero_stage=stage)
+  mesh = meshes.make_mesh(config.mesh, devices, zero_stage=stage)
   if config.training.deepspeed:
     logging.info("ZeRO stage %d: %s spread over the data axis", stage, zero.STAGES[stage])
   return mesh
+
+
+def state_places(
+  config: TrainConfig, source: Source, trainable: set[str], mesh: jax.sharding.Mesh
+) -> tuple[dict[str, jax.ShapeDtypeStruct], rules.StateShardings]:
+  """Shapes of all parameters by path, as they are stored, and where all of the state lies."""
+  shapes = with_dtypes(source.model, trainable, bf16=config.training.bf16)
+  stage = zero.read_stage(config.training.deepspeed)
+  return shapes, rules.state_shardings(source.model.axes, shapes, trainable, mesh, zero_stage=stage)
 
 
 def place_state(
   config: TrainConfig, source: Source, trainable: set[str], mesh: jax.sharding.Mesh
 ) -> tuple[dict[str, jax.Array], rules.StateShardings]:
   """All parameters by path, from the checkpoint or fresh, on their devices; and where all of the state lies."""
-  shapes = with_dtypes(source.model, trainable, bf16=config.training.bf16)
-  stage = zero.read_stage(config.training.deepspeed)
-  places = rules.state_shardings(source.model.axes, shapes, trainable, mesh, zero_stage=stage)
+  shapes, places = state_places(config, source, trainable, mesh)
   if mesh.size > 1:
     logging.info("Parameters:\n%s", "\n".join(placement_table(shapes, places)))
     for line in placement_warnings(shapes, places):
@@ -148,12 +204,12 @@ def drop_path_rates(model: ModelArguments, source: Source) -> tuple[float, ...]:
   return tuple(rates.tolist()) if rates.any() else ()
 
 
-def execution(config: TrainConfig) -> Execution:
-  """How forward passes are computed."""
+def execution(config: TrainConfig, platform: str | None = None) -> Execution:
+  """How forward passes are computed on a platform ("tpu", "gpu" or "cpu"), by default the one at hand."""
   remat = config.model.grad_checkpoint or config.training.gradient_checkpointing
   return Execution(
     dtype=jnp.bfloat16 if config.training.bf16 else jnp.float32,
-    attention=config.runtime.attention,
+    attention=backend_for(config.runtime.attention, platform or jax.default_backend()),
     remat=config.runtime.remat_policy if remat else None,
     scan_unroll=config.runtime.scan_unroll,
   )

@@ -153,7 +153,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
   "training.save_strategy": ("no", "steps"),
   "training.evaluation_strategy": ("no", "steps"),
   "training.eval_strategy": ("no", "steps"),
-  "runtime.attention": ("auto", "xla"),
+  "runtime.attention": ("auto", "xla", "splash"),
 }
 """Field -> the strings it takes (fields typed `Literal` say so themselves)."""
 

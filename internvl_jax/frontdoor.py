@@ -48,20 +48,21 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def define_config_flag(
-  flag_values: flags.FlagValues = flags.FLAGS, argv: list[str] | None = None
+  flag_values: flags.FlagValues = flags.FLAGS, argv: list[str] | None = None, *, default: str | None = None
 ) -> flags.FlagHolder[TrainConfig]:
   """Defines `--config` and its overrides; the holder's `.value` is the `TrainConfig` once flags are parsed.
 
   Args:
     flag_values: Where to define it.
     argv: The command line with the program's name first, if not `sys.argv`. The overrides are found in it.
+    default: The recipe to take where none is named; None demands one.
   """
   for field in FIELDS.values():
     if typing.get_origin(field.type) is Literal:
       choices = list(typing.get_args(field.type))
       config_flags.register_flag_parser_for_type(field.type, flags.EnumParser(choices))
   holder = config_flags.DEFINE_config_file(
-    FLAG, None, "Recipe: FILE.py or FILE.py:ARG.", flag_values=flag_values, sys_argv=argv
+    FLAG, default, "Recipe: FILE.py or FILE.py:ARG.", flag_values=flag_values, sys_argv=argv
   )
   flag_values[FLAG].parser = _RecipeParser()
   return holder
@@ -140,7 +141,7 @@ def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS
   args = flag_values.read_flags_from_files(list(argv), force_gnu=False)
   cleared: list[str] = []
   if FLAG in flag_values and not _asks_for_help(args):
-    _check_overrides(args)
+    _check_overrides(args, has_default=flag_values[FLAG].default is not None)
     args, cleared = _split_cleared(args)
   try:
     rest = flag_values(args)
@@ -160,9 +161,9 @@ def _asks_for_help(args: Sequence[str]) -> bool:
   return any(re.match(r"--?help(short|full|xml)?\b", arg) for arg in args)
 
 
-def _check_overrides(args: Sequence[str]) -> None:
+def _check_overrides(args: Sequence[str], *, has_default: bool) -> None:
   """Refuses overrides of fields that there are not, all at once, and overrides without a recipe."""
-  if not any(_RECIPE.match(arg) for arg in args):
+  if not has_default and not any(_RECIPE.match(arg) for arg in args):
     raise UserError(f"--{FLAG} is missing; name a recipe: --{FLAG} FILE.py or --{FLAG} FILE.py:ARG")
   paths = [match[2] for arg in args[1:] if (match := _OVERRIDE.fullmatch(arg))]
   unknown = [path for path in paths if path not in FIELDS]

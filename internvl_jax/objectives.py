@@ -65,8 +65,9 @@ class SupervisedFineTuning:
   def _language_loss(self, model: InternVL, hidden, batch: SFTBatch, weights: jax.Array) -> jax.Array:
     if not self.fused_loss:
       return lm.cross_entropy(model.logits(hidden), batch.targets, weights)
-    kernel = model.language_model.output_embedding
-    return lm.chunked_linear_cross_entropy(hidden, kernel, batch.targets, weights)
+    with jax.named_scope("lm_head"):
+      kernel = model.language_model.output_embedding
+      return lm.chunked_linear_cross_entropy(hidden, kernel, batch.targets, weights)
 
   def _router_loss(self, router: dict[str, jax.Array], batch: SFTBatch) -> jax.Array | float:
     """The load-balancing loss of a decoder with experts; 0 without."""

@@ -41,6 +41,21 @@ class TrainState:
       step, params, jax.jit(optimizer.init, out_shardings=opt_state_shardings(shapes, places))(params)
     )
 
+  @classmethod
+  def describe(
+    cls,
+    params: Mapping[str, jax.ShapeDtypeStruct],
+    optimizer: optax.GradientTransformation,
+    places: StateShardings,
+  ) -> Any:
+    """The shapes of what `create` makes, and where they lie."""
+    opt_state: Any = jax.eval_shape(optimizer.init, dict(params))
+    opt_state = jax.tree.map(
+      lambda leaf, place: leaf.update(sharding=place), opt_state, opt_state_shardings(opt_state, places)
+    )
+    step: Any = jax.ShapeDtypeStruct((), np.int32, sharding=replicated(places.mesh))
+    return cls(step, dict(params), opt_state)  # pyright: ignore[reportArgumentType]
+
 
 def opt_state_shardings(opt_state: optax.OptState, places: StateShardings) -> optax.OptState:
   """Where the arrays of an optimizer's state lie: moments as `places` says, the rest on every device."""

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from internvl_jax import frontdoor, mfu, optim
 from internvl_jax.adapters import merge_and_check
-from internvl_jax.assembly import execution, make_step, open_mesh, open_model, place_state
+from internvl_jax.assembly import execution, make_step, open_mesh, open_model, place_state, set_up_jax
 from internvl_jax.checkpoint import Checkpointer
 from internvl_jax.config import TrainConfig, check_output_dir, clear_output_dir, to_json, validate
 from internvl_jax.data.pipeline import TrainLoader
@@ -196,15 +196,6 @@ def prepare_output_dir(config: TrainConfig, watchdog: Watchdog) -> None:
       f"training.output_dir={config.training.output_dir!r}: {distributed.host_name()} does not see what process 0 wrote "
       "there; name a folder of a file system that all hosts share"
     )
-
-
-def set_up_jax(config: TrainConfig) -> None:
-  """Settings of JAX that the whole process shares."""
-  if config.runtime.compilation_cache_dir:
-    jax.config.update("jax_compilation_cache_dir", config.runtime.compilation_cache_dir)
-  if not config.training.bf16:
-    # Accelerators round float32 products to less by default; float32 is asked for to get float32's numbers.
-    jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def finish(

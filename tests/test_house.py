@@ -14,6 +14,7 @@ FRONT_DOORS = ("train", "plan", "doctor", "convert", "verify", "evaluate", "gene
 # layer do not know each other, except where ALSO says so.
 LAYERS = (
   FRONT_DOORS,
+  ("aot",),
   ("frontdoor", "assembly"),
   ("config",),
   ("trainer",),
@@ -49,7 +50,7 @@ def room_of(path: Path) -> str:
 def allowed(room: str) -> set[str]:
   (depth,) = [i for i, layer in enumerate(LAYERS) if room in layer]
   below = {name for layer in LAYERS[depth + 1 :] for name in layer}
-  if room not in (*FRONT_DOORS, "frontdoor", "assembly"):
+  if room not in (*FRONT_DOORS, "aot", "frontdoor", "assembly"):
     below -= {"config", "frontdoor"}
   if room == "config":
     below = below - {"trainer"}

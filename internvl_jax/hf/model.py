@@ -192,6 +192,15 @@ def open_source(name: str | Path, changes: Changes = Changes(), *, with_weights:
   return _describe(folder, raw, config, checkpoint, changes, stored, set())
 
 
+def describe(raw: Mapping[str, Any], changes: Changes = Changes()) -> Source:
+  """The model that a config.json describes, of which there is no folder.
+
+  Raises:
+    UserError: a model that this program cannot run.
+  """
+  return _describe(Path(), raw, config_io.model_config(raw), None, changes, _recorded_adapters(raw), set())
+
+
 def open_parts(
   *,
   vision_path: str,

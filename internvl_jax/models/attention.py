@@ -17,6 +17,18 @@ QUERY_BLOCK = 512
 """Queries handled at once by the blockwise backend: its largest temporary is [B, N, QUERY_BLOCK, S]."""
 
 
+BACKENDS = ("auto", "xla", "splash", "splash_interpret")
+"""Names of backends. "auto" is "xla" to `attention`, and to `backend_for` what a platform does best;
+"splash_interpret" is for tests: what "splash" computes, where there is no TPU."""
+
+
+def backend_for(name: str, platform: str) -> str:
+  """The backend that a run's setting means on a platform: "auto" takes what is made for it."""
+  if name != "auto":
+    return name
+  return "splash" if platform == "tpu" else "xla"
+
+
 def attention(
   q: jax.Array,
   k: jax.Array,
@@ -27,6 +39,7 @@ def attention(
   q_index: jax.Array | None = None,
   causal: bool,
   window: jax.Array | int | None = None,
+  windows: tuple[int, ...] = (),
   sinks: jax.Array | None = None,
   over: Literal["rows", "tiles"] = "rows",
   backend: str = "auto",
@@ -43,21 +56,39 @@ def attention(
     q_index: int [T], the queries' index along S; None is 0..T-1. Only read when causal.
     causal: hide later keys.
     window: a query sees its own key and the window - 1 before it; None sees all. Only read when causal.
+    windows: the values, rising, that `window` may have, where it is an array.
     sinks: [N] learned scores of a key without a value, one a head, that takes its share of the softmax
       (arXiv:2309.17453; gpt-oss).
     over: what B counts, which says how they are spread over a mesh (`parallel.rules.ACTIVATIONS`).
-    backend: "xla", or "auto", which is the same for now.
+    backend: one of `BACKENDS`.
 
   Returns:
     [B, T, N, H] in the dtype of q.
 
   Raises:
-    ValueError: an unknown backend.
+    ValueError: an unknown backend, or one that cannot do what is asked.
   """
-  if backend not in ("auto", "xla"):
-    raise ValueError(f"unknown attention backend {backend!r}: use 'auto' or 'xla'")
+  if backend not in BACKENDS:
+    raise ValueError(f"unknown attention backend {backend!r}: use one of {', '.join(BACKENDS)}")
   if kv_segment_ids is None:
     kv_segment_ids = segment_ids
+  if backend.startswith("splash"):
+    if q_index is not None:
+      raise ValueError("splash attention takes queries from index 0 on: use backend 'xla' with a cache")
+    # Imported late: others do not wait for Pallas.
+    from internvl_jax.models import splash
+
+    return splash.attention(
+      *(q, k, v),
+      q_segments=segment_ids,
+      kv_segments=kv_segment_ids,
+      causal=causal,
+      window=window,
+      windows=windows,
+      sinks=sinks,
+      over=over,
+      interpret=backend == "splash_interpret",
+    )
   arrays = (q, k, v, segment_ids, kv_segment_ids, q_index, window, sinks)
   if mesh_in_scope() is not None:
     return _spread(*arrays, causal, over)
@@ -75,7 +106,7 @@ def _spread(q, k, v, q_segments, kv_segments, q_index, window, sinks, causal, ov
   assert mesh is not None
   (B, T, N, _), K = q.shape, k.shape[2]
   rows = fit(ACTIVATIONS[over], B, mesh)
-  heads, repeats = _head_axes(N, K, rows, mesh)
+  heads, repeats = head_axes(N, K, rows, mesh)
   queries = fit(ACTIVATIONS["tokens"], T, mesh, used=(*rows, *heads))
   # Held by token until here: what makes them would else be computed after the exchange, which is then of float32.
   q, k, v = (constrain(x, over, "tokens", "heads", None) for x in (q, k, v))
@@ -95,7 +126,7 @@ def _spread(q, k, v, q_segments, kv_segments, q_index, window, sinks, causal, ov
   )(q, k, v, q_segments, kv_segments, q_index, window, sinks)
 
 
-def _head_axes(N: int, K: int, used: MeshAxes, mesh: AbstractMesh) -> tuple[MeshAxes, int]:
+def head_axes(N: int, K: int, used: MeshAxes, mesh: AbstractMesh) -> tuple[MeshAxes, int]:
   """Mesh axes that split the heads, and how often keys and values are repeated so that they split alike."""
   axes = fit(ACTIVATIONS["attention_heads"], N, mesh, used)
   while N % math.lcm(K, math.prod(mesh.shape[axis] for axis in axes)):

@@ -93,7 +93,7 @@ class DecoderAttention(nnx.Module):
   def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
     D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
     self.num_heads, self.num_kv_heads, self.head_dim = N, K, H
-    self.layout = config.qkv
+    self.layout, self.windows = config.qkv, config.windows
 
     def linear(d_in: int, d_out: int, axes: tuple[str, str], pieces: int, bias: bool) -> Linear:
       return Linear(d_in, d_out, bias=bias, axes=axes, pieces=pieces, rngs=rngs)
@@ -130,6 +130,7 @@ class DecoderAttention(nnx.Module):
       q_index=q_index,
       causal=True,
       window=window,
+      windows=tuple(sorted({min(size or k.shape[1], k.shape[1]) for size in self.windows})),
       sinks=None if self.sinks is None else self.sinks[...],
       backend=backend,
     )

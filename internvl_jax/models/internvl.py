@@ -51,6 +51,10 @@ class Execution:
     return {"backend": self.attention, "remat": remat_by_name(self.remat), "unroll": self.scan_unroll}
 
 
+SCOPES = ("vision_model", "mlp1", "embed", "language_model", "lm_head")
+"""The parts by the names that traces and the compiler's reports have for them."""
+
+
 def normalize_tiles(tiles: jax.Array, kind: str) -> jax.Array:
   """Turns uint8 tiles [..., 3] into normalised float32, equal to ToTensor + Normalize."""
   mean, std = PIXEL_STATISTICS[kind]
@@ -58,7 +62,10 @@ def normalize_tiles(tiles: jax.Array, kind: str) -> jax.Array:
 
 
 class InternVL(nnx.Module):
-  """The whole model. Attribute names follow the reference's checkpoints."""
+  """The whole model. Attribute names follow the reference's checkpoints.
+
+  The scopes that its parts run in name them in traces of a run and in the compiler's reports (`SCOPES`).
+  """
 
   def __init__(self, config: InternVLConfig, *, rngs: nnx.Rngs):
     merged = round(1 / config.downsample_ratio**2)
@@ -77,16 +84,18 @@ class InternVL(nnx.Module):
     dropout_key: jax.Array | None = None,
   ) -> jax.Array:
     """Encodes normalised tiles [I, side, side, 3] as features [I, P, E] in the language model's width."""
-    x = self.vision_model(
-      tiles.astype(how.dtype), drop_path=drop_path, dropout_key=dropout_key, **how.scan_options
-    )
+    with jax.named_scope("vision_model"):
+      x = self.vision_model(
+        tiles.astype(how.dtype), drop_path=drop_path, dropout_key=dropout_key, **how.scan_options
+      )
     return self.project(x)
 
   def project(self, vision_hidden: jax.Array) -> jax.Array:
     """Drops the class token of [I, 1+patches, C], shuffles pixels and projects to [I, P, E]."""
-    x = pixel_shuffle(vision_hidden[:, 1:], ratio=self.downsample_ratio, version=self.ps_version)
-    # XLA's TPU compiler (libtpu 0.0.52) aborts when it fuses cutting the class token off with what follows.
-    return self.mlp1(jax.lax.optimization_barrier(x))
+    with jax.named_scope("mlp1"):
+      x = pixel_shuffle(vision_hidden[:, 1:], ratio=self.downsample_ratio, version=self.ps_version)
+      # XLA's TPU compiler (libtpu 0.0.52) aborts when it fuses cutting the class token off with what follows.
+      return self.mlp1(jax.lax.optimization_barrier(x))
 
   def embed(
     self, input_ids: jax.Array, image_index: jax.Array, features: jax.Array, how: Execution
@@ -102,21 +111,24 @@ class InternVL(nnx.Module):
     Returns:
       [R, S, E].
     """
-    x = self.language_model.model.embed_tokens(input_ids, dtype=how.dtype)
-    if features.shape[1] == 0:
-      return x
-    # NO_IMAGE is clipped and not used.
-    x = jnp.where((image_index != NO_IMAGE)[..., None], take_features(features, image_index), x)
-    return constrain(x, "rows", "tokens", None)
+    with jax.named_scope("embed"):
+      x = self.language_model.model.embed_tokens(input_ids, dtype=how.dtype)
+      if features.shape[1] == 0:
+        return x
+      # NO_IMAGE is clipped and not used.
+      x = jnp.where((image_index != NO_IMAGE)[..., None], take_features(features, image_index), x)
+      return constrain(x, "rows", "tokens", None)
 
   def decode(
     self, x: jax.Array, how: Execution, *, positions: jax.Array, segment_ids: jax.Array | None, **options
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Hidden states [R, S, E] of the language model, ready for `logits`, and its routers' statistics."""
     decoder: Callable = self.language_model.model
-    return decoder(x, positions=positions, segment_ids=segment_ids, **options, **how.scan_options)
+    with jax.named_scope("language_model"):
+      return decoder(x, positions=positions, segment_ids=segment_ids, **options, **how.scan_options)
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """Scores [..., V] in float32."""
-    kernel = self.language_model.output_embedding.astype(hidden.dtype)
-    return matmul(hidden, kernel, Product(OUTPUT_AXES)).astype(jnp.float32)
+    with jax.named_scope("lm_head"):
+      kernel = self.language_model.output_embedding.astype(hidden.dtype)
+      return matmul(hidden, kernel, Product(OUTPUT_AXES)).astype(jnp.float32)

@@ -1,0 +1,267 @@
+"""The training step of a configuration, described by shapes alone, and compiled."""
+
+import contextlib
+import dataclasses
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from internvl_jax import optim
+from internvl_jax.aot.target import Target
+from internvl_jax.assembly import describe_model, execution, make_step, open_mesh, state_places
+from internvl_jax.batch import SFTBatch
+from internvl_jax.config import TrainConfig
+from internvl_jax.hf.model import Source
+from internvl_jax.parallel import mesh as meshes
+from internvl_jax.parallel import rules
+from internvl_jax.state import TrainState
+from internvl_jax.step import TrainStep
+from internvl_jax.trees import select
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchShape:
+  """The largest batch of an optimizer step.
+
+  Attributes:
+    accumulation: micro-batches.
+    rows: of a data shard and micro-batch.
+    tokens: of a row.
+    tiles: of a row.
+    side: of a tile, in pixels.
+  """
+
+  accumulation: int
+  rows: int
+  tokens: int
+  tiles: int
+  side: int
+
+  def batch(self, shards: int) -> SFTBatch:
+    """Shapes of the batch for so many data shards."""
+    ids = jax.ShapeDtypeStruct((self.accumulation, self.rows * shards, self.tokens), np.int32)
+    pool = (self.accumulation, shards, self.rows * self.tiles, self.side, self.side, 3)
+    return SFTBatch(
+      input_ids=ids,
+      targets=ids,
+      loss_weight=jax.ShapeDtypeStruct(ids.shape, np.float32),
+      positions=ids,
+      segment_ids=ids,
+      image_index=ids,
+      tiles=jax.ShapeDtypeStruct(pool, np.uint8),
+    )
+
+
+def batch_shape(config: TrainConfig, *, tokens: int | None = None, tiles: int | None = None) -> BatchShape:
+  """The largest batch that the config's data can make, or one with so many tokens and tiles a row."""
+  data = config.data
+  if data.use_packed_ds:
+    longest = data.max_packed_tokens + (data.max_seq_length if data.allow_overflow else 0)
+    most = data.num_images_expected
+  else:
+    longest = data.max_seq_length
+    grid = data.max_dynamic_patch if data.dynamic_image_size else 1
+    most = grid + (data.use_thumbnail and grid > 1)
+  return BatchShape(
+    accumulation=config.training.gradient_accumulation_steps,
+    rows=config.training.per_device_train_batch_size,
+    tokens=longest if tokens is None else tokens,
+    tiles=most if tiles is None else tiles,
+    side=data.force_image_size,
+  )
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class StepPlan:
+  """A training step and the shapes and places of what it is called with.
+
+  Attributes:
+    source: the model.
+    step: what is to be compiled.
+    mesh: its devices.
+    shape: the batch's.
+    state, frozen, batch: as the step takes them, without numbers.
+  """
+
+  source: Source
+  step: TrainStep
+  mesh: jax.sharding.Mesh
+  shape: BatchShape
+  state: TrainState
+  frozen: dict[str, Any]
+  batch: SFTBatch
+
+  @property
+  def shards(self) -> int:
+    """Data shards."""
+    return meshes.data_parallel_size(self.mesh)
+
+  @property
+  def inputs(self) -> tuple:
+    """What the step is called with."""
+    return self.state, self.frozen, self.batch, jax.ShapeDtypeStruct((), np.float32)
+
+
+def plan_step(
+  config: TrainConfig, target: Target, shape: BatchShape, source: Source | None = None
+) -> StepPlan:
+  """Describes the step that the config makes on those devices.
+
+  Raises:
+    UserError: the config, the model and the devices do not fit together.
+  """
+  source = describe_model(config) if source is None else source
+  mesh = open_mesh(config, target.devices)
+  meshes.check_lengths([shape.tokens], mesh)
+  trainable = optim.trainable_paths(config.model, source.model.shapes)
+  optimizer = optim.make_optimizer(config.training, select(source.reference_names, trainable))
+  shapes, places = state_places(config, source, trainable, mesh)
+  params = {path: leaf.update(sharding=places.params[path]) for path, leaf in shapes.items()}
+  batch = jax.tree.map(
+    lambda leaf, place: leaf.update(sharding=place),
+    shape.batch(meshes.data_parallel_size(mesh)),
+    rules.batch_shardings(mesh),
+  )
+  return StepPlan(
+    source=source,
+    step=make_step(config, source, optimizer, execution(config, target.platform), places),
+    mesh=mesh,
+    shape=shape,
+    state=TrainState.describe(select(params, trainable), optimizer, places),
+    frozen={path: leaf for path, leaf in params.items() if path not in trainable},
+    batch=batch,
+  )
+
+
+# --- Compiling ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compiled:
+  """What a compiler made of a step.
+
+  Attributes:
+    hlo: the program as text.
+    stats: bytes a device, by the compiler's names for them (`memory_analysis`).
+    flops: the compiler's own count, in which loops run once; None where it gives none.
+    lower_seconds, compile_seconds: how long it took.
+    refusal: why the compiler gave up, where memory did not suffice; what is known then comes from its dumps.
+    files: the compiler's files on where values lie and how long they live (see `peak`); empty where there are none.
+  """
+
+  hlo: str
+  stats: dict[str, int]
+  flops: float | None
+  lower_seconds: float
+  compile_seconds: float
+  refusal: str | None
+  files: tuple[str, str]
+
+
+_STATS: tuple[str, ...] = ("argument", "output", "alias", "temp", "generated_code")
+
+
+def compile_step(
+  plan: StepPlan, target: Target, *, optimization_level: str = "O1", dump: str | None = None
+) -> Compiled:
+  """Compiles a step. A step that does not fit is an answer like another.
+
+  Args:
+    plan: the step.
+    target: the devices it is planned for.
+    optimization_level: how hard the compiler for a slice of TPUs tries. "O1" takes a third of the time, with
+      memory within 2 % (docs/scale.md); "default" is what a run on TPUs gets.
+    dump: an empty folder for what the compiler for a slice writes about the program; None keeps nothing of it.
+  """
+  start = time.perf_counter()
+  # As `trainer.CompiledSteps` does it.
+  lowered = jax.jit(plan.step.__call__, donate_argnums=0).lower(*plan.inputs)
+  lowered_at = time.perf_counter()
+  if not target.described:
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - lowered_at
+    return _result(compiled, compiled.as_text() or "", None, ("", ""), lowered_at - start, seconds)
+  if optimization_level != "default":
+    jax.config.update("jax_optimization_level", optimization_level)
+  with contextlib.ExitStack() as stack:
+    folder = dump or stack.enter_context(tempfile.TemporaryDirectory(prefix="internvl_jax_plan_"))
+    refusal = compiled = None
+    try:
+      # The text of a program compiled for v5p and v6e cannot be had otherwise.
+      options = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
+      compiled = lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      refusal = re.sub(r"\s+", " ", str(error).splitlines()[0]).removeprefix("RESOURCE_EXHAUSTED: ")
+    seconds = time.perf_counter() - lowered_at
+    dumps = _Dumps(Path(folder))
+    if refusal is None:
+      return _result(compiled, dumps.hlo, None, dumps.files, lowered_at - start, seconds)
+    return Compiled(
+      hlo=dumps.hlo,
+      stats=dumps.stats,
+      flops=None,
+      lower_seconds=lowered_at - start,
+      compile_seconds=seconds,
+      refusal=refusal,
+      files=dumps.files,
+    )
+
+
+def _result(
+  compiled: Any, hlo: str, refusal, files, lower_seconds: float, compile_seconds: float
+) -> Compiled:
+  found = compiled.memory_analysis()
+  costs = compiled.cost_analysis() or {}
+  return Compiled(
+    hlo=hlo,
+    stats={name: int(getattr(found, f"{name}_size_in_bytes")) for name in _STATS} if found else {},
+    flops=costs.get("flops"),
+    lower_seconds=lower_seconds,
+    compile_seconds=compile_seconds,
+    refusal=refusal,
+    files=files,
+  )
+
+
+class _Dumps:
+  """The files that XLA writes beside a program, of the largest program in a folder."""
+
+  def __init__(self, folder: Path):
+    programs = sorted(folder.glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)
+    self._stem = str(programs[-1]).removesuffix(".txt") if programs else ""
+
+  def _read(self, suffix: str) -> str:
+    path = Path(self._stem + suffix)
+    return path.read_text(encoding="utf-8") if self._stem and path.is_file() else ""
+
+  @property
+  def hlo(self) -> str:
+    """The program."""
+    return self._read(".txt")
+
+  @property
+  def stats(self) -> dict[str, int]:
+    """Bytes of the main memory, as `memory_analysis` names them, from the list of allocations."""
+    stats: dict[str, int] = dict.fromkeys(_STATS, 0)
+    pattern = r"^allocation \d+: size (\d+),(?: color (\d+),)? page \d+, (.*)$"
+    for size, color, kind in re.findall(pattern, self._read("-buffer-assignment.txt"), re.MULTILINE):
+      if color not in ("", "0") or "thread-local" in kind:
+        continue
+      name = "argument" if kind.startswith("parameter") else "output" if "live-out" in kind else "temp"
+      stats[name] += int(size)
+      if name == "argument" and "live-out" in kind:
+        stats["alias"] += int(size)
+        stats["output"] += int(size)
+    return stats
+
+  @property
+  def files(self) -> tuple[str, str]:
+    """Where values lie, and how long they live."""
+    return self._read("-buffer-assignment.txt"), self._read("-live-range.txt")

@@ -1,0 +1,105 @@
+"""Plans a run without its devices: compiles the whole training step and tells what it would take of each chip.
+
+  python -m internvl_jax.plan --config configs/quickstart.py --topology v5e:4x4
+  python -m internvl_jax.plan --size 2.5-8b --topology v5p [--search]
+
+Topologies: a slice of TPUs (v4:2x2x1, v5e:4x4, v5p:2x2x1, v6e:2x4; libtpu from the extra `plan` compiles for it), or
+devices at hand (cpu, cpu:8, gpu, local). With --search, a kind of TPU (v5e) whose smallest slice that fits is
+looked for, or the largest slice to look at (v5e:8x8).
+
+Without a recipe, everything is fine-tuned in packed rows (aot/recipe.py); fields are overridden as everywhere.
+Nothing is read but the checkpoint's config.json, and of a published size not even that: `--size`, or the size's hub
+id in the recipe. The batch is the largest that the data may make (max_packed_tokens and num_images_expected, or
+max_seq_length and max_dynamic_patch), or --tokens and --tiles a row. docs/scale.md explains the report.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from internvl_jax import frontdoor
+from internvl_jax.aot import recipe
+from internvl_jax.aot import report as reports
+from internvl_jax.aot.program import BatchShape, batch_shape, compile_step, plan_step
+from internvl_jax.aot.search import as_json, search, summary
+from internvl_jax.aot.target import open_target
+from internvl_jax.assembly import set_up_jax
+from internvl_jax.config import TrainConfig, validate
+from internvl_jax.hf import published
+from internvl_jax.metrics import write_json
+
+_CONFIG = frontdoor.define_config_flag(default=recipe.__file__)
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Devices to plan for, e.g. v5e:4x4.", required=True)
+_SIZE = flags.DEFINE_enum(
+  "size", None, published.SIZES, "Published size, in place of model.model_name_or_path."
+)
+_SEARCH = flags.DEFINE_bool("search", False, "Look for the smallest slice that fits.")
+_TOKENS = flags.DEFINE_integer("tokens", None, "Tokens of a row.", lower_bound=1)
+_TILES = flags.DEFINE_integer("tiles", None, "Tiles of a row.", lower_bound=0)
+_HBM = flags.DEFINE_float("hbm", None, "GiB that a program may use of each device.", lower_bound=0)
+_LEVEL = flags.DEFINE_enum(
+  "optimization_level", "O1", ("default", "O0", "O1", "O2", "O3"), "How hard the compiler for a slice tries."
+)
+_JSON = flags.DEFINE_string("json", None, "File to write the whole report to.")
+_DUMP = flags.DEFINE_string("dump", None, "Folder for the files that the compiler for a slice writes.")
+
+
+def main(argv: Sequence[str]) -> None:
+  """Plans or searches, and writes what was found."""
+  del argv
+  config = configuration()
+  shape = batch_shape(config, tokens=_TOKENS.value, tiles=_TILES.value)
+  limit = None if _HBM.value is None else round(_HBM.value * reports.GIB)
+  found = look(config, shape, limit) if _SEARCH.value else compile_for(config, shape, limit)
+  if _JSON.value is not None:
+    write_json(Path(_JSON.value), found)
+
+
+def compile_for(config: TrainConfig, shape: BatchShape, limit: int | None) -> dict[str, Any]:
+  """Compiles the step for the devices asked for and prints the report, which it returns as plain values."""
+  target = open_target(_TOPOLOGY.value)
+  set_up_jax(config)
+  plan = plan_step(config, target, shape)
+  compiled = compile_step(plan, target, optimization_level=_LEVEL.value, dump=_DUMP.value)
+  limit = target.memory if limit is None else limit
+  report = reports.make_report(plan, compiled, target, limit=limit)
+  print(reports.render(report))
+  return report.as_json()
+
+
+def look(config: TrainConfig, shape: BatchShape, limit: int | None) -> dict[str, Any]:
+  """Looks for the smallest slice, prints what is tried and the best report; returns all of it as plain values."""
+  set_up_jax(config)
+  attempts = search(
+    config,
+    _TOPOLOGY.value,
+    shape,
+    limit=limit,
+    optimization_level=_LEVEL.value,
+    tell=lambda attempt: print(attempt, flush=True),
+  )
+  best = [attempt.report for attempt in attempts if attempt.fits and attempt.report]
+  if best:
+    print("\n" + reports.render(best[-1]))
+  print("\n" + summary(attempts))
+  return {"attempts": as_json(attempts)}
+
+
+def configuration() -> TrainConfig:
+  """The configuration, of the size that is asked for.
+
+  Raises:
+    UserError: it cannot work.
+  """
+  config = _CONFIG.value
+  if _SIZE.value is not None:
+    config.model.model_name_or_path = published.hub_id(_SIZE.value)
+    config.model.vision_path = config.model.llm_path = None
+  validate(config, "plan")
+  return config
+
+
+if __name__ == "__main__":
+  frontdoor.run_app(main)
