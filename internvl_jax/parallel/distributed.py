@@ -108,6 +108,10 @@ def _join(place: Place) -> None:
     late.cancel()
   if place.coordinator is None:
     logging.info("Process %d of %d of a TPU pod", jax.process_index(), jax.process_count())
+  if jax.process_count() > 1 and jax.default_backend() == "cpu":
+    # Programs that XLA reads back from its cache (jaxlib 0.10.2, CPU) run their collectives in any order, and the
+    # processes take one's data for another's.
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _give_up(place: Place) -> None:
