@@ -1,7 +1,7 @@
 """Merging LoRA adapters into the weights, with proof that the model stays the same."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from internvl_jax.errors import UserError
 from internvl_jax.hf.model import Source
 from internvl_jax.models import functional, lora
 from internvl_jax.models.internvl import Execution, InternVL
+from internvl_jax.parallel.distributed import fetch
 
 TOLERANCE = 1e-3
 """Largest difference of a logit that a merge may cause, in units of the largest logit (or of 1, if larger)."""
@@ -33,8 +34,17 @@ def without_adapters(source: Source) -> Source:
   return dataclasses.replace(source, config=config, model=model, fresh=fresh)
 
 
-def merge_and_check(source: Source, params: Mapping[str, Any]) -> tuple[Source, dict[str, Any]]:
+def merge_and_check(
+  source: Source,
+  params: Mapping[str, Any],
+  readable: Callable[[Mapping[str, Any]], dict[str, Any]] = dict,
+) -> tuple[Source, dict[str, Any]]:
   """Merges the adapters, after comparing the logits of a fixed input with and without that, in float32.
+
+  Args:
+    source: the model.
+    params: its parameters.
+    readable: makes them ones that this host can read, where others hold some of them.
 
   Returns:
     The source without adapters, and its parameters, whose kernels are merged layer by layer as they are read.
@@ -43,7 +53,7 @@ def merge_and_check(source: Source, params: Mapping[str, Any]) -> tuple[Source, 
     UserError: the logits differ by more than TOLERANCE.
   """
   if not lora.adapter_paths(params):
-    return source, dict(params)
+    return source, readable(params)
   apart, merged = probe(source, params), probe(source, params, merged=True)
   by_token = np.abs(merged - apart).max(axis=-1)
   # Rounding may turn a tie between two experts over, which changes all of that token's logits.
@@ -59,7 +69,7 @@ def merge_and_check(source: Source, params: Mapping[str, Any]) -> tuple[Source, 
       "model is not written; keep the adapters apart (convert --lora peft), and report this"
     )
   return without_adapters(source), lora.merge(
-    params, {part: spec.scale for part, spec in source.specs.items()}
+    readable(params), {part: spec.scale for part, spec in source.specs.items()}
   )
 
 
@@ -83,4 +93,4 @@ def probe(source: Source, params: Mapping[str, Any], *, merged: bool = False) ->
     return model.logits(hidden)
 
   with jax.default_matmul_precision("highest"):
-    return np.asarray(forward(dict(params)))
+    return fetch(forward(dict(params)))

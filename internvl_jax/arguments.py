@@ -10,6 +10,7 @@ which is put together and checked in `internvl_jax.config`.
 """
 
 import dataclasses
+import re
 from typing import Literal
 
 
@@ -63,7 +64,7 @@ class DataTrainingArguments:
   pad2square: bool = False
   # Conversation template, by name.
   conv_style: str = "internlm2-chat"
-  # JSON file that lists the datasets of the mixture.
+  # JSON file that lists the datasets of the mixture; a path or a URL.
   meta_path: str | None = None
   # Draw datasets in proportion to the square root of their length.
   use_data_resampling: bool = False
@@ -91,7 +92,7 @@ class DataTrainingArguments:
   log_freq: int = 1000
   # Pad the tiles of every packed row to `num_images_expected`.
   strict_mode: bool = True
-  # Draw packed samples with replacement.
+  # Draw the dataset of every packed sample anew, in proportion to its length, and begin a dataset again when it ends.
   replacement: bool = False
   # Let a row exceed its token budget by its last sample.
   allow_overflow: bool = False
@@ -168,7 +169,7 @@ class TrainingArguments:
   deepspeed: str | None = None
   # Worker processes that decode; 0 decodes in threads of this process.
   dataloader_num_workers: int = 0
-  # Batches of samples of similar length.
+  # Deal the samples of a step to devices by their length, so that none waits long for another.
   group_by_length: bool = False
   # Accepted for compatibility: batches hold only what the model reads.
   remove_unused_columns: bool = True
@@ -224,7 +225,11 @@ class LoaderConfig:
   shuffle: bool = True
   # A sample that cannot be read: "error" stops the run, "drop" masks its place and counts it.
   on_bad_sample: Literal["error", "drop"] = "error"
-  # Abort once a larger share of the samples read so far was lost.
+  # A sample of more than data.max_seq_length tokens, or larger than a packed row: "error" stops the run, "drop"
+  # leaves it out and counts it, "shrink_tiles" gives its images fewer tiles or its video fewer frames until it fits,
+  # "truncate" cuts its end off, before an image rather than through it. See docs/data.md.
+  on_over_length: Literal["error", "drop", "shrink_tiles", "truncate"] = "truncate"
+  # Abort once a larger share of the samples read so far was lost; those that on_over_length="drop" drops not counted.
   max_bad_fraction: float = 0.01
   # Lengths that rows are padded to; empty: max_seq_length halved down to 256. The last one must hold
   # max_seq_length.
@@ -234,7 +239,8 @@ class LoaderConfig:
   tile_buckets: tuple[int, ...] = ()
   # Micro-batches made ahead by each worker.
   prefetch: int = 4
-  # Folder of the indexes of lines and sizes; None: internvl_jax in the user's cache folder.
+  # Folder of the indexes of lines and sizes, and of copies of remote annotation files; None: internvl_jax in the
+  # user's cache folder.
   cache_dir: str | None = None
 
 
@@ -283,7 +289,24 @@ class RuntimeConfig:
   # Weight of the load-balancing loss of a mixture of experts (Switch Transformer's); the reference adds none,
   # whatever the checkpoint's config.json says.
   router_aux_loss_coef: float = 0.0
+  # How this process finds the run's others: "auto" asks the environment (TPU pod, JobSet, Slurm, MPI, torchrun's
+  # or JAX's variables), "off" trains alone, "host:port,processes,process" says it.
+  distributed: str = "auto"
+  # A step whose loss or gradient is not finite changes nothing; so many in a row end the run. One comes of a bad
+  # sample, many of a bad setting: what follows would be lost time.
+  max_nonfinite_steps: int = 10
+  # Tell where the run stands, with stacks, once a step, a save or a wait lasts this long, and every such time
+  # again. Above what compiling the largest models takes, so that it means something.
+  hang_seconds: int = 600
   # Steps whose first and last bound an XProf trace in output_dir/profile; empty: none.
   profile_steps: tuple[int, ...] = ()
   # Folder of compiled programs, reused by later runs; None: compile anew.
   compilation_cache_dir: str | None = None
+
+
+def parse_distributed(setting: str) -> tuple[str, int, int] | None:
+  """The parts of "host:port,processes,process"; None for another form, and for numbers that cannot be."""
+  match = re.fullmatch(r"([^,\s]+:[0-9]+),([0-9]+),([0-9]+)", setting)
+  if match is None or int(match[3]) >= int(match[2]):
+    return None
+  return match[1], int(match[2]), int(match[3])

@@ -49,3 +49,30 @@ class SFTBatch(NamedTuple):
   segment_ids: Array
   image_index: Array
   tiles: Array
+
+
+class BatchCounts(NamedTuple):
+  """What of a batch is not padding.
+
+  Attributes:
+    supervised: tokens that a loss is computed on.
+    tokens: tokens of all segments.
+    image_tokens: those of them that stand for an image; P a tile.
+    pairs: pairs of a token and one that it attends to: float32, since a large batch has more than an int32 holds.
+  """
+
+  supervised: Array
+  tokens: Array
+  image_tokens: Array
+  pairs: Array
+
+
+def count(batch: SFTBatch) -> BatchCounts:
+  """Counts a batch of numpy arrays on the host, or of jax arrays inside the step."""
+  real = batch.segment_ids > 0
+  return BatchCounts(
+    supervised=(batch.targets != IGNORE_INDEX).sum(),
+    tokens=real.sum(),
+    image_tokens=(batch.image_index != NO_IMAGE).sum(),
+    pairs=((batch.positions + 1) * real).sum(dtype="float32"),
+  )

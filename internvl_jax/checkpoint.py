@@ -1,9 +1,14 @@
 """Resumable checkpoints, by Orbax: sharded, asynchronous, complete or not there at all.
 
 A checkpoint holds what the run changes: trainable parameters, optimizer moments, the loader's state and the
-log. Frozen weights are read again from where they came from.
+log. Frozen weights are read again from where they came from. All processes of a run save and restore together,
+each what its devices hold.
 """
 
+import contextlib
+import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,23 @@ from internvl_jax.state import TrainState
 FOLDER = "checkpoints"
 """Folder of the checkpoints inside an output directory."""
 
+# What file systems say, through C++ libraries that know no errno, when they cannot take any more.
+_DISK_ERRORS = re.compile(
+  r"no space left|disk quota|file too large|read-only file system|input/output error", re.I
+)
+
+
+class _Manager(ocp.CheckpointManager):
+  """Orbax's, without its own look at preemption notices.
+
+  It would ask JAX in between the trainer's questions, and from another thread with the number of an older step;
+  the hosts might then agree to stop at a step that has passed.
+  """
+
+  def reached_preemption(self, step: int) -> bool:
+    del step
+    return False
+
 
 class Checkpointer:
   """Saves and restores a run under `output_dir/checkpoints/<step>`."""
@@ -27,14 +49,28 @@ class Checkpointer:
       output_dir: the run's directory.
       keep: how many of the newest checkpoints stay; None keeps all.
     """
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+    several = jax.process_count() > 1
     self.folder = Path(output_dir).absolute() / FOLDER
+    self.folder.mkdir(parents=True, exist_ok=True)
+    everyone = set(range(jax.process_count())) if several else None
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep,
+      enable_async_checkpointing=True,
+      # What a killed run left half-written takes room, and is never read.
+      cleanup_tmp_directories=True,
+      create=False,
+      # Hosts may see a shared folder's newest entries at different times; one of them looks for all.
+      single_host_load_and_broadcast=several,
+      # Naming the processes makes Orbax wait for them by messages, with a time limit. Otherwise it runs programs on
+      # the devices for that, also from its own thread, where they get in between the steps' collectives.
+      multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=everyone),
+    )
     handlers = {
       "state": ocp.StandardCheckpointHandler(),
       "loader": ocp.JsonCheckpointHandler(),
       "trainer": ocp.JsonCheckpointHandler(),
     }
-    self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+    self._manager = _Manager(self.folder, options=options, item_handlers=handlers)
 
   @property
   def latest_step(self) -> int | None:
@@ -44,12 +80,16 @@ class Checkpointer:
   def save(self, state: TrainState, *, loader: dict[str, Any], trainer: dict[str, Any]) -> None:
     """Starts writing the state after its step; returns once the arrays are copied from the devices.
 
-    A checkpoint of that step that is there already is left as it is.
+    A checkpoint of that step that is there already is left as it is. Older ones that are too many are deleted once
+    this one is complete.
 
     Args:
       state: the train state.
       loader: the loader's state, as JSON values.
       trainer: the trainer's log, as JSON values.
+
+    Raises:
+      UserError: this checkpoint or the one before could not be written.
     """
     step = int(state.step)
     if step in self._manager.all_steps():
@@ -59,7 +99,8 @@ class Checkpointer:
       "loader": ocp.args.JsonSave(loader),
       "trainer": ocp.args.JsonSave(trainer),
     }
-    self._manager.save(step, args=ocp.args.Composite(**items))
+    with self._explained():
+      self._manager.save(step, args=ocp.args.Composite(**items))
 
   def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
     """Reads the newest complete checkpoint onto the devices of `like`.
@@ -102,9 +143,44 @@ class Checkpointer:
       "made with, another output_dir, or overwrite_output_dir=True"
     )
 
+  def check(self) -> None:
+    """Raises the error of a checkpoint that is being written, as soon as there is one; waits for nothing.
+
+    Raises:
+      UserError: it could not be written.
+    """
+    with self._explained():
+      self._manager.check_for_errors()
+
   def wait(self) -> None:
-    """Returns once everything is on disk; a failed write is raised here."""
-    self._manager.wait_until_finished()
+    """Returns once everything is on disk.
+
+    Raises:
+      UserError: it could not be written.
+    """
+    with self._explained():
+      self._manager.wait_until_finished()
+
+  @contextlib.contextmanager
+  def _explained(self) -> Iterator[None]:
+    """Turns a full disk, reported in many ways, into a line."""
+    try:
+      yield
+    except Exception as error:
+      found = _DISK_ERRORS.search(str(error))
+      if found is None:
+        raise
+      free = shutil.disk_usage(self.folder).free / 2**30
+      newest = max(
+        (int(entry.name) for entry in self.folder.iterdir() if entry.name.isdecimal()), default=None
+      )
+      stands = (
+        "no checkpoint is complete" if newest is None else f"that of step {newest} is complete and kept"
+      )
+      raise UserError(
+        f"{self.folder}: the checkpoint could not be written ({found[0].lower()}; {free:.1f} GiB are free); {stands}. "
+        "Make room, or lower training.save_total_limit, and start the same command again"
+      ) from error
 
   def close(self) -> None:
     """Waits, then lets go of the folder."""

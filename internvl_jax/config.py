@@ -39,6 +39,7 @@ from internvl_jax.arguments import (
   PreferenceConfig,
   RuntimeConfig,
   TrainingArguments,
+  parse_distributed,
 )
 from internvl_jax.errors import UserError
 from internvl_jax.parallel import zero
@@ -89,10 +90,7 @@ def to_json(config: TrainConfig) -> dict[str, dict[str, Any]]:
 # --- The rules, as data -------------------------------------------------------------------------------------
 
 NOT_YET: dict[str, str] = {
-  "data.replacement": "every sample is seen once an epoch",
-  "training.group_by_length": "rows are padded to loader.sequence_buckets",
   "preference.loss_type": "preference optimisation",
-  "runtime.profile_steps": "profiling",
 }
 """Field -> what it asks for or what is done instead; the field must keep its default until that is there."""
 
@@ -120,6 +118,7 @@ ONLY_WITH: dict[str, tuple[str, ...]] = {
   "data.strict_mode": _PACKED,
   "data.allow_overflow": _PACKED,
   "data.loss_reduction": _PACKED,
+  "data.replacement": _PACKED,
   "data.use_thumbnail": ("data.dynamic_image_size",),
   "preference.beta": _PREFERENCE,
   "preference.label_smoothing": _PREFERENCE,
@@ -265,7 +264,9 @@ RANGES: dict[str, Range] = {
   "eval.limit": _POSITIVE,
   "runtime.router_aux_loss_coef": _NOT_NEGATIVE,
   "runtime.scan_unroll": _POSITIVE,
-  "runtime.profile_steps": _NOT_NEGATIVE,
+  "runtime.profile_steps": _POSITIVE,
+  "runtime.max_nonfinite_steps": _POSITIVE,
+  "runtime.hang_seconds": _POSITIVE,
 }
 """The range of every numeric field (of each entry, for a tuple); None, where a field allows it, is in range."""
 
@@ -310,6 +311,7 @@ def problems(config: TrainConfig, command: Command = "train") -> list[str]:
     _schedule_problems,
     _evaluation_problems,
     _mesh_problems,
+    _runtime_problems,
   )
   found = [line for check in checks for line in check(config)]
   return [*found, *_path_problems(config, command)]
@@ -489,6 +491,17 @@ def _mesh_problems(config: TrainConfig) -> Iterator[str]:
     yield f"{settings} both ask for the remaining devices; give all but one a size"
   if config.training.deepspeed:
     yield from zero.problems(config.training.deepspeed, config.training)
+
+
+def _runtime_problems(config: TrainConfig) -> Iterator[str]:
+  setting, steps = config.runtime.distributed, config.runtime.profile_steps
+  if setting not in ("auto", "off") and parse_distributed(setting) is None:
+    yield (
+      f"runtime.distributed={setting!r} must be auto, off, or host:port,processes,process (10.0.0.2:8476,4,0 is the "
+      "first of four)"
+    )
+  if steps and (len(steps) != 2 or steps[0] > steps[1]):
+    yield f"runtime.profile_steps={steps} must be the first and the last step of the trace, such as (10, 12)"
 
 
 def _is_remote(path: str) -> bool:

@@ -4,7 +4,7 @@
 
 Measures every sample and decodes every image and video, on all cores, and prints a table of the datasets, the
 sizes, how full packed rows would be, and the steps of an epoch. Ends with status 1 if a line would be lost:
-unreadable, with images beyond max_seq_length, too large for a packed row, or without a supervised token.
+unreadable, without a supervised token, or too long to keep any of it (loader.on_over_length).
 """
 
 import json
@@ -20,9 +20,10 @@ from absl import flags
 from internvl_jax import assembly, frontdoor
 from internvl_jax.config import TrainConfig, validate
 from internvl_jax.data import packing, pipeline
+from internvl_jax.data.errors import DataError
 from internvl_jax.data.examine import DatasetReport, decode_all, examine
+from internvl_jax.data.mixture import Mixture
 from internvl_jax.data.rows import packable
-from internvl_jax.data.sample import Mixture
 from internvl_jax.data.show import show_sample
 from internvl_jax.data.tokenize import ChatTokenizer
 from internvl_jax.errors import UserError
@@ -46,18 +47,20 @@ def main(argv: Sequence[str]) -> None:
   chat = ChatTokenizer(tokenizer, config.data.conv_style)
   cache = config.loader.cache_dir or pipeline.default_cache()
   mixture = Mixture(
-    config.data, chat, tokens_per_tile=source.config.tokens_per_tile, seed=config.training.seed, cache=cache
+    config.data,
+    chat,
+    tokens_per_tile=source.config.tokens_per_tile,
+    seed=config.training.seed,
+    policy=config.loader.on_over_length,
+    cache=cache,
   )
-  lines = sum(len(file) for file in mixture.files)
-  with tqdm.tqdm(total=lines, desc="sizes", unit="line") as bar:
-    mixture.index_sizes(cache, workers=os.cpu_count() or 1, progress=bar.update)
-  settings = pipeline.pack_settings(config.data) if config.data.use_packed_ds else None
-  reports = examine(mixture, config.data, settings)
-  damaged = decode(mixture) if _DECODE.value else []
+  mixture.index_sizes(cache, workers=os.cpu_count() or 1, quiet=config.training.disable_tqdm)
+  reports = examine(mixture)
+  damaged = decode(mixture, packed=config.data.use_packed_ds) if _DECODE.value else []
   print(table(reports))
   print(sizes(reports))
-  if settings is not None:
-    print(fill(mixture, settings))
+  if config.data.use_packed_ds:
+    print(fill(mixture, pipeline.pack_settings(config.data)))
   for line in [*(line for report in reports for line in report.examples), *damaged]:
     print(f"lost: {line}")
   write_outputs(mixture, chat, reports)
@@ -71,17 +74,17 @@ def main(argv: Sequence[str]) -> None:
   sys.exit(1 if lost else 0)
 
 
-def decode(mixture: Mixture) -> list[str]:
+def decode(mixture: Mixture, *, packed: bool) -> list[str]:
   """Why lines cannot be decoded, with a bar of how far that is."""
   with tqdm.tqdm(
-    total=sum(len(mixture.records(d)) for d in range(len(mixture.specs))), desc="decoding"
+    total=sum(dataset.num_samples for dataset in mixture.datasets), desc="decoding", unit="sample"
   ) as bar:
-    return list(decode_all(mixture, workers=os.cpu_count() or 1, progress=bar.update))
+    return list(decode_all(mixture, packed=packed, workers=os.cpu_count() or 1, progress=bar.update))
 
 
 def table(reports: Sequence[DatasetReport]) -> str:
   """A line for each dataset."""
-  columns = ("lines", "samples", "unreadable", "cut_images", "over_long", "masked", "truncated")
+  columns = ("lines", "samples", "unreadable", "over_long", "masked", "shortened", "split")
   width = max(len("dataset"), *(len(report.name) for report in reports))
   rows = [f"{'dataset':<{width}}" + "".join(f"{column:>12}" for column in columns)]
   rows += [
@@ -121,7 +124,10 @@ def fill(mixture: Mixture, settings: packing.PackSettings) -> str:
 def write_outputs(mixture: Mixture, chat: ChatTokenizer, reports: Sequence[DatasetReport]) -> None:
   """Prints samples, writes the dump and the picture, as the flags ask."""
   for index in range(min(_SHOW.value, mixture.num_samples)):
-    print(show_sample(mixture.decode(0, index), chat))
+    try:
+      print(show_sample(mixture.decode(0, index), chat))
+    except DataError as error:
+      print(f"not shown: {error}")
   if _DUMP.value:
     dump(mixture, Path(_DUMP.value))
   if _PICTURE.value:
@@ -129,16 +135,21 @@ def write_outputs(mixture: Mixture, chat: ChatTokenizer, reports: Sequence[Datas
 
 
 def dump(mixture: Mixture, path: Path) -> None:
-  """Writes every readable line's ids, labels and number of tiles."""
+  """Writes ids, labels and number of tiles of every sample; a line that is split has several."""
   first = 0
   with path.open("w", encoding="utf-8") as file:
-    for dataset, spec in enumerate(mixture.specs):
-      for line in np.flatnonzero(mixture.size_of(first + np.arange(len(mixture.records(dataset))))[:, 0]):
-        sample = mixture.decode(0, first + int(line))
-        entry = {"dataset": spec.name, "index": int(line), "input_ids": sample.input_ids.tolist()}
-        entry |= {"labels": sample.labels.tolist(), "num_tiles": len(sample.tiles)}
-        file.write(json.dumps(entry) + "\n")
-      first += int(mixture.sizes[dataset])
+    for dataset, size in zip(mixture.datasets, mixture.sizes.tolist(), strict=True):
+      samples = np.arange(dataset.num_samples)
+      for sample in samples[dataset.sizes_of(samples)[:, 0] > 0].tolist():
+        try:
+          decoded = mixture.decode(0, first + sample)
+        except DataError as error:
+          print(f"not dumped: {error}")
+          continue
+        entry = {"dataset": dataset.spec.name, "index": dataset.locate(sample)[0]}
+        entry |= {"input_ids": decoded.input_ids.tolist(), "labels": decoded.labels.tolist()}
+        file.write(json.dumps({**entry, "num_tiles": len(decoded.tiles)}) + "\n")
+      first += size
 
 
 def draw(reports: Sequence[DatasetReport], path: Path) -> None:

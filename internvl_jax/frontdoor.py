@@ -16,6 +16,7 @@ A front door with a recipe looks like this:
 `--config.leaf.field=value` overrides a field; `None` clears a field that may be unset.
 """
 
+import errno
 import importlib.util
 import inspect
 import logging as stdlib_logging
@@ -43,6 +44,7 @@ _RECIPE = re.compile(rf"--?{FLAG}(=|$)")
 
 # Errors of the file system that a path given by the user causes.
 _PATH_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def define_config_flag(
@@ -69,14 +71,17 @@ def define_config_flag(
 def run_app(main: Callable[[list[str]], Any]) -> None:
   """Runs a command's `main(argv)` under absl; ends the process.
 
-  A `UserError` and a path that cannot be opened become a line on stderr and exit code 1 (`--verbosity=1` shows
-  where they came from), and so does a wrong command line. Any other exception is a bug and keeps its traceback.
+  A `UserError`, a path that cannot be opened and a full disk become a line on stderr and exit code 1
+  (`--verbosity=1` shows where they came from), and so does a wrong command line. Any other exception is a bug and
+  keeps its traceback.
   """
 
   def guarded(argv: list[str]) -> Any:
     try:
       return main(argv)
-    except (UserError, *_PATH_ERRORS) as error:
+    except (UserError, OSError) as error:
+      if explain(error) is None:
+        raise
       _exit_with(error)
 
   def guarded_parse(argv: Sequence[str]) -> list[str]:
@@ -88,17 +93,34 @@ def run_app(main: Callable[[list[str]], Any]) -> None:
   app.run(guarded, flags_parser=guarded_parse)
 
 
-def set_up_logging() -> None:
+def set_up_logging(process: int | None = None) -> None:
   """Logs from level INFO on, in short lines that do not break the progress bar.
 
-  Orbax tells of its every move at INFO, so it is heard from WARNING on.
+  Orbax tells of its every move at INFO, so it is heard from WARNING on; errors it logs with their traceback
+  several times before it raises them, which is enough. Of several processes, the first tells what all of them do,
+  and the others what goes wrong.
+
+  Args:
+    process: this process's number, where there are several.
   """
   logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
   handler = _BarAwareHandler()
+  name = "" if process is None else f"[{process}] "
   handler.setFormatter(
-    stdlib_logging.Formatter("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
+    stdlib_logging.Formatter(f"%(asctime)s %(levelname).1s {name}%(message)s", datefmt="%H:%M:%S")
   )
-  handler.addFilter(lambda record: record.levelno >= stdlib_logging.WARNING or "orbax" not in record.pathname)
+  follows = bool(process)
+
+  def is_heard(record: stdlib_logging.LogRecord) -> bool:
+    if logging.get_verbosity() > logging.INFO:
+      return True
+    if "orbax" in record.pathname:
+      return record.levelno >= stdlib_logging.WARNING and not record.exc_info
+    return record.levelno >= stdlib_logging.WARNING or not follows
+
+  handler.addFilter(is_heard)
+  # JAX would tell where it opens its port, after us.
+  stdlib_logging.getLogger("jax").setLevel(stdlib_logging.WARNING)
   logger = logging.get_absl_logger()
   logger.handlers, logger.propagate = [handler], False
 
@@ -192,14 +214,30 @@ def _one_line(error: Exception) -> str:
   return " ".join(str(error).split())
 
 
-def _exit_with(error: Exception) -> typing.NoReturn:
-  message = str(error)
-  if isinstance(error, OSError):
-    if error.filename is None:  # Not about a path: nothing that the user can mend.
-      raise error
-    message = f"cannot open {error.filename!r}: {error.strerror}"
+def explain(error: BaseException) -> str | None:
+  """What to tell the user about an exception that is not a bug of ours; None if it may be one."""
+  if isinstance(error, UserError):
+    return str(error)
+  if isinstance(error, OSError) and error.errno in _FULL:
+    return f"cannot write {error.filename or 'a file'}: {error.strerror}; make room and start the same command again"
+  # An error that names no path is nothing that the user can mend.
+  if isinstance(error, _PATH_ERRORS) and error.filename is not None:
+    return f"cannot open {error.filename!r}: {error.strerror}"
+  return None
+
+
+def report(error: BaseException) -> None:
+  """Prints what `run_app` would, for a process that must end at once."""
+  message = explain(error)
+  if message is None:
+    traceback.print_exception(error)
+    return
   logging.debug("Where it came from:", exc_info=error)
   print("error: " + message.replace("\n", "\n  "), file=sys.stderr)
+
+
+def _exit_with(error: Exception) -> typing.NoReturn:
+  report(error)
   sys.exit(1)
 
 

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from absl import flags
 
 from internvl_jax.data.errors import Where
+from internvl_jax.data.files import absolute
+from internvl_jax.data.fitting import Limits
 from internvl_jax.data.meta import DatasetSpec
-from internvl_jax.data.sample import make_sample
+from internvl_jax.data.sample import SampleMaker
 from internvl_jax.eval.decoding import GreedyDecoder, Prompt
 from internvl_jax.eval.scoring import prompt_ids
 from internvl_jax.frontdoor import run_app
@@ -17,7 +19,9 @@ from internvl_jax.inference import open_for_inference
 
 _MODEL = flags.DEFINE_string("model", None, "Checkpoint folder.", required=True)
 _QUESTION = flags.DEFINE_string("question", None, "What to ask.", required=True)
-_IMAGE = flags.DEFINE_string("image", None, "The image asked about; none for a question without one.")
+_IMAGE = flags.DEFINE_string(
+  "image", None, "The image asked about, a path or a URL; none for a question without one."
+)
 _SYSTEM = flags.DEFINE_string("system", None, "System message; the template's if unset.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Longest answer in tokens.", lower_bound=1)
 _BF16 = flags.DEFINE_bool("bf16", False, "Compute in bfloat16.")
@@ -30,11 +34,16 @@ def main(argv: Sequence[str]) -> None:
   turns = [{"from": "human", "value": _QUESTION.value}, {"from": "gpt", "value": "?"}]
   if _SYSTEM.value is not None:
     turns.insert(0, {"from": "system", "value": _SYSTEM.value})
-  record = {"conversations": turns} | ({"image": _IMAGE.value} if _IMAGE.value else {})
-  spec = DatasetSpec(name="question", root="", annotation="the command line")
-  where = Where("question", "the command line", 1)
-  tokens_per_tile = opened.source.config.tokens_per_tile
-  sample = make_sample(record, where, spec, opened.data, opened.tokenizer, tokens_per_tile, None)
+  # Typed from the working directory, it may lie anywhere.
+  record = {"conversations": turns} | ({"image": absolute(_IMAGE.value)} if _IMAGE.value else {})
+  maker = SampleMaker(
+    spec=DatasetSpec(name="question", root="", annotation="the command line"),
+    data=opened.data,
+    tokenizer=opened.tokenizer,
+    tokens_per_tile=opened.source.config.tokens_per_tile,
+    limits=Limits(opened.data.max_seq_length, policy="error"),
+  )
+  sample = maker.make(record, Where("question", "the command line", 1))
   decoder = GreedyDecoder(
     model=opened.source.model,
     how=opened.how,
@@ -45,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     batch_size=1,
   )
   answer = decoder(opened.params, [Prompt(prompt_ids(sample), sample.tiles)])[0]
-  print(opened.tokenizer.decode(answer).strip())
+  print(opened.tokenizer.decode_answer(answer).strip())
 
 
 if __name__ == "__main__":

@@ -1,41 +1,149 @@
 """What a run tells about itself: the log history, TensorBoard, the progress bar and throughput."""
 
+import dataclasses
 import json
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from internvl_jax.arguments import TrainingArguments
-from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, SFTBatch
-from internvl_jax.errors import UserError
+from internvl_jax.batch import BatchCounts
+from internvl_jax.mfu import UsefulFlops
+
+_TEXTS = {
+  "loss": "loss {:.4f}",
+  "grad_norm": "grad_norm {:.3g}",
+  "learning_rate": "learning_rate {:.3g}",
+  "skipped_steps": "{} steps skipped",
+  "seconds_per_step": "{:.3g} s a step",
+  "data_seconds_per_step": "{:.3g} of it waiting for data",
+  "compute_seconds_per_step": "{:.3g} computing",
+  "supervised_tokens_per_second": "{:,.0f} supervised tokens/s",
+  "tiles_per_second": "{:,.1f} tiles/s",
+  "mfu": "MFU {:.1%}",
+}
 
 
-def count_supervised(batch: SFTBatch) -> int:
-  """Tokens of a batch that a loss is computed on."""
-  return int(np.count_nonzero(batch.targets != IGNORE_INDEX))
+@dataclasses.dataclass(frozen=True)
+class StepTimes:
+  """Where the time of a step went.
+
+  Attributes:
+    whole: seconds from the end of the step before to the end of this one.
+    data: of them, seconds in which the devices had nothing to do because the batch was not there yet.
+    compute: seconds in which they computed.
+  """
+
+  whole: float
+  data: float
+  compute: float
 
 
-def count_tiles(batch: SFTBatch, tokens_per_tile: int) -> int:
-  """Tiles of a batch that a token refers to; padding tiles are not counted."""
-  return int(np.count_nonzero(batch.image_index != NO_IMAGE)) // tokens_per_tile
+class StepClock:
+  """Measures steps that overlap: the host is a step ahead of the devices, so its own waits are not theirs."""
+
+  def __init__(self):
+    """A clock that has not seen the start of any step."""
+    self._last: float | None = None
+
+  def restart(self, now: float | None) -> None:
+    """Lets the next step begin now; None: leaves it out, since what came before is not over."""
+    self._last = now
+
+  def times(self, *, fetched_in: float, dispatched: float, done: float) -> StepTimes | None:
+    """The times of the step that is done; None if its start was not seen.
+
+    Args:
+      fetched_in: seconds that the host waited for the batch.
+      dispatched: when the step was handed to the devices.
+      done: when they were through with it.
+    """
+    start, self._last = self._last, done
+    if start is None:
+      return None
+    idle = max(0.0, dispatched - start)
+    return StepTimes(done - start, min(idle, fetched_in), done - max(dispatched, start))
+
+
+@dataclasses.dataclass(frozen=True)
+class Gauges:
+  """What turns counts and seconds into rates.
+
+  Attributes:
+    useful: FLOPs that a batch needs.
+    peak: FLOP/s of all devices together; None where it is not known.
+    devices: this host's, to ask for their memory.
+  """
+
+  useful: UsefulFlops
+  peak: float | None
+  devices: Sequence[Any]
+
+  def peak_memory(self) -> int | None:
+    """Most bytes that were ever in use on one of this host's devices; None where the backend does not tell."""
+    found = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in self.devices]
+    return max((value for value in found if value is not None), default=None)
+
+
+class _Window:
+  """Sums over the steps since the last log entry."""
+
+  def __init__(self):
+    self.losses: list[float] = []
+    self.skipped = 0
+    self.steps = 0
+    self.supervised = self.tiles = self.flops = 0.0
+    self.whole = self.data = self.compute = 0.0
+
+  def add_times(self, counts: BatchCounts, times: StepTimes, useful: UsefulFlops) -> None:
+    self.steps += 1
+    self.supervised += float(counts.supervised)
+    self.tiles += float(counts.image_tokens) / useful.tokens_per_tile
+    self.flops += useful.of(counts)
+    self.whole += times.whole
+    self.data += times.data
+    self.compute += times.compute
+
+  def rates(self, gauges: Gauges) -> dict[str, Any]:
+    """The entries of the log that tell how fast it goes."""
+    if not self.steps:
+      return {}
+    found = {
+      "supervised_tokens_per_second": self.supervised / self.whole,
+      "tiles_per_second": self.tiles / self.whole,
+      "seconds_per_step": self.whole / self.steps,
+      "data_seconds_per_step": self.data / self.steps,
+      "compute_seconds_per_step": self.compute / self.steps,
+    }
+    if gauges.peak is not None:
+      found["mfu"] = self.flops / self.whole / gauges.peak
+    return found
 
 
 class RunLog:
-  """Collects the metrics of steps and hands them out: log history, TensorBoard, bar.
+  """Collects the metrics of steps and hands them out: log history, TensorBoard, bar, log lines.
 
   The history has the schema of Hugging Face's trainer_state.json: `loss` is the mean over the steps since
-  the last entry, `grad_norm` that of the last step, `learning_rate` the value after the scheduler's update.
+  the last entry (over those that were not skipped), `grad_norm` that of the last step, `learning_rate` the value
+  after the scheduler's update.
   """
 
   def __init__(
-    self, training: TrainingArguments, output_dir: Path, *, total_steps: int, epoch_of: Callable[[int], float]
+    self,
+    training: TrainingArguments,
+    output_dir: Path,
+    *,
+    total_steps: int,
+    epoch_of: Callable[[int], float],
+    gauges: Gauges,
+    writes: bool = True,
   ):
     """Opens the writers that `training.report_to` asks for.
 
@@ -44,18 +152,21 @@ class RunLog:
       output_dir: the run's directory.
       total_steps: length of the run.
       epoch_of: passes over the data after that many steps.
+      gauges: what rates are made of.
+      writes: whether this is the one process of the run that writes; the others only keep the history.
     """
     self._training = training
     self._output_dir = output_dir
     self._total_steps = total_steps
     self.epoch = epoch_of
-    self._pending: list[Any] = []
-    self._tokens = self._tiles = self._steps = 0
-    self._window_start = time.perf_counter()
+    self._gauges = gauges
+    self._writes = writes
+    self._window = _Window()
     self._bar: tqdm | None = None
     self.history: list[dict[str, Any]] = []
+    self.skipped_in_a_row = 0
     board = training.logging_dir or str(output_dir / "tensorboard")
-    self._writer = SummaryWriter(board) if training.report_to == "tensorboard" else None
+    self._writer = SummaryWriter(board) if writes and training.report_to == "tensorboard" else None
 
   def __enter__(self) -> "RunLog":
     return self
@@ -67,40 +178,33 @@ class RunLog:
       self._writer.close()
 
   def start(self, step: int) -> None:
-    """Begins (or goes on) at that step: shows the bar and starts the clock."""
+    """Begins (or goes on) at that step and shows the bar."""
     self._bar = tqdm(
       total=self._total_steps,
       initial=step,
       unit="step",
-      disable=self._training.disable_tqdm,
+      disable=self._training.disable_tqdm or not self._writes,
       dynamic_ncols=True,
       mininterval=0.5,
     )
-    self.restart_clock()
 
-  def restart_clock(self) -> None:
-    """Leaves the time until now (compiling, saving) out of the throughput."""
-    self._window_start = time.perf_counter()
-    self._tokens = self._tiles = self._steps = 0
-
-  def add(self, step: int, metrics: Any, *, tokens: int, tiles: int, next_rate: float, timed: bool) -> None:
-    """Takes in the metrics of a step, and writes an entry when one is due.
+  def add(self, step: int, metrics: Any, *, next_rate: float, times: StepTimes | None) -> None:
+    """Takes in a step, and writes an entry when one is due.
 
     Args:
       step: steps taken, this one included.
-      metrics: `StepMetrics`; read from the device only when an entry is due.
-      tokens, tiles: supervised tokens and tiles of the batch.
+      metrics: its `StepMetrics`, read from the device.
       next_rate: learning rate of the next step.
-      timed: count the step in the throughput; False where it held a compilation.
-
-    Raises:
-      UserError: the loss or the gradient is not finite.
+      times: how long it took; None leaves it out of the rates (it held a compilation).
     """
-    self._pending.append(metrics.loss)
-    if timed:
-      self._tokens, self._tiles, self._steps = self._tokens + tokens, self._tiles + tiles, self._steps + 1
+    if metrics.skipped:
+      self._window.skipped += 1
+      self.skipped_in_a_row += 1
     else:
-      self.restart_clock()
+      self._window.losses.append(float(metrics.loss))
+      self.skipped_in_a_row = 0
+    if times is not None:
+      self._window.add_times(metrics.counts, times, self._gauges.useful)
     assert self._bar is not None
     self._bar.update()
     due = step % self._training.logging_steps == 0 or step == self._total_steps
@@ -108,31 +212,33 @@ class RunLog:
       self._write(step, float(metrics.grad_norm), next_rate)
 
   def _write(self, step: int, grad_norm: float, learning_rate: float) -> None:
-    loss = float(np.mean([np.float64(value) for value in self._pending]))
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-      raise UserError(
-        f"step {step}: loss={loss}, grad_norm={grad_norm}: not finite; lower training.learning_rate, or look at the "
-        "batch's samples"
-      )
-    seconds = time.perf_counter() - self._window_start
+    window, self._window = self._window, _Window()
     entry: dict[str, Any] = {
-      "loss": loss,
-      "grad_norm": grad_norm,
+      "loss": float(np.mean(window.losses)) if window.losses else None,
+      "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
       "learning_rate": learning_rate,
       "epoch": self.epoch(step),
       "step": step,
+      "skipped_steps": window.skipped or None,
+      **window.rates(self._gauges),
+      "peak_memory_bytes": self._gauges.peak_memory(),
     }
-    speed = ""
-    if self._steps:
-      entry["supervised_tokens_per_second"] = self._tokens / seconds
-      entry["tiles_per_second"] = self._tiles / seconds
-      entry["seconds_per_step"] = seconds / self._steps
-      speed = f", {self._tokens / seconds:,.0f} tok/s, {self._tiles / seconds:,.1f} tiles/s"
+    entry = {key: value for key, value in entry.items() if value is not None}
     self.record(entry)
-    self._pending.clear()
-    self.restart_clock()
     assert self._bar is not None
-    self._bar.set_postfix_str(f"loss {loss:.4f}{speed}")
+    self._bar.set_postfix_str(f"loss {entry.get('loss', math.nan):.4f}")
+    if self._writes:
+      logging.info("%s", self._line(entry))
+
+  def _line(self, entry: dict[str, Any]) -> str:
+    """An entry as a line of the log."""
+    parts = [f"step {entry['step']}/{self._total_steps}"]
+    for key, text in _TEXTS.items():
+      if key in entry:
+        parts.append(text.format(entry[key]))
+    if "peak_memory_bytes" in entry:
+      parts.append(f"{entry['peak_memory_bytes'] / 2**30:.1f} GiB at most")
+    return ", ".join(parts)
 
   def record(self, entry: dict[str, Any]) -> None:
     """Appends an entry to the history and to TensorBoard."""
@@ -145,15 +251,25 @@ class RunLog:
 
   def state(self) -> dict[str, Any]:
     """What a checkpoint keeps, as JSON values."""
-    return {"log_history": self.history, "pending": [float(value) for value in self._pending]}
+    return {
+      "log_history": self.history,
+      "pending": self._window.losses,
+      "pending_skipped": self._window.skipped,
+      "skipped_in_a_row": self.skipped_in_a_row,
+    }
 
   def restore(self, state: dict[str, Any]) -> None:
     """Goes on from a checkpoint's log; entries written after it are dropped."""
     self.history = list(state["log_history"])
-    self._pending = list(state["pending"])
+    self._window.losses = list(state["pending"])
+    # Checkpoints of earlier versions do not have these.
+    self._window.skipped = state.get("pending_skipped", 0)
+    self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
 
   def write_trainer_state(self, step: int, data_counters: dict[str, Any]) -> None:
     """Writes trainer_state.json in Hugging Face's schema, with the data's counters beside it."""
+    if not self._writes:
+      return
     training = self._training
     state = {
       "best_metric": None,
@@ -173,6 +289,39 @@ class RunLog:
       "data": data_counters,
     }
     write_json(self._output_dir / "trainer_state.json", state)
+
+
+class Trace:
+  """An XProf trace of some steps, for TensorBoard's profile plugin."""
+
+  def __init__(self, folder: Path, steps: Sequence[int]):
+    """Sets it up.
+
+    Args:
+      folder: where it goes.
+      steps: the first and the last step, counted from 1; empty for no trace.
+    """
+    self._folder = folder
+    self._first, self._last = steps or (0, 0)
+    self._running = False
+
+  def before(self, step: int) -> None:
+    """The step is about to be handed to the devices."""
+    if self._first <= step <= self._last and not self._running:
+      jax.profiler.start_trace(str(self._folder))
+      self._running = True
+
+  def after(self, step: int) -> None:
+    """The devices are through with the step."""
+    if self._running and step >= self._last:
+      self.stop()
+
+  def stop(self) -> None:
+    """Writes the trace, if one is being made."""
+    if self._running:
+      jax.profiler.stop_trace()
+      self._running = False
+      logging.info("Wrote a trace to %s", self._folder)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from internvl_jax.batch import SFTBatch
+from internvl_jax.batch import BatchCounts, SFTBatch, count
 from internvl_jax.models.functional import ModelDef
 from internvl_jax.models.internvl import InternVL
 from internvl_jax.objectives import normalized_weights
@@ -30,10 +30,19 @@ class Objective(Protocol):
 
 
 class StepMetrics(NamedTuple):
-  """Scalars of one optimizer step: the loss (mean over its micro-batches) and the norm before clipping."""
+  """Scalars of one optimizer step, over the rows of all hosts.
+
+  Attributes:
+    loss: mean over the micro-batches.
+    grad_norm: before clipping.
+    skipped: loss or gradient was not finite, so that nothing was changed.
+    counts: what the batch held.
+  """
 
   loss: jax.Array
   grad_norm: jax.Array
+  skipped: jax.Array
+  counts: BatchCounts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +72,7 @@ class TrainStep:
   def __call__(
     self, state: TrainState, frozen: dict[str, jax.Array], batch: SFTBatch, learning_rate: jax.Array
   ) -> tuple[TrainState, StepMetrics]:
-    """Takes one step.
+    """Takes one step; one whose loss or gradient is not finite leaves parameters and moments as they are.
 
     Args:
       state: its buffers may be donated.
@@ -79,7 +88,14 @@ class TrainStep:
     params = jax.tree.map(lambda value, update: value - learning_rate * update, params, updates)
     if self.places is not None:
       opt_state = jax.lax.with_sharding_constraint(opt_state, opt_state_shardings(opt_state, self.places))
-    return TrainState(state.step + 1, self._place(params, "params"), opt_state), StepMetrics(loss, norm)
+    # A choice between values, not a branch: hosts cannot part ways, and it costs nothing beside the update.
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    params, opt_state = jax.tree.map(
+      lambda new, old: jnp.where(finite, new, old),
+      (self._place(params, "params"), opt_state),
+      (state.params, state.opt_state),
+    )
+    return TrainState(state.step + 1, params, opt_state), StepMetrics(loss, norm, ~finite, count(batch))
 
   def _place(self, tree: dict[str, jax.Array], kind: Literal["params", "gradients", "moments"]):
     """A tree by path, where the state's arrays of that kind lie."""

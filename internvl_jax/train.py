@@ -10,13 +10,14 @@ import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import logging
 from transformers import PreTrainedTokenizerBase
 
-from internvl_jax import frontdoor, optim
+from internvl_jax import frontdoor, mfu, optim
 from internvl_jax.adapters import merge_and_check
 from internvl_jax.assembly import execution, make_step, open_mesh, open_model, place_state, set_up_jax
 from internvl_jax.checkpoint import Checkpointer
@@ -30,13 +31,18 @@ from internvl_jax.hf import config as layouts
 from internvl_jax.hf import export, peft
 from internvl_jax.hf.model import Source, base_name
 from internvl_jax.inference import recorded_settings
-from internvl_jax.metrics import RunLog, write_json
+from internvl_jax.metrics import Gauges, RunLog, Trace, write_json
 from internvl_jax.models.lora import adapter_paths
+from internvl_jax.parallel import distributed, rules
 from internvl_jax.parallel import mesh as meshes
-from internvl_jax.parallel import rules
 from internvl_jax.state import TrainState, describe
 from internvl_jax.trainer import CompiledSteps, Trainer
 from internvl_jax.trees import part_of, select
+from internvl_jax.watchdog import Watchdog
+
+OPEN_SECONDS = EXPORT_SECONDS = 3600
+"""How long processes wait for the last one to read its weights, and for the first one to write the model: 150 GB from
+or to a slow disk."""
 
 _CONFIG = frontdoor.define_config_flag()
 
@@ -49,15 +55,22 @@ def main(argv: Sequence[str]) -> None:
 
 
 def train(config: TrainConfig) -> None:
-  """A whole run, from its config to the model in its output directory."""
+  """A whole run, from its config to the model in its output directory; on every process of the run alike."""
   validate(config)
-  prepare_output_dir(config)
+  with distributed.joined(config.runtime.distributed, frontdoor.report):
+    if jax.process_count() > 1:
+      frontdoor.set_up_logging(process=jax.process_index())
+    with Watchdog(distributed.host_name(), config.runtime.hang_seconds) as watchdog:
+      _run(config, watchdog)
+
+
+def _run(config: TrainConfig, watchdog: Watchdog) -> None:
+  prepare_output_dir(config, watchdog)
   set_up_jax(config)
 
   source, tokenizer = open_model(config)
   chat = ChatTokenizer(tokenizer, config.data.conv_style)
   mesh = open_mesh(config)
-  shards = meshes.data_parallel_size(mesh)
   trainable = optim.trainable_paths(config.model, source.model.shapes)
   optimizer = optim.make_optimizer(config.training, select(source.reference_names, trainable))
   make_loader = functools.partial(
@@ -67,7 +80,7 @@ def train(config: TrainConfig) -> None:
     config.loader,
     chat,
     tokens_per_tile=source.config.tokens_per_tile,
-    data_shards=shards,
+    **host_shards(mesh),
   )
   # The data are looked at before the weights are read: mistakes are likelier there, and cheaper to find.
   loader = make_loader()
@@ -82,10 +95,24 @@ def train(config: TrainConfig) -> None:
   frozen = {path: value for path, value in params.items() if path not in trainable}
   state = TrainState.create(select(params, trainable), optimizer, places)
   del params
+  # What follows talks over the devices, where nobody waits for long.
+  with watchdog.phase("barrier"):
+    distributed.barrier("weights and data are opened", seconds=OPEN_SECONDS)
 
   output_dir = output_folder(config)
   checkpointer = Checkpointer(output_dir, keep=config.training.save_total_limit)
-  log = RunLog(config.training, output_dir, total_steps=loader.total_steps, epoch_of=loader.epoch_of)
+  log = RunLog(
+    config.training,
+    output_dir,
+    total_steps=loader.total_steps,
+    epoch_of=loader.epoch_of,
+    gauges=Gauges(
+      useful=mfu.useful_flops(source.config, source.model.shapes, trainable),
+      peak=mfu.peak_flops(jax.devices()),
+      devices=jax.local_devices(),
+    ),
+    writes=distributed.is_first(),
+  )
   if checkpointer.latest_step is not None:
     state, loader_state, log_state = checkpointer.restore(state)
     loader = make_loader(state=loader_state)
@@ -94,23 +121,46 @@ def train(config: TrainConfig) -> None:
 
   how = execution(config)
   evaluation = make_evaluation(config.eval, config.data, source, chat, how)
-  with log:
+  traced = config.runtime.profile_steps if distributed.is_first() else ()
+  with log, distributed.StopSignal() as asked_to_stop:
     trainer = Trainer(
       training=config.training,
+      runtime=config.runtime,
       steps=CompiledSteps(make_step(config, source, optimizer, how, places), rules.batch_shardings(mesh)),
       schedule=optim.make_schedule(config.training, loader.total_steps),
       loader=loader,
       checkpointer=checkpointer,
       log=log,
+      watchdog=watchdog,
+      trace=Trace(output_dir / "profile", traced),
       total_steps=loader.total_steps,
-      tokens_per_tile=source.config.tokens_per_tile,
       show=lambda batch: show_batch(batch, chat),
+      asked_to_stop=asked_to_stop,
       evaluate=evaluation.metrics if evaluation else None,
     )
     state = trainer.run(state, frozen)
   loader.close()
   checkpointer.close()
-  finish(config, source, tokenizer, chat, {**frozen, **state.params}, evaluation)
+  if int(state.step) < loader.total_steps:
+    logging.warning("Stopped; the same command goes on from step %d", int(state.step))
+    return
+  params = {**frozen, **state.params}
+  del state, frozen  # The optimizer's moments make room for the layers that the export brings together.
+  with watchdog.phase("export"):
+    finish(config, source, tokenizer, chat, params, evaluation)
+    distributed.barrier("the model is saved", seconds=EXPORT_SECONDS)
+
+
+def host_shards(mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  """What the loader has to know of the hosts: the data shards, those of them that this one feeds, and how to sum."""
+  shards, parts = meshes.data_parallel_size(mesh), meshes.data_parts(mesh)
+  part, each = parts[jax.process_index()], shards // (max(parts) + 1)
+  return {
+    "data_shards": shards,
+    "my_shards": range(part * each, (part + 1) * each),
+    # Of processes that feed the same rows, the first counts.
+    "all_sum": functools.partial(distributed.sum_over, [parts.index(i) for i in range(max(parts) + 1)]),
+  }
 
 
 def output_folder(config: TrainConfig) -> Path:
@@ -119,13 +169,33 @@ def output_folder(config: TrainConfig) -> Path:
   return Path(config.training.output_dir)
 
 
-def prepare_output_dir(config: TrainConfig) -> None:
-  """Makes the output directory, or empties it where the config says so, and writes the config into it."""
+def prepare_output_dir(config: TrainConfig, watchdog: Watchdog) -> None:
+  """Makes the output directory, or empties it where the config says so, and writes the config into it.
+
+  The first process does; the others wait for it.
+
+  Raises:
+    UserError: the directory must not be written to, or not all hosts see it.
+  """
+  if "://" in str(config.training.output_dir):
+    raise UserError(
+      f"training.output_dir={config.training.output_dir!r}: runs write to folders only; mount the bucket, or a file "
+      "system that all hosts share, and name the folder"
+    )
   output_dir = output_folder(config)
-  if check_output_dir(config.training) == "overwrite":
-    clear_output_dir(str(output_dir))
-  output_dir.mkdir(parents=True, exist_ok=True)
-  write_json(output_dir / "train_config.json", to_json(config))
+  written = output_dir / "train_config.json"
+  if distributed.is_first():
+    if check_output_dir(config.training) == "overwrite":
+      clear_output_dir(str(output_dir))
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(written, to_json(config))
+  with watchdog.phase("barrier"):
+    distributed.barrier("the output directory is prepared", seconds=distributed.JOIN_SECONDS)
+  if not written.exists():
+    raise UserError(
+      f"training.output_dir={config.training.output_dir!r}: {distributed.host_name()} does not see what process 0 wrote "
+      "there; name a folder of a file system that all hosts share"
+    )
 
 
 def finish(
@@ -136,13 +206,17 @@ def finish(
   params: dict[str, jax.Array],
   evaluation: Evaluation | None,
 ) -> None:
-  """Writes the model that stands alone, and the adapters apart; scores it where the config says so."""
+  """Writes the model that stands alone, and the adapters apart; scores it where the config says so.
+
+  All processes take part, since each has shards of the parameters; the first one writes.
+  """
   output_dir = output_folder(config)
+  writes = distributed.is_first()
   half = config.checkpoint.export_dtype == "bfloat16" or (
     config.checkpoint.export_dtype == "auto" and config.training.bf16
   )
   save_adapters(config, source, params, output_dir)
-  merged, weights = merge_and_check(source, params)
+  merged, weights = merge_and_check(source, params, distributed.gathered)
   export.save_model(
     output_dir,
     merged,
@@ -153,11 +227,13 @@ def finish(
     normalize_type=config.data.normalize_type,
     eos_token_id=chat.stop_token_id,
     settings=recorded_settings(config.data),
+    writes=writes,
   )
   logging.info("Saved the model to %s", output_dir)
   if evaluation is not None:
     scores = evaluation.run(params)
-    evaluation.write(scores, output_dir)
+    if writes:
+      evaluation.write(scores, output_dir)
 
 
 def save_adapters(
@@ -173,7 +249,15 @@ def save_adapters(
   base = base_name(name)
   base = os.path.abspath(base) if os.path.isdir(base) else base
   try:
-    peft.save_adapter(output_dir / "adapter", params, source.specs, source.layout, source.table, base=base)
+    peft.save_adapter(
+      output_dir / "adapter",
+      distributed.gathered(params),
+      source.specs,
+      source.layout,
+      source.table,
+      base=base,
+      writes=distributed.is_first(),
+    )
   except UserError as error:
     logging.warning("No adapter/ is written, only the merged model: %s", error)
     return

@@ -1,24 +1,32 @@
 """The loop: evaluate, save, fetch, step, log, in this order.
 
-The loader is advanced only after a save, so that a checkpoint's loader state names the very next batch.
+The loader is advanced only after a save, so that a checkpoint's loader state names the very next batch. The host
+is one step ahead of the devices: it hands them a step, then waits for the one before and logs it.
 """
 
+import concurrent.futures
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from absl import logging
 
-from internvl_jax.arguments import TrainingArguments
+from internvl_jax.arguments import RuntimeConfig, TrainingArguments
 from internvl_jax.batch import SFTBatch
 from internvl_jax.checkpoint import Checkpointer
-from internvl_jax.metrics import RunLog, count_supervised, count_tiles
+from internvl_jax.errors import UserError
+from internvl_jax.metrics import RunLog, StepClock, Trace
 from internvl_jax.optim import Schedule
+from internvl_jax.parallel import distributed
 from internvl_jax.state import TrainState
 from internvl_jax.step import StepMetrics, TrainStep
+from internvl_jax.watchdog import Watchdog
+
+COMPILE_SECONDS = 1800
+"""How long processes wait for the last one to compile a program."""
 
 
 class Loader(Protocol):
@@ -27,6 +35,15 @@ class Loader(Protocol):
   def __next__(self) -> SFTBatch: ...
   def get_state(self) -> dict[str, Any]: ...
   def counters(self) -> dict[str, Any]: ...
+
+
+@runtime_checkable
+class NamesSamples(Protocol):
+  """What a loader adds to tell which samples a batch was made of."""
+
+  def describe_batch(self, step: int) -> str:
+    """The samples of the batch that took the run from `step` to the next, in a line: datasets and line numbers."""
+    ...
 
 
 @dataclasses.dataclass
@@ -45,8 +62,16 @@ class CompiledSteps:
   def __call__(
     self, state: TrainState, frozen: dict[str, jax.Array], batch: SFTBatch, learning_rate: float
   ) -> tuple[TrainState, StepMetrics]:
-    """Takes one optimizer step with a batch of numpy arrays; the state's buffers are given away."""
-    inputs = (state, frozen, jax.device_put(batch, self.batch_shardings), np.float32(learning_rate))
+    """Takes one optimizer step; the state's buffers are given away.
+
+    Args:
+      state: before the step.
+      frozen: parameters that do not train.
+      batch: numpy arrays: of each field, the part of the rows and pools that belongs to this process's devices.
+      learning_rate: of this step.
+    """
+    whole = jax.make_array_from_process_local_data(self.batch_shardings, batch)
+    inputs = (state, frozen, whole, np.float32(learning_rate))
     shape = (batch.input_ids.shape, batch.tiles.shape)
     if shape not in self._programs:
       self._programs[shape] = self._compile(inputs)
@@ -66,80 +91,177 @@ class CompiledSteps:
       *(A, R, S, batch.tiles.shape[2]),
       time.perf_counter() - start,
     )
+    # Collectives wait for their other side for half a minute only, and compilers are not equally fast everywhere.
+    distributed.barrier(f"program {len(self._programs)} is compiled", seconds=COMPILE_SECONDS)
     return program
+
+
+@dataclasses.dataclass(frozen=True)
+class _InFlight:
+  """A step that the devices work on.
+
+  Attributes:
+    step: steps taken before it.
+    fetched_in: seconds that the host waited for its batch.
+    dispatched: when the devices got it.
+    timed: whether its time says something: not where a program was compiled for it.
+    result: its metrics, and when the devices were through.
+  """
+
+  step: int
+  fetched_in: float
+  dispatched: float
+  timed: bool
+  result: concurrent.futures.Future[tuple[StepMetrics, float]]
 
 
 @dataclasses.dataclass(kw_only=True)
 class Trainer:
-  """Runs optimizer steps until the last one.
+  """Runs optimizer steps until the last one, or until it is told to stop.
 
   Attributes:
     training: when to save, evaluate and stop.
+    runtime: how many steps in a row may be skipped.
     steps: the compiled step.
     schedule: the learning rate.
     loader: batches of numpy arrays.
     checkpointer: where to save.
     log: where metrics go.
+    watchdog: is told what the loop does.
+    trace: records some steps.
     total_steps: steps of the whole run.
-    tokens_per_tile: to count tiles.
     show: function of a batch -> text for the log, to see what the model is taught.
+    asked_to_stop: function of the steps taken -> whether to save and stop here; the same answer on all hosts.
     evaluate: function (parameters, step) -> metrics to log, or None.
   """
 
   training: TrainingArguments
+  runtime: RuntimeConfig
   steps: CompiledSteps
   schedule: Schedule
   loader: Loader
   checkpointer: Checkpointer
   log: RunLog
+  watchdog: Watchdog
+  trace: Trace
   total_steps: int
-  tokens_per_tile: int
   show: Callable[[SFTBatch], str]
+  asked_to_stop: Callable[[int], bool]
   evaluate: Callable[[dict[str, jax.Array], int], dict[str, float]] | None = None
 
+  def __post_init__(self):
+    self._clock = StepClock()
+    self._in_flight: _InFlight | None = None
+    # One thread that waits for the devices: when they are through is known without holding up the loop.
+    self._waiter = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="step")
+
   def run(self, state: TrainState, frozen: dict[str, jax.Array]) -> TrainState:
-    """Trains from `state` to the last step and returns the state there; everything is saved by then."""
+    """Trains from `state` to the last step, or to where it was told to stop; everything is saved by then.
+
+    Raises:
+      UserError: too many steps in a row were skipped, or a checkpoint could not be written.
+    """
     first = int(state.step)
     self.log.start(first)
+    self._clock.restart(time.perf_counter())
     for step in range(first, self.total_steps):
-      if step > first:
-        self._between_steps(state, frozen, step)
-      batch = next(self.loader)
-      if step == first:
-        logging.info("First batch:\n%s", self.show(batch))
-      fresh = not self.steps.knows(batch)
-      state, metrics = self.steps(state, frozen, batch, self.schedule(step))
-      if fresh:
-        jax.block_until_ready(metrics)
-      self.log.add(
-        step + 1,
-        metrics,
-        tokens=count_supervised(batch),
-        tiles=count_tiles(batch, self.tokens_per_tile),
-        next_rate=self.schedule(step + 1),
-        timed=not fresh,
-      )
-    if self.training.save_strategy != "no":
-      self._save(state)
-    self.log.write_trainer_state(self.total_steps, self.loader.counters())
-    self.checkpointer.wait()
+      if step > first and self._between_steps(state, frozen, step):
+        break
+      state = self._take_step(state, frozen, step, show=step == first)
+    self._finish_step()
+    self.trace.stop()
+    self._waiter.shutdown()
+    taken = int(state.step)
+    if self.training.save_strategy != "no" or taken < self.total_steps:
+      self._save(state, taken)
+    with self.watchdog.phase("save", taken):
+      self.checkpointer.wait()
+    self.log.write_trainer_state(taken, self.loader.counters())
     return state
 
-  def _between_steps(self, state: TrainState, frozen: dict[str, jax.Array], step: int) -> None:
-    if self._evaluates_at(step):
+  def _take_step(
+    self, state: TrainState, frozen: dict[str, jax.Array], step: int, *, show: bool
+  ) -> TrainState:
+    """Hands the devices a step, and takes in the one before."""
+    start = time.perf_counter()
+    with self.watchdog.phase("data wait", step + 1):
+      batch = next(self.loader)
+    fetched_in = time.perf_counter() - start
+    if show:
+      logging.info("First batch:\n%s", self.show(batch))
+    fresh = not self.steps.knows(batch)
+    self.trace.before(step + 1)
+    with self.watchdog.phase("compile" if fresh else "step", step + 1):
+      dispatched = time.perf_counter()
+      state, metrics = self.steps(state, frozen, batch, self.schedule(step))
+    self._finish_step()
+    result = self._waiter.submit(_read, metrics)
+    self._in_flight = _InFlight(step, fetched_in, dispatched, not fresh, result)
+    return state
+
+  def _finish_step(self) -> None:
+    """Waits for the step in flight, if there is one, and logs it."""
+    flight, self._in_flight = self._in_flight, None
+    if flight is None:
+      return
+    with self.watchdog.phase("step", flight.step + 1):
+      metrics, done = flight.result.result()
+    times = self._clock.times(fetched_in=flight.fetched_in, dispatched=flight.dispatched, done=done)
+    self.trace.after(flight.step + 1)
+    taken = flight.step + 1
+    self.log.add(taken, metrics, next_rate=self.schedule(taken), times=times if flight.timed else None)
+    if metrics.skipped:
+      self._remark_skipped(flight.step, metrics)
+
+  def _remark_skipped(self, step: int, metrics: StepMetrics) -> None:
+    what = f"step {step + 1}: loss={metrics.loss}, grad_norm={metrics.grad_norm}: not finite"
+    if isinstance(self.loader, NamesSamples):
+      of = f"its samples: {self.loader.describe_batch(step)}"
+    else:
+      of = f"the data so far: {self.loader.counters()}"
+    logging.warning("%s, so it changed nothing; %s", what, of)
+    if self.log.skipped_in_a_row >= self.runtime.max_nonfinite_steps:
+      raise UserError(
+        f"{what}, as in each of the last {self.log.skipped_in_a_row} steps (runtime.max_nonfinite_steps); lower "
+        f"training.learning_rate, or look at the batch's samples; {of}"
+      )
+
+  def _between_steps(self, state: TrainState, frozen: dict[str, jax.Array], step: int) -> bool:
+    """Evaluates and saves where it is time to; returns whether to stop."""
+    self.checkpointer.check()
+    if self.asked_to_stop(step):
+      logging.warning("Asked to stop: saving after step %d of %d", step, self.total_steps)
+      return True
+    evaluates, saves = self._evaluates_at(step), self._saves_at(step)
+    if not (evaluates or saves):
+      return False
+    self._finish_step()
+    if evaluates:
       assert self.evaluate is not None
-      scores = self.evaluate({**frozen, **state.params}, step)
+      with self.watchdog.phase("eval", step):
+        scores = self.evaluate({**frozen, **state.params}, step)
       self.log.record({**scores, "epoch": self.log.epoch(step), "step": step})
-      self.log.restart_clock()
-    if self.training.save_strategy == "steps" and step % self.training.save_steps == 0:
-      self._save(state)
-      self.log.restart_clock()
+    if saves:
+      self._save(state, step)
+    self._clock.restart(time.perf_counter())
+    return False
+
+  def _saves_at(self, step: int) -> bool:
+    return self.training.save_strategy == "steps" and step % self.training.save_steps == 0
 
   def _evaluates_at(self, step: int) -> bool:
     every = self.training.eval_steps or self.training.logging_steps
     asked = "steps" in (self.training.eval_strategy, self.training.evaluation_strategy)
     return asked and self.evaluate is not None and step % every == 0
 
-  def _save(self, state: TrainState) -> None:
-    self.checkpointer.save(state, loader=self.loader.get_state(), trainer=self.log.state())
-    self.log.write_trainer_state(int(state.step), self.loader.counters())
+  def _save(self, state: TrainState, step: int) -> None:
+    with self.watchdog.phase("save", step):
+      self.checkpointer.save(state, loader=self.loader.get_state(), trainer=self.log.state())
+    self.log.write_trainer_state(step, self.loader.counters())
+
+
+def _read(metrics: StepMetrics) -> tuple[StepMetrics, float]:
+  """Waits for the devices; returns the metrics' values, and when they were there."""
+  jax.block_until_ready(metrics)
+  done = time.perf_counter()
+  return jax.tree.map(np.asarray, metrics), done

@@ -86,6 +86,13 @@ def reshape_batch(batch, accumulation, shards):
 _AROUND_ONE = ("scale", "ls1", "ls2", "magnitude")
 
 
+def on_one_device(paths):
+  """Where a state of these parameters lies: whole, on the first device."""
+  mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
+  kinds = ("params", "gradients", "moments")
+  return rules.StateShardings(mesh, **{kind: dict.fromkeys(paths, rules.replicated(mesh)) for kind in kinds})
+
+
 class Harness:
   """A step over a toy model, on a mesh."""
 

@@ -509,10 +509,6 @@ def test_a_replaced_leaf(config):
     ({"training.lr_scheduler_kwargs": "[1]"}, "must be a JSON object"),
     ({"training.lr_scheduler_kwargs": "min_lr=1"}, "must be a JSON object"),
     ({"mesh.fsdp": -1}, "mesh.data=-1 and mesh.fsdp=-1 both ask for the remaining devices"),
-    (
-      {"data.conv_style": "internvl3_5_gpt_oss"},
-      "data.conv_style: template 'internvl3_5_gpt_oss' is not supported yet",
-    ),
     ({"data.conv_style": "internvl25"}, "unknown template 'internvl25'; did you mean 'internvl2_5'?"),
     ({"training.lr_scheduler_type": "cosin"}, "did you mean cosine?"),
     ({"model.model_name_or_path": None}, "model.model_name_or_path=None must be set"),

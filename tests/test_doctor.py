@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from internvl_jax.hf.tokenizer import load_tokenizer
 from toy import CURVE, REPOSITORY
@@ -40,9 +41,13 @@ def doctor(data, *flags):
 
 def test_good_data(data, tmp_path):
   packed = ("--config.data.use_packed_ds=True", "--config.data.max_packed_tokens=1024")
-  done = doctor(data, "--dump", tmp_path / "out.jsonl", "--show=1", *packed)
+  done = doctor(
+    data, "--dump", tmp_path / "out.jsonl", "--picture", tmp_path / "sizes.png", "--show=1", *packed
+  )
   assert done.returncode == 0, done.stderr
   assert "nothing would be lost" in done.stdout
+  with Image.open(tmp_path / "sizes.png") as picture:
+    assert picture.width > picture.height and len(picture.convert("L").getcolors()) > 2
   assert "packed rows an epoch: " in done.stdout and "»circle<|im_end|>«" in done.stdout
   lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
   source = (data / "train.jsonl").read_text().splitlines()
@@ -69,7 +74,7 @@ def test_what_would_be_lost_is_named(data):
   lines[gone]["image"] = "nowhere.png"
   lines[masked]["conversations"] = lines[masked]["conversations"][:1]
   (data / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-  done = doctor(data)
+  done = doctor(data, "--dump", data / "out.jsonl", "--show=24")
   assert done.returncode == 1, done.stdout + done.stderr
   assert "3 of 24 lines would be lost" in done.stdout
   lost = [line for line in done.stdout.splitlines() if line.startswith("lost: ")]
@@ -80,3 +85,7 @@ def test_what_would_be_lost_is_named(data):
     (cut, "cannot be decoded"),
   ):
     assert any(f"train.jsonl:{number + 1} " in line and cause in line for line in lost), (cause, lost)
+  # What can be decoded is shown and dumped all the same, and what cannot is named.
+  starts = [line.split(": ")[0] for line in done.stdout.splitlines()]
+  assert starts.count("not shown") == 2 and starts.count("not dumped") == 2
+  assert len((data / "out.jsonl").read_text().splitlines()) == 22

@@ -20,12 +20,13 @@ LAYERS = (
   ("trainer",),
   ("step",),
   ("state", "checkpoint", "metrics", "optim", "objectives"),
+  ("mfu",),
   ("eval", "inference", "adapters"),
   ("hf",),
   ("models", "losses", "data"),
   ("parallel",),
   ("batch", "trees", "flops"),
-  ("arguments", "errors"),
+  ("arguments", "errors", "watchdog"),
 )
 
 # Room -> rooms of its own layer that it may import.

@@ -354,6 +354,8 @@ class Device:
   coords: tuple[int, int, int]
   platform: str = "tpu"
   device_kind: str = "TPU"
+  core_on_chip: int = 0
+  process_index: int = 0
 
 
 def slice_of(kind, *shape):

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from harness import on_one_device
 from internvl_jax.checkpoint import Checkpointer
 from internvl_jax.errors import UserError
 from internvl_jax.state import TrainState
@@ -14,9 +15,8 @@ from internvl_jax.state import TrainState
 def make_state(**params):
   mask = {path: path.endswith("kernel") for path in params}
   optimizer = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.1, mask=mask))
-  return TrainState.create(
-    {path: jnp.asarray(value, jnp.float32) for path, value in params.items()}, optimizer
-  )
+  arrays = {path: jnp.asarray(value, jnp.float32) for path, value in params.items()}
+  return TrainState.create(arrays, optimizer, on_one_device(arrays))
 
 
 def test_save_and_restore(tmp_path):

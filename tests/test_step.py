@@ -225,3 +225,24 @@ def test_full_size_models_are_defined_without_memory(vision, text, parameters):
   model = functional.define(lambda rngs: InternVL(config, rngs=rngs))
   assert sum(leaf.size for leaf in model.shapes.values()) == parameters
   assert config.tokens_per_tile == 256
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+  harness, batch = Harness(toy()), make_batch()
+  harness.run(batch)
+  before = jax.tree.map(np.asarray, harness.state)
+  metrics = harness.run(batch._replace(loss_weight=np.where(batch.loss_weight > 0, np.inf, 0).astype("f4")))
+  assert metrics.skipped and not np.isfinite(metrics.loss)
+  assert int(harness.state.step) == int(before.step) + 1
+  after = jax.tree.map(np.asarray, harness.state)
+  jax.tree.map(
+    np.testing.assert_array_equal, (after.params, after.opt_state), (before.params, before.opt_state)
+  )
+  metrics = harness.run(batch)
+  assert not metrics.skipped and np.isfinite(metrics.loss)
+  counts = jax.tree.map(int, metrics.counts)
+  real = batch.segment_ids > 0
+  assert counts.supervised == (batch.loss_weight > 0).sum() and counts.tokens == real.sum()
+  assert counts.image_tokens == (batch.image_index >= 0).sum()
+  lengths = real.sum(axis=-1)
+  assert counts.pairs == (lengths * (lengths + 1) // 2).sum()

@@ -183,7 +183,7 @@ def test_a_conversation_of_internlm2_begins_with_bos(internlm2):
   assert add_image_tokens(tokenizer) == len(IMAGE_TOKENS)
   chat = ChatTokenizer(tokenizer, "internvl2_5")
   turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a house"}]
-  tokens = chat.encode(turns, [3], 512, Where("a", "b", 1))
+  tokens = chat.encode(turns, [3], Where("a", "b", 1))
   assert tokens.input_ids[0] == 1 and tokens.input_ids[1] == 3
   assert (tokens.input_ids == chat.image_token_id).sum() == 3
   supervised = tokens.input_ids[tokens.labels != -100]

@@ -13,6 +13,10 @@ from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, SFTBatch
 from internvl_jax.data.errors import DataError
 from internvl_jax.data.sample import Sample
 
+EVENTS = ("unreadable", "truncated", "fully_masked", "over_long", "shrunk", "split")
+"""What may befall a sample: it could not be read; lost its end, or a piece without supervision; supervises nothing; is
+lost because it is too long; got fewer tiles or frames; is a second, third, ... piece."""
+
 _SHORTEST_BUCKET = 256
 
 
@@ -25,12 +29,12 @@ class MicroBatch(NamedTuple):
     lengths: int32 [G], tokens of each sample; 0 for one that was dropped.
     rows: int32 [G], the row that each sample stands in, ascending.
     num_rows: R.
-    tiles: uint8 [sum of num_tiles, H, W, 3].
+    tiles: uint8 [sum of num_tiles or more, H, W, 3]: those of the samples, then room of any content. (Between processes
+      they may travel as `pool.SharedTiles`.)
     num_tiles: int32 [G], tiles of each sample.
     datasets: int32 [G], the dataset of each sample.
-    truncated: bool [G].
-    fully_masked: bool [G].
-    errors: messages of the samples that could not be read; one for each of length 0.
+    events: bool [G, EVENTS].
+    errors: messages of the samples that were lost; one for each of length 0.
   """
 
   input_ids: np.ndarray
@@ -41,31 +45,40 @@ class MicroBatch(NamedTuple):
   tiles: np.ndarray
   num_tiles: np.ndarray
   datasets: np.ndarray
-  truncated: np.ndarray
-  fully_masked: np.ndarray
+  events: np.ndarray
   errors: tuple[str, ...]
 
+  def happened(self, event: str) -> np.ndarray:
+    """Returns bool [G]: which samples it befell."""
+    return self.events[:, EVENTS.index(event)]
 
-class Unreadable(NamedTuple):
+
+class Lost(NamedTuple):
   """The place of a sample that could not be made.
 
   Attributes:
     dataset: index of its dataset.
+    event: "unreadable", "over_long" or "fully_masked".
     message: why, in one line.
   """
 
   dataset: int
+  event: str
   message: str
 
 
 def pack_rows(
-  rows: Sequence[Sequence[Sample | Unreadable]], *, tile_size: int, tokens_per_tile: int, image_token_id: int
+  rows: Sequence[Sequence[Sample | Lost]],
+  *,
+  tiles: np.ndarray,
+  tokens_per_tile: int,
+  image_token_id: int,
 ) -> MicroBatch:
   """Joins the rows of a micro-batch.
 
   Args:
     rows: the samples of each row, in the order in which they stand there.
-    tile_size: side of a tile in pixels.
+    tiles: the tiles of all samples in this order, then room of any content.
     tokens_per_tile: image tokens of one tile.
     image_token_id: the id that stands at image tokens.
 
@@ -76,8 +89,8 @@ def pack_rows(
   samples = [place for place in places if isinstance(place, Sample)]
   for sample in samples:
     _check_image_tokens(sample, tokens_per_tile, image_token_id)
+  assert len(tiles) >= sum(len(s.tiles) for s in samples)
   none = np.zeros(0, np.int32)
-  no_tile = np.zeros((0, tile_size, tile_size, 3), np.uint8)
   read = [isinstance(place, Sample) for place in places]
   return MicroBatch(
     input_ids=np.concatenate([none, *(s.input_ids for s in samples)]),
@@ -85,13 +98,18 @@ def pack_rows(
     lengths=_scatter(read, [len(s.input_ids) for s in samples], np.int32),
     rows=np.repeat(np.arange(len(rows), dtype=np.int32), [len(row) for row in rows]),
     num_rows=len(rows),
-    tiles=np.concatenate([no_tile, *(s.tiles for s in samples)]),
+    tiles=tiles,
     num_tiles=_scatter(read, [len(s.tiles) for s in samples], np.int32),
     datasets=np.array([place.dataset for place in places], np.int32),
-    truncated=_scatter(read, [s.truncated for s in samples], np.bool_),
-    fully_masked=_scatter(read, [s.fully_masked for s in samples], np.bool_),
-    errors=tuple(place.message for place in places if isinstance(place, Unreadable)),
+    events=np.array([_events(place) for place in places], np.bool_).reshape(-1, len(EVENTS)),
+    errors=tuple(place.message for place in places if isinstance(place, Lost)),
   )
+
+
+def _events(place: Sample | Lost) -> list[bool]:
+  if isinstance(place, Lost):
+    return [event == place.event for event in EVENTS]
+  return [False, place.truncated, place.fully_masked, False, place.shrunk, place.piece > 0]
 
 
 def _scatter(where: Sequence[bool], values: Sequence[int], dtype: type) -> np.ndarray:
@@ -107,6 +125,24 @@ def _check_image_tokens(sample: Sample, tokens_per_tile: int, image_token_id: in
     raise sample.where.error(
       f"{found} image tokens but {len(sample.tiles)} tiles of {tokens_per_tile} tokens = "
       f"{len(sample.tiles) * tokens_per_tile}; the tokenizer and the images disagree"
+    )
+
+
+def check_planned(sample: Sample, planned: np.ndarray) -> None:
+  """Refuses a sample that takes other room than was planned for it: its row might not hold it.
+
+  Args:
+    sample: as it was decoded.
+    planned: int64 [2], its tokens and tiles by the index of sizes.
+
+  Raises:
+    DataError: the numbers differ.
+  """
+  tokens, tiles = planned.tolist()
+  if (tokens, tiles) != (len(sample.input_ids), len(sample.tiles)):
+    raise sample.where.error(
+      f"it has {len(sample.input_ids)} tokens and {len(sample.tiles)} tiles, but {tokens} and {tiles} were planned: "
+      "the image's size is not what the line says, or it was replaced; correct the line's width and height"
     )
 
 
@@ -167,6 +203,7 @@ def assemble(
   sequence_sizes: Sequence[int],
   tile_sizes: Sequence[int] = (),
   loss_reduction: str = "token",
+  at_least: tuple[int, int] = (0, 0),
 ) -> SFTBatch:
   """Pads A micro-batches to the smallest buckets that hold them all.
 
@@ -175,20 +212,21 @@ def assemble(
   The samples of a row are its segments, numbered from 1, each with positions of its own.
 
   Args:
-    micro_batches: A of them, each with R rows.
+    micro_batches: A of them, each with R rows. The memory of a single one becomes the batch's.
     data_shards: D; divides R.
     image_token_id: the id that stands at image tokens.
     sequence_sizes: the buckets for S, ascending.
     tile_sizes: the user's buckets for T; see `tile_bucket`.
     loss_reduction: weight of a token, n being the supervised tokens of its sample: "token" 1, "sample" 1/n,
       "square" 1/sqrt(n).
+    at_least: tokens of a row and tiles of a pool that there must be room for, because other hosts have them.
   """
   accumulation, rows = len(micro_batches), micro_batches[0].num_rows
   lengths = np.stack([_row_sums(micro, micro.lengths) for micro in micro_batches])  # [A, R]
   num_tiles = np.stack([_row_sums(micro, micro.num_tiles) for micro in micro_batches])
-  length = _bucket(int(lengths.max()), sequence_sizes)
+  length = _bucket(max(int(lengths.max()), at_least[0]), sequence_sizes)
   by_shard = (accumulation, data_shards, rows // data_shards)
-  pool = tile_bucket(int(num_tiles.reshape(by_shard).sum(-1).max()), tile_sizes)
+  pool = tile_bucket(max(int(num_tiles.reshape(by_shard).sum(-1).max()), at_least[1]), tile_sizes)
 
   real = np.arange(length) < lengths[:, :, None]  # [A, R, S]
 
@@ -258,6 +296,11 @@ def _image_index(is_image: np.ndarray, data_shards: int) -> np.ndarray:
 
 def _pools(micro_batches: Sequence[MicroBatch], used: np.ndarray, pool: int) -> np.ndarray:
   """Returns uint8 [A, D, T, H, W, 3] from the tiles end to end and how many each shard uses, [A, D]."""
+  if used.size == 1 and len(micro_batches[0].tiles) >= pool:
+    # A whole batch already, but for what is not used; copying it would be the most of what this process does.
+    tiles = np.asarray(micro_batches[0].tiles)[:pool]
+    tiles[used.item() :] = 0
+    return tiles[None, None]
   tiles = np.zeros((*used.shape, pool, *micro_batches[0].tiles.shape[1:]), np.uint8)
   ends = used.cumsum(-1)
   for a, micro in enumerate(micro_batches):

@@ -1,18 +1,31 @@
 """What the data room raises: one line that names the file, the line, the cause and the remedy."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from internvl_jax.errors import UserError
+
+# What is that long is no path but a mistake; its ends are shown.
+_LONG_WORD = re.compile(r"(\S{150})\S{200,}(\S{150})")
 
 
 class DataError(UserError):
   """The data or its settings are wrong; the message is one line and says what to change."""
 
   def __init__(self, message: object):
-    # Libraries' messages, quoted in ours, may hold line breaks.
-    super().__init__(" ".join(str(message).split()))
+    # Libraries' messages, quoted in ours, may hold line breaks; paths and texts may hold anything.
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(message).split()))
+    super().__init__(_LONG_WORD.sub(r"\1...\2", line))
+
+
+class OverLengthError(DataError):
+  """A sample is longer than it may be, and cannot or must not be shortened."""
+
+
+class UnsupervisedError(DataError):
+  """Of a sample that is longer than it may be, nothing is left that could be learned."""
 
 
 class Where(NamedTuple):
@@ -31,9 +44,9 @@ class Where(NamedTuple):
   def __str__(self) -> str:
     return f"{self.file}:{self.line} (dataset {self.dataset!r})"
 
-  def error(self, cause: str) -> DataError:
-    """Returns the error that blames this line."""
-    return DataError(f"{self}: {cause}")
+  def error(self, cause: str, kind: type[DataError] | None = None) -> DataError:
+    """Returns the error that blames this line, a `DataError` or a kind of it."""
+    return (kind or DataError)(f"{self}: {cause}")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

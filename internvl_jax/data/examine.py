@@ -1,18 +1,18 @@
 """What a run would make of the data, dataset by dataset, from the sizes of all samples."""
 
-import concurrent.futures
-import multiprocessing
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from internvl_jax.arguments import DataTrainingArguments
-from internvl_jax.data import packing
+from internvl_jax.data import batching
 from internvl_jax.data.errors import DataError
-from internvl_jax.data.sample import Mixture
+from internvl_jax.data.mixture import Dataset, Mixture
+from internvl_jax.data.pieces import UNSUPERVISED, over_long
+from internvl_jax.data.workers import map_items
 
-# Samples decoded by a worker at a time.
+# Lines decoded by a worker at a time.
 _GROUP = 64
 # Lines named of each kind of loss.
 _NAMED = 5
@@ -24,13 +24,13 @@ class DatasetReport(NamedTuple):
   Attributes:
     name: of the dataset.
     lines: that are used.
-    samples: of an epoch, repeats included.
+    samples: of an epoch, repeats and pieces included.
     unreadable: lines that cannot be read.
-    cut_images: lines whose images lie beyond max_seq_length.
-    over_long: lines that fit no packed row; 0 where rows are not packed.
-    masked: lines that supervise no token.
-    truncated: lines that lose their end to max_seq_length.
-    tokens, tiles: int [readable lines], of each sample before it is cut.
+    over_long: lines that are too long and cannot be shortened.
+    masked: lines that supervise no token, or none that the limits leave.
+    shortened: lines that lose a part: their end, a piece without supervision, or tiles.
+    split: lines that stand in rows in several pieces.
+    tokens, tiles: int [readable lines], of each line before it is shortened.
     examples: for some of the lines that are lost, why.
   """
 
@@ -38,10 +38,10 @@ class DatasetReport(NamedTuple):
   lines: int
   samples: int
   unreadable: int
-  cut_images: int
   over_long: int
   masked: int
-  truncated: int
+  shortened: int
+  split: int
   tokens: np.ndarray
   tiles: np.ndarray
   examples: list[str]
@@ -49,50 +49,40 @@ class DatasetReport(NamedTuple):
   @property
   def lost(self) -> int:
     """Lines that the run would not learn from."""
-    return self.unreadable + self.cut_images + self.over_long + self.masked
+    return self.unreadable + self.over_long + self.masked
 
 
-def examine(
-  mixture: Mixture, data: DataTrainingArguments, settings: packing.PackSettings | None
-) -> list[DatasetReport]:
-  """Reports on every dataset of a mixture whose sizes are indexed.
-
-  Args:
-    mixture: the datasets.
-    data: their settings.
-    settings: the budgets of packed rows; None where rows are not packed.
-  """
-  return [_report(mixture, dataset, data, settings) for dataset in range(len(mixture.specs))]
+def examine(mixture: Mixture) -> list[DatasetReport]:
+  """Reports on every dataset of a mixture whose sizes are indexed."""
+  return [_report(dataset, int(size)) for dataset, size in zip(mixture.datasets, mixture.sizes, strict=True)]
 
 
-def _report(
-  mixture: Mixture, dataset: int, data: DataTrainingArguments, settings: packing.PackSettings | None
-) -> DatasetReport:
-  records = mixture.records(dataset)
+def _report(dataset: Dataset, samples: int) -> DatasetReport:
+  records, pieces = dataset.records, dataset.pieces
   readable = records["tokens"] > 0
-  cut = readable & (records["needed"] > data.max_seq_length)
-  masked = readable & ~cut & (records["supervised"] == 0)
-  over = np.zeros_like(readable)
-  if settings is not None:
-    tokens = np.minimum(records["tokens"], data.max_seq_length)
-    over = readable & ~cut & ~masked & ~settings.fits(tokens, records["tiles"])
-  first = int(mixture.sizes[:dataset].sum())
-  where = mixture.files[dataset].where
-  examples = [mixture.why_unreadable(first + int(i)) for i in np.flatnonzero(~readable | cut)[:_NAMED]]
-  examples += [f"{where(int(i))}: no token is supervised" for i in np.flatnonzero(masked)[:_NAMED]]
-  for i in np.flatnonzero(over)[:_NAMED]:
-    examples.append(
-      f"{where(int(i))}: {records['tokens'][i]} tokens and {records['tiles'][i]} tiles fit no row"
-    )
+  long = over_long(records, dataset.limits)
+  masked = readable & ~long & (records["supervised"] == 0)
+  used = pieces.lines < dataset.lines
+  owners = np.repeat(np.arange(len(pieces.lines)), pieces.counts)
+  kept = np.bincount(owners, pieces.sizes[:, 0], len(pieces.lines))
+  lost = used & (pieces.counts == 0)
+  untaught = lost & (pieces.losses == UNSUPERVISED)
+  shortened = used & ~lost
+  shortened[used] &= kept[used] < records["tokens"][pieces.lines[used]]
+  named = [*np.flatnonzero(~readable)[:_NAMED], *pieces.lines[lost][:_NAMED]]
+  examples = [dataset.why_lost(int(line)) for line in named]
+  examples += [
+    f"{dataset.file.where(int(line))}: no token is supervised" for line in np.flatnonzero(masked)[:_NAMED]
+  ]
   return DatasetReport(
-    name=mixture.specs[dataset].name,
-    lines=len(records),
-    samples=int(mixture.sizes[dataset]),
+    name=dataset.spec.name,
+    lines=dataset.lines,
+    samples=samples,
     unreadable=int((~readable).sum()),
-    cut_images=int(cut.sum()),
-    over_long=int(over.sum()),
-    masked=int(masked.sum()),
-    truncated=int((readable & ~cut & (records["tokens"] > data.max_seq_length)).sum()),
+    over_long=int((lost & ~untaught).sum()),
+    masked=int(masked.sum() + untaught.sum()),
+    shortened=int(shortened.sum()),
+    split=int((used & (pieces.counts > 1)).sum()),
     tokens=np.array(records["tokens"][readable]),
     tiles=np.array(records["tiles"][readable]),
     examples=examples,
@@ -100,55 +90,47 @@ def _report(
 
 
 def decode_all(
-  mixture: Mixture, *, workers: int, progress: Callable[[int], Any] = lambda samples: None
+  mixture: Mixture, *, packed: bool, workers: int, progress: Callable[[int], Any] = lambda samples: None
 ) -> Iterator[str]:
-  """Decodes every line once, images and videos included, and yields why one cannot be decoded.
+  """Decodes every sample once, images and videos included, and yields why a run would lose it.
 
-  Lines that could not even be measured are not tried again.
+  What could not even be measured is not tried again.
+
+  Args:
+    mixture: the datasets, their sizes indexed.
+    packed: rows hold several samples; then one is lost, too, if its size is not what the index says.
+    workers: processes.
+    progress: told how many samples were decoded.
   """
-  groups = [chosen[i : i + _GROUP] for chosen in _readable(mixture) for i in range(0, len(chosen), _GROUP)]
-  if workers <= 1 or len(groups) <= workers:  # Workers take seconds to start.
-    for group in groups:
-      yield from _decode(mixture, group)
-      progress(len(group))
-    return
-  # Workers are started afresh: a forked copy of a process with JAX's threads may hang.
-  context = multiprocessing.get_context("spawn")
-  with concurrent.futures.ProcessPoolExecutor(
-    workers, context, initializer=_start_worker, initargs=(mixture,)
-  ) as pool:
-    for group, errors in zip(groups, pool.map(_decode_in_worker, groups), strict=True):
-      yield from errors
-      progress(len(group))
+  groups = [chosen[i : i + _GROUP] for chosen in _of_one_pass(mixture) for i in range(0, len(chosen), _GROUP)]
+  for group, errors in map_items(_Decode(mixture, packed), groups, workers):
+    yield from errors
+    progress(len(group))
 
 
-def _readable(mixture: Mixture) -> Iterator[np.ndarray]:
-  """Yields for each dataset the samples of its measurable lines, each line once."""
+def _of_one_pass(mixture: Mixture) -> Iterator[np.ndarray]:
+  """Yields for each dataset its samples that the limits and the files leave, each once."""
   first = 0
-  for dataset, size in enumerate(mixture.sizes):
-    yield first + np.flatnonzero(mixture.records(dataset)["tokens"] > 0)
-    first += int(size)
+  for dataset, size in zip(mixture.datasets, mixture.sizes.tolist(), strict=True):
+    samples = np.arange(dataset.num_samples)
+    yield first + samples[dataset.sizes_of(samples)[:, 0] > 0]
+    first += size
 
 
-_mixture: Mixture | None = None
+@dataclasses.dataclass(frozen=True)
+class _Decode:
+  """Decodes a group of samples of the mixture, and returns why some cannot be decoded."""
 
+  mixture: Mixture
+  packed: bool
 
-def _start_worker(mixture: Mixture) -> None:
-  global _mixture  # noqa: PLW0603 - sent once to each process, not with every group
-  _mixture = mixture
-
-
-def _decode_in_worker(group: np.ndarray) -> list[str]:
-  assert _mixture is not None
-  return _decode(_mixture, group)
-
-
-def _decode(mixture: Mixture, group: np.ndarray) -> list[str]:
-  errors = []
-  for index in group.tolist():
-    try:
-      mixture.decode(0, index)
-    except DataError as error:
-      if mixture.size_of(np.array([index]))[0, 0]:  # What max_seq_length cuts is reported from its size.
+  def __call__(self, group: np.ndarray) -> list[str]:
+    errors = []
+    for index, planned in zip(group.tolist(), self.mixture.size_of(group), strict=True):
+      try:
+        sample = self.mixture.decode(0, index)
+        if self.packed:
+          batching.check_planned(sample, planned)
+      except DataError as error:
         errors.append(str(error))
-  return errors
+    return errors

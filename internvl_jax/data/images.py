@@ -6,21 +6,28 @@ Tiles stay uint8 up to the device, where they become `(tile / 255 - mean) / std`
 import contextlib
 import io
 import os
-import struct
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from internvl_jax.batch import PIXEL_STATISTICS
-from internvl_jax.data import tiling
+from internvl_jax.data import files, tiling
 from internvl_jax.data.errors import DataError, Where, did_you_mean
+from internvl_jax.data.pool import TilePool
 
 # Qualities of the JPEG augmentation, both included (the set that the reference draws from).
 JPEG_QUALITY = (75, 100)
 
-# What Pillow's decoders raise for a damaged file, besides OSError.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+# The reference takes images of any size, where Pillow by itself warns above 89 million pixels and refuses twice as
+# many. Scans and maps are that large; so this warns above 268 million, and refuses what would take 2 GiB decoded,
+# before it is decoded.
+Image.MAX_IMAGE_PIXELS = 1 << 28
+# Pillow refuses a PNG of which one text is longer than 1 MiB, as image editors write them. The reference raises this
+# limit too; that of all texts together, 64 MiB, stays.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 def normalization(normalize_type: str) -> tuple[np.ndarray, np.ndarray]:
@@ -37,45 +44,122 @@ def normalization(normalize_type: str) -> tuple[np.ndarray, np.ndarray]:
   return np.asarray(mean, np.float32), np.asarray(std, np.float32)
 
 
-def open_image(path: str, where: Where) -> Image.Image:
+class Fetched(NamedTuple):
+  """A remote image file that is looked at more than once.
+
+  Attributes:
+    path: its URL.
+    content: its bytes.
+  """
+
+  path: str
+  content: bytes
+
+
+Source = str | Fetched
+"""An image file: its path or URL, or what was fetched from there."""
+
+
+def fetched(path: str, where: Where) -> Source:
+  """Returns the source of an image of which both the size and the pixels will be read: a remote one is fetched.
+
+  Raises:
+    DataError: it cannot be fetched.
+  """
+  if not files.is_remote(path):
+    return path
+  with _named_errors(path, lambda: path, where):
+    return Fetched(path, files.read_bytes(path))
+
+
+def open_image(source: Source, where: Where) -> Image.Image:
   """Returns the decoded image as RGB, in the orientation in which it is stored.
 
   Args:
-    path: the image file.
+    source: the image file.
     where: the line that names it, for errors.
 
   Raises:
-    DataError: the file is missing, empty or damaged.
+    DataError: the file is missing, empty or damaged, or cannot be fetched.
   """
-  with _opened(path, where) as image:
-    return image.convert("RGB")
+  with _opened(source, where, header=False) as image:
+    image.load()
+    # Converting what is RGB already would copy it.
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def image_size(path: str, where: Where) -> tuple[int, int]:
-  """Returns (width, height) from an image's header.
+def image_size(source: Source, where: Where) -> tuple[int, int]:
+  """Returns (width, height) from an image's header. Of a remote image no more is fetched, where its format has one.
+
+  Pillow reads all of a WebP or AVIF file before it tells its size.
 
   Raises:
-    DataError: the file is missing, empty or no image.
+    DataError: the file is missing, empty or no image, or cannot be fetched.
   """
-  with _opened(path, where) as image:
+  with _opened(source, where, header=True) as image:
     return image.size
 
 
 @contextlib.contextmanager
-def _opened(path: str, where: Where) -> Iterator[Image.Image]:
-  """An image that is open, with what goes wrong in the body named."""
-  if "://" in path:
-    raise where.error(f"remote image {path!r} is not supported yet; copy it to a local disk")
-  try:
-    with Image.open(path) as image:
+def _opened(source: Source, where: Where, *, header: bool) -> Iterator[Image.Image]:
+  """An image that is open, with what goes wrong in the body named. With `header`, its pixels will not be read."""
+  path = source if isinstance(source, str) else source.path
+  if not files.is_remote(path):
+    _check_file(path, where)
+  opened: Any = path
+  with _named_errors(path, lambda: opened, where):
+    if isinstance(source, Fetched):
+      opened = io.BytesIO(source.content)
+    elif files.is_remote(path):
+      opened = files.open_file(path) if header else io.BytesIO(files.read_bytes(path))
+    with Image.open(opened) as image:
       yield image
+
+
+@contextlib.contextmanager
+def _named_errors(path: str, opened: Callable[[], Any], where: Where) -> Iterator[None]:
+  """Names the image that cannot be fetched or decoded; `opened` tells what Pillow was given."""
+  try:
+    yield
   except FileNotFoundError as error:
     raise where.error(f"image not found: {path}; check the dataset's root in the meta file") from error
-  except _DECODE_ERRORS as error:
-    if os.path.isfile(path) and os.path.getsize(path) == 0:
+  except files.FetchError as error:
+    raise where.error(f"image {path} cannot be fetched: {error}") from error
+  except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    raise where.error(f"image {path} is too large ({error}); scale it down or delete the line") from error
+  except Exception as error:
+    # Pillow has no list of what its decoders raise for damaged files: RuntimeError from AVIF, NotImplementedError
+    # from DDS, struct.error and others were seen.
+    if _is_empty(path):
       raise where.error(f"image {path} is empty (0 bytes); restore it or delete the line") from error
-    cause = f"{type(error).__name__}: {error}"
+    # Pillow names what it was given, which is an object in memory if the image is remote.
+    cause = f"{type(error).__name__}: {error}".replace(repr(opened()), repr(path))
     raise where.error(f"image {path} cannot be decoded ({cause}); restore it or delete the line") from error
+
+
+def _check_file(path: str, where: Where) -> None:
+  """Refuses what is no file on a local disk, or has no content."""
+  try:
+    status = os.stat(path)
+  except (FileNotFoundError, NotADirectoryError) as error:
+    raise where.error(f"image not found: {path}; check the dataset's root in the meta file") from error
+  except (OSError, ValueError) as error:  # ValueError: a zero byte or half a surrogate pair in the path
+    cause = getattr(error, "strerror", None) or error
+    raise where.error(
+      f"image {path} cannot be opened ({cause}); correct its path or delete the line"
+    ) from error
+  if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+    raise where.error(f"image {path} is not a file; correct its path or delete the line")
+  if not status.st_size:
+    raise where.error(f"image {path} is empty (0 bytes); restore it or delete the line")
+
+
+def _is_empty(path: str) -> bool:
+  try:
+    status = files.look(path)
+  except OSError:  # What went wrong with the content is the better message.
+    return False
+  return status.is_file and status.size == 0
 
 
 def image_tiles(
@@ -88,6 +172,7 @@ def image_tiles(
   dynamic: bool,
   pad_color: tuple[int, int, int] | None = None,
   rng: np.random.Generator | None = None,
+  pool: TilePool | None = None,
 ) -> np.ndarray:
   """Cuts an image into tiles.
 
@@ -104,34 +189,49 @@ def image_tiles(
     dynamic: cut into a grid.
     pad_color: pad to a square with this colour (0-255) before resizing; None: stretch to a square.
     rng: draws the quality of the JPEG augmentation, tile by tile; None: no augmentation, else no padding.
+    pool: the tiles are written to its end; None: to memory of their own.
 
   Returns:
     uint8 [tiles, tile_size, tile_size, 3].
   """
+  size = (tile_size, tile_size)
   if not dynamic:
     parts = [image]
   else:
     columns, rows = tiling.grid(image.width, image.height, min_tiles, max_tiles, tile_size)
     whole = image.resize((columns * tile_size, rows * tile_size), Image.Resampling.BICUBIC)
-    if rng is None and not (use_thumbnail and columns * rows > 1):
-      return _cut(whole, columns, rows, tile_size)
-    parts = [Image.fromarray(tile) for tile in _cut(whole, columns, rows, tile_size)]
-    if use_thumbnail and len(parts) > 1:
-      parts.append(image.resize((tile_size, tile_size), Image.Resampling.BICUBIC))
+    thumbnail = image.resize(size, Image.Resampling.BICUBIC) if use_thumbnail and columns * rows > 1 else None
+    if rng is None:  # Tiles are squares of their final size: padding and resizing would change nothing.
+      return _cut(whole, columns, rows, thumbnail, pool or TilePool(tile_size))
+    parts = [whole.crop(box) for box in _boxes(columns, rows, tile_size)]
+    parts += [] if thumbnail is None else [thumbnail]
   if rng is not None:
     parts = [jpeg_reencode(part, int(rng.integers(*JPEG_QUALITY, endpoint=True))) for part in parts]
   elif pad_color is not None:
     parts = [pad_to_square(part, pad_color) for part in parts]
-  size = (tile_size, tile_size)
-  # A tile of the grid has its size already; resizing it again would change nothing.
   parts = [part if part.size == size else part.resize(size, Image.Resampling.BICUBIC) for part in parts]
-  return np.stack([np.asarray(part) for part in parts])
+  tiles = (pool or TilePool(tile_size)).take(len(parts))
+  return np.stack([np.asarray(part) for part in parts], out=tiles)
 
 
-def _cut(image: Image.Image, columns: int, rows: int, tile_size: int) -> np.ndarray:
-  """Returns uint8 [rows * columns, tile_size, tile_size, 3], the first row's tiles first."""
-  pixels = np.asarray(image).reshape(rows, tile_size, columns, tile_size, 3)
-  return np.ascontiguousarray(pixels.swapaxes(1, 2)).reshape(-1, tile_size, tile_size, 3)
+def _cut(
+  whole: Image.Image, columns: int, rows: int, thumbnail: Image.Image | None, pool: TilePool
+) -> np.ndarray:
+  """Returns uint8 [tiles, side, side, 3]: the first row's tiles first, and the thumbnail last."""
+  side, count = whole.height // rows, rows * columns
+  tiles = pool.take(count + (thumbnail is not None))
+  # Written to where they stay: other ways, by Pillow's crop or through a contiguous array, copy once more.
+  grid = tiles[:count].reshape(rows, columns, side, side, 3)
+  grid[:] = np.asarray(whole).reshape(rows, side, columns, side, 3).swapaxes(1, 2)
+  if thumbnail is not None:
+    tiles[-1] = np.asarray(thumbnail)
+  return tiles
+
+
+def _boxes(columns: int, rows: int, side: int) -> list[tuple[int, int, int, int]]:
+  """Returns (left, top, right, bottom) of the tiles, the first row's first."""
+  corners = [(x * side, y * side) for y in range(rows) for x in range(columns)]
+  return [(x, y, x + side, y + side) for x, y in corners]
 
 
 def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:

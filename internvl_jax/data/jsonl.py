@@ -9,6 +9,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from internvl_jax.data import files
+from internvl_jax.data.cache import cache_errors_named, whole_file
 from internvl_jax.data.errors import DataError, Where
 
 _BLOCK_BYTES = 1 << 24
@@ -21,6 +23,13 @@ class JsonlFile:
   What is kept is two int64 numbers a line, never parsed JSON: in memory, or with a cache in files that are mapped
   into it, from which a file that has not changed since is opened at once. The file itself is opened by the first
   read of each process; reads do not share a position (`pread`), so threads may read at once.
+
+  A remote file is copied into the cache, and again when it has changed; what is read is the copy.
+
+  Attributes:
+    path: of the file, as it was named: errors blame it, also where a copy is read.
+    dataset: the name that errors use.
+    state: the file's size, and when it was last written to, at the time when its lines were found.
   """
 
   def __init__(
@@ -29,9 +38,9 @@ class JsonlFile:
     """Finds the lines in one pass over the file, or in the cache.
 
     Args:
-      path: the annotation file.
+      path: the annotation file, a path or a URL.
       dataset: the name that errors use.
-      cache: folder of caches; None keeps nothing.
+      cache: folder of caches; None keeps nothing but a remote file's copy, in `files.default_cache()`.
 
     Raises:
       DataError: the file is missing, unreadable, or has no line.
@@ -41,13 +50,15 @@ class JsonlFile:
     self._file: BinaryIO | None = None
     self._cached: pathlib.Path | None = None
     try:
+      self._local = files.cached_copy(self.path, cache) if files.is_remote(self.path) else self.path
+      self.state = self._stat()
       if cache is None:
         self._starts, self._ends, self._numbers = self._find_lines()
       else:
         self._cached = self._index(pathlib.Path(cache))
         self._open_index()
     except OSError as error:
-      raise DataError(f"{path}: dataset {dataset!r}: the annotation file cannot be read: {error}") from error
+      raise self._unreadable(error) from error
     if not len(self):
       raise DataError(
         f"{path}: dataset {dataset!r} is empty: 0 samples; add lines or take it out of the meta file"
@@ -55,7 +66,7 @@ class JsonlFile:
 
   def _find_lines(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Returns int64 [lines]: first bytes, bytes after the last, and line numbers where they are not 1, 2, 3, ..."""
-    starts, ends = _line_bounds(pathlib.Path(self.path))
+    starts, ends = _line_bounds(pathlib.Path(self._local))
     blank = self._blank_lines(starts, ends)
     # Without blank lines, by far the usual case, line numbers need no memory.
     numbers = np.flatnonzero(~blank) + 1 if blank.any() else None
@@ -63,22 +74,23 @@ class JsonlFile:
 
   def _index(self, cache: pathlib.Path) -> pathlib.Path:
     """Returns the file that holds the lines' places for the file as it is now, made if it is not there."""
-    stat = os.stat(self.path)
-    text = f"{os.path.abspath(self.path)} {stat.st_size} {stat.st_mtime_ns}"
+    size, changed = self.state
+    text = f"{os.path.abspath(self._local)} {size} {changed}"
     path = cache / f"lines-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npy"
-    if not path.exists():
+    if not _is_intact(path):
       starts, ends, numbers = self._find_lines()
-      rows = [starts, ends] + ([] if numbers is None else [numbers])
-      cache.mkdir(parents=True, exist_ok=True)
-      temporary = path.with_suffix(f".{os.getpid()}.tmp")
-      with temporary.open("wb") as file:
-        np.save(file, np.stack(rows))
-      temporary.replace(path)  # Whole or not at all: other processes may be looking.
+      rows = np.stack([starts, ends] + ([] if numbers is None else [numbers]))
+      with cache_errors_named(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+          np.save(file, rows)
+          file.write(_checksum(rows))
     return path
 
   def _open_index(self) -> None:
     assert self._cached is not None
-    rows = np.load(self._cached, mmap_mode="r")
+    with cache_errors_named(self._cached.parent):
+      rows = np.load(self._cached, mmap_mode="r")
     self._starts, self._ends = rows[0], rows[1]
     self._numbers = rows[2] if len(rows) > 2 else None
 
@@ -104,22 +116,56 @@ class JsonlFile:
     Raises:
       DataError: the line is not JSON.
     """
-    text = self._read(self._starts[index], self._ends[index])
+    text = self._line(index)
     try:
-      return json.loads(text)
+      return json.loads(text.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+      raise self.where(index).error(f"not UTF-8: {error}; save the file as UTF-8") from error
     except json.JSONDecodeError as error:
       raise self.where(index).error(
         f"broken JSON at column {error.colno}: {error.msg}; correct the line or delete it"
       ) from error
-    except UnicodeDecodeError as error:
-      raise self.where(index).error(f"not UTF-8: {error}; save the file as UTF-8") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+      raise self.where(index).error(f"JSON that cannot be read: {error}; delete the line") from error
+
+  def _line(self, index: int) -> bytes:
+    """Returns the bytes of a line, after a look at whether they are still one line of the file."""
+    start, end = int(self._starts[index]), int(self._ends[index])
+    first = max(start - 1, 0)
+    try:
+      text = self._read(first, end + 1)
+    except OSError as error:
+      raise self._unreadable(error, self.where(index)) from error
+    before, line, after = text[: start - first], text[start - first : end - first], text[end - first :]
+    if before not in (b"", b"\n") or len(line) < end - start or b"\n" in line or after not in (b"", b"\n"):
+      raise self.where(index).error(
+        f"the file was changed after its lines were found: bytes {start} to {end} are no line of it any more; start "
+        "the run again"
+      )
+    return line
 
   def checksum(self, start: int, stop: int) -> int:
     """Returns a number, never 0, that differs when the bytes of the lines from `start` to before `stop` do."""
     total = 0
-    for first in range(int(self._starts[start]), int(self._ends[stop - 1]), _BLOCK_BYTES):
-      total = zlib.crc32(self._read(first, min(first + _BLOCK_BYTES, int(self._ends[stop - 1]))), total)
+    try:
+      for first in range(int(self._starts[start]), int(self._ends[stop - 1]), _BLOCK_BYTES):
+        total = zlib.crc32(self._read(first, min(first + _BLOCK_BYTES, int(self._ends[stop - 1]))), total)
+    except OSError as error:
+      raise self._unreadable(error) from error
     return max(1, total)
+
+  def check_unchanged(self) -> None:
+    """Refuses a file that is not what it was when its lines were found.
+
+    Raises:
+      DataError: it has another size or was written to.
+    """
+    now = self._stat()
+    if now != self.state:
+      raise DataError(
+        f"{self.path}: dataset {self.dataset!r}: the file was changed after its lines were found: {self.state[0]} bytes "
+        f"then, {now[0]} bytes now; start the run again"
+      )
 
   def close(self) -> None:
     """Closes the file; the next read opens it again."""
@@ -127,12 +173,29 @@ class JsonlFile:
       self._file.close()
       self._file = None
 
+  def _stat(self) -> tuple[int, int]:
+    try:
+      stat = os.stat(self._local)
+    except OSError as error:
+      raise self._unreadable(error) from error
+    return stat.st_size, stat.st_mtime_ns
+
+  def _unreadable(self, error: OSError, where: Where | None = None) -> DataError:
+    place = where or f"{self.path}: dataset {self.dataset!r}"
+    return DataError(f"{place}: the annotation file cannot be read: {error}; restore it")
+
   def _read(self, start: int, end: int) -> bytes:
     file = self._file
     if file is None:
       # Two threads may both open it here; the one that is not kept is closed when it is collected.
-      file = self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - stays open between reads
-    return os.pread(file.fileno(), int(end - start), int(start))
+      file = self._file = open(self._local, "rb", buffering=0)  # noqa: SIM115 - stays open between reads
+    # Network file systems may give less than was asked for; nothing is given at the file's end alone.
+    data, wanted = b"", int(end - start)
+    while len(data) < wanted and (
+      more := os.pread(file.fileno(), wanted - len(data), int(start) + len(data))
+    ):
+      data += more
+    return data
 
   def __getstate__(self) -> dict[str, Any]:
     state = self.__dict__ | {"_file": None}
@@ -144,6 +207,21 @@ class JsonlFile:
     self.__dict__.update(state)
     if self._cached is not None:
       self._open_index()
+
+
+def _checksum(rows: np.ndarray) -> bytes:
+  return zlib.crc32(np.ascontiguousarray(rows).data).to_bytes(4, "little")
+
+
+def _is_intact(path: pathlib.Path) -> bool:
+  """Says whether an index of lines is there and is as it was written."""
+  try:
+    rows = np.load(path, mmap_mode="r")
+    with path.open("rb") as file:
+      file.seek(-4, os.SEEK_END)
+      return rows.dtype == np.int64 and rows.ndim == 2 and file.read() == _checksum(rows)
+  except Exception:  # whatever numpy makes of a damaged header
+    return False
 
 
 def _line_bounds(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,6 @@
 """The mixture of datasets that a meta file describes."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -7,6 +8,7 @@ import os
 import pathlib
 from typing import Any
 
+from internvl_jax.data import files
 from internvl_jax.data.errors import DataError, did_you_mean
 
 _REQUIRED = ("root", "annotation")
@@ -18,7 +20,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
   "length": (int,),
   "max_dynamic_patch": (int,),
 }
-# Lines looked at for a first image, which decides what a relative root is relative to.
+# The first so many images and videos decide what a relative root is relative to. One would not do: it may be missing.
+_FILES_SOUGHT = 16
 _LINES_SEARCHED = 1000
 
 
@@ -28,8 +31,8 @@ class DatasetSpec:
 
   Attributes:
     name: its key in the meta file.
-    root: folder that image paths start from, "" for the working directory; already looked up.
-    annotation: path of the jsonl file; already looked up.
+    root: folder or URL that image paths start from, "" for the working directory; already looked up.
+    annotation: path or URL of the jsonl file; already looked up.
     repeat_time: below 1, the share of lines used; else how often every line is seen in an epoch.
     data_augment: re-encode tiles as JPEG at a random quality.
     max_dynamic_patch: tile limit of this dataset's images; None is the run's.
@@ -54,28 +57,37 @@ class DatasetSpec:
     return lines if self.repeat_time >= 1 else int(lines * self.repeat_time)
 
 
-def read_meta(path: str | os.PathLike[str]) -> list[DatasetSpec]:
+def read_meta(
+  path: str | os.PathLike[str], *, cache: str | os.PathLike[str] | None = None
+) -> list[DatasetSpec]:
   """Reads and checks a meta file: a JSON object with one entry for each dataset.
 
       {"vqa": {"root": "images/", "annotation": "vqa.jsonl", "data_augment": false, "repeat_time": 1}}
 
   A relative `annotation` is looked up from the working directory, then from the meta file's folder. A
-  relative `root` (the empty one too) likewise, where "there" means that the dataset's first image exists
+  relative `root` (the empty one too) likewise, where "there" means that the dataset's first image or video exists
   under it: so a folder of data can be moved as a whole, and paths written for the reference keep working.
+
+  The meta file, an `annotation` and a `root` may be URLs. What is relative in a remote meta file is meant from its
+  folder; no image is looked for on another machine.
+
+  Args:
+    path: of the meta file, or its URL.
+    cache: folder of the copies of remote annotation files; None: `files.default_cache()`.
 
   Raises:
     DataError: the file is missing or is not JSON, or an entry is wrong.
   """
-  path = pathlib.Path(path)
+  path = os.fspath(path)
   entries = _read_object(path)
   if not entries:
     raise DataError(f"{path}: the mixture is empty: 0 datasets; add an entry")
-  return [_spec(path, name, entry) for name, entry in entries.items()]
+  return [_spec(path, name, entry, cache) for name, entry in entries.items()]
 
 
-def _read_object(path: pathlib.Path) -> dict[str, Any]:
+def _read_object(path: str) -> dict[str, Any]:
   try:
-    text = path.read_text(encoding="utf-8-sig")
+    text = files.read_bytes(path).decode("utf-8-sig")
   except OSError as error:
     raise DataError(f"{path}: the meta file cannot be read: {error}; check data.meta_path") from error
   except UnicodeDecodeError as error:
@@ -93,6 +105,8 @@ def _read_object(path: pathlib.Path) -> dict[str, Any]:
     entries = json.loads(text, object_pairs_hook=unique)
   except json.JSONDecodeError as error:
     raise DataError(f"{path}:{error.lineno}: broken JSON at column {error.colno}: {error.msg}") from error
+  except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+    raise DataError(f"{path}: JSON that cannot be read: {error}; correct the meta file") from error
   if not isinstance(entries, dict):
     raise DataError(
       f'{path}: expected a JSON object {{"name": {{"root": ..., "annotation": ...}}}}, got {_json_type(entries)}'
@@ -100,7 +114,7 @@ def _read_object(path: pathlib.Path) -> dict[str, Any]:
   return entries
 
 
-def _spec(path: pathlib.Path, name: str, entry: Any) -> DatasetSpec:
+def _spec(path: str, name: str, entry: Any, cache: str | os.PathLike[str] | None) -> DatasetSpec:
   """Returns the checked dataset of one entry."""
   blame = f"{path}: dataset {name!r}"
   if not isinstance(entry, dict):
@@ -117,7 +131,7 @@ def _spec(path: pathlib.Path, name: str, entry: Any) -> DatasetSpec:
   for key, value in values.items():
     _check_value(blame, key, value)
   annotation = _find_annotation(path, blame, values["annotation"])
-  root = _find_root(path, values["root"], annotation)
+  root = _find_root(path, blame, values["root"], annotation, cache)
   values |= {"root": root, "annotation": annotation}
   return DatasetSpec(name=name, **values)
 
@@ -138,45 +152,75 @@ def _check_value(blame: str, key: str, value: Any) -> None:
     raise DataError(f"{blame}: max_dynamic_patch must be 1 or more, got {value}")
 
 
-def _find_annotation(meta: pathlib.Path, blame: str, annotation: str) -> str:
-  if "://" in annotation:
-    raise DataError(
-      f"{blame}: remote annotation {annotation!r} is not supported yet; copy it to a local disk"
-    )
-  tried = list(dict.fromkeys((pathlib.Path(annotation), meta.parent / annotation)))
+def _find_annotation(meta: str, blame: str, annotation: str) -> str:
+  if files.is_remote(annotation):
+    return annotation  # Whoever reads it says if it is not there.
+  folder = files.parent(meta)
+  if files.is_remote(meta):
+    return files.resolve(folder, annotation)
+  tried = list(dict.fromkeys((pathlib.Path(annotation), pathlib.Path(folder, annotation))))
   for candidate in tried:
-    if candidate.is_file():
+    if os.path.isfile(candidate):
       return str(candidate)
   raise DataError(f"{blame}: annotation file not found; tried {' and '.join(str(t) for t in tried)}")
 
 
-def _find_root(meta: pathlib.Path, root: str, annotation: str) -> str:
-  """Returns the root under which the first image is found, else the one nearest to that."""
-  image = _first_image(annotation)
-  candidates = [pathlib.Path(root), meta.parent / root]
-  if image is not None:
-    if "://" in root:
-      raise DataError(f"{meta}: remote root {root!r} is not supported yet; copy the images to a local disk")
-    candidates.sort(key=lambda folder: not (folder / image).is_file())  # stable: the first that has it
-    if not (candidates[0] / image).is_file():
-      # The image will be named as missing when it is read; a folder that exists makes the better message.
-      candidates.sort(key=lambda folder: not folder.is_dir())
+def _find_root(
+  meta: str, blame: str, root: str, annotation: str, cache: str | os.PathLike[str] | None
+) -> str:
+  """Returns the root under which most of the first files are found, else the one nearest to that."""
+  folder = files.parent(meta)
+  whole = files.resolve(folder, root)
+  if files.is_remote(whole):
+    try:
+      files.check(whole)
+    except OSError as error:
+      raise DataError(f"{blame}: nothing can be read from root {whole!r}: {error}") from error
+    return whole
+  if os.path.isabs(root):
+    return str(pathlib.Path(root))
+  candidates = [pathlib.Path(root), pathlib.Path(folder, root)]
+  if first := _first_files(_local(annotation, blame, cache)):
+
+    def found(folder: pathlib.Path) -> int:
+      # Not pathlib's exists, which raises for a path that is too long.
+      return sum(os.path.exists(folder / file) for file in first)
+
+    # Stable: the first of equals. What is missing will be named when it is read; a folder that exists makes the
+    # better message.
+    candidates.sort(key=lambda folder: (-found(folder), not os.path.isdir(folder)))
   return "" if candidates[0] == pathlib.Path() else str(candidates[0])
 
 
-def _first_image(annotation: str) -> str | None:
-  """Returns the path in the first line with an image; None if there is none near the start of the file."""
-  with open(annotation, "rb") as file:
-    for line in itertools.islice(file, _LINES_SEARCHED):
+def _local(annotation: str, blame: str, cache: str | os.PathLike[str] | None) -> str:
+  """Returns an annotation file that can be opened: of a remote one, the copy that its lines will be read from."""
+  if not files.is_remote(annotation):
+    return annotation
+  try:
+    return files.cached_copy(annotation, cache)
+  except OSError as error:
+    raise DataError(f"{blame}: the annotation file {annotation} cannot be read: {error}") from error
+
+
+def _first_files(annotation: str) -> list[str]:
+  """Returns the first paths of images and videos near the start of the file that are meant from the root."""
+  found: list[str] = []
+  # A file that cannot be read is named when its lines are looked for.
+  with contextlib.suppress(OSError), open(annotation, "rb") as lines:
+    for line in itertools.islice(lines, _LINES_SEARCHED):
       try:
         record = json.loads(line)
-      except ValueError:
+      except (ValueError, RecursionError):
         continue  # a broken line is named, with its number, when it is read as a sample
-      image = record.get("image") if isinstance(record, dict) else None
-      image = image[0] if isinstance(image, list) and image else image
-      if isinstance(image, str) and image:
-        return image
-  return None
+      record = record if isinstance(record, dict) else {}
+      for key in ("image", "video"):
+        paths = record.get(key)
+        paths = paths if isinstance(paths, list) else [paths]
+        paths = [path for path in paths if isinstance(path, str) and path]
+        found += [path for path in paths if not files.is_remote(path) and not os.path.isabs(path)]
+      if len(found) >= _FILES_SOUGHT:
+        break
+  return found[:_FILES_SOUGHT]
 
 
 def _json_type(value: Any) -> str:

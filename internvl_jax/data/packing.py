@@ -24,7 +24,7 @@ what exceeds a row and moves it to the next; here no sample is cut, and the row 
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -33,7 +33,7 @@ from numpy.typing import ArrayLike
 DEFAULT_LOOK_AHEAD = 256
 
 # Changes whenever the same sizes would be packed into other rows: a state of another number is refused.
-_ALGORITHM = 1
+ALGORITHM = 1
 # The oldest leave room for 1.5 average samples, and are enough when room for 2.5 is left or 32 were passed
 # over: then about two complete the row, and the sizes that wait keep the distribution of the stream. Both
 # budgets count. On text alone mixed with images almost without text, with both budgets about as scarce, rows
@@ -161,7 +161,7 @@ class Packer:
   def get_state(self) -> dict[str, Any]:
     """Returns what the rows to come depend on, for JSON: a few integers and the samples that wait."""
     return {
-      "algorithm": _ALGORITHM,
+      "algorithm": ALGORITHM,
       "settings": dataclasses.asdict(self.settings),
       "position": self.position,
       "decided": [self._rows, self._samples, self._tokens, self._tiles],
@@ -174,7 +174,7 @@ class Packer:
     Raises:
       ValueError: the state is of other settings or of another version of the algorithm.
     """
-    ours = {"algorithm": _ALGORITHM, "settings": dataclasses.asdict(self.settings)}
+    ours = {"algorithm": ALGORITHM, "settings": dataclasses.asdict(self.settings)}
     for name, value in ours.items():
       if state[name] != value:
         raise ValueError(
@@ -213,9 +213,15 @@ def pack(sizes: ArrayLike, settings: PackSettings) -> Iterator[list[int]]:
   yield from packer.flush()
 
 
-def count_rows(sizes: ArrayLike, settings: PackSettings) -> int:
-  """Returns how many rows these samples need in this order, e.g. those of an epoch."""
-  return sum(1 for _ in pack(sizes, settings))
+def count_rows(
+  sizes: ArrayLike, settings: PackSettings, progress: Callable[[int], Any] = lambda samples: None
+) -> int:
+  """Returns how many rows these samples need in this order, e.g. those of an epoch; says how many are placed."""
+  rows = 0
+  for row in pack(sizes, settings):
+    rows += 1
+    progress(len(row))
+  return rows
 
 
 def look_ahead_of(max_buffer_size: int) -> int:

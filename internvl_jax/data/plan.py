@@ -6,10 +6,11 @@ it across the borders of epochs. So no batch is short, and a place of the stream
 
 import dataclasses
 import fractions
+import functools
 import math
 import threading
 import zlib
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -18,12 +19,47 @@ class Places(NamedTuple):
   """Samples by their places in the stream.
 
   Attributes:
-    epochs: int64 [n], from 0.
+    epochs: int64 [n], from 0: how often the sample's data were run through before, or the place itself where samples
+      are drawn. It seeds the augmentation, so no two places of a stream may have the same sample and the same number.
     indices: int64 [n], index of the sample in the mixture.
   """
 
   epochs: np.ndarray
   indices: np.ndarray
+
+
+class Order(Protocol):
+  """An endless stream of samples, any place of which is found without those before it.
+
+  Pure: the same values give the same stream in every process. Picklable: worker processes get a copy.
+  """
+
+  @property
+  def num_samples(self) -> int:
+    """Samples of an epoch."""
+    ...
+
+  @property
+  def seed(self) -> int:
+    """Of all that is random."""
+    ...
+
+  @property
+  def shuffle(self) -> bool:
+    """Whether the order is random."""
+    ...
+
+  def places(self, start: int, count: int) -> Places:
+    """Returns the `count` samples from place `start` of the stream on."""
+    ...
+
+  def at(self, positions: np.ndarray) -> Places:
+    """Returns the samples at these places (int64 [n], in any order) of the stream."""
+    ...
+
+  def checksum(self) -> int:
+    """Returns a number that differs when an optimizer step would see other samples."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -97,23 +133,115 @@ class ResampledPlan:
 
   def at(self, positions: np.ndarray) -> Places:
     """Returns the samples at these places of the stream, with the pass through their dataset as the epoch."""
-    shares, firsts = self.shares, np.concatenate([[0], np.cumsum(self.sizes)])
+    shares = self.shares
     ends = np.cumsum(shares)
     places = Plan(self.num_samples, self.seed, self.shuffle).at(positions)
     datasets = np.searchsorted(ends, places.indices, side="right")
-    passes, indices = np.zeros_like(places.indices), np.zeros_like(places.indices)
-    for dataset in np.unique(datasets).tolist():
-      chosen = datasets == dataset
-      rank = places.indices[chosen] - (ends[dataset] - shares[dataset])
-      turn = places.epochs[chosen] * shares[dataset] + rank
-      # Every dataset is a stream of its own, with a seed of its own.
-      inner = Plan(self.sizes[dataset], hash_seed(self.seed, dataset), self.shuffle).at(turn)
-      passes[chosen], indices[chosen] = inner.epochs, firsts[dataset] + inner.indices
-    return Places(passes, indices)
+    rank = places.indices - (ends - shares)[datasets]
+    return _run_through(self, datasets, places.epochs * shares[datasets] + rank)
 
   def checksum(self) -> int:
     """Returns a number that differs when the order does; see `Plan.checksum`."""
     return zlib.crc32(self.places(0, min(self.num_samples, 1024)).indices.tobytes())
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DrawnPlan:
+  """The stream of samples whose datasets are drawn with replacement: each place on its own, in proportion to the sizes.
+
+  The places that fall to a dataset run through it over and over, each time in a new order, as the reference's do: so
+  chance decides how often a dataset begins again, but not which of its samples are seen.
+
+  Attributes:
+    sizes: samples of each dataset, repeats included.
+    seed: of the draws and the shuffling.
+    by_root: datasets in proportion to the square root of their sizes instead of the sizes.
+    shuffle: new orders all the time; False runs through every dataset in its own order.
+  """
+
+  sizes: tuple[int, ...]
+  seed: int
+  by_root: bool = False
+  shuffle: bool = True
+
+  @property
+  def num_samples(self) -> int:
+    """Draws of an epoch."""
+    return sum(self.sizes)
+
+  def places(self, start: int, count: int) -> Places:
+    """Returns the `count` samples from place `start` of the stream on; see `at`."""
+    return self.at(np.arange(start, start + count, dtype=np.int64))
+
+  def at(self, positions: np.ndarray) -> Places:
+    """Returns the samples at these places of the stream, with the pass through their dataset as the epoch."""
+    epochs, inside = np.divmod(positions, self.num_samples)
+    datasets, turns = np.zeros_like(inside), np.zeros_like(inside)
+    for epoch in np.unique(epochs).tolist():
+      chosen = epochs == epoch
+      drawn, ranks = _draws(self, epoch)
+      before = sum((_counts(self, past) for past in range(epoch)), np.zeros(len(self.sizes), np.int64))
+      datasets[chosen] = drawn[inside[chosen]]
+      turns[chosen] = before[datasets[chosen]] + ranks[inside[chosen]]
+    return _run_through(self, datasets, turns)
+
+  def checksum(self) -> int:
+    """Returns a number that differs when the draws do."""
+    return zlib.crc32(self.places(0, min(self.num_samples, 1024)).indices.tobytes())
+
+
+def _run_through(plan: ResampledPlan | DrawnPlan, datasets: np.ndarray, turns: np.ndarray) -> Places:
+  """Returns the sample that stands at each turn of its dataset, with the pass through that as the epoch.
+
+  Args:
+    plan: the sizes of the datasets, and the seed.
+    datasets: int64 [n].
+    turns: int64 [n], counted from 0 over all passes.
+  """
+  firsts = np.concatenate([[0], np.cumsum(plan.sizes)])
+  passes, indices = np.zeros_like(turns), np.zeros_like(turns)
+  for dataset in np.unique(datasets).tolist():
+    chosen = datasets == dataset
+    # Every dataset is a stream of its own, with a seed of its own.
+    inner = Plan(plan.sizes[dataset], hash_seed(plan.seed, dataset), plan.shuffle).at(turns[chosen])
+    passes[chosen], indices[chosen] = inner.epochs, firsts[dataset] + inner.indices
+  return Places(passes, indices)
+
+
+# 10^7 draws take 60 MB an epoch and 2 s, once in each process.
+@functools.lru_cache(maxsize=2)
+def _draws(plan: DrawnPlan, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the dataset of each place of an epoch, and how many places of the epoch before it fell to the same."""
+  sizes = np.array(plan.sizes, np.int64)
+  ends = np.cumsum(np.sqrt(sizes) if plan.by_root else sizes.astype(np.float64))
+  key = np.random.SeedSequence(plan.seed).generate_state(1, np.uint64)[0]
+  places = np.arange(epoch * plan.num_samples, (epoch + 1) * plan.num_samples)
+  # The last end is exactly 1, which no draw reaches.
+  datasets = np.searchsorted(ends / ends[-1], _uniform(key, places), side="right")
+  datasets = datasets.astype(np.int16 if len(sizes) <= np.iinfo(np.int16).max else np.int32)
+  by_dataset = np.argsort(datasets, kind="stable")
+  counts = np.bincount(datasets, minlength=len(sizes))
+  ranks = np.empty(len(datasets), np.int32)
+  ranks[by_dataset] = np.arange(len(datasets)) - np.repeat(np.cumsum(counts) - counts, counts)
+  return datasets, ranks
+
+
+@functools.lru_cache(maxsize=1024)
+def _counts(plan: DrawnPlan, epoch: int) -> np.ndarray:
+  """Returns int64 [datasets]: the places of an epoch that fall to each."""
+  return np.bincount(_draws(plan, epoch)[0], minlength=len(plan.sizes))
+
+
+def _uniform(key: np.uint64, places: np.ndarray) -> np.ndarray:
+  """Returns float64 [n] in [0, 1): what SplitMix64 seeded with the key gives at these places of its stream.
+
+  Its state is a counter (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014), so that no place
+  needs those before it; numpy's generators would have to be set up anew for each. Arrays of uint64 wrap around.
+  """
+  state = key + (places.astype(np.uint64) + 1) * 0x9E3779B97F4A7C15
+  state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9
+  state = (state ^ (state >> 27)) * 0x94D049BB133111EB
+  return ((state ^ (state >> 31)) >> 11) * 2.0**-53
 
 
 def hash_seed(seed: int, dataset: int) -> int:

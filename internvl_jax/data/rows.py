@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from internvl_jax.data import packing
-from internvl_jax.data.plan import Places, Plan, ResampledPlan
+from internvl_jax.data.pieces import OVER_LONG, UNREADABLE, UNSUPERVISED
+from internvl_jax.data.plan import Order, Places
 
 # Places of the stream whose sizes are looked up at a time.
 _CHUNK = 1024
@@ -16,10 +17,13 @@ _KEPT = 4096
 
 
 class SizeOf(Protocol):
-  """Sizes of samples of the mixture; `data.sample.Mixture` has them."""
+  """Sizes of samples of the mixture; `data.mixture.Mixture` has them."""
 
   def __call__(self, indices: np.ndarray) -> np.ndarray:
-    """int64 [n, 2]: tokens and tiles, as they will stand in a row; tokens is 0 for what cannot be read."""
+    """int64 [n, 2]: tokens and tiles, as they will stand in a row.
+
+    In place of tokens, UNREADABLE, OVER_LONG or UNSUPERVISED for what will not.
+    """
     ...
 
 
@@ -28,6 +32,7 @@ class Skipped(NamedTuple):
 
   unreadable: np.ndarray
   over_long: np.ndarray
+  fully_masked: np.ndarray
 
 
 class RowStream:
@@ -39,7 +44,7 @@ class RowStream:
 
   def __init__(
     self,
-    plan: Plan | ResampledPlan,
+    plan: Order,
     size_of: SizeOf,
     settings: packing.PackSettings,
     state: dict[str, Any] | None = None,
@@ -94,19 +99,17 @@ class RowStream:
   def skipped(self, start: int, stop: int) -> Skipped:
     """What was passed over between two places of the stream."""
     indices = self._plan.places(start, stop - start).indices
-    tokens, tiles = self._size_of(indices).T
-    unreadable = tokens == 0
-    over_long = ~unreadable & ~self._packer.settings.fits(tokens, tiles)
-    return Skipped(indices[unreadable], indices[over_long])
+    tokens = self._size_of(indices)[:, 0]
+    return Skipped(*(indices[tokens == why] for why in (UNREADABLE, OVER_LONG, UNSUPERVISED)))
 
   def _sizes(self, start: int, count: int) -> np.ndarray:
     return packable(self._size_of(self._plan.places(start, count).indices), self._packer.settings)
 
 
 def packable(sizes: np.ndarray, settings: packing.PackSettings) -> np.ndarray:
-  """Sizes for a packer, which leaves out what fits no row: so also what cannot be read."""
+  """Sizes for a packer, which leaves out what fits no row: so also what is lost already."""
   sizes = np.array(sizes, np.int64)
-  sizes[sizes[:, 0] == 0, 0] = settings.max_tokens + 1
+  sizes[sizes[:, 0] <= 0, 0] = settings.max_tokens + 1
   return sizes
 
 
@@ -118,7 +121,7 @@ class PlannedRows:
 
   def __init__(
     self,
-    plan: Plan | ResampledPlan,
+    plan: Order,
     size_of: SizeOf,
     settings: packing.PackSettings,
     state: dict[str, Any],

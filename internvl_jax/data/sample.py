@@ -1,33 +1,36 @@
 """One line of an annotation file becomes one sample of tokens and tiles."""
 
 import dataclasses
-import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from internvl_jax.arguments import DataTrainingArguments
 from internvl_jax.batch import IGNORE_INDEX
-from internvl_jax.data import images, sizes, tiling, video
-from internvl_jax.data.errors import DataError, Where
-from internvl_jax.data.jsonl import JsonlFile
-from internvl_jax.data.meta import DatasetSpec, read_meta
+from internvl_jax.data import files, fitting, images, tiling, video
+from internvl_jax.data.errors import Where
+from internvl_jax.data.fitting import Limits
+from internvl_jax.data.meta import DatasetSpec
+from internvl_jax.data.pool import TilePool
 from internvl_jax.data.sizes import Size
-from internvl_jax.data.tokenize import IMAGE_PLACEHOLDER, ChatTokenizer, with_placeholder
+from internvl_jax.data.tokenize import IMAGE_PLACEHOLDER, Chat, ChatTokenizer, human_texts, with_placeholder
 
 VIDEO_PLACEHOLDER = "<video>"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-  """A decoded sample of n tokens and t tiles.
+  """A decoded sample, or a piece of one, of n tokens and t tiles.
 
   Attributes:
     input_ids: int32 [n].
     labels: int32 [n], not shifted, `IGNORE_INDEX` where not supervised.
     tiles: uint8 [t, H, W, 3]; t is 0 for text only.
-    truncated: lost its end to max_seq_length.
+    truncated: a part of the sample is in no piece.
+    shrunk: its images have fewer tiles, or its video fewer frames, than they would have if there were room.
+    piece: which piece of the sample it is, from 0.
     where: the line it comes from.
     dataset: index of its dataset in the mixture.
     index: index of the sample in the mixture.
@@ -36,10 +39,12 @@ class Sample:
   input_ids: np.ndarray
   labels: np.ndarray
   tiles: np.ndarray
-  truncated: bool
+  truncated: bool = False
+  shrunk: bool = False
+  piece: int = 0
   where: Where
-  dataset: int
-  index: int
+  dataset: int = 0
+  index: int = 0
 
   @property
   def fully_masked(self) -> bool:
@@ -47,109 +52,237 @@ class Sample:
     return bool((self.labels[1:] == IGNORE_INDEX).all())
 
 
-def make_sample(
-  record: Any,
-  where: Where,
-  spec: DatasetSpec,
-  data: DataTrainingArguments,
-  tokenizer: ChatTokenizer,
-  tokens_per_tile: int,
-  rng: np.random.Generator | None,
-  *,
-  frames: int | None = None,
-  dataset: int = 0,
-  index: int = 0,
-) -> Sample:
-  r"""Turns one parsed line into a sample: a pure function of its arguments and the image or video file.
+class _Shape(NamedTuple):
+  """What a sample would be at one size of its images.
 
-      {"image": "cat.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", ...}]}
-      -> input_ids [n], labels [n], tiles [t, H, W, 3] with t * tokens_per_tile image tokens in input_ids
+  Attributes:
+    chat: its conversation.
+    tiles: of each image, or 1 of each frame.
+    limit: tiles of an image's grid at most, or the frames that are taken.
+  """
 
-  The frames of a video are images of one tile each.
+  chat: Chat
+  tiles: list[int]
+  limit: int
 
-  Args:
-    record: the parsed line.
-    where: where it stands, for errors.
-    spec: its dataset.
-    data: tile and length settings.
-    tokenizer: writes and tokenises the conversation.
+
+class _Plan(NamedTuple):
+  """What a sample will be, decided before its pixels are looked at."""
+
+  shape: _Shape
+  fit: fitting.Fit
+  shrunk: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleMaker:
+  """Turns the parsed lines of a dataset into samples. It goes to worker processes.
+
+  Attributes:
+    spec: the dataset.
+    data: tile settings.
+    tokenizer: writes and tokenises conversations.
     tokens_per_tile: image tokens of one tile.
-    rng: the sample's own generator; None: no augmentation, and a video's frames are not drawn (`iter_frames`).
-    frames: how many to take of a video; None: the generator draws that too.
-    dataset: copied into the sample.
-    index: copied into the sample.
-
-  Raises:
-    DataError: the line, its image or its video is wrong.
+    limits: what is done about long samples.
   """
-  _check_record(record, where)
-  if path := _video_path(record, where):
-    images_tiles = _frame_tiles(
-      os.path.join(spec.root, path), record, where, spec, data, tokens_per_tile, rng, frames
+
+  spec: DatasetSpec
+  data: DataTrainingArguments
+  tokenizer: ChatTokenizer
+  tokens_per_tile: int
+  limits: Limits
+
+  def make(
+    self,
+    record: Any,
+    where: Where,
+    rng: np.random.Generator | None = None,
+    *,
+    frames: int | None = None,
+    piece: int = 0,
+    dataset: int = 0,
+    index: int = 0,
+    pool: TilePool | None = None,
+  ) -> Sample:
+    r"""Makes a sample: a pure function of its arguments and the image or video files.
+
+        {"image": "cat.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", ...}]}
+        -> input_ids [n], labels [n], tiles [t, H, W, 3] with t * tokens_per_tile image tokens in input_ids
+
+    The frames of a video are images of one tile each.
+
+    Args:
+      record: the parsed line.
+      where: where it stands, for errors.
+      rng: the sample's own generator; None: no augmentation, and a video's frames are not drawn (`iter_frames`).
+      frames: how many to take of a video; None: data.max_num_frame.
+      piece: which piece of a sample that was split; see `pieces`.
+      dataset: copied into the sample.
+      index: copied into the sample.
+      pool: the tiles are written to its end; None: to memory of their own.
+
+    Raises:
+      DataError: the line, its image or its video is wrong; `OverLengthError` where nothing of it is kept.
+    """
+    sources = self._sources(record, where)
+    plan = self._plan(record, where, frames or self.data.max_num_frame, sources)
+    pieces = plan.fit.pieces
+    if piece >= len(pieces):
+      raise where.error(
+        f"its piece {piece + 1} was planned, but it has {len(pieces)}: its images were replaced, or the line's width "
+        "and height are not theirs; correct them"
+      )
+    part = pieces[piece]
+    chosen = slice(part.first_image, part.end_image)
+    tokens = plan.shape.chat.expand([count * self.tokens_per_tile for count in plan.shape.tiles])
+    return Sample(
+      input_ids=tokens.input_ids[part.start : part.stop],
+      labels=tokens.labels[part.start : part.stop],
+      tiles=self._pixels(record, where, plan.shape.limit, sources, chosen, rng, pool),
+      truncated=not plan.fit.complete and piece == len(pieces) - 1,
+      shrunk=plan.shrunk,
+      piece=piece,
+      where=where,
+      dataset=dataset,
+      index=index,
     )
-  else:
+
+  def measure(self, record: Any, where: Where, frames: int) -> Size:
+    """Returns the sizes that a sample would have without limits, without looking at pixels.
+
+    An image's size is what the line says (`width` and `height`, or `width_list` and `height_list`), or else the
+    header of its file.
+
+    Args:
+      record: the parsed line.
+      where: where it stands, for errors.
+      frames: how many to take of a video.
+
+    Raises:
+      DataError: the line is wrong, or its image or video cannot be opened.
+    """
+    shape = next(self._shapes(record, where, frames, None))
+    return Size(
+      tokens=self._length(shape),
+      tiles=sum(shape.tiles),
+      # The first token has nothing before it that could predict it.
+      supervised=int((shape.chat.labels[1:] != IGNORE_INDEX).sum()),
+    )
+
+  def pieces(self, record: Any, where: Where, frames: int) -> list[tuple[int, int]]:
+    """Returns tokens and tiles of each piece that the limits leave of a sample, in order; see `measure`.
+
+    Raises:
+      DataError: as in `measure`; `OverLengthError` where nothing of it is kept.
+    """
+    plan = self._plan(record, where, frames, None)
+    tiles = plan.shape.tiles
+    return [(p.stop - p.start, sum(tiles[p.first_image : p.end_image])) for p in plan.fit.pieces]
+
+  def _sources(self, record: Any, where: Where) -> list[images.Source]:
+    """Returns the files of the line's images."""
+    _check_record(record, where)
+    paths = [] if _video_path(record, where) else _image_paths(record, where)
+    return [images.fetched(files.join(self.spec.root, path, where), where) for path in paths]
+
+  def _plan(self, record: Any, where: Where, frames: int, sources: list[images.Source] | None) -> _Plan:
+    shapes = self._shapes(record, where, frames, sources)
+    full = shape = next(shapes)
+    if self.limits.policy == "shrink_tiles":
+      while not self.limits.hold(self._length(shape), sum(shape.tiles)):
+        if (smaller := next(shapes, None)) is None:
+          break
+        shape = smaller
+    fit = fitting.fit(shape.chat, shape.tiles, self.tokens_per_tile, self.limits, where)
+    return _Plan(shape, fit, shape.tiles != full.tiles)
+
+  def _length(self, shape: _Shape) -> int:
+    return shape.chat.length([count * self.tokens_per_tile for count in shape.tiles])
+
+  def _shapes(
+    self, record: Any, where: Where, frames: int, sources: list[images.Source] | None
+  ) -> Iterator[_Shape]:
+    """Yields what the sample is as the settings say, and then with ever smaller images or fewer frames.
+
+    Args:
+      record: the parsed line.
+      where: where it stands.
+      frames: wanted of a video.
+      sources: of the images; None: they are as large as the line says they are, if it does.
+    """
+    _check_record(record, where)
+    if path := _video_path(record, where):
+      yield from self._video_shapes(record, files.join(self.spec.root, path, where), where, frames)
+      return
     paths = _image_paths(record, where)
-    images_tiles = [
-      _tiles(os.path.join(spec.root, path), where, spec, data, rng, num_images=len(paths)) for path in paths
-    ]
-  conversations = _with_places(record, len(images_tiles), where)
-  image_tokens = [len(tiles) * tokens_per_tile for tiles in images_tiles]
-  no_tile = np.zeros((0, data.force_image_size, data.force_image_size, 3), np.uint8)
-  chat = tokenizer.encode(conversations, image_tokens, data.max_seq_length, where)
-  return Sample(
-    input_ids=chat.input_ids,
-    labels=chat.labels,
-    tiles=np.concatenate([no_tile, *images_tiles]),
-    truncated=chat.truncated,
-    where=where,
-    dataset=dataset,
-    index=index,
-  )
+    pixels = _stated_sizes(record, len(paths)) if sources is None else None
+    if pixels is None:
+      sources = sources or [files.join(self.spec.root, path, where) for path in paths]
+      pixels = [images.image_size(source, where) for source in sources]
+    chat = self._chat(record, len(paths), where)
+    least = self.data.min_dynamic_patch
+    most = max(least, max_grid_tiles(self.spec, self.data) // max(len(paths), 1))
+    for limit in range(most, min(least, most) - 1, -1):
+      yield _Shape(chat, [self._count_tiles(size, limit) for size in pixels], limit)
 
+  def _video_shapes(self, record: dict[str, Any], path: str, where: Where, wanted: int) -> Iterator[_Shape]:
+    options = {"min_num_frame": wanted, "max_num_frame": wanted, "rng": None, "clip": record.get("clip")}
+    count = video.planned_frames(path, where, **options)
+    yield _Shape(self._chat(record, count, where), [1] * count, wanted)
+    # No more frames than there is room for, the text around them not counted.
+    room = min(self.limits.tokens // self.tokens_per_tile, self.limits.row_tiles or count)
+    for fewer in range(min(count - 1, room), 0, -1):
+      yield _Shape(self._chat(record, fewer, where), [1] * fewer, fewer)
 
-def measure_sample(
-  record: Any,
-  where: Where,
-  spec: DatasetSpec,
-  data: DataTrainingArguments,
-  tokenizer: ChatTokenizer,
-  tokens_per_tile: int,
-  frames: int,
-) -> Size:
-  """The sizes that `make_sample` gives a line, its conversation not yet cut, without looking at pixels.
+  def _chat(self, record: dict[str, Any], num_images: int, where: Where) -> Chat:
+    return self.tokenizer.lay_out(_with_places(record, num_images, where), num_images, where)
 
-  An image's size is what the line says (`width` and `height`, or `width_list` and `height_list`), or else the header
-  of its file.
+  def _count_tiles(self, size: tuple[int, int], limit: int) -> int:
+    """Returns how many tiles an image (width, height) makes."""
+    data = self.data
+    if not data.dynamic_image_size:
+      return 1
+    return tiling.num_tiles(*size, data.min_dynamic_patch, limit, data.force_image_size, data.use_thumbnail)
 
-  Args:
-    record, where, spec, data, tokenizer, tokens_per_tile: see `make_sample`.
-    frames: how many to take of a video.
+  def _pixels(
+    self,
+    record: dict[str, Any],
+    where: Where,
+    limit: int,
+    sources: Sequence[images.Source],
+    chosen: slice,
+    rng: np.random.Generator | None,
+    pool: TilePool | None,
+  ) -> np.ndarray:
+    """Returns uint8 [tiles, H, W, 3] of the chosen images, or frames of the video, at the end of the pool."""
+    data = self.data
+    pool = pool or TilePool(data.force_image_size)
+    start = pool.used
+    augment = rng if self.spec.data_augment else None
+    settings: dict[str, Any] = {"tile_size": data.force_image_size, "pad_color": self._pad_color()}
+    settings |= {"rng": augment, "pool": pool}
+    if path := _video_path(record, where):
+      frames = self._frames(files.join(self.spec.root, path, where), record, where, limit, rng)
+      settings |= {"dynamic": False, "min_tiles": 1, "max_tiles": 1, "use_thumbnail": False}
+      # Frame by frame: together, those of a large video would fill the memory.
+      for frame in itertools.islice(frames, chosen.start, chosen.stop):
+        images.image_tiles(frame, **settings)
+    else:
+      settings |= {"dynamic": data.dynamic_image_size, "use_thumbnail": data.use_thumbnail}
+      settings |= {"min_tiles": data.min_dynamic_patch, "max_tiles": limit}
+      for source in sources[chosen]:
+        images.image_tiles(images.open_image(source, where), **settings)
+    return pool.since(start)
 
-  Raises:
-    DataError: the line is wrong, or its image or video cannot be opened.
-  """
-  _check_record(record, where)
-  if path := _video_path(record, where):
-    options = {"min_num_frame": frames, "max_num_frame": frames, "rng": None, "clip": record.get("clip")}
-    tiles = [1] * video.planned_frames(os.path.join(spec.root, path), where, **options)
-  else:
-    paths = _image_paths(record, where)
-    stated = _stated_sizes(record, len(paths))
-    pixels = stated or [images.image_size(os.path.join(spec.root, path), where) for path in paths]
-    tiles = [_count_tiles(size, spec, data, num_images=len(paths)) for size in pixels]
-  chat = tokenizer.encode(
-    _with_places(record, len(tiles), where), [n * tokens_per_tile for n in tiles], _UNCUT, where
-  )
-  image_tokens = np.flatnonzero(chat.input_ids == tokenizer.image_token_id)
-  return Size(
-    tokens=len(chat.input_ids),
-    tiles=sum(tiles),
-    supervised=int((chat.labels[1:] != IGNORE_INDEX).sum()),
-    needed=int(image_tokens[-1]) + 2 if len(image_tokens) else 1,
-  )
+  def _frames(
+    self, path: str, record: dict[str, Any], where: Where, wanted: int, rng: np.random.Generator | None
+  ) -> Iterator[Any]:
+    limits = {"min_num_frame": wanted, "max_num_frame": wanted}
+    return video.iter_frames(path, where, **limits, rng=rng, clip=record.get("clip"))
 
-
-_UNCUT = 1 << 62
+  def _pad_color(self) -> tuple[int, int, int] | None:
+    pad = self.data.pad2square and not self.spec.data_augment
+    return images.mean_color(self.data.normalize_type) if pad else None
 
 
 def _check_record(record: Any, where: Where) -> None:
@@ -171,6 +304,10 @@ def _with_places(record: dict[str, Any], num_images: int, where: Where) -> Any:
   return with_placeholder(conversations) if num_images == 1 else conversations
 
 
+# No image format has sides beyond 32 bits; Python's integers go on until they overflow a float.
+_LARGEST_SIDE = 1 << 32
+
+
 def _stated_sizes(record: dict[str, Any], num_images: int) -> list[tuple[int, int]] | None:
   """Returns (width, height) of the images where the line states them all."""
   widths = record.get("width_list", record.get("width"))
@@ -179,24 +316,14 @@ def _stated_sizes(record: dict[str, Any], num_images: int) -> list[tuple[int, in
   if not isinstance(widths, list) or not isinstance(heights, list):
     return None
   sizes = list(zip(widths, heights, strict=False))
-  whole = all(isinstance(side, int) and side > 0 for size in sizes for side in size)
+  whole = all(type(side) is int and 0 < side < _LARGEST_SIDE for size in sizes for side in size)
   return sizes if whole and len(widths) == len(heights) == num_images else None
-
-
-def _count_tiles(
-  size: tuple[int, int], spec: DatasetSpec, data: DataTrainingArguments, *, num_images: int
-) -> int:
-  """Returns how many tiles an image (width, height) makes."""
-  if not data.dynamic_image_size:
-    return 1
-  limit = max(data.min_dynamic_patch, max_grid_tiles(spec, data) // num_images)
-  return tiling.num_tiles(*size, data.min_dynamic_patch, limit, data.force_image_size, data.use_thumbnail)
 
 
 def _image_paths(record: dict[str, Any], where: Where) -> list[str]:
   """Returns the paths of the line's images as written; none for text only."""
   image = record.get("image")
-  paths = image if isinstance(image, list) else [image] if image else []
+  paths = image if isinstance(image, list) else [] if image in (None, "") else [image]
   for path in paths:
     if not isinstance(path, str) or not path:
       raise where.error(f"'image' must be a path or a list of paths, got {str(image)[:80]!r}")
@@ -206,7 +333,7 @@ def _image_paths(record: dict[str, Any], where: Where) -> list[str]:
 def _video_path(record: dict[str, Any], where: Where) -> str | None:
   """Returns the path of the line's video as written; None without one."""
   path = record.get("video")
-  if not path:
+  if path in (None, "", []):
     return None
   if not isinstance(path, str):
     raise where.error(f"'video' must be one path, got {str(path)[:80]!r}; write a line for each video")
@@ -230,14 +357,10 @@ def with_frames(
     DataError: the human turns have more than one `<video>`, or an `<image>`.
   """
   turns = list(conversations)
-  human = {
-    i: str(turn.get("value"))
-    for i, turn in enumerate(turns)
-    if isinstance(turn, Mapping) and turn.get("from") == "human"
-  }
+  human = human_texts(turns)
   if not human:
     raise where.error(
-      f"the line has a video but no human turn where {VIDEO_PLACEHOLDER} could stand; add one"
+      f"the line has a video but no human turn with a text where {VIDEO_PLACEHOLDER} could stand; add one"
     )
   videos, stills = (
     sum(text.count(mark) for text in human.values()) for mark in (VIDEO_PLACEHOLDER, IMAGE_PLACEHOLDER)
@@ -257,277 +380,3 @@ def with_frames(
 def max_grid_tiles(spec: DatasetSpec, data: DataTrainingArguments) -> int:
   """Returns the most tiles that the grid of one of the dataset's images may have."""
   return data.max_dynamic_patch if spec.max_dynamic_patch is None else spec.max_dynamic_patch
-
-
-def _tiles(
-  path: str,
-  where: Where,
-  spec: DatasetSpec,
-  data: DataTrainingArguments,
-  rng: np.random.Generator | None,
-  *,
-  num_images: int,
-) -> np.ndarray:
-  """Returns the tiles of one of a sample's images, which share the limit on tiles."""
-  return images.image_tiles(
-    images.open_image(path, where),
-    tile_size=data.force_image_size,
-    min_tiles=data.min_dynamic_patch,
-    max_tiles=max(data.min_dynamic_patch, max_grid_tiles(spec, data) // num_images),
-    use_thumbnail=data.use_thumbnail,
-    dynamic=data.dynamic_image_size,
-    pad_color=_pad_color(spec, data),
-    rng=rng if spec.data_augment else None,
-  )
-
-
-def _frame_tiles(
-  path: str,
-  record: dict[str, Any],
-  where: Where,
-  spec: DatasetSpec,
-  data: DataTrainingArguments,
-  tokens_per_tile: int,
-  rng: np.random.Generator | None,
-  wanted: int | None,
-) -> list[np.ndarray]:
-  """Returns the one tile of each frame of a video."""
-  frames = video.iter_frames(
-    path,
-    where,
-    min_num_frame=wanted or data.min_num_frame,
-    max_num_frame=wanted or data.max_num_frame,
-    rng=rng,
-    clip=record.get("clip"),
-  )
-  settings = {"tile_size": data.force_image_size, "dynamic": False, "min_tiles": 1, "max_tiles": 1}
-  settings |= {"use_thumbnail": False, "pad_color": _pad_color(spec, data)}
-  augment = rng if spec.data_augment else None
-  tiles = [images.image_tiles(frame, **settings, rng=augment) for frame in frames]
-  if len(tiles) * tokens_per_tile > data.max_seq_length:
-    raise where.error(
-      f"the video's {len(tiles)} frames need {len(tiles) * tokens_per_tile} tokens but "
-      f"data.max_seq_length={data.max_seq_length}; raise it or lower data.max_num_frame={data.max_num_frame}"
-    )
-  return tiles
-
-
-def _pad_color(spec: DatasetSpec, data: DataTrainingArguments) -> tuple[int, int, int] | None:
-  pad = data.pad2square and not spec.data_augment
-  return images.mean_color(data.normalize_type) if pad else None
-
-
-def _frames(data: DataTrainingArguments, seed: int, dataset: int, line: int) -> int:
-  """Returns how many frames a line's video gives: the same in every epoch, so that its size is known."""
-  return video.num_wanted(
-    np.random.default_rng((seed, dataset, line)), data.min_num_frame, data.max_num_frame
-  )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Measure:
-  """Measures lines of a dataset; goes to worker processes."""
-
-  spec: DatasetSpec
-  data: DataTrainingArguments
-  tokenizer: ChatTokenizer
-  tokens_per_tile: int
-  seed: int
-  dataset: int
-
-  def __call__(self, file: JsonlFile, line: int) -> Size:
-    frames = _frames(self.data, self.seed, self.dataset, line)
-    return measure_sample(
-      file.read(line), file.where(line), self.spec, self.data, self.tokenizer, self.tokens_per_tile, frames
-    )
-
-  def key(self) -> dict[str, Any]:
-    """Returns all that sizes depend on beside the lines, as JSON values."""
-    data = self.data
-    settings = ("force_image_size", "dynamic_image_size", "use_thumbnail", "min_dynamic_patch", "conv_style")
-    return {
-      "version": _MEASURE_VERSION,
-      "tokenizer": self.tokenizer.fingerprint(),
-      "tokens_per_tile": self.tokens_per_tile,
-      "root": os.path.abspath(self.spec.root),
-      "max_dynamic_patch": max_grid_tiles(self.spec, data),
-      "frames": [data.min_num_frame, data.max_num_frame, self.seed, self.dataset],
-      **{name: getattr(data, name) for name in settings},
-    }
-
-
-# Changes whenever the same line would get other sizes.
-_MEASURE_VERSION = 1
-
-Progress = Callable[[int], Any]
-
-
-class Mixture:
-  """The datasets one after another, each as often as its `repeat_time` says; samples decoded by number.
-
-  Picklable: worker processes get a copy.
-
-  Attributes:
-    specs: the datasets.
-    files: their annotation files.
-    sizes: int64 [datasets], samples an epoch, repeats included.
-    num_samples: of an epoch.
-  """
-
-  def __init__(
-    self,
-    data: DataTrainingArguments,
-    tokenizer: ChatTokenizer,
-    *,
-    tokens_per_tile: int,
-    seed: int,
-    cache: str | os.PathLike[str] | None = None,
-  ):
-    """Reads the meta file and finds the lines of every annotation file.
-
-    Args:
-      data: the settings; `meta_path` says which data.
-      tokenizer: of the conversations.
-      tokens_per_tile: image tokens of one tile.
-      seed: of the augmentation and of the frames drawn from videos.
-      cache: folder of the lines' index; None keeps none.
-
-    Raises:
-      DataError: the meta file, an annotation file or a setting is wrong.
-    """
-    if data.meta_path is None:
-      raise DataError("data.meta_path is not set; give the JSON file that lists the datasets")
-    images.normalization(data.normalize_type)  # an unknown name fails here, not at the first padded image
-    self.specs = read_meta(data.meta_path)
-    self.files = [JsonlFile(spec.annotation, spec.name, cache=cache) for spec in self.specs]
-    self._lines = [spec.lines_used(len(file)) for spec, file in zip(self.specs, self.files, strict=True)]
-    for spec, file, lines in zip(self.specs, self.files, self._lines, strict=True):
-      if not lines:
-        raise DataError(
-          f"{data.meta_path}: dataset {spec.name!r}: repeat_time={spec.repeat_time} of {len(file)} lines is 0 "
-          "samples; raise it"
-        )
-      if data.dynamic_image_size and max_grid_tiles(spec, data) < data.min_dynamic_patch:
-        raise DataError(
-          f"{data.meta_path}: dataset {spec.name!r}: max_dynamic_patch={max_grid_tiles(spec, data)} is below "
-          f"min_dynamic_patch={data.min_dynamic_patch}; raise one or lower the other"
-        )
-    self.sizes = np.array(
-      [n * spec.repeats for n, spec in zip(self._lines, self.specs, strict=True)], np.int64
-    )
-    self._ends = np.cumsum(self.sizes)
-    self.num_samples = int(self._ends[-1])
-    self._data, self._tokenizer = data, tokenizer
-    self._tokens_per_tile, self._seed = tokens_per_tile, seed
-    self._sizes: list[sizes.Sizes] | None = None
-
-  def max_tiles(self) -> int:
-    """Returns the most tiles that one sample may have: images are never cut, so their tokens must fit a row."""
-    return self._data.max_seq_length // self._tokens_per_tile
-
-  def locate(self, index: int) -> tuple[int, int]:
-    """Returns (dataset, line index in its file) of a sample of the mixture."""
-    dataset = int(np.searchsorted(self._ends, index, side="right"))
-    first = int(self._ends[dataset] - self.sizes[dataset])
-    return dataset, (index - first) % self._lines[dataset]
-
-  def decode(self, epoch: int, index: int) -> Sample:
-    """Returns a sample of the mixture. Augmentation and a video's frames depend on seed, epoch and index alone.
-
-    Raises:
-      DataError: the sample cannot be made.
-    """
-    dataset, line = self.locate(index)
-    spec, file = self.specs[dataset], self.files[dataset]
-    rng = np.random.default_rng((self._seed, epoch, index))
-    return make_sample(
-      file.read(line),
-      file.where(line),
-      spec,
-      self._data,
-      self._tokenizer,
-      self._tokens_per_tile,
-      rng,
-      frames=_frames(self._data, self._seed, dataset, line),
-      dataset=dataset,
-      index=index,
-    )
-
-  def index_sizes(self, cache: str | os.PathLike[str], *, workers: int, progress: Progress) -> None:
-    """Measures all samples, as far as the cache does not know their sizes; `size_of` then tells them.
-
-    Args:
-      cache: folder of the index.
-      workers: processes that measure.
-      progress: told how many lines are known, as they become so.
-    """
-    self._sizes = []
-    for dataset, (spec, file) in enumerate(zip(self.specs, self.files, strict=True)):
-      measure = _Measure(spec, self._data, self._tokenizer, self._tokens_per_tile, self._seed, dataset)
-      self._sizes.append(
-        sizes.index_sizes(
-          file,
-          measure,
-          measure.key(),
-          cache,
-          workers=workers,
-          progress=progress,
-        )
-      )
-
-  def records(self, dataset: int) -> np.ndarray:
-    """Returns the sizes (sizes.SIZE) of the lines of a dataset that are used."""
-    assert self._sizes is not None, "index_sizes() comes first"
-    return self._sizes[dataset].records[: self._lines[dataset]]
-
-  def size_of(self, indices: np.ndarray) -> np.ndarray:
-    """Returns int64 [n, 2], tokens and tiles of samples of the mixture, cut to max_seq_length.
-
-    Tokens are 0 for a sample that cannot be read, or whose images lie beyond max_seq_length.
-    """
-    assert self._sizes is not None, "index_sizes() comes first"
-    out = np.zeros((len(indices), 2), np.int64)
-    datasets = np.searchsorted(self._ends, indices, side="right")
-    for dataset in np.unique(datasets):
-      chosen = datasets == dataset
-      first = self._ends[dataset] - self.sizes[dataset]
-      records = self._sizes[dataset].records[(indices[chosen] - first) % self._lines[dataset]]
-      fits = records["needed"] <= self._data.max_seq_length
-      out[chosen, 0] = np.where(fits, np.minimum(records["tokens"], self._data.max_seq_length), 0)
-      out[chosen, 1] = records["tiles"]
-    return out
-
-  def why_unreadable(self, index: int) -> str:
-    """Returns why a sample whose size has no tokens cannot be read."""
-    assert self._sizes is not None, "index_sizes() comes first"
-    dataset, line = self.locate(index)
-    known = self._sizes[dataset].errors.get(line)
-    if known is not None:
-      return known
-    record = self._sizes[dataset].records[line]
-    return str(
-      self.files[dataset]
-      .where(line)
-      .error(
-        f"images need the first {record['needed']} of {record['tokens']} tokens but "
-        f"data.max_seq_length={self._data.max_seq_length} cuts them; raise it or lower max_dynamic_patch"
-      )
-    )
-
-  def describe(self) -> list[str]:
-    """Returns one line for each dataset, for the log."""
-    lines = []
-    for spec, file, used, size in zip(self.specs, self.files, self._lines, self.sizes, strict=True):
-      stated = f" (the meta file says {spec.length})" if spec.length not in (None, len(file)) else ""
-      tiles = f"up to {max_grid_tiles(spec, self._data)} tiles" if self._data.dynamic_image_size else "1 tile"
-      lines.append(
-        f"{spec.name}: {size} samples an epoch ({100 * size / self.num_samples:.1f} %), {used} of {len(file)} lines"
-        f"{stated} x {spec.repeats}, {tiles}{', JPEG augmentation' if spec.data_augment else ''}, "
-        f"root {spec.root or '.'}, {spec.annotation}"
-      )
-    return lines
-
-  def close(self) -> None:
-    """Closes the annotation files."""
-    for file in self.files:
-      file.close()

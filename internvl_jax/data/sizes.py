@@ -4,58 +4,76 @@ A sample's tokens and tiles follow from its text and its image's header. They ar
 folder of the cache, one for each annotation file, tokenizer and setting that they depend on:
 
     <cache>/<name>-<hash>/key.json     what the sizes depend on, and the state of the annotation file
-                          sizes.npy    one SIZE record a line
-                          blocks.npy   a checksum of the bytes of every block of lines, 0 where not yet measured
-                          errors.jsonl {"line": index, "message": why it cannot be read}
+                          sizes.npy    one SIZE record a line, as if samples could be of any length
+                          blocks.npy   checksums of every block: of the lines' bytes, 0 where not yet measured, and
+                                       of the records
+                          pieces-<hash>.npz  what is left of the longest under some limits (see `pieces`)
 
 A block whose bytes are as they were keeps its sizes, so that an annotation file which grew, or of which a line was
 mended, is measured in part, and an interrupted build goes on. Lines that could not be read are tried again each time.
+Records that are not as they were stored, after a crash or by two hosts that write at once, are measured again.
 The headers of images that could be read are not watched: a sample that turns out to be of another size than planned is
 an error of that sample when it is decoded.
 """
 
-import concurrent.futures
+import contextlib
+import dataclasses
 import hashlib
-import itertools
 import json
-import multiprocessing
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+import zlib
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from internvl_jax.data import files
+from internvl_jax.data.cache import cache_errors_named, locked, whole_file
 from internvl_jax.data.errors import DataError
 from internvl_jax.data.jsonl import JsonlFile
+from internvl_jax.data.workers import map_items
+
+_RECORDS = "sizes.npy"
 
 BLOCK = 1024
 """Lines measured, and remembered as measured, at a time."""
 
-SIZE = np.dtype([("tokens", "<i4"), ("tiles", "<i4"), ("supervised", "<i4"), ("needed", "<i4")])
+SIZE = np.dtype([("tokens", "<i4"), ("tiles", "<i4"), ("supervised", "<i4")])
 """The fields of Size; tokens is 0 where a line cannot be read."""
+
+_MARK = np.dtype([("lines", "<u4"), ("records", "<u4")])
 
 
 class Size(NamedTuple):
-  """Sizes of a sample: tokens, tiles, supervised tokens, and the first tokens that its images need."""
+  """Tokens, tiles and supervised tokens of a sample."""
 
   tokens: int
   tiles: int
   supervised: int
-  needed: int = 1
 
 
 class Sizes(NamedTuple):
   """Sizes of all lines of a file.
 
   Attributes:
+    folder: of the index.
     records: SIZE [lines], mapped into memory.
     errors: why a line cannot be read, by its index.
   """
 
+  folder: pathlib.Path
   records: np.ndarray
   errors: dict[int, str]
+
+  def __reduce__(self) -> tuple:
+    # A copy of the process maps the same file; millions of sizes need not travel.
+    return _reopened, (self.folder, self.errors)
+
+
+def _reopened(folder: pathlib.Path, errors: dict[int, str]) -> Sizes:
+  return Sizes(folder, np.load(folder / _RECORDS, mmap_mode="r"), errors)
 
 
 Measure = Callable[[JsonlFile, int], Size]
@@ -82,29 +100,32 @@ def index_sizes(
     progress: told how many lines are known, as they become so.
   """
   folder = _folder(file, key, pathlib.Path(cache))
-  folder.mkdir(parents=True, exist_ok=True)
-  index = _Index(folder, file, key)
-  missing = index.missing()
-  _look_again(index, file, measure, missing)
-  progress(len(file) - sum(index.length(block) for block in missing))
-  for block, records, errors in _measure_all(file, measure, missing, workers):
-    index.store(block, records, errors)
-    progress(len(records))
-  index.finish()
-  return index.sizes()
-
-
-def _look_again(index: "_Index", file: JsonlFile, measure: Measure, missing: list[int]) -> None:
-  """Measures the lines again that could not be read: an image may have been put where it was missing."""
-  for line in index.unreadable():
-    if line // BLOCK not in missing:
-      records, errors = _measure_lines(file, measure, range(line, line + 1))
-      index.mend(line, records[0], errors.get(line))
+  with contextlib.ExitStack() as stack:
+    with cache_errors_named(cache):
+      folder.mkdir(parents=True, exist_ok=True)
+      stack.enter_context(locked(folder))
+      index = _Index(folder, file, key)
+      missing = index.missing()
+    lines = _MeasureLines(file, measure)
+    for line in index.unreadable(missing):
+      # An image may have been put where it was missing.
+      records, errors = lines(range(line, line + 1))
+      with cache_errors_named(cache):
+        index.mend(line, records[0], errors.get(line))
+    progress(len(file) - sum(index.length(block) for block in missing))
+    blocks = [range(block * BLOCK, block * BLOCK + index.length(block)) for block in missing]
+    for block, (records, errors) in map_items(lines, blocks, workers):
+      with cache_errors_named(cache):
+        index.store(block.start // BLOCK, records, errors)
+      progress(len(records))
+    with cache_errors_named(cache):
+      index.finish()
+      return index.sizes()
 
 
 def _folder(file: JsonlFile, key: Mapping[str, Any], cache: pathlib.Path) -> pathlib.Path:
-  text = json.dumps([os.path.abspath(file.path), key], sort_keys=True)
-  name = re.sub(r"\W+", "_", pathlib.Path(file.path).stem)[:40]
+  text = json.dumps([files.absolute(file.path), key], sort_keys=True)
+  name = re.sub(r"\W+", "_", pathlib.Path(files.name(file.path)).stem)[:40]
   return cache / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
@@ -113,24 +134,17 @@ class _Index:
 
   def __init__(self, folder: pathlib.Path, file: JsonlFile, key: Mapping[str, Any]):
     self._folder, self._file, self._key = folder, file, key
-    lines, blocks = len(file), -(-len(file) // BLOCK)
-    self._records, kept = _grown(folder / "sizes.npy", SIZE, lines)
-    self._blocks, _ = _grown(folder / "blocks.npy", np.dtype("<u4"), blocks)
-    # A block whose sizes were lost, in part or whole, is not measured whatever its mark says.
-    self._blocks[kept // BLOCK if kept < lines else blocks :] = 0
-    # The log of errors is only ever added to; lines that were mended later have a size.
-    self._errors = {
-      line: message
-      for line, message in self._read_errors().items()
-      if line < lines and self._records["tokens"][line] == 0
-    }
-    self._sums = self._checksums() if self._stat() != self._known_stat() else None
+    self._records = _grown(folder / _RECORDS, SIZE, len(file))
+    self._marks = _grown(folder / "blocks.npy", _MARK, -(-len(file) // BLOCK))
+    self._errors: dict[int, str] = {}
 
   def missing(self) -> list[int]:
-    """Blocks that are not measured, or of which the lines have changed."""
-    if self._sums is None:
-      return np.flatnonzero(self._blocks == 0).tolist()
-    return np.flatnonzero(self._blocks != self._sums).tolist()
+    """Blocks that are not measured, or of which the lines or the records have changed."""
+    stale = self._marks["lines"] == 0
+    stale |= self._marks["records"] != self._sums(self._sum_records)
+    if list(self._file.state) != self._known_state():
+      stale |= self._marks["lines"] != self._sums(self._file.checksum)
+    return np.flatnonzero(stale).tolist()
 
   def length(self, block: int) -> int:
     """Lines of a block."""
@@ -139,142 +153,95 @@ class _Index:
   def store(self, block: int, records: np.ndarray, errors: Mapping[int, str]) -> None:
     """Keeps what was measured of a block."""
     first = block * BLOCK
-    for line in [line for line in self._errors if first <= line < first + BLOCK]:
-      del self._errors[line]
     self._errors |= errors
-    with (self._folder / "errors.jsonl").open("a", encoding="utf-8") as log:
-      for line in range(first, first + len(records)):
-        if line in errors:
-          log.write(json.dumps({"line": line, "message": errors[line]}) + "\n")
     self._records[first : first + len(records)] = records
     self._records.flush()
     # Marked last: a build that is stopped here measures the block again.
-    self._blocks[block] = self._file.checksum(first, first + len(records))
-    self._blocks.flush()
+    self._mark(block)
 
-  def unreadable(self) -> list[int]:
-    """Lines that were measured and could not be read."""
-    return sorted(self._errors)
+  def unreadable(self, missing: list[int]) -> list[int]:
+    """Lines that were measured and could not be read, outside of blocks that are missing."""
+    zero = self._records["tokens"] == 0
+    for block in missing:
+      zero[block * BLOCK : (block + 1) * BLOCK] = False
+    return np.flatnonzero(zero).tolist()
 
   def mend(self, line: int, record: np.void, error: str | None) -> None:
     """Replaces what is known of a line that could not be read."""
     if error is not None:
       self._errors[line] = error
     else:
-      del self._errors[line]
       self._records[line] = record
       self._records.flush()
+      self._mark(line // BLOCK)
 
   def finish(self) -> None:
     """Notes that all blocks are measured for the annotation file as it is."""
-    content = {"file": os.path.abspath(self._file.path), "stat": self._stat(), "key": dict(self._key)}
-    temporary = self._folder / f"key.json.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
-    temporary.replace(self._folder / "key.json")
+    content = {"file": files.absolute(self._file.path), "stat": self._file.state, "key": dict(self._key)}
+    with whole_file(self._folder / "key.json") as file:
+      file.write(json.dumps(content, indent=2).encode())
 
   def sizes(self) -> Sizes:
     """All sizes, read-only."""
-    records = np.load(self._folder / "sizes.npy", mmap_mode="r")
-    unreadable = np.flatnonzero(records["tokens"] == 0).tolist()
-    return Sizes(records, {line: self._errors[line] for line in unreadable if line in self._errors})
+    records = np.load(self._folder / _RECORDS, mmap_mode="r")
+    if np.flatnonzero(records["tokens"] == 0).tolist() != sorted(self._errors):
+      raise DataError(
+        f"{self._folder}: another process wrote these sizes at the same time, because the file system has no locks; "
+        "start the run again, or set loader.cache_dir to a folder of this host"
+      )
+    return Sizes(self._folder, records, self._errors)
 
-  def _stat(self) -> list[int]:
-    stat = os.stat(self._file.path)
-    return [stat.st_size, stat.st_mtime_ns]
+  def _mark(self, block: int) -> None:
+    self._file.check_unchanged()  # or else what was measured may not be what is summed up here
+    first = block * BLOCK
+    stop = first + self.length(block)
+    self._marks[block] = self._file.checksum(first, stop), self._sum_records(first, stop)
+    self._marks.flush()
 
-  def _known_stat(self) -> list[int] | None:
+  def _sum_records(self, start: int, stop: int) -> int:
+    return zlib.crc32(self._records[start:stop])
+
+  def _sums(self, checksum: Callable[[int, int], int]) -> np.ndarray:
+    """A checksum of every block."""
+    starts = range(0, len(self._file), BLOCK)
+    return np.array([checksum(start, min(start + BLOCK, len(self._file))) for start in starts], np.uint32)
+
+  def _known_state(self) -> list[int] | None:
     try:
       return json.loads((self._folder / "key.json").read_text(encoding="utf-8"))["stat"]
-    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # not there, or damaged
       return None
 
-  def _checksums(self) -> np.ndarray:
-    lines = len(self._file)
-    return np.array(
-      [self._file.checksum(start, min(start + BLOCK, lines)) for start in range(0, lines, BLOCK)], np.uint32
-    )
 
-  def _read_errors(self) -> dict[int, str]:
-    try:
-      text = (self._folder / "errors.jsonl").read_text(encoding="utf-8")
-    except FileNotFoundError:
-      return {}
-    errors = {}
-    for line in text.splitlines():
-      try:
-        entry = json.loads(line)
-      except json.JSONDecodeError:
-        continue  # Half a line, of a build that was stopped; its block was not marked.
-      errors[entry["line"]] = entry["message"]
-    return errors
-
-
-def _grown(path: pathlib.Path, dtype: np.dtype, length: int) -> tuple[Any, int]:
-  """An array on disk of that length, with what it held before at its start, and how much that is."""
+def _grown(path: pathlib.Path, dtype: np.dtype, length: int) -> Any:
+  """An array on disk of that length, with what it held before at its start, and else zeros."""
   try:
     old = np.load(path, mmap_mode="r+")
-    if old.dtype == dtype and len(old) == length:
-      return old, length
-  except (FileNotFoundError, ValueError, EOFError):
+    if old.dtype == dtype and old.shape == (length,):
+      return old
+  except Exception:  # not there, or whatever numpy makes of a damaged header
     old = np.zeros(0, dtype)
-  temporary = path.with_suffix(f".{os.getpid()}.tmp")
-  new = np.lib.format.open_memmap(temporary, "w+", dtype, (length,))
-  kept = min(length, len(old)) if old.dtype == dtype else 0
-  new[:kept] = old[:kept]
-  new.flush()
-  temporary.replace(path)
-  return np.load(path, mmap_mode="r+"), kept
+  new = np.zeros(length, dtype)
+  if old.dtype == dtype and old.ndim == 1:
+    new[: len(old)] = old[:length]
+  # Written, not only mapped into memory: on a full disk that would kill the process when it is first used.
+  with whole_file(path) as file:
+    np.save(file, new)
+  return np.load(path, mmap_mode="r+")
 
 
-# --- Measuring ----------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class _MeasureLines:
+  """Measures the lines of a block."""
 
+  file: JsonlFile
+  measure: Measure
 
-def _measure_all(
-  file: JsonlFile, measure: Measure, blocks: list[int], workers: int
-) -> Iterable[tuple[int, np.ndarray, dict[int, str]]]:
-  if workers <= 1 or len(blocks) <= 1:
-    for block in blocks:
-      yield block, *_measure_lines(file, measure, _lines_of(block, file))
-    return
-  # Workers are started afresh: a forked copy of a process with JAX's threads may hang.
-  context = multiprocessing.get_context("spawn")
-  with concurrent.futures.ProcessPoolExecutor(
-    min(workers, len(blocks)), context, initializer=_start_worker, initargs=(file, measure)
-  ) as pool:
-    # A bounded number in flight, so that memory does not grow with the file.
-    waiting, running = iter(blocks), {}
-    for block in itertools.islice(waiting, 4 * workers):
-      running[pool.submit(_measure_in_worker, _lines_of(block, file))] = block
-    while running:
-      done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
-      for future in done:
-        yield running.pop(future), *future.result()
-        for block in itertools.islice(waiting, 1):
-          running[pool.submit(_measure_in_worker, _lines_of(block, file))] = block
-
-
-def _lines_of(block: int, file: JsonlFile) -> range:
-  return range(block * BLOCK, min((block + 1) * BLOCK, len(file)))
-
-
-_worker: tuple[JsonlFile, Measure] | None = None
-
-
-def _start_worker(file: JsonlFile, measure: Measure) -> None:
-  global _worker  # noqa: PLW0603 - sent once to each process, not with every block
-  _worker = file, measure
-
-
-def _measure_in_worker(lines: range) -> tuple[np.ndarray, dict[int, str]]:
-  assert _worker is not None
-  return _measure_lines(*_worker, lines)
-
-
-def _measure_lines(file: JsonlFile, measure: Measure, lines: range) -> tuple[np.ndarray, dict[int, str]]:
-  records, errors = np.zeros(len(lines), SIZE), {}
-  for i, line in enumerate(lines):
-    try:
-      records[i] = tuple(measure(file, line))
-    except DataError as error:
-      errors[line] = str(error)
-  return records, errors
+  def __call__(self, lines: range) -> tuple[np.ndarray, dict[int, str]]:
+    records, errors = np.zeros(len(lines), SIZE), {}
+    for i, line in enumerate(lines):
+      try:
+        records[i] = tuple(self.measure(self.file, line))
+      except DataError as error:
+        errors[line] = str(error)
+    return records, errors

@@ -22,12 +22,36 @@ class ChatTokens(NamedTuple):
   Attributes:
     input_ids: int32 [n].
     labels: int32 [n], `IGNORE_INDEX` where not supervised; not shifted.
-    truncated: the conversation was longer than allowed and lost its end.
   """
 
   input_ids: np.ndarray
   labels: np.ndarray
-  truncated: bool
+
+
+class Chat(NamedTuple):
+  """A tokenised conversation of m tokens in which every image is one token, whatever its size.
+
+  Attributes:
+    ids: int32 [m].
+    labels: int32 [m], as in `ChatTokens`.
+    contexts: int64 [images], the places of the images' tokens. `<img>` stands before each, `</img>` after it.
+  """
+
+  ids: np.ndarray
+  labels: np.ndarray
+  contexts: np.ndarray
+
+  def length(self, image_tokens: Sequence[int]) -> int:
+    """Returns how many tokens it has when the images have so many."""
+    return len(self.ids) + sum(image_tokens) - len(self.contexts)
+
+  def expand(self, image_tokens: Sequence[int]) -> ChatTokens:
+    """Returns the conversation in which the images have so many tokens."""
+    # Repeating ids equals tokenising the repeated text, because special tokens are split off before anything
+    # else; it saves tokenising thousands of them.
+    counts = np.ones(len(self.ids), np.int64)
+    counts[self.contexts] = image_tokens
+    return ChatTokens(np.repeat(self.ids, counts), np.repeat(self.labels, counts))
 
 
 class ChatTokenizer:
@@ -78,52 +102,51 @@ class ChatTokenizer:
       )
     self.stop_token_id: int = stop[0]
 
-  def encode(
-    self,
-    conversations: Sequence[Mapping[str, str]],
-    image_tokens: Sequence[int],
-    max_length: int,
-    where: Where,
-  ) -> ChatTokens:
-    r"""Tokenises a conversation.
+  def lay_out(self, conversations: Sequence[Mapping[str, str]], num_images: int, where: Where) -> Chat:
+    r"""Tokenises a conversation, with one token for each image.
 
     The template says whether the whole text is tokenised at once or each turn on its own. `<image>` in a
-    human turn becomes `<img>`, the image's tokens and `</img>`; in other turns it is plain text. A first
+    human turn becomes `<img>`, the image's token and `</img>`; in other turns it is plain text. A first
     system turn takes the place of the template's. Supervised are the answers and the token that closes them,
     found by the characters from which tokens come, so no count of tokens can go wrong. For `internvl2_5`:
 
-        [human "<image>\nHi", gpt "Yo"] with image_tokens=[2]
-        -> system turn, <|im_start|>user\n<img><IMG_CONTEXT><IMG_CONTEXT></img>\nHi<|im_end|>\n
+        [human "<image>\nHi", gpt "Yo"]
+        -> system turn, <|im_start|>user\n<img><IMG_CONTEXT></img>\nHi<|im_end|>\n
            <|im_start|>assistant\n[Yo<|im_end|>]\n        with what stands in [] as labels
 
     Args:
       conversations: turns as `{"from": "system" | "human" | "gpt", "value": text}`; left as they are.
-      image_tokens: how many tokens each image takes, in order.
-      max_length: longer conversations are cut to so many tokens.
+      num_images: images of the sample.
       where: the line of the conversation, for errors.
 
     Raises:
-      DataError: a turn is malformed, `<image>` and images differ in number, or the cut goes through an image.
+      DataError: a turn is malformed, or `<image>` and images differ in number.
     """
     turns = self._arranged(_checked_turns(conversations, where), where)
     found = sum(value.count(IMAGE_PLACEHOLDER) for role, value in turns if role == "human")
-    if found != len(image_tokens):
+    if found != num_images:
       others = sum(value.count(IMAGE_PLACEHOLDER) for role, value in turns if role != "human")
       note = f" ({others} more in other turns, where it is plain text)" if others else ""
       raise where.error(
-        f"{found} {IMAGE_PLACEHOLDER} in the human turns{note} but {len(image_tokens)} images; "
-        "make the numbers equal"
+        f"{found} {IMAGE_PLACEHOLDER} in the human turns{note} but {num_images} images; make the numbers equal"
       )
     texts = [turns] if self.template.whole else [[turn] for turn in turns]
-    ids, labels = zip(*map(self._tokenize, texts), strict=True)
+    ids, labels = zip(*(self._tokenize(text, last=text is texts[-1]) for text in texts), strict=True)
     start = np.array(self._start, np.int32)
-    return self._expand(
-      np.concatenate([start, *ids]),
-      np.concatenate([np.full_like(start, IGNORE_INDEX), *labels]),
-      image_tokens,
-      max_length,
-      where,
-    )
+    chat_ids = np.concatenate([start, *ids])
+    contexts = np.flatnonzero(chat_ids == self.image_token_id)
+    if len(contexts) != num_images:
+      raise where.error(
+        f"{len(contexts)} {IMAGE_CONTEXT} tokens for {num_images} images: the text itself contains "
+        f"{IMAGE_CONTEXT}; take it out"
+      )
+    return Chat(chat_ids, np.concatenate([np.full_like(start, IGNORE_INDEX), *labels]), contexts)
+
+  def encode(
+    self, conversations: Sequence[Mapping[str, str]], image_tokens: Sequence[int], where: Where
+  ) -> ChatTokens:
+    """Tokenises a conversation whose images take so many tokens, in order; see `lay_out`."""
+    return self.lay_out(conversations, len(image_tokens), where).expand(image_tokens)
 
   def fingerprint(self) -> str:
     """Returns a hash of all that ids depend on."""
@@ -133,6 +156,13 @@ class ChatTokenizer:
   def decode(self, ids: Sequence[int] | np.ndarray, *, special: bool = False) -> str:
     """Returns the text of token ids, with or without the special tokens' names."""
     return self._backend.decode([int(i) for i in ids], skip_special_tokens=not special)
+
+  def decode_answer(self, ids: Sequence[int] | np.ndarray) -> str:
+    """Returns the text of an answer that was generated, without what the template puts before it."""
+    opening = self._backend.encode(self.template.answer_opening, add_special_tokens=False).ids
+    ids = [int(i) for i in ids]
+    ends = [i for i in range(len(opening), len(ids) + 1) if ids[i - len(opening) : i] == opening]
+    return self.decode(ids[ends[-1] :] if opening and ends else ids)
 
   def _leading_ids(self, tokenizer: Any) -> list[int]:
     """Returns the bos token where conversations begin with one."""
@@ -163,17 +193,25 @@ class ChatTokenizer:
       del turns[1]
     return [(role, value.strip() if template.strips else value) for role, value in turns]
 
-  def _tokenize(self, turns: Sequence[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns ids and labels of turns tokenised as one text, where an image has one context token."""
+  def _tokenize(self, turns: Sequence[tuple[str, str]], *, last: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Returns ids and labels of turns tokenised as one text, where an image has one context token.
+
+    Args:
+      turns: pairs of role and value.
+      last: whether the conversation ends with them.
+    """
+    template = self.template
     parts: list[str] = []
     answers: list[tuple[int, int]] = []  # The characters of each, closing included.
     end = 0
-    for role, value in turns:
+    for number, (role, value) in enumerate(turns, 1):
       if role == "human":
         value = value.replace(IMAGE_PLACEHOLDER, IMAGE_START + IMAGE_CONTEXT + IMAGE_END)
-      opening = self.template.openings[role]
-      begin = end + len(opening.rstrip(" "))
-      parts += (opening, value, self.template.closings[role])
+      opening, closing = template.openings[role], template.closings[role]
+      if role == "gpt" and last and number == len(turns) and template.last_closing is not None:
+        closing = template.last_closing
+      begin = end + len(opening.removesuffix(template.answer_opening).rstrip(" "))
+      parts += (opening, value, closing)
       end += sum(map(len, parts[-3:]))
       if role == "gpt":
         answers.append((begin, end))
@@ -185,35 +223,9 @@ class ChatTokenizer:
       # the answer is not supervised, nor is an opening's special token that takes white space after it in.
       firsts = np.array([first for first, _ in encoding.offsets])
       for begin, end in np.searchsorted(firsts, answers):
-        taught = slice(begin, max(begin, end - self.template.unsupervised_tail))
+        taught = slice(begin, max(begin, end - template.unsupervised_tail))
         labels[taught] = ids[taught]
     return ids, labels
-
-  def _expand(
-    self, ids: np.ndarray, labels: np.ndarray, image_tokens: Sequence[int], max_length: int, where: Where
-  ) -> ChatTokens:
-    """Repeats each image's one context token to the image's length, and cuts to max_length."""
-    contexts = np.flatnonzero(ids == self.image_token_id)
-    if len(contexts) != len(image_tokens):
-      raise where.error(
-        f"{len(contexts)} {IMAGE_CONTEXT} tokens for {len(image_tokens)} images: the text itself contains "
-        f"{IMAGE_CONTEXT}; take it out"
-      )
-    # Repeating ids equals tokenising the repeated text, because special tokens are split off before anything
-    # else; it saves tokenising thousands of them.
-    counts = np.ones(len(ids), np.int64)
-    counts[contexts] = image_tokens
-    length = int(counts.sum())
-    if length > max_length and len(contexts):
-      needed = int(counts[: contexts[-1] + 2].sum())  # up to the last </img>
-      if needed > max_length:
-        raise where.error(
-          f"images need the first {needed} of {length} tokens but data.max_seq_length={max_length} cuts them; "
-          "raise it or lower max_dynamic_patch"
-        )
-    return ChatTokens(
-      np.repeat(ids, counts)[:max_length], np.repeat(labels, counts)[:max_length], length > max_length
-    )
 
 
 def with_placeholder(conversations: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
@@ -223,11 +235,23 @@ def with_placeholder(conversations: Sequence[Mapping[str, str]]) -> list[Mapping
   stay plain text, so ours goes where an image can stand.
   """
   turns = list(conversations)
-  human = [i for i, turn in enumerate(turns) if isinstance(turn, Mapping) and turn.get("from") == "human"]
-  texts = [str(turns[i].get("value")) for i in human]
-  if human and not any(IMAGE_PLACEHOLDER in text for text in texts):
-    turns[human[0]] = {**turns[human[0]], "value": f"{IMAGE_PLACEHOLDER}\n{texts[0]}"}
+  texts = human_texts(turns)
+  if texts and not any(IMAGE_PLACEHOLDER in text for text in texts.values()):
+    first = min(texts)
+    turns[first] = {**turns[first], "value": f"{IMAGE_PLACEHOLDER}\n{texts[first]}"}
   return turns
+
+
+def human_texts(turns: Sequence[Any]) -> dict[int, str]:
+  """Returns the texts of the human turns by their number from 0.
+
+  Turns without a text are left out, and as they are: they are named when the conversation is tokenised.
+  """
+  return {
+    number: turn["value"]
+    for number, turn in enumerate(turns)
+    if isinstance(turn, Mapping) and turn.get("from") == "human" and isinstance(turn.get("value"), str)
+  }
 
 
 def _checked_turns(conversations: Any, where: Where) -> list[tuple[str, str]]:

@@ -1,7 +1,8 @@
 """From a video to a few of its frames.
 
-A video is a file that FFmpeg reads, an animated `.gif`, or a folder of images. How many frames a sample gets is
-the first thing drawn from its generator, and which ones the second:
+A video is a file that FFmpeg reads, an animated `.gif`, or a folder of images. A file on another machine is
+copied before it is read: FFmpeg must not open the network. How many frames a sample gets is the first thing
+drawn from its generator, and which ones the second:
 
     num_wanted      uniform from min_num_frame to max_num_frame
     frame_indices   one frame from each of so many equal intervals
@@ -12,17 +13,15 @@ reference's rules, so the tiles of a file are known before it is opened (`planne
 
 import contextlib
 import itertools
-import os
 import re
-import stat
 from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
-from internvl_jax.data import images, video_file
-from internvl_jax.data.errors import DataError, Where
+from internvl_jax.data import files, images, video_file
+from internvl_jax.data.errors import Where
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 """Files of a folder that are frames; others are passed over."""
@@ -101,18 +100,23 @@ def planned_frames(
 ) -> int:
   """Returns how many frames `read_frames` gives for a generator in the same state; nothing is decoded.
 
+  Of a remote video nothing is fetched either, but for a gif, whose frames must be counted.
+
   Raises:
     DataError: the video is missing or empty, or the clip is malformed.
   """
   span = _checked_clip(clip, where)
   wanted = num_wanted(rng, min_num_frame, max_num_frame)
-  if _is_folder(path):
+  found = _look(path, where)
+  if found.is_folder:
     return min(wanted, len(_folder_images(path, where, span)))
-  _check_file(path, where)
-  if not _is_gif(path):
+  if not _named_gif(path):
     return wanted
-  with _opened_gif(path, where) as gif:
-    return min(wanted, len(_gif_range(gif, path, span, where)))
+  with _local_copy(path, found, where) as copy:
+    if not _is_gif(copy):
+      return wanted
+    with _opened_gif(copy, path, where) as gif:
+      return min(wanted, len(_gif_range(gif, path, span, where)))
 
 
 def read_frames(
@@ -143,7 +147,7 @@ def iter_frames(
   One at a time, because 32 frames of a large video are most of a gigabyte.
 
   Args:
-    path: a video file, a gif or a folder of images.
+    path: a video file, a gif or a folder of images; a path or a URL.
     where: the line that names it, for errors.
     min_num_frame: fewest frames wanted.
     max_num_frame: most frames wanted.
@@ -151,24 +155,27 @@ def iter_frames(
     clip: [start, end] in seconds from the first frame; None or empty: the whole video.
 
   Raises:
-    DataError: the video is missing, empty, damaged or not a video, or the clip does not fit it.
+    DataError: the video is missing, empty, damaged or not a video, cannot be fetched, or the clip does not fit it.
   """
   span = _checked_clip(clip, where)
   wanted = num_wanted(rng, min_num_frame, max_num_frame)
   sampling = "middle" if rng is None else rng
-  if _is_folder(path):
-    files = _folder_images(path, where, span)
-    for index in frame_indices(len(files), min(wanted, len(files)), sampling):
-      yield images.open_image(files[index], where)
+  found = _look(path, where)
+  if found.is_folder:
+    paths = _folder_images(path, where, span)
+    for index in frame_indices(len(paths), min(wanted, len(paths)), sampling):
+      yield images.open_image(paths[index], where)
     return
-  _check_file(path, where)
-  if _is_gif(path):
-    with _opened_gif(path, where) as gif:
-      numbers = _gif_range(gif, path, span, where)
-      for index in frame_indices(len(numbers), min(wanted, len(numbers)), sampling):
-        yield _gif_frame(gif, path, numbers[index], where)
-    return
-  video = video_file.scan(path, where)
+  with _local_copy(path, found, where) as copy:
+    read = _gif_frames if _named_gif(path) and _is_gif(copy) else _file_frames
+    yield from read(copy, path, where, wanted, sampling, span)
+
+
+def _file_frames(
+  copy: str, path: str, where: Where, wanted: int, sampling: Sampling, span: tuple[float, float] | None
+) -> Iterator[Image.Image]:
+  """Yields the frames of a file that FFmpeg reads; `copy` is read, `path` is what errors call it."""
+  video = video_file.scan(copy, where, path)
   numbers = _frames_between(video.seconds, video.end, span, path, where)
   indices = frame_indices(len(numbers), wanted, sampling)
   once = sorted(set(indices))
@@ -223,37 +230,51 @@ def _frames_between(
   return range(first, max(stop, first + 1))
 
 
-def _is_folder(path: str) -> bool:
-  return path.endswith("/") or os.path.isdir(path)
+def _look(path: str, where: Where) -> files.Status:
+  """Returns what a path leads to: a folder, or a file that has content."""
+  if path.endswith("/") and files.is_remote(path):
+    return files.Status(is_folder=True, is_file=False, size=None)
+  with _named_errors(path, where):
+    found = files.look(path)
+  if not found.is_folder:
+    if not found.is_file:  # opening a pipe would wait for ever
+      raise where.error(f"video {path} is not a file; name a video file or a folder of images")
+    if found.size == 0:
+      raise where.error(f"video {path} is empty (0 bytes); restore it or delete the line")
+  return found
+
+
+@contextlib.contextmanager
+def _local_copy(path: str, found: files.Status, where: Where) -> Iterator[str]:
+  """Gives a file on a local disk with the video's content, for the time of the `with`."""
+  with contextlib.ExitStack() as stack:
+    with _named_errors(path, where):
+      copy = stack.enter_context(files.local_copy(path, found.size))
+    yield copy
+
+
+@contextlib.contextmanager
+def _named_errors(path: str, where: Where) -> Iterator[None]:
+  """Names the video whose file cannot be had."""
+  try:
+    yield
+  except FileNotFoundError as error:
+    raise where.error(f"video not found: {path}; check the dataset's root in the meta file") from error
+  except files.FetchError as error:
+    raise where.error(f"video {path} cannot be fetched: {error}") from error
+  except OSError as error:
+    cause = f"cannot be opened ({error.strerror or error}); correct its path or delete the line"
+    raise where.error(f"video {path} {cause}") from error
+
+
+def _named_gif(path: str) -> bool:
+  return files.suffix(path).lower() == ".gif"
 
 
 def _is_gif(path: str) -> bool:
-  """Says whether it is a gif by name and content; what the web calls .gif is a video at times."""
-  if not path.lower().endswith(".gif"):
-    return False
+  """Says whether a local file is a gif; what the web calls .gif is a video at times."""
   with open(path, "rb") as file:
     return file.read(4) == b"GIF8"
-
-
-def _check_file(path: str, where: Where) -> None:
-  _check_local(path, where)
-  try:
-    status = os.stat(path)
-  except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a zero byte in the path
-    raise _missing(path, where) from error
-  if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-    raise where.error(f"video {path} is not a file; name a video file or a folder of images")
-  if status.st_size == 0:
-    raise where.error(f"video {path} is empty (0 bytes); restore it or delete the line")
-
-
-def _check_local(path: str, where: Where) -> None:
-  if "://" in path:
-    raise where.error(f"remote video {path!r} is not supported yet; copy it to a local disk")
-
-
-def _missing(path: str, where: Where) -> DataError:
-  return where.error(f"video not found: {path}; check the dataset's root in the meta file")
 
 
 # --- Folders ------------------------------------------------------------------------------------------------
@@ -261,19 +282,22 @@ def _missing(path: str, where: Where) -> DataError:
 
 def _folder_images(path: str, where: Where, span: tuple[float, float] | None) -> list[str]:
   """Returns the paths of a folder's images in order: by the number before the suffix, then by name."""
-  _check_local(path, where)
-  if not os.path.isdir(path):
-    raise _missing(path, where)
+  with _named_errors(path, where):
+    entries = files.list_folder(path)
   if span is not None:
     raise where.error(
       f"'clip' [{span[0]:g}, {span[1]:g}] cuts video {path}, but a folder of images has no seconds; leave the "
       "clip's images in a folder and take 'clip' out"
     )
   # Names with a leading dot are leftovers of file managers, even if they end in .jpg.
-  names = [n for n in os.listdir(path) if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith(".")]
-  if not names:
+  named = {
+    name: entry
+    for name, entry in ((files.name(entry), entry) for entry in entries)
+    if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+  }
+  if not named:
     raise where.error(f"video {path} is a folder without an image ({', '.join(IMAGE_SUFFIXES)}); fill it")
-  return [os.path.join(path, name) for name in sorted(names, key=_natural)]
+  return [named[name] for name in sorted(named, key=_natural)]
 
 
 def _natural(name: str) -> tuple[int, list[tuple[int, str]], str]:
@@ -286,12 +310,23 @@ def _natural(name: str) -> tuple[int, list[tuple[int, str]], str]:
 # --- Gifs ---------------------------------------------------------------------------------------------------
 
 
+def _gif_frames(
+  copy: str, path: str, where: Where, wanted: int, sampling: Sampling, span: tuple[float, float] | None
+) -> Iterator[Image.Image]:
+  """Yields the frames of a gif; `copy` is read, `path` is what errors call it."""
+  with _opened_gif(copy, path, where) as gif:
+    numbers = _gif_range(gif, path, span, where)
+    for index in frame_indices(len(numbers), min(wanted, len(numbers)), sampling):
+      yield _gif_frame(gif, path, numbers[index], where)
+
+
 @contextlib.contextmanager
-def _opened_gif(path: str, where: Where) -> Iterator[Any]:
+def _opened_gif(copy: str, path: str, where: Where) -> Iterator[Any]:
   try:
-    gif = Image.open(path, formats=["GIF"])
+    gif = Image.open(copy, formats=["GIF"])
   except _GIF_ERRORS as error:
-    raise video_file.damaged(path, f"cannot be opened ({type(error).__name__}: {error})", where) from error
+    cause = f"{type(error).__name__}: {error}".replace(repr(copy), repr(path))
+    raise video_file.damaged(path, f"cannot be opened ({cause})", where) from error
   with gif:
     yield gif
 

@@ -41,6 +41,7 @@ class Video(NamedTuple):
 
   Attributes:
     path: of the file.
+    name: what errors call it.
     seconds: float64 [f], when each frame is first shown, counted from the first.
     end: when the last is over.
     times: int64 [f], the same in the stream's own unit; None where packets do not tell, and frames are counted.
@@ -49,6 +50,7 @@ class Video(NamedTuple):
   """
 
   path: str
+  name: str
   seconds: np.ndarray
   end: float
   times: np.ndarray | None
@@ -73,7 +75,7 @@ class Video(NamedTuple):
 
 
 @contextlib.contextmanager
-def _opened(path: str, where: Where) -> Iterator[tuple[Any, Any]]:
+def _opened(path: str, name: str, where: Where) -> Iterator[tuple[Any, Any]]:
   """Gives (container, video stream), to be decoded on the calling thread alone."""
   try:
     # For the container alone: av 17.0 crashes where decoders get options too.
@@ -81,27 +83,34 @@ def _opened(path: str, where: Where) -> Iterator[tuple[Any, Any]]:
     options = {"protocol_whitelist": "file"}
     container = av.open(f"file:{path}", container_options=options, **_TOLERANT)
   except (av.FFmpegError, UnicodeError) as error:
-    raise damaged(path, f"is not a video or is damaged ({_cause(error)})", where) from error
+    raise damaged(name, f"is not a video or is damaged ({_cause(error)})", where) from error
   with container:
     kind = container.format.name
     if kind.endswith("_pipe") or kind in ("image2", "tty"):
-      raise where.error(f"video {path} is not a video but {kind.removesuffix('_pipe')}; put it under 'image'")
+      raise where.error(f"video {name} is not a video but {kind.removesuffix('_pipe')}; put it under 'image'")
     cover = av.stream.Disposition.attached_pic
     streams = [stream for stream in container.streams.video if not stream.disposition & cover]
     if not streams:
       if "mp4" in kind and not container.streams:
-        raise damaged(path, "ends early: its index (moov) is missing", where)
-      raise where.error(f"video {path} has no video stream; delete the line")
+        raise damaged(name, "ends early: its index (moov) is missing", where)
+      raise where.error(f"video {name} has no video stream; delete the line")
     if streams[0].codec_context is None:
-      raise where.error(f"video {path}: FFmpeg here has no decoder for its codec; convert it to H.264")
+      raise where.error(f"video {name}: FFmpeg here has no decoder for its codec; convert it to H.264")
     # Loader workers are as many as there are cores; threads below them would only get in their way.
     streams[0].codec_context.thread_count = 1
     yield container, streams[0]
 
 
-def scan(path: str, where: Where) -> Video:
-  """Reads all packets of a file and decodes none, unless they do not say when frames are shown."""
-  with _opened(path, where) as (container, stream):
+def scan(path: str, where: Where, name: str | None = None) -> Video:
+  """Reads all packets of a file and decodes none, unless they do not say when frames are shown.
+
+  Args:
+    path: of the file, on a local disk.
+    where: the line, for errors.
+    name: what errors call the file, if it is the copy of another; None: its path.
+  """
+  name = path if name is None else name
+  with _opened(path, name, where) as (container, stream):
     try:
       packets = [
         (p.pts, p.is_keyframe, p.is_discard, p.is_corrupt, p.duration)
@@ -109,43 +118,45 @@ def scan(path: str, where: Where) -> Video:
         if p.size
       ]
     except av.FFmpegError as error:
-      raise damaged(path, f"cannot be read ({_cause(error)})", where) from error
-    _check_whole(path, container, stream, packets, where)
+      raise damaged(name, f"cannot be read ({_cause(error)})", where) from error
+    _check_whole(path, name, container, stream, packets, where)
     pts = [time for time, *_ in packets]
     rate = float(stream.average_rate or stream.guessed_rate or 25)
     unit = float(stream.time_base or 0)
     # An AVI file has no times, and what FFmpeg makes of their absence is wrong for H.264 with B-frames.
     told = container.format.name != "avi" and None not in pts and len(set(pts)) == len(pts) and unit
   if not told:
-    count = _count_by_decoding(path, where)
-    return Video(path, np.arange(count) / rate, count / rate, None, None, np.zeros(1, np.int64))
+    count = _count_by_decoding(path, name, where)
+    return Video(path, name, np.arange(count) / rate, count / rate, None, None, np.zeros(1, np.int64))
   decoded = np.array(pts, np.int64)
   shown = np.array([not discard for _, _, discard, _, _ in packets])
   if not shown.any():
-    raise damaged(path, "has no frame to show", where)
+    raise damaged(name, "has no frame to show", where)
   times = np.sort(decoded[shown])
   seconds = (times - times[0]) * unit
   last = next(duration for time, *_, duration in packets if time == times[-1])
   keys = np.flatnonzero([key for _, key, *_ in packets])
   end = float(seconds[-1]) + (float(last) * unit if last else 1 / rate)
-  return Video(path, seconds, end, times, decoded, np.union1d(keys, [0]))
+  return Video(path, name, seconds, end, times, decoded, np.union1d(keys, [0]))
 
 
-def _check_whole(path: str, container: Any, stream: Any, packets: Sequence[tuple], where: Where) -> None:
+def _check_whole(
+  path: str, name: str, container: Any, stream: Any, packets: Sequence[tuple], where: Where
+) -> None:
   """Refuses a file of which the end is missing."""
   kind = container.format.name
   indexed = sum(entry.size > 0 for entry in stream.index_entries) if "mp4" in kind else 0
   if len(packets) < indexed:
-    raise damaged(path, f"ends early: {len(packets)} of {indexed} frames are there", where)
+    raise damaged(name, f"ends early: {len(packets)} of {indexed} frames are there", where)
   if not packets:
-    raise damaged(path, "has no frame", where)
+    raise damaged(name, "has no frame", where)
   *_, corrupt, _ = packets[-1]
   if corrupt and kind not in _ENDS_ANYWHERE:
-    raise damaged(path, f"ends early: it is cut in its frame {len(packets)}", where)
+    raise damaged(name, f"ends early: it is cut in its frame {len(packets)}", where)
   size = os.path.getsize(path)
   stated = _matroska_size(path) if "matroska" in kind else None
   if stated is not None and size < stated:
-    raise damaged(path, f"ends early: {size} of {stated} bytes are there", where)
+    raise damaged(name, f"ends early: {size} of {stated} bytes are there", where)
 
 
 def _matroska_size(path: str) -> int | None:
@@ -169,16 +180,16 @@ def _matroska_size(path: str) -> int | None:
   return end
 
 
-def _count_by_decoding(path: str, where: Where) -> int:
+def _count_by_decoding(path: str, name: str, where: Where) -> int:
   count = 0
-  with _opened(path, where) as (container, stream):
+  with _opened(path, name, where) as (container, stream):
     try:
       for _ in container.decode(stream):
         count += 1
     except av.FFmpegError as error:
-      raise damaged(path, f"breaks after frame {count} ({_cause(error)})", where) from error
+      raise damaged(name, f"breaks after frame {count} ({_cause(error)})", where) from error
   if not count:
-    raise damaged(path, "has no frame", where)
+    raise damaged(name, "has no frame", where)
   return count
 
 
@@ -197,7 +208,7 @@ def pictures(video: Video, numbers: Sequence[int], where: Where) -> Iterator[Ima
     if done == len(numbers):
       return
   what = f"breaks before frame {numbers[done] + 1} of {len(video.seconds)} ({cause}): {done} of {len(numbers)} wanted"
-  raise damaged(video.path, f"{what} frames were decoded", where)
+  raise damaged(video.name, f"{what} frames were decoded", where)
 
 
 def _decoded(video: Video, numbers: Sequence[int], where: Where, *, jump: bool) -> Iterator[Any]:
@@ -213,7 +224,7 @@ def _decoded(video: Video, numbers: Sequence[int], where: Where, *, jump: bool) 
   start = video.start(waiting[0]) if jump else 0
   counted, position = 0, -1
   before = _NO_FRAME
-  with _opened(video.path, where) as (container, stream):
+  with _opened(video.path, video.name, where) as (container, stream):
     for packet in container.demux(stream):
       if packet.size:  # the last one is empty: it asks the decoder for what it holds back
         position += 1

@@ -14,6 +14,7 @@ import numpy as np
 from internvl_jax.batch import NO_IMAGE
 from internvl_jax.models.functional import ModelDef
 from internvl_jax.models.internvl import Execution, InternVL, normalize_tiles
+from internvl_jax.parallel.distributed import fetch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ class GreedyDecoder:
     answers: list[np.ndarray] = []
     for start in range(0, len(prompts), self.batch_size):
       group = prompts[start : start + self.batch_size]
-      tokens = np.asarray(self._generate(params, *self._pad(group)))
+      tokens = fetch(self._generate(params, *self._pad(group)))
       answers += [self._cut(row) for row in tokens[: len(group)]]
     return answers
 

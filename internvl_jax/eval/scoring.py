@@ -15,14 +15,15 @@ from tqdm import tqdm
 
 from internvl_jax.arguments import DataTrainingArguments, EvalConfig
 from internvl_jax.batch import IGNORE_INDEX
+from internvl_jax.data.fitting import Limits
 from internvl_jax.data.jsonl import JsonlFile
 from internvl_jax.data.meta import DatasetSpec
-from internvl_jax.data.sample import Sample, make_sample
+from internvl_jax.data.sample import Sample, SampleMaker
 from internvl_jax.data.tokenize import ChatTokenizer
-from internvl_jax.errors import UserError
 from internvl_jax.eval.decoding import GreedyDecoder, Prompt
 from internvl_jax.hf.model import Source
 from internvl_jax.models.internvl import Execution
+from internvl_jax.parallel.distributed import is_first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Evaluation:
     start = time.perf_counter()
     for group in self._groups():
       tokens = self.decoder(dict(params), [question.prompt for question in group])
-      answers += [self.tokenizer.decode(row) for row in tokens]
+      answers += [self.tokenizer.decode_answer(row) for row in tokens]
       # Only what the report needs is kept: the tiles of a large set would not fit.
       questions += [dataclasses.replace(question, prompt=_NO_PROMPT) for question in group]
     scores = score(questions, answers, group_field=self.config.group_field)
@@ -130,22 +131,27 @@ class Evaluation:
     """The questions in batches, read as they are needed."""
     assert self.config.annotation is not None
     file = JsonlFile(self.config.annotation, "eval")
-    spec = DatasetSpec(name="eval", root=self.config.root, annotation=self.config.annotation)
+    maker = SampleMaker(
+      spec=DatasetSpec(name="eval", root=self.config.root, annotation=self.config.annotation),
+      data=self.data,
+      tokenizer=self.tokenizer,
+      tokens_per_tile=self.tokens_per_tile,
+      limits=Limits(self.data.max_seq_length, policy="error"),
+    )
     total = min(len(file), self.config.limit or len(file))
-    for start in tqdm(range(0, total, self.decoder.batch_size), unit="batch", desc="scoring", leave=False):
+    starts = range(0, total, self.decoder.batch_size)
+    for start in tqdm(starts, unit="batch", desc="scoring", leave=False, disable=not is_first()):
       lines = range(start, min(start + self.decoder.batch_size, total))
-      yield [self._question(file, spec, line) for line in lines]
+      yield [_question(file, maker, line) for line in lines]
 
-  def _question(self, file: JsonlFile, spec: DatasetSpec, line: int) -> Question:
-    record, where = file.read(line), file.where(line)
-    sample = make_sample(record, where, spec, self.data, self.tokenizer, self.tokens_per_tile, None)
-    last = record["conversations"][-1]
-    if last["from"] != "gpt" or sample.truncated:
-      cause = (
-        "is longer than max_seq_length" if sample.truncated else "does not end with an answer from 'gpt'"
-      )
-      raise UserError(f"{where}: the conversation {cause}; it cannot be scored")
-    return Question(Prompt(prompt_ids(sample), sample.tiles), last["value"], record)
+
+def _question(file: JsonlFile, maker: SampleMaker, line: int) -> Question:
+  record, where = file.read(line), file.where(line)
+  sample = maker.make(record, where)
+  last = record["conversations"][-1]
+  if last["from"] != "gpt":
+    raise where.error("the conversation does not end with an answer from 'gpt'; it cannot be scored")
+  return Question(Prompt(prompt_ids(sample), sample.tiles), last["value"], record)
 
 
 def prompt_ids(sample: Sample) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Saving a model so that its folder stands alone: weights, config, tokenizer, preprocessor, generation config."""
 
+import collections
 import json
 import shutil
 from collections.abc import Mapping
@@ -65,6 +66,7 @@ def save_model(
   normalize_type: str,
   eos_token_id: int | list[int] | None = None,
   settings: Mapping[str, Any] | None = None,
+  writes: bool = True,
 ) -> None:
   """Writes a model that stands alone.
 
@@ -80,6 +82,7 @@ def save_model(
     normalize_type: statistics of the pixels, for preprocessor_config.json.
     eos_token_id: id that ends an answer; None keeps the source's.
     settings: entries of config.json that the run fixed, beside those of the model.
+    writes: False for a process that only helps another one to read `params`, whose shards lie on several hosts.
 
   Raises:
     UserError: the layout has no form for the model.
@@ -100,7 +103,11 @@ def save_model(
     **(settings or {}),
   )
   generation = _generation(source.folder, eos_token_id)
-  weights.save(target, weights.tensors(params, table, np.dtype(dtype)))
+  tensors = weights.tensors(params, table, np.dtype(dtype))
+  if not writes:
+    collections.deque(tensors, maxlen=0)
+    return
+  weights.save(target, tensors)
   write_json(target / "config.json", config)
   write_json(target / "generation_config.json", generation)
   save_tokenizer(tokenizer, source.folder, target, portable=layout is config_io.HF)

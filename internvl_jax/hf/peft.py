@@ -167,6 +167,7 @@ def save_adapter(
   table: Sequence[Row],
   *,
   base: str,
+  writes: bool = True,
 ) -> None:
   """Writes the adapters among `params` in float32.
 
@@ -177,6 +178,7 @@ def save_adapter(
     layout: of the base model.
     table: its names.
     base: the base model's folder or hub id, which may end in @revision.
+    writes: False for a process that only helps another one to read `params`, whose shards lie on several hosts.
 
   Raises:
     UserError: the layout has no form for an adapter (it splits a projection that ours fuses).
@@ -187,6 +189,8 @@ def save_adapter(
     f"base_model.model.{layout.module(key)}": tensor
     for key, tensor in weights.tensors(adapters, table, np.dtype(np.float32))
   }
+  if not writes:
+    return
   folder.mkdir(parents=True, exist_ok=True)
   save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
   modules = sorted({re.sub(r"\.lora_\w+(\.weight)?$", "", key) for key in tensors})

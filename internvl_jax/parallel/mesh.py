@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh
 
 from internvl_jax.arguments import MeshConfig
@@ -41,7 +42,30 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None, *, zero_
   shape = dict(zip(AXES, (len(devices) // known if size == -1 else size for size in sizes), strict=True))
   if zero_stage == 3:
     shape |= {"data": 1, "fsdp": shape["data"] * shape["fsdp"]}
-  return Mesh(np.array(devices).reshape(*shape.values()), AXES)
+  return Mesh(_arrange(devices, list(shape.values())), AXES)
+
+
+def _arrange(devices: list[Any], sizes: list[int]) -> np.ndarray:
+  """Lays devices out so that neighbours on an inner axis are neighbours in the machine.
+
+  Several slices (of TPUs; of GPUs, hosts) are joined by the slow network, which only the axes that split the batch
+  cross: `data` as far as it goes, then `fsdp`.
+  """
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices == 1:
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  outer, left = [1] * len(sizes), slices
+  for i, axis in enumerate(AXES):
+    if axis in DATA_AXES:
+      outer[i] = math.gcd(sizes[i], left)
+      left //= outer[i]
+  if left > 1:
+    raise UserError(
+      f"the mesh has data={sizes[0]} and fsdp={sizes[1]}, whose product must be a multiple of the {slices} slices (or "
+      "hosts) that the slow network joins; lower mesh.expert, mesh.sequence or mesh.tensor"
+    )
+  inner = [size // n for size, n in zip(sizes, outer, strict=True)]
+  return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
 
 
 def check_lengths(lengths: Sequence[int], mesh: Mesh) -> None:
@@ -64,3 +88,26 @@ def check_lengths(lengths: Sequence[int], mesh: Mesh) -> None:
 def data_parallel_size(mesh: Mesh) -> int:
   """Number of devices over which the batch is split: the shards that rows and tile pools are dealt to."""
   return math.prod(mesh.shape[axis] for axis in DATA_AXES)
+
+
+def data_parts(mesh: Mesh) -> list[int]:
+  """Which part of every batch each process feeds to its devices, counted from 0.
+
+  Processes whose devices hold other parts of the model for the same rows feed the same part.
+
+  Raises:
+    UserError: the mesh cuts a host's devices in a way that leaves no equal parts.
+  """
+  held: dict[int, set[int]] = {}
+  for shard, devices in enumerate(mesh.devices.reshape(data_parallel_size(mesh), -1)):
+    for device in devices:
+      held.setdefault(device.process_index, set()).add(shard)
+  shards = {process: tuple(sorted(found)) for process, found in held.items()}
+  parts = sorted(set(shards.values()))
+  together = [shard for part in parts for shard in part]
+  if len({len(part) for part in parts}) > 1 or len(together) != len(set(together)):
+    raise UserError(
+      f"the mesh {dict(mesh.shape)} spreads the rows unevenly over the hosts; let mesh.tensor * mesh.sequence * "
+      "mesh.expert divide the devices of a host, or be a multiple of them"
+    )
+  return [parts.index(shards[process]) for process in sorted(shards)]

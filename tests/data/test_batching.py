@@ -9,9 +9,10 @@ from PIL import Image
 from data_toys import WHERE, arguments, turns, write_dataset
 from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE
 from internvl_jax.data import batching
-from internvl_jax.data.errors import DataError
+from internvl_jax.data.errors import DataError, UnsupervisedError
 from internvl_jax.data.meta import DatasetSpec
-from internvl_jax.data.sample import Mixture, Sample, make_sample
+from internvl_jax.data.mixture import Mixture, limits_of
+from internvl_jax.data.sample import Sample, SampleMaker
 
 P = 4  # tokens a tile
 CONTEXT = 99  # id of an image token in hand-made samples
@@ -19,7 +20,11 @@ CONTEXT = 99  # id of an image token in hand-made samples
 
 def make(record, tokenizer, tmp_path, rng=None, spec=None, **changes):
   spec = spec or DatasetSpec(name="toy", root=str(tmp_path), annotation="toy.jsonl")
-  return make_sample(record, WHERE, spec, arguments("unused.json", **changes), tokenizer, P, rng)
+  data = arguments("unused.json", **changes)
+  maker = SampleMaker(
+    spec=spec, data=data, tokenizer=tokenizer, tokens_per_tile=P, limits=limits_of(data, "truncate")
+  )
+  return maker.make(record, WHERE, rng)
 
 
 @pytest.fixture
@@ -65,8 +70,8 @@ def test_text_only_sample_has_no_tile(tokenizer, tmp_path):
 def test_fully_masked(tokenizer, tmp_path):
   assert make({"conversations": turns("hi")}, tokenizer, tmp_path).fully_masked
   long = {"conversations": turns("hi " * 400, "hello")}
-  cut = make(long, tokenizer, tmp_path, max_seq_length=256)
-  assert cut.truncated and cut.fully_masked
+  with pytest.raises(UnsupervisedError, match="256 tokens are kept, and too few of them are supervised"):
+    make(long, tokenizer, tmp_path, max_seq_length=256)
 
 
 def test_augmentation_is_drawn_from_the_samples_own_seed(tokenizer, tmp_path):
@@ -119,7 +124,11 @@ def test_mixture_repeats_and_shares(tokenizer, tmp_path):
   meta = write_dataset(tmp_path, 10, name="share", repeat_time=0.25)
   mixture = Mixture(arguments(meta), tokenizer, tokens_per_tile=P, seed=0)
   assert mixture.sizes.tolist() == [6, 2] and mixture.num_samples == 8
-  assert [mixture.locate(i) for i in range(8)] == [(0, 0), (0, 1), (0, 2)] * 2 + [(1, 0), (1, 1)]
+  assert [(mixture.dataset_of(i), mixture.decode(0, i).where.line - 1) for i in range(8)] == [
+    (0, 0),
+    (0, 1),
+    (0, 2),
+  ] * 2 + [(1, 0), (1, 1)]
   assert [mixture.decode(0, i).where.line for i in range(8)] == [1, 2, 3, 1, 2, 3, 1, 2]
   twice, share = mixture.describe()
   assert twice.startswith("twice: 6 samples an epoch (75.0 %), 3 of 3 lines x 2, up to 4 tiles, root ")
@@ -151,7 +160,9 @@ def pack(*rows):
 
 
 def pack_several(rows):
-  return batching.pack_rows(rows, tile_size=2, tokens_per_tile=P, image_token_id=CONTEXT)
+  tiles = [place.tiles for row in rows for place in row if isinstance(place, Sample)]
+  tiles = np.concatenate([np.zeros((0, 2, 2, 3), np.uint8), *tiles])
+  return batching.pack_rows(rows, tiles=tiles, tokens_per_tile=P, image_token_id=CONTEXT)
 
 
 def assemble(*micro_batches, shards=1, sequence_sizes=(16, 32), tile_sizes=(), **options):
@@ -204,20 +215,21 @@ def test_text_only_batch_has_an_empty_pool():
 
 
 def test_dropped_sample_is_a_masked_row():
-  micro = pack(sample(4), batching.Unreadable(1, "gone"), sample(6, 1, value=3))
-  assert micro.errors == ("gone",) and micro.datasets.tolist() == [0, 1, 0]
+  micro = pack(sample(4), batching.Lost(1, "unreadable", "gone"), sample(6, 1, value=3))
+  assert micro.errors == ("gone",) and micro.happened("unreadable").tolist() == [False, True, False]
+  assert micro.datasets.tolist() == [0, 1, 0]
   batch = assemble(micro)
   for name in ("input_ids", "loss_weight", "positions", "segment_ids"):
     assert not getattr(batch, name)[0, 1].any()
   assert (batch.targets[0, 1] == IGNORE_INDEX).all() and (batch.image_index[0, 1] == NO_IMAGE).all()
   assert batch.input_ids[0, 2, :6].tolist() == [CONTEXT] * 4 + [5, 6]
-  nothing = assemble(pack(batching.Unreadable(0, "a"), batching.Unreadable(0, "b")))
+  nothing = assemble(pack(batching.Lost(0, "unreadable", "a"), batching.Lost(0, "over_long", "b")))
   assert nothing.input_ids.shape == (1, 2, 16) and not nothing.segment_ids.any()
 
 
 def test_packed_row_by_hand():
   """Three samples in a row and one dropped between them; the second row has one."""
-  gone = batching.Unreadable(1, "gone")
+  gone = batching.Lost(1, "unreadable", "gone")
   rows = [[sample(6, 1, value=7), gone, sample(3), sample(4)], [sample(5)]]
   batch = assemble(pack_several(rows))
   first = {name: getattr(batch, name)[0, 0, :14].tolist() for name in ("segment_ids", "positions", "targets")}

@@ -128,8 +128,6 @@ def test_damaged_files_are_named(tmp_path):
     message = str(caught.value)
     assert message.startswith("toy.jsonl:3 (dataset 'toy'): ") and name in message and cause in message
     assert "\n" not in message
-  with pytest.raises(DataError, match=r"remote image 's3://b/a.png' is not supported yet"):
-    images.open_image("s3://b/a.png", WHERE)
 
 
 def test_unknown_normalisation():

@@ -9,9 +9,10 @@ from PIL import Image
 
 from data_toys import arguments, turns, write_jsonl
 from internvl_jax.arguments import LoaderConfig, TrainingArguments
+from internvl_jax.data import packing
 from internvl_jax.data.errors import DataError
+from internvl_jax.data.mixture import Mixture
 from internvl_jax.data.pipeline import TrainLoader
-from internvl_jax.data.sample import Mixture
 from internvl_jax.hf.model import open_source
 from internvl_jax.models.internvl import Execution
 from internvl_jax.objectives import SupervisedFineTuning, normalized_weights
@@ -91,7 +92,7 @@ def test_every_sample_stands_once_in_an_epoch_and_its_size_was_known(meta, token
   loader = make_loader(meta, tokenizer, data=PACKED, max_steps=-1, num_train_epochs=1)
   assert loader.rows_per_epoch < 15 and loader.total_steps == -(-loader.rows_per_epoch // 2)
   wanted = Mixture(arguments(meta, **FRAMES), tokenizer, tokens_per_tile=P, seed=42)
-  wanted.index_sizes(meta.parent / "cache", workers=0, progress=lambda lines: None)
+  wanted.index_sizes(meta.parent / "cache", workers=0, quiet=True)
   decoded = [wanted.decode(0, i) for i in range(30)]
   sizes = wanted.size_of(np.arange(30))
   assert sizes.tolist() == [[len(s.input_ids), len(s.tiles)] for s in decoded]
@@ -193,13 +194,13 @@ def test_what_cannot_be_read_or_fits_no_row_is_counted(meta, tokenizer, tmp_path
   loader.close()
   with pytest.raises(DataError, match=r"all\.jsonl:6 \(dataset 'all'\): image not found"):
     list(make_loader(meta, tokenizer, data=PACKED))
-  small = {**PACKED, "num_images_expected": 5}
+  small = {**PACKED, "num_images_expected": 2}
   loader = make_loader(meta, tokenizer, data=small, loader=options, max_steps=1)
   next(loader)
   assert loader.counters()["all"]["over_long"] > 0
   loader.close()
   with pytest.raises(DataError, match=r"no sample fits a row of data\.max_packed_tokens=8 tokens"):
-    make_loader(meta, tokenizer, data={**PACKED, "max_packed_tokens": 8})
+    make_loader(meta, tokenizer, data={**PACKED, "max_packed_tokens": 8}, loader={"on_over_length": "drop"})
 
 
 def test_a_size_that_the_line_states_wrongly_is_named(tokenizer, tmp_path):
@@ -210,3 +211,20 @@ def test_a_size_that_the_line_states_wrongly_is_named(tokenizer, tmp_path):
   write_jsonl(tmp_path / "all.jsonl", records)
   with pytest.raises(DataError, match=r"all\.jsonl:2 .* tokens and \d tiles, but .* were planned"):
     list(make_loader(meta, tokenizer, data=PACKED))
+
+
+def test_the_rows_of_an_epoch_are_counted_once(meta, tokenizer, tmp_path, monkeypatch):
+  options = {"cache_dir": str(tmp_path)}
+  loader = make_loader(meta, tokenizer, data=PACKED, loader=options)
+  loader.close()
+
+  def again(*_, **__):
+    raise AssertionError("counted again")
+
+  monkeypatch.setattr(packing, "count_rows", again)
+  same = make_loader(meta, tokenizer, data=PACKED, loader=options)
+  assert same.rows_per_epoch == loader.rows_per_epoch > 1
+  same.close()
+  for changes in ({"data": {**PACKED, "max_packed_tokens": 500}}, {"data": PACKED, "data_seed": 1}):
+    with pytest.raises(AssertionError, match="counted again"):
+      make_loader(meta, tokenizer, loader=options, **changes)

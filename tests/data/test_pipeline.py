@@ -12,6 +12,7 @@ import pytest
 
 from data_toys import arguments, turns, write_dataset, write_jsonl
 from internvl_jax.arguments import LoaderConfig, TrainingArguments
+from internvl_jax.data.batching import EVENTS
 from internvl_jax.data.errors import DataError
 from internvl_jax.data.pipeline import TrainLoader
 
@@ -125,7 +126,7 @@ def test_dropped_samples_are_masked_and_counted(tokenizer, tmp_path):
   batches = all_batches(loader)
   lengths = np.concatenate([batch.segment_ids.sum(-1).ravel() for batch in batches])
   assert np.flatnonzero(lengths == 0).tolist() == [5]
-  none = {"unreadable": 0, "truncated": 0, "fully_masked": 0, "over_long": 0}
+  none = dict.fromkeys(EVENTS, 0)
   assert loader.counters() == {"good": none | {"samples": 4}, "bad": none | {"samples": 8, "unreadable": 1}}
   # The counters of a resumed run go on from the checkpoint's.
   first = make_loader(meta, tokenizer, loader=settings, max_steps=3)
@@ -146,7 +147,7 @@ def test_too_many_bad_samples_abort_with_the_first_named(tokenizer, tmp_path):
   with pytest.raises(DataError) as caught:
     next(loader)
   message = str(caught.value)
-  assert "3 of 8 samples could not be read, more than loader.max_bad_fraction=0.1 of 12" in message
+  assert "3 of 8 samples were lost, more than loader.max_bad_fraction=0.1 of 12" in message
   assert all(f"toy.jsonl:{line} " in message for line in (4, 7, 8)) and "\n" not in message
   loader.close()
 
@@ -163,7 +164,7 @@ def test_truncated_and_fully_masked_samples_are_counted(tokenizer, tmp_path):
   loader = make_loader(tmp_path / "meta.json", tokenizer, data={"max_seq_length": 256}, max_steps=1)
   all_batches(loader)
   assert loader.counters() == {
-    "text": {"samples": 4, "unreadable": 0, "truncated": 2, "fully_masked": 2, "over_long": 0}
+    "text": dict.fromkeys(EVENTS, 0) | {"samples": 4, "truncated": 1, "fully_masked": 2}
   }
 
 
@@ -171,7 +172,9 @@ def test_first_batch_without_a_supervised_token(tokenizer, tmp_path):
   write_jsonl(tmp_path / "text.jsonl", [{"conversations": turns("hi")}] * 4)
   (tmp_path / "meta.json").write_text(json.dumps({"text": {"root": "", "annotation": "text.jsonl"}}))
   loader = make_loader(tmp_path / "meta.json", tokenizer)
-  with pytest.raises(DataError, match="no token is supervised in the first batch: 4 samples of up to"):
+  with pytest.raises(
+    DataError, match="no token is supervised in the first batch: 4 rows of samples of up to"
+  ):
     next(loader)
   loader.close()
 
@@ -191,13 +194,12 @@ def test_broken_line_is_named(tokenizer, tmp_path):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"data": {"replacement": True}}, "data.replacement=True is not supported yet"),
-    ({"group_by_length": True}, "training.group_by_length=True is not supported yet"),
     ({"data": {"meta_path": None}}, "data.meta_path is not set"),
     ({"data": {"normalize_type": "siglib"}}, "did you mean 'siglip'"),
     ({"data": {"min_dynamic_patch": 9}}, "max_dynamic_patch=4 is below min_dynamic_patch=9"),
     ({"loader": {"sequence_buckets": (128,)}}, "largest, 128, is below data.max_seq_length, 512"),
     ({"loader": {"on_bad_sample": "skip"}}, "must be 'error' or 'drop', got 'skip'"),
+    ({"loader": {"on_over_length": "cut"}}, "error, drop, shrink_tiles, truncate, got 'cut'"),
     ({"loader": {"prefetch": 0}}, "loader.prefetch must be 1 or more, got 0"),
     ({"dataloader_num_workers": -1}, "dataloader_num_workers must be 0 or more, got -1"),
     ({"seed": -1}, "training.seed must be 0 or more, got -1"),
@@ -277,3 +279,14 @@ def test_workers_under_absl_app_run(meta):
   )
   assert result.returncode == 0, result.stderr[-2000:]
   assert "shapes [(1, 2, 256), (1, 2, 256), (1, 2, 256)]" in result.stdout
+
+
+def test_the_samples_of_a_batch_are_told(meta, tokenizer):
+  loader = make_loader(meta, tokenizer, loader={"shuffle": False}, max_steps=5)
+  next(loader), next(loader)
+  folder = meta.parent
+  assert loader.describe_batch(0) == f"{folder}/first.jsonl:1,2,3,4"
+  assert loader.describe_batch(1) == f"{folder}/first.jsonl:5,6,7,1"
+  with pytest.raises(KeyError):
+    loader.describe_batch(2)
+  loader.close()

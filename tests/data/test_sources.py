@@ -87,6 +87,20 @@ def test_images_decide_between_two_roots_that_both_exist(tmp_path, monkeypatch):
   assert read_meta(meta)[0].root == "images"
 
 
+def test_videos_decide_as_images_do(tmp_path, monkeypatch):
+  data = tmp_path / "data"
+  (data / "films" / "a").mkdir(parents=True)
+  (tmp_path / "films").mkdir()
+  meta = write_dataset(data, 1, root="films")
+  # Neither what is absolute nor what is a URL tells where a relative root lies.
+  lines = [{"image": "/b.png"}, {"image": ["gs://bucket/b.png"]}, {"image": [], "video": "a/"}]
+  write_jsonl(data / "toy.jsonl", lines)
+  monkeypatch.chdir(tmp_path)
+  assert read_meta(meta)[0].root == str(data / "films")
+  (data / "films" / "a").rename(tmp_path / "films" / "a")
+  assert read_meta(meta)[0].root == "films"
+
+
 @pytest.mark.parametrize(
   ("entry", "message"),
   [
@@ -100,7 +114,10 @@ def test_images_decide_between_two_roots_that_both_exist(tmp_path, monkeypatch):
     ({"max_dynamic_patch": 0}, "max_dynamic_patch must be 1 or more, got 0"),
     ({"root": None}, "'root' must be a string, got null"),
     ({"annotation": "gone.jsonl"}, "annotation file not found; tried gone.jsonl and "),
-    ({"root": "s3://bucket"}, "remote root 's3://bucket' is not supported yet"),
+    (
+      {"root": "htp://host"},
+      "nothing can be read from root 'htp://host': unknown scheme 'htp'; did you mean 'http'?",
+    ),
   ],
 )
 def test_wrong_entries_are_named(tmp_path, entry, message):

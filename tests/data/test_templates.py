@@ -100,17 +100,16 @@ BY_HAND = {
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_tokens_by_hand(toy, name):
-  chat = ChatTokenizer(toy, name).encode(CONVERSATION, [2], 512, WHERE)
+  chat = ChatTokenizer(toy, name).encode(CONVERSATION, [2], WHERE)
   assert shown(toy, chat).split() == BY_HAND[name].split()
-  assert not chat.truncated
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_template_speaks_where_the_data_has_no_system_turn(toy, name):
   tokenizer = ChatTokenizer(toy, name)
   said = [{"from": "system", "value": get_template(name).system_message}, *CONVERSATION[1:]]
-  silent = tokenizer.encode(CONVERSATION[1:], [2], 512, WHERE)
-  assert silent.input_ids.tolist() == tokenizer.encode(said, [2], 512, WHERE).input_ids.tolist()
+  silent = tokenizer.encode(CONVERSATION[1:], [2], WHERE)
+  assert silent.input_ids.tolist() == tokenizer.encode(said, [2], WHERE).input_ids.tolist()
 
 
 ANSWERS = (
@@ -126,7 +125,7 @@ ANSWERS = (
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_supervised_text_is_the_answers(toy, name, answers):
   conversation = [turn for answer in answers for turn in turns("what is <it>?", answer)]
-  chat = ChatTokenizer(toy, name).encode(conversation, [], 4096, WHERE)
+  chat = ChatTokenizer(toy, name).encode(conversation, [], WHERE)
   template = get_template(name)
   space = " " * template.openings["gpt"].endswith(" ")
   wanted = [space + (a.strip() if template.strips else a) + template.stop_token for a in answers]
@@ -136,7 +135,7 @@ def test_the_supervised_text_is_the_answers(toy, name, answers):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_every_piece_is_supervised_where_it_stands(prefixing, name):
   """Tokens that reach over the border of an answer belong to where they begin; none is lost to them."""
-  chat = ChatTokenizer(prefixing, name).encode(turns("ab", "cd", "\n", "\n  ef"), [], 4096, WHERE)
+  chat = ChatTokenizer(prefixing, name).encode(turns("ab", "cd", "\n", "\n  ef"), [], WHERE)
   wanted = {
     "internvl2_5": "Ċ *c *d *<|im_end|> *▁ ĊĊ *▁▁ *e *f *<|im_end|> *▁",
     "Hermes-2": "Ċ *c *d *<|im_end|> ĊĊ *▁▁ *e *f *<|im_end|>",
@@ -165,18 +164,18 @@ def test_tokens_of_a_whole_dialogue(prefixing, name):
     for turn, value in zip(conversation, values, strict=True)
   ]
   ids = [prefixing(text).input_ids for text in (["".join(texts)] if template.whole else texts)]
-  assert tokenizer.encode(conversation, [1, 3], 512, WHERE).input_ids.tolist() == list(itertools.chain(*ids))
+  assert tokenizer.encode(conversation, [1, 3], WHERE).input_ids.tolist() == list(itertools.chain(*ids))
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_first_turn_from_gpt(toy, name):
   tokenizer = ChatTokenizer(toy, name)
   rest = turns("is", "yes")
-  first = tokenizer.encode([{"from": "gpt", "value": "red"}, *rest], [], 512, WHERE)
+  first = tokenizer.encode([{"from": "gpt", "value": "red"}, *rest], [], WHERE)
   assert ("*red" in shown(toy, first)) == (name == "internvl2_5")
   if name != "internvl2_5":
-    assert first.input_ids.tolist() == tokenizer.encode(rest, [], 512, WHERE).input_ids.tolist()
-    alone = tokenizer.encode([CONVERSATION[0], {"from": "gpt", "value": "red"}], [], 512, WHERE)
+    assert first.input_ids.tolist() == tokenizer.encode(rest, [], WHERE).input_ids.tolist()
+    alone = tokenizer.encode([CONVERSATION[0], {"from": "gpt", "value": "red"}], [], WHERE)
     assert (alone.labels == IGNORE_INDEX).all()
 
 
@@ -185,48 +184,35 @@ def test_two_turns_in_a_row_from_one_role(toy, name):
   tokenizer = ChatTokenizer(toy, name)
   conversation = [CONVERSATION[0], *turns("is", "yes"), *turns("a", "b")[1:]]
   if name == "internvl2_5":  # As in the reference.
-    assert shown(toy, tokenizer.encode(conversation, [], 512, WHERE)).count("*") == 4
+    assert shown(toy, tokenizer.encode(conversation, [], WHERE)).count("*") == 4
     return
   wanted = f"toy.jsonl:3 (dataset 'toy'): turns 3 and 4 are both from 'gpt', but in template {name!r}"
   with pytest.raises(DataError) as caught:
-    tokenizer.encode(conversation, [], 512, WHERE)
+    tokenizer.encode(conversation, [], WHERE)
   assert str(caught.value).startswith(wanted)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_an_empty_answer_teaches_to_stop(toy, name):
-  chat = ChatTokenizer(toy, name).encode(turns("is", ""), [], 512, WHERE)
+  chat = ChatTokenizer(toy, name).encode(turns("is", ""), [], WHERE)
   stop = get_template(name).stop_token
   assert [t for t in shown(toy, chat).split() if "*" in t] == ["*Ġ"] * (name == "internvl_zh") + [f"*{stop}"]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_question_at_the_end_is_not_supervised(toy, name):
-  chat = ChatTokenizer(toy, name).encode(turns("is", "yes", "what"), [], 512, WHERE)
+  chat = ChatTokenizer(toy, name).encode(turns("is", "yes", "what"), [], WHERE)
   taught = [t for t in shown(toy, chat).split() if "*" in t]
   assert taught == ["*Ġ"] * (name == "internvl_zh") + ["*yes", f"*{get_template(name).stop_token}"]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_cut_keeps_what_is_before(toy, name):
-  tokenizer = ChatTokenizer(toy, name)
-  whole = tokenizer.encode(CONVERSATION, [2], 512, WHERE)
-  first = int((whole.labels != IGNORE_INDEX).argmax())
-  for length in (len(whole.labels), len(whole.labels) - 1, first + 1, first):
-    cut = tokenizer.encode(CONVERSATION, [2], length, WHERE)
-    assert cut.input_ids.tolist() == whole.input_ids[:length].tolist()
-    assert cut.labels.tolist() == whole.labels[:length].tolist()
-    assert cut.truncated == (length < len(whole.labels))
-  assert (cut.labels == IGNORE_INDEX).all()
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
 def test_bos_stands_once_at_the_start(toy, name):
-  plain = ChatTokenizer(toy, name).encode(CONVERSATION, [2], 512, WHERE)
+  plain = ChatTokenizer(toy, name).encode(CONVERSATION, [2], WHERE)
   hf = toy_tokenizer()
   hf.bos_token = "<s>"
   hf.add_bos_token = True
-  chat = ChatTokenizer(hf, name).encode(CONVERSATION, [2], 512, WHERE)
+  chat = ChatTokenizer(hf, name).encode(CONVERSATION, [2], WHERE)
   assert chat.input_ids.tolist() == [hf.bos_token_id, *plain.input_ids.tolist()]
   assert chat.labels.tolist() == [IGNORE_INDEX, *plain.labels.tolist()]
 
@@ -241,9 +227,9 @@ def test_bos_of_a_post_processor(toy, name, said):
   )
   options = {} if said is None else {"add_bos_token": said}
   hf = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", **options)
-  ids = ChatTokenizer(hf, name).encode(CONVERSATION, [2], 512, WHERE).input_ids.tolist()
+  ids = ChatTokenizer(hf, name).encode(CONVERSATION, [2], WHERE).input_ids.tolist()
   assert ids.count(hf.bos_token_id) == (name in OLDER and said is None)
-  plain = ChatTokenizer(toy, name).encode(CONVERSATION, [2], 512, WHERE).input_ids.tolist()
+  plain = ChatTokenizer(toy, name).encode(CONVERSATION, [2], WHERE).input_ids.tolist()
   assert ids[-len(plain) :] == plain
 
 
@@ -256,10 +242,7 @@ def test_stop_tokens(toy):
   ("name", "message"),
   [
     ("internvl2-5", "unknown template 'internvl2-5'; did you mean 'internvl2_5'?"),
-    (
-      "internvl3_5_gpt_oss",
-      "template 'internvl3_5_gpt_oss' is not supported yet; supported: Hermes-2, internlm2",
-    ),
+    ("internvl3_5_gpt-oss", "unknown template 'internvl3_5_gpt-oss'; did you mean 'internvl3_5_gpt_oss'?"),
     ("xyzzy", "unknown template 'xyzzy'; known: Hermes-2"),
   ],
 )
@@ -287,3 +270,62 @@ def test_the_templates_of_the_reference():
     }
     assert template.closings == {"system": ends[0], "human": ends[0], "gpt": ends[1]}
     assert template.stop_token == wanted["sep"].strip()
+
+
+# --- gpt-oss: a channel that the model names itself, and another end for the last answer -------------------------
+
+
+@pytest.fixture(scope="module")
+def gpt_oss():
+  hf = toy_tokenizer()
+  hf.add_tokens(special(("<|start|>", "<|message|>", "<|channel|>", "<|return|>")), special_tokens=True)
+  return hf
+
+
+def test_gpt_oss_by_hand(gpt_oss):
+  chat = ChatTokenizer(gpt_oss, "internvl3_5_gpt_oss").encode(CONVERSATION, [2], WHERE)
+  final = " ".join("*" + token for token in gpt_oss.tokenize("final"))
+  wanted = f"""
+    <|start|> system <|message|> no <|end|>
+    <|start|> user <|message|> <img> <IMG_CONTEXT> <IMG_CONTEXT> </img> Ċ what <|end|>
+    <|start|> assistant *<|channel|> {final} *<|message|> *red *Ġcircle *<|end|>
+    <|start|> user <|message|> is <|end|>
+    <|start|> assistant *<|channel|> {final} *<|message|> *yes *Ċ *<|return|>"""
+  assert shown(gpt_oss, chat).split() == wanted.split()
+
+
+def test_gpt_oss_ends_its_last_answer_alone_by_return(gpt_oss):
+  tokenizer = ChatTokenizer(gpt_oss, "internvl3_5_gpt_oss")
+  assert tokenizer.stop_token_id == gpt_oss.convert_tokens_to_ids("<|return|>")
+  for conversation, ends in (
+    (turns("is", "yes"), ["<|return|>"]),
+    (turns("is", "yes", "a", "b", "c", "d"), ["<|end|>", "<|end|>", "<|return|>"]),
+    (turns("is", "yes", "what"), ["<|end|>"]),
+    ([{"from": "gpt", "value": "red"}, *turns("is", "")], ["<|end|>", "<|return|>"]),
+  ):
+    tokens = shown(gpt_oss, tokenizer.encode(conversation, [], WHERE)).split()
+    assert [token[1:] for token in tokens if token in ("*<|end|>", "*<|return|>")] == ends
+    assert tokens.count("<|return|>") == 0
+  # The reference's system message, which it took from gpt-oss's own.
+  text = gpt_oss.decode(tokenizer.encode(turns("is", "yes"), [], WHERE).input_ids)
+  assert text.startswith(
+    "<|start|>system<|message|>You are InternVL, a large language model trained by Shanghai"
+  )
+  assert (
+    "\n\n# Valid channels: final. Channel must be included for every message.<|end|><|start|>user" in text
+  )
+
+
+def test_gpt_oss_answers_are_read_without_their_channel(gpt_oss):
+  tokenizer = ChatTokenizer(gpt_oss, "internvl3_5_gpt_oss")
+  final = "<|start|>assistant<|channel|>final<|message|>"
+  for text, answer in (
+    ("<|channel|>final<|message|>red circle", "red circle"),
+    (f"<|channel|>analysis<|message|>hm<|end|>{final}red", "red"),
+    ("red", "red"),
+    ("<|channel|>final<|message|>", ""),
+    ("", ""),
+  ):
+    assert tokenizer.decode_answer(gpt_oss(text).input_ids) == answer
+  plain = ChatTokenizer(gpt_oss, "internvl2_5")
+  assert plain.decode_answer(gpt_oss("red circle").input_ids) == "red circle"

@@ -17,7 +17,8 @@ from data_toys import ASSETS, WHERE, arguments, turns, write_jsonl
 from internvl_jax.data import images, video, video_file
 from internvl_jax.data.errors import DataError
 from internvl_jax.data.meta import DatasetSpec
-from internvl_jax.data.sample import Mixture, make_sample
+from internvl_jax.data.mixture import Mixture, limits_of
+from internvl_jax.data.sample import SampleMaker
 
 FRAMES = 64
 X264 = "bframes=3:b-adapt=0:scenecut=0:keyint=20"
@@ -309,8 +310,8 @@ def message_of(path, wanted=8):
 def test_files_that_are_no_videos(tmp_path):
   assert "video not found" in message_of(tmp_path / "gone.mp4")
   assert "video not found" in message_of(f"{tmp_path}/gone/")
-  assert "remote video" in message_of("s3://bucket/a.mp4")
-  assert "remote video" in message_of("s3://bucket/a/")
+  (tmp_path / "file.mp4").write_bytes(b"0")
+  assert "video not found" in message_of(f"{tmp_path}/file.mp4/")
   (tmp_path / "empty.mp4").write_bytes(b"")
   assert "is empty (0 bytes)" in message_of(tmp_path / "empty.mp4")
   (tmp_path / "text.mp4").write_text("a line of text\n" * 100)
@@ -396,24 +397,28 @@ def test_damaged_gif(tmp_path):
 P = 4
 
 
-def make(record, tokenizer, folder, *, rng=(0, 0, 0), spec=None, **changes):
+def make(record, tokenizer, folder, *, rng=(0, 0, 0), spec=None, frames=None, **changes):
   spec = spec or DatasetSpec(name="toy", root=str(folder), annotation="toy.jsonl")
   settings = {"min_num_frame": 3, "max_num_frame": 6} | changes
   data = arguments(folder / "meta.json", **settings)
-  return make_sample(record, WHERE, spec, data, tokenizer, P, rng and np.random.default_rng(rng))
+  maker = SampleMaker(
+    spec=spec, data=data, tokenizer=tokenizer, tokens_per_tile=P, limits=limits_of(data, "truncate")
+  )
+  generator = rng and np.random.default_rng(rng)
+  return maker.make(record, WHERE, generator, frames=frames)
 
 
 @pytest.mark.parametrize("question", ["<video>\nwhat?", "what?", "first <video>then"])
 def test_sample(tokenizer, tmp_path, question):
   write_video(tmp_path / "a.mp4")
   record = {"video": "a.mp4", "conversations": turns(question, "red")}
-  sample = make(record, tokenizer, tmp_path)
-  count = video.num_wanted(np.random.default_rng((0, 0, 0)), 3, 6)
+  count = 5
+  sample = make(record, tokenizer, tmp_path, frames=count)
   assert sample.tiles.shape == (count, 16, 16, 3) and sample.tiles.dtype == np.uint8
   assert (sample.input_ids == tokenizer.image_token_id).sum() == count * P
   rng = np.random.default_rng((0, 0, 0))
   path = str(tmp_path / "a.mp4")
-  limits = {"min_num_frame": 3, "max_num_frame": 6}
+  limits = {"min_num_frame": count, "max_num_frame": count}
   frames = video.read_frames(path, WHERE, **limits, rng=rng)
   resized = [np.asarray(frame.resize((16, 16), Image.Resampling.BICUBIC)) for frame in frames]
   np.testing.assert_array_equal(sample.tiles, np.stack(resized))
@@ -422,7 +427,7 @@ def test_sample(tokenizer, tmp_path, question):
   expected = {"<video>\nwhat?": f"{lines}\nwhat?", "what?": f"{lines}\nwhat?"}
   text = expected.get(question, f"first {lines}then")
   conversation = turns(text, "red")
-  other = tokenizer.encode(conversation, [P] * count, 512, WHERE)
+  other = tokenizer.encode(conversation, [P] * count, WHERE)
   np.testing.assert_array_equal(sample.input_ids, other.input_ids)
   np.testing.assert_array_equal(sample.labels, other.labels)
   assert record["conversations"] == turns(question, "red")
@@ -487,7 +492,7 @@ def test_augmentation_of_frames(tokenizer, tmp_path):
     for augment in (False, True)
   )
   rng = np.random.default_rng((0, 0, 0))
-  video.frame_indices(6, video.num_wanted(rng, 3, 6), rng)
+  video.frame_indices(6, 6, rng)
   qualities = [int(rng.integers(75, 101)) for _ in plain.tiles]
   for before, after, quality in zip(plain.tiles, augmented.tiles, qualities, strict=True):
     encoded = images.jpeg_reencode(Image.fromarray(before), quality)
@@ -525,7 +530,7 @@ def test_without_a_generator_the_middle_frames_of_the_largest_number(tokenizer, 
     ({"video": "a.mp4", "conversations": "hello"}, "'conversations' must be a list"),
     (
       {"video": "a.mp4", "max_seq_length": 16},
-      "frames need 24 tokens but data.max_seq_length=16; raise it or lower",
+      "6 tiles exceed data.max_seq_length=16: 16 tokens are kept, without 6 of the images",
     ),
   ],
 )

@@ -1,0 +1,228 @@
+"""Requests to the file systems of URLs: time-outs, what is tried again, and what is said of what fails."""
+
+import errno
+import os
+import random
+import re
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import fsspec
+import fsspec.config
+
+from internvl_jax.data.errors import did_you_mean
+
+T = TypeVar("T")
+
+WEB = ("http", "https")
+"""Schemes of web servers, whose paths are URLs in the full sense: quoted, with a query and no folders."""
+
+OTHER_FOLDER = "make room, or name another folder: TMPDIR for videos, loader.cache_dir for annotation files"
+"""The remedy where a copy has no room."""
+
+# Seconds without a byte after which a request has failed.
+_TIMEOUT = 30
+# How often a request is made, how many seconds lie between the first two (then twice as many each time), and after how
+# many seconds none is made any more: some packages try again by themselves, each time for a minute.
+_TRIES = 5
+_FIRST_WAIT = 0.5
+_PATIENCE = 120
+
+_PACKAGES = {
+  "gs": "gcsfs",
+  "gcs": "gcsfs",
+  "s3": "s3fs",
+  "s3a": "s3fs",
+  "http": "aiohttp",
+  "https": "aiohttp",
+}
+_KNOWN = ("gs", "hf", "http", "https", "s3")
+
+# Errors that may pass, by package and class: the packages are not imported to ask.
+_PASSING = {
+  ("aiohttp", "ClientConnectionError"),
+  ("aiohttp", "ClientPayloadError"),
+  ("botocore", "ConnectionError"),
+  ("botocore", "HTTPClientError"),
+  ("gcsfs", "ChecksumError"),
+  ("google", "TransportError"),
+  ("requests", "ConnectionError"),
+  ("requests", "Timeout"),
+}
+# What s3fs makes of 503 and 500; only Linux has a number of its own for the second.
+_PASSING_ERRNO = {errno.EBUSY, getattr(errno, "EREMOTEIO", errno.EIO)}
+_PASSING_STATUS = {408, 425, 429}
+
+# One a process for each scheme: each has connections of its own.
+_systems: dict[Any, Any] = {}
+_random = random.Random()
+
+
+class FetchError(OSError):
+  """A remote file cannot be had; the message says why and what to do, and is put behind what was wanted.
+
+  Attributes:
+    may_pass: it was tried several times, and may succeed later.
+  """
+
+  def __init__(self, message: str, *, may_pass: bool = False):
+    super().__init__(message)
+    self.may_pass = may_pass
+
+
+def scheme(path: str) -> str:
+  """Returns the scheme of a URL in lower case; "" for a local path."""
+  found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", path)
+  return found[1].lower() if found else ""
+
+
+def ask(url: str, request: Callable[[Any], T]) -> T:
+  """Returns what a request to the URL's file system returns, made again where what went wrong may pass.
+
+  Args:
+    url: of the file, for errors too.
+    request: called with the file system (fsspec's `AbstractFileSystem`).
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    FetchError: it cannot be had.
+  """
+  system = file_system(url)
+  start, wait, tries = time.monotonic(), _FIRST_WAIT, 0
+  while True:
+    tries += 1
+    try:
+      return request(system)
+    except Exception as raised:  # Packages raise what they like. All of it is told, nothing is passed over.
+      error = _behind(raised)
+      if isinstance(error, FileNotFoundError):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from raised
+      spent = time.monotonic() - start
+      if not _passes(error):
+        raise FetchError(_explain(error)) from raised
+      if tries >= _TRIES or spent + wait > _PATIENCE:
+        what = f"{_reason(error)}, {tries} tries in {spent:.0f} s"
+        raise FetchError(
+          f"{what}; try again later, or copy the data to a local disk", may_pass=True
+        ) from raised
+    # Workers that failed together do not come back together.
+    time.sleep(wait * _random.uniform(0.75, 1.25))
+    wait *= 2
+
+
+def file_system(url: str) -> Any:
+  """Returns the file system of a URL, made if this process has none for its scheme. No file is looked at.
+
+  Raises:
+    FetchError: its package is not installed, or does not know the way.
+  """
+  name = scheme(url)
+  try:
+    kind = fsspec.get_filesystem_class(name)
+  except ImportError as error:
+    package = _PACKAGES.get(name)
+    remedy = f"pip install {package}" if package else str(error)
+    cause = str(error.__cause__ or error)
+    raise FetchError(f"{name}:// needs a package that is not installed ({cause}): {remedy}") from error
+  except ValueError as error:
+    raise FetchError(f"unknown scheme {name!r}{did_you_mean(name, _KNOWN)}") from error
+  told = kind._get_kwargs_from_urls(url)  # A host or an account, where file systems are many.
+  key = (os.getpid(), name, repr(sorted(told.items())))
+  if key not in _systems:
+    try:
+      # Two threads may both make one here; the one that is not kept has no connection yet.
+      _systems.setdefault(key, kind(**_options(kind, name), **told))
+    except Exception as error:
+      raise FetchError(_explain(error)) from error
+  return _systems[key]
+
+
+def _options(kind: Any, name: str) -> dict[str, Any]:
+  # fsspec would keep a file system for each thread, and remember listings for ever.
+  options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+  if name in WEB:
+    options["get_client"] = _web_client
+  if name in ("gs", "gcs"):
+    options["requests_timeout"] = _web_timeout()  # gcsfs has none of its own
+  if name in ("s3", "s3a"):
+    options["max_concurrency"] = 1  # with more, s3fs asks for a file's size before it gets it
+  for protocol in (kind.protocol,) if isinstance(kind.protocol, str) else kind.protocol:
+    options |= fsspec.config.conf.get(protocol, {})  # what the user says goes before what we say
+  return options
+
+
+def _web_timeout() -> Any:
+  import aiohttp
+
+  # No limit on the whole: a large file takes its time.
+  return aiohttp.ClientTimeout(total=None, sock_connect=_TIMEOUT, sock_read=_TIMEOUT)
+
+
+async def _web_client(*, headers: Any = None, **options: Any) -> Any:
+  """Returns the session of a web file system; options are the user's `client_kwargs`."""
+  import aiohttp
+
+  # Compressed answers would have other sizes than the files. Proxies are those of the environment.
+  headers = {"Accept-Encoding": "identity", **(headers or {})}
+  return aiohttp.ClientSession(
+    **{"timeout": _web_timeout(), "trust_env": True, "headers": headers, **options}
+  )
+
+
+# --- Errors -------------------------------------------------------------------------------------------------
+
+
+def _behind(error: Exception) -> Exception:
+  """Returns what is behind an error.
+
+  fsspec calls whatever goes wrong on the web a missing file, and says nothing of an answer that does not come.
+  """
+  cause = error.__cause__
+  hidden = isinstance(error, FileNotFoundError) and (_passes(cause) or "aiohttp" in dict(_kinds(cause)))
+  if hidden or (isinstance(error, TimeoutError) and cause is not None):
+    error = cast(Exception, cause)
+  return FileNotFoundError() if _code(error) in (404, 410) else error
+
+
+def _passes(error: BaseException | None) -> bool:
+  """Says whether a request that failed so may succeed if it is made again."""
+  kinds = _kinds(error)
+  if ("aiohttp", "ClientSSLError") in kinds:
+    return False
+  code = _code(error) or 0
+  known = isinstance(error, ConnectionError | TimeoutError) or bool(kinds & _PASSING)
+  return known or code in _PASSING_STATUS or code >= 500 or getattr(error, "errno", None) in _PASSING_ERRNO
+
+
+def _kinds(error: BaseException | None) -> set[tuple[str, str]]:
+  """Returns package and name of an error's class and of those above it."""
+  return {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(error).__mro__}
+
+
+def _code(error: BaseException | None) -> int | None:
+  """Returns the HTTP status of an error, as aiohttp or gcsfs tell it."""
+  for attribute in ("status", "code"):
+    code = str(getattr(error, attribute, ""))
+    if re.fullmatch(r"[1-5]\d\d", code):
+      return int(code)
+  return None
+
+
+def _reason(error: Exception) -> str:
+  """Returns what an error says, and what it is where it says little."""
+  text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+  if (code := _code(error)) is not None:
+    return f"{code} {getattr(error, 'message', text)}"
+  return f"no answer in time ({text})" if isinstance(error, TimeoutError) else text
+
+
+def _explain(error: Exception) -> str:
+  """Returns the cause and the remedy of what trying again would not mend."""
+  reason = _reason(error)
+  # gcsfs says Forbidden without a type or a number that tells.
+  if isinstance(error, PermissionError) or _code(error) in (401, 403) or str(error).startswith("Forbidden"):
+    return f"permission denied ({reason}); check the credentials, and who may read it"
+  if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+    return f"{reason}; {OTHER_FOLDER}"
+  return f"{reason}; check the address and the credentials"

@@ -1,0 +1,265 @@
+"""The processes of a run: joining, waiting for each other, reading each other's arrays, and ending together.
+
+A process that is alone (`launchers.find_place`) joins nobody: it opens no port and waits for nothing.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from internvl_jax.errors import UserError
+from internvl_jax.parallel.launchers import Place, find_place
+
+JOIN_SECONDS = 300
+"""How long processes wait for the last of them to start: machines of a pod come up minutes apart."""
+
+HEARTBEAT_SECONDS = 40
+"""A process that was not heard of for so long is dead, and ends the others: within a minute, all told."""
+
+# --- Joining and leaving ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def joined(setting: str, report: Callable[[BaseException], None]) -> Iterator[None]:
+  """Joins the run's other processes, if there are any, before JAX looks for devices.
+
+  A process that fails must not wait for the others, as it would when Python ends: they are waiting for it. It
+  reports why and is gone, whereupon they end too.
+
+  Args:
+    setting: `runtime.distributed`.
+    report: tells the user about an exception, where there are other processes.
+
+  Raises:
+    UserError: the environment does not fit together.
+  """
+  place = find_place(setting, os.environ)
+  if place is None:
+    yield
+    return
+  _join(place)
+  try:
+    yield
+  except BaseException as error:
+    if jax.process_count() == 1 or (isinstance(error, SystemExit) and not error.code):
+      raise
+    report(_lost_peer(error) or error)
+    logging.error("Process %d of %d ends; the others follow", jax.process_index(), jax.process_count())
+    _leave(1)
+
+
+def _lost_peer(error: BaseException) -> UserError | None:
+  """What a failed collective means: the cause is elsewhere. None for other errors."""
+  if not isinstance(error, jax.errors.JaxRuntimeError) or not _LOST_PEER.search(str(error)):
+    return None
+  told = UserError(
+    f"process {jax.process_index()} of {jax.process_count()} lost another one ({' '.join(str(error).split())[:200]}); "
+    "look for the first error in the other processes' logs"
+  )
+  told.__cause__ = error
+  return told
+
+
+_LOST_PEER = re.compile(r"gloo|nccl|connection (closed|reset)|unavailable|heartbeat", re.I)
+
+
+def _join(place: Place) -> None:
+  if place.coordinator is not None:
+    logging.info(
+      "Process %d of %d, started by %s; process 0 is at %s",
+      *(place.process, place.processes, place.launcher, place.coordinator),
+    )
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")  # Only processes on CPUs look at it.
+  # JAX ends a process that met nobody by a C++ stack trace, so its own limit is never reached.
+  late = threading.Timer(JOIN_SECONDS, _give_up, [place])
+  late.daemon = True
+  late.start()
+  try:
+    jax.distributed.initialize(
+      place.coordinator,
+      place.processes,
+      place.process,
+      local_device_ids=place.gpus,
+      # Everything is known, except on a TPU; left to itself, JAX gives a Slurm task its first GPU alone.
+      cluster_detection_method=None if place.coordinator is None else "deactivate",
+      initialization_timeout=2 * JOIN_SECONDS,
+      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    )
+  except (ValueError, RuntimeError) as error:
+    raise UserError(
+      f"{place.launcher}: the processes cannot join ({' '.join(str(error).split())[:300]}); set "
+      "runtime.distributed=host:port,processes,process, or off where this process is alone"
+    ) from error
+  finally:
+    late.cancel()
+  if place.coordinator is None:
+    logging.info("Process %d of %d of a TPU pod", jax.process_index(), jax.process_count())
+  if jax.process_count() > 1 and jax.default_backend() == "cpu":
+    # Programs that XLA reads back from its cache (jaxlib 0.10.2, CPU) run their collectives in any order, and the
+    # processes take one's data for another's.
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
+def _give_up(place: Place) -> None:
+  others = "the others" if place.process == 0 else "process 0"
+  print(
+    f"error: process {place.process} of {place.processes} ({place.launcher}) has waited {JOIN_SECONDS} s for {others} at "
+    f"{place.coordinator}; check that all {place.processes} processes were started and that their hosts reach that "
+    "port",
+    file=sys.stderr,
+  )
+  _leave(1)
+
+
+def _leave(code: int) -> None:
+  """Ends the process at once: no exit handler, which would wait for the others."""
+  logging.flush()
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
+
+
+# --- Acting together ----------------------------------------------------------------------------------------
+
+
+def is_first() -> bool:
+  """Whether this is the process that writes what there is one of."""
+  return jax.process_index() == 0
+
+
+def barrier(name: str, *, seconds: int) -> None:
+  """Returns once every process has come here; `name` is used once in a run.
+
+  Raises:
+    UserError: not all of them came in time.
+  """
+  if jax.process_count() == 1:
+    return
+  from jax._src.distributed import global_state  # JAX's public barriers have no time limit.
+
+  assert global_state.client is not None
+  try:
+    global_state.client.wait_at_barrier(f"internvl_jax:{name}", seconds * 1000)
+  except jax.errors.JaxRuntimeError as error:
+    raise UserError(
+      f"process {jax.process_index()} of {jax.process_count()} waited {seconds} s for the others ({name}): "
+      f"{' '.join(str(error).split())[:300]}; look for the first error in the other processes' logs"
+    ) from error
+
+
+def sum_over(processes: Sequence[int], counts: np.ndarray) -> np.ndarray:
+  """Adds an array of integers over some processes; a call that all processes make."""
+  if jax.process_count() == 1:
+    return counts
+  # As bytes: arrays of 64-bit integers would be cut to 32 on their way.
+  everyone = multihost_utils.process_allgather(np.ascontiguousarray(counts)[..., None].view(np.uint8))
+  return np.asarray(everyone).view(counts.dtype)[list(processes), ..., 0].sum(axis=0)
+
+
+def host_name() -> str:
+  """How this process calls itself in messages: its host, and its number where there are several."""
+  several = jax.process_count() > 1
+  number = f" (process {jax.process_index()} of {jax.process_count()})" if several else ""
+  return socket.gethostname() + number
+
+
+class StopSignal:
+  """Whether this run was told to end soon: by SIGTERM, which is also how clusters announce a preemption.
+
+  Use it as a context manager around the loop. Where there are several processes, one of them being told is enough;
+  JAX then names a step at which all of them learn of it.
+  """
+
+  def __init__(self):
+    """A signal that nobody listens for yet."""
+    self._received = False
+    self._before: Any = None
+
+  def __enter__(self) -> "StopSignal":
+    # JAX's own handler is in place where processes have joined.
+    if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+      self._before = signal.signal(signal.SIGTERM, self._receive)
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    if self._before is not None:
+      signal.signal(signal.SIGTERM, self._before)
+
+  def _receive(self, *_: object) -> None:
+    self._received = True
+
+  def __call__(self, step: int) -> bool:
+    """Whether to stop at this step; to be asked at every step, by all processes alike."""
+    if jax.process_count() == 1:
+      return self._received
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+# --- Arrays that lie on several hosts -----------------------------------------------------------------------
+
+
+def fetch(array: jax.Array, cell: tuple[int, ...] = ()) -> np.ndarray:
+  """An array, or what is at `cell` of its first axes, in this host's memory; a call that all processes make.
+
+  Only that part is brought together on the devices, for as long as this takes.
+  """
+  if not array.is_fully_addressable:
+    assert isinstance(array.sharding, NamedSharding)
+    everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())
+    array = _replicate(len(cell), everywhere)(array, *(np.int32(i) for i in cell))
+    return np.asarray(array)
+  return np.asarray(array[cell] if cell else array)
+
+
+@functools.cache
+def _replicate(depth: int, everywhere: NamedSharding) -> Callable[..., jax.Array]:
+  """A program that copies a part to every device; the part's place is an argument, so layers share it."""
+
+  def part(array: jax.Array, *cell: jax.Array) -> jax.Array:
+    assert len(cell) == depth
+    for i in cell:
+      array = jax.lax.dynamic_index_in_dim(array, i, keepdims=False)
+    return array
+
+  return jax.jit(part, out_shardings=everywhere)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Gathered:
+  """A parameter whose shards lie on several hosts, brought together a layer at a time when it is read.
+
+  All processes read the same layers in the same order, whatever they do with them.
+  """
+
+  array: jax.Array
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.array.shape
+
+  def __getitem__(self, cell: tuple[int, ...]) -> np.ndarray:
+    return fetch(self.array, cell)
+
+  def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+    del copy
+    whole = fetch(self.array)
+    return whole if dtype is None else whole.astype(dtype)
+
+
+def gathered(params: Mapping[str, jax.Array]) -> dict[str, Any]:
+  """Parameters by path that this process can read, wherever their shards are."""
+  return {path: value if value.is_fully_addressable else Gathered(value) for path, value in params.items()}

@@ -1,0 +1,129 @@
+"""Batches do not depend on how many hosts make them, nor on how many made those before."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from test_packed import FRAMES, PACKED, write_mixture
+
+from data_toys import arguments
+from internvl_jax.arguments import LoaderConfig, TrainingArguments
+from internvl_jax.batch import SFTBatch
+from internvl_jax.data.errors import DataError
+from internvl_jax.data.pipeline import TrainLoader
+
+SHARDS = 4
+SETTINGS = {
+  "packed": ({**PACKED, "max_packed_tokens": 400}, {}),
+  "grouped": ({"max_seq_length": 256}, {"group_by_length": True}),
+  "plain": ({"max_seq_length": 256}, {}),
+  "drawn": ({**PACKED, "max_packed_tokens": 400, "replacement": True}, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def meta(tmp_path_factory):
+  return write_mixture(tmp_path_factory.mktemp("mixture"), 60)
+
+
+class Hosts:
+  """The loaders of several hosts, as one."""
+
+  def __init__(self, meta, tokenizer, name, hosts, *, state=None, **training):
+    data, more = SETTINGS[name]
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 120}
+    settings |= {"disable_tqdm": True} | more | training
+    each = SHARDS // hosts
+    self.loaders = [
+      TrainLoader(
+        arguments(meta, **FRAMES | data),
+        TrainingArguments(**settings),
+        LoaderConfig(cache_dir=str(meta.parent / "cache"), on_bad_sample="drop", max_bad_fraction=0.5),
+        tokenizer,
+        tokens_per_tile=4,
+        data_shards=SHARDS,
+        my_shards=range(host * each, (host + 1) * each),
+        state=state,
+      )
+      for host in range(hosts)
+    ]
+
+  def step(self):
+    """The global batch: rows and shards of the hosts side by side."""
+    parts = [next(loader) for loader in self.loaders]
+    return SFTBatch(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True)))
+
+  def state(self):
+    """The state of the first host, with the counts of all, as a sum over hosts gives it to each."""
+    reads = [loader._tally.read for loader in self.loaders]
+    for loader in self.loaders:
+      loader._all_sum = lambda counts: sum(reads)
+    states = [json.loads(json.dumps(loader.get_state())) for loader in self.loaders]
+    assert all(state == states[0] for state in states)
+    return states[0]
+
+  def close(self):
+    for loader in self.loaders:
+      loader.close()
+
+
+def digest(batch):
+  text = hashlib.sha256()
+  for array in batch:
+    text.update(repr((array.shape, array.dtype)).encode() + np.ascontiguousarray(array).tobytes())
+  return text.hexdigest()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_hundred_batches_after_other_workers_and_hosts(meta, tokenizer, name):
+  straight = Hosts(meta, tokenizer, name, 1)
+  expected = [digest(straight.step()) for _ in range(110)]
+  assert len(set(expected)) == 110
+  wanted = straight.state()
+  straight.close()
+  first = Hosts(meta, tokenizer, name, 2, dataloader_num_workers=1)
+  found = [digest(first.step()) for _ in range(10)]
+  state = first.state()
+  first.close()
+  second = Hosts(meta, tokenizer, name, 4, state=state)
+  found += [digest(second.step()) for _ in range(100)]
+  assert found == expected
+  assert second.state() == wanted
+  second.close()
+
+
+def test_grouping_gives_the_same_samples_and_even_shards(meta, tokenizer):
+  grouped = Hosts(meta, tokenizer, "grouped", 1, max_steps=20)
+  plain = Hosts(meta, tokenizer, "plain", 1, max_steps=20)
+
+  def rows(batch):
+    return sorted(row.tobytes() for row in batch.input_ids.reshape(-1, batch.input_ids.shape[-1]))
+
+  def spread(batch):
+    loads = (batch.segment_ids > 0).sum(-1).reshape(2 * SHARDS, -1).sum(-1)
+    return loads.max() / loads.min()
+
+  loads = []
+  for _ in range(20):
+    ours, theirs = grouped.step(), plain.step()
+    assert rows(ours) == rows(theirs)
+    loads.append((spread(ours), spread(theirs)))
+  ours, theirs = np.median(loads, axis=0)
+  assert ours < 1.1 < theirs
+  grouped.close()
+  plain.close()
+
+
+def test_shards_that_do_not_divide_are_refused(meta, tokenizer):
+  for shards in (range(3), range(0), range(2, 6), range(0, 4, 2)):
+    with pytest.raises(DataError, match=r"this host's shards range\(.* are not an equal part of 4"):
+      TrainLoader(
+        arguments(meta),
+        TrainingArguments(max_steps=1),
+        LoaderConfig(),
+        tokenizer,
+        tokens_per_tile=4,
+        data_shards=4,
+        my_shards=shards,
+      )

@@ -1,0 +1,104 @@
+"""Runs of several processes: the same numbers as one, and an end that loses nothing, whoever dies when.
+
+All runs train the same model on the same four devices, which belong to one, two or four processes.
+"""
+
+import signal
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from hosts import Job, assert_same_curve, history, make_world
+from internvl_jax.config import newest_checkpoint
+
+SAVING = ("training.save_strategy=steps", "training.save_steps=4")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+  return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def straight(world):
+  """The run that nothing happens to."""
+  job = Job(world, out="straight")
+  assert job.wait() == [0], job.log()
+  return job.out
+
+
+def test_two_processes_stop_together_and_one_goes_on(world, straight):
+  job = Job(world, *SAVING, "training.save_steps=1000", out="two", processes=2, step_seconds=0.3)
+  job.wait_for("step 3/24")
+  start = time.monotonic()
+  # One is told; both stop.
+  job.processes[1].send_signal(signal.SIGTERM)
+  assert job.wait(60) == [0, 0], job.log()
+  assert time.monotonic() - start < 60
+  taken = newest_checkpoint(str(job.out))
+  assert taken is not None and 3 < taken < 24
+  assert f"the same command goes on from step {taken}" in job.log()
+  assert [entry["step"] for entry in history(job.out)] == list(range(1, taken + 1))
+  assert not (job.out / "model.safetensors").exists()
+
+  alone = Job(world, out="two")
+  assert alone.wait() == [0], alone.log()
+  assert f"Resuming from the checkpoint of step {taken}" in alone.log()
+  assert_same_curve(history(job.out), history(straight), atol=1e-5)
+
+
+def test_one_of_four_processes_dies_and_two_go_on(world, straight):
+  job = Job(world, *SAVING, out="four", processes=4, step_seconds=0.3)
+  job.wait_for("step 6/24")
+  start = time.monotonic()
+  job.processes[2].kill()
+  codes = job.wait(60)
+  assert time.monotonic() - start < 60
+  assert codes[2] == -signal.SIGKILL and 0 not in codes
+  for i in (0, 1, 3):
+    assert "ends; the others follow" in job.log(i) or "another task died" in job.log(i), job.log(i)
+
+  two = Job(world, *SAVING, out="four", processes=2)
+  assert two.wait() == [0, 0], two.log()
+  assert "Resuming from the checkpoint of step" in two.log()
+  assert_same_curve(history(job.out), history(straight), atol=1e-5)
+  # The model that the first process has written holds the shards of both.
+  ours, theirs = load_file(job.out / "model.safetensors"), load_file(straight / "model.safetensors")
+  assert ours.keys() == theirs.keys()
+  for name, value in theirs.items():
+    np.testing.assert_allclose(ours[name], value, atol=1e-4, err_msg=name)
+
+
+def test_sigterm_in_the_middle_of_a_step_loses_none(world, straight):
+  job = Job(world, *SAVING, "runtime.profile_steps=(2,3)", out="alone", step_seconds=1.0)
+  job.wait_for("step 4/24")
+  time.sleep(0.3)
+  start = time.monotonic()
+  job.processes[0].send_signal(signal.SIGTERM)
+  assert job.wait(60) == [0], job.log()
+  assert time.monotonic() - start < 60
+  taken = newest_checkpoint(str(job.out))
+  assert taken is not None and f"Stopped; the same command goes on from step {taken}" in job.log()
+  assert [entry["step"] for entry in history(job.out)] == list(range(1, taken + 1))
+  assert list((job.out / "profile").rglob("*.xplane.pb"))
+
+  again = Job(world, *SAVING, out="alone")
+  assert again.wait() == [0], again.log()
+  assert f"Resuming from the checkpoint of step {taken}" in again.log()
+  assert history(job.out) == history(straight)
+
+
+@pytest.mark.slow
+def test_one_that_hangs_is_named_and_ends_the_others(world):
+  """Its connections stay open, so that only its silence tells: what a dead host is like on accelerators."""
+  job = Job(world, "runtime.hang_seconds=12", out="hung", processes=2, step_seconds=0.3)
+  job.wait_for("step 3/24")
+  start = time.monotonic()
+  job.processes[1].send_signal(signal.SIGSTOP)
+  assert job.processes[0].wait(60) != 0
+  assert time.monotonic() - start < 60
+  job.kill()
+  assert "(process 0 of 2) has been in phase 'step' of step" in job.log(0)
+  assert "stopped sending heartbeats" in job.log(0)

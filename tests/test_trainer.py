@@ -1,0 +1,154 @@
+"""The loop by itself, with steps that compute nothing: what it skips, when it stops, what it logs and times."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from internvl_jax.arguments import RuntimeConfig, TrainingArguments
+from internvl_jax.batch import BatchCounts
+from internvl_jax.errors import UserError
+from internvl_jax.metrics import Gauges, RunLog, StepClock, Trace
+from internvl_jax.mfu import UsefulFlops
+from internvl_jax.state import TrainState
+from internvl_jax.step import StepMetrics
+from internvl_jax.trainer import Trainer
+from internvl_jax.watchdog import Watchdog
+
+USEFUL = UsefulFlops(10.0, 0.0, 1.0, 0.0, (), tokens_per_tile=4)
+COUNTS = BatchCounts(np.int32(6), np.int32(20), np.int32(8), np.float32(100))
+
+
+class Steps:
+  """Loses the steps named, and counts the others."""
+
+  def __init__(self, lost=()):
+    self.lost = lost
+
+  def knows(self, batch):
+    return True
+
+  def __call__(self, state, frozen, batch, rate):
+    lost = batch in self.lost
+    loss = jnp.float32(np.nan if lost else batch)
+    state = dataclasses.replace(state, step=state.step + 1)
+    return state, StepMetrics(loss, jnp.float32(1), jnp.bool_(lost), COUNTS)
+
+
+class Batches:
+  """Numbers, in place of batches."""
+
+  def __init__(self):
+    self.taken = 0
+
+  def __next__(self):
+    self.taken += 1
+    return self.taken - 1
+
+  def get_state(self):
+    return {"next_step": self.taken}
+
+  def counters(self):
+    return {"vqa": {"samples": self.taken}}
+
+
+class NamedBatches(Batches):
+  def describe_batch(self, step):
+    return f"vqa line {10 * step}"
+
+
+class Saves:
+  """Remembers at which steps it was asked to save, and what."""
+
+  def __init__(self):
+    self.saved = {}
+
+  def save(self, state, *, loader, trainer):
+    self.saved[int(state.step)] = (loader, json.loads(json.dumps(trainer)))
+
+  def check(self):
+    pass
+
+  def wait(self):
+    pass
+
+
+def run(tmp_path, *, loader=None, steps=(), limit=10, stop_at=None, peak=None, total=6, **training):
+  training = TrainingArguments(logging_steps=2, disable_tqdm=True, **training)
+  gauges = Gauges(USEFUL, peak, [SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 3 << 30})])
+  log = RunLog(training, tmp_path, total_steps=total, epoch_of=lambda step: step / total, gauges=gauges)
+  saves = Saves()
+  trainer = Trainer(
+    training=training,
+    runtime=RuntimeConfig(max_nonfinite_steps=limit),
+    steps=Steps(steps),
+    schedule=lambda step: 0.5,
+    loader=loader or Batches(),
+    checkpointer=saves,
+    log=log,
+    watchdog=Watchdog("here", 600),
+    trace=Trace(tmp_path / "profile", ()),
+    total_steps=total,
+    show=str,
+    asked_to_stop=lambda step: step == stop_at,
+  )
+  with log:
+    trainer.run(TrainState(jnp.int32(0), {}, {}), {})
+  return log.history, saves.saved
+
+
+def test_skipped_steps_are_counted_and_leave_the_mean_alone(tmp_path, caplog):
+  history, saved = run(tmp_path, steps=(1, 2, 3), save_steps=4)
+  assert [(entry.get("loss"), entry.get("skipped_steps")) for entry in history] == [
+    (0, 1),
+    (None, 2),
+    (4.5, None),
+  ]
+  assert saved[4][1]["skipped_in_a_row"] == 3
+  json.loads((tmp_path / "trainer_state.json").read_text(), parse_constant=pytest.fail)
+  said = [record.getMessage() for record in caplog.records if "changed nothing" in record.getMessage()]
+  assert len(said) == 3 and "step 2: loss=nan" in said[0] and "the data so far: {'vqa': " in said[0]
+
+
+def test_too_many_in_a_row_end_the_run_and_name_the_samples(tmp_path):
+  assert len(run(tmp_path, steps=(0, 1, 3, 4), limit=3)[0]) == 3
+  with pytest.raises(UserError, match=r"step 5: loss=nan.*each of the last 3 steps.*samples: vqa line 40"):
+    run(tmp_path, steps=(2, 3, 4), limit=3, loader=NamedBatches())
+
+
+def test_asked_to_stop_it_saves_and_stops_before_the_next_batch(tmp_path):
+  loader = NamedBatches()
+  history, saved = run(tmp_path, stop_at=3, loader=loader, save_strategy="no")
+  assert list(saved) == [3] and saved[3][0] == {"next_step": 3} and loader.taken == 3
+  # The third step is in the log of that checkpoint, though no entry was due.
+  assert [entry["step"] for entry in history] == [2] and saved[3][1]["pending"] == [2.0]
+  assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 3
+
+
+def test_every_entry_tells_how_fast_it_goes(tmp_path):
+  history, _ = run(tmp_path, peak=1e3)
+  for entry in history:
+    seconds = entry["seconds_per_step"]
+    assert 0 <= entry["data_seconds_per_step"] <= seconds
+    assert 0 <= entry["compute_seconds_per_step"] <= seconds + 1e-6
+    assert entry["supervised_tokens_per_second"] == pytest.approx(6 / seconds)
+    # Two tiles of 10 and twenty tokens of 1.
+    assert entry["mfu"] == pytest.approx(40 / seconds / 1e3)
+    assert entry["peak_memory_bytes"] == 3 << 30
+
+
+def test_the_clock_tells_waiting_from_computing():
+  clock = StepClock()
+  assert clock.times(fetched_in=1, dispatched=1, done=5) is None
+  # Fetched while the step before was computed: the devices did not wait.
+  hidden = clock.times(fetched_in=2, dispatched=4, done=9)
+  assert (hidden.whole, hidden.data, hidden.compute) == (4, 0, 4)
+  # They waited 3 seconds, 2 of them for the batch.
+  late = clock.times(fetched_in=2, dispatched=12, done=14)
+  assert (late.whole, late.data, late.compute) == (5, 2, 2)
+  clock.restart(20)
+  fresh = clock.times(fetched_in=1, dispatched=21, done=22)
+  assert (fresh.whole, fresh.data, fresh.compute) == (2, 1, 1)
