@@ -18,8 +18,10 @@ from internvl_jax.aot.recipe import get_config
 from internvl_jax.aot.target import Target, open_target
 from internvl_jax.arguments import MeshConfig
 from internvl_jax.assembly import describe_model
+from internvl_jax.batch import BatchCounts
 from internvl_jax.errors import UserError
 from internvl_jax.hf import published
+from internvl_jax.mfu import peak_flops, useful_flops
 from internvl_jax.trees import count
 from toy import RECIPE, REPOSITORY, curve_config
 
@@ -102,6 +104,23 @@ def test_operations_are_those_of_the_model(planned):
   head = 2 * rows * tokens * width * text.vocab_size / sharing
   assert found.flops["head"] == {"forward": pytest.approx(head), "backward": pytest.approx(2 * head)}
   assert found.compiled_flops > sum(sum(part.values()) for part in found.flops.values())
+
+
+def test_operations_agree_with_what_runs_count(planned):
+  """MFU's own formula, for a row that is one sample, and pools without padding."""
+  plan, found = planned
+  useful = useful_flops(plan.source.config, plan.source.model.shapes, set(plan.state.params))
+  shape = plan.shape
+  pairs = shape.tokens * (shape.tokens + 1) // 2
+  counts = BatchCounts(
+    tokens=shape.rows * shape.tokens,
+    image_tokens=shape.rows * shape.tiles * plan.source.config.tokens_per_tile,
+    pairs=shape.rows * pairs,
+    **dict.fromkeys(set(BatchCounts._fields) - {"tokens", "image_tokens", "pairs"}, 0),
+  )
+  ours = 2 * sum(sum(entry.values()) for entry in found.flops.values())
+  # Beyond it, gradients of biases and norms are sums, written as products.
+  assert 0 <= ours / useful.of(counts) - 1 < 0.03
 
 
 def test_the_command_writes_all_of_it(tmp_path):
@@ -443,6 +462,7 @@ def test_a_slice_of_tpus_is_compiled_for(tmp_path):
   config.training.bf16 = True
   config.data.max_seq_length = 512
   target = open_target("v6e:2x4")
+  assert target.chip and peak_flops(target.devices) == 8 * target.chip.flops
   plan = plan_step(config, target, batch_shape(config, tiles=4))
   found = report.make_report(plan, compile_step(plan, target), target, limit=target.memory)
   assert found.fits and found.execution["attention"] == "splash"

@@ -130,6 +130,8 @@ def make_report(plan: StepPlan, compiled: Compiled, target: Target, *, limit: in
   """Puts together what the shapes, the compiled program and the chip's data sheet say."""
   module = hlo.parse(compiled.hlo)
   found = hlo.collectives(module, plan.mesh.size)
+  # Programs count devices as the mesh does.
+  target = dataclasses.replace(target, devices=list(plan.mesh.devices.flat))
   memory = memory_by_part(plan, compiled)
   total = sum(memory.values())
   sharing = plan.mesh.size // plan.shards

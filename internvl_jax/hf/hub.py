@@ -21,12 +21,13 @@ def is_hub_id(name: str) -> bool:
   return found is not None and not re.search(r"--|\.\.|\.git$", found["id"])
 
 
-def resolve(name: str) -> Path:
+def resolve(name: str, *, with_weights: bool = True) -> Path:
   """The folder of a checkpoint.
 
   Args:
     name: a folder, taken as it is, or else a hub id, `org/name` or `org/name@revision`. Its files are fetched
       to the hub's cache (the environment's HF_HOME says where) unless they are there.
+    with_weights: False does not fetch the weights.
 
   Raises:
     UserError: no such folder, and not a hub id or one that cannot be fetched.
@@ -43,8 +44,9 @@ def resolve(name: str) -> Path:
   assert found is not None
   try:
     # Folders are left out: they hold the weights once more, in the forms of other programs.
+    ignored = ["*/*"] if with_weights else ["*/*", "*.safetensors"]
     folder = huggingface_hub.snapshot_download(
-      found["id"], revision=found["revision"], allow_patterns=list(_WANTED), ignore_patterns=["*/*"]
+      found["id"], revision=found["revision"], allow_patterns=list(_WANTED), ignore_patterns=ignored
     )
   except errors.GatedRepoError:
     raise UserError(

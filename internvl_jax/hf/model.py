@@ -180,8 +180,9 @@ def open_source(name: str | Path, changes: Changes = Changes(), *, with_weights:
   Raises:
     UserError: no such checkpoint, or one that this program cannot run.
   """
-  given = hub.resolve(str(name))
-  folder = hub.resolve(_base_of(given)) if peft.is_adapter(given) else given
+  given = hub.resolve(str(name), with_weights=with_weights)
+  is_adapter = peft.is_adapter(given)
+  folder = hub.resolve(_base_of(given), with_weights=with_weights) if is_adapter else given
   raw = config_io.read_config(folder)
   layout, config = config_io.layout_of(raw), config_io.model_config(raw)
   checkpoint = weights.open_checkpoint(folder, Rename(layout.renames)) if with_weights else None
@@ -218,7 +219,7 @@ def open_parts(
     UserError: a part is missing or of an unknown kind.
   """
   assert changes.image_size and changes.downsample_ratio and changes.ps_version
-  vision, llm = hub.resolve(vision_path), hub.resolve(llm_path)
+  vision, llm = (hub.resolve(path, with_weights=with_weights) for path in (vision_path, llm_path))
   parts = {"vision_config": vision, "llm_config": llm}
   raw: dict[str, Any] = {
     "architectures": ["InternVLChatModel"],
