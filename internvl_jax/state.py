@@ -35,7 +35,8 @@ class TrainState:
     cls, params: dict[str, jax.Array], optimizer: optax.GradientTransformation, places: StateShardings
   ) -> "TrainState":
     """The state before the first step."""
-    step = jax.device_put(np.zeros((), np.int32), replicated(places.mesh))
+    # Made on the devices: of a number that comes from the hosts, JAX would ask all of them whether it is the same.
+    step = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=replicated(places.mesh))()
     shapes = jax.eval_shape(optimizer.init, params)
     return cls(
       step, params, jax.jit(optimizer.init, out_shardings=opt_state_shardings(shapes, places))(params)

@@ -8,7 +8,7 @@ import concurrent.futures
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -36,13 +36,8 @@ class Loader(Protocol):
   def get_state(self) -> dict[str, Any]: ...
   def counters(self) -> dict[str, Any]: ...
 
-
-@runtime_checkable
-class NamesSamples(Protocol):
-  """What a loader adds to tell which samples a batch was made of."""
-
   def describe_batch(self, step: int) -> str:
-    """The samples of the batch that took the run from `step` to the next, in a line: datasets and line numbers."""
+    """The samples of the batch that took the run from `step` to the next, in a line; asked a step or two later."""
     ...
 
 
@@ -215,15 +210,13 @@ class Trainer:
 
   def _remark_skipped(self, step: int, metrics: StepMetrics) -> None:
     what = f"step {step + 1}: loss={metrics.loss}, grad_norm={metrics.grad_norm}: not finite"
-    if isinstance(self.loader, NamesSamples):
-      of = f"its samples: {self.loader.describe_batch(step)}"
-    else:
-      of = f"the data so far: {self.loader.counters()}"
-    logging.warning("%s, so it changed nothing; %s", what, of)
+    samples = f"its samples: {self.loader.describe_batch(step)}"
+    if distributed.is_first():
+      logging.warning("%s, so it changed nothing; %s", what, samples)
     if self.log.skipped_in_a_row >= self.runtime.max_nonfinite_steps:
       raise UserError(
         f"{what}, as in each of the last {self.log.skipped_in_a_row} steps (runtime.max_nonfinite_steps); lower "
-        f"training.learning_rate, or look at the batch's samples; {of}"
+        f"training.learning_rate, or look at {samples}"
       )
 
   def _between_steps(self, state: TrainState, frozen: dict[str, jax.Array], step: int) -> bool:
