@@ -50,6 +50,41 @@ class SFTBatch(NamedTuple):
   image_index: Array
   tiles: Array
 
+  @property
+  def rows(self) -> "SFTBatch":
+    """The batch itself: what every kind of batch has."""
+    return self
+
+
+class PreferenceBatch(NamedTuple):
+  """One optimizer step's batch for preference optimisation.
+
+  K, the most pairs that a row has room for, is fixed by the length of rows: see `pairs_of_row`.
+
+  Attributes:
+    rows: as for supervised fine-tuning. Segments 2p - 1 and 2p of a row are the chosen and the rejected answer of its
+      p-th pair, p from 1, each behind the whole prompt; they point at the same features of the pool. `loss_weight`
+      is 1 at every supervised token.
+    pair_weight: float32 [A, R, K], 1 where the row has such a pair, before normalisation; else 0.
+    pair_index: int32 [A, R, K], index of the sample in the mixture; -1 where there is none.
+    reference: float32 [A, R, K, 2], log-probabilities of the chosen and the rejected answer by the reference policy,
+      where they were computed before; NaN elsewhere.
+  """
+
+  rows: SFTBatch
+  pair_weight: Array
+  pair_index: Array
+  reference: Array
+
+
+Batch: TypeAlias = SFTBatch | PreferenceBatch
+"""What a step takes; its tokens and tiles are its `rows`."""
+
+
+def pairs_of_row(length: int) -> int:
+  """K for rows of so many tokens: a pair has at least four, a token to read and one to predict in each answer."""
+  return max(1, length // 4)
+
 
 class BatchCounts(NamedTuple):
   """What of a batch is not padding.
@@ -67,8 +102,9 @@ class BatchCounts(NamedTuple):
   pairs: Array
 
 
-def count(batch: SFTBatch) -> BatchCounts:
+def count(batch: Batch) -> BatchCounts:
   """Counts a batch of numpy arrays on the host, or of jax arrays inside the step."""
+  batch = batch.rows
   real = batch.segment_ids > 0
   return BatchCounts(
     supervised=(batch.targets != IGNORE_INDEX).sum(),

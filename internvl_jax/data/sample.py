@@ -1,4 +1,4 @@
-"""One line of an annotation file becomes one sample of tokens and tiles."""
+"""One line of an annotation file becomes one sample of tokens and tiles: a conversation, or a pair of them."""
 
 import dataclasses
 import itertools
@@ -9,13 +9,20 @@ import numpy as np
 
 from internvl_jax.arguments import DataTrainingArguments
 from internvl_jax.batch import IGNORE_INDEX
-from internvl_jax.data import files, fitting, images, tiling, video
+from internvl_jax.data import files, fitting, images, preference, tiling, video
 from internvl_jax.data.errors import Where
 from internvl_jax.data.fitting import Limits
 from internvl_jax.data.meta import DatasetSpec
 from internvl_jax.data.pool import TilePool
 from internvl_jax.data.sizes import Size
-from internvl_jax.data.tokenize import IMAGE_PLACEHOLDER, Chat, ChatTokenizer, human_texts, with_placeholder
+from internvl_jax.data.tokenize import (
+  IMAGE_PLACEHOLDER,
+  Chat,
+  ChatTokenizer,
+  ChatTokens,
+  human_texts,
+  with_placeholder,
+)
 
 VIDEO_PLACEHOLDER = "<video>"
 
@@ -24,8 +31,11 @@ VIDEO_PLACEHOLDER = "<video>"
 class Sample:
   """A decoded sample, or a piece of one, of n tokens and t tiles.
 
+  Its tokens are one segment of a row; those of a preference pair are two, the chosen answer's and the rejected one's,
+  each with the whole prompt. Every segment shows all tiles.
+
   Attributes:
-    input_ids: int32 [n].
+    input_ids: int32 [n], of the segments end to end.
     labels: int32 [n], not shifted, `IGNORE_INDEX` where not supervised.
     tiles: uint8 [t, H, W, 3]; t is 0 for text only.
     truncated: a part of the sample is in no piece.
@@ -34,6 +44,7 @@ class Sample:
     where: the line it comes from.
     dataset: index of its dataset in the mixture.
     index: index of the sample in the mixture.
+    lengths: tokens of each segment; () stands for one of all tokens.
   """
 
   input_ids: np.ndarray
@@ -45,33 +56,52 @@ class Sample:
   where: Where
   dataset: int = 0
   index: int = 0
+  lengths: tuple[int, ...] = ()
+
+  def segments(self) -> list[ChatTokens]:
+    """Returns the tokens of each segment."""
+    if not self.lengths:
+      return [ChatTokens(self.input_ids, self.labels)]
+    cuts = np.cumsum(self.lengths)[:-1]
+    parts = zip(np.split(self.input_ids, cuts), np.split(self.labels, cuts), strict=True)
+    return [ChatTokens(*part) for part in parts]
 
   @property
   def fully_masked(self) -> bool:
-    """No token is supervised. The first token has nothing before it that could predict it."""
-    return bool((self.labels[1:] == IGNORE_INDEX).all())
+    """A segment has no supervised token. Its first token has nothing before it that could predict it."""
+    return any(bool((part.labels[1:] == IGNORE_INDEX).all()) for part in self.segments())
 
 
 class _Shape(NamedTuple):
   """What a sample would be at one size of its images.
 
   Attributes:
-    chat: its conversation.
+    chats: its conversation, or those of the chosen and the rejected answer.
     tiles: of each image, or 1 of each frame.
     limit: tiles of an image's grid at most, or the frames that are taken.
   """
 
-  chat: Chat
+  chats: tuple[Chat, ...]
   tiles: list[int]
   limit: int
 
 
 class _Plan(NamedTuple):
-  """What a sample will be, decided before its pixels are looked at."""
+  """What a sample will be, decided before its pixels are looked at.
+
+  Attributes:
+    shape: with its images at their size.
+    fits: what is left of each of its conversations, all in as many pieces and of the same images.
+    shrunk: its images are smaller than they would be if there were room.
+  """
 
   shape: _Shape
-  fit: fitting.Fit
+  fits: tuple[fitting.Fit, ...]
   shrunk: bool
+
+  def pieces(self) -> list[tuple[fitting.Piece, ...]]:
+    """Returns for each piece of the sample its part of every conversation."""
+    return list(zip(*(fit.pieces for fit in self.fits), strict=True))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,6 +114,7 @@ class SampleMaker:
     tokenizer: writes and tokenises conversations.
     tokens_per_tile: image tokens of one tile.
     limits: what is done about long samples.
+    preference: lines are preference pairs; see `data.preference`.
   """
 
   spec: DatasetSpec
@@ -91,6 +122,7 @@ class SampleMaker:
   tokenizer: ChatTokenizer
   tokens_per_tile: int
   limits: Limits
+  preference: bool = False
 
   def make(
     self,
@@ -126,20 +158,22 @@ class SampleMaker:
     """
     sources = self._sources(record, where)
     plan = self._plan(record, where, frames or self.data.max_num_frame, sources)
-    pieces = plan.fit.pieces
+    pieces = plan.pieces()
     if piece >= len(pieces):
       raise where.error(
         f"its piece {piece + 1} was planned, but it has {len(pieces)}: its images were replaced, or the line's width "
         "and height are not theirs; correct them"
       )
-    part = pieces[piece]
-    chosen = slice(part.first_image, part.end_image)
-    tokens = plan.shape.chat.expand([count * self.tokens_per_tile for count in plan.shape.tiles])
+    parts = pieces[piece]
+    chosen = slice(parts[0].first_image, parts[0].end_image)
+    image_tokens = [count * self.tokens_per_tile for count in plan.shape.tiles]
+    tokens = [chat.expand(image_tokens) for chat in plan.shape.chats]
     return Sample(
-      input_ids=tokens.input_ids[part.start : part.stop],
-      labels=tokens.labels[part.start : part.stop],
+      input_ids=_joined([t.input_ids[p.start : p.stop] for t, p in zip(tokens, parts, strict=True)]),
+      labels=_joined([t.labels[p.start : p.stop] for t, p in zip(tokens, parts, strict=True)]),
+      lengths=tuple(p.stop - p.start for p in parts),
       tiles=self._pixels(record, where, plan.shape.limit, sources, chosen, rng, pool),
-      truncated=not plan.fit.complete and piece == len(pieces) - 1,
+      truncated=not all(fit.complete for fit in plan.fits) and piece == len(pieces) - 1,
       shrunk=plan.shrunk,
       piece=piece,
       where=where,
@@ -163,10 +197,10 @@ class SampleMaker:
     """
     shape = next(self._shapes(record, where, frames, None))
     return Size(
-      tokens=self._length(shape),
+      tokens=sum(self._lengths(shape)),
       tiles=sum(shape.tiles),
       # The first token has nothing before it that could predict it.
-      supervised=int((shape.chat.labels[1:] != IGNORE_INDEX).sum()),
+      supervised=sum(int((chat.labels[1:] != IGNORE_INDEX).sum()) for chat in shape.chats),
     )
 
   def pieces(self, record: Any, where: Where, frames: int) -> list[tuple[int, int]]:
@@ -177,11 +211,14 @@ class SampleMaker:
     """
     plan = self._plan(record, where, frames, None)
     tiles = plan.shape.tiles
-    return [(p.stop - p.start, sum(tiles[p.first_image : p.end_image])) for p in plan.fit.pieces]
+    return [
+      (sum(p.stop - p.start for p in parts), sum(tiles[parts[0].first_image : parts[0].end_image]))
+      for parts in plan.pieces()
+    ]
 
   def _sources(self, record: Any, where: Where) -> list[images.Source]:
     """Returns the files of the line's images."""
-    _check_record(record, where)
+    self._check_record(record, where)
     paths = [] if _video_path(record, where) else _image_paths(record, where)
     return [images.fetched(files.join(self.spec.root, path, where), where) for path in paths]
 
@@ -189,15 +226,20 @@ class SampleMaker:
     shapes = self._shapes(record, where, frames, sources)
     full = shape = next(shapes)
     if self.limits.policy == "shrink_tiles":
-      while not self.limits.hold(self._length(shape), sum(shape.tiles)):
+      while not self.limits.hold_together(self._lengths(shape), sum(shape.tiles)):
         if (smaller := next(shapes, None)) is None:
           break
         shape = smaller
-    fit = fitting.fit(shape.chat, shape.tiles, self.tokens_per_tile, self.limits, where)
-    return _Plan(shape, fit, shape.tiles != full.tiles)
+    settings = (shape.tiles, self.tokens_per_tile, self.limits, where)
+    if self.preference:
+      fits = fitting.fit_pair(shape.chats, *settings)
+    else:
+      fits = (fitting.fit(shape.chats[0], *settings),)
+    return _Plan(shape, fits, shape.tiles != full.tiles)
 
-  def _length(self, shape: _Shape) -> int:
-    return shape.chat.length([count * self.tokens_per_tile for count in shape.tiles])
+  def _lengths(self, shape: _Shape) -> list[int]:
+    image_tokens = [count * self.tokens_per_tile for count in shape.tiles]
+    return [chat.length(image_tokens) for chat in shape.chats]
 
   def _shapes(
     self, record: Any, where: Where, frames: int, sources: list[images.Source] | None
@@ -210,7 +252,7 @@ class SampleMaker:
       frames: wanted of a video.
       sources: of the images; None: they are as large as the line says they are, if it does.
     """
-    _check_record(record, where)
+    self._check_record(record, where)
     if path := _video_path(record, where):
       yield from self._video_shapes(record, files.join(self.spec.root, path, where), where, frames)
       return
@@ -219,23 +261,42 @@ class SampleMaker:
     if pixels is None:
       sources = sources or [files.join(self.spec.root, path, where) for path in paths]
       pixels = [images.image_size(source, where) for source in sources]
-    chat = self._chat(record, len(paths), where)
+    chats = self._chats(record, len(paths), where)
     least = self.data.min_dynamic_patch
     most = max(least, max_grid_tiles(self.spec, self.data) // max(len(paths), 1))
     for limit in range(most, min(least, most) - 1, -1):
-      yield _Shape(chat, [self._count_tiles(size, limit) for size in pixels], limit)
+      yield _Shape(chats, [self._count_tiles(size, limit) for size in pixels], limit)
 
   def _video_shapes(self, record: dict[str, Any], path: str, where: Where, wanted: int) -> Iterator[_Shape]:
     options = {"min_num_frame": wanted, "max_num_frame": wanted, "rng": None, "clip": record.get("clip")}
     count = video.planned_frames(path, where, **options)
-    yield _Shape(self._chat(record, count, where), [1] * count, wanted)
+    yield _Shape(self._chats(record, count, where), [1] * count, wanted)
     # No more frames than there is room for, the text around them not counted.
     room = min(self.limits.tokens // self.tokens_per_tile, self.limits.row_tiles or count)
     for fewer in range(min(count - 1, room), 0, -1):
-      yield _Shape(self._chat(record, fewer, where), [1] * fewer, fewer)
+      yield _Shape(self._chats(record, fewer, where), [1] * fewer, fewer)
 
-  def _chat(self, record: dict[str, Any], num_images: int, where: Where) -> Chat:
-    return self.tokenizer.lay_out(_with_places(record, num_images, where), num_images, where)
+  def _chats(self, record: dict[str, Any], num_images: int, where: Where) -> tuple[Chat, ...]:
+    """Returns the line's conversation, tokenised, or those of its chosen and its rejected answer."""
+    if not self.preference:
+      turns = _with_places(record["conversations"], record, num_images, where)
+      return (self.tokenizer.lay_out(turns, num_images, where),)
+    pair = preference.pair_of(record, where)
+    conversations = [
+      _with_places(turns, record, num_images, where, preference.FRAME_NAME) for turns in pair.conversations()
+    ]
+    preference.check_places(conversations[0][0]["value"], num_images, where)
+    chats = tuple(self.tokenizer.lay_out(turns, num_images, where) for turns in conversations)
+    preference.check_chats(chats, where)
+    return chats
+
+  def _check_record(self, record: Any, where: Where) -> None:
+    if not isinstance(record, dict):
+      raise where.error(f"expected a JSON object, got {type(record).__name__}")
+    if self.preference:
+      preference.pair_of(record, where)
+    elif "conversations" not in record:
+      raise where.error(_without_conversations(record))
 
   def _count_tiles(self, size: tuple[int, int], limit: int) -> int:
     """Returns how many tiles an image (width, height) makes."""
@@ -285,22 +346,28 @@ class SampleMaker:
     return images.mean_color(self.data.normalize_type) if pad else None
 
 
-def _check_record(record: Any, where: Where) -> None:
-  if not isinstance(record, dict):
-    raise where.error(f"expected a JSON object, got {type(record).__name__}")
-  if "conversations" not in record:
-    raise where.error(
-      f"key 'conversations' is missing; the line has {', '.join(map(repr, record)) or 'no key'}"
+def _without_conversations(record: dict[str, Any]) -> str:
+  """Says what is wrong about a line without conversations."""
+  if record.keys() >= set(preference.KEYS):
+    return (
+      "key 'conversations' is missing; the line is a preference pair, of 'chosen' and 'rejected', which needs "
+      "preference.loss_type, such as 'sigmoid'; set it, or give lines with 'conversations'"
     )
+  return f"key 'conversations' is missing; the line has {', '.join(map(repr, record)) or 'no key'}"
 
 
-def _with_places(record: dict[str, Any], num_images: int, where: Where) -> Any:
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+  return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _with_places(
+  conversations: Any, record: dict[str, Any], num_images: int, where: Where, frame_name: str = "Frame-"
+) -> Any:
   """Returns the line's turns with a place for every image or frame, where the line may leave it out."""
-  conversations = record["conversations"]
   if not isinstance(conversations, list):
     return conversations  # The tokenizer says what is wrong about it.
   if _video_path(record, where):
-    return with_frames(conversations, num_images, where)
+    return with_frames(conversations, num_images, where, frame_name)
   return with_placeholder(conversations) if num_images == 1 else conversations
 
 
@@ -345,13 +412,19 @@ def _video_path(record: dict[str, Any], where: Where) -> str | None:
 
 
 def with_frames(
-  conversations: Sequence[Mapping[str, str]], num_frames: int, where: Where
+  conversations: Sequence[Mapping[str, str]], num_frames: int, where: Where, frame_name: str = "Frame-"
 ) -> list[Mapping[str, str]]:
   r"""Returns the turns with a line for each frame where the first human one with `<video>` has it.
 
   Where none has it, it is put with a line break before the first human turn, as `with_placeholder` does.
 
       human "<video>\nWho?" with 2 frames -> human "Frame-1: <image>\nFrame-2: <image>\nWho?"
+
+  Args:
+    conversations: the turns; left as they are.
+    num_frames: of the video.
+    where: the line, for errors.
+    frame_name: what stands before a frame's number.
 
   Raises:
     DataError: the human turns have more than one `<video>`, or an `<image>`.
@@ -372,7 +445,7 @@ def with_frames(
     )
   place = next((i for i, text in human.items() if VIDEO_PLACEHOLDER in text), min(human))
   text = human[place] if videos else f"{VIDEO_PLACEHOLDER}\n{human[place]}"
-  frames = "\n".join(f"Frame-{number}: {IMAGE_PLACEHOLDER}" for number in range(1, num_frames + 1))
+  frames = "\n".join(f"{frame_name}{number}: {IMAGE_PLACEHOLDER}" for number in range(1, num_frames + 1))
   turns[place] = {**turns[place], "value": text.replace(VIDEO_PLACEHOLDER, frames)}
   return turns
 

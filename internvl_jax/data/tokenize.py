@@ -269,12 +269,21 @@ def _checked_turns(conversations: Any, where: Where) -> list[tuple[str, str]]:
       raise where.error(f"turn {number} is from {role!r}{hint}")
     if role == "system" and number > 1:
       raise where.error(f"turn {number} is from 'system', which must be turn 1; move it")
-    try:
-      turn["value"].encode()
-    except UnicodeEncodeError as error:
-      raise where.error(
-        f"turn {number}: character {error.start + 1} is {error.object[error.start]!r}, half of a surrogate pair; "
-        "write the character whole"
-      ) from None
+    check_characters(turn["value"], f"turn {number}", where)
     turns.append((role, turn["value"]))
   return turns
+
+
+def check_characters(text: str, name: str, where: Where) -> None:
+  """Refuses a text that cannot be encoded.
+
+  Raises:
+    DataError: it has half of a surrogate pair.
+  """
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise where.error(
+      f"{name}: character {error.start + 1} is {error.object[error.start]!r}, half of a surrogate pair; "
+      "write the character whole"
+    ) from None

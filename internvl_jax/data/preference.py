@@ -1,0 +1,113 @@
+r"""The lines of preference data, and the two conversations that each becomes.
+
+    {"image": "cat.jpg", "question": "What is it?", "chosen": "A cat.", "rejected": "A dog."}
+    -> [human "<image>\nWhat is it?", gpt "A cat."], [human "<image>\nWhat is it?", gpt "A dog."]
+
+Images are named as for supervised fine-tuning and belong to the question, so both conversations show the same.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from internvl_jax.batch import IGNORE_INDEX
+from internvl_jax.data.errors import Where
+from internvl_jax.data.tokenize import IMAGE_PLACEHOLDER, Chat, check_characters
+
+KEYS = ("question", "chosen", "rejected")
+"""What a line must have; `image` and `video` beside them are as in other lines."""
+
+FRAME_NAME = "Frame"
+"""What stands before a frame's number: the reference writes `Frame1` here, and `Frame-1` in fine-tuning."""
+
+
+class Pair(NamedTuple):
+  """The texts of a line."""
+
+  question: str
+  chosen: str
+  rejected: str
+
+  def conversations(self) -> list[list[dict[str, str]]]:
+    """Returns the question with the chosen answer, and with the rejected one."""
+    return [
+      [{"from": "human", "value": self.question}, {"from": "gpt", "value": answer}]
+      for answer in (self.chosen, self.rejected)
+    ]
+
+
+def pair_of(record: dict[str, Any], where: Where) -> Pair:
+  """Returns the texts of a line.
+
+  Raises:
+    DataError: a text is missing, is none or cannot be encoded, or the answers are equal or have an image.
+  """
+  missing = [key for key in KEYS if key not in record]
+  if missing and "conversations" in record:
+    raise where.error(
+      f"the line has 'conversations' for supervised fine-tuning, but preference.loss_type is set; unset it, or give a "
+      f"line with {_listed(KEYS)}"
+    )
+  if missing:
+    raise where.error(
+      f"key {_listed(missing)} is missing; the line has {_listed(record) or 'no key'}, and preference.loss_type needs "
+      f"{_listed(KEYS)}"
+    )
+  for key in KEYS:
+    if not isinstance(record[key], str) or not record[key].strip():
+      raise where.error(
+        f"{key!r} must be a text that is not empty, got {json.dumps(record[key])[:80]}; write one or delete the line"
+      )
+    check_characters(record[key], repr(key), where)
+  pair = Pair(*(record[key] for key in KEYS))
+  if pair.chosen == pair.rejected:
+    raise where.error(
+      f"'chosen' and 'rejected' are the same text {pair.chosen[:80]!r}, which prefers nothing; correct one or delete "
+      "the line"
+    )
+  for key in KEYS[1:]:
+    if count := record[key].count(IMAGE_PLACEHOLDER):
+      raise where.error(
+        f"{count} {IMAGE_PLACEHOLDER} in {key!r}, but only the question shows images; take it out or move it there"
+      )
+  return pair
+
+
+def check_places(question: str, num_images: int, where: Where) -> None:
+  """Refuses a question that does not have a place for each image.
+
+  Args:
+    question: with the place that may be left out.
+    num_images: images of the line.
+    where: the line.
+
+  Raises:
+    DataError: the numbers differ.
+  """
+  if (found := question.count(IMAGE_PLACEHOLDER)) != num_images:
+    raise where.error(
+      f"{found} {IMAGE_PLACEHOLDER} in 'question' but {num_images} images; make the numbers equal"
+    )
+
+
+def check_chats(chats: Sequence[Chat], where: Where) -> None:
+  """Refuses conversations that teach no preference.
+
+  Raises:
+    DataError: an answer has no supervised token, or both answers have the same tokens.
+  """
+  for key, chat in zip(KEYS[1:], chats, strict=True):
+    # The first token has nothing before it that could predict it.
+    if (chat.labels[1:] == IGNORE_INDEX).all():
+      raise where.error(f"{key!r} becomes no supervised token; write a text or delete the line")
+  if np.array_equal(chats[0].ids, chats[1].ids):
+    raise where.error(
+      f"'chosen' and 'rejected' become the same {len(chats[0].ids)} tokens, which prefers nothing; correct one or "
+      "delete the line"
+    )
+
+
+def _listed(keys: Any) -> str:
+  return ", ".join(map(repr, keys))
