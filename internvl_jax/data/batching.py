@@ -1,15 +1,17 @@
 """From samples to the padded batch of an optimizer step: pure numpy.
 
 Letters as in `internvl_jax.batch`: A micro-batches, R rows, S tokens of a row, D data shards, T tiles of a
-shard's pool, P tokens of a tile; and G samples of a micro-batch, one or, packed, several a row.
+shard's pool, P tokens of a tile; and G samples of a micro-batch, one or, packed, several a row, each of J segments:
+one, or two of a preference pair.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, SFTBatch
+from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, PreferenceBatch, SFTBatch, pairs_of_row
 from internvl_jax.data.errors import DataError
 from internvl_jax.data.sample import Sample
 
@@ -19,6 +21,10 @@ lost because it is too long; got fewer tiles or frames; is a second, third, ... 
 
 _SHORTEST_BUCKET = 256
 
+ReferenceLookup = Callable[[np.ndarray], np.ndarray]
+"""Log-probabilities of the chosen and the rejected answer by the reference policy, float32 [n, 2], of the samples of
+the mixture with these indices, int64 [n]; NaN where they are not known."""
+
 
 class MicroBatch(NamedTuple):
   """The samples of one micro-batch end to end, without padding: what travels from a worker process.
@@ -27,6 +33,8 @@ class MicroBatch(NamedTuple):
     input_ids: int32 [sum of lengths].
     labels: int32 [sum of lengths], not shifted.
     lengths: int32 [G], tokens of each sample; 0 for one that was dropped.
+    segments: int32 [G, J], tokens of each segment; 0 likewise.
+    indices: int64 [G], index of each sample in the mixture; -1 for one that was dropped.
     rows: int32 [G], the row that each sample stands in, ascending.
     num_rows: R.
     tiles: uint8 [sum of num_tiles or more, H, W, 3]: those of the samples, then room of any content. (Between processes
@@ -40,6 +48,8 @@ class MicroBatch(NamedTuple):
   input_ids: np.ndarray
   labels: np.ndarray
   lengths: np.ndarray
+  segments: np.ndarray
+  indices: np.ndarray
   rows: np.ndarray
   num_rows: int
   tiles: np.ndarray
@@ -83,7 +93,7 @@ def pack_rows(
     image_token_id: the id that stands at image tokens.
 
   Raises:
-    DataError: a sample's image tokens are not its tiles times tokens_per_tile.
+    DataError: the image tokens of a sample's segment are not its tiles times tokens_per_tile.
   """
   places = [place for row in rows for place in row]
   samples = [place for place in places if isinstance(place, Sample)]
@@ -91,11 +101,14 @@ def pack_rows(
     _check_image_tokens(sample, tokens_per_tile, image_token_id)
   assert len(tiles) >= sum(len(s.tiles) for s in samples)
   none = np.zeros(0, np.int32)
+  segments = [sample.lengths or (len(sample.input_ids),) for sample in samples]
   read = [isinstance(place, Sample) for place in places]
   return MicroBatch(
     input_ids=np.concatenate([none, *(s.input_ids for s in samples)]),
     labels=np.concatenate([none, *(s.labels for s in samples)]),
     lengths=_scatter(read, [len(s.input_ids) for s in samples], np.int32),
+    segments=_scatter(read, segments or np.zeros((0, 1)), np.int32),
+    indices=_scatter(read, [s.index for s in samples], np.int64, empty=-1),
     rows=np.repeat(np.arange(len(rows), dtype=np.int32), [len(row) for row in rows]),
     num_rows=len(rows),
     tiles=tiles,
@@ -112,20 +125,22 @@ def _events(place: Sample | Lost) -> list[bool]:
   return [False, place.truncated, place.fully_masked, False, place.shrunk, place.piece > 0]
 
 
-def _scatter(where: Sequence[bool], values: Sequence[int], dtype: type) -> np.ndarray:
-  """Returns [G]: the values at the True places in order, 0 elsewhere."""
-  out = np.zeros(len(where), dtype)
+def _scatter(where: Sequence[bool], values: ArrayLike, dtype: type, empty: int = 0) -> np.ndarray:
+  """Returns [G, ...]: the values at the True places in order, `empty` elsewhere."""
+  values = np.asarray(values, dtype)
+  out = np.full((len(where), *values.shape[1:]), empty, dtype)
   out[np.array(where, np.bool_)] = values
   return out
 
 
 def _check_image_tokens(sample: Sample, tokens_per_tile: int, image_token_id: int) -> None:
-  found = int((sample.input_ids == image_token_id).sum())
-  if found != len(sample.tiles) * tokens_per_tile:
-    raise sample.where.error(
-      f"{found} image tokens but {len(sample.tiles)} tiles of {tokens_per_tile} tokens = "
-      f"{len(sample.tiles) * tokens_per_tile}; the tokenizer and the images disagree"
-    )
+  for segment in sample.segments():
+    found = int((segment.input_ids == image_token_id).sum())
+    if found != len(sample.tiles) * tokens_per_tile:
+      raise sample.where.error(
+        f"{found} image tokens but {len(sample.tiles)} tiles of {tokens_per_tile} tokens = "
+        f"{len(sample.tiles) * tokens_per_tile}; the tokenizer and the images disagree"
+      )
 
 
 def check_planned(sample: Sample, planned: np.ndarray) -> None:
@@ -146,18 +161,21 @@ def check_planned(sample: Sample, planned: np.ndarray) -> None:
     )
 
 
-def sequence_buckets(max_length: int, buckets: Sequence[int] = ()) -> tuple[int, ...]:
+def sequence_buckets(
+  max_length: int, buckets: Sequence[int] = (), name: str = "data.max_seq_length"
+) -> tuple[int, ...]:
   """Returns the row lengths S in use, ascending.
 
   Args:
-    max_length: longest sample in tokens.
+    max_length: longest row in tokens.
     buckets: lengths set by the user; empty: max_length and its halves down to 256 tokens.
+    name: what max_length is, for errors.
 
   Raises:
     DataError: a length is not positive, or none holds the longest sample.
   """
   if buckets:
-    return _checked_buckets("sequence_buckets", buckets, max_length, "data.max_seq_length")
+    return _checked_buckets("sequence_buckets", buckets, max_length, name)
   lengths = [max_length]
   while lengths[-1] % 2 == 0 and lengths[-1] // 2 >= _SHORTEST_BUCKET:
     lengths.append(lengths[-1] // 2)
@@ -208,8 +226,9 @@ def assemble(
   """Pads A micro-batches to the smallest buckets that hold them all.
 
   Rows are dealt to shards in blocks of R/D, and a shard's pool holds its rows' tiles in order of the rows. So
-  the features of the pool stand in the order of the shard's image tokens, and `image_index` counts these.
-  The samples of a row are its segments, numbered from 1, each with positions of its own.
+  the features of the pool stand in the order of the shard's image tokens, and `image_index` counts these; the second
+  segment of a pair counts again from where its first began. The samples' segments are those of the row, numbered from
+  1, each with positions of its own.
 
   Args:
     micro_batches: A of them, each with R rows. The memory of a single one becomes the batch's.
@@ -217,7 +236,7 @@ def assemble(
     image_token_id: the id that stands at image tokens.
     sequence_sizes: the buckets for S, ascending.
     tile_sizes: the user's buckets for T; see `tile_bucket`.
-    loss_reduction: weight of a token, n being the supervised tokens of its sample: "token" 1, "sample" 1/n,
+    loss_reduction: weight of a token, n being the supervised tokens of its segment: "token" 1, "sample" 1/n,
       "square" 1/sqrt(n).
     at_least: tokens of a row and tiles of a pool that there must be room for, because other hosts have them.
   """
@@ -247,11 +266,36 @@ def assemble(
     input_ids=input_ids,
     targets=targets,
     loss_weight=np.where(targets != IGNORE_INDEX, loss_weight, np.float32(0)),
-    positions=spread([_positions(micro.lengths) for micro in micro_batches], 0, np.int32),
-    segment_ids=spread([np.repeat(_segments(m), m.lengths) for m in micro_batches], 0, np.int32),
-    image_index=_image_index(real & (input_ids == image_token_id), data_shards),
+    positions=spread([_positions(micro.segments) for micro in micro_batches], 0, np.int32),
+    segment_ids=spread([_segment_ids(micro) for micro in micro_batches], 0, np.int32),
+    image_index=spread(
+      [_image_index(micro, image_token_id, data_shards) for micro in micro_batches], NO_IMAGE, np.int32
+    ),
     tiles=_pools(micro_batches, num_tiles.reshape(by_shard).sum(-1), pool),
   )
+
+
+def assemble_pairs(
+  micro_batches: Sequence[MicroBatch], *, reference: ReferenceLookup | None = None, **settings: Any
+) -> PreferenceBatch:
+  """Pads A micro-batches of preference pairs; a pair that was dropped takes no place of its row.
+
+  Args:
+    micro_batches: A of them, each with R rows of pairs.
+    reference: looks log-probabilities up; None: they are not known.
+    **settings: of `assemble`; every supervised token counts once.
+  """
+  rows = assemble(micro_batches, loss_reduction="token", **settings)
+  A, R, S = rows.input_ids.shape
+  pair_index = np.full((A, R, pairs_of_row(S)), -1, np.int32)
+  for of_rows, micro in zip(pair_index, micro_batches, strict=True):
+    present = micro.lengths > 0
+    places = micro.rows[present], _numbers(present, micro.rows)[present] - 1
+    of_rows[places] = micro.indices[present]
+  known = np.full((*pair_index.shape, 2), np.nan, np.float32)
+  if reference is not None:
+    known[pair_index >= 0] = reference(pair_index[pair_index >= 0].astype(np.int64))
+  return PreferenceBatch(rows, (pair_index >= 0).astype(np.float32), pair_index, known)
 
 
 def _row_sums(micro: MicroBatch, values: np.ndarray) -> np.ndarray:
@@ -259,39 +303,59 @@ def _row_sums(micro: MicroBatch, values: np.ndarray) -> np.ndarray:
   return np.bincount(micro.rows, values, micro.num_rows).astype(np.int64)
 
 
-def _segments(micro: MicroBatch) -> np.ndarray:
-  """Returns int32 [G]: the number of each sample within its row, from 1; one that was dropped takes none."""
-  present = (micro.lengths > 0).cumsum()
-  before = np.concatenate([[0], present])[np.searchsorted(micro.rows, micro.rows)]
-  return (present - before).astype(np.int32)
+def _numbers(present: np.ndarray, rows: np.ndarray) -> np.ndarray:
+  """Returns int32 [n]: the number within its row, from 1, of each that is present; one that is not takes none.
+
+  Args:
+    present: bool [n].
+    rows: int [n], ascending.
+  """
+  so_far = present.cumsum()
+  before = np.concatenate([[0], so_far])[np.searchsorted(rows, rows)]
+  return (so_far - before).astype(np.int32)
 
 
-def _positions(lengths: np.ndarray) -> np.ndarray:
-  """Returns int32 [sum of lengths]: 0, 1, ... within each sample."""
-  starts = np.concatenate([[0], lengths.cumsum()[:-1]])
+def _segment_ids(micro: MicroBatch) -> np.ndarray:
+  """Returns int32 [sum of lengths]: the number of each token's segment within its row."""
+  lengths = micro.segments.ravel()
+  return np.repeat(_numbers(lengths > 0, micro.rows.repeat(micro.segments.shape[1])), lengths)
+
+
+def _positions(segments: np.ndarray) -> np.ndarray:
+  """Returns int32 [sum of lengths]: 0, 1, ... within each segment."""
+  lengths = segments.ravel()
+  starts = lengths.cumsum() - lengths
   return (np.arange(lengths.sum()) - np.repeat(starts, lengths)).astype(np.int32)
 
 
 def _predictable(micro: MicroBatch) -> np.ndarray:
-  """Returns the labels without those of first tokens, which nothing of their own sample could predict."""
+  """Returns the labels without those of first tokens, which nothing of their own segment could predict."""
   labels = micro.labels.copy()
-  labels[_positions(micro.lengths) == 0] = IGNORE_INDEX
+  labels[_positions(micro.segments) == 0] = IGNORE_INDEX
   return labels
 
 
 def _token_weights(micro: MicroBatch, loss_reduction: str) -> np.ndarray:
   """Returns float32 [sum of lengths]: the weight of each token's label."""
-  owner = np.repeat(np.arange(len(micro.lengths)), micro.lengths)
-  count = np.bincount(owner, micro.labels != IGNORE_INDEX, len(micro.lengths))
+  owner = np.repeat(np.arange(micro.segments.size), micro.segments.ravel())
+  count = np.bincount(owner, micro.labels != IGNORE_INDEX, micro.segments.size)
   power = {"token": 0.0, "square": -0.5, "sample": -1.0}[loss_reduction]
   return (np.maximum(count, 1.0) ** power).astype(np.float32)[owner]
 
 
-def _image_index(is_image: np.ndarray, data_shards: int) -> np.ndarray:
-  """Returns int32 [A, R, S] from bool [A, R, S]: the number of the image token within its shard."""
-  by_shard = is_image.reshape(len(is_image), data_shards, -1)
-  index = np.where(by_shard, by_shard.cumsum(-1, dtype=np.int32) - 1, np.int32(NO_IMAGE))
-  return index.reshape(is_image.shape)
+def _image_index(micro: MicroBatch, image_token_id: int, data_shards: int) -> np.ndarray:
+  """Returns int32 [sum of lengths]: which feature of its shard's pool stands at a token, or NO_IMAGE."""
+  is_image = micro.input_ids == image_token_id
+  before = np.concatenate([[0], is_image.cumsum(dtype=np.int32)])  # image tokens before each token
+  ends = micro.segments.cumsum().reshape(micro.segments.shape)
+  firsts = before[ends - micro.segments]  # [G, J]
+  # All segments of a sample show its tiles once.
+  features = before[ends[:, 0]] - firsts[:, 0]
+  shards = micro.rows // (micro.num_rows // data_shards)
+  start = np.concatenate([[0], features.cumsum()])
+  first_features = start[:-1] - start[np.searchsorted(shards, shards)]
+  shift = (firsts - first_features[:, None]).ravel().astype(np.int32)
+  return np.where(is_image, before[:-1] - np.repeat(shift, micro.segments.ravel()), np.int32(NO_IMAGE))
 
 
 def _pools(micro_batches: Sequence[MicroBatch], used: np.ndarray, pool: int) -> np.ndarray:

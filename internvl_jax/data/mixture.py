@@ -172,6 +172,7 @@ class Dataset:
       "max_dynamic_patch": max_grid_tiles(self.spec, data),
       "frames": [data.min_num_frame, data.max_num_frame, self._seed, self._number],
       **{name: getattr(data, name) for name in settings},
+      **({"preference": True} if maker.preference else {}),
     }
 
 
@@ -199,6 +200,7 @@ class Mixture:
     seed: int,
     policy: Policy = "truncate",
     cache: str | os.PathLike[str] | None = None,
+    preference: bool = False,
   ):
     """Reads the meta file and finds the lines of every annotation file.
 
@@ -209,6 +211,7 @@ class Mixture:
       seed: of the augmentation and of the frames drawn from videos.
       policy: what is done about over-long samples.
       cache: folder of the lines' index; None keeps none (of remote annotation files, a copy).
+      preference: the lines are preference pairs.
 
     Raises:
       DataError: the meta file, an annotation file or a setting is wrong.
@@ -222,7 +225,12 @@ class Mixture:
     self.datasets = []
     for number, spec in enumerate(read_meta(data.meta_path, cache=cache)):
       maker = SampleMaker(
-        spec=spec, data=data, tokenizer=tokenizer, tokens_per_tile=tokens_per_tile, limits=limits
+        spec=spec,
+        data=data,
+        tokenizer=tokenizer,
+        tokens_per_tile=tokens_per_tile,
+        limits=limits,
+        preference=preference,
       )
       file = JsonlFile(spec.annotation, spec.name, cache=cache)
       self.datasets.append(_checked(Dataset(spec, file, maker, number, seed), data))

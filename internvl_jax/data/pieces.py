@@ -62,7 +62,7 @@ class Pieces:
 
 
 def over_long(records: np.ndarray, limits: Limits) -> np.ndarray:
-  """Returns bool [lines]: which sizes (sizes.SIZE) exceed the limits."""
+  """Returns bool [lines]: which sizes (sizes.SIZE) exceed the limits, or may: of a pair, the two together are known."""
   exceeds = records["tokens"] > limits.tokens
   if limits.row_tiles is not None:
     exceeds |= records["tiles"] > limits.row_tiles

@@ -13,7 +13,7 @@ import tqdm
 from absl import logging
 
 from internvl_jax.arguments import DataTrainingArguments, LoaderConfig, TrainingArguments
-from internvl_jax.batch import SFTBatch
+from internvl_jax.batch import PreferenceBatch, SFTBatch
 from internvl_jax.data import batching, packing
 from internvl_jax.data import plan as plans
 from internvl_jax.data.cache import cache_errors_named, whole_file
@@ -35,7 +35,7 @@ _REMEMBERED = 8
 
 
 class TrainLoader:
-  """Iterates over the optimizer steps of a run as `SFTBatch`es of numpy arrays.
+  """Iterates over the optimizer steps of a run as `SFTBatch`es, or `PreferenceBatch`es, of numpy arrays.
 
   A = `gradient_accumulation_steps` micro-batches of R = `per_device_train_batch_size` * data_shards rows each.
   Batches depend on data, seed and settings, not on workers, prefetch or hosts. The state says how many batches were
@@ -66,6 +66,8 @@ class TrainLoader:
     my_shards: range | None = None,
     all_sum: Callable[[np.ndarray], np.ndarray] = lambda counts: counts,
     state: dict[str, Any] | None = None,
+    preference: bool = False,
+    reference: batching.ReferenceLookup | None = None,
   ):
     """Reads the meta file and finds all lines; workers start with the first batch.
 
@@ -80,13 +82,18 @@ class TrainLoader:
       all_sum: adds an array over the hosts, each shard counted once. All hosts call it at the same time: in the
         first step, and in `counters` and `get_state`.
       state: of an earlier loader, to go on from; None: from the start.
+      preference: the lines are preference pairs, and batches are `PreferenceBatch`es.
+      reference: looks up what the reference policy says of pairs, for `PreferenceBatch.reference`. It is called in this
+        process only, with the pairs of this host.
 
     Raises:
       DataError: a setting is wrong, or the data do not fit it or the state.
     """
+    assert preference or reference is None, "only pairs have log-probabilities to look up"
     my_shards = range(data_shards) if my_shards is None else my_shards
     _check_settings(training, loader, tokens_per_tile, data_shards, my_shards)
     self._data, self._loader, self._training = data, loader, training
+    self._preference, self._reference = preference, reference
     self._data_shards, self._my_shards, self._all_sum = data_shards, my_shards, all_sum
     self._accumulation = training.gradient_accumulation_steps
     self._rows = training.per_device_train_batch_size * data_shards
@@ -103,6 +110,7 @@ class TrainLoader:
       seed=training.seed,
       policy=loader.on_over_length,
       cache=cache,
+      preference=preference,
     )
     if self._measured:
       assert cache is not None
@@ -110,9 +118,11 @@ class TrainLoader:
     self.num_samples = self._mixture.num_samples
     self._order = self._make_order()
     self._packing, self._stream = None, None
-    self.rows_per_epoch, longest = self.num_samples, data.max_seq_length
+    # A pair's answers stand in one row, each behind the prompt.
+    longest_sample = data.max_seq_length * (2 if preference else 1)
+    self.rows_per_epoch, longest_row = self.num_samples, longest_sample
     if data.use_packed_ds:
-      self._packing, longest = pack_settings(data), _longest_row(data)
+      self._packing, longest_row = pack_settings(data), _longest_row(data, longest_sample)
       assert cache is not None
       self._stream = RowStream(self._order, self._mixture.size_of, self._packing)
       self.rows_per_epoch = self._count_rows(pathlib.Path(cache))
@@ -122,7 +132,9 @@ class TrainLoader:
       if training.max_steps > 0
       else plans.total_steps(self.rows_per_epoch, training.num_train_epochs, self.global_batch)
     )
-    self.sequence_sizes = batching.sequence_buckets(longest, loader.sequence_buckets)
+    self.sequence_sizes = batching.sequence_buckets(
+      longest_row, loader.sequence_buckets, _row_name(data, preference=preference)
+    )
     self._tile_sizes = _tile_sizes(data, loader, training.per_device_train_batch_size)
     self.next_step = 0
     self._tally = Tally(
@@ -134,11 +146,13 @@ class TrainLoader:
     if state is not None:
       self._restore(state)
 
-  def __iter__(self) -> Iterator[SFTBatch]:
+  def __iter__(self) -> Iterator[Any]:
     return self
 
-  def __next__(self) -> SFTBatch:
+  def __next__(self) -> Any:
     """Returns the next step's batch: tokens [A, R, S], tiles [A, D, T, H, W, 3], of this host's rows and shards.
+
+    A `PreferenceBatch` where the lines are pairs, else an `SFTBatch`.
 
     Raises:
       StopIteration: after `total_steps`.
@@ -166,15 +180,21 @@ class TrainLoader:
     self._handed = {**self._handed, self.next_step: rows}
     self._handed.pop(self.next_step - _REMEMBERED, None)
     self.next_step += 1
-    return batching.assemble(
-      micro_batches,
-      data_shards=len(self._my_shards),
-      image_token_id=self._image_token_id,
-      sequence_sizes=self.sequence_sizes,
-      tile_sizes=self._tile_sizes,
-      loss_reduction=self._data.loss_reduction,
-      at_least=self._room(rows),
-    )
+    return self._assemble(micro_batches, self._room(rows))
+
+  def _assemble(
+    self, micro_batches: list[batching.MicroBatch], at_least: tuple[int, int]
+  ) -> SFTBatch | PreferenceBatch:
+    settings: dict[str, Any] = {
+      "data_shards": len(self._my_shards),
+      "image_token_id": self._image_token_id,
+      "sequence_sizes": self.sequence_sizes,
+      "tile_sizes": self._tile_sizes,
+      "at_least": at_least,
+    }
+    if self._preference:
+      return batching.assemble_pairs(micro_batches, reference=self._reference, **settings)
+    return batching.assemble(micro_batches, loss_reduction=self._data.loss_reduction, **settings)
 
   def get_state(self) -> dict[str, Any]:
     """Returns what a later loader needs to go on after the last batch handed out; JSON-able. See `all_sum`.
@@ -332,15 +352,17 @@ class TrainLoader:
     )
     if not self._all_sum(np.array([taught], np.int64))[0]:
       longest = max(int(micro.lengths.max(initial=0)) for micro in micro_batches)
+      answers = "" if self._preference else "that the conversations have 'gpt' turns and "
       raise DataError(
         f"no token is supervised in the first batch: {self.global_batch} rows of samples of up to {longest} tokens; "
-        "check that the conversations have 'gpt' turns and that data.max_seq_length reaches them"
+        f"check {answers}that data.max_seq_length reaches the answers"
         + (f"; the first that was lost: {tally.offenders[0]}" if tally.offenders else "")
       )
 
   def _fingerprint(self) -> dict[str, int]:
     """Returns what must be equal for a step number to mean the same samples."""
     return {
+      "preference": int(self._preference),
       "num_samples": self.num_samples,
       "global_batch": self.global_batch,
       "order_seed": self._order.seed,
@@ -355,7 +377,7 @@ class TrainLoader:
         f"the loader's state lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(state))}"
       )
     for key, now in self._fingerprint().items():
-      then = state["plan"][key]
+      then = state["plan"].get(key, 0) if key == "preference" else state["plan"][key]
       if then != now:
         raise DataError(
           f"the run cannot go on with the same batches: {key} was {then} when its state was saved and is {now} now; "
@@ -403,9 +425,16 @@ def pack_settings(data: DataTrainingArguments) -> PackSettings:
   )
 
 
-def _longest_row(data: DataTrainingArguments) -> int:
+def _longest_row(data: DataTrainingArguments, longest_sample: int) -> int:
   """Returns the most tokens of a packed row: with `allow_overflow` its last sample may lie across the border."""
-  return data.max_packed_tokens + (data.max_seq_length if data.allow_overflow else 0)
+  return data.max_packed_tokens + (longest_sample if data.allow_overflow else 0)
+
+
+def _row_name(data: DataTrainingArguments, *, preference: bool) -> str:
+  """Returns what the longest row is named after."""
+  if data.use_packed_ds:
+    return "data.max_packed_tokens" + (" and a sample beyond it" if data.allow_overflow else "")
+  return "twice data.max_seq_length, for the two answers of a pair" if preference else "data.max_seq_length"
 
 
 def _tile_sizes(data: DataTrainingArguments, loader: LoaderConfig, rows: int) -> tuple[int, ...]:
