@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import mmap
 import os
 import pathlib
 import zlib
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -153,6 +155,34 @@ class JsonlFile:
     except OSError as error:
       raise self._unreadable(error) from error
     return max(1, total)
+
+  def digest(self) -> str:
+    """Returns the SHA-256 of the file's bytes, in hex.
+
+    Raises:
+      DataError: the file cannot be read.
+    """
+    try:
+      with open(self._local, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+      raise self._unreadable(error) from error
+
+  def containing(self, text: bytes) -> Iterator[int]:
+    """Yields the indices of the lines that contain these bytes; the others are not parsed, nor looked at one by one.
+
+    Raises:
+      DataError: the file cannot be read.
+    """
+    try:
+      with open(self._local, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        place = content.find(text)
+        while place >= 0:
+          line = int(np.searchsorted(self._starts, place, side="right")) - 1
+          yield line
+          place = content.find(text, int(self._ends[line]))
+    except OSError as error:
+      raise self._unreadable(error) from error
 
   def check_unchanged(self) -> None:
     """Refuses a file that is not what it was when its lines were found.

@@ -1,5 +1,6 @@
 """The samples of all datasets by number: how long each is, and decoded."""
 
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from internvl_jax.data.jsonl import JsonlFile
 from internvl_jax.data.meta import DatasetSpec, read_meta
 from internvl_jax.data.pieces import Pieces, index_pieces, over_long
 from internvl_jax.data.pool import TilePool
-from internvl_jax.data.sample import Sample, SampleMaker, max_grid_tiles
+from internvl_jax.data.sample import Sample, SampleMaker, has_video, max_grid_tiles
 from internvl_jax.data.tokenize import ChatTokenizer
 
 # Changes whenever the same line would get other sizes.
@@ -90,7 +91,7 @@ class Dataset:
     """Finds out how long every sample is, as far as the cache does not know it; see `Mixture.index_sizes`."""
     with _bar(len(self.file), f"sizes of {self.spec.name}", quiet) as bar:
       self._sizes = sizes.index_sizes(
-        self.file, self._measure, self._key(), cache, workers=workers, progress=bar.update
+        self.file, self._measure, self.key(), cache, workers=workers, progress=bar.update
       )
     long = int(over_long(self._sizes.records, self.limits).sum())
     with _bar(long, f"long lines of {self.spec.name}", quiet or not long) as bar:
@@ -148,19 +149,17 @@ class Dataset:
     line, _ = self.locate(sample)
     return self._sizes.errors.get(line) or self.pieces.errors[line]
 
-  def _frames(self, line: int) -> int:
-    """Returns how many frames a line's video gives: the same in every epoch, so that its size is known."""
-    data = self._maker.data
-    rng = np.random.default_rng((self._seed, self._number, line))
-    return video.num_wanted(rng, data.min_num_frame, data.max_num_frame)
+  def first_video(self) -> Where | None:
+    """Returns the first line in use that has a video; None if there is none."""
+    for line in self.file.containing(b'"video"'):
+      if line >= self.lines:
+        break
+      with contextlib.suppress(DataError):  # what is wrong about a line is said when it becomes a sample
+        if has_video(self.file.read(line), self.file.where(line)):
+          return self.file.where(line)
+    return None
 
-  def _measure(self, file: JsonlFile, line: int) -> sizes.Size:
-    return self._maker.measure(file.read(line), file.where(line), self._frames(line))
-
-  def _pieces_of(self, file: JsonlFile, line: int) -> Sequence[tuple[int, int]]:
-    return self._maker.pieces(file.read(line), file.where(line), self._frames(line))
-
-  def _key(self) -> dict[str, Any]:
+  def key(self) -> dict[str, Any]:
     """Returns all that sizes depend on beside the lines, as JSON values."""
     maker, data = self._maker, self._maker.data
     settings = ("force_image_size", "dynamic_image_size", "use_thumbnail", "min_dynamic_patch", "conv_style")
@@ -175,6 +174,18 @@ class Dataset:
       **({"preference": True} if maker.preference else {}),
     }
 
+  def _frames(self, line: int) -> int:
+    """Returns how many frames a line's video gives: the same in every epoch, so that its size is known."""
+    data = self._maker.data
+    rng = np.random.default_rng((self._seed, self._number, line))
+    return video.num_wanted(rng, data.min_num_frame, data.max_num_frame)
+
+  def _measure(self, file: JsonlFile, line: int) -> sizes.Size:
+    return self._maker.measure(file.read(line), file.where(line), self._frames(line))
+
+  def _pieces_of(self, file: JsonlFile, line: int) -> Sequence[tuple[int, int]]:
+    return self._maker.pieces(file.read(line), file.where(line), self._frames(line))
+
 
 def _bar(total: int, what: str, quiet: bool) -> Any:
   return tqdm.tqdm(total=total, desc=what, unit="line", disable=quiet)
@@ -186,6 +197,8 @@ class Mixture:
   Picklable: worker processes get a copy.
 
   Attributes:
+    data: the settings.
+    preference: the lines are preference pairs.
     datasets: in the order of the meta file.
     sizes: int64 [datasets], samples an epoch, repeats included.
     num_samples: of an epoch.
@@ -219,7 +232,7 @@ class Mixture:
     if data.meta_path is None:
       raise DataError("data.meta_path is not set; give the JSON file that lists the datasets")
     images.normalization(data.normalize_type)  # an unknown name fails here, not at the first padded image
-    self._data, self._seed = data, seed
+    self.data, self.preference, self._seed = data, preference, seed
     self._tokens_per_tile = tokens_per_tile
     limits = limits_of(data, policy)
     self.datasets = []
@@ -249,7 +262,7 @@ class Mixture:
 
   def max_tiles(self) -> int:
     """Returns the most tiles that one sample may have: images are never cut, so their tokens must fit a row."""
-    return self._data.max_seq_length // self._tokens_per_tile
+    return self.data.max_seq_length // self._tokens_per_tile
 
   def dataset_of(self, index: int) -> int:
     """Returns the number of the dataset that a sample of the mixture is of."""
@@ -317,7 +330,7 @@ class Mixture:
       spec, found = dataset.spec, len(dataset.file)
       stated = f" (the meta file says {spec.length})" if spec.length not in (None, found) else ""
       pieces = f" in {dataset.num_samples} pieces" if dataset.num_samples > dataset.lines else ""
-      tiles = f"up to {max_grid_tiles(spec, self._data)} tiles" if self._data.dynamic_image_size else "1 tile"
+      tiles = f"up to {max_grid_tiles(spec, self.data)} tiles" if self.data.dynamic_image_size else "1 tile"
       lines.append(
         f"{spec.name}: {size} samples an epoch ({100 * size / self.num_samples:.1f} %), {dataset.lines} of {found} "
         f"lines{stated}{pieces} x {spec.repeats}, {tiles}{', JPEG augmentation' if spec.data_augment else ''}, "

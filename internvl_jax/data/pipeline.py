@@ -20,6 +20,7 @@ from internvl_jax.data.cache import cache_errors_named, whole_file
 from internvl_jax.data.decoding import DecodedAhead, MicroBatchSource
 from internvl_jax.data.errors import DataError
 from internvl_jax.data.files import default_cache
+from internvl_jax.data.fingerprint import Varying, first_varying, preference_fingerprint
 from internvl_jax.data.fitting import Policy
 from internvl_jax.data.grouping import GroupedPlan
 from internvl_jax.data.mixture import Mixture
@@ -201,7 +202,7 @@ class TrainLoader:
 
     {"next_step": 7, "counters": {"vqa": {"samples": 448, "unreadable": 0, ...}}, "plan": {...}}
     """
-    state = {"next_step": self.next_step, "counters": self.counters(), "plan": self._fingerprint()}
+    state = {"next_step": self.next_step, "counters": self.counters(), "plan": self._plan_fingerprint()}
     return state if self._stream is None else {**state, "rows": self._stream.get_state()}
 
   def counters(self) -> dict[str, dict[str, int]]:
@@ -220,6 +221,14 @@ class TrainLoader:
         where = self._mixture.where(index)
         named.setdefault(where.file, []).append(where.line)
     return "; ".join(f"{file}:{','.join(map(str, lines))}" for file, lines in named.items())
+
+  def fingerprint(self) -> str:
+    """Returns a hash of the data and of all that makes samples of them; see `preference_fingerprint`."""
+    return preference_fingerprint(self._mixture)
+
+  def first_varying(self) -> Varying | None:
+    """Returns the first dataset of which a sample may differ between epochs; None if none does."""
+    return first_varying(self._mixture)
 
   def epoch_of(self, step: int) -> float:
     """Returns how many times the data have been seen after `step` optimizer steps."""
@@ -359,7 +368,7 @@ class TrainLoader:
         + (f"; the first that was lost: {tally.offenders[0]}" if tally.offenders else "")
       )
 
-  def _fingerprint(self) -> dict[str, int]:
+  def _plan_fingerprint(self) -> dict[str, int]:
     """Returns what must be equal for a step number to mean the same samples."""
     return {
       "preference": int(self._preference),
@@ -376,7 +385,7 @@ class TrainLoader:
       raise DataError(
         f"the loader's state lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(state))}"
       )
-    for key, now in self._fingerprint().items():
+    for key, now in self._plan_fingerprint().items():
       then = state["plan"].get(key, 0) if key == "preference" else state["plan"][key]
       if then != now:
         raise DataError(

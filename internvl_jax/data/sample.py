@@ -411,6 +411,15 @@ def _video_path(record: dict[str, Any], where: Where) -> str | None:
   return path
 
 
+def has_video(record: Any, where: Where) -> bool:
+  """Says whether a parsed line has a video.
+
+  Raises:
+    DataError: what it says about it is wrong.
+  """
+  return isinstance(record, dict) and _video_path(record, where) is not None
+
+
 def with_frames(
   conversations: Sequence[Mapping[str, str]], num_frames: int, where: Where, frame_name: str = "Frame-"
 ) -> list[Mapping[str, str]]:
