@@ -24,7 +24,7 @@ from internvl_jax.data.errors import DataError
 from internvl_jax.data.examine import DatasetReport, decode_all, examine
 from internvl_jax.data.mixture import Mixture
 from internvl_jax.data.rows import packable
-from internvl_jax.data.show import show_sample
+from internvl_jax.data.show import as_json, show_sample
 from internvl_jax.data.tokenize import ChatTokenizer
 from internvl_jax.errors import UserError
 
@@ -53,6 +53,7 @@ def main(argv: Sequence[str]) -> None:
     seed=config.training.seed,
     policy=config.loader.on_over_length,
     cache=cache,
+    preference=config.preference.loss_type is not None,
   )
   mixture.index_sizes(cache, workers=os.cpu_count() or 1, quiet=config.training.disable_tqdm)
   reports = examine(mixture)
@@ -147,7 +148,7 @@ def dump(mixture: Mixture, path: Path) -> None:
           print(f"not dumped: {error}")
           continue
         entry = {"dataset": dataset.spec.name, "index": dataset.locate(sample)[0]}
-        entry |= {"input_ids": decoded.input_ids.tolist(), "labels": decoded.labels.tolist()}
+        entry |= as_json(decoded)
         file.write(json.dumps({**entry, "num_tiles": len(decoded.tiles)}) + "\n")
       first += size
 

@@ -1,22 +1,25 @@
 """A batch as text, to see what the model is taught before it is."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 
-from internvl_jax.batch import IGNORE_INDEX, SFTBatch
+from internvl_jax.batch import IGNORE_INDEX, Batch, SFTBatch
+from internvl_jax.data import preference
 from internvl_jax.data.sample import Sample
-from internvl_jax.data.tokenize import IMAGE_CONTEXT, ChatTokenizer
+from internvl_jax.data.tokenize import IMAGE_CONTEXT, ChatTokenizer, ChatTokens
 
 _ROWS_SHOWN = 2
 
 
-def show_batch(batch: SFTBatch, tokenizer: ChatTokenizer) -> str:
+def show_batch(batch: Batch, tokenizer: ChatTokenizer) -> str:
   r"""Returns the batch's shapes and its first rows decoded, with what is supervised between » and «.
 
   1 micro-batches of 32 rows of 48 tokens, 90% of them filled, 64 supervised; tiles 1x1x32x64x64x3
   row 0: <|im_start|>user\n<img><IMG_CONTEXT>x16</img>\nWhat?<|im_end|>\n<|im_start|>assistant\n»Yes<|im_end|>«\n
   """
+  batch = batch.rows
   A, R, S = batch.input_ids.shape
   supervised = int((batch.targets != IGNORE_INDEX).sum())
   filled = float((batch.segment_ids > 0).mean())
@@ -30,9 +33,45 @@ def show_batch(batch: SFTBatch, tokenizer: ChatTokenizer) -> str:
 
 
 def show_sample(sample: Sample, tokenizer: ChatTokenizer) -> str:
-  """Returns a sample as text, with what is supervised between » and «."""
-  text = _show_tokens(sample.input_ids, sample.labels != IGNORE_INDEX, tokenizer)
-  return f"{sample.where}, {len(sample.input_ids)} tokens, {len(sample.tiles)} tiles: {text}"
+  r"""Returns a sample as text, with what is supervised between » and «; a pair's prompt once, then both answers.
+
+  toy.jsonl:3 (dataset 'toy'), 45 tokens, 1 tiles: <|im_start|>user\n...<|im_start|>assistant\n»Yes<|im_end|>«\n
+
+  toy.jsonl:4 (dataset 'toy'), 45 + 46 tokens, 1 tiles:
+    question: <|im_start|>user\n...<|im_start|>assistant\n
+    chosen: »Yes<|im_end|>«\n
+    rejected: »No<|im_end|>«\n
+  """
+  segments = sample.segments()
+  tokens = " + ".join(str(len(segment.input_ids)) for segment in segments)
+  about = f"{sample.where}, {tokens} tokens, {len(sample.tiles)} tiles:"
+  if len(segments) == 1:
+    return f"{about} {_show_segment(segments[0], tokenizer)}"
+  start = _shared_prompt(*segments)
+  prompt = ChatTokens(*(part[:start] for part in segments[0]))
+  answers = [ChatTokens(*(part[start:] for part in segment)) for segment in segments]
+  named = zip(preference.KEYS, [prompt, *answers], strict=True)
+  return "\n".join([about, *(f"  {name}: {_show_segment(part, tokenizer)}" for name, part in named)])
+
+
+def as_json(sample: Sample) -> dict[str, Any]:
+  """Returns a sample's `input_ids` and `labels` as lists; of a pair, those of each answer, `chosen` and `rejected`."""
+  found = [
+    {"input_ids": part.input_ids.tolist(), "labels": part.labels.tolist()} for part in sample.segments()
+  ]
+  return found[0] if len(found) == 1 else dict(zip(preference.KEYS[1:], found, strict=True))
+
+
+def _shared_prompt(one: ChatTokens, other: ChatTokens) -> int:
+  """Returns how many tokens of two conversations, from the first on, are the same and not supervised."""
+  length = min(len(one.input_ids), len(other.input_ids))
+  ends = one.input_ids[:length] != other.input_ids[:length]
+  ends |= (one.labels[:length] != IGNORE_INDEX) | (other.labels[:length] != IGNORE_INDEX)
+  return int(ends.argmax()) if ends.any() else length
+
+
+def _show_segment(part: ChatTokens, tokenizer: ChatTokenizer) -> str:
+  return _show_tokens(part.input_ids, part.labels != IGNORE_INDEX, tokenizer)
 
 
 def _show_row(batch: SFTBatch, row: int, tokenizer: ChatTokenizer) -> str:

@@ -1,7 +1,9 @@
 """Preference pairs: two conversations about the same tiles, in the rows, files and counters of other samples."""
 
 import contextlib
+import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -10,12 +12,17 @@ from PIL import Image
 from data_toys import WHERE, arguments, turns, write_jsonl
 from internvl_jax.arguments import LoaderConfig, TrainingArguments
 from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, PreferenceBatch, SFTBatch
-from internvl_jax.data.errors import DataError
+from internvl_jax.data.batching import EVENTS
+from internvl_jax.data.errors import DataError, OverLengthError, UnsupervisedError
+from internvl_jax.data.examine import decode_all, examine
 from internvl_jax.data.fitting import Limits
 from internvl_jax.data.meta import DatasetSpec
 from internvl_jax.data.mixture import Mixture
 from internvl_jax.data.pipeline import TrainLoader
 from internvl_jax.data.sample import SampleMaker
+from internvl_jax.data.show import as_json, show_batch, show_sample
+from internvl_jax.data.templates import get_template
+from internvl_jax.data.tokenize import ChatTokenizer
 
 P = 4
 PACKED = {"use_packed_ds": True, "max_packed_tokens": 1600, "num_images_expected": 24, "strict_mode": False}
@@ -282,3 +289,279 @@ def test_states_and_sizes_of_fine_tuning_are_others(files, tokenizer):
   assert sizes == [[answers[0] + 1] * 3, [sum(answers)] * 3]
   with pytest.raises(DataError, match="preference was 0 when its state was saved and is 1 now"):
     make_loader(meta, tokenizer, state=states[0])
+
+
+# --- Too long --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lengths(files, tokenizer):
+  """Tokens of the prompt, and of the two conversations about an image."""
+  sample = maker(files, tokenizer).make(LONG, WHERE)
+  prompt = int((sample.segments()[0].labels != IGNORE_INDEX).argmax())
+  return prompt, *sample.lengths
+
+
+LONG = pair("what?", "red " * 40, "red " * 20 + "no " * 3, image="a.png")
+
+
+def fitted(files, tokenizer, record=LONG, **limits):
+  limits = Limits(**limits)
+  limited = maker(files, tokenizer, limits=limits)
+  sample = limited.make(record, WHERE)
+  assert limited.pieces(record, WHERE, 8) == [(len(sample.input_ids), len(sample.tiles))]
+  return sample
+
+
+def test_each_answer_is_cut_by_itself(files, tokenizer, lengths):
+  prompt, chosen, rejected = lengths
+  whole = maker(files, tokenizer).make(LONG, WHERE).segments()
+  for most in (chosen, chosen - 1, rejected, prompt + 21):
+    sample = fitted(files, tokenizer, max_length=most)
+    assert sample.lengths == (min(chosen, most), min(rejected, most))
+    assert sample.truncated == (most < chosen) and not sample.shrunk
+    for segment, full in zip(sample.segments(), whole, strict=True):
+      np.testing.assert_array_equal(segment.input_ids, full.input_ids[:most])
+      np.testing.assert_array_equal(segment.labels, full.labels[:most])
+
+
+def test_what_is_left_must_tell_the_answers_apart(files, tokenizer, lengths):
+  prompt, chosen, rejected = lengths
+  # Both answers begin with the same twenty tokens.
+  for most, cause in (
+    (prompt + 20, f"the {prompt + 20} tokens that are kept are the same for both answers"),
+    (prompt, f"{prompt} tokens are kept, and none of an answer"),
+  ):
+    with pytest.raises(UnsupervisedError) as caught:
+      fitted(files, tokenizer, max_length=most)
+    assert f"a chosen answer of {chosen} and a rejected one of {rejected} tokens" in str(caught.value)
+    assert f"exceed data.max_seq_length={most}: {cause}" in str(caught.value)
+  with pytest.raises(OverLengthError, match="kept, without 1 of the images, and none of an answer; raise it"):
+    fitted(files, tokenizer, max_length=prompt // 2)
+
+
+@pytest.mark.parametrize("policy", ["error", "drop"])
+def test_a_pair_that_is_not_to_be_shortened_is_named(files, tokenizer, lengths, policy):
+  _, chosen, rejected = lengths
+  fitted(files, tokenizer, max_length=chosen, row_tokens=chosen + rejected, row_tiles=3, policy=policy)
+  for limits in ({"max_length": chosen - 1}, {"row_tokens": chosen + rejected - 1}, {"row_tiles": 2}):
+    settings = {"max_length": chosen, "row_tokens": chosen + rejected, "row_tiles": 3} | limits
+    with pytest.raises(OverLengthError, match=r"with 3 tiles exceed data\.max_seq_length=.*on_over_length"):
+      fitted(files, tokenizer, **settings, policy=policy)
+
+
+def test_images_shrink_until_both_answers_fit_a_row(files, tokenizer, lengths):
+  _, chosen, rejected = lengths
+  limits = {"max_length": chosen, "row_tokens": chosen + rejected - 1, "row_tiles": 8}
+  sample = fitted(files, tokenizer, **limits, policy="shrink_tiles")
+  assert sample.shrunk and not sample.truncated and len(sample.tiles) < 3
+  assert sum(sample.lengths) == chosen + rejected - 2 * P * (3 - len(sample.tiles))
+  with pytest.raises(OverLengthError, match=r"one row, more than it has room for \(.*max_packed_tokens=\d+"):
+    fitted(files, tokenizer, **limits, policy="truncate")
+  with pytest.raises(OverLengthError, match=r"room for \(.*num_images_expected=2\), and a pair is not split"):
+    fitted(files, tokenizer, **limits | {"row_tokens": 4096, "row_tiles": 2}, policy="truncate")
+
+
+def test_videos_get_fewer_frames_in_both(files, tokenizer):
+  record = pair("who?", "red", "no", video="v.gif")
+  whole = maker(files, tokenizer).make(record, WHERE, frames=4)
+  limits = Limits(4096, len(whole.input_ids) - 1, 8, "shrink_tiles")
+  sample = maker(files, tokenizer, limits=limits).make(record, WHERE, frames=4)
+  assert (len(whole.tiles), len(sample.tiles), sample.shrunk) == (4, 3, True)
+
+
+@pytest.mark.parametrize("data", [{}, PACKED], ids=["unpacked", "packed"])
+@pytest.mark.parametrize("policy", ["truncate", "drop"])
+def test_long_pairs_are_counted(tmp_path, tokenizer, data, policy):
+  records = [pair("who?"), pair("who?", "red " * 300), pair("who?", "red " * 90, "red " * 91), pair("who?")]
+  write_jsonl(tmp_path / "toy.jsonl", records)
+  meta = tmp_path / "meta.json"
+  meta.write_text(json.dumps({"toy": {"root": "", "annotation": "toy.jsonl"}}))
+  options = {"on_over_length": policy, "on_bad_sample": "drop", "max_bad_fraction": 0.5, "shuffle": False}
+  prompt = len(tokenizer.encode(turns("who?", ""), [], WHERE).input_ids)
+  settings = {"data": data | {"max_seq_length": prompt + 50}, "loader": options}
+  more = {"max_steps": -1, "num_train_epochs": 1, "gradient_accumulation_steps": 1}
+  rows = 1 if data else 4
+  with contextlib.closing(
+    make_loader(meta, tokenizer, **settings, **more, per_device_train_batch_size=rows)
+  ) as loader:
+    (batch,) = loader
+    counts = loader.counters()["toy"]
+  expected = {
+    "truncate": {"truncated": 1, "fully_masked": 1},
+    "drop": {"over_long": 2},
+  }
+  assert counts == dict.fromkeys(EVENTS, 0) | {"samples": 4} | expected[policy]
+  kept = [0, 1, 3] if policy == "truncate" else [0, 3]
+  assert sorted(index for index, *_ in segments_of(batch)) == kept
+
+
+# --- Lines that are wrong --------------------------------------------------------------------------------------
+
+GOOD = pair("what is it?", "red circle", "no")
+WRONG = {
+  "missing": (
+    {"question": "a", "chosen": "b"},
+    "key 'rejected' is missing; the line has 'question', 'chosen',",
+  ),
+  "nothing": ({}, "key 'question', 'chosen', 'rejected' is missing; the line has no key"),
+  "none": (pair(None), "'question' must be a text that is not empty, got null"),
+  "number": (pair("a", 3), "'chosen' must be a text that is not empty, got 3"),
+  "empty": (pair("a", "b", ""), "'rejected' must be a text that is not empty, got \"\""),
+  "blank": (pair("a", " \n"), "'chosen' must be a text that is not empty, got \" \\n\""),
+  "surrogate": (pair("a", "b\ud800"), "'chosen': character 2 is '\\ud800', half of a surrogate pair"),
+  "equal": (
+    pair("a", "red", "red"),
+    "'chosen' and 'rejected' are the same text 'red', which prefers nothing",
+  ),
+  "list": ([1], "expected a JSON object, got list"),
+  "fine-tuning": (
+    {"conversations": turns("a", "b")},
+    "'conversations' for supervised fine-tuning, but preference.loss_type is set; unset it, or give a line with",
+  ),
+  "no image": (pair("<image>\na"), "1 <image> in 'question' but 0 images; make the numbers equal"),
+  "two places": (pair("<image> <image>", image="a.png"), "2 <image> in 'question' but 1 images"),
+  "no places": (pair("a", image=["a.png", "b.png"]), "0 <image> in 'question' but 2 images"),
+  "in chosen": (
+    pair("a", "<image>", image="a.png"),
+    "1 <image> in 'chosen', but only the question shows images",
+  ),
+  "in rejected": (pair("a", "b", "c <image>"), "1 <image> in 'rejected', but only the question shows images"),
+  "context": (pair("a", "<IMG_CONTEXT>"), "the text itself contains <IMG_CONTEXT>; take it out"),
+  "gone": (pair("a", image="nowhere.png"), "image not found"),
+  "cut": (pair("a", image="cut.png"), "cut.png"),
+  "both": (pair("a", image="a.png", video="v.gif"), "the line has both 'image' 'a.png' and 'video' 'v.gif'"),
+}
+
+
+def with_line(folder, line):
+  write_jsonl(folder / "toy.jsonl", [GOOD, line, GOOD])
+  (folder / "meta.json").write_text(json.dumps({"toy": {"root": str(folder), "annotation": "toy.jsonl"}}))
+  return folder / "meta.json"
+
+
+def lost_by_doctor(meta, tokenizer, packed, **options):
+  data = arguments(meta, **(PACKED if packed else {}))
+  mixture = Mixture(data, tokenizer, tokens_per_tile=P, seed=42, cache=meta.parent, **options)
+  mixture.index_sizes(meta.parent / f"doctor{packed}", workers=0, quiet=True)
+  lines = [line for report in examine(mixture) for line in report.examples]
+  lines += decode_all(mixture, packed=packed, workers=0)
+  mixture.close()
+  return lines
+
+
+def assert_named(meta, tokenizer, cause, **options):
+  for data in ({}, PACKED):
+    rows = {"max_steps": 1, "per_device_train_batch_size": 1 if data else 3, "gradient_accumulation_steps": 1}
+    settings = {"data": data, **rows, **options}
+    with contextlib.closing(make_loader(meta, tokenizer, loader={"shuffle": False}, **settings)) as loader:
+      with pytest.raises(DataError) as caught:
+        next(loader)
+      message = str(caught.value)
+      assert message.startswith(f"{meta.parent}/toy.jsonl:2 (dataset 'toy'): ") and cause in message, message
+      assert message.isprintable() and len(message) < 1000
+    drop = {"shuffle": False, "on_bad_sample": "drop", "max_bad_fraction": 0.5}
+    with contextlib.closing(make_loader(meta, tokenizer, loader=drop, **settings)) as loader:
+      batch = next(loader)
+      counts = loader.counters()["toy"]
+    assert counts == dict.fromkeys(EVENTS, 0) | {"samples": 3, "unreadable": 1}
+    preference = options.get("preference", True)
+    if preference:
+      assert [index for index, *_ in segments_of(batch)] == [0, 2]
+    assert lost_by_doctor(meta, tokenizer, bool(data), preference=preference) == [message]
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_line_that_is_wrong_is_named_and_counted(files, tokenizer, name):
+  line, cause = WRONG[name]
+  (files / "cut.png").write_bytes((files / "a.png").read_bytes()[:300])
+  assert_named(with_line(files, line), tokenizer, cause)
+
+
+def test_a_pair_in_fine_tuning_is_named(files, tokenizer):
+  good = {"conversations": turns("a", "b")}
+  write_jsonl(files / "toy.jsonl", [good, GOOD, good])
+  (files / "meta.json").write_text(json.dumps({"toy": {"root": "", "annotation": "toy.jsonl"}}))
+  cause = (
+    "the line is a preference pair, of 'chosen' and 'rejected', which needs preference.loss_type, such as"
+  )
+  assert_named(files / "meta.json", tokenizer, cause, preference=False)
+
+
+def test_answers_of_the_same_tokens_are_refused(files, hf_tokenizer):
+  strips = ChatTokenizer(hf_tokenizer, dataclasses.replace(get_template("internvl2_5"), strips=True))
+  with pytest.raises(DataError, match=r"'chosen' and 'rejected' become the same \d+ tokens"):
+    maker(files, strips).make(pair("a", "red", " red"), WHERE)
+
+
+def test_buckets_must_hold_both_answers(meta, tokenizer):
+  cause = "largest, 512, is below twice data.max_seq_length, for the two answers of a pair, 1024"
+  with pytest.raises(DataError, match=cause):
+    make_loader(meta, tokenizer, loader={"sequence_buckets": (512,)})
+  with contextlib.closing(make_loader(meta, tokenizer)) as loader:
+    assert loader.sequence_sizes == (256, 512, 1024)
+
+
+# --- What is told about the data -------------------------------------------------------------------------------
+
+
+def test_show_and_dump(files, tokenizer):
+  sample = maker(files, tokenizer).make(pair("what?", "red", "no", image="b.png"), WHERE)
+  about, question, chosen, rejected = show_sample(sample, tokenizer).splitlines()
+  assert about == f"{WHERE}, {sample.lengths[0]} + {sample.lengths[1]} tokens, {len(sample.tiles)} tiles:"
+  assert question.startswith("  question: <|im_start|>system") and "»" not in question
+  assert (
+    question.endswith("<|im_start|>assistant\\n") and f"<IMG_CONTEXT>x{len(sample.tiles) * P}" in question
+  )
+  assert (chosen, rejected) == ("  chosen: »red<|im_end|>«\\n", "  rejected: »no<|im_end|>«\\n")
+  parts = as_json(sample)
+  assert list(parts) == ["chosen", "rejected"]
+  for part, segment in zip(parts.values(), sample.segments(), strict=True):
+    assert part == {"input_ids": segment.input_ids.tolist(), "labels": segment.labels.tolist()}
+
+
+def test_show_batch(meta, tokenizer):
+  with contextlib.closing(make_loader(meta, tokenizer, loader={"shuffle": False})) as loader:
+    text = show_batch(next(loader), tokenizer)
+  assert "row 0: " in text and text.count("»red") == 2
+
+
+def test_the_fingerprint_tells_data_apart(files, tokenizer):
+  def fingerprint(folder=files, **changes):
+    with contextlib.closing(make_loader(folder / "meta.json", tokenizer, data=changes)) as loader:
+      return loader.fingerprint()
+
+  with_line(files, GOOD)
+  first = fingerprint()
+  assert len(first) == 64 and first == fingerprint()
+  os.utime(files / "toy.jsonl")
+  assert first == fingerprint()
+  changes = [{"max_dynamic_patch": 3}, {"max_seq_length": 256}, {"pad2square": True}, {"max_num_frame": 5}]
+  found = {fingerprint(**change) for change in changes}
+  with_line(files, pair("what is it?", "red circle", "yes"))
+  found.add(fingerprint())
+  entries = json.loads((files / "meta.json").read_text())
+  entries["toy"]["repeat_time"] = 2
+  (files / "meta.json").write_text(json.dumps(entries))
+  found.add(fingerprint())
+  assert len(found | {first}) == 7
+
+
+def test_datasets_that_differ_between_epochs_are_named(meta, files, tokenizer):
+  with contextlib.closing(make_loader(meta, tokenizer)) as loader:
+    varying = loader.first_varying()
+  assert varying.dataset == "two" and varying.cause.endswith(
+    f"from {meta.parent}/two.jsonl:2 (dataset 'two') on"
+  )
+
+  def of_toy(line, **entry):
+    with_line(files, line)
+    entries = {"toy": {"root": "", "annotation": "toy.jsonl", **entry}}
+    (files / "meta.json").write_text(json.dumps(entries))
+    with contextlib.closing(make_loader(files / "meta.json", tokenizer)) as loader:
+      return loader.first_varying()
+
+  assert of_toy(pair("a", 'a "video"', video="")) is None
+  assert of_toy(pair("a", video="v.gif"), repeat_time=0.5) is None  # only the first line is in use
+  assert of_toy(pair("a", video="v.gif")).dataset == "toy"
+  assert of_toy(GOOD, data_augment=True).cause.startswith("data_augment re-encodes its images")
