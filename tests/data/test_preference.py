@@ -218,23 +218,22 @@ def test_packed_equals_unpacked(meta, tokenizer, unpacked):
   assert [counts["samples"] for counts in counters.values()] == [12, 24]
 
 
-@pytest.mark.parametrize("data", [{}, PACKED], ids=["unpacked", "packed"])
-def test_resume_is_bit_identical_for_any_workers_and_hosts(meta, tokenizer, data):
-  with contextlib.closing(make_loader(meta, tokenizer, data=data, shards=2)) as loader:
+@pytest.mark.parametrize("name", ["unpacked", "grouped", "packed"])
+def test_resume_is_bit_identical_for_any_workers_and_hosts(meta, tokenizer, name):
+  settings = {"data": PACKED if name == "packed" else {}, "group_by_length": name == "grouped", "shards": 2}
+  with contextlib.closing(make_loader(meta, tokenizer, **settings)) as loader:
     expected, wanted = list(loader), loader.get_state()
   batches, state = [], None
   for workers, steps in ((1, 1), (0, 2)):
     with contextlib.closing(
-      make_loader(meta, tokenizer, data=data, shards=2, state=state, dataloader_num_workers=workers)
+      make_loader(meta, tokenizer, **settings, state=state, dataloader_num_workers=workers)
     ) as loader:
       batches += [next(loader) for _ in range(steps)]
       state = json.loads(json.dumps(loader.get_state()))
   with contextlib.ExitStack() as stack:
     hosts = [
       stack.enter_context(
-        contextlib.closing(
-          make_loader(meta, tokenizer, data=data, shards=2, state=state, my_shards=range(i, i + 1))
-        )
+        contextlib.closing(make_loader(meta, tokenizer, **settings, state=state, my_shards=range(i, i + 1)))
       )
       for i in range(2)
     ]
