@@ -202,6 +202,30 @@ def test_stages_find_what_the_stages_before_wrote():
   assert set(later) <= written
 
 
+def test_the_readme_names_every_recipe_with_its_sizes():
+  text = (ROOT / "README.md").read_text(encoding="utf-8")
+  for path in recipe_files():
+    (cell,) = re.findall(rf"\({path.relative_to(ROOT)}\)([^|\[]*)", text)
+    if path.name != "quickstart.py":
+      named = re.findall(r"`:?(\d+b)`", cell)
+      assert list(dict.fromkeys(choice.split(",")[0] for choice in choices_of(path))) == named
+      assert ("ᴸ" in cell) == any(choice.endswith(",lora") for choice in choices_of(path))
+
+
+def test_a_recipe_may_start_from_another(tmp_path):
+  mine = tmp_path / "mine.py"
+  mine.write_text(
+    "from internvl_jax.frontdoor import load_recipe\n"
+    "def get_config(arg=''):\n"
+    f"  config = load_recipe({str(CONFIGS)!r} + '/internvl2_5/finetune.py:' + arg)\n"
+    "  config.training.learning_rate = 1e-6\n"
+    "  return config\n"
+  )
+  config = frontdoor.load_recipe(f"{mine}:1b,lora")
+  assert config.model.use_llm_lora == 16
+  assert config.training.learning_rate == 1e-6
+
+
 # --- The argument -------------------------------------------------------------------------------------------
 
 

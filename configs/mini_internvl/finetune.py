@@ -1,6 +1,6 @@
 """Mini-InternVL, adapted to a domain: InternVL2's small sizes, everything trains.
 
-Reproduces shell/mini_internvl/domain_adaptation, on 8 GPUs with packed rows of 16384 tokens: 64 rows a step (drivelm: 8).
+Reproduces shell/mini_internvl/domain_adaptation, on 8 GPUs: 64 packed rows of 16384 tokens a step (drivelm: 8).
 Domains: bdd (driving, BDD-X), drivelm (driving, several views), medical, remote (remote sensing).
 
   python -m internvl_jax.train --config configs/mini_internvl/finetune.py:2b,drivelm
