@@ -22,9 +22,14 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> 
     targets: int [...]; IGNORE_INDEX adds nothing.
     weights: float32 [...], already normalised.
   """
+  return jnp.sum(token_losses(logits, targets) * weights)
+
+
+def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  """-log softmax(logits)[target] of logits [..., V] in float32; 0 at IGNORE_INDEX."""
   picked = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
   nll = jax.nn.logsumexp(logits, axis=-1) - picked
-  return jnp.sum(jnp.where(targets != IGNORE_INDEX, nll * weights, 0.0))
+  return jnp.where(targets != IGNORE_INDEX, nll, 0.0)
 
 
 def chunked_linear_cross_entropy(
@@ -43,7 +48,7 @@ def chunked_linear_cross_entropy(
     weights: float32 [M] or [R, S], already normalised.
   """
   if mesh_in_scope() is not None:
-    return spread.linear_cross_entropy(hidden, kernel, targets, weights)
+    return jnp.sum(spread.linear_token_losses(hidden, kernel, targets) * weights)
   hidden, targets, weights = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), weights.reshape(-1)
   M = hidden.shape[0]
   chunks = -(-M // CHUNK) if M > CHUNK else 1

@@ -1,4 +1,4 @@
-"""The chunked linear cross-entropy on a mesh.
+"""The losses of tokens by a chunked linear cross-entropy, on a mesh.
 
 Tokens stay on the devices that they are spread over, and chunks go along the vocabulary: what of the kernel a
 chunk needs is collected right before its product, and its gradient summed into the stored pieces right after,
@@ -24,44 +24,52 @@ _LANES = 128
 """What widths of chunks are a multiple of: the lanes of a TPU's vector unit."""
 
 
-def linear_cross_entropy(
-  hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array
-) -> jax.Array:
-  """`lm.cross_entropy(hidden @ kernel, targets, weights)` of hidden [R, S, E] and kernel [E, V] on a mesh."""
+def linear_token_losses(hidden: jax.Array, kernel: jax.Array, targets: jax.Array) -> jax.Array:
+  """-log softmax(hidden @ kernel)[target] of hidden [R, S, E] and kernel [E, V], on a mesh or without one.
+
+  Args:
+    hidden: [R, S, E] in the compute dtype.
+    kernel: [E, V], cast to the dtype of `hidden`.
+    targets: int [R, S].
+
+  Returns:
+    float32 [R, S], spread like the tokens; 0 at IGNORE_INDEX.
+  """
   mesh = mesh_in_scope()
-  assert mesh is not None
+  if mesh is None:
+    return _local(hidden, kernel, targets, jnp.arange(1), vocabulary=kernel.shape[1], collected=(), vocab=())
   (R, S, E), V = hidden.shape, kernel.shape[1]
   rows, tokens = fit(ACTIVATIONS["rows"], R, mesh), fit(ACTIVATIONS["tokens"], S, mesh)
   width = fit(WEIGHTS["table"], E, mesh)
   vocab = tuple(axis for axis in ACTIVATIONS["vocab"] if axis in tokens and axis in width)
+  collected = tuple(axis for axis in width if axis not in vocab)
   parts = math.prod(mesh.shape[axis] for axis in vocab)
-  devices = math.prod(mesh.shape[axis] for axis in (*rows, *tokens))
-  chunk = _chunk_width(R * S * parts // devices, math.ceil(V / parts))
-  padded = math.ceil(V / (parts * chunk)) * parts * chunk
-
-  def local(hidden, kernel, targets, weights, part):
-    if vocab:
-      hidden, targets, weights = (
-        jax.lax.all_gather(x, vocab, axis=1, tiled=True) for x in (hidden, targets, weights)
-      )
-    kernel = jnp.pad(kernel, ((0, 0), (0, padded - V)))
-    if vocab:
-      kernel = jax.lax.all_to_all(kernel, vocab, split_axis=1, concat_axis=0, tiled=True)
-    chunks = kernel.reshape(kernel.shape[0], -1, chunk).swapaxes(0, 1)
-    # Entries of the vocabulary by chunk; -1, which is no target, where it is padded.
-    entries = part[0] * (padded // parts) + jnp.arange(padded // parts).reshape(-1, chunk)
-    entries = jnp.where(entries < V, entries, -1)
-    collected = tuple(axis for axis in width if axis not in vocab)
-    flat = (hidden.reshape(-1, E), chunks, entries, targets.reshape(-1), weights.reshape(-1))
-    return _on_device(collected, vocab, *flat)[None]
-
-  totals = jax.shard_map(
-    local,
-    in_specs=(spec(rows, tokens, ()), spec(width, ()), spec(rows, tokens), spec(rows, tokens), spec(vocab)),
-    out_specs=spec((*rows, *tokens)),
+  return jax.shard_map(
+    functools.partial(_local, vocabulary=V, collected=collected, vocab=vocab, parts=parts),
+    in_specs=(spec(rows, tokens, ()), spec(width, ()), spec(rows, tokens), spec(vocab)),
+    out_specs=spec(rows, tokens),
     check_vma=False,
-  )(hidden, kernel, targets, weights, jnp.arange(parts))
-  return jnp.sum(totals)
+  )(hidden, kernel, targets, jnp.arange(parts))
+
+
+def _local(hidden, kernel, targets, part, *, vocabulary, collected, vocab, parts=1):
+  """A device's part of `linear_token_losses`; `part` [1] is which of the `parts` of the vocabulary is its own."""
+  E, own = hidden.shape[-1], targets.shape[1]
+  if vocab:
+    hidden, targets = (jax.lax.all_gather(x, vocab, axis=1, tiled=True) for x in (hidden, targets))
+  chunk = _chunk_width(targets.size, math.ceil(vocabulary / parts))
+  padded = math.ceil(vocabulary / (parts * chunk)) * parts * chunk
+  kernel = jnp.pad(kernel, ((0, 0), (0, padded - vocabulary)))
+  if vocab:
+    kernel = jax.lax.all_to_all(kernel, vocab, split_axis=1, concat_axis=0, tiled=True)
+  chunks = kernel.reshape(kernel.shape[0], -1, chunk).swapaxes(0, 1)
+  # Entries of the vocabulary by chunk; -1, which is no target, where it is padded.
+  entries = part[0] * (padded // parts) + jnp.arange(padded // parts).reshape(-1, chunk)
+  entries = jnp.where(entries < vocabulary, entries, -1)
+  flat = (hidden.reshape(-1, E), chunks, entries, targets.reshape(-1))
+  losses: jax.Array = _chunked(collected, vocab, *flat)
+  losses = losses.reshape(targets.shape)
+  return jax.lax.dynamic_slice_in_dim(losses, part[0] * own, own, axis=1) if vocab else losses
 
 
 def _chunk_width(tokens: int, vocabulary: int) -> int:
@@ -70,26 +78,23 @@ def _chunk_width(tokens: int, vocabulary: int) -> int:
   return math.ceil(vocabulary / chunks / _LANES) * _LANES
 
 
-def _on_device(collected: MeshAxes, vocab: MeshAxes, *arrays: jax.Array) -> jax.Array:
-  """The device's share of the weighted sum over tokens x [M, E], with kernels [n, pieces of E, C] of entries [n, C].
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked(collected, vocab, x, chunks, entries, targets):
+  """Losses [M] of tokens x [M, E], with kernels [n, pieces of E, C] of entries [n, C] and targets [M].
 
-  Devices that share tokens all have their sum, so that each gives an equal part of it.
+  Devices that share tokens have their losses all alike; of a loss that several of them use, the gradients are
+  summed.
 
   Args:
     collected: axes of the mesh that hold pieces of E.
     vocab: those that share tokens and split the vocabulary.
-    arrays: x, kernels, entries, targets [M], weights [M].
+    x, chunks, entries, targets: see above.
   """
-  return _chunked(collected, vocab, *arrays)
+  return _losses(collected, vocab, x, chunks, entries, targets)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(collected, vocab, x, chunks, entries, targets, weights):
-  return _share(collected, vocab, x, chunks, entries, targets, weights)[0]
-
-
-def _share(collected, vocab, x, chunks, entries, targets, weights):
-  """The share, and the logarithm of each token's softmax denominator [M]."""
+def _losses(collected, vocab, x, chunks, entries, targets):
+  """The losses, and the logarithm of each token's softmax denominator [M]."""
 
   def add(carry, chunk):
     top, scaled, picked = carry
@@ -107,8 +112,7 @@ def _share(collected, vocab, x, chunks, entries, targets, weights):
     scaled = jax.lax.psum(scaled * jnp.exp(top - highest), vocab)
     top, picked = highest, jax.lax.psum(picked, vocab)
   log_sum = top + jnp.log(scaled)
-  total = jnp.sum(jnp.where(targets != IGNORE_INDEX, (log_sum - picked) * weights, 0.0))
-  return total / (jax.lax.psum(1, vocab) if vocab else 1), log_sum
+  return jnp.where(targets != IGNORE_INDEX, log_sum - picked, 0.0), log_sum
 
 
 def _logits(collected, x, piece, entries):
@@ -122,17 +126,17 @@ def _collect(collected: MeshAxes, piece: jax.Array, dtype: jnp.dtype) -> jax.Arr
   return jax.lax.all_gather(piece, collected, axis=0, tiled=True) if collected else piece
 
 
-def _chunked_forward(collected, vocab, x, chunks, entries, targets, weights):
-  arrays = [operand.value for operand in (x, chunks, entries, targets, weights)]
-  total, log_sum = _share(collected, vocab, *arrays)
+def _chunked_forward(collected, vocab, x, chunks, entries, targets):
+  arrays = [operand.value for operand in (x, chunks, entries, targets)]
+  losses, log_sum = _losses(collected, vocab, *arrays)
   # An empty tuple says that the kernel trains: only the structure of what is kept is static.
-  return total, (*arrays, log_sum, () if chunks.perturbed else None)
+  return losses, (*arrays, log_sum, () if chunks.perturbed else None)
 
 
 def _chunked_backward(collected, vocab, saved, g):
-  # The gradient of all shares together, of which each device has the part of its own logits.
-  x, chunks, entries, targets, weights, log_sum, needs_kernel = saved
-  weights = jnp.where(targets != IGNORE_INDEX, weights * g, 0.0)
+  # The gradient of all devices' uses together, of which each device has the part of its own logits.
+  x, chunks, entries, targets, log_sum, needs_kernel = saved
+  weights = jnp.where(targets != IGNORE_INDEX, jax.lax.psum(g, vocab) if vocab else g, 0.0)
 
   def add(dx, chunk):
     piece, entries = chunk
@@ -147,7 +151,7 @@ def _chunked_backward(collected, vocab, saved, g):
     return dx, d_piece.astype(piece.dtype)
 
   dx, d_chunks = jax.lax.scan(add, jnp.zeros(x.shape, jnp.float32), (chunks, entries))
-  return dx.astype(x.dtype), d_chunks, None, None, None
+  return dx.astype(x.dtype), d_chunks, None, None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward, symbolic_zeros=True)
