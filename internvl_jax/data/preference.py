@@ -3,7 +3,8 @@ r"""The lines of preference data, and the two conversations that each becomes.
     {"image": "cat.jpg", "question": "What is it?", "chosen": "A cat.", "rejected": "A dog."}
     -> [human "<image>\nWhat is it?", gpt "A cat."], [human "<image>\nWhat is it?", gpt "A dog."]
 
-Images are named as for supervised fine-tuning and belong to the question, so both conversations show the same.
+Images are named as for supervised fine-tuning and belong to the question, so both conversations show the same. A
+line may have a `system` message beside, in place of the template's.
 """
 
 import json
@@ -29,11 +30,13 @@ class Pair(NamedTuple):
   question: str
   chosen: str
   rejected: str
+  system: str | None = None
 
   def conversations(self) -> list[list[dict[str, str]]]:
     """Returns the question with the chosen answer, and with the rejected one."""
+    system = [] if self.system is None else [{"from": "system", "value": self.system}]
     return [
-      [{"from": "human", "value": self.question}, {"from": "gpt", "value": answer}]
+      [*system, {"from": "human", "value": self.question}, {"from": "gpt", "value": answer}]
       for answer in (self.chosen, self.rejected)
     ]
 
@@ -55,13 +58,13 @@ def pair_of(record: dict[str, Any], where: Where) -> Pair:
       f"key {_listed(missing)} is missing; the line has {_listed(record) or 'no key'}, and preference.loss_type needs "
       f"{_listed(KEYS)}"
     )
-  for key in KEYS:
+  for key in (*KEYS, *(["system"] if "system" in record else [])):
     if not isinstance(record[key], str) or not record[key].strip():
       raise where.error(
         f"{key!r} must be a text that is not empty, got {json.dumps(record[key])[:80]}; write one or delete the line"
       )
     check_characters(record[key], repr(key), where)
-  pair = Pair(*(record[key] for key in KEYS))
+  pair = Pair(record["question"], record["chosen"], record["rejected"], record.get("system"))
   if pair.chosen == pair.rejected:
     raise where.error(
       f"'chosen' and 'rejected' are the same text {pair.chosen[:80]!r}, which prefers nothing; correct one or delete "

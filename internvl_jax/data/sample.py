@@ -285,7 +285,7 @@ class SampleMaker:
     conversations = [
       _with_places(turns, record, num_images, where, preference.FRAME_NAME) for turns in pair.conversations()
     ]
-    preference.check_places(conversations[0][0]["value"], num_images, where)
+    preference.check_places(conversations[0][-2]["value"], num_images, where)
     chats = tuple(self.tokenizer.lay_out(turns, num_images, where) for turns in conversations)
     preference.check_chats(chats, where)
     return chats

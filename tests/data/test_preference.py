@@ -564,3 +564,16 @@ def test_datasets_that_differ_between_epochs_are_named(meta, files, tokenizer):
   assert of_toy(pair("a", video="v.gif"), repeat_time=0.5) is None  # only the first line is in use
   assert of_toy(pair("a", video="v.gif")).dataset == "toy"
   assert of_toy(GOOD, data_augment=True).cause.startswith("data_augment re-encodes its images")
+
+
+def test_a_system_message_of_the_line_itself(tmp_path, tokenizer):
+  record = pair("What?", system="Be brief.", image=picture(tmp_path, "a.png"))
+  chosen, _ = maker(tmp_path, tokenizer).make(record, WHERE).segments()
+  alone = maker(tmp_path, tokenizer, preference=False)
+  system = {"from": "system", "value": "Be brief."}
+  conversations = [system, *turns("<image>\nWhat?", "red")]
+  expected = alone.make({"image": "a.png", "conversations": conversations}, WHERE)
+  np.testing.assert_array_equal(chosen.input_ids, expected.input_ids)
+  np.testing.assert_array_equal(chosen.labels, expected.labels)
+  with pytest.raises(DataError, match="'system' must be a text that is not empty, got 3"):
+    maker(tmp_path, tokenizer).make({**record, "system": 3}, WHERE)
