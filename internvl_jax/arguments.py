@@ -175,6 +175,24 @@ class TrainingArguments:
   remove_unused_columns: bool = True
 
 
+PREFERENCE_LOSSES = (
+  "sigmoid",
+  "hinge",
+  "ipo",
+  "bco_pair",
+  "sppo_hard",
+  "nca_pair",
+  "robust",
+  "aot",
+  "aot_pair",
+  "exo_pair",
+)
+"""The losses that `PreferenceConfig.loss_type` names; see `losses.preference`."""
+
+SMOOTHED_LOSSES = frozenset({"sigmoid", "robust", "aot", "aot_pair", "exo_pair"})
+"""Those that label smoothing changes."""
+
+
 @dataclasses.dataclass(kw_only=True, slots=True)
 class PreferenceConfig:
   """Preference optimisation (MPO), under TRL's names."""
@@ -187,9 +205,27 @@ class PreferenceConfig:
   rpo_alpha: float | None = None
   # Weights of the terms of a comma list.
   sigmoid_loss_weight: float = 1.0
+  hinge_loss_weight: float = 1.0
+  ipo_loss_weight: float = 1.0
   bco_pair_loss_weight: float = 1.0
-  # Compute the reference model's log-probs once, before training.
+  sppo_hard_loss_weight: float = 1.0
+  nca_pair_loss_weight: float = 1.0
+  robust_loss_weight: float = 1.0
+  aot_loss_weight: float = 1.0
+  aot_pair_loss_weight: float = 1.0
+  exo_pair_loss_weight: float = 1.0
+  # Compute the reference policy's log-probabilities once, before training, and keep them on disk; otherwise the
+  # reference is held in memory beside the policy.
   precompute_reference: bool = False
+  # Folder of what was computed; None: `reference_logps` in training.output_dir.
+  reference_cache_dir: str | None = None
+  # A meta file of held-out pairs, which are judged at the end of a run and, under eval_strategy="steps", during it.
+  eval_meta_path: str | None = None
+
+  @property
+  def kinds(self) -> tuple[str, ...]:
+    """The losses of `loss_type`."""
+    return tuple(kind.strip() for kind in (self.loss_type or "").split(",")) if self.loss_type else ()
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,8 @@ import optax
 from absl import logging
 from transformers import PreTrainedTokenizerBase
 
-from internvl_jax.arguments import LoRAConfig, ModelArguments
+from internvl_jax import optim
+from internvl_jax.arguments import LoRAConfig, ModelArguments, PreferenceConfig
 from internvl_jax.config import TrainConfig
 from internvl_jax.errors import UserError
 from internvl_jax.hf import published
@@ -26,15 +27,22 @@ from internvl_jax.hf.model import (
   with_projector,
 )
 from internvl_jax.hf.tokenizer import add_image_tokens, load_tokenizer
+from internvl_jax.losses.preference import LossSettings
 from internvl_jax.models.attention import backend_for
 from internvl_jax.models.internvl import Execution
 from internvl_jax.models.lora import DEFAULT_TARGETS, LoRASpec
-from internvl_jax.objectives import SupervisedFineTuning
+from internvl_jax.objectives import (
+  COPIES,
+  PreferenceOptimization,
+  ReferencePolicy,
+  SupervisedFineTuning,
+)
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.parallel import rules, zero
 from internvl_jax.parallel.table import placement_table, placement_warnings
 from internvl_jax.state import with_dtypes
-from internvl_jax.step import TrainStep
+from internvl_jax.step import Objective, TrainStep
+from internvl_jax.trees import part_of, select
 
 
 def set_up_jax(config: TrainConfig) -> None:
@@ -167,31 +175,109 @@ def place_state(
 
 def make_step(
   config: TrainConfig,
-  source: Source,
+  objective: Objective,
   optimizer: optax.GradientTransformation,
-  how: Execution,
   places: rules.StateShardings,
 ) -> TrainStep:
   """The optimizer step that the config describes."""
-  shards = meshes.data_parallel_size(places.mesh)
   return TrainStep(
-    model=source.model,
-    objective=SupervisedFineTuning(
-      how=how,
-      normalize_type=config.data.normalize_type,
-      fused_loss=config.model.use_liger,
-      drop_path_rates=drop_path_rates(config.model, source),
-      dropout=bool(source.specs),
-      shards=shards,
-      router_loss_coef=config.runtime.router_aux_loss_coef,
-    ),
+    objective=objective,
     optimizer=optimizer,
     max_grad_norm=config.training.max_grad_norm,
-    shards=shards,
-    all_gather=config.data.loss_reduction_all_gather,
     seed=config.training.seed,
     places=places,
   )
+
+
+def make_objective(
+  config: TrainConfig, source: Source, how: Execution, mesh: jax.sharding.Mesh
+) -> SupervisedFineTuning | PreferenceOptimization:
+  """What the config says is to be minimised."""
+  forward: dict[str, Any] = {
+    "model": source.model,
+    "how": how,
+    "normalize_type": config.data.normalize_type,
+    "drop_path_rates": drop_path_rates(config.model, source),
+    "dropout": bool(source.specs),
+    "shards": meshes.data_parallel_size(mesh),
+    "all_gather": config.data.loss_reduction_all_gather,
+    "router_loss_coef": config.runtime.router_aux_loss_coef,
+  }
+  asked = config.preference
+  if asked.loss_type is None:
+    return SupervisedFineTuning(**forward, fused_loss=config.model.use_liger)
+  return PreferenceOptimization(
+    **forward,
+    terms=preference_terms(asked),
+    settings=LossSettings(asked.beta, asked.label_smoothing),
+    rpo_alpha=asked.rpo_alpha,
+    reference=None if asked.precompute_reference else reference_policy(config, source),
+  )
+
+
+def preference_terms(config: PreferenceConfig) -> tuple[tuple[str, float], ...]:
+  """The losses that `loss_type` names, and their weights."""
+  weights = {
+    "sigmoid": config.sigmoid_loss_weight,
+    "hinge": config.hinge_loss_weight,
+    "ipo": config.ipo_loss_weight,
+    "bco_pair": config.bco_pair_loss_weight,
+    "sppo_hard": config.sppo_hard_loss_weight,
+    "nca_pair": config.nca_pair_loss_weight,
+    "robust": config.robust_loss_weight,
+    "aot": config.aot_loss_weight,
+    "aot_pair": config.aot_pair_loss_weight,
+    "exo_pair": config.exo_pair_loss_weight,
+  }
+  return tuple((kind, weights[kind]) for kind in config.kinds)
+
+
+def reference_policy(config: TrainConfig, source: Source) -> ReferencePolicy:
+  """The policy as it is before the first step, without the adapters that are attached for this run.
+
+  Adapters that the checkpoint brings are a part of it.
+  """
+  trainable = optim.trainable_paths(config.model, source.model.shapes)
+  return ReferencePolicy(
+    model=source.without_fresh_adapters(),
+    shares_features=not any(part_of(path) in ("vision_model", "mlp1") for path in trainable),
+  )
+
+
+def describe_copies(
+  config: TrainConfig, source: Source, params: Mapping[str, Any], trainable: set[str]
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes and places of the frozen copies that the reference policy has of what trains: in the compute dtype.
+
+  Empty where the run has no reference policy in memory.
+
+  Args:
+    config: the run.
+    source: the model.
+    params: all parameters by path, or their shapes, with their shardings.
+    trainable: the paths of those that train.
+  """
+  if config.preference.loss_type is None or config.preference.precompute_reference:
+    return {}
+  copied = select(params, trainable & set(reference_policy(config, source).model.shapes))
+  dtype = jnp.bfloat16 if config.training.bf16 else jnp.float32
+  return {
+    COPIES + path: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+    for path, leaf in copied.items()
+  }
+
+
+def reference_copies(
+  config: TrainConfig, source: Source, params: Mapping[str, jax.Array], trainable: set[str]
+) -> dict[str, jax.Array]:
+  """What `describe_copies` describes."""
+  described = describe_copies(config, source, params, trainable)
+  originals = {path: params[path.removeprefix(COPIES)] for path in described}
+  copy = jax.jit(
+    lambda tree: {path: jnp.copy(value).astype(described[path].dtype) for path, value in tree.items()},
+    out_shardings={path: leaf.sharding for path, leaf in described.items()},
+  )
+  return copy(originals)
 
 
 def drop_path_rates(model: ModelArguments, source: Source) -> tuple[float, ...]:

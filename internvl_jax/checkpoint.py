@@ -125,13 +125,20 @@ class Checkpointer:
       ),
     )
     tree = restored["state"]
-    state = TrainState(tree["step"], tree["params"], _from_tree(tree["opt_state"], like.opt_state))
+    opt_state = _from_tree(tree["opt_state"], like.opt_state)
+    state = TrainState(tree["step"], tree["params"], opt_state, tree.get("running", {}))
     if int(state.step) != step:
       raise UserError(f"{path}: holds step {int(state.step)}, expected {step}; remove that folder")
     return state, restored["loader"], restored["trainer"]
 
   def _check_same_parameters(self, step: int, like: TrainState) -> None:
-    saved = self._manager.item_metadata(step)["state"]["params"]
+    metadata = self._manager.item_metadata(step)["state"]
+    if sorted(metadata.get("running", {})) != sorted(like.running):
+      raise UserError(
+        f"{self.folder / str(step)}: was made by another objective (preference.loss_type) than this config's; use the "
+        "settings it was made with, another output_dir, or overwrite_output_dir=True"
+      )
+    saved = metadata["params"]
     found = {path: tuple(leaf.shape) for path, leaf in saved.items()}
     wanted = {path: tuple(leaf.shape) for path, leaf in like.params.items()}
     if found == wanted:
@@ -189,7 +196,8 @@ class Checkpointer:
 
 def _as_tree(state: TrainState) -> dict[str, Any]:
   # The optimizer's tuples become a list of leaves, so that a checkpoint does not depend on optax's classes.
-  return {"step": state.step, "params": state.params, "opt_state": dict(_leaves(state.opt_state))}
+  tree = {"step": state.step, "params": state.params, "opt_state": dict(_leaves(state.opt_state))}
+  return {**tree, "running": state.running} if state.running else tree
 
 
 def _leaves(opt_state: Any) -> list[tuple[str, Any]]:

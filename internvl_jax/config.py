@@ -29,6 +29,8 @@ from typing import Any, Literal
 from etils import epath
 
 from internvl_jax.arguments import (
+  PREFERENCE_LOSSES,
+  SMOOTHED_LOSSES,
   CheckpointConfig,
   DataTrainingArguments,
   EvalConfig,
@@ -89,9 +91,7 @@ def to_json(config: TrainConfig) -> dict[str, dict[str, Any]]:
 
 # --- The rules, as data -------------------------------------------------------------------------------------
 
-NOT_YET: dict[str, str] = {
-  "preference.loss_type": "preference optimisation",
-}
+NOT_YET: dict[str, str] = {}
 """Field -> what it asks for or what is done instead; the field must keep its default until that is there."""
 
 REFUSED: dict[str, str] = {
@@ -123,9 +123,10 @@ ONLY_WITH: dict[str, tuple[str, ...]] = {
   "preference.beta": _PREFERENCE,
   "preference.label_smoothing": _PREFERENCE,
   "preference.rpo_alpha": _PREFERENCE,
-  "preference.sigmoid_loss_weight": _PREFERENCE,
-  "preference.bco_pair_loss_weight": _PREFERENCE,
+  **{f"preference.{kind}_loss_weight": _PREFERENCE for kind in PREFERENCE_LOSSES},
   "preference.precompute_reference": _PREFERENCE,
+  "preference.reference_cache_dir": ("preference.precompute_reference",),
+  "preference.eval_meta_path": _PREFERENCE,
   "model.unfreeze_vit_layers": ("model.freeze_backbone", "model.use_backbone_lora"),
   "model.unfreeze_lm_head": ("model.freeze_llm", "model.use_llm_lora"),
   "lora.alpha": _WITH_LORA,
@@ -245,8 +246,7 @@ RANGES: dict[str, Range] = {
   "preference.beta": _ABOVE_0,
   "preference.label_smoothing": Range(low=0, high=0.5, high_is_in=False),
   "preference.rpo_alpha": _NOT_NEGATIVE,
-  "preference.sigmoid_loss_weight": _NOT_NEGATIVE,
-  "preference.bco_pair_loss_weight": _NOT_NEGATIVE,
+  **{f"preference.{kind}_loss_weight": _NOT_NEGATIVE for kind in PREFERENCE_LOSSES},
   "mesh.data": _AXIS,
   "mesh.fsdp": _AXIS,
   "mesh.expert": _AXIS,
@@ -308,6 +308,7 @@ def problems(config: TrainConfig, command: Command = "train") -> list[str]:
     _range_problems,
     _model_problems,
     _data_problems,
+    _preference_problems,
     _schedule_problems,
     _evaluation_problems,
     _mesh_problems,
@@ -430,12 +431,46 @@ def _data_problems(config: TrainConfig) -> Iterator[str]:
     buckets = get(config, path)
     if list(buckets) != sorted(set(buckets)):
       yield f"{path}={buckets} must rise from entry to entry; use {tuple(sorted(set(buckets)))}"
-  if loader.sequence_buckets and max(loader.sequence_buckets) < data.max_seq_length:
+  # A pair's answers stand in one row.
+  answers = 1 if config.preference.loss_type is None or data.use_packed_ds else 2
+  if loader.sequence_buckets and max(loader.sequence_buckets) < answers * data.max_seq_length:
+    twice = "twice " if answers == 2 else ""
     yield (
-      f"loader.sequence_buckets={loader.sequence_buckets} cannot hold "
-      f"data.max_seq_length={data.max_seq_length}; add a bucket of that length"
+      f"loader.sequence_buckets={loader.sequence_buckets} cannot hold {twice}data.max_seq_length="
+      f"{data.max_seq_length}; add a bucket of {answers * data.max_seq_length}"
     )
   yield from _template_problems(data.conv_style)
+
+
+def _preference_problems(config: TrainConfig) -> Iterator[str]:
+  preference = config.preference
+  if preference.loss_type is None:
+    return
+  kinds = preference.kinds
+  setting = f"preference.loss_type={preference.loss_type!r}"
+  unknown = [kind for kind in kinds if kind not in PREFERENCE_LOSSES]
+  for kind in unknown:
+    known = ", ".join(PREFERENCE_LOSSES)
+    yield f"{setting}: there is no loss {kind!r}; use {known}, or a list{suggest(kind, PREFERENCE_LOSSES)}"
+  if unknown:
+    return
+  for kind in dict.fromkeys(kinds):
+    if kinds.count(kind) > 1:
+      yield f"{setting} names {kind!r} {kinds.count(kind)} times; name it once, with preference.{kind}_loss_weight"
+  for kind in set(PREFERENCE_LOSSES) - set(kinds):
+    path = f"preference.{kind}_loss_weight"
+    if _changed(config, path):
+      yield f"{_setting(config, path)} has no effect while {setting}; name {kind} there, or set the weight to 1.0"
+  if preference.label_smoothing and not SMOOTHED_LOSSES & set(kinds):
+    yield (
+      f"preference.label_smoothing={preference.label_smoothing} has no effect while {setting}; set it to 0.0, or name "
+      f"one of {', '.join(sorted(SMOOTHED_LOSSES))}"
+    )
+  if _changed(config, "data.loss_reduction"):
+    yield (
+      f"data.loss_reduction={config.data.loss_reduction!r} has no effect while {setting}: answers' log-probabilities "
+      f"are sums; set it to {FIELDS['data.loss_reduction'].default!r}"
+    )
 
 
 def _template_problems(name: str) -> Iterator[str]:

@@ -19,6 +19,8 @@ from internvl_jax.mfu import UsefulFlops
 
 _TEXTS = {
   "loss": "loss {:.4f}",
+  "rewards/accuracies": "rewards/accuracies {:.3f}",
+  "rewards/margins": "rewards/margins {:.3g}",
   "grad_norm": "grad_norm {:.3g}",
   "learning_rate": "learning_rate {:.3g}",
   "skipped_steps": "{} steps skipped",
@@ -97,6 +99,7 @@ class _Window:
 
   def __init__(self):
     self.losses: list[float] = []
+    self.terms: dict[str, list[float]] = {}
     self.skipped = 0
     self.steps = 0
     self.supervised = self.tiles = self.flops = 0.0
@@ -131,7 +134,7 @@ class RunLog:
   """Collects the metrics of steps and hands them out: log history, TensorBoard, bar, log lines.
 
   The history has the schema of Hugging Face's trainer_state.json: `loss` is the mean over the steps since
-  the last entry (over those that were not skipped), `grad_norm` that of the last step, `learning_rate` the value
+  the last entry (over those that were not skipped), and so are the objective's terms; `grad_norm` that of the last step, `learning_rate` the value
   after the scheduler's update.
   """
 
@@ -202,6 +205,8 @@ class RunLog:
       self.skipped_in_a_row += 1
     else:
       self._window.losses.append(float(metrics.loss))
+      for name, value in metrics.terms.items():
+        self._window.terms.setdefault(name, []).append(float(value))
       self.skipped_in_a_row = 0
     if times is not None:
       self._window.add_times(metrics.counts, times, self._gauges.useful)
@@ -217,6 +222,7 @@ class RunLog:
       "loss": float(np.mean(window.losses)) if window.losses else None,
       "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
       "learning_rate": learning_rate,
+      **{name: float(np.mean(values)) for name, values in window.terms.items()},
       "epoch": self.epoch(step),
       "step": step,
       "skipped_steps": window.skipped or None,
@@ -254,6 +260,7 @@ class RunLog:
     return {
       "log_history": self.history,
       "pending": self._window.losses,
+      "pending_terms": self._window.terms,
       "pending_skipped": self._window.skipped,
       "skipped_in_a_row": self.skipped_in_a_row,
     }
@@ -264,6 +271,7 @@ class RunLog:
     self._window.losses = list(state["pending"])
     # Checkpoints of earlier versions do not have these.
     self._window.skipped = state.get("pending_skipped", 0)
+    self._window.terms = {name: list(values) for name, values in state.get("pending_terms", {}).items()}
     self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
 
   def write_trainer_state(self, step: int, data_counters: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """What a run changes, and what it only reads."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,23 +24,35 @@ class TrainState:
     step: int32, optimizer steps taken.
     params: the trainable parameters by path, float32.
     opt_state: the optimizer's moments, for the trainable parameters alone.
+    running: the objective's statistics that go on from batch to batch: float32 scalars by name, or none.
   """
 
   step: jax.Array
   params: dict[str, jax.Array]
   opt_state: optax.OptState
+  running: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
   @classmethod
   def create(
-    cls, params: dict[str, jax.Array], optimizer: optax.GradientTransformation, places: StateShardings
+    cls,
+    params: dict[str, jax.Array],
+    optimizer: optax.GradientTransformation,
+    places: StateShardings,
+    initial_running: Callable[[], dict[str, jax.Array]] = dict,
   ) -> "TrainState":
-    """The state before the first step."""
+    """The state before the first step.
+
+    Args:
+      params: the trainable parameters, where they lie.
+      optimizer: what makes the moments.
+      places: where everything lies.
+      initial_running: what makes the objective's statistics.
+    """
     # Made on the devices: of a number that comes from the hosts, JAX would ask all of them whether it is the same.
     step = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=replicated(places.mesh))()
     shapes = jax.eval_shape(optimizer.init, params)
-    return cls(
-      step, params, jax.jit(optimizer.init, out_shardings=opt_state_shardings(shapes, places))(params)
-    )
+    opt_state = jax.jit(optimizer.init, out_shardings=opt_state_shardings(shapes, places))(params)
+    return cls(step, params, opt_state, jax.jit(initial_running, out_shardings=replicated(places.mesh))())
 
   @classmethod
   def describe(
@@ -48,14 +60,17 @@ class TrainState:
     params: Mapping[str, jax.ShapeDtypeStruct],
     optimizer: optax.GradientTransformation,
     places: StateShardings,
+    initial_running: Callable[[], dict[str, jax.Array]] = dict,
   ) -> Any:
     """The shapes of what `create` makes, and where they lie."""
     opt_state: Any = jax.eval_shape(optimizer.init, dict(params))
     opt_state = jax.tree.map(
       lambda leaf, place: leaf.update(sharding=place), opt_state, opt_state_shardings(opt_state, places)
     )
-    step: Any = jax.ShapeDtypeStruct((), np.int32, sharding=replicated(places.mesh))
-    return cls(step, dict(params), opt_state)  # pyright: ignore[reportArgumentType]
+    whole = replicated(places.mesh)
+    step: Any = jax.ShapeDtypeStruct((), np.int32, sharding=whole)
+    running: Any = jax.tree.map(lambda leaf: leaf.update(sharding=whole), jax.eval_shape(initial_running))
+    return cls(step, dict(params), opt_state, running)  # pyright: ignore[reportArgumentType]
 
 
 def opt_state_shardings(opt_state: optax.OptState, places: StateShardings) -> optax.OptState:

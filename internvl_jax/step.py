@@ -5,16 +5,15 @@ shape of batch.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from internvl_jax.batch import BatchCounts, SFTBatch, count
-from internvl_jax.models.functional import ModelDef
-from internvl_jax.models.internvl import InternVL
-from internvl_jax.objectives import normalized_weights
+from internvl_jax.batch import Batch, BatchCounts, count
+from internvl_jax.objectives import Outcome
 from internvl_jax.optim import clip_by_global_norm
 from internvl_jax.parallel import rules
 from internvl_jax.parallel.rules import StateShardings
@@ -22,11 +21,26 @@ from internvl_jax.state import TrainState, opt_state_shardings
 
 
 class Objective(Protocol):
-  """A loss over one micro-batch; see `objectives.SupervisedFineTuning`."""
+  """A loss over one micro-batch; see `objectives`."""
+
+  def weights(self, batch: Any) -> Any:
+    """Normalised weights of an optimizer batch, each with a leading A."""
+    ...
+
+  def initial_running(self) -> dict[str, jax.Array]:
+    """The statistics that go on from batch to batch, before the first."""
+    ...
 
   def loss(
-    self, model: InternVL, batch: SFTBatch, weights: jax.Array, key: jax.Array, *, share: float
-  ) -> jax.Array: ...
+    self,
+    params: Mapping[str, jax.Array],
+    batch: Any,
+    weights: Any,
+    key: jax.Array,
+    running: dict[str, jax.Array],
+    *,
+    share: float,
+  ) -> tuple[jax.Array, Outcome]: ...
 
 
 class StepMetrics(NamedTuple):
@@ -37,12 +51,14 @@ class StepMetrics(NamedTuple):
     grad_norm: before clipping.
     skipped: loss or gradient was not finite, so that nothing was changed.
     counts: what the batch held.
+    terms: what else the objective tells, by name: means over the micro-batches.
   """
 
   loss: jax.Array
   grad_norm: jax.Array
   skipped: jax.Array
   counts: BatchCounts
+  terms: dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,27 +66,21 @@ class TrainStep:
   """Everything an optimizer step is made of; call it under `jax.jit`.
 
   Attributes:
-    model: the definition that parameters are bound to.
     objective: the loss.
     optimizer: AdamW's direction (`optim.make_optimizer`).
     max_grad_norm: global norm to clip to; 0 is off.
-    shards: data shards.
-    all_gather: see `objectives.normalized_weights`.
     seed: of drop path and dropout.
     places: where the state lies, and with it the mesh that the work is spread over; None is one device.
   """
 
-  model: ModelDef[InternVL]
   objective: Objective
   optimizer: optax.GradientTransformation
   max_grad_norm: float
-  shards: int
-  all_gather: bool
   seed: int
   places: StateShardings | None = None
 
   def __call__(
-    self, state: TrainState, frozen: dict[str, jax.Array], batch: SFTBatch, learning_rate: jax.Array
+    self, state: TrainState, frozen: dict[str, jax.Array], batch: Batch, learning_rate: jax.Array
   ) -> tuple[TrainState, StepMetrics]:
     """Takes one step; one whose loss or gradient is not finite leaves parameters and moments as they are.
 
@@ -80,7 +90,7 @@ class TrainStep:
       batch: A micro-batches, whose gradients are summed.
       learning_rate: float32 scalar.
     """
-    loss, grads = self.value_and_grad(state.params, frozen, batch, state.step)
+    (loss, outcome), grads = self.value_and_grad(state.params, frozen, batch, state.step, state.running)
     grads, norm = clip_by_global_norm(grads, self.max_grad_norm)
     # Updated where the moments lie, and then put where parameters lie.
     params = self._place(state.params, "moments")
@@ -90,12 +100,13 @@ class TrainStep:
       opt_state = jax.lax.with_sharding_constraint(opt_state, opt_state_shardings(opt_state, self.places))
     # A choice between values, not a branch: hosts cannot part ways, and it costs nothing beside the update.
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    params, opt_state = jax.tree.map(
+    params, opt_state, running = jax.tree.map(
       lambda new, old: jnp.where(finite, new, old),
-      (self._place(params, "params"), opt_state),
-      (state.params, state.opt_state),
+      (self._place(params, "params"), opt_state, outcome.running),
+      (state.params, state.opt_state, state.running),
     )
-    return TrainState(state.step + 1, params, opt_state), StepMetrics(loss, norm, ~finite, count(batch))
+    metrics = StepMetrics(loss, norm, ~finite, count(batch), outcome.terms)
+    return TrainState(state.step + 1, params, opt_state, running), metrics
 
   def _place(self, tree: dict[str, jax.Array], kind: Literal["params", "gradients", "moments"]):
     """A tree by path, where the state's arrays of that kind lie."""
@@ -105,31 +116,39 @@ class TrainStep:
     return {path: jax.lax.with_sharding_constraint(leaf, places[path]) for path, leaf in tree.items()}
 
   def value_and_grad(
-    self, params: dict[str, jax.Array], frozen: dict[str, jax.Array], batch: SFTBatch, step: jax.Array
-  ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Loss of an optimizer batch and its gradients, summed over micro-batches in float32."""
+    self,
+    params: dict[str, jax.Array],
+    frozen: dict[str, jax.Array],
+    batch: Batch,
+    step: jax.Array,
+    running: dict[str, jax.Array],
+  ) -> tuple[tuple[jax.Array, Outcome], dict[str, jax.Array]]:
+    """Loss and outcome of an optimizer batch, and its gradients, summed over micro-batches in float32."""
     with rules.scope(None if self.places is None else self.places.mesh):
-      return self._value_and_grad(params, frozen, batch, step)
+      return self._value_and_grad(params, frozen, batch, step, running)
 
-  def _value_and_grad(self, params, frozen, batch, step):
-    weights = normalized_weights(batch.loss_weight, shards=self.shards, all_gather=self.all_gather)
+  def _value_and_grad(self, params, frozen, batch, step, running):
+    weights = self.objective.weights(batch)
     key = jax.random.fold_in(jax.random.key(self.seed), step)
-    A = weights.shape[0]
+    A = batch.rows.input_ids.shape[0]
 
-    def loss_of(params, micro, weights, key):
-      return self.objective.loss(self.model.bind({**frozen, **params}), micro, weights, key, share=1 / A)
+    def loss_of(params, micro, weights, key, running):
+      return self.objective.loss({**frozen, **params}, micro, weights, key, running, share=1 / A)
 
-    def value_and_grad(micro, weights, i):
-      loss, grads = jax.value_and_grad(loss_of)(params, micro, weights, jax.random.fold_in(key, i))
-      return loss, self._place(grads, "gradients")
+    def value_and_grad(micro, weights, i, running):
+      value, grads = jax.value_and_grad(loss_of, has_aux=True)(
+        params, micro, weights, jax.random.fold_in(key, i), running
+      )
+      return value, self._place(grads, "gradients")
 
-    def add(total, inputs):
-      micro, weights, i = inputs
-      return jax.tree.map(jnp.add, total, value_and_grad(micro, weights, i)), None
+    def add(carry, inputs):
+      (total, running), (micro, weights, i) = carry, inputs
+      (loss, outcome), grads = value_and_grad(micro, weights, i, running)
+      return (jax.tree.map(jnp.add, total, (loss, grads)), outcome.running), outcome.terms
 
     if A == 1:
-      first = jax.tree.map(lambda leaf: leaf[0], batch)
-      return value_and_grad(first, weights[0], 0)
+      first, its_weights = jax.tree.map(lambda leaf: leaf[0], (batch, weights))
+      return value_and_grad(first, its_weights, 0, running)
     zero = (jnp.float32(0), self._place(jax.tree.map(jnp.zeros_like, params), "gradients"))
-    total, _ = jax.lax.scan(add, zero, (batch, weights, jnp.arange(A)))
-    return total
+    ((loss, grads), running), terms = jax.lax.scan(add, (zero, running), (batch, weights, jnp.arange(A)))
+    return (loss, Outcome(running, jax.tree.map(lambda values: jnp.sum(values, axis=0), terms))), grads

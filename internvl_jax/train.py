@@ -8,7 +8,7 @@ a model that stands alone. docs/training.md describes what else it leaves there.
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,16 @@ from transformers import PreTrainedTokenizerBase
 
 from internvl_jax import frontdoor, mfu, optim
 from internvl_jax.adapters import merge_and_check
-from internvl_jax.assembly import execution, make_step, open_mesh, open_model, place_state, set_up_jax
+from internvl_jax.assembly import (
+  execution,
+  make_objective,
+  make_step,
+  open_mesh,
+  open_model,
+  place_state,
+  reference_copies,
+  set_up_jax,
+)
 from internvl_jax.checkpoint import Checkpointer
 from internvl_jax.config import TrainConfig, check_output_dir, clear_output_dir, to_json, validate
 from internvl_jax.data.pipeline import TrainLoader
@@ -33,8 +42,10 @@ from internvl_jax.hf.model import Source, base_name
 from internvl_jax.inference import recorded_settings
 from internvl_jax.metrics import Gauges, RunLog, Trace, write_json
 from internvl_jax.models.lora import adapter_paths
+from internvl_jax.objectives import PreferenceOptimization
 from internvl_jax.parallel import distributed, rules
 from internvl_jax.parallel import mesh as meshes
+from internvl_jax.preference import PreferenceRun
 from internvl_jax.state import TrainState, describe
 from internvl_jax.trainer import CompiledSteps, Trainer
 from internvl_jax.trees import part_of, select
@@ -73,15 +84,20 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
   mesh = open_mesh(config)
   trainable = optim.trainable_paths(config.model, source.model.shapes)
   optimizer = optim.make_optimizer(config.training, select(source.reference_names, trainable))
-  make_loader = functools.partial(
+  how = execution(config)
+  objective = make_objective(config, source, how, mesh)
+  open_loader = functools.partial(
     TrainLoader,
-    config.data,
-    config.training,
-    config.loader,
-    chat,
+    tokenizer=chat,
     tokens_per_tile=source.config.tokens_per_tile,
+    preference=isinstance(objective, PreferenceOptimization),
     **host_shards(mesh),
   )
+  pairs = None
+  if isinstance(objective, PreferenceOptimization):
+    pairs = PreferenceRun(config, source, objective, mesh, open_loader)
+  lookup = pairs.lookup if pairs else None
+  make_loader = functools.partial(open_loader, config.data, config.training, config.loader, reference=lookup)
   # The data are looked at before the weights are read: mistakes are likelier there, and cheaper to find.
   loader = make_loader()
   meshes.check_lengths(loader.sequence_sizes, mesh)
@@ -92,12 +108,15 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
 
   params, places = place_state(config, source, trainable, mesh)
   logging.info("Model:\n%s", describe(params, trainable))
-  frozen = {path: value for path, value in params.items() if path not in trainable}
-  state = TrainState.create(select(params, trainable), optimizer, places)
-  del params
   # What follows talks over the devices, where nobody waits for long.
   with watchdog.phase("barrier"):
     distributed.barrier("weights and data are opened", seconds=OPEN_SECONDS)
+  if pairs is not None:
+    pairs.prepare(params, loader)
+  frozen = {path: value for path, value in params.items() if path not in trainable}
+  frozen |= reference_copies(config, source, params, trainable)
+  state = TrainState.create(select(params, trainable), optimizer, places, objective.initial_running)
+  del params
 
   output_dir = output_folder(config)
   checkpointer = Checkpointer(output_dir, keep=config.training.save_total_limit)
@@ -119,14 +138,16 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
     log.restore(log_state)
     logging.info("Resuming from the checkpoint of step %d", int(state.step))
 
-  how = execution(config)
   evaluation = make_evaluation(config.eval, config.data, source, chat, how)
   traced = config.runtime.profile_steps if distributed.is_first() else ()
   with log, distributed.StopSignal() as asked_to_stop:
     trainer = Trainer(
       training=config.training,
       runtime=config.runtime,
-      steps=CompiledSteps(make_step(config, source, optimizer, how, places), rules.batch_shardings(mesh)),
+      steps=CompiledSteps(
+        make_step(config, objective, optimizer, places),
+        rules.batch_shardings(mesh, preference=pairs is not None),
+      ),
       schedule=optim.make_schedule(config.training, loader.total_steps),
       loader=loader,
       checkpointer=checkpointer,
@@ -136,7 +157,8 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
       total_steps=loader.total_steps,
       show=lambda batch: show_batch(batch, chat),
       asked_to_stop=asked_to_stop,
-      evaluate=evaluation.metrics if evaluation else None,
+      evaluate=joint_metrics(evaluation, pairs),
+      check=pairs.check if pairs else None,
     )
     state = trainer.run(state, frozen)
   loader.close()
@@ -144,11 +166,28 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
   if int(state.step) < loader.total_steps:
     logging.warning("Stopped; the same command goes on from step %d", int(state.step))
     return
-  params = {**frozen, **state.params}
+  params = {path: value for path, value in {**frozen, **state.params}.items() if path in source.model.shapes}
   del state, frozen  # The optimizer's moments make room for the layers that the export brings together.
   with watchdog.phase("export"):
+    if pairs is not None and (judged := pairs.metrics(params)) and distributed.is_first():
+      write_json(output_dir / "preference_results.json", judged)
+      logging.info("Held-out pairs: %s", judged)
     finish(config, source, tokenizer, chat, params, evaluation)
     distributed.barrier("the model is saved", seconds=EXPORT_SECONDS)
+
+
+def joint_metrics(
+  evaluation: Evaluation | None, pairs: PreferenceRun | None
+) -> Callable[[dict[str, jax.Array], int], dict[str, float]] | None:
+  """What scores the model during a run: its answers, and how it judges held-out pairs; None if neither is asked for."""
+  if evaluation is None and (pairs is None or not pairs.evaluates):
+    return None
+
+  def metrics(params: dict[str, jax.Array], step: int) -> dict[str, float]:
+    answers = evaluation.metrics(params, step) if evaluation else {}
+    return answers | (pairs.metrics(params) if pairs else {})
+
+  return metrics
 
 
 def host_shards(mesh: jax.sharding.Mesh) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 
 from internvl_jax.arguments import RuntimeConfig, TrainingArguments
-from internvl_jax.batch import SFTBatch
+from internvl_jax.batch import Batch
 from internvl_jax.checkpoint import Checkpointer
 from internvl_jax.errors import UserError
 from internvl_jax.metrics import RunLog, StepClock, Trace
@@ -32,7 +32,7 @@ COMPILE_SECONDS = 1800
 class Loader(Protocol):
   """Where batches come from; see `data.pipeline.TrainLoader`."""
 
-  def __next__(self) -> SFTBatch: ...
+  def __next__(self) -> Batch: ...
   def get_state(self) -> dict[str, Any]: ...
   def counters(self) -> dict[str, Any]: ...
 
@@ -51,11 +51,11 @@ class CompiledSteps:
   """
 
   step: TrainStep
-  batch_shardings: SFTBatch
+  batch_shardings: Batch
   _programs: dict[tuple, Any] = dataclasses.field(default_factory=dict)
 
   def __call__(
-    self, state: TrainState, frozen: dict[str, jax.Array], batch: SFTBatch, learning_rate: float
+    self, state: TrainState, frozen: dict[str, jax.Array], batch: Batch, learning_rate: float
   ) -> tuple[TrainState, StepMetrics]:
     """Takes one optimizer step; the state's buffers are given away.
 
@@ -67,28 +67,33 @@ class CompiledSteps:
     """
     whole = jax.make_array_from_process_local_data(self.batch_shardings, batch)
     inputs = (state, frozen, whole, np.float32(learning_rate))
-    shape = (batch.input_ids.shape, batch.tiles.shape)
+    shape = _shape(batch)
     if shape not in self._programs:
       self._programs[shape] = self._compile(inputs)
     return self._programs[shape](*inputs)
 
-  def knows(self, batch: SFTBatch) -> bool:
+  def knows(self, batch: Batch) -> bool:
     """Whether the step is compiled for this shape of batch."""
-    return (batch.input_ids.shape, batch.tiles.shape) in self._programs
+    return _shape(batch) in self._programs
 
   def _compile(self, inputs: tuple) -> Any:
-    batch: SFTBatch = inputs[2]
-    A, R, S = batch.input_ids.shape
+    batch: Batch = inputs[2]
+    A, R, S = batch.rows.input_ids.shape
     start = time.perf_counter()
     program = jax.jit(self.step.__call__, donate_argnums=0).lower(*inputs).compile()
     logging.info(
       "Compiled the step for %d x %d rows of %d tokens and %d tiles a shard in %.1f s",
-      *(A, R, S, batch.tiles.shape[2]),
+      *(A, R, S, batch.rows.tiles.shape[2]),
       time.perf_counter() - start,
     )
     # Collectives wait for their other side for half a minute only, and compilers are not equally fast everywhere.
     distributed.barrier(f"program {len(self._programs)} is compiled", seconds=COMPILE_SECONDS)
     return program
+
+
+def _shape(batch: Batch) -> tuple[tuple[int, ...], ...]:
+  """What a program is compiled for: rows and pools; all else follows from them."""
+  return batch.rows.input_ids.shape, batch.rows.tiles.shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +133,7 @@ class Trainer:
     show: function of a batch -> text for the log, to see what the model is taught.
     asked_to_stop: function of the steps taken -> whether to save and stop here; the same answer on all hosts.
     evaluate: function (parameters, step) -> metrics to log, or None.
+    check: is called with the parameters and the first batch of a run that begins, and raises if something is wrong.
   """
 
   training: TrainingArguments
@@ -140,9 +146,10 @@ class Trainer:
   watchdog: Watchdog
   trace: Trace
   total_steps: int
-  show: Callable[[SFTBatch], str]
+  show: Callable[[Batch], str]
   asked_to_stop: Callable[[int], bool]
   evaluate: Callable[[dict[str, jax.Array], int], dict[str, float]] | None = None
+  check: Callable[[dict[str, jax.Array], Any], None] | None = None
 
   def __post_init__(self):
     self._clock = StepClock()
@@ -184,6 +191,9 @@ class Trainer:
     fetched_in = time.perf_counter() - start
     if show:
       logging.info("First batch:\n%s", self.show(batch))
+      if step == 0 and self.check is not None:
+        with self.watchdog.phase("compile", 1):
+          self.check({**frozen, **state.params}, batch)
     fresh = not self.steps.knows(batch)
     self.trace.before(step + 1)
     with self.watchdog.phase("compile" if fresh else "step", step + 1):

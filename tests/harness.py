@@ -133,21 +133,20 @@ class Harness:
     self.state = TrainState.create(select(params, self.trainable), optimizer, places)
     layers = config.vision.num_layers
     objective = SupervisedFineTuning(
+      model=self.model,
       how=how or Execution(),
       normalize_type="imagenet",
       fused_loss=fused,
       drop_path_rates=tuple(np.linspace(0.0, drop_path, layers).tolist()) if drop_path else (),
       dropout=dropout,
       shards=self.shards,
+      all_gather=all_gather,
       router_loss_coef=router_loss_coef,
     )
     self.step = TrainStep(
-      model=self.model,
       objective=objective,
       optimizer=optimizer,
       max_grad_norm=1.0,
-      shards=self.shards,
-      all_gather=all_gather,
       seed=0,
       places=places,
     )

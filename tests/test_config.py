@@ -422,6 +422,33 @@ def test_a_field_without_its_switch(config, path):
   assert all(line.startswith(f"{switch}=") for line in problems(config))
 
 
+@pytest.mark.parametrize(
+  ("settings", "words"),
+  [
+    ({"loss_type": "sigmiod"}, "or a list; did you mean sigmoid?"),
+    ({"loss_type": "sigmoid,,ipo"}, "there is no loss ''"),
+    ({"loss_type": "ipo,sigmoid,ipo"}, "names 'ipo' 2 times; name it once, with preference.ipo_loss_weight"),
+    ({"loss_type": "sigmoid", "ipo_loss_weight": 0.5}, "preference.ipo_loss_weight=0.5 has no effect while"),
+    ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing=0.1 has no effect while"),
+  ],
+)
+def test_preferences_that_contradict_themselves(config, settings, words):
+  for name, value in settings.items():
+    set_field(config, f"preference.{name}", value)
+  (line,) = problems(config)
+  assert words in line
+
+
+def test_a_recipe_of_preferences_is_sound(config):
+  for name, value in {"loss_type": "sigmoid,bco_pair", "rpo_alpha": 1.0, "sigmoid_loss_weight": 0.8}.items():
+    set_field(config, f"preference.{name}", value)
+  assert problems(config) == []
+  set_field(config, "data.use_packed_ds", True)
+  set_field(config, "data.loss_reduction", "square")
+  (line,) = problems(config)
+  assert "data.loss_reduction='square' has no effect while preference.loss_type" in line
+
+
 @pytest.mark.parametrize("path", RANGES)
 def test_every_range_refuses(config, path):
   allowed = RANGES[path]

@@ -15,10 +15,12 @@ FRONT_DOORS = ("train", "plan", "doctor", "convert", "verify", "evaluate", "gene
 LAYERS = (
   FRONT_DOORS,
   ("aot",),
+  ("preference",),
   ("frontdoor", "assembly"),
   ("config",),
   ("trainer",),
   ("step",),
+  ("reference",),
   ("state", "checkpoint", "metrics", "optim", "objectives"),
   ("mfu",),
   ("eval", "inference", "adapters"),
@@ -50,7 +52,7 @@ def room_of(path: Path) -> str:
 def allowed(room: str) -> set[str]:
   (depth,) = [i for i, layer in enumerate(LAYERS) if room in layer]
   below = {name for layer in LAYERS[depth + 1 :] for name in layer}
-  if room not in (*FRONT_DOORS, "aot", "frontdoor", "assembly"):
+  if room not in (*FRONT_DOORS, "aot", "preference", "frontdoor", "assembly"):
     below -= {"config", "frontdoor"}
   if room == "config":
     below = below - {"trainer"}

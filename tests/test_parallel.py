@@ -105,7 +105,7 @@ def one_device(name, *, shards=1, all_gather=True):
   """The steps on one device, whose rows may be counted as several devices'."""
   harness = Harness(model(name), all_gather=all_gather, **OPTIONS.get(name, {}))
   objective = dataclasses.replace(harness.step.objective, shards=shards)
-  harness.step = dataclasses.replace(harness.step, shards=shards, objective=objective)
+  harness.step = dataclasses.replace(harness.step, objective=objective)
   return run(harness, shards)[0]
 
 

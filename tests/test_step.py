@@ -79,8 +79,8 @@ def test_drop_path_draws_anew_each_step_and_only_when_asked():
     weights = dict(harness.state.params)
     found = []
     for step in range(3):
-      loss, _ = jax.jit(harness.step.value_and_grad)(
-        weights, {}, jax.tree.map(jnp.asarray, make_batch()), step
+      (loss, _), _ = jax.jit(harness.step.value_and_grad)(
+        weights, {}, jax.tree.map(jnp.asarray, make_batch()), step, {}
       )
       found.append(float(loss))
     return found

@@ -35,7 +35,7 @@ class Steps:
     lost = batch in self.lost
     loss = jnp.float32(np.nan if lost else batch)
     state = dataclasses.replace(state, step=state.step + 1)
-    return state, StepMetrics(loss, jnp.float32(1), jnp.bool_(lost), COUNTS)
+    return state, StepMetrics(loss, jnp.float32(1), jnp.bool_(lost), COUNTS, {})
 
 
 class Batches:

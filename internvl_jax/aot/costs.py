@@ -10,10 +10,10 @@ import numpy as np
 from internvl_jax.aot.hlo import Collective
 from internvl_jax.aot.program import StepPlan
 from internvl_jax.aot.target import Target
-from internvl_jax.batch import SFTBatch
+from internvl_jax.batch import PreferenceBatch
 from internvl_jax.flops import Products, list_products
 from internvl_jax.models.internvl import SCOPES
-from internvl_jax.objectives import SupervisedFineTuning
+from internvl_jax.objectives import ForwardPass
 
 OTHER = "optimizer and other"
 PARTS: Mapping[str, str] = {
@@ -61,11 +61,12 @@ def model_flops(plan: StepPlan) -> dict[str, dict[str, int]]:
 def _plain_products(plan: StepPlan) -> list[Products]:
   """The products of the step on one shard's micro-batch, by the plainest code."""
   objective = plan.step.objective
-  assert isinstance(objective, SupervisedFineTuning)
+  assert isinstance(objective, ForwardPass)
   how = dataclasses.replace(objective.how, attention="xla", remat=None)
   plain = dataclasses.replace(objective, how=how, fused_loss=False, shards=1)
-  step = dataclasses.replace(plan.step, objective=plain, places=None, shards=1)
-  batch: SFTBatch = dataclasses.replace(plan.shape, accumulation=1).batch(shards=1)
+  step = dataclasses.replace(plan.step, objective=plain, places=None)
+  preference = isinstance(plan.batch, PreferenceBatch)
+  batch = dataclasses.replace(plan.shape, accumulation=1).batch(shards=1, preference=preference)
   state, frozen, _, rate = plan.inputs
   return list_products(step.__call__, _whole(state), _whole(frozen), batch, rate)
 

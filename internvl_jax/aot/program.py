@@ -13,8 +13,16 @@ import numpy as np
 
 from internvl_jax import optim
 from internvl_jax.aot.target import Target
-from internvl_jax.assembly import describe_model, execution, make_step, open_mesh, state_places
-from internvl_jax.batch import SFTBatch
+from internvl_jax.assembly import (
+  describe_copies,
+  describe_model,
+  execution,
+  make_objective,
+  make_step,
+  open_mesh,
+  state_places,
+)
+from internvl_jax.batch import Batch, PreferenceBatch, SFTBatch, pairs_of_row
 from internvl_jax.config import TrainConfig
 from internvl_jax.hf.model import Source
 from internvl_jax.parallel import mesh as meshes
@@ -42,11 +50,11 @@ class BatchShape:
   tiles: int
   side: int
 
-  def batch(self, shards: int) -> SFTBatch:
+  def batch(self, shards: int, *, preference: bool = False) -> Batch:
     """Shapes of the batch for so many data shards."""
     ids = jax.ShapeDtypeStruct((self.accumulation, self.rows * shards, self.tokens), np.int32)
     pool = (self.accumulation, shards, self.rows * self.tiles, self.side, self.side, 3)
-    return SFTBatch(
+    rows = SFTBatch(
       input_ids=ids,
       targets=ids,
       loss_weight=jax.ShapeDtypeStruct(ids.shape, np.float32),
@@ -55,6 +63,12 @@ class BatchShape:
       image_index=ids,
       tiles=jax.ShapeDtypeStruct(pool, np.uint8),
     )
+    if not preference:
+      return rows
+    pairs = (*ids.shape[:2], pairs_of_row(self.tokens))
+    known = jax.ShapeDtypeStruct((*pairs, 2), np.float32)
+    weight, index = (jax.ShapeDtypeStruct(pairs, dtype) for dtype in (np.float32, np.int32))
+    return PreferenceBatch(rows, weight, index, known)
 
 
 def batch_shape(config: TrainConfig, *, tokens: int | None = None, tiles: int | None = None) -> BatchShape:
@@ -64,7 +78,8 @@ def batch_shape(config: TrainConfig, *, tokens: int | None = None, tiles: int | 
     longest = data.max_packed_tokens + (data.max_seq_length if data.allow_overflow else 0)
     most = data.num_images_expected
   else:
-    longest = data.max_seq_length
+    # A pair's answers stand in one row.
+    longest = data.max_seq_length * (1 if config.preference.loss_type is None else 2)
     grid = data.max_dynamic_patch if data.dynamic_image_size else 1
     most = grid + (data.use_thumbnail and grid > 1)
   return BatchShape(
@@ -94,7 +109,7 @@ class StepPlan:
   shape: BatchShape
   state: TrainState
   frozen: dict[str, Any]
-  batch: SFTBatch
+  batch: Batch
 
   @property
   def shards(self) -> int:
@@ -122,18 +137,22 @@ def plan_step(
   optimizer = optim.make_optimizer(config.training, select(source.reference_names, trainable))
   shapes, places = state_places(config, source, trainable, mesh)
   params = {path: leaf.update(sharding=places.params[path]) for path, leaf in shapes.items()}
+  preference = config.preference.loss_type is not None
   batch = jax.tree.map(
     lambda leaf, place: leaf.update(sharding=place),
-    shape.batch(meshes.data_parallel_size(mesh)),
-    rules.batch_shardings(mesh),
+    shape.batch(meshes.data_parallel_size(mesh), preference=preference),
+    rules.batch_shardings(mesh, preference=preference),
   )
+  frozen = {path: leaf for path, leaf in params.items() if path not in trainable}
+  frozen |= describe_copies(config, source, params, trainable)
+  objective = make_objective(config, source, execution(config, target.platform), mesh)
   return StepPlan(
     source=source,
-    step=make_step(config, source, optimizer, execution(config, target.platform), places),
+    step=make_step(config, objective, optimizer, places),
     mesh=mesh,
     shape=shape,
-    state=TrainState.describe(select(params, trainable), optimizer, places),
-    frozen={path: leaf for path, leaf in params.items() if path not in trainable},
+    state=TrainState.describe(select(params, trainable), optimizer, places, objective.initial_running),
+    frozen=frozen,
     batch=batch,
   )
 

@@ -19,7 +19,7 @@ from internvl_jax.arguments import MeshConfig
 from internvl_jax.assembly import describe_model
 from internvl_jax.config import TrainConfig
 from internvl_jax.errors import UserError
-from internvl_jax.objectives import SupervisedFineTuning
+from internvl_jax.objectives import ForwardPass
 from internvl_jax.parallel.mesh import DATA_AXES
 from internvl_jax.trees import part_of
 
@@ -174,7 +174,7 @@ def lower_bound(plan: StepPlan) -> int:
 def _saved(plan: StepPlan) -> int:
   """Bytes of what the layers of both stacks save: their inputs, and under "dots" the results of their products."""
   objective = plan.step.objective
-  assert isinstance(objective, SupervisedFineTuning)
+  assert isinstance(objective, ForwardPass)
   how, vision, text = objective.how, plan.source.config.vision, plan.source.config.text
   sharing = math.prod(size for axis, size in plan.mesh.shape.items() if axis not in DATA_AXES)
   tokens = plan.shape.rows * plan.shape.tokens // sharing

@@ -95,6 +95,17 @@ class Source:
     """The module with fresh parameters."""
     return InternVL(self.config, rngs=rngs)
 
+  def without_fresh_adapters(self) -> functional.ModelDef[InternVL]:
+    """The model as the checkpoint has it: only with adapters that it brings. Their parts' others keep their paths."""
+    fresh = {part_of(path) for path in lora.adapter_paths(self.fresh)}
+    vision, text = self.config.vision, self.config.text
+    config = dataclasses.replace(
+      self.config,
+      vision=dataclasses.replace(vision, lora=None if "vision_model" in fresh else vision.lora),
+      text=dataclasses.replace(text, lora=None if "language_model" in fresh else text.lora),
+    )
+    return self.model if not fresh else functional.define(lambda rngs: InternVL(config, rngs=rngs))
+
   def load(
     self,
     shapes: Mapping[str, jax.ShapeDtypeStruct],

@@ -20,7 +20,7 @@ from typing import Literal, TypeAlias
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from internvl_jax.batch import SFTBatch
+from internvl_jax.batch import Batch, PreferenceBatch, SFTBatch
 from internvl_jax.parallel.mesh import DATA_AXES
 
 MeshAxes: TypeAlias = tuple[str, ...]
@@ -293,10 +293,11 @@ def _over_data(axes: Names, shape: tuple[int, ...], mesh: Mesh) -> list[MeshAxes
 # --- Batches ------------------------------------------------------------------------------------------------
 
 
-def batch_shardings(mesh: Mesh) -> SFTBatch:
-  """The sharding of each field of a batch [A, R, ...]: rows and tile pools over the data axes."""
+def batch_shardings(mesh: Mesh, *, preference: bool = False) -> Batch:
+  """The sharding of each field of a batch [A, R, ...]: rows, their pairs and tile pools over the data axes."""
   rows = NamedSharding(mesh, PartitionSpec(None, DATA_AXES))
-  return SFTBatch(**dict.fromkeys(SFTBatch._fields, rows))
+  batch = SFTBatch(**dict.fromkeys(SFTBatch._fields, rows))
+  return PreferenceBatch(batch, rows, rows, rows) if preference else batch
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -15,7 +15,7 @@ from internvl_jax.data.mixture import Mixture
 from internvl_jax.data.pipeline import TrainLoader
 from internvl_jax.hf.model import open_source
 from internvl_jax.models.internvl import Execution
-from internvl_jax.objectives import SupervisedFineTuning, normalized_weights
+from internvl_jax.objectives import SupervisedFineTuning
 from toy import CURVE
 
 P = 4
@@ -163,13 +163,14 @@ def test_packed_equals_unpacked(meta, tokenizer, reduction):
   chosen = np.array([row in samples for row in samples_of(rows)])
   assert chosen.sum() == len(samples)
   rows = rows._replace(loss_weight=rows.loss_weight * chosen[None, :, None])
-  objective = SupervisedFineTuning(how=Execution(), normalize_type="imagenet", fused_loss=True)
+  objective = SupervisedFineTuning(
+    model=source.model, how=Execution(), normalize_type="imagenet", fused_loss=True, all_gather=True
+  )
 
   @jax.jit
   def loss(params, batch):
-    weights = normalized_weights(batch.loss_weight, shards=1, all_gather=True)
-    micro = jax.tree.map(lambda leaf: leaf[0], batch)
-    return objective.loss(source.model.bind(params), micro, weights[0], jax.random.key(0))
+    micro, weights = jax.tree.map(lambda leaf: leaf[0], (batch, objective.weights(batch)))
+    return objective.loss(params, micro, weights, jax.random.key(0), {})[0]
 
   ours, our_grads = jax.value_and_grad(loss)(params, batch)
   theirs, their_grads = jax.value_and_grad(loss)(params, rows)

@@ -1,0 +1,110 @@
+"""The side of a run that only preference optimisation has: its reference policy and its held-out pairs."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from internvl_jax.batch import PreferenceBatch
+from internvl_jax.config import TrainConfig
+from internvl_jax.data.pipeline import TrainLoader
+from internvl_jax.errors import UserError
+from internvl_jax.hf.model import Source
+from internvl_jax.objectives import PreferenceOptimization
+from internvl_jax.reference import PairEvaluation, PairScorer, ReferenceLogProbs, check_start, checksum
+from internvl_jax.trees import select
+
+_NO_END = 1 << 40
+"""Steps of a loader that is read for as long as it takes."""
+
+MakeLoader = Callable[..., TrainLoader]
+"""TrainLoader, but for the leaves of the configuration that it takes first."""
+
+
+class PreferenceRun:
+  """What a run by `PreferenceOptimization` needs beside its steps.
+
+  Attributes:
+    lookup: finds what the reference says of pairs, for the loader; None where the reference is in memory.
+  """
+
+  def __init__(
+    self,
+    config: TrainConfig,
+    source: Source,
+    objective: PreferenceOptimization,
+    mesh: jax.sharding.Mesh,
+    make_loader: MakeLoader,
+  ):
+    """Names what there will be; nothing is computed before `prepare`."""
+    self._config, self._source = config, source
+    self._objective, self._mesh, self._make_loader = objective, mesh, make_loader
+    self._evaluation: PairEvaluation | None = None
+    self.lookup: ReferenceLogProbs | None = None
+    if config.preference.precompute_reference:
+      assert config.training.output_dir is not None
+      folder = config.preference.reference_cache_dir or Path(config.training.output_dir) / "reference_logps"
+      self.lookup = ReferenceLogProbs(Path(folder))
+
+  def prepare(self, params: Mapping[str, jax.Array], loader: TrainLoader) -> None:
+    """Computes what the reference says, by the policy that has not taken a step, where that is asked for.
+
+    Args:
+      params: all parameters by path, as they are in the checkpoint.
+      loader: of the run.
+
+    Raises:
+      UserError: what is on disk is of another reference, or it cannot be computed once for all epochs.
+    """
+    asked = self._config.preference
+    if self.lookup is not None:
+      if varying := loader.first_varying():
+        raise UserError(
+          f"preference.precompute_reference=True: log-probabilities of {varying.dataset!r} would hold for one epoch only: "
+          f"{varying.cause}; or set it to False, and hold the reference in memory"
+        )
+      scorer = self._scorer(self._config.data.meta_path, "reference")
+      self.lookup.open_or_make(self._key(params, loader), lambda: scorer.score(params))
+    if asked.eval_meta_path is not None:
+      scorer = self._scorer(asked.eval_meta_path, "held-out pairs")
+      self._evaluation = PairEvaluation(scorer=scorer, reference=scorer.score(params), beta=asked.beta)
+
+  def check(self, params: dict[str, jax.Array], batch: PreferenceBatch) -> None:
+    """See `reference.check_start`."""
+    check_start(self._objective, params, batch, self._mesh)
+
+  @property
+  def evaluates(self) -> bool:
+    """Whether there are held-out pairs."""
+    return self._evaluation is not None
+
+  def metrics(self, params: Mapping[str, jax.Array]) -> dict[str, float]:
+    """Judges the held-out pairs; empty where there are none."""
+    return {} if self._evaluation is None else self._evaluation.metrics(params)
+
+  def _key(self, params: Mapping[str, jax.Array], loader: TrainLoader) -> dict[str, Any]:
+    dtype = self._objective.how.dtype
+    reference = select(params, set(self._source.without_fresh_adapters().shapes))
+    return {
+      "checkpoint": checksum(reference, dtype),
+      "data": loader.fingerprint(),
+      "dtype": str(jax.numpy.dtype(dtype)),
+      "samples": loader.num_samples,
+    }
+
+  def _scorer(self, meta_path: str | None, title: str) -> PairScorer:
+    """Reads a mixture in order, every sample once."""
+    config = self._config
+    data = dataclasses.replace(config.data, meta_path=meta_path, use_data_resampling=False, replacement=False)
+    training = dataclasses.replace(
+      config.training, max_steps=_NO_END, gradient_accumulation_steps=1, group_by_length=False
+    )
+    loader = dataclasses.replace(config.loader, shuffle=False)
+    return PairScorer(
+      objective=self._objective,
+      make_loader=lambda: self._make_loader(data, training, loader),
+      mesh=self._mesh,
+      title=title,
+    )

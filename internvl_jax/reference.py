@@ -1,0 +1,225 @@
+"""What policies say of preference pairs: the reference's log-probabilities, kept on disk, and held-out pairs.
+
+The reference policy is the policy before its first step. Its log-probabilities are computed by that one, in one
+pass over the data; a folder keeps them together with what they depend on:
+
+    <folder>/key.json     checkpoint, data, dtype and number of samples
+             logps.npy    float32 [samples of the mixture, 2]: chosen and rejected; NaN of samples that are lost
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from internvl_jax.batch import PreferenceBatch
+from internvl_jax.data.pipeline import TrainLoader
+from internvl_jax.errors import UserError
+from internvl_jax.metrics import write_json
+from internvl_jax.objectives import PreferenceOptimization
+from internvl_jax.parallel import distributed, rules
+
+_KEY, _LOGPS = "key.json", "logps.npy"
+
+WAIT_SECONDS = 600
+"""How long processes wait for what the first one writes."""
+
+DRIFT = {jnp.dtype(jnp.float32): 1e-5, jnp.dtype(jnp.bfloat16): 3e-2}
+"""How far, relative to 1 + |log-probability|, rounding may take the reference from the policy that it is: rows of
+other samples, and another program, round sums over an answer's tokens differently."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairScorer:
+  """Computes what a policy says of all pairs of a mixture.
+
+  Attributes:
+    objective: how log-probabilities are computed.
+    make_loader: makes a loader that reads the mixture in order; an epoch of it has every sample once.
+    mesh: the devices.
+    title: of the progress bar.
+  """
+
+  objective: PreferenceOptimization
+  make_loader: Callable[[], TrainLoader]
+  mesh: jax.sharding.Mesh
+  title: str
+
+  def score(self, params: Mapping[str, jax.Array]) -> np.ndarray:
+    """Log-probabilities float32 [samples of the mixture, 2]; NaN of samples that are lost. All hosts have all."""
+    loader = self.make_loader()
+    found = np.full((loader.num_samples, 2), np.nan, np.float32)
+    steps = math.ceil(loader.rows_per_epoch / loader.global_batch)
+    whole = rules.replicated(self.mesh)
+    program = jax.jit(self._score_batch, out_shardings=(whole, whole))
+    for _ in tqdm(range(steps), desc=self.title, unit="batch", disable=not distributed.is_first()):
+      batch = on_devices(next(loader), self.mesh)
+      indices, logps = jax.tree.map(np.asarray, program(dict(params), batch))
+      found[indices[indices >= 0]] = logps[indices >= 0]
+    loader.close()
+    return found
+
+  def _score_batch(self, params, batch: PreferenceBatch):
+    with rules.scope(self.mesh):
+      logps = jax.lax.map(lambda micro: self.objective.answer_logps(params, micro), batch)
+      return batch.pair_index, logps
+
+
+def on_devices(batch: PreferenceBatch, mesh: jax.sharding.Mesh) -> PreferenceBatch:
+  """A batch of numpy arrays, of each host its part, on the devices."""
+  return jax.make_array_from_process_local_data(rules.batch_shardings(mesh, preference=True), batch)
+
+
+# --- On disk ------------------------------------------------------------------------------------------------
+
+
+class ReferenceLogProbs:
+  """The reference's log-probabilities in a folder that all hosts see."""
+
+  def __init__(self, folder: Path):
+    """Names the folder; nothing is read before `open_or_make`."""
+    self.folder = folder
+    self._logps: np.ndarray | None = None
+
+  def __call__(self, indices: np.ndarray) -> np.ndarray:
+    """Log-probabilities float32 [n, 2] of the samples with these indices in the mixture.
+
+    Raises:
+      UserError: they are not known.
+    """
+    assert self._logps is not None, "open_or_make() comes first"
+    found = np.asarray(self._logps[indices])
+    if np.isnan(found).any():
+      lost = indices[np.isnan(found).any(axis=1)]
+      raise UserError(
+        f"{self.folder}: has no log-probabilities of {len(lost)} of {len(indices)} pairs, the first being sample "
+        f"{lost[0]} of the mixture: it could not be read when they were computed; delete the folder to compute them anew"
+      )
+    return found
+
+  def open_or_make(self, key: Mapping[str, Any], compute: Callable[[], np.ndarray]) -> None:
+    """Opens what is there, or computes and writes it; all hosts together.
+
+    Args:
+      key: what the numbers depend on, as JSON values.
+      compute: makes the array.
+
+    Raises:
+      UserError: what is there is of another checkpoint, other data or other settings.
+    """
+    if (self.folder / _KEY).exists():
+      self._check(key)
+      logging.info("Reference log-probabilities: those in %s", self.folder)
+    else:
+      logps = compute()
+      if distributed.is_first():
+        self.folder.mkdir(parents=True, exist_ok=True)
+        np.save(self.folder / _LOGPS, logps)
+        write_json(self.folder / _KEY, dict(key))
+      logging.info("Reference log-probabilities of %d pairs: written to %s", len(logps), self.folder)
+      distributed.barrier("the reference's log-probabilities are written", seconds=WAIT_SECONDS)
+    self._logps = np.load(self.folder / _LOGPS, mmap_mode="r")
+
+  def _check(self, key: Mapping[str, Any]) -> None:
+    stored = json.loads((self.folder / _KEY).read_text(encoding="utf-8"))
+    differing = [name for name in key if stored.get(name) != key[name]]
+    if differing:
+      name = differing[0]
+      raise UserError(
+        f"{self.folder}: these log-probabilities are of another reference: {name} is {stored.get(name)} there and "
+        f"{key[name]} here ({', '.join(differing)} differ); name another folder (preference.reference_cache_dir), or "
+        "delete this one to compute them anew"
+      )
+
+
+def checksum(params: Mapping[str, jax.Array], dtype: jnp.dtype) -> str:
+  """A number of the parameters' contents in that dtype, as hex: the same however they are spread over devices."""
+  sums = {path: jax.device_get(_bit_sums(value, jnp.dtype(dtype))) for path, value in params.items()}
+  text = json.dumps({path: [list(params[path].shape), *map(int, sums[path])] for path in sorted(params)})
+  return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _bit_sums(value: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+  """Two sums over the bits, weighted by place, modulo 2^32: integers, which add up to the same in any order."""
+  bits = jax.lax.bitcast_convert_type(value.astype(dtype), jnp.uint16 if dtype.itemsize == 2 else jnp.uint32)
+  place, stride = jnp.zeros(value.shape, jnp.uint32), 1
+  for axis in reversed(range(value.ndim)):
+    place += jax.lax.broadcasted_iota(jnp.uint32, value.shape, axis) * jnp.uint32(stride % 2**32)
+    stride *= value.shape[axis]
+  bits = bits.astype(jnp.uint32) + jnp.uint32(1)
+  # Odd factors, so that no place loses bits.
+  factors = (2 * place + 1, (place * jnp.uint32(2654435761) ^ (place >> 16)) | 1)
+  first, second = (jnp.sum(bits * factor, dtype=jnp.uint32) for factor in factors)
+  return first, second
+
+
+# --- At the start, and on held-out pairs --------------------------------------------------------------------
+
+
+def check_start(
+  objective: PreferenceOptimization,
+  params: Mapping[str, jax.Array],
+  batch: PreferenceBatch,
+  mesh: jax.sharding.Mesh,
+) -> None:
+  """Sees on a run's first batch that policy and reference are one, nothing being dropped.
+
+  Raises:
+    UserError: they are not.
+  """
+
+  @functools.partial(jax.jit, out_shardings=rules.replicated(mesh))
+  def drift(params, batch):
+    with rules.scope(mesh):
+      first = jax.tree.map(lambda leaf: leaf[0], batch)
+      return objective.drift(params, first)
+
+  loss, relative = map(float, drift(dict(params), on_devices(batch, mesh)))
+  if not relative <= DRIFT[jnp.dtype(objective.how.dtype)]:
+    raise UserError(
+      f"the policy is not the reference before the first step: DPO's loss is {loss:.7f}, not ln 2 = {math.log(2):.7f}, "
+      f"and an answer's log-probability differs by {relative:.2g} of itself; the reference's log-probabilities are of "
+      "another model: delete their folder (preference.reference_cache_dir) to compute them anew"
+    )
+  logging.info("Policy and reference agree: DPO's loss on the first batch is %.7f (ln 2)", loss)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairEvaluation:
+  """Scores held-out pairs by how policy and reference judge them.
+
+  Attributes:
+    scorer: computes log-probabilities.
+    reference: float32 [n, 2], the reference's.
+    beta: scale of rewards.
+  """
+
+  scorer: PairScorer
+  reference: np.ndarray
+  beta: float
+
+  def metrics(self, params: Mapping[str, jax.Array]) -> dict[str, float]:
+    """Means over the pairs, under TRL's names."""
+    logps = self.scorer.score(params)
+    real = ~(np.isnan(logps) | np.isnan(self.reference)).any(axis=1)
+    logps, rewards = logps[real], self.beta * (logps - self.reference)[real]
+    return {
+      "eval_rewards/chosen": float(rewards[:, 0].mean()),
+      "eval_rewards/rejected": float(rewards[:, 1].mean()),
+      "eval_rewards/accuracies": float((rewards[:, 0] > rewards[:, 1]).mean()),
+      "eval_rewards/margins": float((rewards[:, 0] - rewards[:, 1]).mean()),
+      "eval_logps/chosen": float(logps[:, 0].mean()),
+      "eval_logps/rejected": float(logps[:, 1].mean()),
+      "eval_pairs": int(real.sum()),
+    }
