@@ -7,6 +7,8 @@ makes
   quickstart/data/train/<type>.jsonl    a question about an image a line
   quickstart/data/test.jsonl            the held-out questions, about images that are in no training file
   quickstart/data/images/...            the images
+  quickstart/preferences/meta.json      pairs of a right and a wrong answer, and held_out.json of held-out ones: what
+                                        configs/quickstart_mpo.py goes on with
   quickstart/init/                      config.json and tokenizer of a small InternVL, without weights
 
 The images and questions are those of the PyPI package easy-vqa (Zhou, 2019): 64 x 64 pixels, a shape in a
@@ -18,7 +20,7 @@ import collections
 import json
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +33,8 @@ from internvl_jax.hf.tokenizer import IMAGE_TOKENS
 
 _OUT = flags.DEFINE_string("out", "quickstart", "Folder to write to.")
 _HOLDOUT = flags.DEFINE_integer("holdout", 0, "Score on so many training images instead of the test images.")
+
+_PAIRS, _HELD_OUT_PAIRS = 8000, 2000
 
 COLORS = ("red", "blue", "green", "yellow", "black", "gray", "brown", "teal")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -113,6 +117,7 @@ def main(argv: Sequence[str]) -> None:
     scored = "train"
   write_data(out / "data", train, test, scored)
   copy_images(out / "data" / "images", paths)
+  write_preferences(out / "preferences", train, test, scored)
   write_model(out / "init", train)
   print(
     f"{len(train)} training and {len(test)} held-out questions are in {out}/data, the model's config in {out}/init"
@@ -152,6 +157,41 @@ def to_line(question: Question, split: str) -> dict[str, Any]:
       {"from": "gpt", "value": question.answer},
     ],
   }
+
+
+def write_preferences(folder: Path, train: Sequence[Question], test: Sequence[Question], scored: str) -> None:
+  """Writes pairs about training images, and about those that are scored."""
+  for name, questions, split, count in (
+    ("meta", train, "train", _PAIRS),
+    ("held_out", test, scored, _HELD_OUT_PAIRS),
+  ):
+    lines = list(to_pairs(questions, split, count))
+    write_jsonl(folder / f"{name}.jsonl", lines)
+    meta = {
+      "root": "../data/images",
+      "annotation": f"{name}.jsonl",
+      "data_augment": False,
+      "repeat_time": 1,
+      "length": len(lines),
+    }
+    (folder / f"{name}.json").write_text(json.dumps({"easy_vqa": meta}, indent=2) + "\n")
+
+
+def to_pairs(questions: Sequence[Question], split: str, count: int) -> Iterator[dict[str, Any]]:
+  """Lines of so many of the questions, with a wrong answer of the same kind: another colour or shape, yes for no."""
+  rng = np.random.default_rng(0)
+  for index in rng.permutation(len(questions))[:count]:
+    question = questions[index]
+    kind = next(answers for answers in (COLORS, SHAPES, ("yes", "no")) if question.answer in answers)
+    yield {
+      "image": f"{split}/{question.image}.png",
+      "width": 64,
+      "height": 64,
+      "system": SYSTEM,
+      "question": question.text,
+      "chosen": question.answer,
+      "rejected": str(rng.choice([answer for answer in kind if answer != question.answer])),
+    }
 
 
 def write_jsonl(path: Path, lines: Iterable[dict[str, Any]]) -> None:
