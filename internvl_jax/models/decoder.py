@@ -164,9 +164,11 @@ class DecoderMLP(nnx.Module):
     inner = "fused" if self.fused else "mlp"
     self.down_proj = Linear(F, D, bias=bias, axes=(inner, "embed"), rngs=rngs)
 
-  def __call__(self, x: jax.Array, *, valid: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Maps x [B, T, D]; the second result is there for what has a router."""
-    del valid
+  def __call__(
+    self, x: jax.Array, *, valid: jax.Array | None, backend: str = "xla"
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Maps x [B, T, D]; all else, and the second result, is there for what has a router."""
+    del valid, backend
     gate, up = (
       jnp.split(self.gate_up_proj(x), 2, axis=-1) if self.fused else (self.gate_proj(x), self.up_proj(x))
     )
@@ -185,12 +187,12 @@ class DecoderLayer(nnx.Module):
     if config.lora is not None:
       lora.attach(self, config.lora, rngs)
 
-  def __call__(self, x: jax.Array, *, valid: jax.Array | None, **attend):
+  def __call__(self, x: jax.Array, *, valid: jax.Array | None, backend: str, **attend):
     """Returns the new x, the keys and values, and statistics of the router where there is one."""
     x = _by_token(x)
-    y, kv = self.self_attn(_by_token(self.input_layernorm(x)), **attend)
+    y, kv = self.self_attn(_by_token(self.input_layernorm(x)), backend=backend, **attend)
     x = x + y
-    y, router = self.mlp(_by_token(self.post_attention_layernorm(x)), valid=valid)
+    y, router = self.mlp(_by_token(self.post_attention_layernorm(x)), valid=valid, backend=backend)
     return _by_token(x + y), kv, router
 
 
