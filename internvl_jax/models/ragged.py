@@ -6,8 +6,6 @@ On TPUs by JAX's Pallas kernels, which visit the tiles of rows that a group has 
 Letters: M rows, K width in, N width out, G groups.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
@@ -41,13 +39,12 @@ def ragged_product(
   return out[: rows.shape[0]]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _product(rows, matrices, sizes, tile: int, interpret: bool) -> jax.Array:
+def _plain(rows, matrices, sizes, tile: int, interpret: bool) -> jax.Array:
   return _by_row(rows, matrices, sizes, tile, interpret, transposed=False)
 
 
 def _forward(rows, matrices, sizes, tile, interpret):
-  return _product(rows, matrices, sizes, tile, interpret), (rows, matrices, sizes)
+  return _plain(rows, matrices, sizes, tile, interpret), (rows, matrices, sizes)
 
 
 def _backward(tile, interpret, saved, g):
@@ -58,6 +55,7 @@ def _backward(tile, interpret, saved, g):
   return by_row, by_matrix, None
 
 
+_product = jax.custom_vjp(_plain, nondiff_argnums=(3, 4))
 _product.defvjp(_forward, _backward)
 
 
