@@ -281,9 +281,9 @@ def _saved(plan: StepPlan) -> int:
   patches = math.ceil(plan.shape.rows * plan.shape.tiles / sharing) * (1 + vision.num_patches)
   text_width, vision_width = text.hidden_size, vision.hidden_size
   if how.remat == "dots":
-    text_width += (text.num_heads + 2 * text.num_kv_heads) * text.head_dim + 2 * text.hidden_size
+    text_width += (text.num_heads + 2 * text.num_kv_heads) * text.head_dim + text.hidden_size
     text_width += 0 if text.experts else 2 * text.intermediate_size
-    vision_width += 5 * vision.hidden_size + vision.intermediate_size
+    vision_width += 4 * vision.hidden_size + vision.intermediate_size
   total = 0
   if any(not path.startswith("language_model.lm_head") for path in plan.state.params):
     total += text.num_layers * tokens * text_width

@@ -141,7 +141,11 @@ class DecoderAttention(nnx.Module):
     N, K, H = self.num_heads, self.num_kv_heads, self.head_dim
     heads = (*x.shape[:2], -1, H)
     if self.layout == "separate":
-      return self.q_proj(x).reshape(heads), self.k_proj(x).reshape(heads), self.v_proj(x).reshape(heads)
+      q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+      if self.q_norm is not None:
+        # The TPU compiler, let to fuse the norm over heads into the product, ends in a failed check for some meshes.
+        q, k = jax.lax.optimization_barrier((q, k))
+      return q.reshape(heads), k.reshape(heads), v.reshape(heads)
     y = self.qkv_proj(x)
     if self.layout == "concatenated":
       q, k, v = jnp.split(y, [N * H, (N + K) * H], axis=-1)
