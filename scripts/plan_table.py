@@ -85,9 +85,10 @@ NAMED = (
   Arrangement("2.5-78b", "full", "v5e:16x16", (("tensor", 8),)),
   Arrangement("3.5-30b-a3b", "full", "v5e:8x8", (("expert", 8),)),
   Arrangement("3.5-30b-a3b", "full", "v6e:4x8", (("expert", 8),)),
-  Arrangement("3.5-30b-a3b", "full", "v5p:2x4x4", (("expert", 4),)),
+  Arrangement("3.5-30b-a3b", "full", "v5p:2x4x4", (("expert", 8),)),
   Arrangement("3.5-241b-a28b", "full", "v6e:16x16", (("expert", 8),)),
   Arrangement("3.5-241b-a28b", "full", "v5p:4x4x8", (("expert", 8),)),
+  Arrangement("3.5-241b-a28b", "full", "v5p:4x4x4", (("expert", 4),)),
 )
 """What docs/scale.md promises."""
 

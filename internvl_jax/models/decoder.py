@@ -87,6 +87,10 @@ class KVCache(nnx.Pytree):
     self.segment_ids = nnx.data(segment_ids)
 
 
+_CACHED = ("rows", None, "heads", None)
+"""How a cache's keys and values [B, S, K, H] are spread: new ones are written into slots, which stay together."""
+
+
 class DecoderAttention(nnx.Module):
   """Causal self-attention with grouped key-value heads and rotary positions."""
 
@@ -118,8 +122,10 @@ class DecoderAttention(nnx.Module):
     q, k = rotate(q, *rotation), rotate(k, *rotation)
     q_index = None
     if cache is not None:
-      k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), offset, axis=1)
-      v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), offset, axis=1)
+      k, v = (
+        constrain(jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), offset, axis=1), *_CACHED)
+        for old, new in zip(cache, (k, v), strict=True)
+      )
       q_index = offset + jnp.arange(x.shape[1])
     out = attention(
       q,
@@ -302,7 +308,8 @@ class Decoder(nnx.Module):
     """An empty cache for `batch` rows of at most `length` tokens."""
     layers, heads, width = self.kv_shape
     shape = (layers, batch, length, heads, width)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, length), jnp.int32))
+    k, v = (constrain(jnp.zeros(shape, dtype), None, *_CACHED) for _ in range(2))
+    return KVCache(k, v, jnp.zeros((batch, length), jnp.int32))
 
   def _windows(self, length: int) -> tuple[int | None, dict[str, Any]]:
     """The window of all layers, or an array [L] for the scan where they differ; none that hides nothing."""
