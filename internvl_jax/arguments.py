@@ -314,7 +314,7 @@ class RuntimeConfig:
   # Attention backend: "xla", "splash" (kernels for TPUs), or "auto", which is the one made for the platform.
   attention: str = "auto"
   # What the backward pass recomputes under grad_checkpoint: "full" keeps layer inputs only, "dots" also
-  # keeps the results of matrix products without a batch dimension.
+  # keeps the results of products with weights (not those of experts).
   remat_policy: Literal["full", "dots"] = "full"
   # Layers unrolled in the body of the scans over layers.
   scan_unroll: int = 1

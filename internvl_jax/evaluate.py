@@ -26,13 +26,16 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Questions answered at once
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Longest answer in tokens.", lower_bound=1)
 _LIMIT = flags.DEFINE_integer("limit", None, "Score the first so many questions only.", lower_bound=1)
 _BF16 = flags.DEFINE_bool("bf16", False, "Compute in bfloat16.")
+_DEVICES = flags.DEFINE_integer(
+  "devices", 1, "Devices that share the weights, heads and the key-value cache.", lower_bound=1
+)
 
 
 def main(argv: Sequence[str]) -> None:
   """Answers, scores and writes."""
   del argv
   frontdoor.set_up_logging()
-  opened = open_for_inference(_MODEL.value, bf16=_BF16.value)
+  opened = open_for_inference(_MODEL.value, bf16=_BF16.value, devices=_DEVICES.value)
   config = EvalConfig(
     annotation=_ANNOTATION.value,
     root=_ROOT.value,

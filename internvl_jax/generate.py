@@ -25,12 +25,15 @@ _IMAGE = flags.DEFINE_string(
 _SYSTEM = flags.DEFINE_string("system", None, "System message; the template's if unset.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Longest answer in tokens.", lower_bound=1)
 _BF16 = flags.DEFINE_bool("bf16", False, "Compute in bfloat16.")
+_DEVICES = flags.DEFINE_integer(
+  "devices", 1, "Devices that share the weights, heads and the key-value cache.", lower_bound=1
+)
 
 
 def main(argv: Sequence[str]) -> None:
   """Prints the answer."""
   del argv
-  opened = open_for_inference(_MODEL.value, bf16=_BF16.value)
+  opened = open_for_inference(_MODEL.value, bf16=_BF16.value, devices=_DEVICES.value)
   turns = [{"from": "human", "value": _QUESTION.value}, {"from": "gpt", "value": "?"}]
   if _SYSTEM.value is not None:
     turns.insert(0, {"from": "system", "value": _SYSTEM.value})

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from internvl_jax.arguments import DataTrainingArguments
+from internvl_jax.arguments import DataTrainingArguments, MeshConfig
 from internvl_jax.batch import PIXEL_STATISTICS
 from internvl_jax.data.tokenize import ChatTokenizer
 from internvl_jax.errors import UserError
@@ -15,6 +15,8 @@ from internvl_jax.hf import config as layouts
 from internvl_jax.hf.model import Source, open_source
 from internvl_jax.hf.tokenizer import load_tokenizer
 from internvl_jax.models.internvl import Execution
+from internvl_jax.parallel import rules
+from internvl_jax.parallel.mesh import make_mesh
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,8 +30,13 @@ class Inference:
   how: Execution
 
 
-def open_for_inference(folder: str | Path, *, bf16: bool) -> Inference:
+def open_for_inference(folder: str | Path, *, bf16: bool, devices: int = 1) -> Inference:
   """Opens a checkpoint (see `open_source`); its config.json and preprocessor_config.json say how images are cut.
+
+  Args:
+    folder: the checkpoint.
+    bf16: whether to compute in bfloat16.
+    devices: how many share the weights, and with them heads and the cache (`mesh.tensor`).
 
   Raises:
     UserError: it cannot be run.
@@ -40,10 +47,19 @@ def open_for_inference(folder: str | Path, *, bf16: bool) -> Inference:
   if not bf16:
     jax.config.update("jax_default_matmul_precision", "highest")
   shapes = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in source.model.shapes.items()}
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  params = source.load(shapes, dict.fromkeys(shapes, device))
+  params = source.load(shapes, _places(source, shapes, devices))
   tokenizer = ChatTokenizer(load_tokenizer(source.folder), data.conv_style)
   return Inference(source, params, tokenizer, data, Execution(dtype=dtype))
+
+
+def _places(source: Source, shapes: dict[str, jax.ShapeDtypeStruct], devices: int) -> dict[str, Any]:
+  """Where the weights go: whole on one device, or spread over several."""
+  if devices > len(jax.devices()):
+    raise UserError(f"--devices={devices}: there are {len(jax.devices())}")
+  if devices == 1:
+    return dict.fromkeys(shapes, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+  mesh = make_mesh(MeshConfig(data=1, tensor=devices), jax.devices()[:devices])
+  return dict(rules.weight_shardings(source.model.axes, shapes, mesh))
 
 
 _RECORDED = ("dynamic_image_size", "use_thumbnail", "min_dynamic_patch", "max_dynamic_patch", "pad2square")

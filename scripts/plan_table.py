@@ -1,14 +1,18 @@
-"""Fills the table of docs/scale.md: the smallest slice of TPUs that each published size trains on.
+"""Fills the tables of docs/scale.md: what arrangements take, and the smallest slice that each size trains on.
 
-  python scripts/plan_table.py --results scale.json [--only 2.5-8b/full/v5e,3-14b] [--print_only]
+  python scripts/plan_table.py [--results docs/scale.json] [--only 2.5-8b/full/v5e,3-14b,named] [--print_only]
 
-An entry is a size, "full" or "lora", and a kind of chip; `--only` takes entries or what they begin with. Each is
-looked for by a process of its own (`python -m internvl_jax.plan --search`), which takes minutes to hours, and its
-outcome goes to the file of results at once, so that a run that was stopped goes on where it was; entries that
-failed are tried again. At the end, and alone with --print_only, the table is printed as Markdown.
+The named arrangements are compiled each by `python -m internvl_jax.plan`. An entry of the second table is a size,
+"full" or "lora", and a kind of chip, and is looked for with `--search`, which compiles as often as it has to: tens
+of seconds to minutes. `--only` takes entries or what they begin with. Every outcome goes to the file of results at
+once, so that a run that was stopped goes on where it was; entries that failed are tried again. Sizes of one
+architecture are compiled once. At the end, and alone with --print_only, the tables are written into docs/scale.md,
+between their markers.
 """
 
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,50 +27,147 @@ from internvl_jax.aot import recipe
 from internvl_jax.hf import published
 
 KINDS = ("v5e", "v6e", "v5p")
-MODES = {"full": recipe.__file__, "lora": f"{recipe.__file__}:lora"}
+MODES = {"full": recipe.__file__, "lora": f"{recipe.__file__}:lora", "full, ViT frozen": recipe.__file__}
+SEARCHED = ("full", "lora")
+DOCS = Path(__file__).parents[1] / "docs"
+GIB = 2**30
 
-_RESULTS = flags.DEFINE_string("results", None, "File of results; made if it is not there.", required=True)
+_RESULTS = flags.DEFINE_string(
+  "results", str(DOCS / "scale.json"), "File of results; made if it is not there."
+)
 _ONLY = flags.DEFINE_list("only", [], "Entries to look for, or what they begin with; none: all.")
-_PRINT_ONLY = flags.DEFINE_bool("print_only", False, "Print the table of what is there.")
-_HOURS = flags.DEFINE_float("hours", 6.0, "The longest that an entry may take.", lower_bound=0)
+_PRINT_ONLY = flags.DEFINE_bool("print_only", False, "Write the tables of what is there.")
+_HOURS = flags.DEFINE_float("hours", 1.0, "The longest that an entry may take.", lower_bound=0)
+_PAGE = flags.DEFINE_string("page", str(DOCS / "scale.md"), "Page to write the tables into.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrangement:
+  """A run on a slice: one row a data shard, of so many tokens and tiles."""
+
+  size: str
+  mode: str
+  topology: str
+  mesh: tuple[tuple[str, int], ...] = ()
+  tokens: int = 8192
+  tiles: int = 40
+
+  @property
+  def entry(self) -> str:
+    """Its key among the results."""
+    axes = "".join(f" {axis}={size}" for axis, size in self.mesh)
+    return f"named/{self.size}/{self.mode}/{self.topology}{axes} {self.tokens}+{self.tiles}"
+
+  @property
+  def options(self) -> list[str]:
+    """What `plan` is called with."""
+    options = [f"--config={MODES[self.mode]}", f"--size={self.size}", f"--topology={self.topology}"]
+    options += [f"--config.mesh.{axis}={size}" for axis, size in self.mesh]
+    if self.mode.endswith("ViT frozen"):
+      options.append("--config.model.freeze_backbone=True")
+    return [*options, f"--tokens={self.tokens}", f"--tiles={self.tiles}"]
+
+
+NAMED = (
+  Arrangement("2.5-8b", "full", "v5e:4x4"),
+  Arrangement("2.5-8b", "full", "v5e:4x8"),
+  Arrangement("2.5-8b", "full", "v5e:8x8"),
+  Arrangement("2.5-8b", "full, ViT frozen", "v5e:8x8"),
+  Arrangement("2.5-8b", "full", "v5e:8x8", (), 16384, 48),
+  Arrangement("2.5-8b", "full", "v5e:8x8", (("sequence", 8),), 65536, 320),
+  Arrangement("2.5-8b", "full", "v6e:2x4"),
+  Arrangement("2.5-8b", "full", "v5p:2x2x1"),
+  Arrangement("2.5-8b", "full", "v4:2x2x2"),
+  Arrangement("2.5-8b", "lora", "v6e:2x2"),
+  Arrangement("2.5-8b", "lora", "v5e:2x4"),
+  Arrangement("2.5-78b", "full", "v5p:4x4x4", (("tensor", 4),)),
+  Arrangement("2.5-78b", "full", "v5p:4x4x8", (("tensor", 4),)),
+  Arrangement("2.5-78b", "full", "v5e:16x16", (("tensor", 8),)),
+  Arrangement("3.5-30b-a3b", "full", "v5e:8x8", (("expert", 8),)),
+  Arrangement("3.5-30b-a3b", "full", "v6e:4x8", (("expert", 8),)),
+  Arrangement("3.5-30b-a3b", "full", "v5p:2x4x4", (("expert", 8),)),
+  Arrangement("3.5-241b-a28b", "full", "v6e:16x16", (("expert", 8),)),
+  Arrangement("3.5-241b-a28b", "full", "v5p:4x4x8", (("expert", 8),)),
+  Arrangement("3.5-241b-a28b", "full", "v5p:4x4x4", (("expert", 4),)),
+)
+"""What docs/scale.md promises."""
 
 
 def main(argv: Sequence[str]) -> None:
-  """Fills what is missing, and prints the table."""
+  """Fills what is missing, and writes the tables."""
   del argv
   path = Path(_RESULTS.value)
-  results: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
   for entry in [] if _PRINT_ONLY.value else wanted():
-    if "error" not in results.get(entry, {"error": "not there"}):
-      continue
-    print(f"{entry} ...", flush=True)
-    results[entry] = look(entry)
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"{entry}: {cell(results[entry])}", flush=True)
-  print("\n".join(table(results)))
+    if "error" in read(path).get(entry, {"error": "not there"}):
+      print(f"{entry} ...", flush=True)
+      found = compiled(entry) if entry.startswith("named/") else searched(entry)
+      # Others may have written meanwhile.
+      path.write_text(json.dumps(read(path) | {entry: found}, indent=1) + "\n")
+      print(f"{entry}: {found.get('error') or cell(found)}", flush=True)
+  results = read(path)
+  page = Path(_PAGE.value)
+  text = page.read_text(encoding="utf-8") if page.is_file() else "<!-- named -->\n<!-- slices -->\n"
+  for marker, lines in (("named", named_table(results)), ("slices", table(results))):
+    text = fill(text, marker, lines)
+  page.write_text(text, encoding="utf-8")
+
+
+def read(path: Path) -> dict[str, Any]:
+  """The results so far."""
+  return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def fill(text: str, marker: str, lines: list[str]) -> str:
+  """The page with a table after its marker, in place of the one there."""
+  start = text.index(f"<!-- {marker} -->\n") + len(f"<!-- {marker} -->\n")
+  old = re.match(r"(\|.*\n)*", text[start:])
+  assert old
+  return text[:start] + "".join(f"{line}\n" for line in lines) + text[start + old.end() :]
+
+
+# --- What there is to find out ------------------------------------------------------------------------------
 
 
 def entries() -> list[str]:
-  """All entries of the table."""
-  return [f"{size}/{mode}/{kind}" for size in published.SIZES for mode in MODES for kind in KINDS]
+  """All entries, those of one architecture under its first size."""
+  sizes = [size for size in published.SIZES if first_of(size) == size]
+  searches = [f"{size}/{mode}/{kind}" for size in sizes for mode in SEARCHED for kind in KINDS]
+  return [*(arrangement.entry for arrangement in NAMED), *searches]
+
+
+def first_of(size: str) -> str:
+  """The first of the sizes that have the same architecture."""
+  return next(other for other in published.SIZES if published.config_of(other) == published.config_of(size))
 
 
 def wanted() -> list[str]:
   """The entries asked for."""
-  found = [entry for entry in entries() if not _ONLY.value or entry.startswith(tuple(_ONLY.value))]
+  only = tuple(_ONLY.value)
+  found = [entry for entry in entries() if not only or entry.startswith(only)]
   if not found:
-    raise app.UsageError(f"--only={','.join(_ONLY.value)} names no entry; one is {entries()[0]}")
+    raise app.UsageError(f"--only={','.join(only)} names no entry; one is {entries()[-1]}")
   return found
 
 
-def look(entry: str) -> dict[str, Any]:
-  """The outcome of an entry: the arrangement that fits and what it takes, or why there is none."""
+def compiled(entry: str) -> dict[str, Any]:
+  """The outcome of a named arrangement."""
+  arrangement = next(arrangement for arrangement in NAMED if arrangement.entry == entry)
+  return run(arrangement.options, brief)
+
+
+def searched(entry: str) -> dict[str, Any]:
+  """The outcome of a search: the arrangement that fits and what it takes."""
   size, mode, kind = entry.split("/")
+  options = [f"--config={MODES[mode]}", f"--size={size}", f"--topology={kind}", "--search"]
+  return run(options, outcome)
+
+
+def run(options: list[str], shorten) -> dict[str, Any]:
+  """What `plan` writes, shortened, or why it wrote nothing; and the seconds that it took."""
   start = time.perf_counter()
   with tempfile.TemporaryDirectory() as folder:
     written = Path(folder) / "found.json"
-    command = [sys.executable, "-m", "internvl_jax.plan", f"--config={MODES[mode]}", f"--size={size}"]
-    command += [f"--topology={kind}", "--search", f"--json={written}"]
+    command = [sys.executable, "-m", "internvl_jax.plan", *options, f"--json={written}"]
     try:
       done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3600 * _HOURS.value)
     except subprocess.TimeoutExpired:
@@ -75,40 +176,96 @@ def look(entry: str) -> dict[str, Any]:
       # A compiler that aborts writes a trace after its reason.
       lines = [line for line in done.stderr.splitlines() if "Check failed" in line or "error" in line.lower()]
       return {"error": (lines or done.stderr.splitlines() or ["no word"])[0]}
-    attempts = json.loads(written.read_text())["attempts"]
-  return {**outcome(attempts), "seconds": round(time.perf_counter() - start)}
+    found = shorten(json.loads(written.read_text()))
+  return {**found, "seconds": round(time.perf_counter() - start)}
 
 
-def outcome(attempts: list[dict[str, Any]]) -> dict[str, Any]:
-  """What the table holds of a search."""
-  compiled = [attempt for attempt in attempts if attempt["compiled"]]
-  fitting = [attempt for attempt in compiled if attempt["report"]["fits"]]
-  tried = {"compiled": len(compiled)}
-  if not fitting:
-    return {"topology": None, **tried}
-  best = fitting[-1]
-  found = best["report"]
+def brief(report: dict[str, Any]) -> dict[str, Any]:
+  """What the tables hold of a report."""
+  frozen = report["parameters"] - report["trainable"]
   return {
-    "topology": best["topology"],
-    "mesh": {axis: size for axis, size in best["mesh"].items() if size > 1},
-    "remat": best["remat"],
-    "bytes": found["total"],
-    "limit": found["limit"],
-    "step_seconds": found["roofline"]["step"],
-    "mfu": found["roofline"]["mfu"],
-    **tried,
+    "topology": report["topology"],
+    "mesh": {axis: size for axis, size in report["mesh"].items() if size > 1},
+    "remat": report["execution"]["remat"],
+    "fits": report["fits"],
+    "bytes": report["total"],
+    "limit": report["limit"],
+    "floor": (16 * report["trainable"] + 2 * frozen) // report["chips"],
+    "memory": report["memory"],
+    "peak": [buffer for buffer in report["peak"] if buffer["origin"] != "gradients"][:6],
+    "step_seconds": report["roofline"]["step"],
+    "mfu": report["roofline"]["mfu"],
+    "compile_seconds": round(report["lower_seconds"] + report["compile_seconds"], 1),
   }
+
+
+def outcome(found: dict[str, Any]) -> dict[str, Any]:
+  """What the table holds of a search; of what did not fit, what it would take."""
+  attempts = found["attempts"]
+  tried = [
+    {key: attempt[key] for key in ("topology", "mesh", "remat", "bytes", "compiled", "outcome")}
+    for attempt in attempts
+    if attempt["outcome"] != "cannot fit"
+  ]
+  fitting = [attempt for attempt in attempts if attempt["report"] and attempt["report"]["fits"]]
+  if not fitting:
+    return {"topology": None, "tried": tried}
+  return {**brief(fitting[-1]["report"]), "tried": tried}
+
+
+# --- Words --------------------------------------------------------------------------------------------------
+
+
+def named_table(results: dict[str, Any]) -> list[str]:
+  """The named arrangements as Markdown; only those that were compiled."""
+  lines = [
+    "| size | trains | tokens + tiles a row | slice, mesh | GiB a chip, of | floor | the largest beyond it | s |",
+    "|---|---|---|---|---|---|---|---|",
+  ]
+  for arrangement in NAMED:
+    found = results.get(arrangement.entry)
+    if not found:
+      continue
+    head = (
+      f"| {same_as(arrangement.size)} | {arrangement.mode} | {arrangement.tokens} + {arrangement.tiles} |"
+    )
+    if "error" in found:
+      lines.append(f"{head} {arrangement.topology} | failed: {found['error']} | | | |")
+      continue
+    used = f"{found['bytes'] / GIB:.2f}" if found["fits"] else f"**{found['bytes'] / GIB:.2f}**"
+    lines.append(
+      f"{head} {found['topology']} {mesh_of(found)} | {used} of {found['limit'] / GIB:.2f} | "
+      f"{found['floor'] / GIB:.2f} | {beyond(found)} | {found['compile_seconds']:.0f} |"
+    )
+  return lines
+
+
+def beyond(found: dict[str, Any]) -> str:
+  """The largest temporaries, in words."""
+  words = []
+  for buffer in found["peak"][:3]:
+    times = f"{buffer['count']} x " if buffer["count"] > 1 else ""
+    origin = buffer["origin"].split(":")[0]
+    words.append(f"{buffer['bytes'] / GIB:.2f} {origin} `{times}{buffer['shape']}`")
+  return "; ".join(words)
+
+
+def same_as(size: str) -> str:
+  """The size and those of the same architecture."""
+  return ", ".join(other for other in published.SIZES if first_of(other) == first_of(size))
 
 
 def table(results: dict[str, Any]) -> list[str]:
   """Rows of sizes, columns of kinds, as Markdown; only rows that hold something."""
   lines = [f"| size | trains | {' | '.join(KINDS)} |", "|---" * (2 + len(KINDS)) + "|"]
   for size in published.SIZES:
-    for mode in MODES:
+    if first_of(size) != size:
+      continue
+    for mode in SEARCHED:
       cells = [results.get(f"{size}/{mode}/{kind}") for kind in KINDS]
       if any(cells):
         words = " | ".join(cell(found) if found else "" for found in cells)
-        lines.append(f"| {size} | {mode} | {words} |")
+        lines.append(f"| {same_as(size)} | {mode} | {words} |")
   return lines
 
 
@@ -118,10 +275,14 @@ def cell(found: dict[str, Any]) -> str:
     return f"failed: {found['error']}"
   if found["topology"] is None:
     return "none"
-  mesh = " ".join(f"{axis} {size}" for axis, size in found["mesh"].items()) or "one chip"
-  used, limit = found["bytes"] / 2**30, found["limit"] / 2**30
+  used, limit = found["bytes"] / GIB, found["limit"] / GIB
   shape = found["topology"].partition(":")[2]
-  return f"{shape}: {mesh}, {found['remat']}, {used:.1f} of {limit:.1f}, ≤ {found['mfu']:.0%}"
+  return f"**{shape}**: {mesh_of(found)}, {found['remat']}, {used:.1f} of {limit:.1f}, ≤ {found['mfu']:.0%}"
+
+
+def mesh_of(found: dict[str, Any]) -> str:
+  """The axes of the mesh that split anything."""
+  return " ".join(f"{axis} {size}" for axis, size in found["mesh"].items()) or "one chip"
 
 
 if __name__ == "__main__":

@@ -10,18 +10,20 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from harness import Harness, reshape_batch
+from internvl_jax.arguments import MeshConfig
 from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, SFTBatch
 from internvl_jax.errors import UserError
 from internvl_jax.losses import spread
 from internvl_jax.models import attention
 from internvl_jax.models.decoder import DecoderConfig
+from internvl_jax.models.functional import define
 from internvl_jax.models.gpt_oss import GptOssMLPConfig
 from internvl_jax.models.internvl import Execution, InternVLConfig
 from internvl_jax.models.lora import LoRASpec
 from internvl_jax.models.moe import MoEConfig
-from internvl_jax.models.vit import VisionConfig
+from internvl_jax.models.vit import VisionConfig, VisionTransformer
 from internvl_jax.parallel import rules
-from internvl_jax.parallel.mesh import AXES, check_lengths
+from internvl_jax.parallel.mesh import AXES, check_lengths, make_mesh
 from internvl_jax.parallel.table import placement_table, placement_warnings
 
 ROWS, LENGTH, STEPS, VOCAB = 16, 32, 10, 41
@@ -153,6 +155,73 @@ def test_fsdp_collects_a_layer_at_a_time():
 )
 def test_meshes(mesh):
   check("dense", mesh)
+
+
+def vision_on(mesh, config, tiles):
+  """Shapes, places and gradients (of params and tiles) of a ViT's outputs on the mesh."""
+  vit = define(lambda rngs: VisionTransformer(config, select_layer=-1, rngs=rngs))
+  places = rules.weight_shardings(vit.axes, vit.shapes, mesh)
+  spread = jax.NamedSharding(mesh, rules.activation_spec(("tiles", None, None, None), tiles, mesh))
+
+  @jax.jit
+  def gradients(params, x):
+    with rules.scope(mesh):
+      return jax.value_and_grad(lambda params, x: (vit.bind(params)(x) ** 2).sum(), argnums=(0, 1))(params, x)
+
+  return vit, places, spread, gradients
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_25_heads_of_the_6b_vit(devices):
+  """Tensor parallelism stores its weights in as many parts, though its heads are not split."""
+  config = VisionConfig(
+    hidden_size=3200,
+    intermediate_size=12800,
+    num_layers=1,
+    num_heads=25,
+    patch_size=14,
+    image_size=56,
+    norm_type="rms_norm",
+    qkv_bias=False,
+    qk_normalization=True,
+  )
+  shape = (8, 56, 56, 3)
+  mesh = make_mesh(MeshConfig(data=1, tensor=devices), jax.devices()[:devices])
+  vit, places, spread, gradients = vision_on(mesh, config, shape)
+  params = {path: leaf.update(sharding=places[path]) for path, leaf in vit.shapes.items()}
+  x = jax.ShapeDtypeStruct(shape, np.float32, sharding=spread)
+  program = gradients.lower(params, x).compile()
+  layers = 4 * sum(leaf.size for path, leaf in vit.shapes.items() if "layers" in path)
+  others = 4 * sum(leaf.size for path, leaf in vit.shapes.items() if "layers" not in path)
+  assert layers > 20 * others
+  assert program.memory_analysis().argument_size_in_bytes < 1.01 * layers / devices + others + 4 * x.size
+
+
+def test_five_heads_on_eight_devices():
+  """A ViT whose heads no mesh divides computes what one device does."""
+  config = VisionConfig(
+    hidden_size=40,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=5,
+    patch_size=4,
+    image_size=16,
+    qk_normalization=True,
+    norm_type="rms_norm",
+  )
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(8, 16, 16, 3)).astype("f4")
+  found = []
+  for devices in (1, 8):
+    mesh = make_mesh(MeshConfig(data=1, tensor=devices), jax.devices()[:devices])
+    vit, places, spread, gradients = vision_on(mesh, config, x.shape)
+    values = np.random.default_rng(1)
+    params = {
+      path: values.normal(size=leaf.shape).astype("f4") / 6 for path, leaf in sorted(vit.shapes.items())
+    }
+    found.append(gradients(jax.device_put(params, places), jax.device_put(x, spread)))
+  for theirs, ours in zip(*map(jax.tree.leaves, found), strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())
 
 
 def test_heads_that_do_not_divide(monkeypatch):

@@ -8,10 +8,13 @@ import pytest
 from harness import Harness, make_batch, reshape_batch, toy
 from internvl_jax.models import functional
 from internvl_jax.models.decoder import DecoderConfig
+from internvl_jax.models.gradients import matmul
 from internvl_jax.models.internvl import Execution, InternVL, InternVLConfig
+from internvl_jax.models.layers import remat_by_name
 from internvl_jax.models.moe import MoEConfig
 from internvl_jax.models.vit import VisionConfig
 from internvl_jax.objectives import normalized_weights
+from internvl_jax.parallel import rules
 
 
 def test_accumulation_equals_one_large_batch():
@@ -62,6 +65,22 @@ def test_remat_and_unrolling_change_no_number(remat, unroll):
   other = Harness(toy(), how=Execution(remat=remat, scan_unroll=unroll)).run(batch)
   np.testing.assert_allclose(other.loss, plain.loss, rtol=1e-6)
   np.testing.assert_allclose(other.grad_norm, plain.grad_norm, rtol=1e-5)
+
+
+def test_remat_keeps_what_its_policy_says():
+  """Two products and a sine after each: forward, two backward each, and what is computed again."""
+  x, w = jnp.ones((2, 4, 8)), jnp.ones((8, 8))
+  product = rules.Product(("embed", "embed"))
+
+  def products(policy):
+    def layer(x):
+      return jnp.sum(jnp.sin(matmul(jnp.sin(matmul(x, w, product)), w, product)))
+
+    layer = layer if policy is None else remat_by_name(policy)(layer)
+    return str(jax.make_jaxpr(jax.grad(layer))(x)).count("dot_general[")
+
+  # The weight does not train.
+  assert [products(policy) for policy in (None, "dots", "full")] == [4, 4, 6]
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_masters():

@@ -397,10 +397,12 @@ _KERNEL_PRODUCTS = {"fwd": 2, "dkv": 4, "dq": 3}
 """Products of queries by keys that the splash kernels compute, those computed again included."""
 
 
-def kernel_flops(module: Module) -> int:
-  """Operations of splash attention's kernels, by the shapes they are called with: those of the slowest device.
+def kernel_flops(module: Module, expert_parts: int = 1) -> int:
+  """Operations of kernels written by hand, by the shapes they are called with.
 
-  Of a causal mask's square, the blocks that it leaves count; what segments hide within them is not known.
+  Of attention, those of the slowest device: of a causal mask's square, the blocks that it leaves count; what segments
+  hide within them is not known. Of experts, those of an even load: where a device has one of so many parts of them,
+  as many of the rows that it is given are for its own.
   """
   total = 0.0
   for name, lines in module.computations.items():
@@ -408,7 +410,16 @@ def kernel_flops(module: Module) -> int:
       found = re.match(r"splash_mha_(fwd|dkv|dq)", line.name)
       if found and line.opcode == "custom-call":
         total += module.runs[name] * _KERNEL_PRODUCTS[found[1]] * _square_flops(line, lines)
+      if re.match(r"t?gmm", line.name) and line.opcode == "custom-call":
+        total += module.runs[name] * _grouped_flops(line, lines) / expert_parts
   return round(total)
+
+
+def _grouped_flops(line: Instruction, lines: dict[str, Instruction]) -> float:
+  """Operations of a product of all rows with the matrix of their group, or of its gradient."""
+  arrays = [lines[name].arrays[0] for name in line.operands if name in lines]
+  rows = next(array.dims for array in arrays if array.dtype in ("bf16", "f32"))
+  return 2 * math.prod(rows) * line.arrays[0].dims[-1]
 
 
 def _square_flops(line: Instruction, lines: dict[str, Instruction]) -> float:

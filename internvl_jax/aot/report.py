@@ -139,7 +139,7 @@ def make_report(plan: StepPlan, compiled: Compiled, target: Target, *, limit: in
     part: {phase: value // sharing for phase, value in entry.items()}
     for part, entry in costs.model_flops(plan).items()
   }
-  kernels = hlo.kernel_flops(module)
+  kernels = hlo.kernel_flops(module, plan.mesh.shape["expert"])
   compiled_flops = hlo.flops(module) + kernels
   traffic = hlo.traffic(module)
   how = plan.step.objective.how  # pyright: ignore[reportAttributeAccessIssue]

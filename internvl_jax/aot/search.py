@@ -1,7 +1,9 @@
 """Looks for the smallest slice of a kind of TPU that a run fits on, and how to arrange it there.
 
 What certainly lies in a chip's memory is known by arithmetic: parameters, optimizer state and gradients by their
-shardings, and what every layer saves for the way back. Only where that leaves room is the step compiled.
+shardings, and what every layer saves for the way back. Only where that leaves room is the step compiled. What a
+compiled step took beyond the arithmetic hardly depends on the slice, so that one compilation tells which others are
+not worth theirs. What is said to fit was compiled.
 """
 
 import dataclasses
@@ -19,8 +21,8 @@ from internvl_jax.arguments import MeshConfig
 from internvl_jax.assembly import describe_model
 from internvl_jax.config import TrainConfig
 from internvl_jax.errors import UserError
+from internvl_jax.hf.model import Source
 from internvl_jax.objectives import ForwardPass
-from internvl_jax.parallel.mesh import DATA_AXES
 from internvl_jax.trees import part_of
 
 # The slices that can be had: https://cloud.google.com/tpu/docs/v5e, v6e, v5p and v4; of the large tori, the cubes
@@ -30,6 +32,12 @@ _CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"
 
 _SHARES = (1, 2, 4, 8)
 """Chips that may share rows; beyond a host's worth of them, exchanges take over."""
+
+_ROOM = 0.85
+"""The first to be compiled is one that arithmetic fills no further than this."""
+
+_CARRIES_OVER = 0.85
+"""How much of what one arrangement took beyond the arithmetic another is certain to take, too."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,25 +110,136 @@ def search(
   Returns:
     All attempts; the last that fits is the answer. None fits if there is no such.
   """
-  source = describe_model(config)
-  attempts: list[Attempt] = []
-  for topology in slices(name):
-    target = open_target(topology)
-    memory = target.memory if limit is None else limit
+  looking = _Search(
+    config=config,
+    shape=shape,
+    source=describe_model(config),
+    limit=limit,
+    level=optimization_level,
+    tell=tell,
+  )
+  places = [
+    (target, mesh)
+    for target in map(open_target, slices(name))
+    for mesh in meshes(config, len(target.devices))
+  ]
+  looking.scout(places)
+  for place in places:
+    if looking.look(*place):
+      break
+  return looking.attempts
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Search:
+  """What a search is for, and what it knows so far.
+
+  Attributes:
+    config, shape, source, limit, level, tell: see `search`.
+    attempts: in the order of `look`.
+    compiled: what has been compiled, by arrangement.
+    beyond: bytes that the last compiled step took beyond the arithmetic, and the chips that shared its rows.
+  """
+
+  config: TrainConfig
+  shape: BatchShape
+  source: Source
+  limit: int | None
+  level: str
+  tell: Callable[[Attempt], Any]
+  attempts: list[Attempt] = dataclasses.field(default_factory=list)
+  compiled: dict[tuple, Attempt] = dataclasses.field(default_factory=dict)
+  beyond: tuple[int, int] | None = None
+
+  def scout(self, places: list[tuple[Target, MeshConfig]]) -> None:
+    """Compiles the first arrangement that arithmetic leaves much room, to learn what it takes beyond."""
+    for target, mesh in places:
+      plan = self._plan(target, mesh, "full")
+      if plan is not None and lower_bound(plan) <= _ROOM * self._memory(target):
+        self._compile(plan, target, "full")
+        return
+
+  def look(self, target: Target, mesh: MeshConfig) -> bool:
+    """Tries an arrangement, and if it fits, to recompute less; says whether it fits."""
+    fits = False
+    for remat in ("full", "dots"):
+      plan = self._plan(target, mesh, remat)
+      if plan is None:
+        break
+      attempt = self._attempt(plan, target, remat)
+      self.attempts.append(attempt)
+      self.tell(attempt)
+      if not attempt.fits:
+        break
+      fits = True
+    return fits
+
+  def _memory(self, target: Target) -> int:
+    memory = target.memory if self.limit is None else self.limit
     assert memory is not None
-    for mesh in meshes(config, len(target.devices)):
-      for remat in ("full", "dots"):
-        changed = _changed(config, mesh, remat)
-        attempt = _attempt(changed, target, shape, source, memory, optimization_level)
-        if attempt is None:
-          break
-        attempts.append(attempt)
-        tell(attempt)
-        if not attempt.fits:
-          break
-      if attempts and any(attempt.fits for attempt in attempts):
-        return attempts
-  return attempts
+    return memory
+
+  def _plan(self, target: Target, mesh: MeshConfig, remat: str) -> StepPlan | None:
+    """The step so arranged; None where the model cannot be."""
+    try:
+      return plan_step(_changed(self.config, mesh, remat), target, self.shape, self.source)
+    except UserError:
+      return None
+
+  def _attempt(self, plan: StepPlan, target: Target, remat: str) -> Attempt:
+    found = self.compiled.get(_key(plan, target, remat))
+    if found is not None:
+      return found
+    least, memory = lower_bound(plan), self._memory(target)
+    if least > memory:
+      return _not_compiled(plan, target, remat, least, "cannot fit")
+    if self.beyond is not None:
+      extra, sharing = self.beyond
+      likely = least + round(_CARRIES_OVER * extra * min(1.0, sharing / _sharing(plan)))
+      if likely > memory:
+        return _not_compiled(plan, target, remat, likely, "cannot fit, by what another took")
+    return self._compile(plan, target, remat)
+
+  def _compile(self, plan: StepPlan, target: Target, remat: str) -> Attempt:
+    compiled = compile_step(plan, target, optimization_level=self.level)
+    jax.clear_caches()
+    report = make_report(plan, compiled, target, limit=self._memory(target))
+    outcome = "fits" if report.fits else "does not fit"
+    if report.fits and report.roofline:
+      outcome += f", at least {report.roofline.step:.2f} s a step"
+    if remat == "full":
+      self.beyond = max(0, report.total - lower_bound(plan)), _sharing(plan)
+    attempt = Attempt(
+      topology=target.name,
+      mesh=dict(plan.mesh.shape),
+      remat=remat,
+      bytes=report.total,
+      compiled=True,
+      outcome=outcome,
+      report=report,
+    )
+    self.compiled[_key(plan, target, remat)] = attempt
+    return attempt
+
+
+def _key(plan: StepPlan, target: Target, remat: str) -> tuple:
+  return target.name, tuple(plan.mesh.shape.values()), remat
+
+
+def _sharing(plan: StepPlan) -> int:
+  """Chips that share a row."""
+  return plan.mesh.size // plan.shards
+
+
+def _not_compiled(plan: StepPlan, target: Target, remat: str, least: int, outcome: str) -> Attempt:
+  return Attempt(
+    topology=target.name,
+    mesh=dict(plan.mesh.shape),
+    remat=remat,
+    bytes=least,
+    compiled=False,
+    outcome=outcome,
+  )
 
 
 def meshes(config: TrainConfig, chips: int) -> Iterator[MeshConfig]:
@@ -146,25 +265,6 @@ def _changed(config: TrainConfig, mesh: MeshConfig, remat: str) -> TrainConfig:
   )
 
 
-def _attempt(config, target: Target, shape: BatchShape, source, memory: int, level: str) -> Attempt | None:
-  """What comes of one arrangement; None where the model cannot be arranged so."""
-  try:
-    plan = plan_step(config, target, shape, source)
-  except UserError:
-    return None
-  least = lower_bound(plan)
-  known = {"topology": target.name, "mesh": dict(plan.mesh.shape), "remat": config.runtime.remat_policy}
-  if least > memory:
-    return Attempt(**known, bytes=least, compiled=False, outcome="cannot fit")
-  compiled = compile_step(plan, target, optimization_level=level)
-  jax.clear_caches()
-  report = make_report(plan, compiled, target, limit=memory)
-  outcome = "fits" if report.fits else "does not fit"
-  if report.fits and report.roofline:
-    outcome += f", at least {report.roofline.step:.2f} s a step"
-  return Attempt(**known, bytes=report.total, compiled=True, outcome=outcome, report=report)
-
-
 def lower_bound(plan: StepPlan) -> int:
   """Bytes that a chip certainly needs: the arguments, the gradients, and what layers save for the way back."""
   held = arguments(plan)
@@ -176,14 +276,14 @@ def _saved(plan: StepPlan) -> int:
   objective = plan.step.objective
   assert isinstance(objective, ForwardPass)
   how, vision, text = objective.how, plan.source.config.vision, plan.source.config.text
-  sharing = math.prod(size for axis, size in plan.mesh.shape.items() if axis not in DATA_AXES)
+  sharing = _sharing(plan)
   tokens = plan.shape.rows * plan.shape.tokens // sharing
   patches = math.ceil(plan.shape.rows * plan.shape.tiles / sharing) * (1 + vision.num_patches)
   text_width, vision_width = text.hidden_size, vision.hidden_size
   if how.remat == "dots":
-    text_width += (text.num_heads + 2 * text.num_kv_heads) * text.head_dim + 2 * text.hidden_size
+    text_width += (text.num_heads + 2 * text.num_kv_heads) * text.head_dim + text.hidden_size
     text_width += 0 if text.experts else 2 * text.intermediate_size
-    vision_width += 5 * vision.hidden_size + vision.intermediate_size
+    vision_width += 4 * vision.hidden_size + vision.intermediate_size
   total = 0
   if any(not path.startswith("language_model.lm_head") for path in plan.state.params):
     total += text.num_layers * tokens * text_width

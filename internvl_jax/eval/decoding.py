@@ -14,6 +14,7 @@ import numpy as np
 from internvl_jax.batch import NO_IMAGE
 from internvl_jax.models.functional import ModelDef
 from internvl_jax.models.internvl import Execution, InternVL, normalize_tiles
+from internvl_jax.parallel import rules
 from internvl_jax.parallel.distributed import fetch
 
 
@@ -30,7 +31,8 @@ class GreedyDecoder:
   """Answers prompts in batches of one size, taking the likeliest token each time.
 
   Prompts are padded on the left to a multiple of PROMPT_STEP, so that all rows' answers begin at the same
-  slot of the cache; padding is a segment that no token sees.
+  slot of the cache; padding is a segment that no token sees. Where the parameters lie on a mesh, rows and heads
+  are spread over it, and the cache with them.
 
   Attributes:
     model: the model's definition.
@@ -55,9 +57,11 @@ class GreedyDecoder:
   def __call__(self, params: dict[str, jax.Array], prompts: Sequence[Prompt]) -> list[np.ndarray]:
     """The answers' token ids, without the token that ended them."""
     answers: list[np.ndarray] = []
+    mesh = rules.mesh_of(params)
     for start in range(0, len(prompts), self.batch_size):
       group = prompts[start : start + self.batch_size]
-      tokens = fetch(self._generate(params, *self._pad(group)))
+      with rules.scope(mesh):
+        tokens = fetch(self._generate(params, *self._pad(group)))
       answers += [self._cut(row) for row in tokens[: len(group)]]
     return answers
 
@@ -98,7 +102,7 @@ class GreedyDecoder:
     positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
     cache = decoder.make_cache(B, S + self.max_new_tokens, self.how.dtype)
     hidden, cache = decoder.extend(x, cache, jnp.int32(0), positions=positions, segment_ids=segment_ids)
-    first = jnp.argmax(model.logits(hidden[:, -1]), axis=-1).astype(jnp.int32)
+    first = jnp.argmax(model.logits(hidden[:, -1:])[:, 0], axis=-1).astype(jnp.int32)
     real = segment_ids.max(axis=1)
     stop_ids = jnp.array(self.stop_ids, jnp.int32)
 
@@ -114,7 +118,7 @@ class GreedyDecoder:
       hidden, cache = decoder.extend(
         x, cache, S + i, positions=(positions[:, -1] + 1 + i)[:, None], segment_ids=real[:, None]
       )
-      token = jnp.argmax(model.logits(hidden[:, -1]), axis=-1).astype(jnp.int32)
+      token = jnp.argmax(model.logits(hidden[:, -1:])[:, 0], axis=-1).astype(jnp.int32)
       return i + 1, token, cache, done, out
 
     out = jnp.full((B, self.max_new_tokens), self.stop_ids[0], jnp.int32)

@@ -109,7 +109,9 @@ def _spread(q, k, v, q_segments, kv_segments, q_index, window, sinks, causal, ov
   heads, repeats = head_axes(N, K, rows, mesh)
   queries = fit(ACTIVATIONS["tokens"], T, mesh, used=(*rows, *heads))
   # Held by token until here: what makes them would else be computed after the exchange, which is then of float32.
-  q, k, v = (constrain(x, over, "tokens", "heads", None) for x in (q, k, v))
+  q = constrain(q, over, "tokens", "heads", None)
+  # Those of a cache lie together.
+  k, v = (constrain(x, over, "tokens" if q_index is None else None, "heads", None) for x in (k, v))
   k, v = (jnp.repeat(x, repeats, axis=2) if repeats > 1 else x for x in (k, v))
   q_index = jnp.arange(T) if q_index is None else q_index
   spread_q, spread_kv = spec(rows, queries, heads), spec(rows, None, heads)

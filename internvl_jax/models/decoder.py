@@ -87,6 +87,10 @@ class KVCache(nnx.Pytree):
     self.segment_ids = nnx.data(segment_ids)
 
 
+_CACHED = ("rows", None, "heads", None)
+"""How a cache's keys and values [B, S, K, H] are spread: new ones are written into slots, which stay together."""
+
+
 class DecoderAttention(nnx.Module):
   """Causal self-attention with grouped key-value heads and rotary positions."""
 
@@ -118,8 +122,10 @@ class DecoderAttention(nnx.Module):
     q, k = rotate(q, *rotation), rotate(k, *rotation)
     q_index = None
     if cache is not None:
-      k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), offset, axis=1)
-      v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), offset, axis=1)
+      k, v = (
+        constrain(jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), offset, axis=1), *_CACHED)
+        for old, new in zip(cache, (k, v), strict=True)
+      )
       q_index = offset + jnp.arange(x.shape[1])
     out = attention(
       q,
@@ -141,7 +147,11 @@ class DecoderAttention(nnx.Module):
     N, K, H = self.num_heads, self.num_kv_heads, self.head_dim
     heads = (*x.shape[:2], -1, H)
     if self.layout == "separate":
-      return self.q_proj(x).reshape(heads), self.k_proj(x).reshape(heads), self.v_proj(x).reshape(heads)
+      q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+      if self.q_norm is not None:
+        # The TPU compiler, let to fuse the norm over heads into the product, ends in a failed check for some meshes.
+        q, k = jax.lax.optimization_barrier((q, k))
+      return q.reshape(heads), k.reshape(heads), v.reshape(heads)
     y = self.qkv_proj(x)
     if self.layout == "concatenated":
       q, k, v = jnp.split(y, [N * H, (N + K) * H], axis=-1)
@@ -164,9 +174,11 @@ class DecoderMLP(nnx.Module):
     inner = "fused" if self.fused else "mlp"
     self.down_proj = Linear(F, D, bias=bias, axes=(inner, "embed"), rngs=rngs)
 
-  def __call__(self, x: jax.Array, *, valid: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Maps x [B, T, D]; the second result is there for what has a router."""
-    del valid
+  def __call__(
+    self, x: jax.Array, *, valid: jax.Array | None, backend: str = "xla"
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Maps x [B, T, D]; all else, and the second result, is there for what has a router."""
+    del valid, backend
     gate, up = (
       jnp.split(self.gate_up_proj(x), 2, axis=-1) if self.fused else (self.gate_proj(x), self.up_proj(x))
     )
@@ -185,12 +197,12 @@ class DecoderLayer(nnx.Module):
     if config.lora is not None:
       lora.attach(self, config.lora, rngs)
 
-  def __call__(self, x: jax.Array, *, valid: jax.Array | None, **attend):
+  def __call__(self, x: jax.Array, *, valid: jax.Array | None, backend: str, **attend):
     """Returns the new x, the keys and values, and statistics of the router where there is one."""
     x = _by_token(x)
-    y, kv = self.self_attn(_by_token(self.input_layernorm(x)), **attend)
+    y, kv = self.self_attn(_by_token(self.input_layernorm(x)), backend=backend, **attend)
     x = x + y
-    y, router = self.mlp(_by_token(self.post_attention_layernorm(x)), valid=valid)
+    y, router = self.mlp(_by_token(self.post_attention_layernorm(x)), valid=valid, backend=backend)
     return _by_token(x + y), kv, router
 
 
@@ -296,7 +308,8 @@ class Decoder(nnx.Module):
     """An empty cache for `batch` rows of at most `length` tokens."""
     layers, heads, width = self.kv_shape
     shape = (layers, batch, length, heads, width)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, length), jnp.int32))
+    k, v = (constrain(jnp.zeros(shape, dtype), None, *_CACHED) for _ in range(2))
+    return KVCache(k, v, jnp.zeros((batch, length), jnp.int32))
 
   def _windows(self, length: int) -> tuple[int | None, dict[str, Any]]:
     """The window of all layers, or an array [L] for the scan where they differ; none that hides nothing."""

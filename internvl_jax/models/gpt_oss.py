@@ -6,6 +6,7 @@ Letters: B rows, T tokens, M tokens of all rows, D width, E experts, F width of 
 """
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import jax
@@ -14,6 +15,7 @@ from flax import nnx
 
 from internvl_jax.models.layers import Linear, make_param
 from internvl_jax.models.moe import fresh_experts, grouped, router_statistics
+from internvl_jax.models.ragged import ragged_product
 from internvl_jax.parallel.rules import Names
 
 
@@ -45,8 +47,12 @@ class GptOssMLP(nnx.Module):
     self.router = Linear(hidden_size, config.num_experts, bias=True, axes=("embed", None), rngs=rngs)
     self.experts = GptOssExperts(config, hidden_size, rngs)
 
-  def __call__(self, x: jax.Array, *, valid: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
+  def __call__(
+    self, x: jax.Array, *, valid: jax.Array | None, backend: str = "xla"
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Maps x [B, T, D]; `valid` bool [B, T] names the tokens that the second result counts, None all.
+
+    `backend` is attention's; see `ragged.ragged_product`.
 
     Returns:
       The outputs [B, T, D] and `moe.router_statistics`.
@@ -54,7 +60,7 @@ class GptOssMLP(nnx.Module):
     # In float32: rounded scores would choose other experts.
     scores = self.router(x.astype(jnp.float32))
     best, chosen = jax.lax.top_k(scores, self.top_k)
-    y = self.experts(x, chosen, jax.nn.softmax(best, axis=-1))
+    y = self.experts(x, chosen, jax.nn.softmax(best, axis=-1), backend)
     return y, router_statistics(jax.nn.softmax(scores, axis=-1), chosen, valid)
 
 
@@ -76,13 +82,14 @@ class GptOssExperts(nnx.Module):
     self.down_proj = make_param(fresh_experts(rngs, (E, F, D)), self.AXES["down_proj"])
     self.down_proj_bias = make_param(jnp.zeros((E, D)), self.AXES["down_proj_bias"])
 
-  def __call__(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, chosen: jax.Array, weights: jax.Array, backend: str = "xla") -> jax.Array:
     """Maps x [B, T, D] by the experts `chosen` [B, T, k], summed with `weights` [B, T, k]."""
+    product = functools.partial(ragged_product, backend=backend)
 
     def apply(kernels, rows, ids, sizes):
-      y = jax.lax.ragged_dot(rows, kernels["gate_up_proj"], sizes)
+      y = product(rows, kernels["gate_up_proj"], sizes)
       y = self._activate(y + _biases(kernels["gate_up_proj_bias"], ids))
-      y = jax.lax.ragged_dot(y, kernels["down_proj"], sizes)
+      y = product(y, kernels["down_proj"], sizes)
       return y + _biases(kernels["down_proj_bias"], ids)
 
     kernels = {name: getattr(self, name)[...].astype(x.dtype) for name in self.AXES}

@@ -13,6 +13,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from internvl_jax.parallel.rules import Product, mesh_in_scope
 
@@ -29,9 +30,13 @@ def _column_sums(x: jax.Array) -> jax.Array:
   return jnp.dot(jnp.ones((1, x.shape[0]), x.dtype), x, preferred_element_type=jnp.float32)[0]
 
 
+PRODUCT = "product"
+"""What results of `matmul` are called where rematerialisation chooses what to keep: it cannot look inside."""
+
+
 def matmul(x: jax.Array, w: jax.Array, product: Product) -> jax.Array:
   """`x @ w` of x [..., D] and w [D, F], spread over the mesh in scope as `product` says."""
-  return _matmul(x, w, product)
+  return checkpoint_name(_matmul(x, w, product), PRODUCT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

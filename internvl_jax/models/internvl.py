@@ -88,7 +88,9 @@ class InternVL(nnx.Module):
       x = self.vision_model(
         tiles.astype(how.dtype), drop_path=drop_path, dropout_key=dropout_key, **how.scan_options
       )
-    return self.project(x)
+    # Tiles are few, but kept at the language model's width they would wait for all of its backward pass.
+    remat = remat_by_name(how.remat, in_scan=False)
+    return remat(self.project)(x) if remat else self.project(x)
 
   def project(self, vision_hidden: jax.Array) -> jax.Array:
     """Drops the class token of [I, 1+patches, C], shuffles pixels and projects to [I, P, E]."""

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from internvl_jax.models.gradients import matmul, scale, shift
+from internvl_jax.models.gradients import PRODUCT, matmul, scale, shift
 from internvl_jax.parallel import lookup
 from internvl_jax.parallel.rules import Product
 
@@ -163,13 +163,16 @@ class LayerStack(nnx.Module):
     return x, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs) if outputs else {}
 
 
-def remat_by_name(policy: str | None) -> Callable | None:
-  """The rematerialisation wrapper of that name: None, "full" or "dots" (see RuntimeConfig.remat_policy)."""
+def remat_by_name(policy: str | None, *, in_scan: bool = True) -> Callable | None:
+  """The rematerialisation wrapper of that name: None, "full" or "dots" (see RuntimeConfig.remat_policy).
+
+  `in_scan` says that a scan's body is wrapped, where nothing need be done to keep what is computed twice apart.
+  """
   if policy is None:
     return None
   policies = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
   }
   # prevent_cse=False is safe, and faster, inside a scan (jax.checkpoint's documentation).
-  return lambda body: jax.checkpoint(body, policy=policies[policy], prevent_cse=False)
+  return lambda body: jax.checkpoint(body, policy=policies[policy], prevent_cse=not in_scan)

@@ -8,6 +8,7 @@ Letters: B rows, T tokens, M tokens of all rows, D width, E experts, F width of 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from internvl_jax.models.layers import Linear, make_param
+from internvl_jax.models.ragged import ragged_product
 from internvl_jax.parallel.rules import ACTIVATIONS, MeshAxes, Names, fit, mesh_in_scope, spec, weight_entries
 
 
@@ -46,8 +48,12 @@ class MoE(nnx.Module):
     self.gate = Linear(hidden_size, config.num_experts, bias=False, axes=("embed", None), rngs=rngs)
     self.experts = SwiGLUExperts(config, hidden_size, rngs)
 
-  def __call__(self, x: jax.Array, *, valid: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
+  def __call__(
+    self, x: jax.Array, *, valid: jax.Array | None, backend: str = "xla"
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Maps x [B, T, D]; `valid` bool [B, T] names the tokens that the second result counts, None all.
+
+    `backend` is attention's; see `ragged.ragged_product`.
 
     Returns:
       The outputs [B, T, D] and `router_statistics`.
@@ -57,7 +63,7 @@ class MoE(nnx.Module):
     weights, chosen = jax.lax.top_k(probs, self.top_k)
     if self.normalize:
       weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    return self.experts(x, chosen, weights), router_statistics(probs, chosen, valid)
+    return self.experts(x, chosen, weights, backend), router_statistics(probs, chosen, valid)
 
 
 class SwiGLUExperts(nnx.Module):
@@ -75,14 +81,15 @@ class SwiGLUExperts(nnx.Module):
     self.up_proj = make_param(fresh_experts(rngs, (E, D, F)), self.AXES["up_proj"])
     self.down_proj = make_param(fresh_experts(rngs, (E, F, D)), self.AXES["down_proj"])
 
-  def __call__(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, chosen: jax.Array, weights: jax.Array, backend: str = "xla") -> jax.Array:
     """Maps x [B, T, D] by the experts `chosen` [B, T, k], summed with `weights` [B, T, k]."""
+    product = functools.partial(ragged_product, backend=backend)
 
     def apply(kernels, rows, ids, sizes):
       del ids
-      gate = jax.lax.ragged_dot(rows, kernels["gate_proj"], sizes)
-      up = jax.lax.ragged_dot(rows, kernels["up_proj"], sizes)
-      return jax.lax.ragged_dot(jax.nn.silu(gate) * up, kernels["down_proj"], sizes)
+      gate = product(rows, kernels["gate_proj"], sizes)
+      up = product(rows, kernels["up_proj"], sizes)
+      return product(jax.nn.silu(gate) * up, kernels["down_proj"], sizes)
 
     kernels = {name: getattr(self, name)[...].astype(x.dtype) for name in self.AXES}
     return grouped(x, chosen, weights, kernels=kernels, axes=self.AXES, apply=apply)

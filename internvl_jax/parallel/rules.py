@@ -72,6 +72,12 @@ def scope(mesh: Mesh | None) -> contextlib.AbstractContextManager:
   return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
+def mesh_of(params: Mapping[str, jax.Array]) -> Mesh | None:
+  """The mesh that parameters lie on; None for those of one device."""
+  sharding = next(iter(params.values())).sharding
+  return sharding.mesh if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) else None
+
+
 def mesh_in_scope() -> AbstractMesh | None:
   """The mesh to spread over; None without one, on one device, and where a function runs device by device."""
   mesh = jax.sharding.get_abstract_mesh()
