@@ -32,7 +32,12 @@ def prompts():
 
 
 @pytest.mark.parametrize(
-  ("name", "axes"), [("dense", {"fsdp": 2, "tensor": 2}), ("qwen3_moe", {"expert": 2, "tensor": 4})]
+  ("name", "axes"),
+  [
+    ("dense", {"fsdp": 2, "tensor": 2}),
+    # Fewer heads of keys than devices.
+    pytest.param("qwen3_moe", {"expert": 2, "tensor": 4}, marks=pytest.mark.slow),
+  ],
 )
 def test_answers_on_a_mesh(name, axes):
   config = model(name)
@@ -55,15 +60,16 @@ def test_answers_on_a_mesh(name, axes):
     np.testing.assert_array_equal(ours, theirs)
   assert len({tuple(answer) for answer in expected}) == ROWS
 
+  if name != "dense":
+    return  # A program is not compiled twice for what the other shows.
   padded = decoder._pad(prompts())
   with rules.scope(mesh):
     program = GreedyDecoder._generate.lower(decoder, placed, *padded).compile().as_text()
   layers, heads, width = config.text.num_layers, config.text.num_kv_heads, config.text.head_dim
   slots = padded[0].shape[1] + NEW
-  rows = ROWS // axes.get("fsdp", 1)
-  heads_here = heads // axes["tensor"] if heads % axes["tensor"] == 0 else heads
-  assert f"f32[{layers},{rows},{slots},{heads_here},{width}]" in program
-  assert heads_here == heads or f"f32[{layers},{ROWS},{slots},{heads},{width}]" not in program
+  rows = ROWS // 2
+  spread, whole = (f"f32[{layers},{r},{slots},{k},{width}]" for r, k in ((rows, heads // 2), (ROWS, heads)))
+  assert spread in program and whole not in program
 
 
 def test_more_devices_than_there_are(tmp_path):
