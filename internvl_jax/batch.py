@@ -36,7 +36,7 @@ class SFTBatch(NamedTuple):
     targets: int32 [A, R, S], the token to predict at each place: the *next* token's label, already shifted;
       `IGNORE_INDEX` where nothing is to be predicted.
     loss_weight: float32 [A, R, S], weight of each target before normalisation; 0 where ignored.
-    positions: int32 [A, R, S], counted from 0 within each segment.
+    positions: int32 [A, R, S], counted from 0 within each segment; see `PreferenceBatch.shared` for the exception.
     segment_ids: int32 [A, R, S], from 1; 0 is padding. A token attends within its own segment only.
     image_index: int32 [A, R, S], which of the T*P features of the shard's pool stands here, or `NO_IMAGE`.
     tiles: uint8 [A, D, T, H, W, 3], not normalised; T may be 0.
@@ -64,17 +64,21 @@ class PreferenceBatch(NamedTuple):
   Attributes:
     rows: as for supervised fine-tuning. Segments 2p - 1 and 2p of a row are the chosen and the rejected answer of its
       p-th pair, p from 1, each behind the whole prompt; they point at the same features of the pool. `loss_weight`
-      is 1 at every supervised token.
+      is 1 at every supervised token. Where a pair shares its prompt, the prompt stands in the first segment only, and
+      the second begins with a copy of its last token, whose target there is the rejected answer's first token.
     pair_weight: float32 [A, R, K], 1 where the row has such a pair, before normalisation; else 0.
     pair_index: int32 [A, R, K], index of the sample in the mixture; -1 where there is none.
     reference: float32 [A, R, K, 2], log-probabilities of the chosen and the rejected answer by the reference policy,
       where they were computed before; NaN elsewhere.
+    shared: bool [A, R, S], prompt tokens of a pair's first segment that its second segment sees as well, and whose
+      positions its own go on from; all False where prompts are not shared.
   """
 
   rows: SFTBatch
   pair_weight: Array
   pair_index: Array
   reference: Array
+  shared: Array
 
 
 Batch: TypeAlias = SFTBatch | PreferenceBatch

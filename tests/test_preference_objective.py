@@ -110,9 +110,8 @@ def make_pairs(rows, seed=0, shards=1, fill=0):
     image_index=index,
     tiles=tiles,
   )
-  return PreferenceBatch(
-    batch, (pair_index >= 0).astype("f4"), pair_index, np.full((*pair_index.shape, 2), np.nan, "f4")
-  )
+  unknown, shared = np.full((*pair_index.shape, 2), np.nan, "f4"), np.zeros(ids.shape, bool)
+  return PreferenceBatch(batch, (pair_index >= 0).astype("f4"), pair_index, unknown, shared)
 
 
 def make_step(*, mesh=None, terms=MPO, rpo_alpha=1.0, cached=False, text=None, freeze=None, all_gather=True):

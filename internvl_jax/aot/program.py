@@ -68,7 +68,8 @@ class BatchShape:
     pairs = (*ids.shape[:2], pairs_of_row(self.tokens))
     known = jax.ShapeDtypeStruct((*pairs, 2), np.float32)
     weight, index = (jax.ShapeDtypeStruct(pairs, dtype) for dtype in (np.float32, np.int32))
-    return PreferenceBatch(rows, weight, index, known)
+    shared = jax.ShapeDtypeStruct(ids.shape, np.bool_)
+    return PreferenceBatch(rows, weight, index, known, shared)
 
 
 def batch_shape(config: TrainConfig, *, tokens: int | None = None, tiles: int | None = None) -> BatchShape:

@@ -34,6 +34,7 @@ class MicroBatch(NamedTuple):
     labels: int32 [sum of lengths], not shifted.
     lengths: int32 [G], tokens of each sample; 0 for one that was dropped.
     segments: int32 [G, J], tokens of each segment; 0 likewise.
+    shared: int32 [G], tokens of each sample's first segment that its second follows as well; see `Sample`.
     indices: int64 [G], index of each sample in the mixture; -1 for one that was dropped.
     rows: int32 [G], the row that each sample stands in, ascending.
     num_rows: R.
@@ -49,6 +50,7 @@ class MicroBatch(NamedTuple):
   labels: np.ndarray
   lengths: np.ndarray
   segments: np.ndarray
+  shared: np.ndarray
   indices: np.ndarray
   rows: np.ndarray
   num_rows: int
@@ -108,6 +110,7 @@ def pack_rows(
     labels=np.concatenate([none, *(s.labels for s in samples)]),
     lengths=_scatter(read, [len(s.input_ids) for s in samples], np.int32),
     segments=_scatter(read, segments or np.zeros((0, 1)), np.int32),
+    shared=_scatter(read, [s.shared for s in samples], np.int32),
     indices=_scatter(read, [s.index for s in samples], np.int64, empty=-1),
     rows=np.repeat(np.arange(len(rows), dtype=np.int32), [len(row) for row in rows]),
     num_rows=len(rows),
@@ -134,9 +137,9 @@ def _scatter(where: Sequence[bool], values: ArrayLike, dtype: type, empty: int =
 
 
 def _check_image_tokens(sample: Sample, tokens_per_tile: int, image_token_id: int) -> None:
-  for segment in sample.segments():
+  for number, segment in enumerate(sample.segments()):
     found = int((segment.input_ids == image_token_id).sum())
-    if found != len(sample.tiles) * tokens_per_tile:
+    if found != (0 if number and sample.shared else len(sample.tiles) * tokens_per_tile):
       raise sample.where.error(
         f"{found} image tokens but {len(sample.tiles)} tiles of {tokens_per_tile} tokens = "
         f"{len(sample.tiles) * tokens_per_tile}; the tokenizer and the images disagree"
@@ -228,7 +231,7 @@ def assemble(
   Rows are dealt to shards in blocks of R/D, and a shard's pool holds its rows' tiles in order of the rows. So
   the features of the pool stand in the order of the shard's image tokens, and `image_index` counts these; the second
   segment of a pair counts again from where its first began. The samples' segments are those of the row, numbered from
-  1, each with positions of its own.
+  1, each with positions of its own; those of a pair's second segment go on from the tokens that it shares.
 
   Args:
     micro_batches: A of them, each with R rows. The memory of a single one becomes the batch's.
@@ -266,7 +269,7 @@ def assemble(
     input_ids=input_ids,
     targets=targets,
     loss_weight=np.where(targets != IGNORE_INDEX, loss_weight, np.float32(0)),
-    positions=spread([_positions(micro.segments) for micro in micro_batches], 0, np.int32),
+    positions=spread([_positions(micro) for micro in micro_batches], 0, np.int32),
     segment_ids=spread([_segment_ids(micro) for micro in micro_batches], 0, np.int32),
     image_index=spread(
       [_image_index(micro, image_token_id, data_shards) for micro in micro_batches], NO_IMAGE, np.int32
@@ -295,7 +298,9 @@ def assemble_pairs(
   known = np.full((*pair_index.shape, 2), np.nan, np.float32)
   if reference is not None:
     known[pair_index >= 0] = reference(pair_index[pair_index >= 0].astype(np.int64))
-  return PreferenceBatch(rows, (pair_index >= 0).astype(np.float32), pair_index, known)
+  shared = np.zeros((A, R, S), bool)
+  shared[rows.segment_ids > 0] = np.concatenate([_shared(micro) for micro in micro_batches])
+  return PreferenceBatch(rows, (pair_index >= 0).astype(np.float32), pair_index, known, shared)
 
 
 def _row_sums(micro: MicroBatch, values: np.ndarray) -> np.ndarray:
@@ -321,17 +326,31 @@ def _segment_ids(micro: MicroBatch) -> np.ndarray:
   return np.repeat(_numbers(lengths > 0, micro.rows.repeat(micro.segments.shape[1])), lengths)
 
 
-def _positions(segments: np.ndarray) -> np.ndarray:
+def _offsets(segments: np.ndarray) -> np.ndarray:
   """Returns int32 [sum of lengths]: 0, 1, ... within each segment."""
   lengths = segments.ravel()
   starts = lengths.cumsum() - lengths
   return (np.arange(lengths.sum()) - np.repeat(starts, lengths)).astype(np.int32)
 
 
+def _positions(micro: MicroBatch) -> np.ndarray:
+  """Returns int32 [sum of lengths]: places within each segment, behind the tokens that it shares."""
+  before = np.zeros_like(micro.segments)
+  before[:, 1:] = micro.shared[:, None]
+  return _offsets(micro.segments) + before.ravel().repeat(micro.segments.ravel())
+
+
+def _shared(micro: MicroBatch) -> np.ndarray:
+  """Returns bool [sum of lengths]: the tokens of first segments that second ones share."""
+  until = np.zeros_like(micro.segments)
+  until[:, 0] = micro.shared
+  return _offsets(micro.segments) < until.ravel().repeat(micro.segments.ravel())
+
+
 def _predictable(micro: MicroBatch) -> np.ndarray:
   """Returns the labels without those of first tokens, which nothing of their own segment could predict."""
   labels = micro.labels.copy()
-  labels[_positions(micro.segments) == 0] = IGNORE_INDEX
+  labels[_offsets(micro.segments) == 0] = IGNORE_INDEX
   return labels
 
 
@@ -349,7 +368,7 @@ def _image_index(micro: MicroBatch, image_token_id: int, data_shards: int) -> np
   before = np.concatenate([[0], is_image.cumsum(dtype=np.int32)])  # image tokens before each token
   ends = micro.segments.cumsum().reshape(micro.segments.shape)
   firsts = before[ends - micro.segments]  # [G, J]
-  # All segments of a sample show its tiles once.
+  # All segments of a sample show its tiles once; one that shares its prompt has no image tokens.
   features = before[ends[:, 0]] - firsts[:, 0]
   shards = micro.rows // (micro.num_rows // data_shards)
   start = np.concatenate([[0], features.cumsum()])

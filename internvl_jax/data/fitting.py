@@ -53,9 +53,15 @@ class Limits(NamedTuple):
     """Says whether a sample of that size stays as it is."""
     return tokens <= self.tokens and (self.row_tiles is None or tiles <= self.row_tiles)
 
-  def hold_together(self, lengths: Sequence[int], tiles: int) -> bool:
-    """Says whether the segments of a sample, of so many tokens each, stay as they are and fit one row."""
-    fits_row = self.row_tokens is None or sum(lengths) <= self.row_tokens
+  def hold_together(self, lengths: Sequence[int], tiles: int, shared: int = 0) -> bool:
+    """Says whether a sample's conversations, of so many tokens each, stay as they are and fit one row.
+
+    Args:
+      lengths: tokens of each.
+      tiles: of the sample.
+      shared: tokens that two of them have in common and that stand in the row once.
+    """
+    fits_row = self.row_tokens is None or sum(lengths) - shared <= self.row_tokens
     return fits_row and self.hold(max(lengths), tiles)
 
   def __str__(self) -> str:
@@ -131,7 +137,13 @@ def fit(chat: Chat, tiles: Sequence[int], tokens_per_tile: int, limits: Limits, 
 
 
 def fit_pair(
-  chats: Sequence[Chat], tiles: Sequence[int], tokens_per_tile: int, limits: Limits, where: Where
+  chats: Sequence[Chat],
+  tiles: Sequence[int],
+  tokens_per_tile: int,
+  limits: Limits,
+  where: Where,
+  *,
+  shared: int = 0,
 ) -> tuple[Fit, ...]:
   """Returns what is left of a preference pair under the limits, one piece of each of its conversations.
 
@@ -144,6 +156,7 @@ def fit_pair(
     tokens_per_tile: image tokens of one tile.
     limits: see `Limits`.
     where: its line, for errors.
+    shared: tokens of their prompt that stand in the row once.
 
   Raises:
     OverLengthError: it is lost, by the policy, because an image is too large or because a row has no room for both.
@@ -153,14 +166,14 @@ def fit_pair(
   lengths = [chat.length(image_tokens) for chat in chats]
   kept = [min(length, limits.max_length) for length in lengths]
   size = f"a chosen answer of {lengths[0]} and a rejected one of {lengths[1]} tokens, prompts included, with {sum(tiles)} tiles"
-  if not limits.hold_together(lengths, sum(tiles)) and limits.policy in ("error", "drop"):
+  if not limits.hold_together(lengths, sum(tiles), shared) and limits.policy in ("error", "drop"):
     raise where.error(
       f"{size} exceed {limits}; raise it, lower max_dynamic_patch, or let loader.on_over_length shorten the pair",
       OverLengthError,
     )
-  if not limits.hold_together(kept, sum(tiles)):
+  if not limits.hold_together(kept, sum(tiles), shared):
     raise where.error(
-      f"{size} are {sum(kept)} tokens of one row, more than it has room for ({limits}), and a pair is not split; raise "
+      f"{size} are {sum(kept) - shared} tokens of one row, more than it has room for ({limits}), and a pair is not split; raise "
       "it, lower max_dynamic_patch or data.max_seq_length, or set loader.on_over_length='shrink_tiles'",
       OverLengthError,
     )

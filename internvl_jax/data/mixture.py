@@ -172,6 +172,7 @@ class Dataset:
       "frames": [data.min_num_frame, data.max_num_frame, self._seed, self._number],
       **{name: getattr(data, name) for name in settings},
       **({"preference": True} if maker.preference else {}),
+      **({"share_prompts": True} if maker.preference and maker.share_prompts else {}),
     }
 
   def _frames(self, line: int) -> int:
@@ -214,6 +215,7 @@ class Mixture:
     policy: Policy = "truncate",
     cache: str | os.PathLike[str] | None = None,
     preference: bool = False,
+    share_prompts: bool = False,
   ):
     """Reads the meta file and finds the lines of every annotation file.
 
@@ -225,6 +227,7 @@ class Mixture:
       policy: what is done about over-long samples.
       cache: folder of the lines' index; None keeps none (of remote annotation files, a copy).
       preference: the lines are preference pairs.
+      share_prompts: a pair's prompt stands once.
 
     Raises:
       DataError: the meta file, an annotation file or a setting is wrong.
@@ -244,6 +247,7 @@ class Mixture:
         tokens_per_tile=tokens_per_tile,
         limits=limits,
         preference=preference,
+        share_prompts=share_prompts,
       )
       file = JsonlFile(spec.annotation, spec.name, cache=cache)
       self.datasets.append(_checked(Dataset(spec, file, maker, number, seed), data))

@@ -31,6 +31,8 @@ from internvl_jax.data.tokenize import ChatTokenizer
 
 # Reasons looked up of samples that a step passes over.
 _REASONS = 5
+# What the states of earlier versions do not say: it was 0.
+_ADDED = ("preference", "share_prompts")
 # Steps of which the samples can still be told: devices are a step or two behind.
 _REMEMBERED = 8
 
@@ -68,6 +70,7 @@ class TrainLoader:
     all_sum: Callable[[np.ndarray], np.ndarray] = lambda counts: counts,
     state: dict[str, Any] | None = None,
     preference: bool = False,
+    share_prompts: bool = False,
     reference: batching.ReferenceLookup | None = None,
   ):
     """Reads the meta file and finds all lines; workers start with the first batch.
@@ -84,6 +87,8 @@ class TrainLoader:
         first step, and in `counters` and `get_state`.
       state: of an earlier loader, to go on from; None: from the start.
       preference: the lines are preference pairs, and batches are `PreferenceBatch`es.
+      share_prompts: the prompt of a pair stands in its first segment only; see `PreferenceBatch.shared`. Of no meaning
+        where lines are no pairs.
       reference: looks up what the reference policy says of pairs, for `PreferenceBatch.reference`. It is called in this
         process only, with the pairs of this host.
 
@@ -95,6 +100,7 @@ class TrainLoader:
     _check_settings(training, loader, tokens_per_tile, data_shards, my_shards)
     self._data, self._loader, self._training = data, loader, training
     self._preference, self._reference = preference, reference
+    self._share_prompts = preference and share_prompts
     self._data_shards, self._my_shards, self._all_sum = data_shards, my_shards, all_sum
     self._accumulation = training.gradient_accumulation_steps
     self._rows = training.per_device_train_batch_size * data_shards
@@ -112,6 +118,7 @@ class TrainLoader:
       policy=loader.on_over_length,
       cache=cache,
       preference=preference,
+      share_prompts=share_prompts,
     )
     if self._measured:
       assert cache is not None
@@ -119,7 +126,7 @@ class TrainLoader:
     self.num_samples = self._mixture.num_samples
     self._order = self._make_order()
     self._packing, self._stream = None, None
-    # A pair's answers stand in one row, each behind the prompt.
+    # A pair's answers stand in one row, each behind the prompt, which need not be one that they can share.
     longest_sample = data.max_seq_length * (2 if preference else 1)
     self.rows_per_epoch, longest_row = self.num_samples, longest_sample
     if data.use_packed_ds:
@@ -372,6 +379,7 @@ class TrainLoader:
     """Returns what must be equal for a step number to mean the same samples."""
     return {
       "preference": int(self._preference),
+      "share_prompts": int(self._share_prompts),
       "num_samples": self.num_samples,
       "global_batch": self.global_batch,
       "order_seed": self._order.seed,
@@ -386,7 +394,7 @@ class TrainLoader:
         f"the loader's state lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(state))}"
       )
     for key, now in self._plan_fingerprint().items():
-      then = state["plan"].get(key, 0) if key == "preference" else state["plan"][key]
+      then = state["plan"].get(key, 0) if key in _ADDED else state["plan"][key]
       if then != now:
         raise DataError(
           f"the run cannot go on with the same batches: {key} was {then} when its state was saved and is {now} now; "

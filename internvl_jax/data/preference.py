@@ -112,5 +112,36 @@ def check_chats(chats: Sequence[Chat], where: Where) -> None:
     )
 
 
+def common_prompt(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> int:
+  """Returns how many tokens of two conversations, from the first on, are the same and not supervised.
+
+  Args:
+    one: its ids and labels, [n].
+    other: those of the other, [m].
+  """
+  length = min(len(one[0]), len(other[0]))
+  ends = one[0][:length] != other[0][:length]
+  for _, labels in (one, other):
+    ends |= labels[:length] != IGNORE_INDEX
+  return int(ends.argmax()) if ends.any() else length
+
+
+def shared_tokens(chats: Sequence[Chat], image_tokens: Sequence[int]) -> int:
+  """Returns how many tokens of a pair's first conversation can stand for those of its second, too; 0 if none.
+
+  All that the prompts have in common but the last such token: it is the one that predicts what comes next, in each
+  conversation something else, so each has it for itself. Conversations with an image behind it share nothing.
+
+  Args:
+    chats: of the chosen and of the rejected answer.
+    image_tokens: of each image.
+  """
+  one, other = chats
+  shared = common_prompt(one[:2], other[:2]) - 1
+  if shared < 1 or (one.contexts >= shared).any():
+    return 0
+  return shared + sum(image_tokens) - len(one.contexts)
+
+
 def _listed(keys: Any) -> str:
   return ", ".join(map(repr, keys))

@@ -32,7 +32,8 @@ class Sample:
   """A decoded sample, or a piece of one, of n tokens and t tiles.
 
   Its tokens are one segment of a row; those of a preference pair are two, the chosen answer's and the rejected one's,
-  each with the whole prompt. Every segment shows all tiles.
+  each with the whole prompt, or the second without the tokens that both share. Every segment shows all tiles, or sees
+  those of the tokens it shares.
 
   Attributes:
     input_ids: int32 [n], of the segments end to end.
@@ -45,6 +46,7 @@ class Sample:
     dataset: index of its dataset in the mixture.
     index: index of the sample in the mixture.
     lengths: tokens of each segment; () stands for one of all tokens.
+    shared: how many tokens of a pair's first segment, from its first on, its second follows as well.
   """
 
   input_ids: np.ndarray
@@ -57,6 +59,7 @@ class Sample:
   dataset: int = 0
   index: int = 0
   lengths: tuple[int, ...] = ()
+  shared: int = 0
 
   def segments(self) -> list[ChatTokens]:
     """Returns the tokens of each segment."""
@@ -65,6 +68,14 @@ class Sample:
     cuts = np.cumsum(self.lengths)[:-1]
     parts = zip(np.split(self.input_ids, cuts), np.split(self.labels, cuts), strict=True)
     return [ChatTokens(*part) for part in parts]
+
+  def conversations(self) -> list[ChatTokens]:
+    """Returns the tokens of each segment, behind those that it shares."""
+    first, *others = self.segments()
+    whole = (
+      [np.concatenate([a[: self.shared], b]) for a, b in zip(first, part, strict=True)] for part in others
+    )
+    return [first, *(ChatTokens(*part) for part in whole)]
 
   @property
   def fully_masked(self) -> bool:
@@ -93,15 +104,21 @@ class _Plan(NamedTuple):
     shape: with its images at their size.
     fits: what is left of each of its conversations, all in as many pieces and of the same images.
     shrunk: its images are smaller than they would be if there were room.
+    shared: tokens that the second conversation has in common with the first and that stand in the first only.
   """
 
   shape: _Shape
   fits: tuple[fitting.Fit, ...]
   shrunk: bool
+  shared: int
 
   def pieces(self) -> list[tuple[fitting.Piece, ...]]:
     """Returns for each piece of the sample its part of every conversation."""
     return list(zip(*(fit.pieces for fit in self.fits), strict=True))
+
+  def spans(self, parts: Sequence[fitting.Piece]) -> list[tuple[int, int]]:
+    """Returns for each conversation the first token of its segment in a piece, and the one after the last."""
+    return [(part.start + (self.shared if number else 0), part.stop) for number, part in enumerate(parts)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,6 +132,7 @@ class SampleMaker:
     tokens_per_tile: image tokens of one tile.
     limits: what is done about long samples.
     preference: lines are preference pairs; see `data.preference`.
+    share_prompts: the tokens that the two conversations of a pair begin with stand once.
   """
 
   spec: DatasetSpec
@@ -123,6 +141,7 @@ class SampleMaker:
   tokens_per_tile: int
   limits: Limits
   preference: bool = False
+  share_prompts: bool = False
 
   def make(
     self,
@@ -168,10 +187,12 @@ class SampleMaker:
     chosen = slice(parts[0].first_image, parts[0].end_image)
     image_tokens = [count * self.tokens_per_tile for count in plan.shape.tiles]
     tokens = [chat.expand(image_tokens) for chat in plan.shape.chats]
+    spans = plan.spans(parts)
     return Sample(
-      input_ids=_joined([t.input_ids[p.start : p.stop] for t, p in zip(tokens, parts, strict=True)]),
-      labels=_joined([t.labels[p.start : p.stop] for t, p in zip(tokens, parts, strict=True)]),
-      lengths=tuple(p.stop - p.start for p in parts),
+      input_ids=_joined([t.input_ids[start:stop] for t, (start, stop) in zip(tokens, spans, strict=True)]),
+      labels=_joined([t.labels[start:stop] for t, (start, stop) in zip(tokens, spans, strict=True)]),
+      lengths=tuple(stop - start for start, stop in spans),
+      shared=plan.shared,
       tiles=self._pixels(record, where, plan.shape.limit, sources, chosen, rng, pool),
       truncated=not all(fit.complete for fit in plan.fits) and piece == len(pieces) - 1,
       shrunk=plan.shrunk,
@@ -197,7 +218,7 @@ class SampleMaker:
     """
     shape = next(self._shapes(record, where, frames, None))
     return Size(
-      tokens=sum(self._lengths(shape)),
+      tokens=sum(self._lengths(shape)) - self._shared(shape),
       tiles=sum(shape.tiles),
       # The first token has nothing before it that could predict it.
       supervised=sum(int((chat.labels[1:] != IGNORE_INDEX).sum()) for chat in shape.chats),
@@ -212,7 +233,10 @@ class SampleMaker:
     plan = self._plan(record, where, frames, None)
     tiles = plan.shape.tiles
     return [
-      (sum(p.stop - p.start for p in parts), sum(tiles[parts[0].first_image : parts[0].end_image]))
+      (
+        sum(stop - start for start, stop in plan.spans(parts)),
+        sum(tiles[parts[0].first_image : parts[0].end_image]),
+      )
       for parts in plan.pieces()
     ]
 
@@ -226,20 +250,27 @@ class SampleMaker:
     shapes = self._shapes(record, where, frames, sources)
     full = shape = next(shapes)
     if self.limits.policy == "shrink_tiles":
-      while not self.limits.hold_together(self._lengths(shape), sum(shape.tiles)):
+      while not self.limits.hold_together(self._lengths(shape), sum(shape.tiles), self._shared(shape)):
         if (smaller := next(shapes, None)) is None:
           break
         shape = smaller
     settings = (shape.tiles, self.tokens_per_tile, self.limits, where)
     if self.preference:
-      fits = fitting.fit_pair(shape.chats, *settings)
+      fits = fitting.fit_pair(shape.chats, *settings, shared=self._shared(shape))
     else:
       fits = (fitting.fit(shape.chats[0], *settings),)
-    return _Plan(shape, fits, shape.tiles != full.tiles)
+    return _Plan(shape, fits, shape.tiles != full.tiles, self._shared(shape))
 
   def _lengths(self, shape: _Shape) -> list[int]:
     image_tokens = [count * self.tokens_per_tile for count in shape.tiles]
     return [chat.length(image_tokens) for chat in shape.chats]
+
+  def _shared(self, shape: _Shape) -> int:
+    """Returns how many tokens of the first conversation stand for those of the second, too."""
+    if not (self.preference and self.share_prompts):
+      return 0
+    # Conversations are cut within their answers only, so this is true of what the limits leave as well.
+    return preference.shared_tokens(shape.chats, [count * self.tokens_per_tile for count in shape.tiles])
 
   def _shapes(
     self, record: Any, where: Where, frames: int, sources: list[images.Source] | None

@@ -42,14 +42,15 @@ def show_sample(sample: Sample, tokenizer: ChatTokenizer) -> str:
     chosen: »Yes<|im_end|>«\n
     rejected: »No<|im_end|>«\n
   """
-  segments = sample.segments()
-  tokens = " + ".join(str(len(segment.input_ids)) for segment in segments)
-  about = f"{sample.where}, {tokens} tokens, {len(sample.tiles)} tiles:"
-  if len(segments) == 1:
-    return f"{about} {_show_segment(segments[0], tokenizer)}"
-  start = _shared_prompt(*segments)
-  prompt = ChatTokens(*(part[:start] for part in segments[0]))
-  answers = [ChatTokens(*(part[start:] for part in segment)) for segment in segments]
+  chats = sample.conversations()
+  tokens = " + ".join(str(len(chat.input_ids)) for chat in chats)
+  shared = f" ({sample.shared} of them shared)" if sample.shared else ""
+  about = f"{sample.where}, {tokens} tokens{shared}, {len(sample.tiles)} tiles:"
+  if len(chats) == 1:
+    return f"{about} {_show_segment(chats[0], tokenizer)}"
+  start = preference.common_prompt(*chats)
+  prompt = ChatTokens(*(part[:start] for part in chats[0]))
+  answers = [ChatTokens(*(part[start:] for part in chat)) for chat in chats]
   named = zip(preference.KEYS, [prompt, *answers], strict=True)
   return "\n".join([about, *(f"  {name}: {_show_segment(part, tokenizer)}" for name, part in named)])
 
@@ -57,17 +58,9 @@ def show_sample(sample: Sample, tokenizer: ChatTokenizer) -> str:
 def as_json(sample: Sample) -> dict[str, Any]:
   """Returns a sample's `input_ids` and `labels` as lists; of a pair, those of each answer, `chosen` and `rejected`."""
   found = [
-    {"input_ids": part.input_ids.tolist(), "labels": part.labels.tolist()} for part in sample.segments()
+    {"input_ids": part.input_ids.tolist(), "labels": part.labels.tolist()} for part in sample.conversations()
   ]
   return found[0] if len(found) == 1 else dict(zip(preference.KEYS[1:], found, strict=True))
-
-
-def _shared_prompt(one: ChatTokens, other: ChatTokens) -> int:
-  """Returns how many tokens of two conversations, from the first on, are the same and not supervised."""
-  length = min(len(one.input_ids), len(other.input_ids))
-  ends = one.input_ids[:length] != other.input_ids[:length]
-  ends |= (one.labels[:length] != IGNORE_INDEX) | (other.labels[:length] != IGNORE_INDEX)
-  return int(ends.argmax()) if ends.any() else length
 
 
 def _show_segment(part: ChatTokens, tokenizer: ChatTokenizer) -> str:
@@ -75,11 +68,16 @@ def _show_segment(part: ChatTokens, tokenizer: ChatTokenizer) -> str:
 
 
 def _show_row(batch: SFTBatch, row: int, tokenizer: ChatTokenizer) -> str:
-  """One row of the first micro-batch."""
-  length = int((batch.segment_ids[0, row] > 0).sum())
+  """One row of the first micro-batch; where a segment goes on from tokens that another one shows, it says so."""
+  ids, segments, positions = (x[0, row] for x in (batch.input_ids, batch.segment_ids, batch.positions))
+  length = int((segments > 0).sum())
   # A target stands one place before the token that it teaches.
   taught = np.concatenate([[False], (batch.targets[0, row] != IGNORE_INDEX)[: length - 1]])
-  return _show_tokens(batch.input_ids[0, row, :length], taught, tokenizer)
+  starts = np.flatnonzero(np.diff(segments[:length], prepend=0))
+  cuts = [0, *starts[positions[starts] > 0].tolist(), length]
+  parts = [_show_tokens(ids[a:b], taught[a:b], tokenizer) for a, b in itertools.pairwise(cuts)]
+  shared = [f"[shared prompt of {positions[cut]} tokens]" for cut in cuts[1:-1]]
+  return parts[0] + "".join(map(str.__add__, shared, parts[1:]))
 
 
 def _show_tokens(ids: np.ndarray, taught: np.ndarray, tokenizer: ChatTokenizer) -> str:

@@ -303,7 +303,7 @@ def batch_shardings(mesh: Mesh, *, preference: bool = False) -> Batch:
   """The sharding of each field of a batch [A, R, ...]: rows, their pairs and tile pools over the data axes."""
   rows = NamedSharding(mesh, PartitionSpec(None, DATA_AXES))
   batch = SFTBatch(**dict.fromkeys(SFTBatch._fields, rows))
-  return PreferenceBatch(batch, rows, rows, rows) if preference else batch
+  return PreferenceBatch(batch, rows, rows, rows, rows) if preference else batch
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -19,10 +19,11 @@ from internvl_jax.data.fitting import Limits
 from internvl_jax.data.meta import DatasetSpec
 from internvl_jax.data.mixture import Mixture
 from internvl_jax.data.pipeline import TrainLoader
+from internvl_jax.data.preference import shared_tokens
 from internvl_jax.data.sample import SampleMaker
 from internvl_jax.data.show import as_json, show_batch, show_sample
 from internvl_jax.data.templates import get_template
-from internvl_jax.data.tokenize import ChatTokenizer
+from internvl_jax.data.tokenize import Chat, ChatTokenizer
 
 P = 4
 PACKED = {"use_packed_ds": True, "max_packed_tokens": 1600, "num_images_expected": 24, "strict_mode": False}
@@ -43,7 +44,7 @@ def picture(folder, name, width=40, height=24, frames=1, seed=0):
   return name
 
 
-def maker(folder, tokenizer, *, preference=True, limits=None, **changes):
+def maker(folder, tokenizer, *, preference=True, limits=None, share_prompts=False, **changes):
   return SampleMaker(
     spec=DatasetSpec(name="toy", root=str(folder), annotation="toy.jsonl"),
     data=arguments("unused.json", **FRAMES | changes),
@@ -51,6 +52,7 @@ def maker(folder, tokenizer, *, preference=True, limits=None, **changes):
     tokens_per_tile=P,
     limits=limits or Limits(4096),
     preference=preference,
+    share_prompts=share_prompts,
   )
 
 
@@ -136,7 +138,7 @@ def meta(tmp_path_factory):
 
 
 def make_loader(meta, tokenizer, *, data=None, loader=None, shards=1, **more):
-  names = ("my_shards", "state", "reference", "preference")
+  names = ("my_shards", "state", "reference", "preference", "share_prompts")
   options = {"preference": True} | {name: more.pop(name) for name in names if name in more}
   settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 5}
   settings |= {"disable_tqdm": True}
@@ -199,7 +201,13 @@ def test_a_batch_is_as_its_schema_says(meta, tokenizer):
   assert isinstance(batch.rows, SFTBatch) and (A, R) == (2, 2)
   shapes = [(array.shape, array.dtype) for array in batch[1:]]
   K = S // 4
-  assert shapes == [((A, R, K), np.float32), ((A, R, K), np.int32), ((A, R, K, 2), np.float32)]
+  assert shapes == [
+    ((A, R, K), np.float32),
+    ((A, R, K), np.int32),
+    ((A, R, K, 2), np.float32),
+    ((A, R, S), np.bool_),
+  ]
+  assert not batch.shared.any()
   assert np.isnan(batch.reference).all() and batch.pair_weight.sum(-1).max() > 1
   np.testing.assert_array_equal(batch.pair_weight == 1, batch.pair_index >= 0)
   np.testing.assert_array_equal(batch.rows.loss_weight == 1, batch.rows.targets != IGNORE_INDEX)
@@ -244,6 +252,202 @@ def test_resume_is_bit_identical_for_any_workers_and_hosts(meta, tokenizer, name
     assert hosts[0].next_step == wanted["next_step"]
   for batch, other in zip(batches, expected, strict=True):
     assert_equal(batch, other)
+
+
+# --- Prompts that stand once -----------------------------------------------------------------------------------
+
+
+def whole_pairs(batch):
+  """Of each pair by its index: both conversations' ids, positions, targets and weights, with what they share."""
+  rows, found = batch.rows, {}
+  names = ("input_ids", "positions", "targets", "loss_weight", "image_index")
+  for a, r in np.ndindex(*batch.pair_index.shape[:2]):
+    for k in np.flatnonzero(batch.pair_weight[a, r]).tolist():
+      first, second = (np.flatnonzero(rows.segment_ids[a, r] == 2 * k + j) for j in (1, 2))
+      shared = first[batch.shared[a, r, first]]
+      assert (shared == first[: len(shared)]).all() and not batch.shared[a, r, second].any()
+      parts = []
+      for places in (first, np.concatenate([shared, second])):
+        fields = {name: getattr(rows, name)[a, r, places] for name in names}
+        pool = rows.tiles[a, r // (rows.input_ids.shape[1] // rows.tiles.shape[1])]
+        features = fields.pop("image_index")
+        fields["images"] = np.flatnonzero(features != NO_IMAGE)
+        fields["tiles"] = pool[features[fields["images"]] // P]
+        parts.append(fields)
+      found[int(batch.pair_index[a, r, k])] = (len(shared), *parts)
+  assert not batch.shared[rows.segment_ids == 0].any()
+  return found
+
+
+def pairs_of(meta, tokenizer, **settings):
+  settings = {"max_steps": -1, "num_train_epochs": 1, "gradient_accumulation_steps": 1} | settings
+  with contextlib.closing(make_loader(meta, tokenizer, **settings)) as loader:
+    found = {}
+    for batch in loader:
+      found |= whole_pairs(batch)
+    return found, loader.counters()
+
+
+@pytest.fixture(scope="module")
+def whole(meta, tokenizer):
+  found, _ = pairs_of(meta, tokenizer)
+  assert len(found) == 36 and not any(shared for shared, *_ in found.values())
+  return found
+
+
+@pytest.mark.parametrize("data", [{}, PACKED], ids=["unpacked", "packed"])
+def test_a_shared_prompt_is_the_whole_one(meta, tokenizer, whole, data):
+  # Packed rows are decoded against the planned sizes: a sample of another size would be lost.
+  found, counters = pairs_of(meta, tokenizer, data=data, share_prompts=True)
+  assert found.keys() == whole.keys()
+  assert all(counts["unreadable"] == 0 for counts in counters.values())
+  for index, (shared, *parts) in found.items():
+    taught = int((whole[index][1]["targets"] != IGNORE_INDEX).argmax())
+    assert shared == taught > 100  # The last prompt token predicts the answer, and each answer has its own.
+    for part, other in zip(parts, whole[index][1:], strict=True):
+      for name in other:
+        np.testing.assert_array_equal(part[name], other[name], name)
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_sizes_count_a_shared_prompt_once(files, tokenizer, name):
+  media, question, _ = LINES[name]
+  record = pair(question, "red circle", "no", **media)
+  whole = maker(files, tokenizer).make(record, WHERE, frames=3)
+  sharing = maker(files, tokenizer, share_prompts=True)
+  sample = sharing.make(record, WHERE, frames=3)
+  chosen, rejected = whole.segments()
+  prompt = int((chosen.labels != IGNORE_INDEX).argmax())
+  assert (whole.shared, sample.shared) == (0, prompt - 1)
+  assert sample.lengths == (len(chosen.input_ids), len(rejected.input_ids) - prompt + 1)
+  size = sharing.measure(record, WHERE, 3)
+  assert (
+    (size.tokens, size.tiles)
+    == (len(sample.input_ids), len(sample.tiles))
+    == (sum(sample.lengths), size.tiles)
+  )
+  assert size.supervised == maker(files, tokenizer).measure(record, WHERE, 3).supervised
+  assert sharing.pieces(record, WHERE, 3) == [(size.tokens, size.tiles)]
+  np.testing.assert_array_equal(sample.tiles, whole.tiles)
+  for conversation, other in zip(sample.conversations(), (chosen, rejected), strict=True):
+    np.testing.assert_array_equal(conversation.input_ids, other.input_ids)
+    np.testing.assert_array_equal(conversation.labels, other.labels)
+  assert not (sample.segments()[1].input_ids == tokenizer.image_token_id).any() and not sample.fully_masked
+  text = show_sample(sample, tokenizer)
+  assert f" tokens ({prompt - 1} of them shared), " in text
+  assert text.splitlines()[1:] == show_sample(whole, tokenizer).splitlines()[1:]
+  assert as_json(sample) == as_json(whole)
+
+
+def test_long_answers_behind_a_shared_prompt_are_cut_alike(files, tokenizer, lengths):
+  prompt, chosen, rejected = lengths
+  total = chosen + rejected - prompt + 1
+
+  def both(**limits):
+    samples = [
+      maker(files, tokenizer, limits=Limits(**limits), share_prompts=share).make(LONG, WHERE)
+      for share in (False, True)
+    ]
+    sharing = maker(files, tokenizer, limits=Limits(**limits), share_prompts=True)
+    assert sharing.pieces(LONG, WHERE, 8) == [(len(samples[1].input_ids), len(samples[1].tiles))]
+    return samples
+
+  for most in (chosen, chosen - 1, rejected, prompt + 21):
+    whole, sample = both(max_length=most)
+    assert sample.shared == prompt - 1 and sample.truncated == whole.truncated
+    for part, other in zip(sample.conversations(), whole.segments(), strict=True):
+      np.testing.assert_array_equal(part.input_ids, other.input_ids)
+      np.testing.assert_array_equal(part.labels, other.labels)
+  room = {"max_length": chosen, "row_tokens": total, "row_tiles": 8}
+  sharing = maker(files, tokenizer, limits=Limits(**room, policy="drop"), share_prompts=True)
+  assert len(sharing.make(LONG, WHERE).input_ids) == total
+  less = Limits(**room | {"row_tokens": total - 1}, policy="truncate")
+  with pytest.raises(OverLengthError, match=f"are {total} tokens of one row, more than it has room for"):
+    maker(files, tokenizer, limits=less, share_prompts=True).make(LONG, WHERE)
+  shrinking = maker(files, tokenizer, limits=less._replace(policy="shrink_tiles"), share_prompts=True)
+  sample = shrinking.make(LONG, WHERE)
+  fewer = P * (3 - len(sample.tiles))
+  assert sample.shrunk and (len(sample.input_ids), sample.shared) == (total - fewer, prompt - 1 - fewer)
+  assert shrinking.pieces(LONG, WHERE, 8) == [(total - fewer, len(sample.tiles))]
+
+
+@pytest.mark.parametrize("data", [{}, PACKED], ids=["unpacked", "packed"])
+def test_long_pairs_of_a_mixture_share_what_is_left(meta, tokenizer, data):
+  settings = {
+    "data": data | {"max_seq_length": 283},
+    "loader": {"on_bad_sample": "drop", "max_bad_fraction": 1.0},
+  }
+  (whole, counts), (found, same) = (
+    pairs_of(meta, tokenizer, **settings, share_prompts=share) for share in (False, True)
+  )
+  assert counts == same and sum(entry["truncated"] for entry in counts.values()) > 0
+  assert found.keys() == whole.keys()
+  for index, (shared, *parts) in found.items():
+    assert shared > 100
+    for part, other in zip(parts, whole[index][1:], strict=True):
+      for name in other:
+        np.testing.assert_array_equal(part[name], other[name], name)
+
+
+def test_what_is_shared_are_the_tokens_that_are_the_same(files, hf_tokenizer):
+  base = get_template("internvl2_5")
+  # The first letter of an answer may become a part of the prompt's last token.
+  merging = dataclasses.replace(base, whole=True, openings={**base.openings, "gpt": "<|im_start|>assistan"})
+  tokenizer = ChatTokenizer(hf_tokenizer, merging)
+  record = pair("what?", "t red", "x no", image="a.png")
+  whole = maker(files, tokenizer).make(record, WHERE)
+  sample = maker(files, tokenizer, share_prompts=True).make(record, WHERE)
+  one, other = (part.input_ids for part in whole.segments())
+  same = next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+  assert tokenizer.decode(one[same : same + 1]) == "assistant"
+  assert whole.segments()[0].labels[same] == IGNORE_INDEX and sample.shared == same - 1
+  for part, expected in zip(sample.conversations(), whole.segments(), strict=True):
+    np.testing.assert_array_equal(part.input_ids, expected.input_ids)
+
+
+def test_prompts_that_cannot_be_shared_stand_twice():
+  def chat(prompt, answer, images=()):
+    ids = np.array([*prompt, *answer], np.int32)
+    labels = np.where(np.arange(len(ids)) < len(prompt), IGNORE_INDEX, ids)
+    return Chat(ids, labels, np.array(images, np.int64))
+
+  assert shared_tokens((chat([1, 2, 3], [4]), chat([1, 2, 3], [5])), []) == 2
+  assert shared_tokens((chat([1, 2, 3, 4], [6], [1]), chat([1, 2, 3, 4], [5], [1])), [8]) == 10
+  assert shared_tokens((chat([1], [4]), chat([1], [5])), []) == 0
+  assert shared_tokens((chat([], [4, 5]), chat([], [4, 6])), []) == 0
+  assert shared_tokens((chat([1, 2, 3], [4], [2]), chat([1, 2, 3], [5], [2])), [8]) == 0
+  # The answer begins earlier in one of them.
+  assert shared_tokens((chat([1, 2], [3, 4]), chat([1, 2, 3], [5])), []) == 1
+
+
+def test_a_pair_that_shares_nothing_stays_as_it_was(meta, tokenizer, whole, monkeypatch):
+  monkeypatch.setattr("internvl_jax.data.preference.shared_tokens", lambda chats, image_tokens: 0)
+  with contextlib.closing(make_loader(meta, tokenizer, share_prompts=True)) as loader:
+    batch = next(loader)
+  with contextlib.closing(make_loader(meta, tokenizer)) as loader:
+    assert_equal(batch, next(loader))
+
+
+@pytest.mark.parametrize("data", [{}, PACKED], ids=["unpacked", "packed"])
+def test_shared_prompts_resume(meta, tokenizer, data):
+  settings = {"data": data, "shards": 2, "share_prompts": True}
+  with contextlib.closing(make_loader(meta, tokenizer, **settings)) as loader:
+    expected = list(loader)
+    assert loader.sequence_sizes[-1] == (1600 if data else 1024)
+  with contextlib.closing(make_loader(meta, tokenizer, **settings, dataloader_num_workers=1)) as loader:
+    batches = [next(loader) for _ in range(2)]
+    state = json.loads(json.dumps(loader.get_state()))
+    fingerprint = loader.fingerprint()
+    text = show_batch(batches[0], tokenizer)
+  assert "[shared prompt of " in text and text.count("<|im_start|>user") < text.count("»red")
+  with contextlib.closing(make_loader(meta, tokenizer, **settings, state=state)) as loader:
+    batches += list(loader)
+  for batch, other in zip(batches, expected, strict=True):
+    assert_equal(batch, other)
+  with pytest.raises(DataError, match="share_prompts was 1 when its state was saved and is 0 now"):
+    make_loader(meta, tokenizer, **settings | {"share_prompts": False}, state=state)
+  with contextlib.closing(make_loader(meta, tokenizer, **settings | {"share_prompts": False})) as loader:
+    assert loader.fingerprint() != fingerprint
 
 
 def test_the_reference_is_looked_up_by_index(meta, tokenizer):
