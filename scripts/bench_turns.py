@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 TURN_SECONDS = 300
+_TICK = 1 / os.sysconf("SC_CLK_TCK")
 
 Turn = Callable[[Sequence[int], int], int]
 """Handles images of these indices, or so many rows of images; returns how many tiles that were."""
@@ -129,5 +130,6 @@ def compare(ours: Sequence[Measured], other: Sequence[Measured]) -> dict[str, An
     "quartiles": np.quantile(speed, (0.25, 0.75)).tolist(),
     "calm_rounds": len(calm),
     "calm_median": statistics.median(calm) if calm else None,
-    "cpu": sum(b.cpu_seconds for b in other) / sum(a.cpu_seconds for a in ours),
+    # The kernel counts in ticks: a short turn may have taken none.
+    "cpu": sum(b.cpu_seconds for b in other) / max(sum(a.cpu_seconds for a in ours), _TICK),
   }
