@@ -27,7 +27,13 @@ from internvl_jax.aot import recipe
 from internvl_jax.hf import published
 
 KINDS = ("v5e", "v6e", "v5p")
-MODES = {"full": recipe.__file__, "lora": f"{recipe.__file__}:lora", "full, ViT frozen": recipe.__file__}
+MODES = {
+  "full": recipe.__file__,
+  "lora": f"{recipe.__file__}:lora",
+  "full, ViT frozen": recipe.__file__,
+  "MPO": f"{recipe.__file__}:mpo",
+  "MPO, reference computed once": f"{recipe.__file__}:mpo",
+}
 SEARCHED = ("full", "lora")
 DOCS = Path(__file__).parents[1] / "docs"
 GIB = 2**30
@@ -65,6 +71,8 @@ class Arrangement:
     options += [f"--config.mesh.{axis}={size}" for axis, size in self.mesh]
     if self.mode.endswith("ViT frozen"):
       options.append("--config.model.freeze_backbone=True")
+    if self.mode.endswith("computed once"):
+      options.append("--config.preference.precompute_reference=True")
     return [*options, f"--tokens={self.tokens}", f"--tiles={self.tiles}"]
 
 
@@ -89,6 +97,10 @@ NAMED = (
   Arrangement("3.5-241b-a28b", "full", "v6e:16x16", (("expert", 8),)),
   Arrangement("3.5-241b-a28b", "full", "v5p:4x4x8", (("expert", 8),)),
   Arrangement("3.5-241b-a28b", "full", "v5p:4x4x4", (("expert", 4),)),
+  Arrangement("3-8b", "MPO", "v5p:4x4x4"),
+  Arrangement("3-8b", "MPO", "v5e:4x4"),
+  Arrangement("3-8b", "MPO, reference computed once", "v5e:4x4"),
+  Arrangement("3-8b", "full", "v5e:4x4"),
 )
 """What docs/scale.md promises."""
 
@@ -182,7 +194,6 @@ def run(options: list[str], shorten) -> dict[str, Any]:
 
 def brief(report: dict[str, Any]) -> dict[str, Any]:
   """What the tables hold of a report."""
-  frozen = report["parameters"] - report["trainable"]
   return {
     "topology": report["topology"],
     "mesh": {axis: size for axis, size in report["mesh"].items() if size > 1},
@@ -190,7 +201,7 @@ def brief(report: dict[str, Any]) -> dict[str, Any]:
     "fits": report["fits"],
     "bytes": report["total"],
     "limit": report["limit"],
-    "floor": (16 * report["trainable"] + 2 * frozen) // report["chips"],
+    "floor": 16 * report["trainable"] // report["chips"] + report["memory"]["frozen parameters"],
     "memory": report["memory"],
     "peak": [buffer for buffer in report["peak"] if buffer["origin"] != "gradients"][:6],
     "step_seconds": report["roofline"]["step"],

@@ -2,16 +2,16 @@
 
 One row a device of 8192 tokens and 40 tiles, as the reference's defaults have it, in bfloat16, with weights,
 gradients and optimizer state spread over all devices. `arg` "lora" trains adapters of rank 16 on the language model
-instead.
+instead; "mpo" optimises preferences, with the published recipes' losses.
 """
 
 from internvl_jax.config import TrainConfig
 
 
 def get_config(arg: str = "") -> TrainConfig:
-  """The recipe, or its variant "lora"."""
-  if arg not in ("", "lora"):
-    raise ValueError(f"no variant {arg!r}; there is lora")
+  """The recipe, or its variant "lora" or "mpo"."""
+  if arg not in ("", "lora", "mpo"):
+    raise ValueError(f"no variant {arg!r}; there are lora and mpo")
   config = TrainConfig()
   config.model.use_liger = True
   config.data.use_packed_ds = True
@@ -21,4 +21,7 @@ def get_config(arg: str = "") -> TrainConfig:
   if arg == "lora":
     config.model.use_llm_lora = 16
     config.model.freeze_backbone = config.model.freeze_mlp = config.model.freeze_llm = True
+  if arg == "mpo":
+    config.preference.loss_type = "sigmoid,bco_pair"
+    config.preference.rpo_alpha = 1.0
   return config
