@@ -219,6 +219,8 @@ class PreferenceConfig:
   precompute_reference: bool = False
   # Folder of what was computed; None: `reference_logps` in training.output_dir.
   reference_cache_dir: str | None = None
+  # A pair's answers share their prompt's tokens. Models with attention windows lay pairs out in full all the same.
+  share_prompts: bool = True
   # A meta file of held-out pairs, which are judged at the end of a run and, under eval_strategy="steps", during it.
   eval_meta_path: str | None = None
 

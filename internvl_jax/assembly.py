@@ -212,7 +212,17 @@ def make_objective(
     settings=LossSettings(asked.beta, asked.label_smoothing),
     rpo_alpha=asked.rpo_alpha,
     reference=None if asked.precompute_reference else reference_policy(config, source),
+    shares_prompts=shares_prompts(config, source),
   )
+
+
+def shares_prompts(config: TrainConfig, source: Source) -> bool:
+  """Whether the answers of a preference pair share their prompt's tokens.
+
+  A window of attention counts along the row, in which a shared prompt stands too far from its second answer.
+  """
+  asked = config.preference
+  return asked.loss_type is not None and asked.share_prompts and not any(source.config.text.windows)
 
 
 def preference_terms(config: PreferenceConfig) -> tuple[tuple[str, float], ...]:

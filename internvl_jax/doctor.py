@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> None:
     policy=config.loader.on_over_length,
     cache=cache,
     preference=config.preference.loss_type is not None,
+    share_prompts=assembly.shares_prompts(config, source),
   )
   mixture.index_sizes(cache, workers=os.cpu_count() or 1, quiet=config.training.disable_tqdm)
   reports = examine(mixture)

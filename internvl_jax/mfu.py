@@ -74,7 +74,7 @@ class UsefulFlops:
 
 
 def useful_flops(
-  config: InternVLConfig, shapes: Mapping[str, Any], trainable: Collection[str]
+  config: InternVLConfig, shapes: Mapping[str, Any], trainable: Collection[str], twice: Collection[str] = ()
 ) -> UsefulFlops:
   """Counts what a training step of a model has to compute.
 
@@ -82,23 +82,25 @@ def useful_flops(
     config: the model.
     shapes: of its parameters, by path.
     trainable: the paths that get a gradient.
+    twice: parts that run forward once more, for a reference policy.
   """
   first = min(map(_stage, trainable))
   costs = {"patches": 0.0, "vision_model": 0.0, "mlp1": 0.0, "language_model": 0.0}
   for path, leaf in shapes.items():
     if _MATRIX.search(path) and _runs(path, config):
-      passes = 1 + (path in trainable) + _passes_gradient(path, first)
+      passes = 1 + (path in trainable) + _passes_gradient(path, first) + (part_of(path) in twice)
       part = "patches" if path.endswith("patch_kernel") else part_of(path)
       costs[part] += 2 * passes * leaf.size * _share(path, config)
   if config.text.tie_word_embeddings:
-    passes = 1 + (_EMBEDDING in trainable) + (first < (4, 0))
+    passes = 1 + (_EMBEDDING in trainable) + (first < (4, 0)) + ("language_model" in twice)
     costs["language_model"] += 2 * passes * shapes[_EMBEDDING].size
   vision, text = config.vision, config.text
   tokens = vision.num_patches + 1  # and the class token
   attention = sum(
-    4 * vision.hidden_size * tokens**2 * (3 if first <= (1, i) else 1) for i in range(_vision_layers(config))
+    4 * vision.hidden_size * tokens**2 * ((3 if first <= (1, i) else 1) + ("vision_model" in twice))
+    for i in range(_vision_layers(config))
   )
-  each = 4 * text.num_heads * text.head_dim * (3 if first <= (3, 0) else 1)
+  each = 4 * text.num_heads * text.head_dim * ((3 if first <= (3, 0) else 1) + ("language_model" in twice))
   windows = text.windows or (None,) * text.num_layers
   return UsefulFlops(
     per_tile=costs["patches"] * vision.num_patches + costs["vision_model"] * tokens + attention,

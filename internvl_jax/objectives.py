@@ -66,7 +66,12 @@ class ForwardPass:
     return normalized_weights(weights, shards=self.shards, all_gather=self.all_gather)
 
   def _hidden(
-    self, model: InternVL, rows: SFTBatch, features: jax.Array, key: jax.Array | None
+    self,
+    model: InternVL,
+    rows: SFTBatch,
+    features: jax.Array,
+    key: jax.Array | None,
+    shared: jax.Array | None = None,
   ) -> tuple[jax.Array, jax.Array | float]:
     """Hidden states [R, S, E] of a micro-batch and its routers' loss; without a key nothing is dropped."""
     x = model.embed(rows.input_ids, rows.image_index, features, self.how)
@@ -75,6 +80,7 @@ class ForwardPass:
       self.how,
       positions=rows.positions,
       segment_ids=rows.segment_ids,
+      shared=shared,
       dropout_key=key if self.dropout else None,
     )
     return hidden, self._router_loss(router, rows)
@@ -167,6 +173,11 @@ class ReferencePolicy:
   model: ModelDef[InternVL]
   shares_features: bool
 
+  @property
+  def parts(self) -> tuple[str, ...]:
+    """The parts of the model that it runs."""
+    return ("language_model",) if self.shares_features else ("vision_model", "mlp1", "language_model")
+
   def bind(self, params: Mapping[str, jax.Array]) -> InternVL:
     """The module, from all parameters by path, the copies among them."""
     return self.model.bind(
@@ -195,12 +206,14 @@ class PreferenceOptimization(ForwardPass):
     settings: what the losses have in common.
     rpo_alpha: weight of the cross-entropy; None leaves it out.
     reference: the reference policy; None: its log-probabilities come with the batch.
+    shares_prompts: the answers of a pair may share their prompt's tokens.
   """
 
   terms: tuple[tuple[str, float], ...]
   settings: LossSettings
   rpo_alpha: float | None = None
   reference: ReferencePolicy | None = None
+  shares_prompts: bool = False
 
   def initial_running(self) -> Running:
     """BCO's running mean before the first batch."""
@@ -225,7 +238,7 @@ class PreferenceOptimization(ForwardPass):
     policy, rows = self.model.bind(params), batch.rows
     vision_key, text_key = jax.random.split(key)
     features = self._features(policy, rows.tiles, vision_key)
-    hidden, router_loss = self._hidden(policy, rows, features, text_key)
+    hidden, router_loss = self._hidden(policy, rows, features, text_key, self._shared(batch))
     token_losses = self._token_losses(policy, hidden, rows)
     pairs = batch.pair_weight.shape[-1]
     reference = self._reference_logps(params, batch, features)
@@ -272,8 +285,11 @@ class PreferenceOptimization(ForwardPass):
     rows = batch.rows
     if features is None:
       features = self._features(model, rows.tiles, None)
-    hidden, _ = self._hidden(model, rows, features, None)
+    hidden, _ = self._hidden(model, rows, features, None, self._shared(batch))
     return _sums(self._token_losses(model, hidden, rows), rows, batch.pair_weight.shape[-1])
+
+  def _shared(self, batch: PreferenceBatch) -> jax.Array | None:
+    return batch.shared if self.shares_prompts else None
 
   def _token_losses(self, model: InternVL, hidden: jax.Array, rows: SFTBatch) -> jax.Array:
     """-log p [R, S] of the tokens to predict, 0 where there is none."""

@@ -28,6 +28,7 @@ from internvl_jax.assembly import (
   place_state,
   reference_copies,
   set_up_jax,
+  shares_prompts,
 )
 from internvl_jax.checkpoint import Checkpointer
 from internvl_jax.config import TrainConfig, check_output_dir, clear_output_dir, to_json, validate
@@ -42,7 +43,7 @@ from internvl_jax.hf.model import Source, base_name
 from internvl_jax.inference import recorded_settings
 from internvl_jax.metrics import Gauges, RunLog, Trace, write_json
 from internvl_jax.models.lora import adapter_paths
-from internvl_jax.objectives import PreferenceOptimization
+from internvl_jax.objectives import PreferenceOptimization, SupervisedFineTuning
 from internvl_jax.parallel import distributed, rules
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.preference import PreferenceRun
@@ -91,6 +92,7 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
     tokenizer=chat,
     tokens_per_tile=source.config.tokens_per_tile,
     preference=isinstance(objective, PreferenceOptimization),
+    share_prompts=shares_prompts(config, source),
     **host_shards(mesh),
   )
   pairs = None
@@ -126,7 +128,9 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
     total_steps=loader.total_steps,
     epoch_of=loader.epoch_of,
     gauges=Gauges(
-      useful=mfu.useful_flops(source.config, source.model.shapes, trainable),
+      useful=mfu.useful_flops(
+        source.config, source.model.shapes, trainable, twice=parts_run_twice(objective)
+      ),
       peak=mfu.peak_flops(jax.devices()),
       devices=jax.local_devices(),
     ),
@@ -174,6 +178,12 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
       logging.info("Held-out pairs: %s", judged)
     finish(config, source, tokenizer, chat, params, evaluation)
     distributed.barrier("the model is saved", seconds=EXPORT_SECONDS)
+
+
+def parts_run_twice(objective: SupervisedFineTuning | PreferenceOptimization) -> tuple[str, ...]:
+  """The parts of the model that a reference policy in memory runs as well."""
+  is_preference = isinstance(objective, PreferenceOptimization)
+  return objective.reference.parts if is_preference and objective.reference else ()
 
 
 def joint_metrics(

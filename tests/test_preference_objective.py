@@ -67,7 +67,7 @@ LENGTH, PAIRS = 32, 8
 MPO = (("sigmoid", 0.8), ("bco_pair", 0.2))
 
 
-def make_pairs(rows, seed=0, shards=1, fill=0):
+def make_pairs(rows, seed=0, shards=1, fill=0, share=False):
   """A batch of one micro-batch whose rows hold so many pairs each, every one with a tile that its answers share.
 
   Args:
@@ -75,11 +75,12 @@ def make_pairs(rows, seed=0, shards=1, fill=0):
     seed: of tokens, lengths and tiles: the n-th pair of a batch is the same however pairs are dealt to rows.
     shards: data shards.
     fill: tiles at the end of pools that belong to nobody.
+    share: a pair's prompt stands once, but for its last token.
   """
   shape = (1, len(rows), LENGTH)
   segments, positions, ids = (np.zeros(shape, "i4") for _ in range(3))
   targets, index = np.full(shape, IGNORE_INDEX, "i4"), np.full(shape, NO_IMAGE, "i4")
-  pair_index = np.full((1, len(rows), PAIRS), -1, "i4")
+  pair_index, shared = np.full((1, len(rows), PAIRS), -1, "i4"), np.zeros(shape, bool)
   per_shard = sum(rows) // shards
   tiles = np.zeros((1, shards, per_shard + fill, 16, 16, 3), "u1")
   number = 0
@@ -93,12 +94,17 @@ def make_pairs(rows, seed=0, shards=1, fill=0):
       tiles[0, shard, local] = rng.integers(0, 256, (16, 16, 3))
       for answer, length in enumerate(lengths):
         tokens = np.concatenate([prompt, rng.integers(0, 40, length)])
-        span = slice(place, place + len(tokens))
-        ids[0, row, span], segments[0, row, span] = tokens, 2 * pair + answer + 1
-        positions[0, row, span] = np.arange(len(tokens))
-        targets[0, row, place + 4 : place + 4 + length] = tokens[5:]
-        index[0, row, place : place + 4] = 4 * local + np.arange(4)
-        place += len(tokens)
+        start = 4 if share and answer else 0
+        span = slice(place, place + len(tokens) - start)
+        ids[0, row, span], segments[0, row, span] = tokens[start:], 2 * pair + answer + 1
+        positions[0, row, span] = np.arange(start, len(tokens))
+        targets[0, row, span] = np.append(
+          np.where(np.arange(len(tokens)) < 5, IGNORE_INDEX, tokens)[1:], IGNORE_INDEX
+        )[start:]
+        if not start:
+          index[0, row, place : place + 4] = 4 * local + np.arange(4)
+          shared[0, row, place : place + 4] = share
+        place = span.stop
       pair_index[0, row, pair] = number
       number += 1
   batch = SFTBatch(
@@ -110,11 +116,23 @@ def make_pairs(rows, seed=0, shards=1, fill=0):
     image_index=index,
     tiles=tiles,
   )
-  unknown, shared = np.full((*pair_index.shape, 2), np.nan, "f4"), np.zeros(ids.shape, bool)
-  return PreferenceBatch(batch, (pair_index >= 0).astype("f4"), pair_index, unknown, shared)
+  return PreferenceBatch(
+    batch, (pair_index >= 0).astype("f4"), pair_index, np.full((*pair_index.shape, 2), np.nan, "f4"), shared
+  )
 
 
-def make_step(*, mesh=None, terms=MPO, rpo_alpha=1.0, cached=False, text=None, freeze=None, all_gather=True):
+def make_step(
+  *,
+  mesh=None,
+  terms=MPO,
+  rpo_alpha=1.0,
+  cached=False,
+  text=None,
+  freeze=None,
+  all_gather=True,
+  share=False,
+  how=None,
+):
   """A harness whose step optimises preferences, its reference being what the policy starts from."""
   config = toy(vision_layers=1, text_layers=1, text=text)
   harness = Harness(config, mesh=mesh, freeze=freeze)
@@ -128,8 +146,9 @@ def make_step(*, mesh=None, terms=MPO, rpo_alpha=1.0, cached=False, text=None, f
   shares = not any(part_of(path) in ("vision_model", "mlp1") for path in harness.trainable)
   objective = PreferenceOptimization(
     model=harness.model,
-    how=Execution(),
+    how=how or Execution(),
     normalize_type="imagenet",
+    shares_prompts=share,
     shards=harness.shards,
     all_gather=all_gather,
     terms=terms,
@@ -218,6 +237,24 @@ def test_packed_equals_unpacked():
   alone, packed = (take_steps(make_step(), [pair[i] for pair in batches]) for i in (0, 1))
   assert_equal_steps(packed, alone)
   assert abs(alone[-1][2]["rewards/margins"]) > 1e-3
+
+
+@pytest.mark.parametrize(
+  ("mesh", "backend"),
+  [
+    (None, "xla"),
+    ({"fsdp": 2, "tensor": 2}, "xla"),
+    pytest.param(None, "splash_interpret", marks=pytest.mark.slow),
+  ],
+)
+def test_shared_prompts_change_nothing(mesh, backend):
+  """Also where the prompt's tokens lie on other devices than the answer's, and in the kernels of TPUs."""
+  shards, rows = 2 if mesh else 1, [2, 1, 1, 2]
+  alone = take_steps(make_step(), [make_pairs(rows, seed) for seed in range(3)])
+  batches = [make_pairs(rows, seed, shards=shards, share=True) for seed in range(3)]
+  assert (batches[0].rows.segment_ids > 0).sum() < (make_pairs(rows).rows.segment_ids > 0).sum()
+  harness = make_step(mesh=mesh, share=True, how=Execution(attention=backend))
+  assert_equal_steps(take_steps(harness, batches), alone)
 
 
 def test_a_cache_and_weights_in_memory_give_the_same():

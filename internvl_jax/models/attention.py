@@ -95,6 +95,36 @@ def attention(
   return _on_device(*arrays, causal)
 
 
+def attention_over_shared(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  *,
+  shared: jax.Array | None,
+  segment_ids: jax.Array | None,
+  **options,
+) -> jax.Array:
+  """`attention` over rows of which two segments may have their beginning in common.
+
+  Segment 2p then stands behind segment 2p - 1, from p = 1, and sees besides itself those of its tokens that are
+  shared. Equal segments are all that kernels can tell, so there are two attentions, one where what is shared belongs to
+  the first segment and one where it belongs to the second; of the latter, the second segment's queries are taken.
+
+  Args:
+    q, k, v: see `attention`.
+    shared: bool [B, T]; None for rows without any.
+    segment_ids: int [B, T].
+    **options: of `attention`. A window would count along the row, where what is shared is too far off.
+  """
+  apart = attention(q, k, v, segment_ids=segment_ids, **options)
+  if shared is None:
+    return apart
+  assert segment_ids is not None
+  together = attention(q, k, v, segment_ids=jnp.where(shared, segment_ids + 1, segment_ids), **options)
+  is_second = (segment_ids > 0) & (segment_ids % 2 == 0)
+  return jnp.where(is_second[..., None, None], together, apart)
+
+
 def _spread(q, k, v, q_segments, kv_segments, q_index, window, sinks, causal, over) -> jax.Array:
   """Attention device by device: each has some heads of some rows, and all keys.
 

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from internvl_jax.models import lora
-from internvl_jax.models.attention import attention
+from internvl_jax.models.attention import attention_over_shared
 from internvl_jax.models.layers import Embed, LayerStack, Linear, RMSNorm, make_param
 from internvl_jax.models.lora import LoRASpec
 from internvl_jax.models.rope import Rope, rotate, rotations
@@ -114,7 +114,9 @@ class DecoderAttention(nnx.Module):
     self.k_norm = RMSNorm(H, eps=config.rms_norm_eps, axis=None) if config.qk_norm else None
     self.sinks = make_param(jnp.zeros(N), ("heads",)) if config.sinks else None
 
-  def __call__(self, x, *, rotation, segment_ids, kv_segment_ids, window, cache, offset, backend):
+  def __call__(
+    self, x, *, rotation, segment_ids, kv_segment_ids, window, cache, offset, backend, shared=None
+  ):
     """Attends over x [B, T, D]; with a cache (k, v) over what it holds, x's own keys written at `offset`."""
     q, k, v = self._project(x)
     if self.q_norm is not None and self.k_norm is not None:
@@ -127,10 +129,11 @@ class DecoderAttention(nnx.Module):
         for old, new in zip(cache, (k, v), strict=True)
       )
       q_index = offset + jnp.arange(x.shape[1])
-    out = attention(
+    out = attention_over_shared(
       q,
       k,
       v,
+      shared=shared,
       segment_ids=segment_ids,
       kv_segment_ids=kv_segment_ids,
       q_index=q_index,
@@ -228,6 +231,7 @@ class Decoder(nnx.Module):
     positions: jax.Array,
     segment_ids: jax.Array | None = None,
     kv_segment_ids: jax.Array | None = None,
+    shared: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
     backend: str = "auto",
     remat: Callable | None = None,
@@ -239,6 +243,7 @@ class Decoder(nnx.Module):
       x: token embeddings with image features in place, in the compute dtype.
       positions: int [B, T], for the rotary embedding.
       segment_ids, kv_segment_ids, backend: see `attention`. Segment 0 is padding to a router's statistics.
+      shared: see `attention_over_shared`; for models without windows.
       dropout_key: randomness of the adapters' dropout; None is evaluation.
       remat, unroll: see `LayerStack.scan`.
 
@@ -247,6 +252,7 @@ class Decoder(nnx.Module):
     """
     T = x.shape[1]
     rotation = rotations(self.rope, positions, self.kv_shape[-1], bound=T)
+    assert shared is None or not any(self.windows)
     valid = None if segment_ids is None else segment_ids > 0
     static, xs = self._windows(T)
     if dropout_key is not None:
@@ -260,6 +266,7 @@ class Decoder(nnx.Module):
         rotation=rotation,
         segment_ids=segment_ids,
         kv_segment_ids=kv_segment_ids,
+        shared=shared,
         window=xs.get("window", static),
         cache=None,
         offset=None,
