@@ -126,6 +126,7 @@ ONLY_WITH: dict[str, tuple[str, ...]] = {
   **{f"preference.{kind}_loss_weight": _PREFERENCE for kind in PREFERENCE_LOSSES},
   "preference.precompute_reference": _PREFERENCE,
   "preference.reference_cache_dir": ("preference.precompute_reference",),
+  "preference.share_prompts": _PREFERENCE,
   "preference.eval_meta_path": _PREFERENCE,
   "model.unfreeze_vit_layers": ("model.freeze_backbone", "model.use_backbone_lora"),
   "model.unfreeze_lm_head": ("model.freeze_llm", "model.use_llm_lora"),
@@ -558,6 +559,7 @@ def _path_problems(config: TrainConfig, command: Command) -> Iterator[str]:
   files = {"data.meta_path": config.data.meta_path if "data.meta_path" in required else None}
   if command == "train":
     files["eval.annotation"] = config.eval.annotation
+    files["preference.eval_meta_path"] = config.preference.eval_meta_path
   for path, name in files.items():
     if name and not _is_remote(name) and not os.path.isfile(name):
       yield f"{path}={name!r}: no such file"
@@ -649,6 +651,7 @@ RUN_FILES = (
   "trainer_state.json",
   "train_results.json",
   "eval_results.json",
+  "preference_results.json",
   "predictions.jsonl",
   "config.json",
   "generation_config.json",
@@ -674,6 +677,9 @@ RUN_FILES = (
 RUN_FOLDERS = ("checkpoints", "adapter", "tensorboard", "profile")
 """The folders a run writes there."""
 
+KEPT_FOLDERS = ("reference_logps",)
+"""Folders that a run makes and that no run deletes: they say what they were made of, and took a pass over the data."""
+
 RUN_MARKS = ("train_config.json", "trainer_state.json", "checkpoints")
 """One of these tells a run's output from, say, a downloaded model; `train_config.json` is written first."""
 
@@ -690,7 +696,7 @@ def check_output_dir(training: TrainingArguments) -> Literal["new", "resume", "o
   """
   assert training.output_dir is not None, "validate() comes first"
   folder = epath.Path(training.output_dir)
-  present = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+  present = {entry.name for entry in folder.iterdir()} - set(KEPT_FOLDERS) if folder.exists() else set()
   where = f"training.output_dir={training.output_dir!r}"
   if not present:
     return "new"

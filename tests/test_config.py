@@ -411,7 +411,10 @@ def test_not_yet(config, path):
   assert line.startswith(wanted)
 
 
-@pytest.mark.parametrize("path", [path for path in ONLY_WITH if path != "data.use_thumbnail"])
+ON_BY_DEFAULT, FILES = {"data.use_thumbnail"}, {"preference.eval_meta_path"}
+
+
+@pytest.mark.parametrize("path", [path for path in ONLY_WITH if path not in ON_BY_DEFAULT | FILES])
 def test_a_field_without_its_switch(config, path):
   set_field(config, path, other_value(FIELDS[path]))
   (line,) = problems(config)
@@ -437,6 +440,12 @@ def test_preferences_that_contradict_themselves(config, settings, words):
     set_field(config, f"preference.{name}", value)
   (line,) = problems(config)
   assert words in line
+
+
+def test_held_out_pairs_that_are_not_there(config):
+  set_field(config, "preference.loss_type", "sigmoid")
+  set_field(config, "preference.eval_meta_path", "nowhere.json")
+  assert problems(config) == ["preference.eval_meta_path='nowhere.json': no such file"]
 
 
 def test_a_recipe_of_preferences_is_sound(config):
@@ -735,6 +744,16 @@ def test_a_model_that_no_run_wrote_is_not_overwritten(config, tmp_path):
   config.training.overwrite_output_dir = True
   with pytest.raises(UserError, match=r"holds model.safetensors, but nothing tells"):
     check_output_dir(config.training)
+
+
+def test_what_took_a_pass_over_the_data_is_kept(tmp_path):
+  logps, training = tmp_path / "reference_logps", TrainConfig().training
+  training.output_dir = str(tmp_path)
+  logps.mkdir()
+  assert check_output_dir(training) == "new"
+  (tmp_path / "train_config.json").write_text("{}")
+  assert check_output_dir(training) == "overwrite"
+  assert clear_output_dir(str(tmp_path)) == ["train_config.json"] and logps.is_dir()
 
 
 def test_a_run_stopped_before_its_first_checkpoint_begins_anew(tmp_path):

@@ -79,7 +79,7 @@ def test_dropout_acts_in_training_only_and_keeps_the_mean():
   batch = jax.tree.map(jnp.asarray, make_batch())
 
   def losses(harness):
-    loss = jax.jit(lambda step: harness.step.value_and_grad(params, harness.frozen, batch, step)[0])
+    loss = jax.jit(lambda step: harness.step.value_and_grad(params, harness.frozen, batch, step, {})[0][0])
     return [float(loss(step)) for step in range(3)]
 
   assert len(set(losses(harness))) == 3

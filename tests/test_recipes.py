@@ -140,7 +140,7 @@ def test_scripts_and_recipes_are_one_to_one():
   ours = [
     f"{path.relative_to(CONFIGS)}:{choice}"
     for path in recipe_files()
-    if path.name != "quickstart.py"
+    if not path.name.startswith("quickstart")
     for choice in choices_of(path)
   ]
   assert sorted(recipes) == sorted(ours)
@@ -206,7 +206,7 @@ def test_the_readme_names_every_recipe_with_its_sizes():
   text = (ROOT / "README.md").read_text(encoding="utf-8")
   for path in recipe_files():
     (cell,) = re.findall(rf"\({path.relative_to(ROOT)}\)([^|\[]*)", text)
-    if path.name != "quickstart.py":
+    if not path.name.startswith("quickstart"):
       named = re.findall(r"`:?(\d+b)`", cell)
       assert list(dict.fromkeys(choice.split(",")[0] for choice in choices_of(path))) == named
       assert ("ᴸ" in cell) == any(choice.endswith(",lora") for choice in choices_of(path))
