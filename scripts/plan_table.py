@@ -154,11 +154,17 @@ def first_of(size: str) -> str:
 
 def wanted() -> list[str]:
   """The entries asked for."""
-  only = tuple(_ONLY.value)
+  only = tuple(_first(name) for name in _ONLY.value)
   found = [entry for entry in entries() if not only or entry.startswith(only)]
   if not found:
     raise app.UsageError(f"--only={','.join(only)} names no entry; one is {entries()[-1]}")
   return found
+
+
+def _first(name: str) -> str:
+  """What an entry is called where its size stands for others of the same architecture."""
+  size, slash, rest = name.partition("/")
+  return f"{first_of(size)}{slash}{rest}" if size in published.SIZES else name
 
 
 def compiled(entry: str) -> dict[str, Any]:

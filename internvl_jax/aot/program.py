@@ -195,7 +195,7 @@ def compile_step(
     plan: the step.
     target: the devices it is planned for.
     optimization_level: how hard the compiler for a slice of TPUs tries. "O1" takes a third of the time, with
-      memory within 2 % (docs/scale.md); "default" is what a run on TPUs gets.
+      memory within 4 % (docs/scale.md); "default" is what a run on TPUs gets.
     dump: an empty folder for what the compiler for a slice writes about the program; None keeps nothing of it.
   """
   start = time.perf_counter()
