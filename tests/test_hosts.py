@@ -3,6 +3,7 @@
 All runs train the same model on the same four devices, which belong to one, two or four processes.
 """
 
+import shutil
 import signal
 import time
 
@@ -49,7 +50,7 @@ def test_two_processes_stop_together_and_one_goes_on(world, straight):
   assert_same_curve(history(job.out), history(straight), atol=1e-5)
 
 
-def test_one_of_four_processes_dies_and_two_go_on(world, straight):
+def test_one_of_four_processes_dies_and_one_or_two_go_on(world, straight):
   job = Job(world, *SAVING, out="four", processes=4, step_seconds=0.3)
   job.wait_for("step 6/24")
   start = time.monotonic()
@@ -59,6 +60,12 @@ def test_one_of_four_processes_dies_and_two_go_on(world, straight):
   assert codes[2] == -signal.SIGKILL and 0 not in codes
   for i in (0, 1, 3):
     assert "ends; the others follow" in job.log(i) or "another task died" in job.log(i), job.log(i)
+
+  shutil.copytree(job.out, job.out.with_name("four_then_one"))
+  alone = Job(world, *SAVING, out="four_then_one")
+  assert alone.wait() == [0], alone.log()
+  assert "Resuming from the checkpoint of step" in alone.log()
+  assert_same_curve(history(alone.out), history(straight), atol=1e-5)
 
   two = Job(world, *SAVING, out="four", processes=2)
   assert two.wait() == [0, 0], two.log()
