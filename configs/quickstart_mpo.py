@@ -43,7 +43,8 @@ def get_config(arg: str = "") -> TrainConfig:
   config.training.warmup_ratio = 0.03
   config.training.weight_decay = 0.05
   config.training.logging_steps = 10
-  config.training.save_strategy = "no"
+  config.training.save_steps = 100
+  config.training.save_total_limit = 1
   config.training.report_to = "tensorboard"
   config.training.dataloader_num_workers = 0
 

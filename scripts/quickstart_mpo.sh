@@ -4,6 +4,8 @@
 #   scripts/quickstart_mpo.sh                                   goes on from quickstart/, which it makes if need be
 #   scripts/quickstart_mpo.sh --config.preference.beta=0.2      further flags go to the training command
 #   OUT=elsewhere PYTHON=python3.12 scripts/quickstart_mpo.sh
+#
+# Run it again to go on where it was stopped, or to see the results of a finished run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
