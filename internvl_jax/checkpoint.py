@@ -6,6 +6,7 @@ each what its devices hold.
 """
 
 import contextlib
+import copy
 import re
 import shutil
 from collections.abc import Iterator
@@ -78,7 +79,7 @@ class Checkpointer:
     return self._manager.latest_step()
 
   def save(self, state: TrainState, *, loader: dict[str, Any], trainer: dict[str, Any]) -> None:
-    """Starts writing the state after its step; returns once the arrays are copied from the devices.
+    """Starts writing the state after its step; returns once everything is copied that the next step may change.
 
     A checkpoint of that step that is there already is left as it is. Older ones that are too many are deleted once
     this one is complete.
@@ -96,8 +97,10 @@ class Checkpointer:
       return
     items = {
       "state": ocp.args.StandardSave(_as_tree(state)),
-      "loader": ocp.args.JsonSave(loader),
-      "trainer": ocp.args.JsonSave(trainer),
+      # Orbax copies arrays at once, but reads JSON values when its thread comes to write them: the log would by then
+      # have the entries of later steps, which a run that goes on would write a second time.
+      "loader": ocp.args.JsonSave(copy.deepcopy(loader)),
+      "trainer": ocp.args.JsonSave(copy.deepcopy(trainer)),
     }
     with self._explained():
       self._manager.save(step, args=ocp.args.Composite(**items))

@@ -1,9 +1,12 @@
 """Orbax checkpoints hold the train state bit for bit, and refuse another run's parameters."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from harness import on_one_device
@@ -38,3 +41,28 @@ def test_save_and_restore(tmp_path):
   with pytest.raises(UserError, match=r"first: a\.0:3\.kernel is \(3, 2\) there, None here"):
     reader.restore(make_state(b=[0.0, 0.0]))
   reader.close()
+
+
+def test_a_checkpoint_has_the_log_of_its_step(tmp_path, monkeypatch):
+  """Also where the run has gone on before Orbax's thread writes it."""
+  went_on = threading.Event()
+  write = ocp.JsonCheckpointHandler._save_fn
+
+  async def write_late(self, item, directory):
+    assert went_on.wait(60)
+    await write(self, item, directory)
+
+  monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", write_late)
+  state = make_state(b=[1.0, 2.0])
+  log, loader = {"log_history": [{"step": 0}], "pending": [1.5]}, {"next_step": 0, "rows": {"waiting": [3]}}
+  writer = Checkpointer(tmp_path, keep=2)
+  writer.save(state, loader=loader, trainer=log)
+  log["log_history"].append({"step": 1})
+  log["pending"].clear()
+  loader["rows"]["waiting"].append(4)
+  went_on.set()
+  writer.wait()
+  _, saved_loader, saved_log = writer.restore(state)
+  assert saved_log == {"log_history": [{"step": 0}], "pending": [1.5]}
+  assert saved_loader == {"next_step": 0, "rows": {"waiting": [3]}}
+  writer.close()
