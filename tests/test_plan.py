@@ -461,27 +461,35 @@ def looked_for(monkeypatch, name, beyond):
 def test_a_search_compiles_only_where_arithmetic_leaves_room(monkeypatch):
   """8B: parameters and moments alone are 90 GiB, so slices of up to four chips of 15.75 GiB cannot hold it."""
   compiled, attempts = looked_for(monkeypatch, "v5e", lambda plan: 2.0)
-  # Eight chips that share a row: what another took shows that 15.6 GiB by arithmetic are not all.
-  assert compiled == [("v5e:4x4", 1, "full")]
-  found = next(attempt for attempt in attempts if attempt.fits)
-  assert (found.topology, found.mesh["fsdp"], found.remat) == ("v5e:4x4", 16, "full")
-  assert [attempt.outcome for attempt in attempts if attempt.topology == "v5e:2x4"][-1] == (
-    "cannot fit, by what another took"
-  )
+  # By arithmetic 15.6 GiB on eight chips that share a row: that it does not fit is seen by compiling it.
+  assert compiled == [("v5e:2x4", 8, "full"), ("v5e:4x4", 1, "full")]
+  found = attempts[-1]
+  assert found.fits and (found.topology, found.mesh["fsdp"], found.remat) == ("v5e:4x4", 16, "full")
+  assert {attempt.outcome for attempt in attempts[:-1] if not attempt.compiled} == {"cannot fit"}
   assert all("at least" in str(attempt) for attempt in attempts if not attempt.compiled)
-  assert not attempts[-1].fits and attempts[-1].remat == "dots"
 
 
-def test_a_search_goes_on_where_what_was_compiled_does_not_fit(monkeypatch):
+def test_a_search_goes_by_what_was_compiled_and_does_not_fit(monkeypatch):
+  """13.3 GiB by arithmetic with four chips that share a row: compiled to see that eight of 4x4's may as well."""
   compiled, attempts = looked_for(monkeypatch, "v5e", lambda plan: 8.0 / plan.mesh.shape["tensor"])
-  assert compiled == [("v5e:4x4", 1, "full"), ("v5e:4x4", 2, "full")]
+  assert compiled == [("v5e:2x4", 8, "full"), ("v5e:4x4", 1, "full"), ("v5e:4x4", 2, "full")]
   assert [attempt.mesh["tensor"] for attempt in attempts if attempt.fits] == [2]
+  # Alike, whether rows are shared or not: two of one slice are not compiled after the first.
+  compiled, attempts = looked_for(monkeypatch, "v5e", lambda plan: 8.0)
+  assert compiled == [("v5e:2x4", 8, "full"), ("v5e:4x4", 4, "full"), ("v5e:4x8", 1, "full")]
+  assert "cannot fit, by what another took" in {attempt.outcome for attempt in attempts}
 
 
 def test_a_search_recomputes_less_where_there_is_room(monkeypatch):
   compiled, attempts = looked_for(monkeypatch, "v5p", lambda plan: 2.0)
-  assert compiled == [("v5p:2x2x1", 1, "full"), ("v5p:2x2x1", 1, "dots")]
+  assert compiled == [("v5p:2x2x1", 1, "dots")]
   assert attempts[-1].fits and attempts[-1].remat == "dots"
+  # Where less is kept after all, all is recomputed.
+  compiled, attempts = looked_for(
+    monkeypatch, "v5p", lambda plan: 60.0 if plan.step.objective.how.remat == "dots" else 2.0
+  )
+  assert compiled == [("v5p:2x2x1", 1, "dots"), ("v5p:2x2x1", 1, "full")]
+  assert attempts[-1].fits and attempts[-1].remat == "full"
 
 
 def test_axes_that_are_set_stay():

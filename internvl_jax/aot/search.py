@@ -4,6 +4,9 @@ What certainly lies in a chip's memory is known by arithmetic: parameters, optim
 shardings, and what every layer saves for the way back. Only where that leaves room is the step compiled. What a
 compiled step took beyond the arithmetic hardly depends on the slice, so that one compilation tells which others are
 not worth theirs. What is said to fit was compiled.
+
+The smallest slices come first: a compiler that runs out of memory says so before it generates code, which takes it most
+of its time.
 """
 
 import dataclasses
@@ -34,7 +37,7 @@ _SHARES = (1, 2, 4, 8)
 """Chips that may share rows; beyond a host's worth of them, exchanges take over."""
 
 _ROOM = 0.85
-"""The first to be compiled is one that arithmetic fills no further than this."""
+"""To recompute less is tried where it is certain to fill no more than this."""
 
 _CARRIES_OVER = 0.85
 """How much of what one arrangement took beyond the arithmetic another is certain to take, too."""
@@ -97,7 +100,7 @@ def search(
   optimization_level: str = "O1",
   tell: Callable[[Attempt], Any] = lambda attempt: None,
 ) -> list[Attempt]:
-  """Tries arrangements until one fits, and on that slice and mesh the one that recomputes less.
+  """Tries arrangements until one fits; of those of one slice and mesh, the one that recomputes less goes first.
 
   Args:
     config: the run; axes of its mesh other than data and fsdp that are set stay as they are.
@@ -108,7 +111,7 @@ def search(
     tell: called with each attempt.
 
   Returns:
-    All attempts; the last that fits is the answer. None fits if there is no such.
+    All attempts; the last is the answer if it fits, and otherwise nothing does.
   """
   looking = _Search(
     config=config,
@@ -118,14 +121,8 @@ def search(
     level=optimization_level,
     tell=tell,
   )
-  places = [
-    (target, mesh)
-    for target in map(open_target, slices(name))
-    for mesh in meshes(config, len(target.devices))
-  ]
-  looking.scout(places)
-  for place in places:
-    if looking.look(*place):
+  for target in map(open_target, slices(name)):
+    if any(looking.look(target, mesh) for mesh in meshes(config, len(target.devices))):
       break
   return looking.attempts
 
@@ -136,9 +133,9 @@ class _Search:
 
   Attributes:
     config, shape, source, limit, level, tell: see `search`.
-    attempts: in the order of `look`.
-    compiled: what has been compiled, by arrangement.
-    beyond: bytes that the last compiled step took beyond the arithmetic, and the chips that shared its rows.
+    attempts: so far.
+    beyond: by rematerialisation, bytes that the last compiled step took beyond the arithmetic, and the chips that
+      shared its rows.
   """
 
   config: TrainConfig
@@ -148,31 +145,22 @@ class _Search:
   level: str
   tell: Callable[[Attempt], Any]
   attempts: list[Attempt] = dataclasses.field(default_factory=list)
-  compiled: dict[tuple, Attempt] = dataclasses.field(default_factory=dict)
-  beyond: tuple[int, int] | None = None
-
-  def scout(self, places: list[tuple[Target, MeshConfig]]) -> None:
-    """Compiles the first arrangement that arithmetic leaves much room, to learn what it takes beyond."""
-    for target, mesh in places:
-      plan = self._plan(target, mesh, "full")
-      if plan is not None and lower_bound(plan) <= _ROOM * self._memory(target):
-        self._compile(plan, target, "full")
-        return
+  beyond: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
   def look(self, target: Target, mesh: MeshConfig) -> bool:
-    """Tries an arrangement, and if it fits, to recompute less; says whether it fits."""
-    fits = False
-    for remat in ("full", "dots"):
+    """Tries an arrangement, to recompute less first if there may be room for it; says whether it fits."""
+    for remat in ("dots", "full"):
       plan = self._plan(target, mesh, remat)
       if plan is None:
-        break
+        return False
+      if remat == "dots" and self._least(plan, remat) > _ROOM * self._memory(target):
+        continue
       attempt = self._attempt(plan, target, remat)
       self.attempts.append(attempt)
       self.tell(attempt)
-      if not attempt.fits:
-        break
-      fits = True
-    return fits
+      if attempt.fits:
+        return True
+    return False
 
   def _memory(self, target: Target) -> int:
     memory = target.memory if self.limit is None else self.limit
@@ -186,18 +174,17 @@ class _Search:
     except UserError:
       return None
 
+  def _least(self, plan: StepPlan, remat: str) -> int:
+    """Bytes that a chip needs: by arithmetic, and by what a compiled step took beyond it."""
+    extra, sharing = self.beyond.get(remat, (0, 1))
+    return lower_bound(plan) + round(_CARRIES_OVER * extra * min(1.0, sharing / _sharing(plan)))
+
   def _attempt(self, plan: StepPlan, target: Target, remat: str) -> Attempt:
-    found = self.compiled.get(_key(plan, target, remat))
-    if found is not None:
-      return found
-    least, memory = lower_bound(plan), self._memory(target)
-    if least > memory:
+    memory = self._memory(target)
+    if (least := lower_bound(plan)) > memory:
       return _not_compiled(plan, target, remat, least, "cannot fit")
-    if self.beyond is not None:
-      extra, sharing = self.beyond
-      likely = least + round(_CARRIES_OVER * extra * min(1.0, sharing / _sharing(plan)))
-      if likely > memory:
-        return _not_compiled(plan, target, remat, likely, "cannot fit, by what another took")
+    if (least := self._least(plan, remat)) > memory:
+      return _not_compiled(plan, target, remat, least, "cannot fit, by what another took")
     return self._compile(plan, target, remat)
 
   def _compile(self, plan: StepPlan, target: Target, remat: str) -> Attempt:
@@ -207,9 +194,8 @@ class _Search:
     outcome = "fits" if report.fits else "does not fit"
     if report.fits and report.roofline:
       outcome += f", at least {report.roofline.step:.2f} s a step"
-    if remat == "full":
-      self.beyond = max(0, report.total - lower_bound(plan)), _sharing(plan)
-    attempt = Attempt(
+    self.beyond[remat] = max(0, report.total - lower_bound(plan)), _sharing(plan)
+    return Attempt(
       topology=target.name,
       mesh=dict(plan.mesh.shape),
       remat=remat,
@@ -218,12 +204,6 @@ class _Search:
       outcome=outcome,
       report=report,
     )
-    self.compiled[_key(plan, target, remat)] = attempt
-    return attempt
-
-
-def _key(plan: StepPlan, target: Target, remat: str) -> tuple:
-  return target.name, tuple(plan.mesh.shape.values()), remat
 
 
 def _sharing(plan: StepPlan) -> int:
