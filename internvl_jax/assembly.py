@@ -161,16 +161,16 @@ def state_places(
   return shapes, rules.state_shardings(source.model.axes, shapes, trainable, mesh, zero_stage=stage)
 
 
-def place_state(
+def describe_state(
   config: TrainConfig, source: Source, trainable: set[str], mesh: jax.sharding.Mesh
-) -> tuple[dict[str, jax.Array], rules.StateShardings]:
-  """All parameters by path, from the checkpoint or fresh, on their devices; and where all of the state lies."""
+) -> tuple[dict[str, jax.ShapeDtypeStruct], rules.StateShardings]:
+  """Shapes, dtypes and places of all parameters by path, and where all of the state lies; told in the log."""
   shapes, places = state_places(config, source, trainable, mesh)
   if mesh.size > 1:
     logging.info("Parameters:\n%s", "\n".join(placement_table(shapes, places)))
     for line in placement_warnings(shapes, places):
       logging.warning("%s", line)
-  return source.load(shapes, places.params, seed=config.training.seed), places
+  return {path: leaf.update(sharding=places.params[path]) for path, leaf in shapes.items()}, places
 
 
 def make_step(

@@ -106,7 +106,10 @@ class Checkpointer:
       self._manager.save(step, args=ocp.args.Composite(**items))
 
   def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
-    """Reads the newest complete checkpoint onto the devices of `like`.
+    """Reads the newest complete checkpoint onto the devices.
+
+    Args:
+      like: shapes of a train state, and where its arrays go: `TrainState.describe`.
 
     Returns:
       The train state, the loader's state and the trainer's log.

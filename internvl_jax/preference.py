@@ -15,6 +15,7 @@ from internvl_jax.hf.model import Source
 from internvl_jax.objectives import PreferenceOptimization
 from internvl_jax.reference import PairEvaluation, PairScorer, ReferenceLogProbs, check_start, checksum
 from internvl_jax.trees import select
+from internvl_jax.watchdog import Watchdog
 
 _NO_END = 1 << 40
 """Steps of a loader that is read for as long as it takes."""
@@ -37,9 +38,10 @@ class PreferenceRun:
     objective: PreferenceOptimization,
     mesh: jax.sharding.Mesh,
     make_loader: MakeLoader,
+    watchdog: Watchdog,
   ):
     """Names what there will be; nothing is computed before `prepare`."""
-    self._config, self._source = config, source
+    self._config, self._source, self._watchdog = config, source, watchdog
     self._objective, self._mesh, self._make_loader = objective, mesh, make_loader
     self._evaluation: PairEvaluation | None = None
     self.lookup: ReferenceLogProbs | None = None
@@ -107,4 +109,5 @@ class PreferenceRun:
       make_loader=lambda: self._make_loader(data, training, loader),
       mesh=self._mesh,
       title=title,
+      watchdog=self._watchdog,
     )

@@ -28,6 +28,7 @@ from internvl_jax.errors import UserError
 from internvl_jax.metrics import write_json
 from internvl_jax.objectives import PreferenceOptimization
 from internvl_jax.parallel import distributed, rules
+from internvl_jax.watchdog import Watchdog
 
 _KEY, _LOGPS = "key.json", "logps.npy"
 
@@ -48,12 +49,14 @@ class PairScorer:
     make_loader: makes a loader that reads the mixture in order; an epoch of it has every sample once.
     mesh: the devices.
     title: of the progress bar.
+    watchdog: is told of every batch.
   """
 
   objective: PreferenceOptimization
   make_loader: Callable[[], TrainLoader]
   mesh: jax.sharding.Mesh
   title: str
+  watchdog: Watchdog
 
   def score(self, params: Mapping[str, jax.Array]) -> np.ndarray:
     """Log-probabilities float32 [samples of the mixture, 2]; NaN of samples that are lost. All hosts have all."""
@@ -63,8 +66,9 @@ class PairScorer:
     whole = rules.replicated(self.mesh)
     program = jax.jit(self._score_batch, out_shardings=(whole, whole))
     for _ in tqdm(range(steps), desc=self.title, unit="batch", disable=not distributed.is_first()):
-      batch = on_devices(next(loader), self.mesh)
-      indices, logps = jax.tree.map(np.asarray, program(dict(params), batch))
+      with self.watchdog.phase(self.title):
+        batch = on_devices(next(loader), self.mesh)
+        indices, logps = jax.tree.map(np.asarray, program(dict(params), batch))
       found[indices[indices >= 0]] = logps[indices >= 0]
     loader.close()
     return found

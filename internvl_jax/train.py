@@ -20,12 +20,12 @@ from transformers import PreTrainedTokenizerBase
 from internvl_jax import frontdoor, mfu, optim
 from internvl_jax.adapters import merge_and_check
 from internvl_jax.assembly import (
+  describe_state,
   execution,
   make_objective,
   make_step,
   open_mesh,
   open_model,
-  place_state,
   reference_copies,
   set_up_jax,
   shares_prompts,
@@ -80,7 +80,8 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
   prepare_output_dir(config, watchdog)
   set_up_jax(config)
 
-  source, tokenizer = open_model(config)
+  with watchdog.phase("model"):
+    source, tokenizer = open_model(config)
   chat = ChatTokenizer(tokenizer, config.data.conv_style)
   mesh = open_mesh(config)
   trainable = optim.trainable_paths(config.model, source.model.shapes)
@@ -97,31 +98,40 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
   )
   pairs = None
   if isinstance(objective, PreferenceOptimization):
-    pairs = PreferenceRun(config, source, objective, mesh, open_loader)
+    pairs = PreferenceRun(config, source, objective, mesh, open_loader, watchdog)
   lookup = pairs.lookup if pairs else None
   make_loader = functools.partial(open_loader, config.data, config.training, config.loader, reference=lookup)
   # The data are looked at before the weights are read: mistakes are likelier there, and cheaper to find.
-  loader = make_loader()
+  with watchdog.phase("data"):
+    loader = make_loader()
   meshes.check_lengths(loader.sequence_sizes, mesh)
   logging.info("Data:\n%s", "\n".join(loader.describe()))
   logging.info(
     "%d steps of %d rows, %d to an epoch", loader.total_steps, loader.global_batch, loader.steps_per_epoch
   )
-
-  params, places = place_state(config, source, trainable, mesh)
-  logging.info("Model:\n%s", describe(params, trainable))
   # What follows talks over the devices, where nobody waits for long.
   with watchdog.phase("barrier"):
-    distributed.barrier("weights and data are opened", seconds=OPEN_SECONDS)
+    distributed.barrier("the data are opened", seconds=OPEN_SECONDS)
+
+  output_dir = output_folder(config)
+  checkpointer = Checkpointer(output_dir, keep=config.training.save_total_limit)
+  resumes = checkpointer.latest_step is not None
+  described, places = describe_state(config, source, trainable, mesh)
+  logging.info("Model:\n%s", describe(described, trainable))
+  with watchdog.phase("weights"):
+    # A checkpoint has what trains: there is no room for it twice. Preferences need it as it was at the start, too.
+    params = source.load(
+      described,
+      places.params,
+      seed=config.training.seed,
+      paths=described.keys() - trainable if resumes and pairs is None else None,
+    )
+    distributed.barrier("the weights are read", seconds=OPEN_SECONDS)
   if pairs is not None:
     pairs.prepare(params, loader)
   frozen = {path: value for path, value in params.items() if path not in trainable}
   frozen |= reference_copies(config, source, params, trainable)
-  state = TrainState.create(select(params, trainable), optimizer, places, objective.initial_running)
-  del params
 
-  output_dir = output_folder(config)
-  checkpointer = Checkpointer(output_dir, keep=config.training.save_total_limit)
   log = RunLog(
     config.training,
     output_dir,
@@ -136,11 +146,17 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
     ),
     writes=distributed.is_first(),
   )
-  if checkpointer.latest_step is not None:
-    state, loader_state, log_state = checkpointer.restore(state)
-    loader = make_loader(state=loader_state)
+  if resumes:
+    del params
+    like = TrainState.describe(select(described, trainable), optimizer, places, objective.initial_running)
+    with watchdog.phase("restore"):
+      state, loader_state, log_state = checkpointer.restore(like)
+      loader = make_loader(state=loader_state)
     log.restore(log_state)
     logging.info("Resuming from the checkpoint of step %d", int(state.step))
+  else:
+    state = TrainState.create(select(params, trainable), optimizer, places, objective.initial_running)
+    del params
 
   evaluation = make_evaluation(config.eval, config.data, source, chat, how)
   traced = config.runtime.profile_steps if distributed.is_first() else ()
@@ -207,8 +223,8 @@ def host_shards(mesh: jax.sharding.Mesh) -> dict[str, Any]:
   return {
     "data_shards": shards,
     "my_shards": range(part * each, (part + 1) * each),
-    # Of processes that feed the same rows, the first counts.
-    "all_sum": functools.partial(distributed.sum_over, [parts.index(i) for i in range(max(parts) + 1)]),
+    "alone": jax.process_count() == 1,
+    "all_sum": functools.partial(distributed.sum_over, parts),
   }
 
 

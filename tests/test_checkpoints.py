@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from internvl_jax.arguments import MeshConfig
 from internvl_jax.eval.decoding import GreedyDecoder, Prompt
 from internvl_jax.eval.scoring import Question, score
 from internvl_jax.hf import config as layouts
@@ -16,6 +17,8 @@ from internvl_jax.hf.export import save_model
 from internvl_jax.hf.model import Changes, open_source
 from internvl_jax.hf.tokenizer import load_tokenizer
 from internvl_jax.models.internvl import Execution, normalize_tiles
+from internvl_jax.parallel import rules
+from internvl_jax.parallel.mesh import make_mesh
 from toy import CURVE
 
 PLACE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -114,6 +117,46 @@ def test_a_sharded_load_reads_no_more_than_a_shard(opened, monkeypatch):
   everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   weights._fill(source.checkpoint, names, leaf, everywhere)
   assert len(read) == 3
+
+
+def test_several_hosts_read_rows_that_lie_together(opened, monkeypatch):
+  """As if the devices were several hosts': no device's part of a tensor is a part of its rows, and all is in place."""
+  source, params = opened
+  mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+  place = rules.weight_shardings(source.model.axes, source.model.shapes, mesh)
+  read = {}
+  right = weights.Checkpoint.read
+
+  def spy(self, name, index=None):
+    value = right(self, name, index)
+    read.setdefault(name, []).append(value.shape)
+    return value
+
+  monkeypatch.setattr(weights.Checkpoint, "read", spy)
+  monkeypatch.setattr(weights, "_spans_hosts", lambda sharding: True)
+  sharded = source.load(source.model.shapes, place)
+  for path, value in params.items():
+    assert sharded[path].sharding.is_equivalent_to(place[path], value.ndim), path
+    np.testing.assert_array_equal(sharded[path], value, err_msg=path)
+  name = "language_model.model.layers.0.mlp.gate_proj.weight"
+  rows, columns = source.checkpoint.shapes[name]
+  assert read[name] == [(rows // 8, columns)] * 8
+  for name, shapes in read.items():
+    if len(whole := source.checkpoint.shapes[name]) > 1:
+      assert {shape[-1] for shape in shapes} == {whole[-1]}, name
+
+
+def test_a_part_of_the_parameters_is_all_that_is_read(opened, monkeypatch):
+  source, params = opened
+  read = []
+  right = weights.Checkpoint.read
+  monkeypatch.setattr(
+    weights.Checkpoint, "read", lambda self, name, index=None: read.append(name) or right(self, name, index)
+  )
+  wanted = {path for path in params if path.startswith("mlp1.")}
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  found = source.load(source.model.shapes, dict.fromkeys(source.model.shapes, device), paths=wanted)
+  assert found.keys() == wanted and {name.partition(".")[0] for name in read} == {"mlp1"}
 
 
 def test_another_tile_size_resizes_positions(opened):

@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh
 from harness import Harness, reshape_batch
 from internvl_jax.arguments import MeshConfig
 from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, SFTBatch
+from internvl_jax.checkpoint import Checkpointer
 from internvl_jax.errors import UserError
 from internvl_jax.losses import spread
 from internvl_jax.models import attention
@@ -270,6 +271,30 @@ def test_zero(stage):
   params, moments = harness.state.params[path], harness.state.opt_state[0].mu[path]
   shares = [array.size // array.addressable_shards[0].data.size for array in (params, moments)]
   assert shares == [8 if stage == 3 else 1, 8]
+
+
+def test_a_checkpoint_goes_on_with_another_mesh(tmp_path):
+  """Fully sharded there, by ZeRO 1 over three axes here; from shapes alone, so that nothing is in memory twice."""
+  there = Harness(model("dense"), mesh={"fsdp": 8})
+  there.run(reshape_batch(packed_batch(0), accumulation=1, shards=8))
+  writer = Checkpointer(tmp_path, keep=None)
+  writer.save(there.state, loader={}, trainer={})
+  writer.wait()
+  here = Harness(model("dense"), mesh={"data": 2, "sequence": 2, "tensor": 2}, zero_stage=1)
+  like = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), here.state
+  )
+  restored, _, _ = writer.restore(like)
+  writer.close()
+  assert int(restored.step) == 1
+  assert jax.tree.structure(restored) == jax.tree.structure(here.state)
+  for ours, saved, place in zip(*map(jax.tree.leaves, (restored, there.state, here.state)), strict=True):
+    np.testing.assert_array_equal(ours, saved)
+    assert ours.sharding.is_equivalent_to(place.sharding, ours.ndim)
+  # It trains there.
+  here.state = restored
+  again = [h.run(reshape_batch(packed_batch(1), accumulation=1, shards=h.shards)).loss for h in (there, here)]
+  np.testing.assert_allclose(*map(float, again), rtol=0, atol=1e-5)
 
 
 def test_denominators_by_shard_on_all_axes(monkeypatch):

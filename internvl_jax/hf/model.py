@@ -1,7 +1,7 @@
 """A checkpoint looked at: a definition, and where every parameter comes from, before any number is read."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -112,20 +112,28 @@ class Source:
     place: Mapping[str, jax.sharding.Sharding],
     *,
     seed: int = 0,
+    paths: Set[str] | None = None,
   ) -> dict[str, jax.Array]:
     """Reads the parameters, each straight to where `place` says, and draws those that are fresh.
+
+    Args:
+      shapes: shape and dtype of every parameter.
+      place: the sharding of every parameter.
+      seed: of those that are drawn.
+      paths: the parameters wanted; None: all.
 
     Raises:
       UserError: tensors are missing, left over or mis-shaped.
     """
-    if self.checkpoint is None:
-      return lora.fill_magnitudes(self._draw(shapes, place, seed), shapes)
-    stored = {path: leaf for path, leaf in shapes.items() if path not in self.fresh}
-    params = weights.load(self.checkpoint, self.table, stored, place)
-    if self.fresh:
-      params |= self._draw(select(shapes, self.fresh), place, seed)
-      params = lora.fill_magnitudes(params, self.fresh)
-    return {path: params[path] for path in shapes}
+    wanted = shapes.keys() if paths is None else paths
+    fresh = wanted & (shapes.keys() if self.checkpoint is None else self.fresh)
+    params = {}
+    if self.checkpoint is not None:
+      stored = {path: leaf for path, leaf in shapes.items() if path not in self.fresh}
+      params = weights.load(self.checkpoint, self.table, stored, place, paths=wanted - fresh)
+    if fresh:
+      params = lora.fill_magnitudes({**params, **self._draw(select(shapes, fresh), place, seed)}, fresh)
+    return {path: params[path] for path in shapes if path in wanted}
 
   def lazy(self, dtype: jnp.dtype, paths: Iterable[str] | None = None) -> dict[str, LazyParameter]:
     """The parameters (those at `paths`, if given) as they are in the checkpoint, each layer read when asked for.

@@ -5,9 +5,11 @@ that does not fit is reported together, with shapes, before any number is read.
 """
 
 import dataclasses
+import itertools
 import json
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,19 @@ from safetensors.numpy import save_file
 
 from internvl_jax.errors import UserError
 from internvl_jax.hf.tables import Index, Row
+from internvl_jax.parallel import distributed
 from internvl_jax.trees import LAYER_RANGE
 
 SHARD_BYTES = 5 * 2**30
 """Largest file of a sharded checkpoint."""
 
 INDEX = "model.safetensors.index.json"
+
+READ_SECONDS = 3600
+"""How long hosts wait for the last one to read its weights: 150 GB from a slow disk."""
+
+# Numbers the loads of a run, which all its processes make alike.
+_LOADS = itertools.count()
 
 
 class Checkpoint:
@@ -184,23 +193,68 @@ def load(
   table: Sequence[Row],
   shapes: Mapping[str, jax.ShapeDtypeStruct],
   place: Mapping[str, jax.sharding.Sharding],
+  *,
+  paths: Set[str] | None = None,
 ) -> dict[str, jax.Array]:
   """Fills a model's parameters from a checkpoint, each shard straight to its devices.
 
-  On the host there is no more than one shard of one parameter and one tensor of the checkpoint at a time.
+  On the host there is no more than one shard of one parameter and one tensor of the checkpoint at a time. Where there
+  are several hosts, each reads rows that lie together in the files, and the devices exchange what others need: all
+  hosts call this alike.
 
   Args:
     checkpoint: the source.
     table: its names.
     shapes: shape and dtype of every parameter; numbers are cast to the dtype.
     place: the sharding of every parameter.
+    paths: the parameters to read; None: all. All of them are checked.
 
   Raises:
     UserError: one line for each missing, left-over or mis-shaped tensor.
   """
   names = {path: names_of(path, leaf.shape, table) for path, leaf in shapes.items()}
   _check(checkpoint, names, shapes)
-  return {path: _fill(checkpoint, names[path], leaf, place[path]) for path, leaf in shapes.items()}
+  wanted = {path: leaf for path, leaf in shapes.items() if paths is None or path in paths}
+  rows = {path: _rows_of_files(names[path], leaf, place[path]) for path, leaf in wanted.items()}
+  params = {path: _fill(checkpoint, names[path], leaf, rows[path]) for path, leaf in wanted.items()}
+  moved = [path for path in wanted if rows[path] is not place[path]]
+  if moved:
+    # Devices wait for each other less long than hosts take to read.
+    distributed.barrier(f"weights {next(_LOADS)} are in memory", seconds=READ_SECONDS)
+  for path in moved:
+    params[path] = jax.jit(lambda x: x, out_shardings=place[path])(params[path])
+  return params
+
+
+def _rows_of_files(
+  names: Names, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
+) -> jax.sharding.Sharding:
+  """How a parameter is first read: as `sharding` says, unless that is a part of every row of a tensor for each host.
+
+  A file holds tensors row by row. Hosts that want a few numbers of every row read all of its pages: the whole
+  checkpoint, on each of them.
+  """
+  part, lead = names.row.transform.part, names.lead
+  inner = len(leaf.shape) - lead
+  if part is None or inner < 2 or not _spans_hosts(sharding):
+    return sharding
+  assert isinstance(sharding, jax.sharding.NamedSharding)
+  # Which of our axes is the tensor's first, and which its last.
+  places: Any = part(tuple(slice(axis) for axis in range(inner)))
+  row, column = lead + places[0].stop, lead + places[-1].stop
+  if sharding.shard_shape(leaf.shape)[column] == leaf.shape[column]:
+    return sharding
+  assert isinstance(sharding.mesh, jax.sharding.Mesh)
+  devices = sharding.mesh.devices
+  parts = math.gcd(leaf.shape[row], devices.size)
+  mesh = jax.sharding.Mesh(devices.reshape(parts, -1), ("rows", "copies"))
+  return jax.sharding.NamedSharding(
+    mesh, jax.P(*("rows" if axis == row else None for axis in range(len(leaf.shape))))
+  )
+
+
+def _spans_hosts(sharding: jax.sharding.Sharding) -> bool:
+  return not sharding.is_fully_addressable
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
