@@ -1,7 +1,8 @@
 """The loop: evaluate, save, fetch, step, log, in this order.
 
 The loader is advanced only after a save, so that a checkpoint's loader state names the very next batch. The host
-is one step ahead of the devices: it hands them a step, then waits for the one before and logs it.
+is one step ahead of the devices: it hands them a step, then waits for the one before and logs it. Where steps are long
+it is not, since a run that is told to stop has to end all that it has handed over.
 """
 
 import concurrent.futures
@@ -27,6 +28,9 @@ from internvl_jax.watchdog import Watchdog
 
 COMPILE_SECONDS = 1800
 """How long processes wait for the last one to compile a program."""
+
+LONG_STEP_SECONDS = 5.0
+"""Beside a step of so long, the moment in which the devices wait for the host is nothing."""
 
 
 class Loader(Protocol):
@@ -154,6 +158,7 @@ class Trainer:
   def __post_init__(self):
     self._clock = StepClock()
     self._in_flight: _InFlight | None = None
+    self._steps_are_long = False
     # One thread that waits for the devices: when they are through is known without holding up the loop.
     self._waiter = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="step")
 
@@ -167,6 +172,8 @@ class Trainer:
     self.log.start(first)
     self._clock.restart(time.perf_counter())
     for step in range(first, self.total_steps):
+      if self._steps_are_long:
+        self._finish_step()
       if step > first and self._between_steps(state, frozen, step):
         break
       state = self._take_step(state, frozen, step, show=step == first)
@@ -212,6 +219,7 @@ class Trainer:
     with self.watchdog.phase("step", flight.step + 1):
       metrics, done = flight.result.result()
     times = self._clock.times(fetched_in=flight.fetched_in, dispatched=flight.dispatched, done=done)
+    self._steps_are_long = times is not None and times.compute >= LONG_STEP_SECONDS
     self.trace.after(flight.step + 1)
     taken = flight.step + 1
     self.log.add(taken, metrics, next_rate=self.schedule(taken), times=times if flight.timed else None)

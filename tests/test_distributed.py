@@ -7,15 +7,17 @@ import sys
 import time
 
 import jax
+import numpy as np
 import pytest
 
 from hosts import free_port
 from internvl_jax.arguments import MeshConfig
 from internvl_jax.errors import UserError
+from internvl_jax.parallel import distributed
 from internvl_jax.parallel.distributed import StopSignal, joined
 from internvl_jax.parallel.launchers import Place, find_place
 from internvl_jax.parallel.mesh import data_parts, make_mesh
-from toy import REPOSITORY
+from toy import CURVE, REPOSITORY
 
 TORCHRUN = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "34229", "RANK": "5", "WORLD_SIZE": "8"}
 OPEN_MPI = {
@@ -167,15 +169,42 @@ with distributed.joined(sys.argv[1], frontdoor.report):
   print("joined", jax.process_index(), flush=True)
   if jax.process_index() == 1 and sys.argv[3] == "fail":
     raise UserError("the disk of this host is on fire")
-  print(distributed.sum_over([1], np.array([[1, 2], [2**40, 4]]) * (1 + jax.process_index())).tolist())
+  print(distributed.sum_over([0, 1], np.array([[1, 2], [2**40, 4]]) * (1 + jax.process_index())).tolist())
   distributed.barrier("everybody", seconds=60)
 print("left")
 """
 
 
+LOADS = """
+import sys
+import jax
+import numpy as np
+from internvl_jax import frontdoor
+from internvl_jax.arguments import MeshConfig
+from internvl_jax.hf.model import open_source
+from internvl_jax.parallel import distributed, rules
+from internvl_jax.parallel.mesh import make_mesh
+
+with distributed.joined(sys.argv[1], frontdoor.report):
+  source = open_source(sys.argv[2])
+  shapes = source.model.shapes
+  alone = source.load(shapes, dict.fromkeys(shapes, jax.sharding.SingleDeviceSharding(jax.local_devices()[0])))
+  spread = source.load(shapes, rules.weight_shardings(source.model.axes, shapes, make_mesh(MeshConfig(data=1, fsdp=4))))
+  for path, value in spread.items():
+    for shard in value.addressable_shards:
+      np.testing.assert_array_equal(shard.data, alone[path][shard.index], err_msg=path)
+  print(sum(not value.is_fully_replicated for value in spread.values()) > 8, flush=True)
+  distributed.barrier("all is compared", seconds=60)
+"""
+
+
 def start(setting, *, seconds=60, what="pass"):
-  command = [sys.executable, "-c", PROGRAM, setting, str(seconds), what]
-  environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(REPOSITORY)}
+  return start_program(PROGRAM, setting, str(seconds), what)
+
+
+def start_program(program, *arguments, devices=1):
+  command = [sys.executable, "-c", program, *arguments]
+  environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(REPOSITORY)}
   return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -184,7 +213,27 @@ def test_processes_join_and_leave():
   processes = [start(f"127.0.0.1:{port},2,{i}") for i in range(2)]
   for i, process in enumerate(processes):
     said = [line for line in process.communicate(timeout=60)[0].splitlines() if "Gloo" not in line]
-    assert said == [f"joined {i}", f"[[2, 4], [{2**41}, 8]]", "left"]
+    assert said == [f"joined {i}", f"[[3, 6], [{3 * 2**40}, 12]]", "left"]
+
+
+def test_processes_read_a_checkpoint_together():
+  port = free_port()
+  processes = [
+    start_program(LOADS, f"127.0.0.1:{port},2,{i}", str(CURVE / "init"), devices=2) for i in range(2)
+  ]
+  for process in processes:
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0 and stdout.splitlines()[-1] == "True", stderr
+
+
+def test_processes_that_feed_the_same_rows_count_once_and_alike():
+  everyone = np.array([[[1, 2]], [[1, 2]], [[4, 0]], [[4, 0]]])
+  assert distributed.sum_parts([0, 0, 1, 1], everyone).tolist() == [[5, 2]]
+  everyone[3, 0, 1] = 1
+  with pytest.raises(
+    UserError, match=r"processes 2 and 3 feed the same rows .*\[\[4, 0\]\] and \[\[4, 1\]\]"
+  ):
+    distributed.sum_parts([0, 0, 1, 1], everyone)
 
 
 def test_one_that_fails_says_why_and_ends_the_others():
@@ -195,6 +244,11 @@ def test_one_that_fails_says_why_and_ends_the_others():
   assert time.monotonic() - begin < 40 and processes[1].returncode == 1 and processes[0].returncode != 0
   assert "error: the disk of this host is on fire\n" in why and "Traceback" not in why
   assert "another task died" in told
+
+
+def test_a_pod_of_which_hosts_are_missing_is_told_what_to_look_at():
+  text = distributed._absence(Place("TPU pod"))
+  assert "(TPU pod) has waited 300 s for the other hosts" in text and "None" not in text
 
 
 def test_one_that_meets_nobody_says_so():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from internvl_jax import trainer as loop
 from internvl_jax.arguments import RuntimeConfig, TrainingArguments
 from internvl_jax.batch import BatchCounts
 from internvl_jax.errors import UserError
@@ -82,7 +83,7 @@ def run(tmp_path, *, loader=None, steps=(), limit=10, stop_at=None, peak=None, t
   trainer = Trainer(
     training=training,
     runtime=RuntimeConfig(max_nonfinite_steps=limit),
-    steps=Steps(steps),
+    steps=steps if isinstance(steps, Steps) else Steps(steps),
     schedule=lambda step: 0.5,
     loader=loader or Batches(),
     checkpointer=saves,
@@ -124,6 +125,37 @@ def test_asked_to_stop_it_saves_and_stops_before_the_next_batch(tmp_path):
   # The third step is in the log of that checkpoint, though no entry was due.
   assert [entry["step"] for entry in history] == [2] and saved[3][1]["pending"] == [2.0]
   assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 3
+
+
+def test_long_steps_are_not_handed_over_ahead(tmp_path, monkeypatch):
+  """Told to stop while it waits for a long step, a run has none left to end."""
+  order = []
+
+  class Log(Steps):
+    def __call__(self, *args):
+      order.append("hand over")
+      return super().__call__(*args)
+
+  monkeypatch.setattr(Trainer, "_finish_step", finishes(order, Trainer._finish_step))
+  run(tmp_path, steps=Log(), total=4)
+  assert order == ["hand over", "hand over", "end", "hand over", "end", "hand over", "end", "end"]
+  order.clear()
+  monkeypatch.setattr(loop, "LONG_STEP_SECONDS", 0.0)
+  run(tmp_path, steps=Log(), total=4)
+  # The first two are: how long a step takes is not known before one is timed.
+  assert order == ["hand over", "hand over", "end", "end", "hand over", "end", "hand over", "end"]
+
+
+def finishes(order, finish):
+  """Remarks when a step's end has been waited for."""
+
+  def watched(self):
+    flight = self._in_flight
+    finish(self)
+    if flight is not None:
+      order.append("end")
+
+  return watched
 
 
 def test_every_entry_tells_how_fast_it_goes(tmp_path):

@@ -67,6 +67,7 @@ class TrainLoader:
     tokens_per_tile: int,
     data_shards: int = 1,
     my_shards: range | None = None,
+    alone: bool = True,
     all_sum: Callable[[np.ndarray], np.ndarray] = lambda counts: counts,
     state: dict[str, Any] | None = None,
     preference: bool = False,
@@ -83,6 +84,7 @@ class TrainLoader:
       tokens_per_tile: P, image tokens of one tile.
       data_shards: D, data-parallel devices of all hosts.
       my_shards: those whose rows this host feeds; None: all.
+      alone: whether no other host feeds shards, these or others.
       all_sum: adds an array over the hosts, each shard counted once. All hosts call it at the same time: in the
         first step, and in `counters` and `get_state`.
       state: of an earlier loader, to go on from; None: from the start.
@@ -108,7 +110,9 @@ class TrainLoader:
     self._tile_size, self._tokens_per_tile = data.force_image_size, tokens_per_tile
     self._image_token_id = tokenizer.image_token_id
     # Shapes are the same on all hosts only if they are known before anything is decoded.
-    self._measured = data.use_packed_ds or training.group_by_length or len(my_shards) < data_shards
+    self._measured = (
+      data.use_packed_ds or training.group_by_length or len(my_shards) < data_shards or not alone
+    )
     cache = loader.cache_dir or (default_cache() if self._measured else None)
     self._mixture = Mixture(
       data,

@@ -115,14 +115,23 @@ def _join(place: Place) -> None:
 
 
 def _give_up(place: Place) -> None:
-  others = "the others" if place.process == 0 else "process 0"
-  print(
-    f"error: process {place.process} of {place.processes} ({place.launcher}) has waited {JOIN_SECONDS} s for {others} at "
-    f"{place.coordinator}; check that all {place.processes} processes were started and that their hosts reach that "
-    "port",
-    file=sys.stderr,
-  )
+  print(f"error: {_absence(place)}", file=sys.stderr)
   _leave(1)
+
+
+def _absence(place: Place) -> str:
+  """Who was not met, and what to look at."""
+  if place.coordinator is None:
+    return (
+      f"{socket.gethostname()} ({place.launcher}) has waited {JOIN_SECONDS} s for the other hosts of its slice; check that "
+      "the same command was started on all of them (--worker=all), or set runtime.distributed=off to train on this "
+      "host alone"
+    )
+  others = "the others" if place.process == 0 else "process 0"
+  return (
+    f"process {place.process} of {place.processes} ({place.launcher}) has waited {JOIN_SECONDS} s for {others} at "
+    f"{place.coordinator}; check that all {place.processes} processes were started and that their hosts reach that port"
+  )
 
 
 def _leave(code: int) -> None:
@@ -161,13 +170,34 @@ def barrier(name: str, *, seconds: int) -> None:
     ) from error
 
 
-def sum_over(processes: Sequence[int], counts: np.ndarray) -> np.ndarray:
-  """Adds an array of integers over some processes; a call that all processes make."""
+def sum_over(parts: Sequence[int], counts: np.ndarray) -> np.ndarray:
+  """Adds an array of integers over the parts of a batch; a call that all processes make.
+
+  Args:
+    parts: the part that each process feeds; see `mesh.data_parts`.
+    counts: of this process's part.
+
+  Raises:
+    UserError: processes that feed the same part have counted differently.
+  """
   if jax.process_count() == 1:
     return counts
   # As bytes: arrays of 64-bit integers would be cut to 32 on their way.
   everyone = multihost_utils.process_allgather(np.ascontiguousarray(counts)[..., None].view(np.uint8))
-  return np.asarray(everyone).view(counts.dtype)[list(processes), ..., 0].sum(axis=0)
+  return sum_parts(parts, np.asarray(everyone).view(counts.dtype)[..., 0])
+
+
+def sum_parts(parts: Sequence[int], everyone: np.ndarray) -> np.ndarray:
+  """`sum_over`, of what all processes have counted: [processes, ...]."""
+  first = [parts.index(part) for part in range(max(parts) + 1)]
+  for process, part in enumerate(parts):
+    if not np.array_equal(everyone[process], everyone[first[part]]):
+      raise UserError(
+        f"processes {first[part]} and {process} feed the same rows to their devices, but have read them differently "
+        f"({everyone[first[part]].tolist()} and {everyone[process].tolist()}): a file was readable on one host only; "
+        "see the losses in their logs, mend it, and start the command again from the last checkpoint"
+      )
+  return everyone[first].sum(axis=0)
 
 
 def host_name() -> str:
