@@ -1,6 +1,8 @@
 """The side of a run that only preference optimisation has: its reference policy and its held-out pairs."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ from internvl_jax.config import TrainConfig
 from internvl_jax.data.pipeline import TrainLoader
 from internvl_jax.errors import UserError
 from internvl_jax.hf.model import Source
+from internvl_jax.metrics import write_json
 from internvl_jax.objectives import PreferenceOptimization
+from internvl_jax.parallel import distributed
 from internvl_jax.reference import PairEvaluation, PairScorer, ReferenceLogProbs, check_start, checksum
 from internvl_jax.trees import select
 from internvl_jax.watchdog import Watchdog
@@ -50,12 +54,13 @@ class PreferenceRun:
       folder = config.preference.reference_cache_dir or Path(config.training.output_dir) / "reference_logps"
       self.lookup = ReferenceLogProbs(Path(folder))
 
-  def prepare(self, params: Mapping[str, jax.Array], loader: TrainLoader) -> None:
+  def prepare(self, params: Mapping[str, jax.Array], loader: TrainLoader, *, resumes: bool) -> None:
     """Computes what the reference says, by the policy that has not taken a step, where that is asked for.
 
     Args:
       params: all parameters by path, as they are in the checkpoint.
       loader: of the run.
+      resumes: the run goes on from a checkpoint.
 
     Raises:
       UserError: what is on disk is of another reference, or it cannot be computed once for all epochs.
@@ -69,6 +74,8 @@ class PreferenceRun:
         )
       scorer = self._scorer(self._config.data.meta_path, "reference")
       self.lookup.open_or_make(self._key(params, loader), lambda: scorer.score(params))
+    else:
+      self._check_same_reference(params, resumes)
     if asked.eval_meta_path is not None:
       scorer = self._scorer(asked.eval_meta_path, "held-out pairs")
       self._evaluation = PairEvaluation(scorer=scorer, reference=scorer.score(params), beta=asked.beta)
@@ -91,10 +98,30 @@ class PreferenceRun:
     reference = select(params, set(self._source.without_fresh_adapters().shapes))
     return {
       "checkpoint": checksum(reference, dtype),
+      "model": hashlib.sha256(repr(self._source.stored_config).encode()).hexdigest()[:16],
       "data": loader.fingerprint(),
       "dtype": str(jax.numpy.dtype(dtype)),
       "samples": loader.num_samples,
     }
+
+  def _check_same_reference(self, params: Mapping[str, jax.Array], resumes: bool) -> None:
+    """Remembers what the reference in memory was made of, so that a run which goes on has the same.
+
+    Raises:
+      UserError: it has another.
+    """
+    path = Path(self._config.training.output_dir or "") / "reference.json"
+    reference = select(params, set(self._source.without_fresh_adapters().shapes))
+    now = checksum(reference, self._objective.how.dtype)
+    if resumes and distributed.first_says(path.exists()):
+      if (then := json.loads(path.read_text(encoding="utf-8"))["checkpoint"]) != now:
+        raise UserError(
+          f"{path}: this run's reference policy had the checksum {then}, but {self._config.model.model_name_or_path} has "
+          f"{now} in {jax.numpy.dtype(self._objective.how.dtype)}; name the checkpoint that the run began with, or begin "
+          "anew with training.overwrite_output_dir=True"
+        )
+    elif distributed.is_first():
+      write_json(path, {"checkpoint": now})
 
   def _scorer(self, meta_path: str | None, title: str) -> PairScorer:
     """Reads a mixture in order, every sample once."""

@@ -31,6 +31,7 @@ from internvl_jax.parallel import distributed, rules
 from internvl_jax.watchdog import Watchdog
 
 _KEY, _LOGPS = "key.json", "logps.npy"
+_ANEW = "delete the folder to compute the log-probabilities anew"
 
 WAIT_SECONDS = 600
 """How long processes wait for what the first one writes."""
@@ -63,15 +64,19 @@ class PairScorer:
     loader = self.make_loader()
     found = np.full((loader.num_samples, 2), np.nan, np.float32)
     steps = math.ceil(loader.rows_per_epoch / loader.global_batch)
-    whole = rules.replicated(self.mesh)
-    program = jax.jit(self._score_batch, out_shardings=(whole, whole))
     for _ in tqdm(range(steps), desc=self.title, unit="batch", disable=not distributed.is_first()):
       with self.watchdog.phase(self.title):
         batch = on_devices(next(loader), self.mesh)
-        indices, logps = jax.tree.map(np.asarray, program(dict(params), batch))
+        indices, logps = jax.tree.map(np.asarray, self._program(dict(params), batch))
       found[indices[indices >= 0]] = logps[indices >= 0]
     loader.close()
     return found
+
+  @functools.cached_property
+  def _program(self) -> Callable:
+    """Compiled once for all passes over the mixture."""
+    whole = rules.replicated(self.mesh)
+    return jax.jit(self._score_batch, out_shardings=(whole, whole))
 
   def _score_batch(self, params, batch: PreferenceBatch):
     with rules.scope(self.mesh):
@@ -119,23 +124,56 @@ class ReferenceLogProbs:
       compute: makes the array.
 
     Raises:
-      UserError: what is there is of another checkpoint, other data or other settings.
+      UserError: what is there is of another checkpoint, other data or other settings, or damaged; or not all hosts
+        see the folder.
     """
-    if (self.folder / _KEY).exists():
+    if self.folder.exists() and not self.folder.is_dir():
+      raise UserError(f"preference.reference_cache_dir={self.folder}: is a file; name a folder")
+    # Hosts may see a shared folder's newest entries at different times; one of them looks for all.
+    if distributed.first_says((self.folder / _KEY).exists()):
+      self._check_seen()
       self._check(key)
       logging.info("Reference log-probabilities: those in %s", self.folder)
     else:
       logps = compute()
       if distributed.is_first():
         self.folder.mkdir(parents=True, exist_ok=True)
-        np.save(self.folder / _LOGPS, logps)
+        # Another run may have the older file open.
+        temporary = self.folder / f"{_LOGPS}.tmp"
+        with temporary.open("wb") as file:
+          np.save(file, logps)
+        temporary.replace(self.folder / _LOGPS)
         write_json(self.folder / _KEY, dict(key))
       logging.info("Reference log-probabilities of %d pairs: written to %s", len(logps), self.folder)
       distributed.barrier("the reference's log-probabilities are written", seconds=WAIT_SECONDS)
-    self._logps = np.load(self.folder / _LOGPS, mmap_mode="r")
+      self._check_seen()
+    self._logps = self._open(key["samples"])
+
+  def _check_seen(self) -> None:
+    if not (self.folder / _KEY).is_file():
+      raise UserError(
+        f"preference.reference_cache_dir={self.folder}: {distributed.host_name()} does not see what process 0 has there; "
+        "name a folder of a file system that all hosts share"
+      )
+
+  def _open(self, samples: int) -> np.ndarray:
+    path = self.folder / _LOGPS
+    try:
+      logps = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+      raise UserError(f"{path}: damaged or missing ({error}); {_ANEW}") from None
+    if logps.shape != (samples, 2):
+      raise UserError(f"{path}: has the shape {logps.shape}, expected {(samples, 2)}; {_ANEW}")
+    return logps
 
   def _check(self, key: Mapping[str, Any]) -> None:
-    stored = json.loads((self.folder / _KEY).read_text(encoding="utf-8"))
+    path = self.folder / _KEY
+    try:
+      stored = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+      raise UserError(f"{path}: damaged ({error}); {_ANEW}") from None
+    if not isinstance(stored, dict):
+      raise UserError(f"{path}: damaged (no JSON object); {_ANEW}")
     differing = [name for name in key if stored.get(name) != key[name]]
     if differing:
       name = differing[0]

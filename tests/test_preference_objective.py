@@ -10,10 +10,18 @@ import numpy as np
 import pytest
 
 from harness import Harness, toy
-from internvl_jax.arguments import PREFERENCE_LOSSES, PreferenceConfig
-from internvl_jax.assembly import preference_terms
+from internvl_jax.aot import recipe
+from internvl_jax.arguments import PREFERENCE_LOSSES, MeshConfig, PreferenceConfig
+from internvl_jax.assembly import (
+  describe_copies,
+  describe_model,
+  execution,
+  make_objective,
+  preference_terms,
+)
 from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, PreferenceBatch, SFTBatch
 from internvl_jax.flops import count_flops
+from internvl_jax.hf import published
 from internvl_jax.losses import preference
 from internvl_jax.losses.preference import LossSettings, PairLogProbs
 from internvl_jax.models import functional
@@ -21,6 +29,7 @@ from internvl_jax.models.internvl import Execution, InternVL, normalize_tiles
 from internvl_jax.models.lora import MARK, LoRASpec
 from internvl_jax.objectives import COPIES, PreferenceOptimization, ReferencePolicy
 from internvl_jax.parallel import rules
+from internvl_jax.parallel.mesh import make_mesh
 from internvl_jax.trees import part_of
 
 RECORDED = json.loads((Path(__file__).parent / "assets" / "dpo_loss.json").read_text())
@@ -65,6 +74,7 @@ def test_the_configuration_names_the_losses_there_are():
 
 LENGTH, PAIRS = 32, 8
 MPO = (("sigmoid", 0.8), ("bco_pair", 0.2))
+SETTINGS = LossSettings(0.1, 0.0)
 
 
 def make_pairs(rows, seed=0, shards=1, fill=0, share=False):
@@ -132,6 +142,7 @@ def make_step(
   all_gather=True,
   share=False,
   how=None,
+  settings=SETTINGS,
 ):
   """A harness whose step optimises preferences, its reference being what the policy starts from."""
   config = toy(vision_layers=1, text_layers=1, text=text)
@@ -152,7 +163,7 @@ def make_step(
     shards=harness.shards,
     all_gather=all_gather,
     terms=terms,
-    settings=LossSettings(0.1, 0.0),
+    settings=settings,
     rpo_alpha=rpo_alpha,
     reference=None if cached else ReferencePolicy(model=bare, shares_features=shares),
   )
@@ -230,6 +241,80 @@ def test_log_probabilities_are_those_of_each_answer_alone():
     expected = sum(logps[i, t] for i, t in enumerate(targets[0]) if t != IGNORE_INDEX)
     np.testing.assert_allclose(found[row, pair, answer], expected, rtol=1e-5)
   assert found.shape == (2, PAIRS, 2) and not found[1, 1:].any()
+
+
+def test_the_loss_and_its_gradient_are_the_weighted_sum_that_they_say():
+  """Put together anew from the answers' log-probabilities, whose own test is above."""
+  beta, smoothing, alpha = 0.3, 0.1, 0.7
+  terms = (("sigmoid", 0.8), ("bco_pair", 0.2), ("ipo", 0.05))
+  harness = make_step(terms=terms, rpo_alpha=alpha, cached=True, settings=LossSettings(beta, smoothing))
+  objective, params = harness.step.objective, {**harness.frozen, **harness.state.params}
+  batch = with_reference(harness, make_pairs([2, 1, 2, 1]))
+  # A reference that the policy has moved away from, and a running mean that is not 0.
+  shift = np.random.default_rng(0).normal(size=batch.reference.shape, scale=2).astype("f4")
+  batch = batch._replace(reference=batch.reference + shift)
+  running = {"reward_sum": jnp.float32(1.5), "batches": jnp.float32(2)}
+  weights = objective.weights(batch)
+  micro, micro_weights = (jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), x) for x in (batch, weights))
+  real = np.asarray(micro.pair_weight) > 0
+  tokens = np.zeros((*real.shape, 2))
+  for row, pair, answer in np.ndindex(tokens.shape):
+    mine = micro.rows.segment_ids[row] == 2 * pair + answer + 1
+    tokens[row, pair, answer] = np.sum(np.asarray(micro.rows.targets[row] != IGNORE_INDEX) & np.asarray(mine))
+
+  def ours(params):
+    return objective.loss(params, micro, micro_weights, jax.random.key(0), running)[0]
+
+  def anew(params):
+    policy = objective.answer_logps(params, micro)[real]
+    ratios = policy - micro.reference[real]
+    margin = ratios[:, 0] - ratios[:, 1]
+    sigmoid = -(1 - smoothing) * jnp.log(jax.nn.sigmoid(beta * margin)) - smoothing * jnp.log(
+      jax.nn.sigmoid(-beta * margin)
+    )
+    mean = (1.5 + jax.lax.stop_gradient(jnp.mean(beta * ratios))) / 3
+    bco = -jnp.log(jax.nn.sigmoid(beta * ratios[:, 0] - mean)) - jnp.log(
+      jax.nn.sigmoid(mean - beta * ratios[:, 1])
+    )
+    by_token = ratios / tokens[real]
+    ipo = (by_token[:, 0] - by_token[:, 1] - 1 / (2 * beta)) ** 2
+    nll = -policy[:, 0].sum() / tokens[real][:, 0].sum()
+    return 0.8 * sigmoid.mean() + 0.2 * bco.mean() + 0.05 * ipo.mean() + alpha * nll
+
+  (loss, gradient), (expected, wanted) = (jax.jit(jax.value_and_grad(f))(params) for f in (ours, anew))
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+  largest = max(float(jnp.abs(value).max()) for value in wanted.values())
+  for path, value in wanted.items():
+    np.testing.assert_allclose(gradient[path], value, rtol=1e-3, atol=1e-5 * largest, err_msg=path)
+
+
+def test_the_configuration_reaches_the_objective():
+  config = recipe.get_config("mpo")
+  config.model.model_name_or_path = published.hub_id("2.5-1b")
+  config.preference.beta, config.preference.label_smoothing, config.preference.rpo_alpha = 0.3, 0.05, 0.7
+  config.preference.sigmoid_loss_weight = 0.8
+  mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+  source = describe_model(config)
+  objective = make_objective(config, source, execution(config), mesh)
+  assert objective.settings == LossSettings(0.3, 0.05) and objective.rpo_alpha == 0.7
+  assert objective.terms == (("sigmoid", 0.8), ("bco_pair", 1.0)) and objective.reference is not None
+  config.preference.precompute_reference = True
+  assert make_objective(config, source, execution(config), mesh).reference is None
+
+
+def test_copies_round_what_the_policy_rounds_and_nothing_else():
+  config = recipe.get_config("mpo")
+  config.model.model_name_or_path = published.hub_id("3.5-30b-a3b")
+  source = describe_model(config)
+  trainable = set(source.model.shapes)
+  copies = describe_copies(
+    config, source, {p: leaf.update(sharding=None) for p, leaf in source.model.shapes.items()}, trainable
+  )
+  layers = f"{COPIES}language_model.model.layers.0:48"
+  for name in ("input_layernorm.scale", "self_attn.q_norm.scale", "mlp.gate.kernel"):
+    assert copies[f"{layers}.{name}"].dtype == jnp.float32, name
+  for name in ("self_attn.q_proj.kernel", "mlp.experts.up_proj"):
+    assert copies[f"{layers}.{name}"].dtype == jnp.bfloat16, name
 
 
 def test_packed_equals_unpacked():

@@ -5,7 +5,10 @@ import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from internvl_jax.errors import UserError
+from internvl_jax.reference import ReferenceLogProbs
 from toy import CURVE, run_training
 
 QUESTIONS = ("What colour is it?", "What is this?", "Describe the image.", "Is it large?")
@@ -108,7 +111,57 @@ def test_a_stale_cache_is_refused(tmp_path, pairs):
   options = ("preference.precompute_reference=True", f"preference.reference_cache_dir={folder}")
   done = run(tmp_path, pairs, "out", *options, ok=False)
   last = done.stderr.strip().splitlines()[-1]
-  assert "of another reference: checkpoint is 0123 there and" in last and "(checkpoint, data differ)" in last
+  assert (
+    "of another reference: checkpoint is 0123 there and" in last
+    and "(checkpoint, model, data differ)" in last
+  )
+
+
+def cache(folder, samples=24, key=None):
+  """A folder of log-probabilities, whose file and key may be anything."""
+  folder.mkdir(exist_ok=True)
+  key = {"checkpoint": "0", "samples": 24} if key is None else key
+  (folder / "key.json").write_text(key if isinstance(key, str) else json.dumps(key))
+  np.save(folder / "logps.npy", np.zeros((samples, 2), np.float32))
+  return folder
+
+
+def test_a_damaged_cache_is_a_line(tmp_path):
+  key = {"checkpoint": "0", "samples": 24}
+  opened = ReferenceLogProbs(cache(tmp_path / "good"))
+  opened.open_or_make(key, pytest.fail)
+  assert opened(np.array([3, 5])).shape == (2, 2)
+  with pytest.raises(UserError, match=r"key.json: damaged .*; delete the folder"):
+    ReferenceLogProbs(cache(tmp_path / "key", key="{")).open_or_make(key, pytest.fail)
+  with pytest.raises(UserError, match=r"logps.npy: has the shape \(3, 2\), expected \(24, 2\); delete"):
+    ReferenceLogProbs(cache(tmp_path / "short", samples=3)).open_or_make(key, pytest.fail)
+  cut = cache(tmp_path / "cut") / "logps.npy"
+  cut.write_bytes(cut.read_bytes()[:150])
+  with pytest.raises(UserError, match=r"logps.npy: damaged or missing .*; delete the folder"):
+    ReferenceLogProbs(cut.parent).open_or_make(key, pytest.fail)
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match="is a file; name a folder"):
+    ReferenceLogProbs(tmp_path / "file").open_or_make(key, pytest.fail)
+
+
+def test_a_run_goes_on_with_the_reference_that_it_began_with(tmp_path, pairs):
+  saves = ("training.save_steps=2", "training.save_strategy=steps")
+  run(tmp_path, pairs, "out", *saves, "training.max_steps=2")
+  other = tmp_path / "other"
+  shutil.copytree(CURVE / "init", other)
+  weights = load_file(other / "model.safetensors")
+  save_file(
+    {name: 1.05 * value for name, value in weights.items()}, other / "model.safetensors", {"format": "pt"}
+  )
+  done = run(tmp_path, pairs, "out", *saves, f"model.model_name_or_path={other}", ok=False)
+  assert (
+    "reference.json: this run's reference policy had the checksum" in done.stderr.strip().splitlines()[-1]
+  )
+  # What was there says what it said.
+  assert json.loads((tmp_path / "out" / "train_config.json").read_text())["model"][
+    "model_name_or_path"
+  ] != str(other)
+  assert "Resuming from the checkpoint of step 2" in run(tmp_path, pairs, "out", *saves).stderr
 
 
 def test_a_cache_of_other_numbers_is_seen_at_the_start(tmp_path, pairs):

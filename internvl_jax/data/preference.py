@@ -4,7 +4,7 @@ r"""The lines of preference data, and the two conversations that each becomes.
     -> [human "<image>\nWhat is it?", gpt "A cat."], [human "<image>\nWhat is it?", gpt "A dog."]
 
 Images are named as for supervised fine-tuning and belong to the question, so both conversations show the same. A
-line may have a `system` message beside, in place of the template's.
+line may have a system message beside, in place of the template's: `system`, or `system_prompt` as InternVL3.5's data.
 """
 
 import json
@@ -19,6 +19,9 @@ from internvl_jax.data.tokenize import IMAGE_PLACEHOLDER, Chat, check_characters
 
 KEYS = ("question", "chosen", "rejected")
 """What a line must have; `image` and `video` beside them are as in other lines."""
+
+SYSTEM_KEYS = ("system", "system_prompt")
+"""Names of a line's own system message."""
 
 FRAME_NAME = "Frame"
 """What stands before a frame's number: the reference writes `Frame1` here, and `Frame-1` in fine-tuning."""
@@ -58,13 +61,16 @@ def pair_of(record: dict[str, Any], where: Where) -> Pair:
       f"key {_listed(missing)} is missing; the line has {_listed(record) or 'no key'}, and preference.loss_type needs "
       f"{_listed(KEYS)}"
     )
-  for key in (*KEYS, *(["system"] if "system" in record else [])):
+  given = [key for key in SYSTEM_KEYS if key in record]
+  if len(given) > 1:
+    raise where.error(f"the line has both {_listed(given)}; leave one system message")
+  for key in (*KEYS, *given):
     if not isinstance(record[key], str) or not record[key].strip():
       raise where.error(
         f"{key!r} must be a text that is not empty, got {json.dumps(record[key])[:80]}; write one or delete the line"
       )
     check_characters(record[key], repr(key), where)
-  pair = Pair(record["question"], record["chosen"], record["rejected"], record.get("system"))
+  pair = Pair(record["question"], record["chosen"], record["rejected"], record[given[0]] if given else None)
   if pair.chosen == pair.rejected:
     raise where.error(
       f"'chosen' and 'rejected' are the same text {pair.chosen[:80]!r}, which prefers nothing; correct one or delete "

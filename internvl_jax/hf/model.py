@@ -95,16 +95,23 @@ class Source:
     """The module with fresh parameters."""
     return InternVL(self.config, rngs=rngs)
 
-  def without_fresh_adapters(self) -> functional.ModelDef[InternVL]:
-    """The model as the checkpoint has it: only with adapters that it brings. Their parts' others keep their paths."""
+  @property
+  def stored_config(self) -> InternVLConfig:
+    """The model as the checkpoint has it: only with adapters that it brings."""
     fresh = {part_of(path) for path in lora.adapter_paths(self.fresh)}
     vision, text = self.config.vision, self.config.text
-    config = dataclasses.replace(
+    return dataclasses.replace(
       self.config,
       vision=dataclasses.replace(vision, lora=None if "vision_model" in fresh else vision.lora),
       text=dataclasses.replace(text, lora=None if "language_model" in fresh else text.lora),
     )
-    return self.model if not fresh else functional.define(lambda rngs: InternVL(config, rngs=rngs))
+
+  def without_fresh_adapters(self) -> functional.ModelDef[InternVL]:
+    """The model of `stored_config`. The others of its parameters keep their paths."""
+    config = self.stored_config
+    return (
+      self.model if config == self.config else functional.define(lambda rngs: InternVL(config, rngs=rngs))
+    )
 
   def load(
     self,

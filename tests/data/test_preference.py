@@ -781,3 +781,9 @@ def test_a_system_message_of_the_line_itself(tmp_path, tokenizer):
   np.testing.assert_array_equal(chosen.labels, expected.labels)
   with pytest.raises(DataError, match="'system' must be a text that is not empty, got 3"):
     maker(tmp_path, tokenizer).make({**record, "system": 3}, WHERE)
+  # InternVL3.5's data call it otherwise.
+  other = {key: value for key, value in record.items() if key != "system"} | {"system_prompt": "Be brief."}
+  same, again = (maker(tmp_path, tokenizer).make(line, WHERE) for line in (record, other))
+  np.testing.assert_array_equal(same.input_ids, again.input_ids)
+  with pytest.raises(DataError, match="the line has both 'system', 'system_prompt'; leave one"):
+    maker(tmp_path, tokenizer).make({**record, "system_prompt": "x"}, WHERE)
