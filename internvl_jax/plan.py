@@ -40,7 +40,7 @@ _TOKENS = flags.DEFINE_integer("tokens", None, "Tokens of a row.", lower_bound=1
 _TILES = flags.DEFINE_integer("tiles", None, "Tiles of a row.", lower_bound=0)
 _HBM = flags.DEFINE_float("hbm", None, "GiB that a program may use of each device.", lower_bound=0)
 _LEVEL = flags.DEFINE_enum(
-  "optimization_level", "O1", ("default", "O0", "O1", "O2", "O3"), "How hard the compiler for a slice tries."
+  "optimization_level", "O0", ("default", "O0", "O1", "O2", "O3"), "How hard the compiler for a slice tries."
 )
 _JSON = flags.DEFINE_string("json", None, "File to write the whole report to.")
 _DUMP = flags.DEFINE_string("dump", None, "Folder for the files that the compiler for a slice writes.")

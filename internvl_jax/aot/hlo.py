@@ -118,7 +118,7 @@ class Module:
     if instruction.opcode == "while":
       body, condition = instruction.called("body"), instruction.called("condition")
       assert body and condition
-      yield body, self._trips(instruction, body, condition)
+      yield body, self._trips(instruction, body, condition) or 1
     elif instruction.opcode in ("fusion", "async-start", "call"):
       callee = instruction.called("calls") or instruction.called("to_apply")
       if callee in self.computations:
@@ -132,8 +132,22 @@ class Module:
       )
       yield from ((name, 1) for name in names if name)
 
-  def _trips(self, loop: Instruction, body: str, condition: str) -> int:
-    """How often a loop's body runs: as the compiler says, or by its counter's bound and step."""
+  @functools.cached_property
+  def uncounted_loops(self) -> list[str]:
+    """The loops of which the program does not tell how often they run; they are taken to run once."""
+    loops = (
+      line for name in self.control for line in self.computations[name].values() if line.opcode == "while"
+    )
+    found = []
+    for loop in loops:
+      body, condition = loop.called("body"), loop.called("condition")
+      assert body and condition
+      if self._trips(loop, body, condition) is None:
+        found.append(loop.name)
+    return found
+
+  def _trips(self, loop: Instruction, body: str, condition: str) -> int | None:
+    """How often a loop's body runs: as the compiler says, or by its counter's bound and step; None: not known."""
     if found := _TRIPS.search(loop.attributes):
       return int(found[1])
     test = next(line for line in self.computations[condition].values() if line.is_root)
@@ -141,7 +155,7 @@ class Module:
     bound = next((_constant(line) for line in operands if line and line.opcode == "constant"), None)
     counter = next((line for line in operands if line and line.opcode == "get-tuple-element"), None)
     if bound is None or counter is None:
-      return 1
+      return None
     lines = self.computations[body]
     results = next(line for line in lines.values() if line.is_root)
     next_value = lines.get(results.operands[element(counter)])

@@ -187,15 +187,16 @@ _STATS: tuple[str, ...] = ("argument", "output", "alias", "temp", "generated_cod
 
 
 def compile_step(
-  plan: StepPlan, target: Target, *, optimization_level: str = "O1", dump: str | None = None
+  plan: StepPlan, target: Target, *, optimization_level: str = "O0", dump: str | None = None
 ) -> Compiled:
   """Compiles a step. A step that does not fit is an answer like another.
 
   Args:
     plan: the step.
     target: the devices it is planned for.
-    optimization_level: how hard the compiler for a slice of TPUs tries. "O1" takes a third of the time, with
-      memory within 4 % (docs/scale.md); "default" is what a run on TPUs gets.
+    optimization_level: how hard the compiler for a slice of TPUs tries. "O0" and "O1" lay out memory alike, and take a
+      fifth and a third of the time of "default", which is what a run on TPUs gets, with memory within 4 %
+      (docs/scale.md).
     dump: an empty folder for what the compiler for a slice writes about the program; None keeps nothing of it.
   """
   start = time.perf_counter()

@@ -90,6 +90,8 @@ class Report:
     compiled_flops: of the program, what is recomputed included.
     kernel_flops: those of them in kernels written by hand, by their shapes.
     traffic: bytes to and from the main memory, an estimate.
+    uncounted_loops: loops of the program of which it is not known how often they run. The program's operations, traffic
+      and exchanges hold one turn of them.
     exchanges: by kind and axes, largest first.
     roofline: None where the chip's data sheet is not known.
     lower_seconds, compile_seconds: of this machine.
@@ -111,6 +113,7 @@ class Report:
   compiled_flops: int
   kernel_flops: int
   traffic: int
+  uncounted_loops: int
   exchanges: list[Exchange]
   roofline: Roofline | None
   lower_seconds: float
@@ -160,6 +163,7 @@ def make_report(plan: StepPlan, compiled: Compiled, target: Target, *, limit: in
     compiled_flops=compiled_flops,
     kernel_flops=kernels,
     traffic=traffic,
+    uncounted_loops=len(module.uncounted_loops),
     exchanges=exchanges(found, plan, target),
     roofline=roofline(_sum(flops), compiled_flops, traffic, found, target),
     lower_seconds=compiled.lower_seconds,
@@ -345,6 +349,10 @@ def _flops(report: Report) -> list[str]:
     lines.append(f"  {part:<42}{entry['forward'] / size_of:>10.2f}{entry['backward'] / size_of:>10.2f}")
   lines.append(f"  {'the model':<42}{_sum(report.flops) / size_of:>20.2f}")
   lines.append(f"  {'the program, recomputation included':<42}{report.compiled_flops / size_of:>20.2f}")
+  if report.uncounted_loops:
+    lines.append(
+      f"  at least: of {report.uncounted_loops} loops it is not known how often they run, and one turn is counted"
+    )
   return lines
 
 
