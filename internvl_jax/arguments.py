@@ -227,17 +227,22 @@ class PreferenceConfig:
   @property
   def kinds(self) -> tuple[str, ...]:
     """The losses of `loss_type`."""
-    return tuple(kind.strip() for kind in (self.loss_type or "").split(",")) if self.loss_type else ()
+    return () if self.loss_type is None else tuple(kind.strip() for kind in self.loss_type.split(","))
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class MeshConfig:
   """How many devices each axis of the mesh takes; -1 is the rest, on one axis at most."""
 
+  # Copies of the model, which take rows of their own.
   data: int = -1
+  # Parts of parameters, gradients and moments, collected layer by layer; its devices take rows of their own, too.
   fsdp: int = 1
+  # Parts of the experts, of models that have them; its devices share rows.
   expert: int = 1
+  # Parts of a row's tokens; its devices share rows.
   sequence: int = 1
+  # Parts of heads, feed-forward and vocabulary; its devices share rows.
   tensor: int = 1
 
 

@@ -148,7 +148,7 @@ def open_mesh(config: TrainConfig, devices: Sequence[Any] | None = None) -> jax.
   stage = zero.read_stage(config.training.deepspeed)
   mesh = meshes.make_mesh(config.mesh, devices, zero_stage=stage)
   if config.training.deepspeed:
-    logging.info("ZeRO stage %d: %s spread over the data axis", stage, zero.STAGES[stage])
+    logging.info("ZeRO stage %d: %s spread over the data-parallel devices", stage, zero.STAGES[stage])
   return mesh
 
 
@@ -257,7 +257,10 @@ def reference_policy(config: TrainConfig, source: Source) -> ReferencePolicy:
 def describe_copies(
   config: TrainConfig, source: Source, params: Mapping[str, Any], trainable: set[str]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes and places of the frozen copies that the reference policy has of what trains: in the compute dtype.
+  """Shapes and places of the frozen copies that the reference policy has of what trains.
+
+  Kernels and tables are in the compute dtype, to which the policy's are rounded, too; what the model reads in float32
+  (norms, biases, routers) stays so, or the reference would not be the policy that it is a copy of.
 
   Empty where the run has no reference policy in memory.
 
@@ -270,9 +273,14 @@ def describe_copies(
   if config.preference.loss_type is None or config.preference.precompute_reference:
     return {}
   copied = select(params, trainable & set(reference_policy(config, source).model.shapes))
-  dtype = jnp.bfloat16 if config.training.bf16 else jnp.float32
+  half = jnp.bfloat16 if config.training.bf16 else jnp.float32
+
+  def dtype(path: str) -> jnp.dtype:
+    names = [name for name in source.model.axes[path] if name != "layers"]
+    return half if len(names) > 1 and None not in names else jnp.float32
+
   return {
-    COPIES + path: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+    COPIES + path: jax.ShapeDtypeStruct(leaf.shape, dtype(path), sharding=leaf.sharding)
     for path, leaf in copied.items()
   }
 
@@ -301,11 +309,20 @@ def drop_path_rates(model: ModelArguments, source: Source) -> tuple[float, ...]:
 
 
 def execution(config: TrainConfig, platform: str | None = None) -> Execution:
-  """How forward passes are computed on a platform ("tpu", "gpu" or "cpu"), by default the one at hand."""
+  """How forward passes are computed on a platform ("tpu", "gpu" or "cpu"), by default the one at hand.
+
+  Raises:
+    UserError: the attention asked for is made for another one.
+  """
+  platform = platform or jax.default_backend()
+  if config.runtime.attention == "splash" and platform != "tpu":
+    raise UserError(
+      f"runtime.attention='splash' is made of kernels for TPUs, but this is a {platform}; set it to 'auto' or 'xla'"
+    )
   remat = config.model.grad_checkpoint or config.training.gradient_checkpointing
   return Execution(
     dtype=jnp.bfloat16 if config.training.bf16 else jnp.float32,
-    attention=backend_for(config.runtime.attention, platform or jax.default_backend()),
+    attention=backend_for(config.runtime.attention, platform),
     remat=config.runtime.remat_policy if remat else None,
     scan_unroll=config.runtime.scan_unroll,
   )

@@ -162,6 +162,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
 FOREIGN: dict[str, str] = {
   "split_annotations": "every host already reads only its share of the lines",
   "use_custom_flash_attn": "runtime.attention names the attention backend",
+  "ddp_timeout": "runtime.hang_seconds tells where a run stands still, and a lost process ends the others",
+  "local_rank": "processes find their place by themselves (runtime.distributed)",
+  "per_device_eval_batch_size": "eval.batch_size is the number of questions answered at once",
+  "run_name": "the run is called as its training.output_dir",
+  "tf32": "float32 is computed as float32; use training.bf16=True to be faster",
+  "wandb_project": "training.report_to='tensorboard' writes what W&B can read (wandb sync, sync_tensorboard)",
   "resume_from_checkpoint": "the same command resumes from the newest checkpoint in training.output_dir",
 }
 """Names that launch scripts set and that no field has -> what takes their place."""
@@ -455,6 +461,9 @@ def _preference_problems(config: TrainConfig) -> Iterator[str]:
     yield f"{setting}: there is no loss {kind!r}; use {known}, or a list{suggest(kind, PREFERENCE_LOSSES)}"
   if unknown:
     return
+  if not any(get(config, f"preference.{kind}_loss_weight") for kind in kinds) and not preference.rpo_alpha:
+    weights = ", ".join(f"preference.{kind}_loss_weight=0" for kind in dict.fromkeys(kinds))
+    yield f"{setting} with {weights} optimises nothing; raise a weight, or set preference.rpo_alpha"
   for kind in dict.fromkeys(kinds):
     if kinds.count(kind) > 1:
       yield f"{setting} names {kind!r} {kinds.count(kind)} times; name it once, with preference.{kind}_loss_weight"
@@ -513,10 +522,10 @@ def _evaluation_problems(config: TrainConfig) -> Iterator[str]:
       f"training.eval_strategy={training.eval_strategy!r} contradicts "
       f"training.evaluation_strategy={training.evaluation_strategy!r}; set one of the two spellings"
     )
-  if "steps" in strategies and config.eval.annotation is None:
+  if "steps" in strategies and config.eval.annotation is None and config.preference.eval_meta_path is None:
     yield (
       "training.eval_strategy='steps' has nothing to score while eval.annotation=None; "
-      "name a jsonl there or set the strategy to 'no'"
+      "name a jsonl there (of preference pairs, a meta file in preference.eval_meta_path) or set the strategy to 'no'"
     )
 
 
@@ -566,6 +575,8 @@ def _path_problems(config: TrainConfig, command: Command) -> Iterator[str]:
   if command == "train" and config.eval.annotation and (root := config.eval.root):
     if not _is_remote(root) and not os.path.isdir(root):
       yield f"eval.root={root!r}: no such folder"
+  if (cache := config.preference.reference_cache_dir) and _is_remote(cache):
+    yield f"preference.reference_cache_dir={cache!r}: must be a folder; mount the bucket, and name the folder"
   if "training.output_dir" in required and config.training.output_dir:
     yield from _output_path_problems(config)
 
@@ -652,6 +663,7 @@ RUN_FILES = (
   "train_results.json",
   "eval_results.json",
   "preference_results.json",
+  "reference.json",
   "predictions.jsonl",
   "config.json",
   "generation_config.json",

@@ -7,6 +7,7 @@ Writes eval_results.json (accuracy, also by the lines' field --group_field) and 
 """
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from absl import flags
 
 from internvl_jax import frontdoor
 from internvl_jax.arguments import EvalConfig
+from internvl_jax.errors import UserError
 from internvl_jax.eval.scoring import make_evaluation
 from internvl_jax.inference import open_for_inference
 
-_MODEL = flags.DEFINE_string("model", None, "Checkpoint folder.", required=True)
+_MODEL = flags.DEFINE_string("model", None, "Checkpoint folder or hub id.", required=True)
 _ANNOTATION = flags.DEFINE_string("annotation", None, "The jsonl of questions.", required=True)
 _ROOT = flags.DEFINE_string("root", "", "Prefix of the image paths.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for the results; the model's folder if unset.")
@@ -35,6 +37,7 @@ def main(argv: Sequence[str]) -> None:
   """Answers, scores and writes."""
   del argv
   frontdoor.set_up_logging()
+  output = output_folder()
   opened = open_for_inference(_MODEL.value, bf16=_BF16.value, devices=_DEVICES.value)
   config = EvalConfig(
     annotation=_ANNOTATION.value,
@@ -47,10 +50,25 @@ def main(argv: Sequence[str]) -> None:
   evaluation = make_evaluation(config, opened.data, opened.source, opened.tokenizer, opened.how)
   assert evaluation is not None
   scores = evaluation.run(opened.params)
-  output = Path(_OUTPUT.value or _MODEL.value)
-  output.mkdir(parents=True, exist_ok=True)
   evaluation.write(scores, output)
   print(json.dumps(scores.summary(), indent=2))
+
+
+def output_folder() -> Path:
+  """Where the results go, which is made; before anything is computed.
+
+  Raises:
+    UserError: it cannot be told, or is no folder.
+  """
+  if _OUTPUT.value is None and not os.path.isdir(_MODEL.value):
+    raise UserError(
+      f"--output is missing: --model={_MODEL.value} is no folder here to write into; name a folder for the results"
+    )
+  output = Path(_OUTPUT.value or _MODEL.value)
+  if output.exists() and not output.is_dir():
+    raise UserError(f"--output={output}: is a file; name a folder")
+  output.mkdir(parents=True, exist_ok=True)
+  return output
 
 
 if __name__ == "__main__":

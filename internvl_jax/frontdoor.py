@@ -16,6 +16,7 @@ A front door with a recipe looks like this:
 `--config.leaf.field=value` overrides a field; `None` clears a field that may be unset.
 """
 
+import difflib
 import errno
 import importlib.util
 import inspect
@@ -35,6 +36,7 @@ from tqdm import tqdm
 
 from internvl_jax.config import FIELDS, FOREIGN, LEAVES, TrainConfig, suggest, type_name
 from internvl_jax.errors import UserError
+from internvl_jax.usage import usage
 
 FLAG = "config"
 """Name of the flag that takes the recipe."""
@@ -43,7 +45,7 @@ _OVERRIDE = re.compile(rf"--?(no)?{FLAG}\.([^=]+)(?:=(.*))?", re.DOTALL)
 _RECIPE = re.compile(rf"--?{FLAG}(=|$)")
 
 # Errors of the file system that a path given by the user causes.
-_PATH_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+_PATH_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -61,9 +63,14 @@ def define_config_flag(
     if typing.get_origin(field.type) is Literal:
       choices = list(typing.get_args(field.type))
       config_flags.register_flag_parser_for_type(field.type, flags.EnumParser(choices))
-  holder = config_flags.DEFINE_config_file(
-    FLAG, default, "Recipe: FILE.py or FILE.py:ARG.", flag_values=flag_values, sys_argv=argv
-  )
+  try:
+    holder = config_flags.DEFINE_config_file(
+      FLAG, default, "Recipe: FILE.py or FILE.py:ARG.", flag_values=flag_values, sys_argv=argv
+    )
+  except (
+    flags.CantOpenFlagFileError
+  ) as error:  # Flag files are read to find the overrides, while modules are imported.
+    _exit_with(UserError(_one_line(error).removeprefix("ERROR:: ")))
   flag_values[FLAG].parser = _RecipeParser()
   return holder
 
@@ -85,6 +92,10 @@ def run_app(main: Callable[[list[str]], Any]) -> None:
       _exit_with(error)
 
   def guarded_parse(argv: Sequence[str]) -> list[str]:
+    if _asks_for_help(argv):
+      full = any("helpfull" in arg for arg in argv)
+      print(usage(sys.modules[main.__module__].__doc__ or "", flags.FLAGS, FLAG, full=full))
+      sys.exit(0)
     try:
       return parse_flags(argv)
     except UserError as error:
@@ -147,6 +158,8 @@ def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS
     rest = flag_values(args)
   except flags.IllegalFlagValueError as error:
     raise UserError(_explain_value(error)) from error
+  except flags.UnrecognizedFlagError as error:
+    raise UserError(_explain_unknown_flag(error, flag_values)) from error
   except flags.Error as error:
     raise UserError(_one_line(error)) from error
   if len(rest) > 1:
@@ -164,7 +177,8 @@ def _asks_for_help(args: Sequence[str]) -> bool:
 def _check_overrides(args: Sequence[str], *, has_default: bool) -> None:
   """Refuses overrides of fields that there are not, all at once, and overrides without a recipe."""
   if not has_default and not any(_RECIPE.match(arg) for arg in args):
-    raise UserError(f"--{FLAG} is missing; name a recipe: --{FLAG} FILE.py or --{FLAG} FILE.py:ARG")
+    given = f" (there is {args[1]!r})" if len(args) > 1 and not _OVERRIDE.fullmatch(args[1]) else ""
+    raise UserError(f"--{FLAG} is missing{given}; name a recipe: --{FLAG} FILE.py or --{FLAG} FILE.py:ARG")
   paths = [match[2] for arg in args[1:] if (match := _OVERRIDE.fullmatch(arg))]
   unknown = [path for path in paths if path not in FIELDS]
   if unknown:
@@ -180,8 +194,23 @@ def explain_unknown(path: str) -> str:
   if name in FOREIGN:
     return f"{flag}: there is no such field; {FOREIGN[name]}"
   elsewhere = [field for field in FIELDS if field.rpartition(".")[2] == name]
-  hint = f"; did you mean {elsewhere[0]}?" if elsewhere else suggest(path, FIELDS)
+  close = difflib.get_close_matches(name, [field.rpartition(".")[2] for field in FIELDS], n=1, cutoff=0.75)
+  elsewhere += [field for field in FIELDS if close and field.rpartition(".")[2] == close[0]]
+  hint = f"; did you mean {elsewhere[0]}?" if elsewhere else ""
   return f"{flag}: there is no such field{hint}"
+
+
+def _explain_unknown_flag(error: flags.UnrecognizedFlagError, flag_values: flags.FlagValues) -> str:
+  """A flag of the reference's scripts is a field here; others may be misspelt."""
+  name = error.flagname
+  fields = [path for path in FIELDS if path.rpartition(".")[2] == name] if FLAG in flag_values else []
+  if fields:
+    return f"--{name}: a field of the recipe; write --{FLAG}.{fields[0]}=..."
+  if name in FOREIGN:
+    return f"--{name}: there is no such flag; {FOREIGN[name]}"
+  found = re.search(r"Did you mean: ([\w.]+)", str(error))
+  hint = f"; did you mean --{found[1]}?" if found else ""
+  return f"--{name}: there is no such flag{hint}"
 
 
 def _split_cleared(args: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -279,6 +308,17 @@ def _load_module(path: str) -> types.ModuleType:
     spec.loader.exec_module(module)
   except (AttributeError, TypeError) as error:
     raise _explain_recipe_error(error) from error
+  except SyntaxError as error:
+    where = f"{os.path.relpath(error.filename or path)}:{error.lineno}"
+    raise UserError(f"--{FLAG}={path}: {where}: {error.msg}") from error
+  except ImportError as error:
+    frame = next(
+      f for f in reversed(traceback.extract_tb(error.__traceback__)) if "importlib" not in f.filename
+    )
+    raise UserError(
+      f"--{FLAG}={path}: {os.path.relpath(frame.filename)}:{frame.lineno}: {error}; install it, or name its folder in "
+      "PYTHONPATH (a recipe that starts from a published one loads that: docs/training.md)"
+    ) from error
   return module
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,7 @@ class RunLog:
     self._bar: tqdm | None = None
     self.history: list[dict[str, Any]] = []
     self.skipped_in_a_row = 0
+    self._started = 0, time.perf_counter()
     board = training.logging_dir or str(output_dir / "tensorboard")
     self._writer = SummaryWriter(board) if writes and training.report_to == "tensorboard" else None
 
@@ -182,6 +184,7 @@ class RunLog:
 
   def start(self, step: int) -> None:
     """Begins (or goes on) at that step and shows the bar."""
+    self._started = step, time.perf_counter()
     self._bar = tqdm(
       total=self._total_steps,
       initial=step,
@@ -297,6 +300,41 @@ class RunLog:
       "data": data_counters,
     }
     write_json(self._output_dir / "trainer_state.json", state)
+
+  def write_train_results(self, *, num_samples: int) -> None:
+    """Writes train_results.json under Hugging Face's names; nothing where no step was taken since `start`.
+
+    `train_loss` is the mean over all steps of the run, those before a restart included; what is told of time is of
+    the steps since.
+
+    Args:
+      num_samples: of an epoch.
+    """
+    first, start = self._started
+    last = self.history[-1]["step"] if self.history else 0
+    if not self._writes or last <= first:
+      return
+    seconds, steps = time.perf_counter() - start, last - first
+    results = {
+      "epoch": self.epoch(last),
+      "train_loss": self._mean_loss(),
+      "train_runtime": seconds,
+      "train_samples": num_samples,
+      "train_samples_per_second": num_samples * (self.epoch(last) - self.epoch(first)) / seconds,
+      "train_steps_per_second": steps / seconds,
+    }
+    write_json(self._output_dir / "train_results.json", results)
+
+  def _mean_loss(self) -> float | None:
+    """The mean over the steps that were not skipped; None if there are none."""
+    total = steps = before = 0
+    for entry in self.history:
+      if "learning_rate" not in entry:
+        continue  # Scores of an evaluation.
+      taken, before = entry["step"] - before - entry.get("skipped_steps", 0), entry["step"]
+      if taken:
+        total, steps = total + taken * entry["loss"], steps + taken
+    return total / steps if steps else None
 
 
 class Trace:

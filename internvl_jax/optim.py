@@ -1,6 +1,7 @@
 """Learning-rate schedules, weight decay and AdamW, as Hugging Face's Trainer has them."""
 
 import dataclasses
+import inspect
 import json
 import math
 import re
@@ -104,7 +105,7 @@ def make_schedule(training: TrainingArguments, total_steps: int) -> Schedule:
   name = training.lr_scheduler_type
   if name not in SCHEDULES:
     raise UserError(f"training.lr_scheduler_type={name!r} is unknown; use one of {sorted(SCHEDULES)}")
-  kwargs = json.loads(training.lr_scheduler_kwargs or "{}")
+  kwargs = _schedule_arguments(training)
   warmup = (
     training.warmup_steps if training.warmup_steps > 0 else math.ceil(total_steps * training.warmup_ratio)
   )
@@ -116,9 +117,31 @@ def make_schedule(training: TrainingArguments, total_steps: int) -> Schedule:
 
   try:
     schedule(ramp.warmup)
-  except TypeError as error:
-    raise UserError(f"training.lr_scheduler_kwargs={training.lr_scheduler_kwargs!r}: {error}") from None
+    schedule(total_steps)
+  except ZeroDivisionError:
+    raise UserError(
+      f"training.learning_rate={training.learning_rate:g} and training.lr_scheduler_kwargs={training.lr_scheduler_kwargs!r} "
+      f"make {name!r} divide by 0; raise what is 0 there, or take 'constant'"
+    ) from None
   return schedule
+
+
+def _schedule_arguments(training: TrainingArguments) -> dict[str, float]:
+  """The arguments of the schedule, all of them numbers that it takes.
+
+  Raises:
+    UserError: they are not.
+  """
+  name, kwargs = training.lr_scheduler_type, json.loads(training.lr_scheduler_kwargs or "{}")
+  parameters = inspect.signature(SCHEDULES[name]).parameters.values()
+  taken = [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+  for key, value in kwargs.items():
+    where = f"training.lr_scheduler_kwargs={training.lr_scheduler_kwargs!r}"
+    if key not in taken:
+      raise UserError(f"{where}: {name!r} has no argument {key!r}; it takes {', '.join(taken) or 'none'}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+      raise UserError(f"{where}: {key} must be a number, not {value!r}")
+  return kwargs
 
 
 def decays(names: Mapping[str, str]) -> dict[str, bool]:

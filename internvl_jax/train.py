@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from internvl_jax import frontdoor, mfu, optim
 from internvl_jax.adapters import merge_and_check
+from internvl_jax.arguments import TrainingArguments
 from internvl_jax.assembly import (
   describe_state,
   execution,
@@ -55,6 +56,9 @@ from internvl_jax.watchdog import Watchdog
 OPEN_SECONDS = EXPORT_SECONDS = 3600
 """How long processes wait for the last one to read its weights, and for the first one to write the model: 150 GB from
 or to a slow disk."""
+
+CONFIG_FILE = "train_config.json"
+"""What a run was made with, in its output directory."""
 
 _CONFIG = frontdoor.define_config_flag()
 
@@ -128,7 +132,7 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
     )
     distributed.barrier("the weights are read", seconds=OPEN_SECONDS)
   if pairs is not None:
-    pairs.prepare(params, loader)
+    pairs.prepare(params, loader, resumes=resumes)
   frozen = {path: value for path, value in params.items() if path not in trainable}
   frozen |= reference_copies(config, source, params, trainable)
 
@@ -153,11 +157,14 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
       state, loader_state, log_state = checkpointer.restore(like)
       loader = make_loader(state=loader_state)
     log.restore(log_state)
+    check_length(config.training, int(state.step), loader.total_steps)
     logging.info("Resuming from the checkpoint of step %d", int(state.step))
   else:
     state = TrainState.create(select(params, trainable), optimizer, places, objective.initial_running)
     del params
 
+  if distributed.is_first():
+    write_json(output_dir / CONFIG_FILE, to_json(config))
   evaluation = make_evaluation(config.eval, config.data, source, chat, how)
   traced = config.runtime.profile_steps if distributed.is_first() else ()
   with log, distributed.StopSignal() as asked_to_stop:
@@ -186,6 +193,7 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
   if int(state.step) < loader.total_steps:
     logging.warning("Stopped; the same command goes on from step %d", int(state.step))
     return
+  log.write_train_results(num_samples=loader.num_samples)
   params = {path: value for path, value in {**frozen, **state.params}.items() if path in source.model.shapes}
   del state, frozen  # The optimizer's moments make room for the layers that the export brings together.
   with watchdog.phase("export"):
@@ -194,6 +202,20 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
       logging.info("Held-out pairs: %s", judged)
     finish(config, source, tokenizer, chat, params, evaluation)
     distributed.barrier("the model is saved", seconds=EXPORT_SECONDS)
+
+
+def check_length(training: TrainingArguments, taken: int, total: int) -> None:
+  """Refuses to go on with a run that would have ended before its checkpoint.
+
+  Raises:
+    UserError: it would.
+  """
+  if taken > total:
+    raise UserError(
+      f"the newest checkpoint in {training.output_dir} is of step {taken}, but the run is to end after step {total} "
+      f"(training.max_steps={training.max_steps}, training.num_train_epochs={training.num_train_epochs:g}); raise it, or "
+      "begin anew with another output_dir or training.overwrite_output_dir=True"
+    )
 
 
 def parts_run_twice(objective: SupervisedFineTuning | PreferenceOptimization) -> tuple[str, ...]:
@@ -237,7 +259,8 @@ def output_folder(config: TrainConfig) -> Path:
 def prepare_output_dir(config: TrainConfig, watchdog: Watchdog) -> None:
   """Makes the output directory, or empties it where the config says so, and writes the config into it.
 
-  The first process does; the others wait for it.
+  The first process does; the others wait for it. The config of a run that goes on stays until nothing speaks against
+  going on.
 
   Raises:
     UserError: the directory must not be written to, or not all hosts see it.
@@ -248,12 +271,13 @@ def prepare_output_dir(config: TrainConfig, watchdog: Watchdog) -> None:
       "system that all hosts share, and name the folder"
     )
   output_dir = output_folder(config)
-  written = output_dir / "train_config.json"
+  written = output_dir / CONFIG_FILE
   if distributed.is_first():
     if check_output_dir(config.training) == "overwrite":
       clear_output_dir(str(output_dir))
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(written, to_json(config))
+    if not written.exists():
+      write_json(written, to_json(config))
   with watchdog.phase("barrier"):
     distributed.barrier("the output directory is prepared", seconds=distributed.JOIN_SECONDS)
   if not written.exists():

@@ -36,6 +36,7 @@ from internvl_jax.config import (
   validate,
 )
 from internvl_jax.errors import UserError
+from internvl_jax.usage import field_comments
 
 ROOT = Path(__file__).parent.parent
 ASSETS = Path(__file__).parent / "assets"
@@ -257,7 +258,6 @@ def test_override_forms_of_absl(tmp_path):
     ("--config.model.ps_version=v3", "must be 'v1' or 'v2'"),
     ("--config.training.data_seed=x", "must be int or None"),
     ("--config.loader.sequence_buckets=(64,", "must be tuple of int"),
-    ("--learning_rate=1", "Unknown command line flag"),
     ("stray", "unexpected argument 'stray'"),
   ],
 )
@@ -319,7 +319,8 @@ def test_a_bug_in_a_recipe_keeps_its_traceback(tmp_path):
 @pytest.mark.parametrize(
   ("argv", "message"),
   [
-    (["command"], "--config is missing"),
+    (["command"], "--config is missing; name"),
+    (["command", "recipe.py"], r"--config is missing \(there is 'recipe.py'\)"),
     (["command", "--config.training.seed=1"], "--config is missing"),
     (["command", "--config=nowhere.py"], "--config=nowhere.py: no such recipe file"),
   ],
@@ -430,6 +431,12 @@ def test_a_field_without_its_switch(config, path):
   [
     ({"loss_type": "sigmiod"}, "or a list; did you mean sigmoid?"),
     ({"loss_type": "sigmoid,,ipo"}, "there is no loss ''"),
+    ({"loss_type": ""}, "preference.loss_type='': there is no loss ''"),
+    ({"loss_type": "sigmoid", "sigmoid_loss_weight": 0.0}, "sigmoid_loss_weight=0 optimises nothing"),
+    (
+      {"loss_type": "sigmoid", "precompute_reference": True, "reference_cache_dir": "gs://a/b"},
+      "'gs://a/b': must be a folder; mount the bucket",
+    ),
     ({"loss_type": "ipo,sigmoid,ipo"}, "names 'ipo' 2 times; name it once, with preference.ipo_loss_weight"),
     ({"loss_type": "sigmoid", "ipo_loss_weight": 0.5}, "preference.ipo_loss_weight=0.5 has no effect while"),
     ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing=0.1 has no effect while"),
@@ -769,3 +776,67 @@ def test_a_run_stopped_before_its_first_checkpoint_begins_anew(tmp_path):
   (tmp_path / "notes.txt").write_text("mine")
   with pytest.raises(UserError, match="holds no complete checkpoint"):
     check_output_dir(training)
+
+
+@pytest.mark.parametrize(
+  ("args", "message"),
+  [
+    (
+      ("--learning_rate=1",),
+      "--learning_rate: a field of the recipe; write --config.training.learning_rate=...",
+    ),
+    (("--model_name_or_path=x",), "write --config.model.model_name_or_path=..."),
+    (("--use_custom_flash_attn=1",), "there is no such flag; runtime.attention names"),
+    (("--nope=1",), "--nope: there is no such flag"),
+    (("--confg=x",), "--confg: there is no such flag; did you mean --config?"),
+    (("--config.training.ddp_timeout=1",), "there is no such field; runtime.hang_seconds"),
+    (("--config.training.lerning_rate=1",), "did you mean training.learning_rate?"),
+  ],
+)
+def test_flags_of_the_reference_are_answered(tmp_path, args, message):
+  with pytest.raises(UserError) as error:
+    parse(tmp_path, *args)
+  assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_far_name_is_not_suggested(tmp_path):
+  with pytest.raises(UserError, match=r"there is no such field$"):
+    parse(tmp_path, "--config.training.nope=1")
+
+
+@pytest.mark.parametrize(
+  ("recipe", "message"),
+  [
+    ("def get_config(:\n", r"recipe.py:1: "),
+    ("import nowhere_to_be_found\n", r"recipe.py:1: No module named 'nowhere_to_be_found'; install it, or"),
+  ],
+)
+def test_a_recipe_that_cannot_be_read_is_a_line(tmp_path, recipe, message):
+  with pytest.raises(UserError, match=message) as error:
+    parse(tmp_path, recipe=recipe)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_help_lists_a_commands_own_flags_and_all_fields(command):
+  done = subprocess.run(
+    [sys.executable, "-m", f"internvl_jax.{command}", "--helpfull"],
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0 and "grain_num" not in done.stdout
+  if command == "evaluate":
+    assert "--annotation\n" in done.stdout and "--config" not in done.stdout
+    return
+  assert "--config\n" in done.stdout
+  for path in FIELDS:
+    assert f"\n  {path.rpartition('.')[2]}: " in done.stdout, path
+  assert "learning_rate: float = 5e-05" in done.stdout
+
+
+def test_every_field_is_commented():
+  for leaf in LEAVES.values():
+    comments = field_comments(leaf)
+    assert [field.name for field in dataclasses.fields(leaf) if not comments.get(field.name)] == []

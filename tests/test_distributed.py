@@ -75,6 +75,10 @@ ORTE = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"
       Place("Slurm", "gpu07:61441", 8, 5),
     ),
     ({**SLURM, "SLURM_STEP_NODELIST": "a1,b[2-3]"}, Place("Slurm", "a1:61441", 8, 5, (1,))),
+    (
+      {**SLURM, "SLURM_STEP_NODELIST": "rack[1-2]node[03,05-06]-ib,b[2-3]"},
+      Place("Slurm", "rack1node03-ib:61441", 8, 5, (1,)),
+    ),
     # A process that is alone joins nobody.
     ({}, None),
     ({**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"}, None),

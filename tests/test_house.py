@@ -17,6 +17,7 @@ LAYERS = (
   ("aot",),
   ("preference",),
   ("frontdoor", "assembly"),
+  ("usage",),
   ("config",),
   ("trainer",),
   ("step",),
@@ -41,7 +42,8 @@ ONLY = {
   # Checkpoint formats and the models they fill; data comes with a tokenizer in hand.
   "hf": {"models", "parallel", "batch", "trees", "arguments", "errors"},
   # Only front doors see the whole configuration; below them a room gets its leaf.
-  "frontdoor": {"config", "arguments", "errors"},
+  "frontdoor": {"usage", "config", "arguments", "errors"},
+  "usage": {"config"},
 }
 
 

@@ -75,10 +75,14 @@ class Saves:
     pass
 
 
+def make_log(tmp_path, training, total, peak=None):
+  gauges = Gauges(USEFUL, peak, [SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 3 << 30})])
+  return RunLog(training, tmp_path, total_steps=total, epoch_of=lambda step: step / total, gauges=gauges)
+
+
 def run(tmp_path, *, loader=None, steps=(), limit=10, stop_at=None, peak=None, total=6, **training):
   training = TrainingArguments(logging_steps=2, disable_tqdm=True, **training)
-  gauges = Gauges(USEFUL, peak, [SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 3 << 30})])
-  log = RunLog(training, tmp_path, total_steps=total, epoch_of=lambda step: step / total, gauges=gauges)
+  log = make_log(tmp_path, training, total, peak)
   saves = Saves()
   trainer = Trainer(
     training=training,
@@ -96,6 +100,7 @@ def run(tmp_path, *, loader=None, steps=(), limit=10, stop_at=None, peak=None, t
   )
   with log:
     trainer.run(TrainState(jnp.int32(0), {}, {}), {})
+  log.write_train_results(num_samples=30)
   return log.history, saves.saved
 
 
@@ -116,6 +121,29 @@ def test_too_many_in_a_row_end_the_run_and_name_the_samples(tmp_path):
   assert len(run(tmp_path, steps=(0, 1, 3, 4), limit=3)[0]) == 3
   with pytest.raises(UserError, match=r"step 5: loss=nan.*each of the last 3 steps.*samples: vqa.jsonl:40"):
     run(tmp_path, steps=(2, 3, 4), limit=3)
+
+
+def test_the_results_are_those_of_all_steps(tmp_path):
+  """Losses 0, and 2 and 3 after two that were skipped; an evaluation in between; the last steps after a restart."""
+  history, _ = run(tmp_path, steps=(1, 4), total=5)
+  path = tmp_path / "train_results.json"
+  found = json.loads(path.read_text())
+  assert found["epoch"] == 1 and found["train_loss"] == pytest.approx((0 + 2 + 3) / 3)
+  assert found["train_samples"] == 30
+  assert found["train_samples_per_second"] == pytest.approx(30 / found["train_runtime"])
+  assert found["train_steps_per_second"] == pytest.approx(5 / found["train_runtime"])
+
+  path.unlink()
+  log = make_log(tmp_path, TrainingArguments(disable_tqdm=True), 5)
+  log.history = [*history[:2], {"eval_accuracy": 0.5, "epoch": 0.8, "step": 4}, *history[2:]]
+  log.start(5)
+  log.write_train_results(num_samples=30)
+  assert not path.exists()  # What an earlier start wrote stays.
+  log.start(4)
+  log.write_train_results(num_samples=30)
+  again = json.loads(path.read_text())
+  assert again["train_loss"] == found["train_loss"]
+  assert again["train_samples_per_second"] == pytest.approx(6 / again["train_runtime"])
 
 
 def test_asked_to_stop_it_saves_and_stops_before_the_next_batch(tmp_path):

@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import os
 import shutil
+import threading
+import time
 from typing import Any, cast
 
 import grain
@@ -20,6 +22,9 @@ from internvl_jax.data.rows import PlannedRows
 from internvl_jax.data.sample import Sample
 
 _EVENTS = {UNREADABLE: "unreadable", OVER_LONG: "over_long", UNSUPERVISED: "fully_masked"}
+
+# How often a worker looks whether its parent is still there.
+_PARENT_SECONDS = 5.0
 
 # Arrays below this size travel through the pipe: making a shared-memory block costs more than copying them.
 _SHARED_MEMORY_MIN_BYTES = 1 << 18
@@ -183,6 +188,14 @@ def _by_processes(source: MicroBatchSource, workers: int, prefetch: int, in_flig
 def _start_worker(index: int, count: int) -> None:
   del index, count
   keep_freed_memory()
+  threading.Thread(target=_end_with, args=(os.getppid(),), name="parent", daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+  """Ends this process soon after its parent: one that was killed could not end it, and it would decode no more."""
+  while os.getppid() == parent:
+    time.sleep(_PARENT_SECONDS)
+  os._exit(1)
 
 
 def _shared_memory_threshold(in_flight: int) -> int:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from internvl_jax.errors import UserError
 from internvl_jax.hf import hub, weights
@@ -192,7 +191,7 @@ def save_adapter(
   if not writes:
     return
   folder.mkdir(parents=True, exist_ok=True)
-  save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+  weights.write_file(tensors, folder / WEIGHTS)
   modules = sorted({re.sub(r"\.lora_\w+(\.weight)?$", "", key) for key in tensors})
   config = _adapter_config(
     specs, [module.removeprefix("base_model.model.") for module in modules], layout, base

@@ -409,7 +409,7 @@ def save(
   size = total = 0
 
   def flush() -> None:
-    save_file(pending, folder / f"shard-{len(shards)}.tmp", metadata={"format": "pt"})
+    write_file(pending, folder / f"shard-{len(shards)}.tmp")
     shards.append(list(pending))
     pending.clear()
 
@@ -422,6 +422,14 @@ def save(
     total += tensor.nbytes
   flush()
   _publish(folder, shards, total)
+
+
+def write_file(tensors: dict[str, np.ndarray], path: Path) -> None:
+  """Writes a safetensors file that whoever may read the folder's other files may read, too."""
+  path.touch()
+  mode = path.stat().st_mode
+  save_file(tensors, path, metadata={"format": "pt"})
+  path.chmod(mode)  # safetensors makes it the owner's alone.
 
 
 def _publish(folder: Path, shards: list[list[str]], total: int) -> None:

@@ -170,6 +170,13 @@ def barrier(name: str, *, seconds: int) -> None:
     ) from error
 
 
+def first_says(value: bool) -> bool:
+  """What the first process says, to all of them; a call that all processes make."""
+  if jax.process_count() == 1:
+    return value
+  return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
 def sum_over(parts: Sequence[int], counts: np.ndarray) -> np.ndarray:
   """Adds an array of integers over the parts of a batch; a call that all processes make.
 

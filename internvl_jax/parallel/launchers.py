@@ -206,9 +206,10 @@ def _slurm_local_count(environ: Mapping[str, str]) -> int | None:
 
 
 def _slurm_host(environ: Mapping[str, str]) -> str | None:
-  """The first host of the step: of "node[007-010,12],other" it is node007."""
-  match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", environ.get("SLURM_STEP_NODELIST", ""))
-  return match[1] + (match[2] or "") if match else None
+  """The first host of the step: of "rack[1-2]node[007-010,12]-ib,other" it is rack1node007-ib."""
+  # Commas within brackets belong to the name.
+  first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", environ.get("SLURM_STEP_NODELIST", ""))
+  return re.sub(r"\[([^,\-\]]+)[^\]]*\]", r"\1", first[0]) if first else None
 
 
 def _open_mpi_host(environ: Mapping[str, str]) -> str | None:

@@ -36,13 +36,23 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None, *, zero_
   known = math.prod(size for size in sizes if size != -1)
   asked = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
   if len(devices) % known or (-1 not in sizes and known != len(devices)):
+    needed = f"a multiple of {known}" if -1 in sizes else f"{known}"
     raise UserError(
-      f"mesh ({asked}) needs a multiple of {known} devices, but there are {len(devices)}; set mesh.data=-1"
+      f"mesh ({asked}) needs {needed} devices, but there are {len(devices)}; {_mesh_remedy(config, len(devices), known)}"
     )
   shape = dict(zip(AXES, (len(devices) // known if size == -1 else size for size in sizes), strict=True))
   if zero_stage == 3:
     shape |= {"data": 1, "fsdp": shape["data"] * shape["fsdp"]}
   return Mesh(_arrange(devices, list(shape.values())), AXES)
+
+
+def _mesh_remedy(config: MeshConfig, devices: int, known: int) -> str:
+  """What to change where the axes do not multiply to the number of devices."""
+  fixed = {axis: size for axis in AXES if (size := getattr(config, axis)) not in (-1, 1)}
+  if devices % known == 0:  # Devices are left over, and no axis takes them.
+    return "set mesh.data=-1, which takes the rest"
+  names = " * ".join(f"mesh.{axis}" for axis in fixed)
+  return f"choose {names} so that it divides {devices}, or use other devices"
 
 
 def _arrange(devices: list[Any], sizes: list[int]) -> np.ndarray:
