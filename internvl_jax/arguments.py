@@ -122,7 +122,7 @@ class TrainingArguments:
   max_steps: int = -1
   # Peak learning rate.
   learning_rate: float = 5e-5
-  # Decoupled weight decay, on everything but biases and norm weights.
+  # Decoupled weight decay, on what the reference's names make decay: not on biases and most norms (`optim.decays`).
   weight_decay: float = 0.0
   adam_beta1: float = 0.9
   adam_beta2: float = 0.999

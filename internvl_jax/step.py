@@ -51,7 +51,7 @@ class StepMetrics(NamedTuple):
     grad_norm: before clipping.
     skipped: loss or gradient was not finite, so that nothing was changed.
     counts: what the batch held.
-    terms: what else the objective tells, by name: means over the micro-batches.
+    terms: what else the objective tells, by name: sums over the micro-batches of what they have weighted.
   """
 
   loss: jax.Array

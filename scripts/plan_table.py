@@ -209,7 +209,7 @@ def brief(report: dict[str, Any]) -> dict[str, Any]:
     "limit": report["limit"],
     "floor": 16 * report["trainable"] // report["chips"] + report["memory"]["frozen parameters"],
     "memory": report["memory"],
-    "peak": [buffer for buffer in report["peak"] if buffer["origin"] != "gradients"][:6],
+    "peak": [buffer for buffer in report["peak"] if buffer["origin"] != "gradients"][:12],
     "step_seconds": report["roofline"]["step"],
     "mfu": report["roofline"]["mfu"],
     "compile_seconds": round(report["lower_seconds"] + report["compile_seconds"], 1),
@@ -236,7 +236,7 @@ def outcome(found: dict[str, Any]) -> dict[str, Any]:
 def named_table(results: dict[str, Any]) -> list[str]:
   """The named arrangements as Markdown; only those that were compiled."""
   lines = [
-    "| size | trains | tokens + tiles a row | slice, mesh | GiB a chip, of | floor | the largest beyond it | s |",
+    "| size | trains | tokens + tiles a row | slice, mesh | GiB a chip, of | floor | beyond it: the largest, and all else | s |",
     "|---|---|---|---|---|---|---|---|",
   ]
   for arrangement in NAMED:
@@ -258,13 +258,14 @@ def named_table(results: dict[str, Any]) -> list[str]:
 
 
 def beyond(found: dict[str, Any]) -> str:
-  """The largest temporaries, in words."""
-  words = []
+  """The largest temporaries beyond the floor, and what is left: negative where gradients are not all there at the peak."""
+  words, rest = [], found["bytes"] - found["floor"]
   for buffer in found["peak"][:3]:
     times = f"{buffer['count']} x " if buffer["count"] > 1 else ""
     origin = buffer["origin"].split(":")[0]
     words.append(f"{buffer['bytes'] / GIB:.2f} {origin} `{times}{buffer['shape']}`")
-  return "; ".join(words)
+    rest -= buffer["bytes"]
+  return "; ".join([*words, f"{rest / GIB:.2f}"])
 
 
 def same_as(size: str) -> str:
@@ -287,14 +288,14 @@ def table(results: dict[str, Any]) -> list[str]:
 
 
 def cell(found: dict[str, Any]) -> str:
-  """An entry in words: slice, mesh, remat, GiB of GiB a chip, bound of the MFU."""
+  """An entry in words: slice, mesh, remat, GiB of GiB a chip, bound of the MFU, seconds of compiling."""
   if "error" in found:
     return f"failed: {found['error']}"
   if found["topology"] is None:
     return "none"
   used, limit = found["bytes"] / GIB, found["limit"] / GIB
   shape = found["topology"].partition(":")[2]
-  return f"**{shape}**: {mesh_of(found)}, {found['remat']}, {used:.1f} of {limit:.1f}, ≤ {found['mfu']:.0%}"
+  return f"**{shape}**: {mesh_of(found)}, {found['remat']}, {used:.1f} of {limit:.1f}, ≤ {found['mfu']:.0%}, {found['compile_seconds']:.0f} s"
 
 
 def mesh_of(found: dict[str, Any]) -> str:

@@ -95,6 +95,8 @@ class Job:
     processes: int = 1,
     devices: int = 4,
     step_seconds: float = 0.0,
+    launcher: str | None = None,
+    arguments: tuple[str, ...] = (),
   ):
     """Starts them.
 
@@ -105,9 +107,14 @@ class Job:
       processes: how many.
       devices: CPU devices of all together.
       step_seconds: how much longer each step takes, so that something can happen in the middle of it.
+      launcher: the script in scripts/launch that starts a process, if not Python does.
+      arguments: the script's own.
     """
     self.out = world / out
-    command = [sys.executable, "-m", "internvl_jax.train", f"--config={world}/recipe.py:{world}"]
+    command = [sys.executable, "-m", "internvl_jax.train"]
+    if launcher is not None:
+      command = ["bash", str(REPOSITORY / "scripts/launch" / launcher), *arguments]
+    command.append(f"--config={world}/recipe.py:{world}")
     command += [f"--config.{override}" for override in (f"training.output_dir={self.out}", *overrides)]
     self.logs = [world / f"{out}-{time.time_ns()}-{i}.log" for i in range(processes)]
     self.processes = []
@@ -116,6 +123,7 @@ class Job:
       environment = os.environ | {
         "JAX_NUM_CPU_DEVICES": str(devices // processes),
         "STEP_SECONDS": str(step_seconds),
+        "PYTHON": sys.executable,
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)]),
       }
       if processes > 1:

@@ -50,6 +50,51 @@ def test_two_processes_stop_together_and_one_goes_on(world, straight):
   assert_same_curve(history(job.out), history(straight), atol=1e-5)
 
 
+def test_the_first_of_two_processes_dies_and_one_goes_on(world, straight):
+  """The one that the others met at, and that writes."""
+  job = Job(world, *SAVING, out="two_killed", processes=2, step_seconds=0.3)
+  job.wait_for("step 6/24")
+  start = time.monotonic()
+  job.processes[0].kill()
+  codes = job.wait(60)
+  assert time.monotonic() - start < 60
+  assert codes[0] == -signal.SIGKILL and codes[1] != 0
+  alone = Job(world, *SAVING, out="two_killed")
+  assert alone.wait() == [0], alone.log()
+  assert "Resuming from the checkpoint of step" in alone.log()
+  assert_same_curve(history(alone.out), history(straight), atol=1e-5)
+
+
+def test_processes_that_share_rows(world):
+  """Heads and tokens over two processes, which feed the same rows to their devices."""
+  job = Job(
+    world, "mesh.data=1", "mesh.fsdp=1", "mesh.sequence=2", "mesh.tensor=2", out="shared", processes=2
+  )
+  assert job.wait() == [0, 0], job.log() + job.log(1)
+  alone = Job(world, "mesh.data=1", "mesh.fsdp=1", "mesh.sequence=2", "mesh.tensor=2", out="shared_alone")
+  assert alone.wait() == [0], alone.log()
+  assert_same_curve(history(job.out), history(alone.out), atol=1e-5)
+
+
+def test_a_supervised_run_that_is_told_to_stop_asks_to_be_started_again(world):
+  job = Job(world, *SAVING, out="supervised", step_seconds=0.3, launcher="supervised.sh")
+  job.wait_for("step 3/24")
+  job.processes[0].send_signal(signal.SIGTERM)
+  assert job.wait(60) == [75], job.log()
+  again = Job(world, *SAVING, out="supervised", launcher="supervised.sh")
+  assert again.wait() == [0], again.log()
+  assert "Resuming from the checkpoint of step" in again.log() and (again.out / "config.json").is_file()
+
+
+@pytest.mark.slow
+def test_processes_started_on_one_machine(world, straight, monkeypatch):
+  monkeypatch.setenv("LOG_DIR", str(world / "launch_logs"))
+  job = Job(world, *SAVING, out="local", launcher="local.sh", arguments=("2",), devices=2)
+  assert job.wait() == [0], job.log()
+  assert_same_curve(history(job.out), history(straight), atol=1e-5)
+  assert (world / "launch_logs/process1.log").is_file()
+
+
 def test_one_of_four_processes_dies_and_one_or_two_go_on(world, straight):
   job = Job(world, *SAVING, out="four", processes=4, step_seconds=0.3)
   job.wait_for("step 6/24")

@@ -78,6 +78,19 @@ def test_leaves_a_model_that_stands_alone(recorded_run):
   state = json.loads((recorded_run / "trainer_state.json").read_text())
   assert state["global_step"] == state["max_steps"] == 24
   assert state["data"]["easy"]["samples"] == 96
+  results = json.loads((recorded_run / "train_results.json").read_text())
+  assert results["train_samples"] == 24 and results["epoch"] == state["epoch"]
+  np.testing.assert_allclose(results["train_loss"], np.mean([e["loss"] for e in state["log_history"]]))
+
+
+def test_every_log_entry_tells_how_fast_it_goes(recorded_run):
+  """But those of steps that hold a compilation."""
+  timed = [entry for entry in log_history(recorded_run) if "seconds_per_step" in entry]
+  assert len(timed) >= 18
+  for entry in timed:
+    assert 0 <= entry["data_seconds_per_step"] < entry["seconds_per_step"]
+    assert 0 < entry["compute_seconds_per_step"] <= entry["seconds_per_step"]
+    assert entry["supervised_tokens_per_second"] > 0 and entry["tiles_per_second"] > 0
 
 
 def test_an_output_directory_with_other_files_is_refused(tmp_path):

@@ -2,9 +2,14 @@
 
 import json
 
+import jax
 import pytest
 
+from internvl_jax import optim
+from internvl_jax.aot import recipe
 from internvl_jax.arguments import TrainingArguments
+from internvl_jax.assembly import describe_model, open_mesh, state_places
+from internvl_jax.hf import published
 from internvl_jax.parallel import zero
 
 # The keys of the reference's files, all stages together.
@@ -133,3 +138,21 @@ def test_files_that_are_none(text, message, write):
 
 def test_a_missing_file():
   assert list(zero.problems("no.json", TrainingArguments())) == ["training.deepspeed='no.json': no such file"]
+
+
+@pytest.mark.parametrize(("stage", "parts"), [(1, (1, 1, 8)), (2, (1, 8, 8)), (3, (8, 8, 8))])
+def test_a_file_decides_where_a_models_state_lies(write, stage, parts):
+  """How many parts parameters, gradients and moments are in, of a published size on eight devices."""
+  config = recipe.get_config()
+  config.model.model_name_or_path = published.hub_id("2.5-1b")
+  config.mesh.data, config.mesh.fsdp = -1, 1
+  settings = {**PUBLISHED, "zero_optimization": {**PUBLISHED["zero_optimization"], "stage": stage}}
+  config.training.deepspeed = write(settings)
+  source, mesh = describe_model(config), open_mesh(config, jax.devices())
+  trainable = optim.trainable_paths(config.model, source.model.shapes)
+  shapes, places = state_places(config, source, trainable, mesh)
+  path = "language_model.model.layers.0:24.mlp.gate_proj.kernel"
+  whole = shapes[path].size
+  for place, expected in zip((places.params, places.gradients, places.moments), parts, strict=True):
+    part = jax.ShapeDtypeStruct(place[path].shard_shape(shapes[path].shape), "f4")
+    assert whole // part.size == expected

@@ -78,6 +78,10 @@ def read_json(path: Path) -> dict[str, Any]:
   try:
     found = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
+    if path.parent.parent.name == "checkpoints":
+      raise UserError(
+        f"{path.parent}: what a run goes on from, not a model; docs/training.md tells how to make a model of it"
+      ) from None
     raise UserError(f"{path}: no such file; a checkpoint folder has a {path.name}") from None
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise UserError(f"{path}: not valid JSON ({error})") from None
