@@ -136,20 +136,7 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
   frozen = {path: value for path, value in params.items() if path not in trainable}
   frozen |= reference_copies(config, source, params, trainable)
 
-  log = RunLog(
-    config.training,
-    output_dir,
-    total_steps=loader.total_steps,
-    epoch_of=loader.epoch_of,
-    gauges=Gauges(
-      useful=mfu.useful_flops(
-        source.config, source.model.shapes, trainable, twice=parts_run_twice(objective)
-      ),
-      peak=mfu.peak_flops(jax.devices()),
-      devices=jax.local_devices(),
-    ),
-    writes=distributed.is_first(),
-  )
+  log = open_log(config, source, trainable, loader, twice=parts_run_twice(objective))
   if resumes:
     del params
     like = TrainState.describe(select(described, trainable), optimizer, places, objective.initial_running)
@@ -202,6 +189,32 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
       logging.info("Held-out pairs: %s", judged)
     finish(config, source, tokenizer, chat, params, evaluation)
     distributed.barrier("the model is saved", seconds=EXPORT_SECONDS)
+
+
+def open_log(
+  config: TrainConfig, source: Source, trainable: set[str], loader: TrainLoader, *, twice: tuple[str, ...]
+) -> RunLog:
+  """The log of a run, which knows what a step needs and what the devices could do.
+
+  Args:
+    config: the run.
+    source: the model.
+    trainable: the paths of what trains.
+    loader: of the run.
+    twice: parts of the model that a reference policy runs as well.
+  """
+  return RunLog(
+    config.training,
+    output_folder(config),
+    total_steps=loader.total_steps,
+    epoch_of=loader.epoch_of,
+    gauges=Gauges(
+      useful=mfu.useful_flops(source.config, source.model.shapes, trainable, twice=twice),
+      peak=mfu.peak_flops(jax.devices()),
+      devices=jax.local_devices(),
+    ),
+    writes=distributed.is_first(),
+  )
 
 
 def check_length(training: TrainingArguments, taken: int, total: int) -> None:

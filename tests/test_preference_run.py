@@ -164,6 +164,22 @@ def test_a_run_goes_on_with_the_reference_that_it_began_with(tmp_path, pairs):
   assert "Resuming from the checkpoint of step 2" in run(tmp_path, pairs, "out", *saves).stderr
 
 
+@pytest.mark.slow
+def test_a_checkpoint_becomes_a_model_by_a_run_without_steps(tmp_path, pairs):
+  saves = ("training.save_steps=2", "training.save_strategy=steps")
+  run(tmp_path, pairs, "out", *saves)
+  shutil.copytree(tmp_path / "out" / "checkpoints" / "2", tmp_path / "elsewhere" / "checkpoints" / "2")
+  done = run(tmp_path, pairs, "elsewhere", *saves, "training.max_steps=2")
+  assert "Resuming from the checkpoint of step 2" in done.stderr
+  halfway, final = (load_file(tmp_path / name / "model.safetensors") for name in ("elsewhere", "out"))
+  start = load_file(CURVE / "init/model.safetensors")
+  name = "language_model.model.layers.0.mlp.gate_proj.weight"
+  assert 0 < np.abs(halfway[name] - start[name]).max() < np.abs(final[name] - start[name]).max()
+  # And not the other way round.
+  done = run(tmp_path, pairs, "out", *saves, "training.max_steps=2", ok=False)
+  assert "is of step 4, but the run is to end after step 2 (training.max_steps=2" in done.stderr
+
+
 def test_a_cache_of_other_numbers_is_seen_at_the_start(tmp_path, pairs):
   run(tmp_path, pairs, "out", "preference.precompute_reference=True", "training.max_steps=1")
   folder = tmp_path / "out" / "reference_logps"
