@@ -66,22 +66,22 @@ def test_the_first_of_two_processes_dies_and_one_goes_on(world, straight):
 
 
 def test_processes_that_share_rows(world):
-  """Heads and tokens over two processes, which feed the same rows to their devices."""
-  job = Job(
-    world, "mesh.data=1", "mesh.fsdp=1", "mesh.sequence=2", "mesh.tensor=2", out="shared", processes=2
-  )
+  """Heads over two processes, which feed the same rows to their devices."""
+  shared = ("mesh.data=1", "mesh.fsdp=1", "mesh.tensor=2", "training.max_steps=6")
+  job = Job(world, *shared, out="shared", processes=2, devices=2)
   assert job.wait() == [0, 0], job.log() + job.log(1)
-  alone = Job(world, "mesh.data=1", "mesh.fsdp=1", "mesh.sequence=2", "mesh.tensor=2", out="shared_alone")
+  alone = Job(world, *shared, out="shared_alone", devices=2)
   assert alone.wait() == [0], alone.log()
   assert_same_curve(history(job.out), history(alone.out), atol=1e-5)
 
 
 def test_a_supervised_run_that_is_told_to_stop_asks_to_be_started_again(world):
-  job = Job(world, *SAVING, out="supervised", step_seconds=0.3, launcher="supervised.sh")
-  job.wait_for("step 3/24")
+  short = (*SAVING, "training.max_steps=10")
+  job = Job(world, *short, out="supervised", step_seconds=0.5, launcher="supervised.sh")
+  job.wait_for("step 3/10")
   job.processes[0].send_signal(signal.SIGTERM)
   assert job.wait(60) == [75], job.log()
-  again = Job(world, *SAVING, out="supervised", launcher="supervised.sh")
+  again = Job(world, *short, out="supervised", launcher="supervised.sh")
   assert again.wait() == [0], again.log()
   assert "Resuming from the checkpoint of step" in again.log() and (again.out / "config.json").is_file()
 
