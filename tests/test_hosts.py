@@ -65,6 +65,7 @@ def test_the_first_of_two_processes_dies_and_one_goes_on(world, straight):
   assert_same_curve(history(alone.out), history(straight), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_processes_that_share_rows(world):
   """Heads over two processes, which feed the same rows to their devices."""
   shared = ("mesh.data=1", "mesh.fsdp=1", "mesh.tensor=2", "training.max_steps=6")
@@ -75,6 +76,7 @@ def test_processes_that_share_rows(world):
   assert_same_curve(history(job.out), history(alone.out), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_supervised_run_that_is_told_to_stop_asks_to_be_started_again(world):
   short = (*SAVING, "training.max_steps=10")
   job = Job(world, *short, out="supervised", step_seconds=0.5, launcher="supervised.sh")

@@ -264,7 +264,7 @@ def test_experts(name, mesh):
   check(name, mesh)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_zero(stage):
   """Stage 2 in two micro-batches, whose gradients are added up in parts."""
   harness, _ = check("dense", {"data": 8}, zero_stage=stage, accumulation=2 if stage == 2 else 1)
