@@ -288,14 +288,14 @@ def table(results: dict[str, Any]) -> list[str]:
 
 
 def cell(found: dict[str, Any]) -> str:
-  """An entry in words: slice, mesh, remat, GiB of GiB a chip, bound of the MFU, seconds of compiling."""
+  """An entry in words: slice, mesh, remat, GiB of GiB a chip, bound of the MFU."""
   if "error" in found:
     return f"failed: {found['error']}"
   if found["topology"] is None:
     return "none"
   used, limit = found["bytes"] / GIB, found["limit"] / GIB
   shape = found["topology"].partition(":")[2]
-  return f"**{shape}**: {mesh_of(found)}, {found['remat']}, {used:.1f} of {limit:.1f}, ≤ {found['mfu']:.0%}, {found['compile_seconds']:.0f} s"
+  return f"**{shape}**: {mesh_of(found)}, {found['remat']}, {used:.1f} of {limit:.1f}, ≤ {found['mfu']:.0%}"
 
 
 def mesh_of(found: dict[str, Any]) -> str:
