@@ -194,9 +194,8 @@ def compile_step(
   Args:
     plan: the step.
     target: the devices it is planned for.
-    optimization_level: how hard the compiler for a slice of TPUs tries. "O0" and "O1" lay out memory alike, and take a
-      fifth and a third of the time of "default", which is what a run on TPUs gets, with memory within 4 %
-      (docs/scale.md).
+    optimization_level: how hard the compiler for a slice of TPUs tries. "default" is what a run on TPUs gets. "O0" and
+      "O1" take a fraction of its time, with memory within 4 % (docs/scale.md).
     dump: an empty folder for what the compiler for a slice writes about the program; None keeps nothing of it.
   """
   start = time.perf_counter()
