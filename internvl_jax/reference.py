@@ -66,7 +66,7 @@ class PairScorer:
     steps = math.ceil(loader.rows_per_epoch / loader.global_batch)
     for _ in tqdm(range(steps), desc=self.title, unit="batch", disable=not distributed.is_first()):
       with self.watchdog.phase(self.title):
-        batch = on_devices(next(loader), self.mesh)
+        batch = rules.place_batch(next(loader), self.mesh)
         indices, logps = jax.tree.map(np.asarray, self._program(dict(params), batch))
       found[indices[indices >= 0]] = logps[indices >= 0]
     loader.close()
@@ -82,11 +82,6 @@ class PairScorer:
     with rules.scope(self.mesh):
       logps = jax.lax.map(lambda micro: self.objective.answer_logps(params, micro), batch)
       return batch.pair_index, logps
-
-
-def on_devices(batch: PreferenceBatch, mesh: jax.sharding.Mesh) -> PreferenceBatch:
-  """A batch of numpy arrays, of each host its part, on the devices."""
-  return jax.make_array_from_process_local_data(rules.batch_shardings(mesh, preference=True), batch)
 
 
 # --- On disk ------------------------------------------------------------------------------------------------
@@ -227,7 +222,7 @@ def check_start(
       first = jax.tree.map(lambda leaf: leaf[0], batch)
       return objective.drift(params, first)
 
-  loss, relative = map(float, drift(dict(params), on_devices(batch, mesh)))
+  loss, relative = map(float, drift(dict(params), rules.place_batch(batch, mesh)))
   if not relative <= DRIFT[jnp.dtype(objective.how.dtype)]:
     raise UserError(
       f"the policy is not the reference before the first step: DPO's loss is {loss:.7f}, not ln 2 = {math.log(2):.7f}, "

@@ -45,7 +45,7 @@ from internvl_jax.inference import recorded_settings
 from internvl_jax.metrics import Gauges, RunLog, Trace, write_json
 from internvl_jax.models.lora import adapter_paths
 from internvl_jax.objectives import PreferenceOptimization, SupervisedFineTuning
-from internvl_jax.parallel import distributed, rules
+from internvl_jax.parallel import distributed
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.preference import PreferenceRun
 from internvl_jax.state import TrainState, describe
@@ -158,10 +158,7 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
     trainer = Trainer(
       training=config.training,
       runtime=config.runtime,
-      steps=CompiledSteps(
-        make_step(config, objective, optimizer, places),
-        rules.batch_shardings(mesh, preference=pairs is not None),
-      ),
+      steps=CompiledSteps(make_step(config, objective, optimizer, places), mesh),
       schedule=optim.make_schedule(config.training, loader.total_steps),
       loader=loader,
       checkpointer=checkpointer,

@@ -21,7 +21,7 @@ from internvl_jax.checkpoint import Checkpointer
 from internvl_jax.errors import UserError
 from internvl_jax.metrics import RunLog, StepClock, Trace
 from internvl_jax.optim import Schedule
-from internvl_jax.parallel import distributed
+from internvl_jax.parallel import distributed, rules
 from internvl_jax.state import TrainState
 from internvl_jax.step import StepMetrics, TrainStep
 from internvl_jax.watchdog import Watchdog
@@ -51,11 +51,11 @@ class CompiledSteps:
 
   Attributes:
     step: what to compile.
-    batch_shardings: where the fields of a batch go.
+    mesh: its devices.
   """
 
   step: TrainStep
-  batch_shardings: Batch
+  mesh: jax.sharding.Mesh
   _programs: dict[tuple, Any] = dataclasses.field(default_factory=dict)
 
   def __call__(
@@ -69,8 +69,7 @@ class CompiledSteps:
       batch: numpy arrays: of each field, the part of the rows and pools that belongs to this process's devices.
       learning_rate: of this step.
     """
-    whole = jax.make_array_from_process_local_data(self.batch_shardings, batch)
-    inputs = (state, frozen, whole, np.float32(learning_rate))
+    inputs = (state, frozen, rules.place_batch(batch, self.mesh), np.float32(learning_rate))
     shape = _shape(batch)
     if shape not in self._programs:
       self._programs[shape] = self._compile(inputs)

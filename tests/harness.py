@@ -152,7 +152,7 @@ class Harness:
     )
 
   def inputs(self, batch, learning_rate=1e-2):
-    batch = jax.device_put(batch, rules.batch_shardings(self.mesh))
+    batch = jax.device_put(batch, rules.batch_shardings(batch, self.mesh))
     return self.state, self.frozen, batch, np.float32(learning_rate)
 
   def run(self, batch, steps=1):

@@ -67,11 +67,13 @@ def test_the_first_of_two_processes_dies_and_one_goes_on(world, straight):
 
 @pytest.mark.slow
 def test_processes_that_share_rows(world):
-  """Heads over two processes, which feed the same rows to their devices."""
-  shared = ("mesh.data=1", "mesh.fsdp=1", "mesh.tensor=2", "training.max_steps=6")
-  job = Job(world, *shared, out="shared", processes=2, devices=2)
+  """Tokens, heads and tiles over the four devices of two processes, which feed the same rows."""
+  mesh = ("mesh.data=1", "mesh.fsdp=1", "mesh.sequence=2", "mesh.tensor=2")
+  batch = ("training.max_steps=6", "training.per_device_train_batch_size=4", "loader.tile_buckets=(4,)")
+  job = Job(world, *mesh, *batch, out="shared", processes=2, devices=4)
   assert job.wait() == [0, 0], job.log() + job.log(1)
-  alone = Job(world, *shared, out="shared_alone", devices=2)
+  assert "tokens and 4 tiles a shard" in job.log()
+  alone = Job(world, *mesh, *batch, out="shared_alone", devices=4)
   assert alone.wait() == [0], alone.log()
   assert_same_curve(history(job.out), history(alone.out), atol=1e-5)
 

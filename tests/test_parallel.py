@@ -329,6 +329,17 @@ def test_activations_take_the_axes_that_divide_them():
     rules.activation_spec(("row",), (8,), mesh)
 
 
+def test_pools_of_tiles_are_spread_over_the_devices_that_share_them():
+  mesh = jax.make_mesh((1, 2, 1, 2, 2), AXES)
+  for tiles, held in ((8, 2), (6, 6), (0, 0)):
+    batch = reshape_batch(packed_batch(0), accumulation=1, shards=2)
+    batch = batch._replace(tiles=np.zeros((1, 2, tiles, 16, 16, 3), "u1"))
+    placed = rules.place_batch(batch, mesh)
+    assert {shard.data.shape[:3] for shard in placed.tiles.addressable_shards} == {(1, 1, held)}
+    assert {shard.data.shape for shard in placed.targets.addressable_shards} == {(1, ROWS // 2, LENGTH)}
+    np.testing.assert_array_equal(placed.targets, batch.targets)
+
+
 def test_without_a_mesh_nothing_is_constrained():
   jaxpr = str(jax.make_jaxpr(lambda x: rules.constrain(x, "rows", "tokens"))(np.zeros((2, 2))))
   assert "sharding" not in jaxpr

@@ -179,7 +179,7 @@ def take_steps(harness, batches, rate=2e-2):
   """(loss, gradient norm, terms) of each step."""
   program, found = jax.jit(harness.step.__call__), []
   for batch in batches:
-    batch = jax.device_put(batch, rules.batch_shardings(harness.mesh, preference=True))
+    batch = jax.device_put(batch, rules.batch_shardings(batch, harness.mesh))
     harness.state, metrics = program(harness.state, harness.frozen, batch, np.float32(rate))
     assert not metrics.skipped
     found.append((metrics.loss, metrics.grad_norm, metrics.terms))

@@ -139,10 +139,9 @@ def plan_step(
   shapes, places = state_places(config, source, trainable, mesh)
   params = {path: leaf.update(sharding=places.params[path]) for path, leaf in shapes.items()}
   preference = config.preference.loss_type is not None
+  batch = shape.batch(meshes.data_parallel_size(mesh), preference=preference)
   batch = jax.tree.map(
-    lambda leaf, place: leaf.update(sharding=place),
-    shape.batch(meshes.data_parallel_size(mesh), preference=preference),
-    rules.batch_shardings(mesh, preference=preference),
+    lambda leaf, place: leaf.update(sharding=place), batch, rules.batch_shardings(batch, mesh)
   )
   frozen = {path: leaf for path, leaf in params.items() if path not in trainable}
   frozen |= describe_copies(config, source, params, trainable)

@@ -13,6 +13,7 @@ Letters: R rows, S tokens, D data shards.
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Literal, TypeAlias
@@ -21,13 +22,16 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from internvl_jax.batch import Batch, PreferenceBatch, SFTBatch
-from internvl_jax.parallel.mesh import DATA_AXES
+from internvl_jax.parallel.mesh import DATA_AXES, data_parts
 
 MeshAxes: TypeAlias = tuple[str, ...]
 Names: TypeAlias = tuple[str | None, ...]
 
 _SHARED = ("expert", "sequence")
 """Axes whose devices share rows, and that split no axis of a dense weight in use: they store it like `fsdp`."""
+
+_SHARING = (*_SHARED, "tensor")
+"""All axes whose devices share rows and pools of tiles."""
 
 WEIGHTS: dict[str, MeshAxes] = {
   "layers": (),
@@ -36,7 +40,7 @@ WEIGHTS: dict[str, MeshAxes] = {
   "patch": ("fsdp", *_SHARED),
   # The token embeddings: their number is rarely a multiple of anything, so their width is split.
   "vocab": (),
-  "table": ("fsdp", *_SHARED, "tensor"),
+  "table": ("fsdp", *_SHARING),
   # Split in use as well.
   "heads": ("tensor",),
   "kv_heads": ("tensor",),
@@ -52,14 +56,14 @@ SPLIT_IN_USE = frozenset({"heads", "kv_heads", "mlp"})
 """Axes of weights that products are computed in pieces of; the others are collected before."""
 
 ACTIVATIONS: dict[str, MeshAxes] = {
-  "tiles": (*DATA_AXES, *_SHARED, "tensor"),
+  "tiles": (*DATA_AXES, *_SHARING),
   "rows": DATA_AXES,
   "heads": ("tensor",),
   # Within attention, where tokens give up their axes to heads.
   "attention_heads": ("tensor", *_SHARED),
   # Within the loss.
   "vocab": ("tensor",),
-  "tokens": (*_SHARED, "tensor"),
+  "tokens": _SHARING,
 }
 """Mesh axes of each logical axis of an activation; earlier entries choose first, later ones take what is left."""
 
@@ -123,7 +127,7 @@ def even_shares(tiles: int) -> int:
   mesh = mesh_in_scope()
   if mesh is None:
     return tiles
-  devices = _devices((*_SHARED, "tensor"), mesh)
+  devices = _devices(_SHARING, mesh)
   return -(-tiles // devices) * devices
 
 
@@ -299,11 +303,35 @@ def _over_data(axes: Names, shape: tuple[int, ...], mesh: Mesh) -> list[MeshAxes
 # --- Batches ------------------------------------------------------------------------------------------------
 
 
-def batch_shardings(mesh: Mesh, *, preference: bool = False) -> Batch:
-  """The sharding of each field of a batch [A, R, ...]: rows, their pairs and tile pools over the data axes."""
+def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
+  """The sharding of each field of a batch [A, R, ...] of arrays or shapes: rows, pairs and pools over the data axes.
+
+  The tiles of a pool are spread over the devices that share it, too, where these take as many each: the pixels of a
+  long row are the largest thing in a batch.
+  """
   rows = NamedSharding(mesh, PartitionSpec(None, DATA_AXES))
-  batch = SFTBatch(**dict.fromkeys(SFTBatch._fields, rows))
-  return PreferenceBatch(batch, rows, rows, rows, rows) if preference else batch
+  num_tiles = batch.rows.tiles.shape[2]
+  evenly = num_tiles > 0 and num_tiles % _devices(_SHARING, mesh) == 0
+  tiles = NamedSharding(mesh, PartitionSpec(None, DATA_AXES, _SHARING if evenly else None))
+  places = SFTBatch(**dict.fromkeys(SFTBatch._fields, rows))._replace(tiles=tiles)
+  return PreferenceBatch(places, rows, rows, rows, rows) if isinstance(batch, PreferenceBatch) else places
+
+
+def place_batch(batch: Batch, mesh: Mesh) -> Batch:
+  """Numpy arrays, of each field the part of the rows and pools that this process feeds, on its devices."""
+  parts = _num_parts(mesh)
+
+  def place(leaf, sharding):
+    A, fed, *rest = leaf.shape
+    return jax.make_array_from_process_local_data(sharding, leaf, (A, parts * fed, *rest))
+
+  return jax.tree.map(place, batch, batch_shardings(batch, mesh))
+
+
+@functools.cache
+def _num_parts(mesh: Mesh) -> int:
+  """How many parts processes feed: see `data_parts`."""
+  return 1 + max(data_parts(mesh))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
