@@ -17,10 +17,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from internvl_jax.errors import UserError
+from internvl_jax.outputs import CHECKPOINTS
 from internvl_jax.state import TrainState
-
-FOLDER = "checkpoints"
-"""Folder of the checkpoints inside an output directory."""
 
 # What file systems say, through C++ libraries that know no errno, when they cannot take any more.
 _DISK_ERRORS = re.compile(
@@ -51,7 +49,7 @@ class Checkpointer:
       keep: how many of the newest checkpoints stay; None keeps all.
     """
     several = jax.process_count() > 1
-    self.folder = Path(output_dir).absolute() / FOLDER
+    self.folder = Path(output_dir).absolute() / CHECKPOINTS
     self.folder.mkdir(parents=True, exist_ok=True)
     everyone = set(range(jax.process_count())) if several else None
     options = ocp.CheckpointManagerOptions(

@@ -2,11 +2,9 @@
 
 `TrainConfig` puts the leaves of `internvl_jax.arguments` together. `validate` refuses what cannot work, all of
 it at once, from nothing but the configuration and the file system: no JAX, no network, no weights.
-`check_output_dir` decides whether a run starts, resumes or starts over.
 
-The rules are tables, so that a feature which lands is a line that goes:
+The rules are tables, a line a field:
 
-    NOT_YET    fields that must keep their default, because what they ask for is still to come
     REFUSED    fields that will never do anything here, and why
     ACCEPTED   fields that are read from recipes and change nothing, and why
     ONLY_WITH  fields that would be ignored unless another one switches them on
@@ -15,18 +13,13 @@ The rules are tables, so that a feature which lands is a line that goes:
 
 import dataclasses
 import difflib
-import fnmatch
 import json
 import math
 import os
-import re
-import shutil
 import types
 import typing
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
-
-from etils import epath
 
 from internvl_jax.arguments import (
   PREFERENCE_LOSSES,
@@ -44,6 +37,7 @@ from internvl_jax.arguments import (
   parse_distributed,
 )
 from internvl_jax.errors import UserError
+from internvl_jax.outputs import would_write_over
 from internvl_jax.parallel import zero
 
 
@@ -90,9 +84,6 @@ def to_json(config: TrainConfig) -> dict[str, dict[str, Any]]:
 
 
 # --- The rules, as data -------------------------------------------------------------------------------------
-
-NOT_YET: dict[str, str] = {}
-"""Field -> what it asks for or what is done instead; the field must keep its default until that is there."""
 
 REFUSED: dict[str, str] = {
   "training.fp16": "float16 would need loss scaling; use training.bf16=True, which does not",
@@ -378,10 +369,6 @@ def _setting(config: TrainConfig, path: str) -> str:
 
 
 def _support_problems(config: TrainConfig) -> Iterator[str]:
-  for path, reason in NOT_YET.items():
-    if _changed(config, path):
-      setting, default = _setting(config, path), FIELDS[path].default
-      yield f"{setting} is not supported yet; set it to {default!r} ({reason})"
   for path, reason in REFUSED.items():
     if _changed(config, path):
       yield f"{_setting(config, path)} is not supported: {reason}"
@@ -632,146 +619,19 @@ def _is_hub_id(name: str) -> bool:
 def _output_path_problems(config: TrainConfig) -> Iterator[str]:
   output = config.training.output_dir
   assert output is not None
-  if not _is_remote(output) and os.path.exists(output) and not os.path.isdir(output):
+  if _is_remote(output):
+    yield (
+      f"training.output_dir={output!r}: runs write to folders only; mount the bucket, or a file system that all hosts "
+      "share, and name the folder"
+    )
+    return
+  if os.path.exists(output) and not os.path.isdir(output):
     yield f"training.output_dir={output!r} is a file; name a folder"
   for path in ("model.model_name_or_path", *PARTS, "model.mlp_path"):
     name = get(config, path)
     folder = os.path.dirname(name) if name and name.endswith(PROJECTOR_SUFFIXES) else name
-    if folder and _is_written_by_run(folder, output):
+    if folder and not _is_remote(folder) and would_write_over(folder, output):
       yield (
         f"{path}={name!r} is where training.output_dir={output!r} would be written; "
         "write to a folder of its own"
       )
-
-
-def _is_written_by_run(model: str, output: str) -> bool:
-  """Whether a run would write over the weights it starts from, or delete them to start anew."""
-  if _is_remote(model) != _is_remote(output):
-    return False
-  clean = os.path.normpath if _is_remote(model) else os.path.realpath
-  model, output = clean(model), clean(output)
-  return model == output or any(
-    (model + os.sep).startswith(os.path.join(output, folder, "")) for folder in RUN_FOLDERS
-  )
-
-
-# --- The output directory -----------------------------------------------------------------------------------
-
-RUN_FILES = (
-  "train_config.json",
-  "trainer_state.json",
-  "train_results.json",
-  "eval_results.json",
-  "preference_results.json",
-  "reference.json",
-  "predictions.jsonl",
-  "config.json",
-  "generation_config.json",
-  "preprocessor_config.json",
-  "processor_config.json",
-  "model.safetensors",
-  "model.safetensors.index.json",
-  "model-*-of-*.safetensors",
-  "shard-*.tmp",
-  "*.json.tmp",
-  "tokenizer.json",
-  "tokenizer.model",
-  "tokenizer_config.json",
-  "special_tokens_map.json",
-  "added_tokens.json",
-  "vocab.json",
-  "merges.txt",
-  "chat_template.jinja",
-  "chat_template.json",
-)
-"""The files a run writes at the root of its output directory."""
-
-RUN_FOLDERS = ("checkpoints", "adapter", "tensorboard", "profile")
-"""The folders a run writes there."""
-
-KEPT_FOLDERS = ("reference_logps",)
-"""Folders that a run makes and that no run deletes: they say what they were made of, and took a pass over the data."""
-
-RUN_MARKS = ("train_config.json", "trainer_state.json", "checkpoints")
-"""One of these tells a run's output from, say, a downloaded model; `train_config.json` is written first."""
-
-
-def check_output_dir(training: TrainingArguments) -> Literal["new", "resume", "overwrite"]:
-  """Decides from the file system how a run begins; changes nothing.
-
-  "new": nothing is there. "resume": the directory holds a complete checkpoint. "overwrite":
-  `overwrite_output_dir` was asked for and something is there, or there is nothing but the beginnings of a run
-  that was stopped before its first checkpoint; `clear_output_dir` then makes room.
-
-  Raises:
-    UserError: The directory is not empty, and neither resuming nor overwriting is right.
-  """
-  assert training.output_dir is not None, "validate() comes first"
-  folder = epath.Path(training.output_dir)
-  present = {entry.name for entry in folder.iterdir()} - set(KEPT_FOLDERS) if folder.exists() else set()
-  where = f"training.output_dir={training.output_dir!r}"
-  if not present:
-    return "new"
-  if not training.overwrite_output_dir:
-    if newest_checkpoint(training.output_dir) is not None:
-      return "resume"
-    if _stopped_early(folder, present):
-      return "overwrite"
-    raise UserError(
-      f"{where} is not empty and holds no complete checkpoint to resume from; "
-      "choose another folder or set training.overwrite_output_dir=True"
-    )
-  ours = sorted(entry.name for entry in _run_outputs(folder))
-  if ours and present.isdisjoint(RUN_MARKS):
-    raise UserError(
-      f"{where} holds {ours[0]}, but nothing tells that a run of ours wrote it, so it is not overwritten; "
-      "choose another folder or empty it yourself"
-    )
-  return "overwrite"
-
-
-def _stopped_early(folder: epath.Path, present: set[str]) -> bool:
-  """Whether a run began here, and left neither a model nor anything that is not a run's."""
-  ours = {entry.name for entry in _run_outputs(folder)}
-  has_model = any(fnmatch.fnmatch(name, "model*.safetensors") for name in present)
-  return "train_config.json" in present and present <= ours and not has_model
-
-
-def newest_checkpoint(output_dir: str) -> int | None:
-  """The step of the newest complete checkpoint under `checkpoints/`, or None.
-
-  A checkpoint is written under a temporary name and renamed when it is whole, so a folder named by digits
-  that holds Orbax's metadata is complete.
-  """
-  root = epath.Path(output_dir) / "checkpoints"
-  if not root.exists():
-    return None
-  complete = (
-    int(entry.name)
-    for entry in root.iterdir()
-    if re.fullmatch("[0-9]+", entry.name) and (entry / "_CHECKPOINT_METADATA").exists()
-  )
-  return max(complete, default=None)
-
-
-def clear_output_dir(output_dir: str) -> list[str]:
-  """Deletes what a run wrote (`RUN_FILES`, `RUN_FOLDERS`) and nothing else; returns the names, sorted.
-
-  For one process of a run, after `check_output_dir` said "overwrite" to all of them.
-  """
-  deleted = _run_outputs(epath.Path(output_dir))
-  for entry in deleted:
-    if os.path.islink(entry):  # What it points to may be anybody's.
-      os.unlink(entry)
-    elif entry.is_dir():
-      entry.rmtree() if _is_remote(output_dir) else shutil.rmtree(entry)
-    else:
-      entry.unlink()
-  return sorted(entry.name for entry in deleted)
-
-
-def _run_outputs(folder: epath.Path) -> list[epath.Path]:
-  files = [
-    entry for entry in folder.iterdir() if any(fnmatch.fnmatch(entry.name, name) for name in RUN_FILES)
-  ]
-  return files + [folder / name for name in RUN_FOLDERS if (folder / name).exists()]

@@ -32,7 +32,7 @@ from internvl_jax.assembly import (
   shares_prompts,
 )
 from internvl_jax.checkpoint import Checkpointer
-from internvl_jax.config import TrainConfig, check_output_dir, clear_output_dir, to_json, validate
+from internvl_jax.config import TrainConfig, to_json, validate
 from internvl_jax.data.pipeline import TrainLoader
 from internvl_jax.data.show import show_batch
 from internvl_jax.data.tokenize import ChatTokenizer
@@ -45,6 +45,7 @@ from internvl_jax.inference import recorded_settings
 from internvl_jax.metrics import Gauges, RunLog, Trace, write_json
 from internvl_jax.models.lora import adapter_paths
 from internvl_jax.objectives import PreferenceOptimization, SupervisedFineTuning
+from internvl_jax.outputs import CONFIG_FILE, check_output_dir, clear_output_dir
 from internvl_jax.parallel import distributed
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.preference import PreferenceRun
@@ -56,9 +57,6 @@ from internvl_jax.watchdog import Watchdog
 OPEN_SECONDS = EXPORT_SECONDS = 3600
 """How long processes wait for the last one to read its weights, and for the first one to write the model: 150 GB from
 or to a slow disk."""
-
-CONFIG_FILE = "train_config.json"
-"""What a run was made with, in its output directory."""
 
 _CONFIG = frontdoor.define_config_flag()
 
@@ -275,11 +273,6 @@ def prepare_output_dir(config: TrainConfig, watchdog: Watchdog) -> None:
   Raises:
     UserError: the directory must not be written to, or not all hosts see it.
   """
-  if "://" in str(config.training.output_dir):
-    raise UserError(
-      f"training.output_dir={config.training.output_dir!r}: runs write to folders only; mount the bucket, or a file "
-      "system that all hosts share, and name the folder"
-    )
   output_dir = output_folder(config)
   written = output_dir / CONFIG_FILE
   if distributed.is_first():

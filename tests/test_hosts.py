@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from hosts import Job, assert_same_curve, history, make_world
-from internvl_jax.config import newest_checkpoint
+from internvl_jax.outputs import newest_checkpoint
 
 SAVING = ("training.save_strategy=steps", "training.save_steps=4")
 

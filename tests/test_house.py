@@ -29,6 +29,7 @@ LAYERS = (
   ("models", "losses", "data"),
   ("parallel",),
   ("batch", "trees", "flops"),
+  ("outputs",),
   ("arguments", "errors", "watchdog"),
 )
 

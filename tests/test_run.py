@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from internvl_jax.config import newest_checkpoint
 from internvl_jax.convert import convert
 from internvl_jax.hf.config import HF
+from internvl_jax.outputs import newest_checkpoint
 from toy import CURVE, CURVE_INTERNLM2, log_history, run_training, train_command
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from internvl_jax.config import newest_checkpoint
+from internvl_jax.outputs import newest_checkpoint
 from toy import REPOSITORY
 
 SAVER = Path(__file__).parent / "saver.py"

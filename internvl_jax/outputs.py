@@ -1,0 +1,142 @@
+"""A run's output directory: what it holds, and whether a run begins there, goes on or begins anew."""
+
+import fnmatch
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Literal
+
+from internvl_jax.arguments import TrainingArguments
+from internvl_jax.errors import UserError
+
+CONFIG_FILE = "train_config.json"
+"""What the run was made with."""
+
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints to resume from."""
+
+RUN_FILES = (
+  CONFIG_FILE,
+  "trainer_state.json",
+  "train_results.json",
+  "eval_results.json",
+  "preference_results.json",
+  "reference.json",
+  "predictions.jsonl",
+  "config.json",
+  "generation_config.json",
+  "preprocessor_config.json",
+  "processor_config.json",
+  "model.safetensors",
+  "model.safetensors.index.json",
+  "model-*-of-*.safetensors",
+  "shard-*.tmp",
+  "*.json.tmp",
+  "tokenizer.json",
+  "tokenizer.model",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "vocab.json",
+  "merges.txt",
+  "chat_template.jinja",
+  "chat_template.json",
+)
+"""The files a run writes at the root of its output directory."""
+
+RUN_FOLDERS = (CHECKPOINTS, "adapter", "tensorboard", "profile")
+"""The folders a run writes there."""
+
+KEPT_FOLDERS = ("reference_logps",)
+"""Folders that a run makes and that no run deletes: they say what they were made of, and took a pass over the data."""
+
+RUN_MARKS = (CONFIG_FILE, "trainer_state.json", CHECKPOINTS)
+"""One of these tells a run's output from, say, a downloaded model; the first of them is written first."""
+
+
+def would_write_over(model: str, output_dir: str) -> bool:
+  """Whether a run would write over the weights it starts from, or delete them to start anew."""
+  model, output_dir = os.path.realpath(model), os.path.realpath(output_dir)
+  return model == output_dir or any(
+    (model + os.sep).startswith(os.path.join(output_dir, folder, "")) for folder in RUN_FOLDERS
+  )
+
+
+def check_output_dir(training: TrainingArguments) -> Literal["new", "resume", "overwrite"]:
+  """Decides from the file system how a run begins; changes nothing.
+
+  "new": nothing is there. "resume": the directory holds a complete checkpoint. "overwrite":
+  `overwrite_output_dir` was asked for and something is there, or there is nothing but the beginnings of a run
+  that was stopped before its first checkpoint; `clear_output_dir` then makes room.
+
+  Raises:
+    UserError: the directory is not empty, and neither resuming nor overwriting is right.
+  """
+  assert training.output_dir is not None, "validate() comes first"
+  folder = Path(training.output_dir)
+  present = {entry.name for entry in folder.iterdir()} - set(KEPT_FOLDERS) if folder.exists() else set()
+  where = f"training.output_dir={training.output_dir!r}"
+  if not present:
+    return "new"
+  if not training.overwrite_output_dir:
+    if newest_checkpoint(training.output_dir) is not None:
+      return "resume"
+    if _stopped_early(folder, present):
+      return "overwrite"
+    raise UserError(
+      f"{where} is not empty and holds no complete checkpoint to resume from; "
+      "choose another folder or set training.overwrite_output_dir=True"
+    )
+  ours = sorted(entry.name for entry in _run_outputs(folder))
+  if ours and present.isdisjoint(RUN_MARKS):
+    raise UserError(
+      f"{where} holds {ours[0]}, but nothing tells that a run of ours wrote it, so it is not overwritten; "
+      "choose another folder or empty it yourself"
+    )
+  return "overwrite"
+
+
+def _stopped_early(folder: Path, present: set[str]) -> bool:
+  """Whether a run began here, and left neither a model nor anything that is not a run's."""
+  ours = {entry.name for entry in _run_outputs(folder)}
+  has_model = any(fnmatch.fnmatch(name, "model*.safetensors") for name in present)
+  return CONFIG_FILE in present and present <= ours and not has_model
+
+
+def newest_checkpoint(output_dir: str) -> int | None:
+  """The step of the newest complete checkpoint under `CHECKPOINTS`, or None.
+
+  A checkpoint is written under a temporary name and renamed when it is whole, so a folder named by digits
+  that holds Orbax's metadata is complete.
+  """
+  root = Path(output_dir) / CHECKPOINTS
+  if not root.exists():
+    return None
+  complete = (
+    int(entry.name)
+    for entry in root.iterdir()
+    if re.fullmatch("[0-9]+", entry.name) and (entry / "_CHECKPOINT_METADATA").exists()
+  )
+  return max(complete, default=None)
+
+
+def clear_output_dir(output_dir: str) -> list[str]:
+  """Deletes what a run wrote (`RUN_FILES`, `RUN_FOLDERS`) and nothing else; returns the names, sorted.
+
+  For one process of a run, after `check_output_dir` said "overwrite" to all of them.
+  """
+  deleted = _run_outputs(Path(output_dir))
+  for entry in deleted:
+    if entry.is_dir() and not entry.is_symlink():  # What a link points to may be anybody's.
+      shutil.rmtree(entry)
+    else:
+      entry.unlink()
+  return sorted(entry.name for entry in deleted)
+
+
+def _run_outputs(folder: Path) -> list[Path]:
+  files = [
+    entry for entry in folder.iterdir() if any(fnmatch.fnmatch(entry.name, name) for name in RUN_FILES)
+  ]
+  return files + [folder / name for name in RUN_FOLDERS if (folder / name).exists()]
