@@ -1,7 +1,6 @@
 """What a run tells about itself: the log history, TensorBoard, the progress bar and throughput."""
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from internvl_jax.arguments import TrainingArguments
 from internvl_jax.batch import BatchCounts
 from internvl_jax.mfu import UsefulFlops
+from internvl_jax.outputs import write_json
 
 _TEXTS = {
   "loss": "loss {:.4f}",
@@ -368,11 +368,3 @@ class Trace:
       jax.profiler.stop_trace()
       self._running = False
       logging.info("Wrote a trace to %s", self._folder)
-
-
-def write_json(path: Path, value: Any) -> None:
-  """Writes JSON, complete or not at all."""
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-  temporary.replace(path)
-  logging.debug("wrote %s", path)

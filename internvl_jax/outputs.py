@@ -1,11 +1,12 @@
 """A run's output directory: what it holds, and whether a run begins there, goes on or begins anew."""
 
 import fnmatch
+import json
 import os
 import re
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from internvl_jax.arguments import TrainingArguments
 from internvl_jax.errors import UserError
@@ -53,6 +54,13 @@ KEPT_FOLDERS = ("reference_logps",)
 
 RUN_MARKS = (CONFIG_FILE, "trainer_state.json", CHECKPOINTS)
 """One of these tells a run's output from, say, a downloaded model; the first of them is written first."""
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Writes JSON, complete or not at all."""
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+  temporary.replace(path)
 
 
 def would_write_over(model: str, output_dir: str) -> bool:

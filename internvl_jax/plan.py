@@ -28,7 +28,7 @@ from internvl_jax.aot.target import open_target
 from internvl_jax.assembly import set_up_jax
 from internvl_jax.config import TrainConfig, validate
 from internvl_jax.hf import published
-from internvl_jax.metrics import write_json
+from internvl_jax.outputs import write_json
 
 _CONFIG = frontdoor.define_config_flag(default=recipe.__file__)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Devices to plan for, e.g. v5e:4x4.", required=True)

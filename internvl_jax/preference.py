@@ -14,8 +14,8 @@ from internvl_jax.config import TrainConfig
 from internvl_jax.data.pipeline import TrainLoader
 from internvl_jax.errors import UserError
 from internvl_jax.hf.model import Source
-from internvl_jax.metrics import write_json
 from internvl_jax.objectives import PreferenceOptimization
+from internvl_jax.outputs import write_json
 from internvl_jax.parallel import distributed
 from internvl_jax.reference import PairEvaluation, PairScorer, ReferenceLogProbs, check_start, checksum
 from internvl_jax.trees import select

@@ -25,8 +25,8 @@ from tqdm import tqdm
 from internvl_jax.batch import PreferenceBatch
 from internvl_jax.data.pipeline import TrainLoader
 from internvl_jax.errors import UserError
-from internvl_jax.metrics import write_json
 from internvl_jax.objectives import PreferenceOptimization
+from internvl_jax.outputs import write_json
 from internvl_jax.parallel import distributed, rules
 from internvl_jax.watchdog import Watchdog
 

@@ -42,10 +42,10 @@ from internvl_jax.hf import config as layouts
 from internvl_jax.hf import export, peft
 from internvl_jax.hf.model import Source, base_name
 from internvl_jax.inference import recorded_settings
-from internvl_jax.metrics import Gauges, RunLog, Trace, write_json
+from internvl_jax.metrics import Gauges, RunLog, Trace
 from internvl_jax.models.lora import adapter_paths
 from internvl_jax.objectives import PreferenceOptimization, SupervisedFineTuning
-from internvl_jax.outputs import CONFIG_FILE, check_output_dir, clear_output_dir
+from internvl_jax.outputs import CONFIG_FILE, check_output_dir, clear_output_dir, write_json
 from internvl_jax.parallel import distributed
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.preference import PreferenceRun

@@ -41,7 +41,7 @@ ONLY = {
   # Numpy, in worker processes: nothing that brings JAX along.
   "data": {"batch", "arguments", "errors"},
   # Checkpoint formats and the models they fill; data comes with a tokenizer in hand.
-  "hf": {"models", "parallel", "batch", "trees", "arguments", "errors"},
+  "hf": {"models", "parallel", "batch", "trees", "outputs", "arguments", "errors"},
   # Only front doors see the whole configuration; below them a room gets its leaf.
   "frontdoor": {"usage", "config", "arguments", "errors"},
   "usage": {"config"},

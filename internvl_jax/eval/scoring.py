@@ -23,6 +23,7 @@ from internvl_jax.data.tokenize import ChatTokenizer
 from internvl_jax.eval.decoding import GreedyDecoder, Prompt
 from internvl_jax.hf.model import Source
 from internvl_jax.models.internvl import Execution
+from internvl_jax.outputs import write_json
 from internvl_jax.parallel.distributed import is_first
 
 
@@ -123,7 +124,7 @@ class Evaluation:
   def write(self, scores: Scores, folder: str | Path) -> None:
     """Writes eval_results.json and predictions.jsonl."""
     folder = Path(folder)
-    (folder / "eval_results.json").write_text(json.dumps(scores.summary(), indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "eval_results.json", scores.summary())
     with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
       file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in scores.predictions)
 

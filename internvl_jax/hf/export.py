@@ -19,6 +19,7 @@ from internvl_jax.hf.config import Layout
 from internvl_jax.hf.model import Source
 from internvl_jax.hf.tokenizer import save_tokenizer
 from internvl_jax.models.internvl import InternVLConfig
+from internvl_jax.outputs import write_json
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 
@@ -117,11 +118,6 @@ def save_model(
     write_json(target / "preprocessor_config.json", _clip_preprocessor(source.config, normalize_type))
     for code in source.folder.glob("*.py"):
       shutil.copyfile(code, target / code.name)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-  """Writes a JSON object as Hugging Face's libraries do."""
-  path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _generation(folder: Path, eos_token_id: int | list[int] | None) -> dict[str, Any]:

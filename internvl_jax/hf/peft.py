@@ -4,7 +4,6 @@ Keys are those of the base model's modules in memory, with `base_model.model.` b
 whole InternVL.
 """
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from internvl_jax.hf.config import Layout, read_json
 from internvl_jax.hf.tables import Row
 from internvl_jax.hf.weights import Checkpoint, Rename
 from internvl_jax.models.lora import MARK, LoRASpec, adapter_paths
+from internvl_jax.outputs import write_json
 from internvl_jax.trees import part_of, select
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -196,7 +196,7 @@ def save_adapter(
   config = _adapter_config(
     specs, [module.removeprefix("base_model.model.") for module in modules], layout, base
   )
-  (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+  write_json(folder / CONFIG, config)
 
 
 def _adapter_config(

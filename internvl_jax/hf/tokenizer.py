@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from internvl_jax.errors import UserError
 from internvl_jax.hf import sentencepiece
+from internvl_jax.outputs import write_json
 
 FILES = (
   "tokenizer.json",
@@ -142,7 +143,7 @@ def save_tokenizer(
   raw = json.loads(_backend(tokenizer).to_str())
   if has_json:  # Nothing but the added tokens changes.
     raw = _read_json(source / "tokenizer.json") | {"added_tokens": raw["added_tokens"]}
-  _write_json(target / "tokenizer.json", raw)
+  write_json(target / "tokenizer.json", raw)
 
   config = config or _minimal_config(tokenizer)
   decoder = {str(index): entry for index, entry in added.items()} | config.get("added_tokens_decoder", {})
@@ -154,14 +155,14 @@ def save_tokenizer(
     config.pop("auto_map", None)
     named = _minimal_config(tokenizer)
     config |= {**named, "add_bos_token": bool(getattr(tokenizer, "add_bos_token", False))}
-  _write_json(target / "tokenizer_config.json", config)
+  write_json(target / "tokenizer_config.json", config)
 
   if (source / "special_tokens_map.json").is_file():
     special_map = _read_json(source / "special_tokens_map.json")
     _extend_special(special_map, special)
-    _write_json(target / "special_tokens_map.json", special_map)
+    write_json(target / "special_tokens_map.json", special_map)
   if (source / "added_tokens.json").is_file():
-    _write_json(target / "added_tokens.json", _read_json(source / "added_tokens.json") | new)
+    write_json(target / "added_tokens.json", _read_json(source / "added_tokens.json") | new)
 
 
 def copy_tokenizer(source: str | Path, target: str | Path) -> None:
@@ -322,7 +323,3 @@ def _read_json(path: Path) -> dict[str, Any]:
   if not isinstance(value, dict):
     raise UserError(f"{path}: a JSON object is expected, found {type(value).__name__}; download it again")
   return value
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-  path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

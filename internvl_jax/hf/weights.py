@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from internvl_jax.errors import UserError
 from internvl_jax.hf.tables import Index, Row
+from internvl_jax.outputs import write_json
 from internvl_jax.parallel import distributed
 from internvl_jax.trees import LAYER_RANGE
 
@@ -444,4 +445,4 @@ def _publish(folder: Path, shards: list[list[str]], total: int) -> None:
   if n > 1:
     weight_map = {key: name for keys, name in zip(shards, names, strict=True) for key in keys}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2))
+    write_json(folder / INDEX, index)
