@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import logging
 from transformers import PreTrainedTokenizerBase
 
@@ -40,8 +39,9 @@ from internvl_jax.objectives import (
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.parallel import rules, zero
 from internvl_jax.parallel.table import placement_table, placement_warnings
-from internvl_jax.state import with_dtypes
-from internvl_jax.step import Objective, TrainStep
+from internvl_jax.state import TrainState, with_dtypes
+from internvl_jax.state import describe as describe_parts
+from internvl_jax.step import TrainStep
 from internvl_jax.trees import part_of, select
 
 
@@ -161,32 +161,85 @@ def state_places(
   return shapes, rules.state_shardings(source.model.axes, shapes, trainable, mesh, zero_stage=stage)
 
 
-def describe_state(
-  config: TrainConfig, source: Source, trainable: set[str], mesh: jax.sharding.Mesh
-) -> tuple[dict[str, jax.ShapeDtypeStruct], rules.StateShardings]:
-  """Shapes, dtypes and places of all parameters by path, and where all of the state lies; told in the log."""
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Setup:
+  """A run before it has weights and data: what trains, where it lies and how; see `set_up`.
+
+  Attributes:
+    source: the model.
+    mesh: the devices.
+    trainable: the paths of the parameters that train.
+    shapes: of all parameters by path, as they are stored, and where.
+    how: how forward passes are computed.
+    objective: what is minimised.
+    step: the optimizer step.
+    places: where all of the state lies.
+  """
+
+  source: Source
+  mesh: jax.sharding.Mesh
+  trainable: set[str]
+  shapes: dict[str, jax.ShapeDtypeStruct]
+  how: Execution
+  objective: SupervisedFineTuning | PreferenceOptimization
+  step: TrainStep
+  places: rules.StateShardings
+
+  def create_state(self, params: Mapping[str, jax.Array]) -> TrainState:
+    """The state before the first step, of all parameters by path, where they lie."""
+    trained = select(params, self.trainable)
+    return TrainState.create(trained, self.step.optimizer, self.places, self.objective.initial_running)
+
+  def describe_state(self) -> TrainState:
+    """The shapes of what `create_state` makes, and where they lie."""
+    trained = select(self.shapes, self.trainable)
+    return TrainState.describe(trained, self.step.optimizer, self.places, self.objective.initial_running)
+
+
+def set_up(
+  config: TrainConfig, source: Source, mesh: jax.sharding.Mesh, *, platform: str | None = None
+) -> Setup:
+  """Puts together all that a run does not read.
+
+  Args:
+    config: the run's.
+    source: the model.
+    mesh: the devices, which need not be there.
+    platform: theirs; None: of those at hand.
+
+  Raises:
+    UserError: the config does not fit the model or the platform.
+  """
+  trainable = optim.trainable_paths(config.model, source.model.shapes)
   shapes, places = state_places(config, source, trainable, mesh)
-  if mesh.size > 1:
-    logging.info("Parameters:\n%s", "\n".join(placement_table(shapes, places)))
-    for line in placement_warnings(shapes, places):
-      logging.warning("%s", line)
-  return {path: leaf.update(sharding=places.params[path]) for path, leaf in shapes.items()}, places
-
-
-def make_step(
-  config: TrainConfig,
-  objective: Objective,
-  optimizer: optax.GradientTransformation,
-  places: rules.StateShardings,
-) -> TrainStep:
-  """The optimizer step that the config describes."""
-  return TrainStep(
+  how = execution(config, platform)
+  objective = make_objective(config, source, how, mesh)
+  step = TrainStep(
     objective=objective,
-    optimizer=optimizer,
+    optimizer=optim.make_optimizer(config.training, select(source.reference_names, trainable)),
     max_grad_norm=config.training.max_grad_norm,
     seed=config.training.seed,
     places=places,
   )
+  return Setup(
+    source=source,
+    mesh=mesh,
+    trainable=trainable,
+    shapes={path: leaf.update(sharding=places.params[path]) for path, leaf in shapes.items()},
+    how=how,
+    objective=objective,
+    step=step,
+    places=places,
+  )
+
+
+def log_parameters(setup: Setup) -> None:
+  """Tells what the model has and what trains, and on several devices where it lies."""
+  if setup.mesh.size > 1:
+    logging.info("Parameters:\n%s", "\n".join(placement_table(setup.shapes, setup.places)))
+    for line in placement_warnings(setup.shapes, setup.places):
+      logging.warning("%s", line)
+  logging.info("Model:\n%s", describe_parts(setup.shapes, setup.trainable))
 
 
 def make_objective(

@@ -21,13 +21,12 @@ from internvl_jax import frontdoor, mfu, optim
 from internvl_jax.adapters import merge_and_check
 from internvl_jax.arguments import TrainingArguments
 from internvl_jax.assembly import (
-  describe_state,
-  execution,
-  make_objective,
-  make_step,
+  Setup,
+  log_parameters,
   open_mesh,
   open_model,
   reference_copies,
+  set_up,
   set_up_jax,
   shares_prompts,
 )
@@ -49,9 +48,9 @@ from internvl_jax.outputs import CONFIG_FILE, check_output_dir, clear_output_dir
 from internvl_jax.parallel import distributed
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.preference import PreferenceRun
-from internvl_jax.state import TrainState, describe
+from internvl_jax.state import TrainState
 from internvl_jax.trainer import CompiledSteps, Trainer
-from internvl_jax.trees import part_of, select
+from internvl_jax.trees import part_of
 from internvl_jax.watchdog import Watchdog
 
 OPEN_SECONDS = EXPORT_SECONDS = 3600
@@ -81,88 +80,59 @@ def train(config: TrainConfig) -> None:
 def _run(config: TrainConfig, watchdog: Watchdog) -> None:
   prepare_output_dir(config, watchdog)
   set_up_jax(config)
-
   with watchdog.phase("model"):
     source, tokenizer = open_model(config)
   chat = ChatTokenizer(tokenizer, config.data.conv_style)
-  mesh = open_mesh(config)
-  trainable = optim.trainable_paths(config.model, source.model.shapes)
-  optimizer = optim.make_optimizer(config.training, select(source.reference_names, trainable))
-  how = execution(config)
-  objective = make_objective(config, source, how, mesh)
+  setup = set_up(config, source, open_mesh(config))
+
   open_loader = functools.partial(
     TrainLoader,
     tokenizer=chat,
     tokens_per_tile=source.config.tokens_per_tile,
-    preference=isinstance(objective, PreferenceOptimization),
+    preference=isinstance(setup.objective, PreferenceOptimization),
     share_prompts=shares_prompts(config, source),
-    **host_shards(mesh),
+    **host_shards(setup.mesh),
   )
   pairs = None
-  if isinstance(objective, PreferenceOptimization):
-    pairs = PreferenceRun(config, source, objective, mesh, open_loader, watchdog)
+  if isinstance(setup.objective, PreferenceOptimization):
+    pairs = PreferenceRun(config, source, setup.objective, setup.mesh, open_loader, watchdog)
   lookup = pairs.lookup if pairs else None
   make_loader = functools.partial(open_loader, config.data, config.training, config.loader, reference=lookup)
   # The data are looked at before the weights are read: mistakes are likelier there, and cheaper to find.
-  with watchdog.phase("data"):
-    loader = make_loader()
-  meshes.check_lengths(loader.sequence_sizes, mesh)
-  logging.info("Data:\n%s", "\n".join(loader.describe()))
-  logging.info(
-    "%d steps of %d rows, %d to an epoch", loader.total_steps, loader.global_batch, loader.steps_per_epoch
-  )
-  # What follows talks over the devices, where nobody waits for long.
-  with watchdog.phase("barrier"):
-    distributed.barrier("the data are opened", seconds=OPEN_SECONDS)
+  loader = open_data(make_loader, setup.mesh, watchdog)
 
-  output_dir = output_folder(config)
-  checkpointer = Checkpointer(output_dir, keep=config.training.save_total_limit)
+  log_parameters(setup)
+  checkpointer = Checkpointer(output_folder(config), keep=config.training.save_total_limit)
   resumes = checkpointer.latest_step is not None
-  described, places = describe_state(config, source, trainable, mesh)
-  logging.info("Model:\n%s", describe(described, trainable))
-  with watchdog.phase("weights"):
-    # A checkpoint has what trains: there is no room for it twice. Preferences need it as it was at the start, too.
-    params = source.load(
-      described,
-      places.params,
-      seed=config.training.seed,
-      paths=described.keys() - trainable if resumes and pairs is None else None,
-    )
-    distributed.barrier("the weights are read", seconds=OPEN_SECONDS)
+  # A checkpoint has what trains: there is no room for it twice. Preferences need it as it was at the start, too.
+  params = read_weights(config, setup, watchdog, all_of_it=not resumes or pairs is not None)
   if pairs is not None:
     pairs.prepare(params, loader, resumes=resumes)
-  frozen = {path: value for path, value in params.items() if path not in trainable}
-  frozen |= reference_copies(config, source, params, trainable)
-
-  log = open_log(config, source, trainable, loader, twice=parts_run_twice(objective))
+  frozen = {path: value for path, value in params.items() if path not in setup.trainable}
+  frozen |= reference_copies(config, source, params, setup.trainable)
+  log = open_log(config, setup, loader)
   if resumes:
     del params
-    like = TrainState.describe(select(described, trainable), optimizer, places, objective.initial_running)
-    with watchdog.phase("restore"):
-      state, loader_state, log_state = checkpointer.restore(like)
-      loader = make_loader(state=loader_state)
-    log.restore(log_state)
-    check_length(config.training, int(state.step), loader.total_steps)
-    logging.info("Resuming from the checkpoint of step %d", int(state.step))
+    state, loader = go_on(config.training, setup, checkpointer, make_loader, log, watchdog)
   else:
-    state = TrainState.create(select(params, trainable), optimizer, places, objective.initial_running)
+    state = setup.create_state(params)
     del params
 
   if distributed.is_first():
-    write_json(output_dir / CONFIG_FILE, to_json(config))
-  evaluation = make_evaluation(config.eval, config.data, source, chat, how)
+    write_json(output_folder(config) / CONFIG_FILE, to_json(config))
+  evaluation = make_evaluation(config.eval, config.data, source, chat, setup.how)
   traced = config.runtime.profile_steps if distributed.is_first() else ()
   with log, distributed.StopSignal() as asked_to_stop:
     trainer = Trainer(
       training=config.training,
       runtime=config.runtime,
-      steps=CompiledSteps(make_step(config, objective, optimizer, places), mesh),
+      steps=CompiledSteps(setup.step, setup.mesh),
       schedule=optim.make_schedule(config.training, loader.total_steps),
       loader=loader,
       checkpointer=checkpointer,
       log=log,
       watchdog=watchdog,
-      trace=Trace(output_dir / "profile", traced),
+      trace=Trace(output_folder(config) / "profile", traced),
       total_steps=loader.total_steps,
       show=lambda batch: show_batch(batch, chat),
       asked_to_stop=asked_to_stop,
@@ -180,31 +150,80 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
   del state, frozen  # The optimizer's moments make room for the layers that the export brings together.
   with watchdog.phase("export"):
     if pairs is not None and (judged := pairs.metrics(params)) and distributed.is_first():
-      write_json(output_dir / "preference_results.json", judged)
+      write_json(output_folder(config) / "preference_results.json", judged)
       logging.info("Held-out pairs: %s", judged)
     finish(config, source, tokenizer, chat, params, evaluation)
     distributed.barrier("the model is saved", seconds=EXPORT_SECONDS)
 
 
-def open_log(
-  config: TrainConfig, source: Source, trainable: set[str], loader: TrainLoader, *, twice: tuple[str, ...]
-) -> RunLog:
-  """The log of a run, which knows what a step needs and what the devices could do.
+def open_data(
+  make_loader: Callable[..., TrainLoader], mesh: jax.sharding.Mesh, watchdog: Watchdog
+) -> TrainLoader:
+  """The loader of a run at its start, on all hosts at once; tells what there is.
 
-  Args:
-    config: the run.
-    source: the model.
-    trainable: the paths of what trains.
-    loader: of the run.
-    twice: parts of the model that a reference policy runs as well.
+  Raises:
+    UserError: the data cannot be used, or their rows do not suit the mesh.
   """
+  with watchdog.phase("data"):
+    loader = make_loader()
+  meshes.check_lengths(loader.sequence_sizes, mesh)
+  logging.info("Data:\n%s", "\n".join(loader.describe()))
+  logging.info(
+    "%d steps of %d rows, %d to an epoch", loader.total_steps, loader.global_batch, loader.steps_per_epoch
+  )
+  # What follows talks over the devices, where nobody waits for long.
+  with watchdog.phase("barrier"):
+    distributed.barrier("the data are opened", seconds=OPEN_SECONDS)
+  return loader
+
+
+def read_weights(
+  config: TrainConfig, setup: Setup, watchdog: Watchdog, *, all_of_it: bool
+) -> dict[str, jax.Array]:
+  """The parameters by path, where they lie: all of them, or those alone that do not train."""
+  with watchdog.phase("weights"):
+    params = setup.source.load(
+      setup.shapes,
+      setup.places.params,
+      seed=config.training.seed,
+      paths=None if all_of_it else setup.shapes.keys() - setup.trainable,
+    )
+    distributed.barrier("the weights are read", seconds=OPEN_SECONDS)
+  return params
+
+
+def go_on(
+  training: TrainingArguments,
+  setup: Setup,
+  checkpointer: Checkpointer,
+  make_loader: Callable[..., TrainLoader],
+  log: RunLog,
+  watchdog: Watchdog,
+) -> tuple[TrainState, TrainLoader]:
+  """The state of the newest checkpoint, and the loader before the batch that comes next; the log goes on as well.
+
+  Raises:
+    UserError: the checkpoint is of another run.
+  """
+  with watchdog.phase("restore"):
+    state, loader_state, log_state = checkpointer.restore(setup.describe_state())
+    loader = make_loader(state=loader_state)
+  log.restore(log_state)
+  check_length(training, int(state.step), loader.total_steps)
+  logging.info("Resuming from the checkpoint of step %d", int(state.step))
+  return state, loader
+
+
+def open_log(config: TrainConfig, setup: Setup, loader: TrainLoader) -> RunLog:
+  """The log of a run, which knows what a step needs and what the devices could do."""
+  source, twice = setup.source, parts_run_twice(setup.objective)
   return RunLog(
     config.training,
     output_folder(config),
     total_steps=loader.total_steps,
     epoch_of=loader.epoch_of,
     gauges=Gauges(
-      useful=mfu.useful_flops(source.config, source.model.shapes, trainable, twice=twice),
+      useful=mfu.useful_flops(source.config, source.model.shapes, setup.trainable, twice=twice),
       peak=mfu.peak_flops(jax.devices()),
       devices=jax.local_devices(),
     ),

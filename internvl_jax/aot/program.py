@@ -11,17 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from internvl_jax import optim
 from internvl_jax.aot.target import Target
-from internvl_jax.assembly import (
-  describe_copies,
-  describe_model,
-  execution,
-  make_objective,
-  make_step,
-  open_mesh,
-  state_places,
-)
+from internvl_jax.assembly import describe_copies, describe_model, open_mesh, set_up
 from internvl_jax.batch import Batch, PreferenceBatch, SFTBatch, pairs_of_row
 from internvl_jax.config import TrainConfig
 from internvl_jax.hf.model import Source
@@ -29,7 +20,6 @@ from internvl_jax.parallel import mesh as meshes
 from internvl_jax.parallel import rules
 from internvl_jax.state import TrainState
 from internvl_jax.step import TrainStep
-from internvl_jax.trees import select
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,24 +124,20 @@ def plan_step(
   source = describe_model(config) if source is None else source
   mesh = open_mesh(config, target.devices)
   meshes.check_lengths([shape.tokens], mesh)
-  trainable = optim.trainable_paths(config.model, source.model.shapes)
-  optimizer = optim.make_optimizer(config.training, select(source.reference_names, trainable))
-  shapes, places = state_places(config, source, trainable, mesh)
-  params = {path: leaf.update(sharding=places.params[path]) for path, leaf in shapes.items()}
+  setup = set_up(config, source, mesh, platform=target.platform)
   preference = config.preference.loss_type is not None
   batch = shape.batch(meshes.data_parallel_size(mesh), preference=preference)
   batch = jax.tree.map(
     lambda leaf, place: leaf.update(sharding=place), batch, rules.batch_shardings(batch, mesh)
   )
-  frozen = {path: leaf for path, leaf in params.items() if path not in trainable}
-  frozen |= describe_copies(config, source, params, trainable)
-  objective = make_objective(config, source, execution(config, target.platform), mesh)
+  frozen = {path: leaf for path, leaf in setup.shapes.items() if path not in setup.trainable}
+  frozen |= describe_copies(config, source, setup.shapes, setup.trainable)
   return StepPlan(
     source=source,
-    step=make_step(config, objective, optimizer, places),
+    step=setup.step,
     mesh=mesh,
     shape=shape,
-    state=TrainState.describe(select(params, trainable), optimizer, places, objective.initial_running),
+    state=setup.describe_state(),
     frozen=frozen,
     batch=batch,
   )
