@@ -89,8 +89,8 @@ def _join(place: Place) -> None:
   jax.config.update("jax_cpu_collectives_implementation", "gloo")  # Only processes on CPUs look at it.
   # A collective keeps one of XLA's threads on the CPU until its other side comes, and there are as many as cores: with few
   # cores, devices of one process that wait in different collectives leave none to those they wait for.
-  threads = max(os.cpu_count() or 1, _THREADS_OF_DEVICE * max(1, jax.config.read("jax_num_cpu_devices")))
-  os.environ.setdefault("NPROC", str(threads))
+  devices = max(1, jax.config.jax_num_cpu_devices)  # pyright: ignore[reportAttributeAccessIssue]
+  os.environ.setdefault("NPROC", str(max(os.cpu_count() or 1, _THREADS_OF_DEVICE * devices)))
   # JAX ends a process that met nobody by a C++ stack trace, so its own limit is never reached.
   late = threading.Timer(JOIN_SECONDS, _give_up, [place])
   late.daemon = True
