@@ -2,7 +2,7 @@
 
   python scripts/plan_table.py [--results docs/scale.json] [--only 2.5-8b/full/v5e,3-14b,named] [--print_only]
 
-The named arrangements are compiled each by `python -m internvl_jax.plan`. An entry of the second table is a size,
+The named arrangements are compiled each by `python -m internvl_jax.plan`, at level O1. An entry of the second table is a size,
 "full" or "lora", and a kind of chip, and is looked for with `--search`, which compiles as often as it has to: tens
 of seconds to minutes. `--only` takes entries or what they begin with. Every outcome goes to the file of results at
 once, so that a run that was stopped goes on where it was; entries that failed are tried again. Sizes of one
@@ -73,7 +73,7 @@ class Arrangement:
       options.append("--config.model.freeze_backbone=True")
     if self.mode.endswith("computed once"):
       options.append("--config.preference.precompute_reference=True")
-    return [*options, f"--tokens={self.tokens}", f"--tiles={self.tiles}"]
+    return [*options, f"--tokens={self.tokens}", f"--tiles={self.tiles}", "--optimization_level=O1"]
 
 
 NAMED = (
