@@ -199,7 +199,7 @@ class Setup:
 def set_up(
   config: TrainConfig, source: Source, mesh: jax.sharding.Mesh, *, platform: str | None = None
 ) -> Setup:
-  """Puts together all that a run does not read.
+  """Puts a run together as far as shapes go: no weights, no data.
 
   Args:
     config: the run's.

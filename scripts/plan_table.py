@@ -2,9 +2,9 @@
 
   python scripts/plan_table.py [--results docs/scale.json] [--only 2.5-8b/full/v5e,3-14b,named] [--print_only]
 
-The named arrangements are compiled each by `python -m internvl_jax.plan`, at level O1. An entry of the second table is a size,
-"full" or "lora", and a kind of chip, and is looked for with `--search`, which compiles as often as it has to: tens
-of seconds to minutes. `--only` takes entries or what they begin with. Every outcome goes to the file of results at
+The named arrangements are compiled each by `python -m internvl_jax.plan`, at level O1. An entry of the second table
+is a size, "full" or "lora", and a kind of chip, and is looked for with `--search`, which compiles as often as it has
+to: tens of seconds to minutes. `--only` takes entries or what they begin with. Every outcome goes to the file of results at
 once, so that a run that was stopped goes on where it was; entries that failed are tried again. Sizes of one
 architecture are compiled once. At the end, and alone with --print_only, the tables are written into docs/scale.md,
 between their markers.
