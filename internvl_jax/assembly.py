@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from absl import logging
 from transformers import PreTrainedTokenizerBase
 
 from internvl_jax import optim
-from internvl_jax.arguments import LoRAConfig, ModelArguments, PreferenceConfig
+from internvl_jax.arguments import LoRAConfig, ModelArguments, PreferenceConfig, RuntimeConfig
 from internvl_jax.config import TrainConfig
 from internvl_jax.errors import UserError
 from internvl_jax.hf import published
@@ -27,8 +27,9 @@ from internvl_jax.hf.model import (
 )
 from internvl_jax.hf.tokenizer import add_image_tokens, load_tokenizer
 from internvl_jax.losses.preference import LossSettings
-from internvl_jax.models.attention import backend_for
-from internvl_jax.models.internvl import Execution
+from internvl_jax.models.attention import BACKENDS as ATTENTION
+from internvl_jax.models.internvl import Execution, InternVLConfig
+from internvl_jax.models.kernels import Backend, Device, Kernels, choose, find
 from internvl_jax.models.lora import DEFAULT_TARGETS, LoRASpec
 from internvl_jax.objectives import (
   COPIES,
@@ -197,7 +198,7 @@ class Setup:
 
 
 def set_up(
-  config: TrainConfig, source: Source, mesh: jax.sharding.Mesh, *, platform: str | None = None
+  config: TrainConfig, source: Source, mesh: jax.sharding.Mesh, *, device: Device | None = None
 ) -> Setup:
   """Puts a run together as far as shapes go: no weights, no data.
 
@@ -205,14 +206,14 @@ def set_up(
     config: the run's.
     source: the model.
     mesh: the devices, which need not be there.
-    platform: theirs; None: of those at hand.
+    device: what they are; None: those at hand.
 
   Raises:
     UserError: the config does not fit the model or the platform.
   """
   trainable = optim.trainable_paths(config.model, source.model.shapes)
   shapes, places = state_places(config, source, trainable, mesh)
-  how = execution(config, platform)
+  how = execution(config, source.config, device)
   objective = make_objective(config, source, how, mesh)
   step = TrainStep(
     objective=objective,
@@ -361,21 +362,46 @@ def drop_path_rates(model: ModelArguments, source: Source) -> tuple[float, ...]:
   return tuple(rates.tolist()) if rates.any() else ()
 
 
-def execution(config: TrainConfig, platform: str | None = None) -> Execution:
-  """How forward passes are computed on a platform ("tpu", "gpu" or "cpu"), by default the one at hand.
+def execution(config: TrainConfig, model: InternVLConfig, device: Device | None = None) -> Execution:
+  """How a model's forward passes are computed on a device, by default the one at hand.
 
   Raises:
-    UserError: the attention asked for is made for another one.
+    UserError: kernels asked for by name cannot run there, or not this model.
   """
-  platform = platform or jax.default_backend()
-  if config.runtime.attention == "splash" and platform != "tpu":
-    raise UserError(
-      f"runtime.attention='splash' is made of kernels for TPUs, but this is a {platform}; set it to 'auto' or 'xla'"
-    )
   remat = config.model.grad_checkpoint or config.training.gradient_checkpointing
   return Execution(
     dtype=jnp.bfloat16 if config.training.bf16 else jnp.float32,
-    attention=backend_for(config.runtime.attention, platform),
+    kernels=choose_kernels(config.runtime, model, device or Device.of(jax.devices()[0])),
     remat=config.runtime.remat_policy if remat else None,
     scan_unroll=config.runtime.scan_unroll,
   )
+
+
+def choose_kernels(runtime: RuntimeConfig, model: InternVLConfig, device: Device) -> Kernels:
+  """The backends of a model's attention and experts on a device: those asked for, or the best that fit.
+
+  Raises:
+    UserError: one asked for by name cannot run there, or not this model.
+  """
+  text, vision = model.text, model.vision
+  needs = {"sinks"} if text.sinks else set()
+  needs |= {"windows"} if any(text.windows) else set()
+  width = max(text.head_dim, vision.hidden_size // vision.num_heads)
+  return Kernels(
+    attention=_backend("runtime.attention", runtime.attention, ATTENTION, device, needs, width),
+    experts=_backend("runtime.experts", runtime.experts, EXPERTS, device) if text.experts else "xla",
+  )
+
+
+def _backend(
+  field: str, asked: str, table: Sequence[Backend], device: Device, needs: Iterable[str] = (), width: int = 0
+) -> str:
+  """The name of the backend that a setting means."""
+  if asked == "auto":
+    row, passed = choose(table, device, needs, width)
+    if passed:
+      logging.warning("%s: %s computes it, for %s", field, repr(row.name), passed)
+    return row.name
+  if refusal := find(table, asked).refusal(device, needs, width):
+    raise UserError(f"{field}={asked!r} {refusal}; set it to 'auto' or 'xla'")
+  return asked

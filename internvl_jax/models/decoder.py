@@ -17,7 +17,8 @@ import numpy as np
 from flax import nnx
 
 from internvl_jax.models import lora
-from internvl_jax.models.attention import attention_over_shared
+from internvl_jax.models.attention import Mask, attention
+from internvl_jax.models.kernels import Kernels
 from internvl_jax.models.layers import Embed, LayerStack, Linear, RMSNorm, make_param
 from internvl_jax.models.lora import LoRASpec
 from internvl_jax.models.rope import Rope, rotate, rotations
@@ -97,7 +98,7 @@ class DecoderAttention(nnx.Module):
   def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
     D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
     self.num_heads, self.num_kv_heads, self.head_dim = N, K, H
-    self.layout, self.windows = config.qkv, config.windows
+    self.layout = config.qkv
 
     def linear(d_in: int, d_out: int, axes: tuple[str, str], pieces: int, bias: bool) -> Linear:
       return Linear(d_in, d_out, bias=bias, axes=axes, pieces=pieces, rngs=rngs)
@@ -114,35 +115,19 @@ class DecoderAttention(nnx.Module):
     self.k_norm = RMSNorm(H, eps=config.rms_norm_eps, axis=None) if config.qk_norm else None
     self.sinks = make_param(jnp.zeros(N), ("heads",)) if config.sinks else None
 
-  def __call__(
-    self, x, *, rotation, segment_ids, kv_segment_ids, window, cache, offset, backend, shared=None
-  ):
+  def __call__(self, x, *, rotation, mask: Mask, cache, offset, backend: str):
     """Attends over x [B, T, D]; with a cache (k, v) over what it holds, x's own keys written at `offset`."""
     q, k, v = self._project(x)
     if self.q_norm is not None and self.k_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
     q, k = rotate(q, *rotation), rotate(k, *rotation)
-    q_index = None
     if cache is not None:
       k, v = (
         constrain(jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), offset, axis=1), *_CACHED)
         for old, new in zip(cache, (k, v), strict=True)
       )
-      q_index = offset + jnp.arange(x.shape[1])
-    out = attention_over_shared(
-      q,
-      k,
-      v,
-      shared=shared,
-      segment_ids=segment_ids,
-      kv_segment_ids=kv_segment_ids,
-      q_index=q_index,
-      causal=True,
-      window=window,
-      windows=tuple(sorted({min(size or k.shape[1], k.shape[1]) for size in self.windows})),
-      sinks=None if self.sinks is None else self.sinks[...],
-      backend=backend,
-    )
+    sinks = None if self.sinks is None else self.sinks[...]
+    out = attention(q, k, v, mask, sinks=sinks, backend=backend)
     return self.o_proj(out.reshape(*x.shape[:2], -1)), (k, v)
 
   def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -200,12 +185,12 @@ class DecoderLayer(nnx.Module):
     if config.lora is not None:
       lora.attach(self, config.lora, rngs)
 
-  def __call__(self, x: jax.Array, *, valid: jax.Array | None, backend: str, **attend):
+  def __call__(self, x: jax.Array, *, valid: jax.Array | None, kernels: Kernels, **attend):
     """Returns the new x, the keys and values, and statistics of the router where there is one."""
     x = _by_token(x)
-    y, kv = self.self_attn(_by_token(self.input_layernorm(x)), backend=backend, **attend)
+    y, kv = self.self_attn(_by_token(self.input_layernorm(x)), backend=kernels.attention, **attend)
     x = x + y
-    y, router = self.mlp(_by_token(self.post_attention_layernorm(x)), valid=valid, backend=backend)
+    y, router = self.mlp(_by_token(self.post_attention_layernorm(x)), valid=valid, backend=kernels.experts)
     return _by_token(x + y), kv, router
 
 
@@ -233,7 +218,7 @@ class Decoder(nnx.Module):
     kv_segment_ids: jax.Array | None = None,
     shared: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
-    backend: str = "auto",
+    kernels: Kernels | None = None,
     remat: Callable | None = None,
     unroll: int = 1,
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -242,37 +227,32 @@ class Decoder(nnx.Module):
     Args:
       x: token embeddings with image features in place, in the compute dtype.
       positions: int [B, T], for the rotary embedding.
-      segment_ids, kv_segment_ids, backend: see `attention`. Segment 0 is padding to a router's statistics.
-      shared: see `attention_over_shared`; for models without windows.
+      segment_ids, kv_segment_ids, shared: see `Mask`. Segment 0 is padding to a router's statistics; shared prompts
+        are for models without windows, which count along the row, where what is shared is too far off.
       dropout_key: randomness of the adapters' dropout; None is evaluation.
+      kernels: the backends; None is XLA's.
       remat, unroll: see `LayerStack.scan`.
 
     Returns:
       The hidden states, and the routers' statistics [L, B, ...]; see `models.moe`.
     """
     T = x.shape[1]
-    rotation = rotations(self.rope, positions, self.kv_shape[-1], bound=T)
     assert shared is None or not any(self.windows)
-    valid = None if segment_ids is None else segment_ids > 0
-    static, xs = self._windows(T)
+    mask, xs = self._mask(T, segments=segment_ids, kv_segments=kv_segment_ids, shared=shared)
     if dropout_key is not None:
       xs["dropout"] = jax.random.split(dropout_key, self.kv_shape[0])
+    options = {
+      "rotation": rotations(self.rope, positions, self.kv_shape[-1], bound=T),
+      "cache": None,
+      "offset": None,
+      "kernels": kernels or Kernels(),
+      "valid": None if segment_ids is None else segment_ids > 0,
+    }
 
     def apply(layer, x, xs):
       if "dropout" in xs:
         lora.start_dropout(layer, xs["dropout"])
-      x, _, router = layer(
-        x,
-        rotation=rotation,
-        segment_ids=segment_ids,
-        kv_segment_ids=kv_segment_ids,
-        shared=shared,
-        window=xs.get("window", static),
-        cache=None,
-        offset=None,
-        backend=backend,
-        valid=valid,
-      )
+      x, _, router = layer(x, mask=_of_layer(mask, xs), **options)
       return x, router
 
     x, router = self.layers.scan(apply, x, xs=xs, remat=remat, unroll=unroll)
@@ -290,25 +270,22 @@ class Decoder(nnx.Module):
       segment_ids: int [B, T]; 0 marks padding, which nobody will see.
     """
     slots = cache.segment_ids.shape[1]
-    rotation = rotations(self.rope, positions, self.kv_shape[-1], bound=slots)
     kv_segments = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segment_ids, offset, axis=1)
-    static, windows = self._windows(slots)
+    mask, xs = self._mask(
+      slots, segments=segment_ids, kv_segments=kv_segments, q_index=offset + jnp.arange(x.shape[1])
+    )
+    options = {
+      "rotation": rotations(self.rope, positions, self.kv_shape[-1], bound=slots),
+      "offset": offset,
+      "kernels": Kernels(),
+      "valid": None,
+    }
 
     def apply(layer, x, xs):
-      x, (k, v), _ = layer(
-        x,
-        rotation=rotation,
-        segment_ids=segment_ids,
-        kv_segment_ids=kv_segments,
-        window=xs.get("window", static),
-        cache=(xs["k"], xs["v"]),
-        offset=offset,
-        backend="auto",
-        valid=None,
-      )
+      x, (k, v), _ = layer(x, mask=_of_layer(mask, xs), cache=(xs["k"], xs["v"]), **options)
       return x, {"k": k, "v": v}
 
-    x, kv = self.layers.scan(apply, x, xs={"k": cache.k, "v": cache.v, **windows})
+    x, kv = self.layers.scan(apply, x, xs={"k": cache.k, "v": cache.v, **xs})
     return self.norm(x), KVCache(kv["k"], kv["v"], kv_segments)
 
   def make_cache(self, batch: int, length: int, dtype: jnp.dtype) -> KVCache:
@@ -318,12 +295,18 @@ class Decoder(nnx.Module):
     k, v = (constrain(jnp.zeros(shape, dtype), None, *_CACHED) for _ in range(2))
     return KVCache(k, v, jnp.zeros((batch, length), jnp.int32))
 
-  def _windows(self, length: int) -> tuple[int | None, dict[str, Any]]:
-    """The window of all layers, or an array [L] for the scan where they differ; none that hides nothing."""
-    windows = [None if window is None or window >= length else window for window in self.windows]
-    if len(set(windows)) <= 1:
-      return (windows[0] if windows else None), {}
-    return None, {"window": np.array([length if window is None else window for window in windows], np.int32)}
+  def _mask(self, length: int, **options) -> tuple[Mask, dict[str, Any]]:
+    """The mask over so many keys, and for the scan an array [L] of windows where layers differ in them."""
+    windows = [length if window is None else min(window, length) for window in self.windows]
+    # A window that hides nothing is none.
+    values = tuple(sorted(set(windows))) if any(window < length for window in windows) else ()
+    xs = {"window": np.array(windows, np.int32)} if len(values) > 1 else {}
+    return Mask(causal=True, windows=values, **options), xs
+
+
+def _of_layer(mask: Mask, xs: dict[str, Any]) -> Mask:
+  """The mask with the window of one layer."""
+  return dataclasses.replace(mask, window=xs["window"]) if "window" in xs else mask
 
 
 OUTPUT_AXES = ("table", "vocab")

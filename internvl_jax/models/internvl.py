@@ -14,6 +14,7 @@ from flax import nnx
 from internvl_jax.batch import NO_IMAGE, PIXEL_STATISTICS
 from internvl_jax.models.decoder import OUTPUT_AXES, CausalLM, DecoderConfig
 from internvl_jax.models.gradients import matmul
+from internvl_jax.models.kernels import Kernels
 from internvl_jax.models.layers import remat_by_name
 from internvl_jax.models.projector import Projector, pixel_shuffle
 from internvl_jax.models.vit import VisionConfig, VisionTransformer
@@ -41,14 +42,14 @@ class Execution:
   """How a forward pass is computed, as opposed to what: the compute dtype and the choices of RuntimeConfig."""
 
   dtype: jnp.dtype = jnp.float32
-  attention: str = "auto"
+  kernels: Kernels = Kernels()
   remat: str | None = None
   scan_unroll: int = 1
 
   @property
   def scan_options(self) -> dict:
     """The options that both parts' scans over layers take."""
-    return {"backend": self.attention, "remat": remat_by_name(self.remat), "unroll": self.scan_unroll}
+    return {"kernels": self.kernels, "remat": remat_by_name(self.remat), "unroll": self.scan_unroll}
 
 
 SCOPES = ("vision_model", "mlp1", "embed", "language_model", "lm_head")

@@ -13,8 +13,9 @@ import numpy as np
 from flax import nnx
 
 from internvl_jax.models import lora
-from internvl_jax.models.attention import attention
+from internvl_jax.models.attention import Mask, attention
 from internvl_jax.models.gradients import matmul, scale, shift
+from internvl_jax.models.kernels import Kernels
 from internvl_jax.models.layers import LayerNorm, LayerStack, Linear, RMSNorm, make_param
 from internvl_jax.models.lora import LoRASpec
 from internvl_jax.parallel.rules import Product, constrain
@@ -71,9 +72,8 @@ class VisionAttention(nnx.Module):
     if self.q_norm is not None and self.k_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
     heads = (*x.shape[:2], self.num_heads, -1)
-    out = attention(
-      q.reshape(heads), k.reshape(heads), v.reshape(heads), causal=False, over="tiles", backend=backend
-    )
+    q, k, v = (x.reshape(heads) for x in (q, k, v))
+    out = attention(q, k, v, Mask(causal=False), over="tiles", backend=backend)
     return self.proj(out.reshape(x.shape))
 
 
@@ -180,7 +180,7 @@ class VisionTransformer(nnx.Module):
     *,
     drop_path: tuple[np.ndarray, jax.Array] | None = None,
     dropout_key: jax.Array | None = None,
-    backend: str = "auto",
+    kernels: Kernels | None = None,
     remat: Callable | None = None,
     unroll: int = 1,
   ) -> jax.Array:
@@ -190,9 +190,11 @@ class VisionTransformer(nnx.Module):
       tiles: normalised pixels in the compute dtype.
       drop_path: (rate of each layer, random key); None is evaluation.
       dropout_key: randomness of the adapters' dropout; None is evaluation.
-      backend, remat, unroll: see `attention` and `LayerStack.scan`.
+      kernels: the backends; None is XLA's.
+      remat, unroll: see `LayerStack.scan`.
     """
     x = self.embeddings(tiles)
+    backend = (kernels or Kernels()).attention
     xs = {} if drop_path is None else {"keep": _keep_branches(x.shape[0], *drop_path)}
     if dropout_key is not None:
       xs["dropout"] = jax.random.split(dropout_key, self.num_layers)

@@ -7,16 +7,16 @@ Letters: B rows, T queries, S keys, N query heads, K key-value heads, H head wid
 
 import functools
 import math
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from internvl_jax.models.attention import head_axes
-from internvl_jax.parallel.rules import ACTIVATIONS, constrain, fit, mesh_in_scope, spec
+from internvl_jax.models.attention.mask import Mask
+from internvl_jax.models.attention.sharding import Layout, Over, by_token
+from internvl_jax.parallel.rules import mesh_in_scope, spec
 
 _BLOCKS = (512, 384, 256, 128)
 """Queries and keys of a block, the preferred first; multiples of the 128 lanes of a TPU's vector unit."""
@@ -32,55 +32,38 @@ def attention(
   q: jax.Array,
   k: jax.Array,
   v: jax.Array,
-  *,
-  q_segments: jax.Array | None,
-  kv_segments: jax.Array | None,
-  causal: bool,
-  window: jax.Array | int | None,
-  windows: tuple[int, ...],
+  mask: Mask,
   sinks: jax.Array | None,
-  over: Literal["rows", "tiles"],
+  over: Over,
+  *,
   interpret: bool = False,
 ) -> jax.Array:
-  """`models.attention.attention` of q [B, T, N, H], k and v [B, S, K, H].
-
-  A kernel is made for one window: where `window` is an array, `windows` are the values that it may have.
-
-  Raises:
-    ValueError: an array as the window without its values.
-  """
+  """`models.attention.attention` of q [B, T, N, H], k and v [B, S, K, H]."""
   T, S = q.shape[1], k.shape[1]
   mesh = mesh_in_scope()
-  # Held by token until here, as in `models.attention`, so that what travels is of the compute dtype.
-  q, k, v = (constrain(x, over, "tokens", "heads", None) for x in (q, k, v))
-  queries = () if mesh is None else _query_axes(q, k, over, mesh)
-  shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in queries)
+  q, k, v = (by_token(x, over) for x in (q, k, v))
+  layout = None if mesh is None else Layout.of(q, k, over, mesh)
+  shards = 1 if mesh is None or layout is None else math.prod(mesh.shape[axis] for axis in layout.queries)
   block_q, block_kv = _block(T, shards), _block(S)
-  q, q_segments = _pad(q, q_segments, block_q * shards)
-  (k, kv_segments), (v, _) = _pad(k, kv_segments, block_kv), _pad(v, None, block_kv)
+  q, q_segments = _pad(q, mask.segments, block_q * shards)
+  (k, kv_segments), (v, _) = _pad(k, mask.kv_segments, block_kv), _pad(v, None, block_kv)
   if q_segments is None and kv_segments is not None:
     q_segments = jnp.zeros(q.shape[:2], jnp.int32)
   if kv_segments is None and q_segments is not None:
     kv_segments = jnp.zeros(k.shape[:2], jnp.int32)
-  choices, index = _choices(window if causal else None, windows)
   made = [
-    _kernel(q.shape[1], k.shape[1], causal, choice, shards, block_q, block_kv, interpret)
-    for choice in choices
+    _kernel(q.shape[1], k.shape[1], mask.causal, window, shards, block_q, block_kv, interpret)
+    for window in (mask.windows if mask.causal else ()) or (None,)
   ]
+  # A kernel is made for one window.
+  index = None if len(made) == 1 else jnp.searchsorted(jnp.array(mask.windows), mask.reach)
   arrays = ((q / math.sqrt(q.shape[-1])).astype(q.dtype), k, v, q_segments, kv_segments, sinks, index)
-  attend = _on_device if mesh is None else functools.partial(_spread, mesh, queries, over)
+  attend = _on_device if layout is None else functools.partial(_spread, mesh, layout)
   return attend(made, *arrays)[:, :T]
 
 
-def _choices(
-  window: jax.Array | int | None, windows: tuple[int, ...]
-) -> tuple[tuple[int | None, ...], jax.Array | None]:
-  """The windows to make kernels for, and which of them it is, if that is not known."""
-  if window is None or isinstance(window, int):
-    return (window,), None
-  if not windows:
-    raise ValueError("splash attention needs the values that a window may have: use backend 'xla'")
-  return windows, jnp.searchsorted(jnp.array(windows), window)
+interpreted = functools.partial(attention, interpret=True)
+"""`attention` by Pallas' interpreter."""
 
 
 def _block(length: int, shards: int = 1) -> int:
@@ -132,33 +115,20 @@ def _kernel(
     )
 
 
-def _query_axes(q: jax.Array, k: jax.Array, over: str, mesh: AbstractMesh) -> tuple[str, ...]:
-  """Mesh axes that queries are split over, beside heads."""
-  (B, T, N, _), K = q.shape, k.shape[2]
-  rows = fit(ACTIVATIONS[over], B, mesh)
-  heads, _ = head_axes(N, K, rows, mesh)
-  return fit(ACTIVATIONS["tokens"], T, mesh, used=(*rows, *heads))
-
-
-def _spread(mesh, queries, over, made, q, k, v, q_segments, kv_segments, sinks, index) -> jax.Array:
-  """`_on_device` on the devices of a mesh: heads and queries are split as in `models.attention`."""
-  B, _, N, _ = q.shape
-  rows = fit(ACTIVATIONS[over], B, mesh)
-  heads, repeats = head_axes(N, k.shape[2], rows, mesh)
-  k, v = (jnp.repeat(x, repeats, axis=2) if repeats > 1 else x for x in (k, v))
-  places = NamedSharding(mesh, PartitionSpec(None, *spec(queries)))
-  spread_q, spread_kv = spec(rows, queries, heads), spec(rows, None, heads)
+def _spread(mesh, layout: Layout, made, q, k, v, q_segments, kv_segments, sinks, index) -> jax.Array:
+  """`_on_device` on the devices of a mesh."""
+  places = NamedSharding(mesh, PartitionSpec(None, *spec(layout.queries)))
   return jax.shard_map(
     _on_device,
     # A kernel holds the list of its blocks, of which each device gets those of its queries.
     in_specs=(
       [kernel.manual_sharding_spec(places) for kernel in made],
-      *(spread_q, spread_kv, spread_kv),
-      *(spec(rows, queries), spec(rows), spec(heads), spec()),
+      *(layout.q_spec, layout.kv_spec, layout.kv_spec),
+      *(spec(layout.rows, layout.queries), spec(layout.rows), spec(layout.heads), spec()),
     ),
-    out_specs=spread_q,
+    out_specs=layout.q_spec,
     check_vma=False,
-  )(made, q, k, v, q_segments, kv_segments, sinks, index)
+  )(made, q, layout.repeat(k), layout.repeat(v), q_segments, kv_segments, sinks, index)
 
 
 def _on_device(made, q, k, v, q_segments, kv_segments, sinks, index) -> jax.Array:
