@@ -65,7 +65,8 @@ BACKENDS: Mapping[str, Backend] = {
 """All backends by their names."""
 
 _BY_ATTENTION = {"auto": "xla", "splash": "megablox", "splash_interpret": "megablox_interpret"}
-# TODO: goes when decoders hand experts a setting of their own; until then they hand them attention's backend.
+# To be deleted, with its use below, when decoders hand experts a setting of their own: until then they hand them
+# attention's.
 
 
 def backend_for(name: str, platform: str, capability: tuple[int, int] | None = None) -> str:

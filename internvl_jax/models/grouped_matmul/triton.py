@@ -46,11 +46,12 @@ _BY_MATRIX = {
 }
 """Tiles of a matrix's gradient [inner, out] that is summed over `rows`, by bytes of a number."""
 
-# Chosen by reasoning, not timed. For two bytes: each number that is loaded is used 128 times, which takes a card to its
-# peak by what caches deliver; 8 warps hold the float32 sums in 64 registers a thread; steps of 64 fill the 128 bytes
-# that a line of shared memory has; three stages take 96 KiB, which the smallest cards have (99 KiB; an A100 has 163 and
-# a Hopper 227, which runs two programs at once). Without tensor cores, as float32 in full, sums and operands share the
-# registers: smaller.
+# Chosen by reasoning and by what the compiler says of them, not timed. For two bytes: each number that is loaded is used
+# 128 times; 8 warps hold the float32 sums in 64 registers a thread, of 96 in all on a Hopper and 173 at most on an A100,
+# and none spills to memory; steps of 64 fill the 128 bytes of a line. Three stages take 96 KiB of shared memory on
+# Hopper and Blackwell, of 227, so that two programs run at once, and 64 KiB on cards before and on those for desks,
+# whose smallest have 99. Four bytes in full precision are multiplied without tensor cores, by operands in registers:
+# smaller.
 
 _LEAST = 16
 """The shortest side of a block that tensor cores multiply."""
