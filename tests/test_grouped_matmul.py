@@ -109,6 +109,17 @@ def test_in_loops_that_compute_again():
   assert_near(run("triton_interpret", x, matrices, sizes), run("xla", x, matrices, sizes))
 
 
+def test_programs_may_run_in_any_order(monkeypatch):
+  """Interpreted ones run in turns, and a later one would hide that an earlier one wrote into its rows."""
+  sizes, inputs = jnp.array([20, 0, 40]), arrays(90, 24, 16, 3)
+  expected = products("triton_interpret", sizes, *inputs)
+  cut = triton.cut
+  monkeypatch.setattr(triton, "cut", lambda *a: triton.Slots(*(part[::-1] for part in cut(*a))))
+  backwards = jax.jit(lambda *a: products.__wrapped__("triton_interpret", *a))(sizes, *inputs)
+  for one, other in zip(backwards, expected, strict=True):
+    np.testing.assert_array_equal(one, other)
+
+
 # --- What the grid of programs covers -----------------------------------------------------------------------
 
 
