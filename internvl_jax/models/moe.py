@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from internvl_jax.models.grouped_matmul import grouped_matmul
 from internvl_jax.models.layers import Linear, make_param
-from internvl_jax.models.ragged import ragged_product
 from internvl_jax.parallel.rules import ACTIVATIONS, MeshAxes, Names, fit, mesh_in_scope, spec, weight_entries
 
 
@@ -53,7 +53,7 @@ class MoE(nnx.Module):
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Maps x [B, T, D]; `valid` bool [B, T] names the tokens that the second result counts, None all.
 
-    `backend` is attention's; see `ragged.ragged_product`.
+    `backend` names how experts multiply: one of `grouped_matmul.BACKENDS`.
 
     Returns:
       The outputs [B, T, D] and `router_statistics`.
@@ -83,7 +83,7 @@ class SwiGLUExperts(nnx.Module):
 
   def __call__(self, x: jax.Array, chosen: jax.Array, weights: jax.Array, backend: str = "xla") -> jax.Array:
     """Maps x [B, T, D] by the experts `chosen` [B, T, k], summed with `weights` [B, T, k]."""
-    product = functools.partial(ragged_product, backend=backend)
+    product = functools.partial(grouped_matmul, backend=backend)
 
     def apply(kernels, rows, ids, sizes):
       del ids

@@ -1,7 +1,6 @@
-"""Products of rows that are sorted by group with a matrix for each group: what experts compute.
+"""Grouped matmul on TPUs by JAX's Pallas kernels, which visit the tiles of rows that a group has and no others.
 
-On TPUs by JAX's Pallas kernels, which visit the tiles of rows that a group has and no others. (The TPU compiler's own
-`ragged_dot` is left alone there: for some widths it ends the process in a failed check.)
+(The TPU compiler's own `ragged_dot` is left alone there: for some widths it ends the process in a failed check.)
 
 Letters: M rows, K width in, N width out, G groups.
 """
@@ -17,25 +16,11 @@ _WIDTHS = (1024, 896, 768, 640, 512)
 """Widths of a tile: the one is taken that fills whole tiles best."""
 
 
-def ragged_product(
-  rows: jax.Array, matrices: jax.Array, sizes: jax.Array, *, backend: str = "xla"
-) -> jax.Array:
-  """Multiplies each group's rows with its matrix.
-
-  Args:
-    rows: [M, K], those of the first group first.
-    matrices: [G, K, N].
-    sizes: int [G], rows of each group; together at most M.
-    backend: attention's: "splash" computes by kernels for TPUs, "splash_interpret" interprets them.
-
-  Returns:
-    [M, N] in the dtype of rows. What rows after the last group hold is left open.
-  """
-  if not backend.startswith("splash"):
-    return jax.lax.ragged_dot(rows, matrices, sizes)
+def product(rows: jax.Array, matrices: jax.Array, sizes: jax.Array, *, interpret: bool) -> jax.Array:
+  """`grouped_matmul` by kernels for TPUs, or by those interpreted; rows after the last group are zeros."""
   tile = next((size for size in _ROWS if rows.shape[0] % size == 0), _ROWS[-1])
   padded = jnp.pad(rows, ((0, -rows.shape[0] % tile), (0, 0)))
-  out = _product(padded, matrices, sizes.astype(jnp.int32), tile, backend == "splash_interpret")
+  out = _product(padded, matrices, sizes.astype(jnp.int32), tile, interpret)
   return out[: rows.shape[0]]
 
 
