@@ -318,8 +318,11 @@ class EvalConfig:
 class RuntimeConfig:
   """How the numbers are computed."""
 
-  # Attention backend: "xla", "splash" (kernels for TPUs), or "auto", which is the one made for the platform.
+  # Attention backend: "xla", "splash" (kernels for TPUs), "triton" (kernels for NVIDIA cards), or "auto", which is the
+  # one made for the platform.
   attention: str = "auto"
+  # The same for the grouped matmul of experts: "xla", "megablox" (TPUs), "triton" (NVIDIA cards), or "auto".
+  experts: str = "auto"
   # What the backward pass recomputes under grad_checkpoint: "full" keeps layer inputs only, "dots" also
   # keeps the results of products with weights (not those of experts).
   remat_policy: Literal["full", "dots"] = "full"

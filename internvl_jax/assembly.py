@@ -28,6 +28,7 @@ from internvl_jax.hf.model import (
 from internvl_jax.hf.tokenizer import add_image_tokens, load_tokenizer
 from internvl_jax.losses.preference import LossSettings
 from internvl_jax.models.attention import BACKENDS as ATTENTION
+from internvl_jax.models.grouped_matmul import BACKENDS as EXPERTS
 from internvl_jax.models.internvl import Execution, InternVLConfig
 from internvl_jax.models.kernels import Backend, Device, Kernels, choose, find
 from internvl_jax.models.lora import DEFAULT_TARGETS, LoRASpec

@@ -146,7 +146,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
   "training.save_strategy": ("no", "steps"),
   "training.evaluation_strategy": ("no", "steps"),
   "training.eval_strategy": ("no", "steps"),
-  "runtime.attention": ("auto", "xla", "splash"),
+  "runtime.attention": ("auto", "xla", "splash", "triton"),
+  "runtime.experts": ("auto", "xla", "megablox", "triton"),
 }
 """Field -> the strings it takes (fields typed `Literal` say so themselves)."""
 

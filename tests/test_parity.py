@@ -14,7 +14,6 @@ from internvl_jax import verify
 from internvl_jax.hf.model import open_source
 from internvl_jax.hf.weights import names_of
 from internvl_jax.losses import lm
-from internvl_jax.models import attention
 from internvl_jax.models.projector import pixel_shuffle
 from internvl_jax.models.vit import resize_position_embedding
 from toy import ASSETS
@@ -103,42 +102,6 @@ def test_chunked_loss_equals_plain(monkeypatch, tokens):
   # A head that does not train costs no gradient, and hidden states get the same one.
   only = jax.grad(chunked)(hidden, kernel)
   np.testing.assert_allclose(only, jax.grad(plain)(hidden, kernel), rtol=2e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_blockwise_attention_equals_the_whole(monkeypatch, causal):
-  rng = np.random.default_rng(0)
-  q = rng.normal(size=(2, 50, 4, 8)).astype("f4")
-  k, v = rng.normal(size=(2, 2, 50, 2, 8)).astype("f4")
-  segments = np.repeat(np.array([[1, 2, 3, 0], [1, 1, 1, 2]]), [10, 20, 15, 5], axis=1)
-
-  def run(q, k, v):
-    out = attention.attention(q, k, v, segment_ids=segments, causal=causal)
-    return jnp.sum(jnp.sin(out) * (segments > 0)[:, :, None, None]), out
-
-  whole = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)(q, k, v)
-  monkeypatch.setattr(attention, "QUERY_BLOCK", 16)
-  blocks = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)(q, k, v)
-  for ours, theirs in zip(jax.tree.leaves(blocks), jax.tree.leaves(whole), strict=True):
-    np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=2e-6)
-
-
-def test_a_segment_never_sees_another():
-  rng = np.random.default_rng(0)
-  q, k, v = rng.normal(size=(3, 1, 12, 2, 4)).astype("f4")
-  segments = np.array([[1] * 5 + [2] * 7])
-  out = attention.attention(q, k, v, segment_ids=segments, causal=True)
-  k[:, :5] += 100.0
-  v[:, :5] -= 100.0
-  changed = attention.attention(q, k, v, segment_ids=segments, causal=True)
-  np.testing.assert_array_equal(out[:, 5:], changed[:, 5:])
-  assert np.abs(out[:, :5] - changed[:, :5]).max() > 1
-
-
-def test_unknown_attention_backend_is_named():
-  q = jnp.zeros((1, 2, 2, 4))
-  with pytest.raises(ValueError, match="'flash'"):
-    attention.attention(q, q, q, causal=True, backend="flash")
 
 
 def test_pixel_shuffle_orders_channels_and_grid():

@@ -26,6 +26,7 @@ from internvl_jax.losses import preference
 from internvl_jax.losses.preference import LossSettings, PairLogProbs
 from internvl_jax.models import functional
 from internvl_jax.models.internvl import Execution, InternVL, normalize_tiles
+from internvl_jax.models.kernels import Kernels
 from internvl_jax.models.lora import MARK, LoRASpec
 from internvl_jax.objectives import COPIES, PreferenceOptimization, ReferencePolicy
 from internvl_jax.parallel import rules
@@ -295,11 +296,11 @@ def test_the_configuration_reaches_the_objective():
   config.preference.sigmoid_loss_weight = 0.8
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])
   source = describe_model(config)
-  objective = make_objective(config, source, execution(config), mesh)
+  objective = make_objective(config, source, execution(config, source.config), mesh)
   assert objective.settings == LossSettings(0.3, 0.05) and objective.rpo_alpha == 0.7
   assert objective.terms == (("sigmoid", 0.8), ("bco_pair", 1.0)) and objective.reference is not None
   config.preference.precompute_reference = True
-  assert make_objective(config, source, execution(config), mesh).reference is None
+  assert make_objective(config, source, execution(config, source.config), mesh).reference is None
 
 
 def test_copies_round_what_the_policy_rounds_and_nothing_else():
@@ -330,15 +331,16 @@ def test_packed_equals_unpacked():
     (None, "xla"),
     ({"fsdp": 2, "tensor": 2}, "xla"),
     pytest.param(None, "splash_interpret", marks=pytest.mark.slow),
+    (None, "triton_interpret"),
   ],
 )
 def test_shared_prompts_change_nothing(mesh, backend):
-  """Also where the prompt's tokens lie on other devices than the answer's, and in the kernels of TPUs."""
+  """Also where the prompt's tokens lie on other devices than the answer's, and in the kernels of TPUs and GPUs."""
   shards, rows = 2 if mesh else 1, [2, 1, 1, 2]
   alone = take_steps(make_step(), [make_pairs(rows, seed) for seed in range(3)])
   batches = [make_pairs(rows, seed, shards=shards, share=True) for seed in range(3)]
   assert (batches[0].rows.segment_ids > 0).sum() < (make_pairs(rows).rows.segment_ids > 0).sum()
-  harness = make_step(mesh=mesh, share=True, how=Execution(attention=backend))
+  harness = make_step(mesh=mesh, share=True, how=Execution(kernels=Kernels(attention=backend)))
   assert_equal_steps(take_steps(harness, batches), alone)
 
 

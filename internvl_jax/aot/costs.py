@@ -13,6 +13,7 @@ from internvl_jax.aot.target import Target
 from internvl_jax.batch import PreferenceBatch
 from internvl_jax.flops import Products, list_products
 from internvl_jax.models.internvl import SCOPES
+from internvl_jax.models.kernels import Kernels
 from internvl_jax.objectives import ForwardPass
 
 OTHER = "optimizer and other"
@@ -62,7 +63,7 @@ def _plain_products(plan: StepPlan) -> list[Products]:
   """The products of the step on one shard's micro-batch, by the plainest code."""
   objective = plan.step.objective
   assert isinstance(objective, ForwardPass)
-  how = dataclasses.replace(objective.how, attention="xla", remat=None)
+  how = dataclasses.replace(objective.how, kernels=Kernels(attention="plain"), remat=None)
   plain = dataclasses.replace(objective, how=how, fused_loss=False, shards=1)
   step = dataclasses.replace(plan.step, objective=plain, places=None)
   preference = isinstance(plan.batch, PreferenceBatch)

@@ -16,6 +16,7 @@ from internvl_jax.assembly import describe_copies, describe_model, open_mesh, se
 from internvl_jax.batch import Batch, PreferenceBatch, SFTBatch, pairs_of_row
 from internvl_jax.config import TrainConfig
 from internvl_jax.hf.model import Source
+from internvl_jax.models.kernels import Device
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.parallel import rules
 from internvl_jax.state import TrainState
@@ -124,7 +125,7 @@ def plan_step(
   source = describe_model(config) if source is None else source
   mesh = open_mesh(config, target.devices)
   meshes.check_lengths([shape.tokens], mesh)
-  setup = set_up(config, source, mesh, platform=target.platform)
+  setup = set_up(config, source, mesh, device=Device.of(target.devices[0]))
   preference = config.preference.loss_type is not None
   batch = shape.batch(meshes.data_parallel_size(mesh), preference=preference)
   batch = jax.tree.map(

@@ -151,7 +151,11 @@ def make_report(plan: StepPlan, compiled: Compiled, target: Target, *, limit: in
     chips=plan.mesh.size,
     mesh=dict(plan.mesh.shape),
     batch={**dataclasses.asdict(plan.shape), "shards": plan.shards},
-    execution={"dtype": jax.numpy.dtype(how.dtype).name, "attention": how.attention, "remat": how.remat},
+    execution={
+      "dtype": jax.numpy.dtype(how.dtype).name,
+      **dataclasses.asdict(how.kernels),
+      "remat": how.remat,
+    },
     parameters=count({**plan.frozen, **plan.state.params}),
     trainable=count(plan.state.params),
     memory=memory,

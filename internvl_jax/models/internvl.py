@@ -42,7 +42,7 @@ class Execution:
   """How a forward pass is computed, as opposed to what: the compute dtype and the choices of RuntimeConfig."""
 
   dtype: jnp.dtype = jnp.float32
-  kernels: Kernels = Kernels()
+  kernels: Kernels = dataclasses.field(default_factory=Kernels)
   remat: str | None = None
   scan_unroll: int = 1
 

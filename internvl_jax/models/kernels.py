@@ -7,6 +7,7 @@ card and what the model needs.
 import dataclasses
 import importlib
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 
@@ -22,7 +23,7 @@ class Backend:
     takes: the optional features that it has, by the words of its table.
     widest_head: the largest head width; None: any.
     capability: the smallest compute capability of an NVIDIA card.
-    jax: the oldest version of JAX.
+    oldest_jax: the first version of JAX that has it.
     interpret: Pallas' interpreter runs it, on any platform: for tests.
     reason: why it is chosen where it is, with versions and what it costs to do without.
   """
@@ -33,7 +34,7 @@ class Backend:
   takes: frozenset[str] = frozenset()
   widest_head: int | None = None
   capability: tuple[int, int] = (0, 0)
-  jax: tuple[int, int] = (0, 0)
+  oldest_jax: tuple[int, int] = (0, 0)
   interpret: bool = False
   reason: str = ""
 
@@ -53,8 +54,8 @@ class Backend:
     if device.capability is not None and device.capability < self.capability:
       wanted, found = (".".join(map(str, pair)) for pair in (self.capability, device.capability))
       return f"needs a card of compute capability {wanted}, and {device.kind} has {found}"
-    if _jax_version() < self.jax:
-      return f"needs jax {'.'.join(map(str, self.jax))}, and {jax.__version__} is installed"
+    if jax.__version_info__[:2] < self.oldest_jax:
+      return f"needs jax {'.'.join(map(str, self.oldest_jax))}, and {jax.__version__} is installed"
     return None
 
 
@@ -73,7 +74,7 @@ class Device:
   capability: tuple[int, int] | None = None
 
   @classmethod
-  def of(cls, device: jax.Device) -> "Device":
+  def of(cls, device: Any) -> "Device":
     """What is known of a device of JAX's."""
     found = getattr(device, "compute_capability", None)
     known = device.platform == "gpu" and isinstance(found, str) and found.count(".") == 1
@@ -118,7 +119,3 @@ def choose(
       return row, passed
     passed = passed or f"{row.name!r} {refusal} ({row.reason})"
   raise ValueError(f"no backend for {device.platform}")
-
-
-def _jax_version() -> tuple[int, ...]:
-  return tuple(jax.version.__version_info__[:2])

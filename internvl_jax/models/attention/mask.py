@@ -60,7 +60,7 @@ class Mask:
     found = {"shared prompts"} if self.shared is not None else set()
     if self.reach is not None:
       found.add("windows")
-    return found | ({"an index of queries"} if self.q_index is not None else set())
+    return found | ({"index of queries"} if self.q_index is not None else set())
 
   def without_shared(self) -> "Mask":
     """The mask by which no key is shared."""
@@ -71,6 +71,17 @@ class Mask:
     assert self.segments is not None and self.shared is not None
     moved = jnp.where(self.shared, self.segments + 1, self.segments)
     return dataclasses.replace(self, segments=moved, kv_segments=moved, shared=None)
+
+  def rising(self) -> "Mask":
+    """The mask with padding, segment 0, numbered after all others.
+
+    Segments then rise along a row, and a block's lowest and highest say which others it can meet.
+    """
+
+    def renumber(ids: jax.Array | None) -> jax.Array | None:
+      return None if ids is None else jnp.where(ids == 0, jnp.iinfo(jnp.int32).max, ids)
+
+    return dataclasses.replace(self, segments=renumber(self.segments), kv_segments=renumber(self.kv_segments))
 
   @property
   def is_second_answer(self) -> jax.Array:

@@ -56,7 +56,7 @@ def attention(
     for window in (mask.windows if mask.causal else ()) or (None,)
   ]
   # A kernel is made for one window.
-  index = None if len(made) == 1 else jnp.searchsorted(jnp.array(mask.windows), mask.reach)
+  index = None if mask.window is None else jnp.searchsorted(jnp.array(mask.windows), mask.window)
   arrays = ((q / math.sqrt(q.shape[-1])).astype(q.dtype), k, v, q_segments, kv_segments, sinks, index)
   attend = _on_device if layout is None else functools.partial(_spread, mesh, layout)
   return attend(made, *arrays)[:, :T]

@@ -54,22 +54,19 @@ class _Tilings(NamedTuple):
   kv: _Tiling
 
 
-# By element size and head width. What a program holds must fit the smallest shared memory of a card that the kernels
-# run on, 99 KiB (compute capability 8.6, 8.9 and 12.0): of a forward block the queries once and `stages` times keys and
-# values. 64 rows and more in the first operand let Hopper's cards use their widest products.
+# By element size and head width: found by compiling for compute capability 8.0, 8.9, 9.0 and 10.0, as the largest whose
+# programs keep all in registers and in the 99 KiB of shared memory that the smallest of these cards have. 64 rows and
+# more in the first operand let Hopper's cards use their widest products.
 _TILINGS: dict[tuple[int, int], _Tilings] = {
-  (2, 64): _Tilings(_Tiling(128, 64, 4, 3), _Tiling(128, 64, 8, 2), _Tiling(64, 128, 8, 2)),
-  (2, 128): _Tilings(_Tiling(128, 64, 8, 2), _Tiling(64, 64, 4, 2), _Tiling(32, 128, 8, 2)),
-  (2, 256): _Tilings(_Tiling(64, 32, 4, 2), _Tiling(64, 32, 8, 1), _Tiling(32, 32, 4, 1)),
+  (2, 64): _Tilings(_Tiling(128, 64, 8, 3), _Tiling(128, 64, 8, 2), _Tiling(64, 128, 8, 2)),
+  (2, 128): _Tilings(_Tiling(128, 64, 8, 2), _Tiling(64, 64, 4, 2), _Tiling(64, 64, 8, 2)),
   (4, 64): _Tilings(_Tiling(64, 32, 4, 2), _Tiling(32, 32, 4, 2), _Tiling(32, 32, 4, 2)),
   (4, 128): _Tilings(_Tiling(32, 32, 4, 2), _Tiling(32, 32, 4, 1), _Tiling(32, 32, 4, 1)),
-  (4, 256): _Tilings(_Tiling(16, 16, 4, 2), _Tiling(16, 16, 4, 1), _Tiling(16, 16, 4, 1)),
 }
 
 
 def _tilings(dtype: jnp.dtype, H: int) -> _Tilings:
-  width = next(width for width in (64, 128, 256) if width >= H)
-  return _TILINGS[4 if dtype == jnp.float32 else 2, width]
+  return _TILINGS[4 if dtype == jnp.float32 else 2, 64 if H <= 64 else 128]
 
 
 # --- What the mask says -------------------------------------------------------------------------------------
@@ -101,7 +98,8 @@ def _known(mask: Mask, T: int, S: int) -> _Known:
 
   segment = kv_segment = q_prompt = kv_prompt = index = None
   if mask.segments is not None and mask.kv_segments is not None:
-    segment, kv_segment = fill(mask.segments, T, _NO_QUERY), fill(mask.kv_segments, S, _NO_KEY)
+    rising = mask.rising()
+    segment, kv_segment = fill(rising.segments, T, _NO_QUERY), fill(rising.kv_segments, S, _NO_KEY)
   if mask.shared is not None:
     assert mask.segments is not None and mask.kv_segments is not None
     q_prompt = fill(jnp.where(mask.is_second_answer, mask.segments - 1, _SEES_NONE), T, _SEES_NONE)
@@ -177,7 +175,8 @@ def _on_device(interpret: bool, q, k, v, mask: Mask, sinks) -> jax.Array:
   T, S = (-(-x.shape[1] // 128) * 128 for x in (q, k))
   known = _known(mask, T, S)
   how = _How(scale=kernels.LOG2_E / math.sqrt(H), causal=mask.causal, interpret=interpret)
-  return _flash(q, k, v, sinks, known, how)[..., :H]
+  out: Any = _flash(q, k, v, sinks, known, how)
+  return out[..., :H]
 
 
 class _How(NamedTuple):
@@ -211,7 +210,7 @@ def _call(kernel, name: str, shape: Shape, tiling: _Tiling, grid: tuple[int, ...
 
 
 def _forward(q, k, v, sinks, known: _Known, how: _How):
-  (B, T, N, H), tiling = q.shape, _tilings(q.dtype, q.shape[3]).forward
+  (B, T, N, _), tiling = q.shape, _tilings(q.dtype, q.shape[3]).forward
   shape = _shape(q, k, how, tiling)
   spans = _spans(*_meetings(known, shape))
   out = jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, -(-T // 128) * 128), jnp.float32)
@@ -224,7 +223,7 @@ def _forward(q, k, v, sinks, known: _Known, how: _How):
 
 def _backward(how: _How, saved: Any, g: jax.Array):
   q, k, v, sinks, known, out, log = saved
-  (B, T, N, H), (S, K), tilings = q.shape, k.shape[1:3], _tilings(q.dtype, q.shape[3])
+  (B, T, N, _), (S, K), tilings = q.shape, k.shape[1:3], _tilings(q.dtype, q.shape[3])
   # What the gradients of a query's weights have in common (arXiv:2307.08691, section 2.3.2).
   inner = jnp.einsum("btnh,btnh->bnt", g, out, preferred_element_type=jnp.float32)
   inner = jnp.pad(inner, ((0, 0), (0, 0), (0, log.shape[2] - T)))

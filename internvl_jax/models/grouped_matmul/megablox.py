@@ -5,6 +5,8 @@
 Letters: M rows, K width in, N width out, G groups.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
@@ -16,12 +18,16 @@ _WIDTHS = (1024, 896, 768, 640, 512)
 """Widths of a tile: the one is taken that fills whole tiles best."""
 
 
-def product(rows: jax.Array, matrices: jax.Array, sizes: jax.Array, *, interpret: bool) -> jax.Array:
-  """`grouped_matmul` by kernels for TPUs, or by those interpreted; rows after the last group are zeros."""
+def product(rows: jax.Array, matrices: jax.Array, sizes: jax.Array, *, interpret: bool = False) -> jax.Array:
+  """`grouped_matmul` by kernels for TPUs; rows after the last group are zeros."""
   tile = next((size for size in _ROWS if rows.shape[0] % size == 0), _ROWS[-1])
   padded = jnp.pad(rows, ((0, -rows.shape[0] % tile), (0, 0)))
   out = _product(padded, matrices, sizes.astype(jnp.int32), tile, interpret)
   return out[: rows.shape[0]]
+
+
+interpreted = functools.partial(product, interpret=True)
+"""`product` by Pallas' interpreter."""
 
 
 def _plain(rows, matrices, sizes, tile: int, interpret: bool) -> jax.Array:

@@ -61,14 +61,18 @@ _BAND = 8
 back to their rows while these are in the L2 cache."""
 
 
-def product(rows: jax.Array, matrices: jax.Array, sizes: jax.Array, *, interpret: bool) -> jax.Array:
-  """`grouped_matmul` by kernels for GPUs, or by those interpreted; rows after the last group are zeros.
+def product(rows: jax.Array, matrices: jax.Array, sizes: jax.Array, *, interpret: bool = False) -> jax.Array:
+  """`grouped_matmul` by kernels for GPUs; rows after the last group are zeros.
 
   Sums are float32. Float32 operands are multiplied as `jax_default_matmul_precision` says: "highest" in full, and
   rounded to TF32 where nothing is said.
   """
   assert rows.dtype == matrices.dtype, (rows.dtype, matrices.dtype)
   return _product(rows, matrices, sizes.astype(jnp.int32), interpret)
+
+
+interpreted = functools.partial(product, interpret=True)
+"""`product` by Pallas' interpreter."""
 
 
 def _plain(rows, matrices, sizes, interpret: bool) -> jax.Array:
