@@ -111,6 +111,7 @@ def changes_of(config: TrainConfig) -> Changes:
     unfreeze_vit_layers=model.unfreeze_vit_layers,
     vision_lora=lora_spec(config.lora, model.use_backbone_lora),
     text_lora=lora_spec(config.lora, model.use_llm_lora),
+    quantize=config.runtime.quantize,
   )
 
 
