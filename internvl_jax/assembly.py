@@ -30,6 +30,7 @@ from internvl_jax.losses.preference import LossSettings
 from internvl_jax.models.attention import backend_for
 from internvl_jax.models.internvl import Execution
 from internvl_jax.models.lora import DEFAULT_TARGETS, LoRASpec
+from internvl_jax.models.quantized import has_products
 from internvl_jax.objectives import (
   COPIES,
   PreferenceOptimization,
@@ -211,6 +212,7 @@ def set_up(
   Raises:
     UserError: the config does not fit the model or the platform.
   """
+  check_quantize(config.runtime.quantize, mesh.devices.flat[0])
   trainable = optim.trainable_paths(config.model, source.model.shapes)
   shapes, places = state_places(config, source, trainable, mesh)
   how = execution(config, platform)
@@ -232,6 +234,19 @@ def set_up(
     step=step,
     places=places,
   )
+
+
+def check_quantize(name: str, device: jax.Device) -> None:
+  """Refuses products in a format that the devices have none in.
+
+  Raises:
+    UserError: they would be computed in another one, and more slowly.
+  """
+  if name != "none" and not has_products(device, name):
+    raise UserError(
+      f"runtime.quantize={name!r}: {device.device_kind} has no such products (int8: NVIDIA of compute capability 8.0, "
+      "TPU v5e; fp8: 8.9, TPU7x); set it to 'none'"
+    )
 
 
 def log_parameters(setup: Setup) -> None:

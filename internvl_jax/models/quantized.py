@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,11 +42,15 @@ class Format:
     values: the dtype of x and w.
     gradients: the dtype of gradients.
     for_weights: whether the gradient of w is such a product, too, or one in the compute dtype.
+    capability: the first compute capability of NVIDIA's cards that has such products.
+    tpu: the first generation of TPUs.
   """
 
   values: jnp.dtype
   gradients: jnp.dtype
   for_weights: bool
+  capability: float
+  tpu: int
 
   def matmul(self, x: jax.Array, w: jax.Array, product: Product) -> jax.Array:
     """`gradients.matmul` in this format: x [..., D], w [D, F] -> [..., F] in the dtype of x."""
@@ -53,9 +58,11 @@ class Format:
 
 
 FORMATS = {
-  # In 127 equal steps, the few large gradients among many tokens leave nothing of the others: that sum stays.
-  "int8": Format(jnp.dtype(jnp.int8), jnp.dtype(jnp.int8), for_weights=False),
-  "fp8": Format(jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2), for_weights=True),
+  # Rounded to equal steps over all tokens, the gradient of w cost more than bfloat16 does (docs/training.md).
+  "int8": Format(jnp.dtype(jnp.int8), jnp.dtype(jnp.int8), for_weights=False, capability=8.0, tpu=5),
+  "fp8": Format(
+    jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2), for_weights=True, capability=8.9, tpu=7
+  ),
 }
 """What `runtime.quantize` may say, apart from "none"."""
 
@@ -72,8 +79,21 @@ def quantize(model: nnx.Module, name: str) -> None:
       module.multiply = FORMATS[name].matmul
 
 
+def has_products(device: Any, name: str) -> bool:
+  """Whether a device multiplies in the format of that name; a CPU does in its own way, slowly."""
+  form = FORMATS[name]
+  if device.platform == "gpu":
+    # AMD's cards call it "gfx942".
+    capability = re.fullmatch(r"\d+\.\d+", str(device.compute_capability))
+    return capability is not None and float(capability[0]) >= form.capability
+  if device.platform == "tpu":
+    generation = re.search(r"\d+", device.device_kind)
+    return generation is not None and int(generation[0]) >= form.tpu
+  return True
+
+
 def rounded(x: jax.Array, dtype: jnp.dtype, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
-  """x as numbers of an eight-bit format times scales.
+  """Rounds x to numbers of an eight-bit format times scales.
 
   Args:
     x: floating point.
@@ -93,7 +113,12 @@ def rounded(x: jax.Array, dtype: jnp.dtype, axes: Sequence[int]) -> tuple[jax.Ar
 
 
 def _sum(
-  a: jax.Array, b: jax.Array, over: tuple[Sequence[int], Sequence[int]], dtype: jnp.dtype, *, exact: bool = False
+  a: jax.Array,
+  b: jax.Array,
+  over: tuple[Sequence[int], Sequence[int]],
+  dtype: jnp.dtype,
+  *,
+  exact: bool = False,
 ) -> jax.Array:
   """The product of numbers of a format: integers are summed as such, others in float32 and rounded to `dtype`.
 
@@ -136,20 +161,22 @@ def _matmul_backward(product, form, needed, g):
   x, w = needed
   if type(g) is jax.custom_derivatives.SymbolicZero:
     return None, None
-  dx = None if w is None else _input_gradient(g, *w, product, form)
+  dx = None if w is None else _input_gradient(g, w, product, form)
   if x is None:
     return dx, None
-  return dx, _weight_gradient(*x, g, product, form) if form.for_weights else weight_gradient(x, g, product)
+  return dx, _weight_gradient(x, g, product, form) if form.for_weights else weight_gradient(x, g, product)
 
 
-def _input_gradient(g, w8, sw, product, form):
+def _input_gradient(g, w_parts, product, form):
+  w8, sw = w_parts
   g = product.outputs(g, w8.shape)
   h8, sh = rounded(g.astype(jnp.float32) * sw[0], form.gradients, [g.ndim - 1])
   dx = _sum(h8, product.used(w8), ((g.ndim - 1,), (1,)), g.dtype, exact=True)
   return product.inputs((dx.astype(jnp.float32) * sh).astype(g.dtype), w8.shape)
 
 
-def _weight_gradient(x8, sx, g, product, form):
+def _weight_gradient(x_parts, g, product, form):
+  x8, sx = x_parts
   tokens = tuple(range(g.ndim - 1))
   g = product.outputs(g, (x8.shape[-1], g.shape[-1]))
   k8, sk = rounded(g.astype(jnp.float32) * sx, form.gradients, tokens)
