@@ -236,7 +236,7 @@ def set_up(
   )
 
 
-def check_quantize(name: str, device: jax.Device) -> None:
+def check_quantize(name: str, device: Any) -> None:
   """Refuses products in a format that the devices have none in.
 
   Raises:

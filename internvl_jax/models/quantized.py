@@ -70,8 +70,8 @@ FORMATS = {
 def quantize(model: nnx.Module, name: str) -> None:
   """Lets a model multiply in the format of that name where most of its work is: in its layers' linear maps.
 
-  They are those that adapters are put beside by default. A router's scores choose experts, and the projector and
-  the output embedding are a few per cent of the work; these and the adapters stay as they are.
+  They are those that adapters are put beside by default. A router's scores choose experts, the output embedding is
+  multiplied within the loss, the projector is little work; these and the adapters stay as they are.
   """
   is_meant = re.compile(rf".*\.({'|'.join(DEFAULT_TARGETS)})")
   for path, module in list(nnx.iter_modules(model)):
