@@ -326,6 +326,9 @@ class RuntimeConfig:
   # What the backward pass recomputes under grad_checkpoint: "full" keeps layer inputs only, "dots" also
   # keeps the results of products with weights (not those of experts).
   remat_policy: Literal["full", "dots"] = "full"
+  # Products of the layers' linear maps in eight bits, for speed: "int8" (NVIDIA from Ampere on, TPU from v5e on) or
+  # "fp8" (NVIDIA from Ada and Hopper on). Weights are stored as before. See docs/training.md for what it costs.
+  quantize: Literal["none", "int8", "fp8"] = "none"
   # Layers unrolled in the body of the scans over layers.
   scan_unroll: int = 1
   # Draw the weights at random from model_name_or_path's config.json, in place of reading them.

@@ -32,6 +32,7 @@ from internvl_jax.models.grouped_matmul import BACKENDS as EXPERTS
 from internvl_jax.models.internvl import Execution, InternVLConfig
 from internvl_jax.models.kernels import Backend, Device, Kernels, choose, find
 from internvl_jax.models.lora import DEFAULT_TARGETS, LoRASpec
+from internvl_jax.models.quantized import has_products
 from internvl_jax.objectives import (
   COPIES,
   PreferenceOptimization,
@@ -113,6 +114,7 @@ def changes_of(config: TrainConfig) -> Changes:
     unfreeze_vit_layers=model.unfreeze_vit_layers,
     vision_lora=lora_spec(config.lora, model.use_backbone_lora),
     text_lora=lora_spec(config.lora, model.use_llm_lora),
+    quantize=config.runtime.quantize,
   )
 
 
@@ -212,6 +214,7 @@ def set_up(
   Raises:
     UserError: the config does not fit the model or the platform.
   """
+  check_quantize(config.runtime.quantize, mesh.devices.flat[0])
   trainable = optim.trainable_paths(config.model, source.model.shapes)
   shapes, places = state_places(config, source, trainable, mesh)
   how = execution(config, source.config, device)
@@ -233,6 +236,19 @@ def set_up(
     step=step,
     places=places,
   )
+
+
+def check_quantize(name: str, device: Any) -> None:
+  """Refuses products in a format that the devices have none in.
+
+  Raises:
+    UserError: they would be computed in another one, and more slowly.
+  """
+  if name != "none" and not has_products(device, name):
+    raise UserError(
+      f"runtime.quantize={name!r}: {device.device_kind} has no such products (int8: NVIDIA of compute capability 8.0, "
+      "TPU v5e; fp8: 8.9, TPU7x); set it to 'none'"
+    )
 
 
 def log_parameters(setup: Setup) -> None:

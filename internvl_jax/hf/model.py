@@ -37,6 +37,7 @@ class Changes:
     vision_lora, text_lora: adapters. Where the checkpoint has some of the same rank, they go on.
     vocab_size: rows of the embeddings; the last `new_tokens` are of tokens just added.
     new_tokens: how many.
+    quantize: see InternVLConfig.
   """
 
   image_size: int | None = None
@@ -48,6 +49,7 @@ class Changes:
   text_lora: LoRASpec | None = None
   vocab_size: int | None = None
   new_tokens: int = 0
+  quantize: str = "none"
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -362,6 +364,7 @@ def _changed(
     select_layer=select_layer,
     downsample_ratio=changes.downsample_ratio or config.downsample_ratio,
     ps_version=changes.ps_version or config.ps_version,
+    quantize=changes.quantize,
   )
 
 

@@ -59,8 +59,7 @@ def _matmul_backward(product, needed, g):
   # The barrier keeps XLA from fusing what makes `g` into both products, where it would be transposed.
   shape, g = g.shape[:-1], jax.lax.optimization_barrier(_rows(g))
   dx = None if w is None else (g @ w.T).reshape(*shape, -1)
-  dw = None if x is None else _rows(x).T @ g
-  return dx, dw
+  return dx, None if x is None else weight_gradient(x, g, product)
 
 
 def _spread_gradients(product, x, w, g):
@@ -70,10 +69,15 @@ def _spread_gradients(product, x, w, g):
   w_shape = w.shape if x is None else (x.shape[-1], g.shape[-1])
   g = product.outputs(g, w_shape)
   dx = None if w is None else product.inputs(g @ product.used(w).T, w_shape)
-  dw = None
-  if x is not None:
-    dw = product.gradient(jnp.einsum("...d,...f->df", product.inputs(x, w_shape), g))
-  return dx, dw
+  return dx, None if x is None else weight_gradient(x, g, product)
+
+
+def weight_gradient(x: jax.Array, g: jax.Array, product: Product) -> jax.Array:
+  """The gradient [D, F] of w in `matmul`, from x [..., D] and the gradient g [..., F] of what it returned."""
+  if mesh_in_scope() is None:
+    return _rows(x).T @ _rows(g)
+  x = product.inputs(x, (x.shape[-1], g.shape[-1]))
+  return product.gradient(jnp.einsum("...d,...f->df", x, g))
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)

@@ -17,6 +17,7 @@ from internvl_jax.models.gradients import matmul
 from internvl_jax.models.kernels import Kernels
 from internvl_jax.models.layers import remat_by_name
 from internvl_jax.models.projector import Projector, pixel_shuffle
+from internvl_jax.models.quantized import quantize
 from internvl_jax.models.vit import VisionConfig, VisionTransformer
 from internvl_jax.parallel.lookup import take_features
 from internvl_jax.parallel.rules import Product, constrain
@@ -24,13 +25,14 @@ from internvl_jax.parallel.rules import Product, constrain
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InternVLConfig:
-  """Everything that fixes the model's shapes and numbers."""
+  """Everything that fixes the model's shapes and numbers; `quantize` names one of `quantized.FORMATS`, or "none"."""
 
   vision: VisionConfig
   text: DecoderConfig
   select_layer: int = -1
   downsample_ratio: float = 0.5
   ps_version: str = "v2"
+  quantize: str = "none"
 
   @property
   def tokens_per_tile(self) -> int:
@@ -75,6 +77,8 @@ class InternVL(nnx.Module):
     self.vision_model = VisionTransformer(config.vision, select_layer=config.select_layer, rngs=rngs)
     self.mlp1 = Projector(config.vision.hidden_size * merged, config.text.hidden_size, rngs=rngs)
     self.language_model = CausalLM(config.text, rngs=rngs)
+    if config.quantize != "none":
+      quantize(self, config.quantize)
 
   def extract_features(
     self,

@@ -31,6 +31,7 @@ class Linear(nnx.Module):
 
   Attributes:
     product: how the product is spread over a mesh.
+    multiply: what computes it; `models.quantized.quantize` puts another in its place.
     adapter: what `models.lora.attach` put beside the kernel, or None: a function (x, y, linear) -> y.
   """
 
@@ -47,12 +48,13 @@ class Linear(nnx.Module):
   ):
     """Makes the map; `axes`, `pieces` and `over` are those of `parallel.rules.Product`."""
     self.product = Product(axes, pieces, over)
+    self.multiply: Callable = matmul
     self.kernel = make_param(jax.random.normal(rngs.params(), (d_in, d_out)) / math.sqrt(d_in), axes)
     self.bias = make_param(jnp.zeros(d_out), axes[1:]) if bias else None
     self.adapter: Callable | None = nnx.data(None)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    y = matmul(x, self.kernel[...].astype(x.dtype), self.product)
+    y = self.multiply(x, self.kernel[...].astype(x.dtype), self.product)
     if self.adapter is not None:
       y = self.adapter(x, y, self)
     return y if self.bias is None else shift(y, self.bias[...].astype(x.dtype))

@@ -108,7 +108,7 @@ class Adapter(nnx.Module):
     norm = jax.lax.stop_gradient(_column_norms(whole))
     ratio = (self.magnitude[...].astype(jnp.float32) / norm).astype(x.dtype)
     # What dropout leaves of the input goes through both parts, as in PEFT.
-    base = y if dropped is x else matmul(dropped, linear.kernel[...].astype(x.dtype), linear.product)
+    base = y if dropped is x else linear.multiply(dropped, linear.kernel[...].astype(x.dtype), linear.product)
     return y + (ratio - 1) * base + ratio * part
 
 
