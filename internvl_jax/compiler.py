@@ -6,6 +6,7 @@ measured.
 """
 
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -43,26 +44,16 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
     Option(
       name="xla_gpu_enable_latency_hiding_scheduler",
       value=True,
-      reason="collectives start early and are waited for late; what jaxlib 0.12 does anyway",
-    ),
-    Option(
-      name="xla_gpu_experimental_parallel_collective_overlap_limit",
-      value=2,
-      reason="the next weights may be asked for while the last ones, or a gradient, are still on their way",
-    ),
-    Option(
-      name="xla_gpu_all_gather_combine_threshold_bytes",
-      value=1,
-      reason="a layer's weights are collected one by one: together, nothing is left to compute beside them",
+      reason="starts exchanges early and waits for them late; jaxlib 0.12 does so anyway",
     ),
     Option(
       name="xla_gpu_reduce_scatter_combine_threshold_bytes",
-      value=1,
-      reason="a layer's gradients leave as they come, beside the products of those that follow",
+      value=16 * 2**20,
+      reason="a large gradient leaves at once, beside the products of the next one; XLA would wait for all of a layer",
     ),
   ),
 }
-"""Options by the platform of the devices that a program is for. XLA's own choice is kept wherever it was no worse."""
+"""Options by the platform of the devices that a program is for; what is not here was no better than XLA's own choice."""
 
 DESCRIBED: dict[str, tuple[Option, ...]] = {
   "gpu": (
@@ -96,9 +87,14 @@ def compiler_options(
   taken = named_in_flags(environ)
   ours = {row.name: row.value for row in rows}
   if left := sorted(taken & ours.keys()):
-    logging.log_first_n(logging.INFO, "XLA_FLAGS has its own %s, which stays", 1, ", ".join(left))
+    _say_once(f"XLA_FLAGS has its own {', '.join(left)}, which stays")
   asked = dict(parse_xla_option(text) for text in overrides)
   return {name: value for name, value in ours.items() if name not in taken} | asked
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+  logging.info(line)
 
 
 def named_in_flags(environ: Mapping[str, str]) -> set[str]:

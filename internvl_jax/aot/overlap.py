@@ -54,16 +54,16 @@ def exchanges(module: Module) -> list[Exchange]:
       if collective is None or not module.runs[name]:
         continue
       flops, kernels = _work(module, name, _beside(lines, i))
-      sizes = [
-        sum(array.bytes for array in arrays) for arrays in (collective.arrays, _inputs(module, line, name))
-      ]
-      kind = collective.opcode.removesuffix("-start")
-      op_name = collective.op_name or line.op_name
-      found.append(
-        Exchange(
-          kind=kind, bytes=max(sizes), runs=module.runs[name], flops=flops, kernels=kernels, op_name=op_name
-        )
+      inputs, results = _bytes(module.computations[name], line, collective)
+      exchange = Exchange(
+        kind=collective.opcode.removesuffix("-start"),
+        bytes=max(inputs, results),
+        runs=module.runs[name],
+        flops=flops,
+        kernels=kernels,
+        op_name=collective.op_name or line.op_name,
       )
+      found.append(exchange)
   return found
 
 
@@ -92,9 +92,12 @@ def _beside(lines: Sequence[Instruction], start: int) -> Sequence[Instruction]:
   return ()
 
 
-def _inputs(module: Module, line: Instruction, computation: str) -> list[Array]:
-  lines = module.computations[computation]
-  return [array for i in range(len(line.operands)) if (array := _operand(line, i, lines))]
+def _bytes(lines: dict[str, Instruction], line: Instruction, collective: Instruction) -> tuple[int, int]:
+  """Bytes that a collective, which a line runs or starts, takes and gives."""
+  operands = [_operand(line, i, lines) for i in range(len(line.operands))]
+  inputs = sum(operand.bytes for operand in operands if operand)
+  # `all-gather-start` gives its operands along with its results.
+  return inputs, collective.bytes - (inputs if collective.opcode == "all-gather-start" else 0)
 
 
 def _operand(line: Instruction, i: int, lines: dict[str, Instruction]) -> Array | None:
