@@ -96,8 +96,8 @@ def _bytes(lines: dict[str, Instruction], line: Instruction, collective: Instruc
   """Bytes that a collective, which a line runs or starts, takes and gives."""
   operands = [_operand(line, i, lines) for i in range(len(line.operands))]
   inputs = sum(operand.bytes for operand in operands if operand)
-  # `all-gather-start` gives its operands along with its results.
-  return inputs, collective.bytes - (inputs if collective.opcode == "all-gather-start" else 0)
+  # A line that starts one gives its operands along with its results.
+  return inputs, collective.bytes - (inputs if collective.opcode.endswith("-start") else 0)
 
 
 def _operand(line: Instruction, i: int, lines: dict[str, Instruction]) -> Array | None:
