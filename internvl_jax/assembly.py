@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 from transformers import PreTrainedTokenizerBase
 
-from internvl_jax import optim
+from internvl_jax import compiler, optim
 from internvl_jax.arguments import LoRAConfig, ModelArguments, PreferenceConfig, RuntimeConfig
 from internvl_jax.config import TrainConfig
 from internvl_jax.errors import UserError
@@ -51,7 +51,7 @@ from internvl_jax.trees import part_of, select
 def set_up_jax(config: TrainConfig) -> None:
   """Settings of JAX that the whole process shares."""
   if config.runtime.compilation_cache_dir:
-    jax.config.update("jax_compilation_cache_dir", config.runtime.compilation_cache_dir)
+    compiler.set_cache(config.runtime.compilation_cache_dir)
   if not config.training.bf16:
     # Accelerators round float32 products to less by default; float32 is asked for to get float32's numbers.
     jax.config.update("jax_default_matmul_precision", "highest")
@@ -147,10 +147,11 @@ def open_mesh(config: TrainConfig, devices: Sequence[Any] | None = None) -> jax.
   """The devices, by default those at hand, as the config arranges them.
 
   Raises:
-    UserError: they cannot be arranged so.
+    UserError: they cannot be arranged so, or their compiler does not take `runtime.xla_options`.
   """
   stage = zero.read_stage(config.training.deepspeed)
   mesh = meshes.make_mesh(config.mesh, devices, zero_stage=stage)
+  compiler.check_overrides(config.runtime.xla_options, mesh)
   if config.training.deepspeed:
     logging.info("ZeRO stage %d: %s spread over the data-parallel devices", stage, zero.STAGES[stage])
   return mesh

@@ -35,6 +35,7 @@ from internvl_jax.arguments import (
   RuntimeConfig,
   TrainingArguments,
   parse_distributed,
+  parse_xla_option,
 )
 from internvl_jax.errors import UserError
 from internvl_jax.outputs import would_write_over
@@ -535,6 +536,11 @@ def _runtime_problems(config: TrainConfig) -> Iterator[str]:
     )
   if steps and (len(steps) != 2 or steps[0] > steps[1]):
     yield f"runtime.profile_steps={steps} must be the first and the last step of the trace, such as (10, 12)"
+  for option in config.runtime.xla_options:
+    try:
+      parse_xla_option(option)
+    except ValueError:
+      yield f"runtime.xla_options: {option!r} must be name=value, such as 'xla_gpu_enable_triton_gemm=false'"
 
 
 def _is_remote(path: str) -> bool:

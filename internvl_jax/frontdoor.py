@@ -35,6 +35,7 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from internvl_jax.config import FIELDS, FOREIGN, LEAVES, TrainConfig, suggest, type_name
+from internvl_jax.environment import set_environment
 from internvl_jax.errors import UserError
 from internvl_jax.usage import usage
 
@@ -82,6 +83,7 @@ def run_app(main: Callable[[list[str]], Any]) -> None:
   (`--verbosity=1` shows where they came from), and so does a wrong command line. Any other exception is a bug and
   keeps its traceback.
   """
+  set_environment()
 
   def guarded(argv: list[str]) -> Any:
     try:

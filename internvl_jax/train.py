@@ -126,7 +126,7 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
     trainer = Trainer(
       training=config.training,
       runtime=config.runtime,
-      steps=CompiledSteps(setup.step, setup.mesh),
+      steps=CompiledSteps(setup.step, setup.mesh, xla_options=config.runtime.xla_options),
       schedule=optim.make_schedule(config.training, loader.total_steps),
       loader=loader,
       checkpointer=checkpointer,

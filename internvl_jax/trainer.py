@@ -18,6 +18,7 @@ from absl import logging
 from internvl_jax.arguments import RuntimeConfig, TrainingArguments
 from internvl_jax.batch import Batch
 from internvl_jax.checkpoint import Checkpointer
+from internvl_jax.compiler import compile_program
 from internvl_jax.errors import UserError
 from internvl_jax.metrics import RunLog, StepClock, Trace
 from internvl_jax.optim import Schedule
@@ -52,10 +53,12 @@ class CompiledSteps:
   Attributes:
     step: what to compile.
     mesh: its devices.
+    xla_options: `runtime.xla_options`.
   """
 
   step: TrainStep
   mesh: jax.sharding.Mesh
+  xla_options: tuple[str, ...] = ()
   _programs: dict[tuple, Any] = dataclasses.field(default_factory=dict)
 
   def __call__(
@@ -83,7 +86,8 @@ class CompiledSteps:
     batch: Batch = inputs[2]
     A, R, S = batch.rows.input_ids.shape
     start = time.perf_counter()
-    program = jax.jit(self.step.__call__, donate_argnums=0).lower(*inputs).compile()
+    lowered = jax.jit(self.step.__call__, donate_argnums=0).lower(*inputs)
+    program = compile_program(lowered, self.mesh.devices.flat[0].platform, self.xla_options)
     logging.info(
       "Compiled the step for %d x %d rows of %d tokens and %d tiles a shard in %.1f s",
       *(A, R, S, batch.rows.tiles.shape[2]),

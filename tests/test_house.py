@@ -28,9 +28,9 @@ LAYERS = (
   ("hf",),
   ("models", "losses", "data"),
   ("parallel",),
-  ("batch", "trees", "flops"),
+  ("batch", "trees", "flops", "compiler"),
   ("outputs",),
-  ("arguments", "errors", "watchdog"),
+  ("arguments", "errors", "watchdog", "environment"),
 )
 
 # Room -> rooms of its own layer that it may import.
@@ -43,7 +43,7 @@ ONLY = {
   # Checkpoint formats and the models they fill; data comes with a tokenizer in hand.
   "hf": {"models", "parallel", "batch", "trees", "outputs", "arguments", "errors"},
   # Only front doors see the whole configuration; below them a room gets its leaf.
-  "frontdoor": {"usage", "config", "arguments", "errors"},
+  "frontdoor": {"usage", "config", "arguments", "environment", "errors"},
   "usage": {"config"},
 }
 

@@ -15,7 +15,8 @@ import numpy as np
 _HEADER = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
 _ARRAY = re.compile(r"(?P<dtype>[a-z]\w*)\[(?P<dims>[\d,]*)\](?P<layout>\{[^}]*\})?")
-_NAME = re.compile(r"%?([\w.\-]+)\s*$")
+# `%name`, or `%name#1`, which is that element of a tuple.
+_NAME = re.compile(r"%?([\w.\-]+)(?:#(\d+))?\s*$")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 # Memory that is not the chip's main one: tiles of the chip's own memories.
 _ON_CHIP = re.compile(r"S\([1-9]\d*\)")
@@ -47,7 +48,12 @@ def _bits(dtype: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """A line of a computation."""
+  """A line of a computation.
+
+  Attributes:
+    operands: names of the lines whose results it takes.
+    elements: of each operand, which element of its results is taken, where the line says so by itself.
+  """
 
   name: str
   opcode: str
@@ -55,6 +61,7 @@ class Instruction:
   operands: tuple[str, ...]
   attributes: str
   is_root: bool
+  elements: tuple[int | None, ...] = ()
 
   @property
   def bytes(self) -> int:
@@ -93,7 +100,7 @@ class Module:
     def visit(name: str, times: int) -> None:
       runs[name] += times
       for instruction in self.computations[name].values():
-        for callee, repeats in self._calls(instruction):
+        for callee, repeats in self.calls(instruction):
           visit(callee, times * repeats)
 
     visit(self.entry, 1)
@@ -110,10 +117,10 @@ class Module:
         found.add(name)
         for instruction in self.computations[name].values():
           if instruction.opcode in ("while", "call", "conditional"):
-            pending += [callee for callee, _ in self._calls(instruction)]
+            pending += [callee for callee, _ in self.calls(instruction)]
     return found
 
-  def _calls(self, instruction: Instruction) -> Iterator[tuple[str, int]]:
+  def calls(self, instruction: Instruction) -> Iterator[tuple[str, int]]:
     """The computations that an instruction runs, and how often."""
     if instruction.opcode == "while":
       body, condition = instruction.called("body"), instruction.called("condition")
@@ -194,9 +201,11 @@ def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
   opcode, _, _ = rest[end + 1 :].partition("(")
   start = end + 1 + len(opcode)
   stop = _closing(rest, start)
-  operands = tuple(found[1] for part in _split(rest[start + 1 : stop]) if (found := _NAME.search(part)))
+  names = [found for part in _split(rest[start + 1 : stop]) if (found := _NAME.search(part))]
+  operands = tuple(found[1] for found in names)
+  elements = tuple(int(found[2]) if found[2] else None for found in names)
   arrays = tuple(_array(found) for found in _ARRAY.finditer(rest[:end]))
-  return Instruction(name, opcode, arrays, operands, rest[stop + 1 :], is_root)
+  return Instruction(name, opcode, arrays, operands, rest[stop + 1 :], is_root, elements)
 
 
 def _array(found: re.Match) -> Array:

@@ -14,6 +14,7 @@ import numpy as np
 from internvl_jax.aot.target import Target
 from internvl_jax.assembly import describe_copies, describe_model, open_mesh, set_up
 from internvl_jax.batch import Batch, PreferenceBatch, SFTBatch, pairs_of_row
+from internvl_jax.compiler import compile_program
 from internvl_jax.config import TrainConfig
 from internvl_jax.hf.model import Source
 from internvl_jax.models.kernels import Device
@@ -93,6 +94,7 @@ class StepPlan:
     mesh: its devices.
     shape: the batch's.
     state, frozen, batch: as the step takes them, without numbers.
+    xla_options: `runtime.xla_options`.
   """
 
   source: Source
@@ -102,6 +104,7 @@ class StepPlan:
   state: TrainState
   frozen: dict[str, Any]
   batch: Batch
+  xla_options: tuple[str, ...] = ()
 
   @property
   def shards(self) -> int:
@@ -141,6 +144,7 @@ def plan_step(
     state=setup.describe_state(),
     frozen=frozen,
     batch=batch,
+    xla_options=config.runtime.xla_options,
   )
 
 
@@ -189,7 +193,7 @@ def compile_step(
   lowered = jax.jit(plan.step.__call__, donate_argnums=0).lower(*plan.inputs)
   lowered_at = time.perf_counter()
   if not target.described:
-    compiled = lowered.compile()
+    compiled = compile_program(lowered, target.platform, plan.xla_options)
     seconds = time.perf_counter() - lowered_at
     return _result(compiled, compiled.as_text() or "", None, ("", ""), lowered_at - start, seconds)
   if optimization_level != "default":
@@ -199,8 +203,8 @@ def compile_step(
     refusal = compiled = None
     try:
       # The text of a program compiled for v5p and v6e cannot be had otherwise.
-      options = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
-      compiled = lowered.compile(compiler_options=options)
+      dumps = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
+      compiled = compile_program(lowered, target.platform, plan.xla_options, described=True, **dumps)
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
