@@ -30,7 +30,7 @@ LAYERS = (
   ("parallel",),
   ("batch", "trees", "flops"),
   ("outputs",),
-  ("arguments", "errors", "watchdog"),
+  ("arguments", "chips", "errors", "watchdog"),
 )
 
 # Room -> rooms of its own layer that it may import.

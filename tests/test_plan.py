@@ -10,8 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from internvl_jax.aot import costs, hlo, report, search
-from internvl_jax.aot.chips import TPUS
+from internvl_jax.aot import collectives, costs, hlo, links, operations, report, search, traffic
 from internvl_jax.aot.peak import peak
 from internvl_jax.aot.program import batch_shape, compile_step, plan_step
 from internvl_jax.aot.recipe import get_config
@@ -19,6 +18,7 @@ from internvl_jax.aot.target import Target, open_target
 from internvl_jax.arguments import MeshConfig
 from internvl_jax.assembly import describe_model
 from internvl_jax.batch import BatchCounts
+from internvl_jax.chips import TPUS
 from internvl_jax.errors import UserError
 from internvl_jax.hf import published
 from internvl_jax.mfu import peak_flops, useful_flops
@@ -273,7 +273,7 @@ AXES = {"data": 1, "fsdp": 4, "tensor": 2}
 
 def test_exchanges_of_a_program():
   module = hlo.parse(PROGRAM)
-  found = {c.kind: c for c in hlo.collectives(module, 8)}
+  found = {c.kind: c for c in collectives.find(module, 8)}
   assert set(found) == {"all-gather", "reduce-scatter", "collective-permute", "all-reduce"}
   # The loop counts by twos to ten.
   assert (found["all-gather"].runs, found["reduce-scatter"].runs, found["all-reduce"].runs) == (5, 5, 1)
@@ -289,12 +289,12 @@ def test_exchanges_of_a_program():
 
 def test_operations_and_traffic_of_a_program():
   module = hlo.parse(PROGRAM)
-  assert hlo.flops(module) == 5 * 2 * 8 * 16 * 32
+  assert operations.flops(module) == 5 * 2 * 8 * 16 * 32
   y, gathered, product, scattered = 8 * 16 * 2, 16 * 32 * 2, 8 * 32 * 2, 4 * 64 * 2
   loop = (y + gathered) + (y + gathered + product) + (product + scattered) + 3 * 4
   # A row is read from the table to the chip's own memory, sent on from there, and summed.
   rest = 64 + 64 + 2 * 64
-  assert hlo.traffic(module) == pytest.approx(5 * loop + rest, abs=64)
+  assert traffic.bytes_moved(module) == pytest.approx(5 * loop + rest, abs=64)
 
 
 def test_a_loop_of_unknown_length_is_named():
@@ -304,7 +304,7 @@ def test_a_loop_of_unknown_length_is_named():
     PROGRAM.replace("%limit = s32[]{:T(128)} constant(10)", "%limit = s32[] multiply(%counter, %counter)")
   )
   assert module.uncounted_loops == ["loop"]
-  assert hlo.flops(module) == 2 * 8 * 16 * 32
+  assert operations.flops(module) == 2 * 8 * 16 * 32
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_products_written_as_convolutions(line, expected):
     f"ENTRY %main () -> f32[] {{\n  %l = bf16[{l}] parameter(0)\n  %r = bf16[{r}] parameter(1)\n"
     f"  ROOT %c = f32[{out}] {line}\n}}\n"
   )
-  assert hlo.flops(module) == expected
+  assert operations.flops(module) == expected
 
 
 def test_kernels_count_what_their_masks_leave():
@@ -336,7 +336,7 @@ def test_kernels_count_what_their_masks_leave():
     lines = [f"  %o{i} = {shape} parameter({i})" for i, shape in enumerate(operands)]
     names = ", ".join(f"%o{i}" for i in range(len(operands)))
     call = f'  ROOT %splash_mha_{name}.1 = bf16[4,{rows},128] custom-call({names}), custom_call_target="tpu_custom_call"'
-    return hlo.kernel_flops(hlo.parse("\n".join(["ENTRY %main () -> f32[] {", *lines, call, "}"])))
+    return operations.kernel_flops(hlo.parse("\n".join(["ENTRY %main () -> f32[] {", *lines, call, "}"])))
 
   square = 2 * 4 * 1024 * 1024 * 128
   assert kernel("fwd_residuals", 1024, 2, "2,2") == 2 * square
@@ -354,8 +354,8 @@ def test_kernels_of_experts_count_an_even_load():
   lines += [f"  %gmm.3 = bf16[4096,256] custom-call(%o0, %o1, %o2, %o3), {target}"]
   lines += [f"  ROOT %tgmm.1 = bf16[16,512,256] custom-call(%o0, %o1, %o2, %gmm.3), {target}"]
   module = hlo.parse("\n".join(["ENTRY %main () -> f32[] {", *lines, "}"]))
-  assert hlo.kernel_flops(module) == 2 * 2 * 4096 * 512 * 256
-  assert hlo.kernel_flops(module, 8) == 2 * 2 * 4096 * 512 * 256 / 8
+  assert operations.kernel_flops(module) == 2 * 2 * 4096 * 512 * 256
+  assert operations.kernel_flops(module, 8) == 2 * 2 * 4096 * 512 * 256 / 8
 
 
 def test_what_lies_in_memory_at_the_peak():
@@ -419,9 +419,9 @@ def slice_of(kind, *shape):
   ],
 )
 def test_links_bound_exchanges(kind, target, group, seconds):
-  collective = hlo.Collective(kind, "bf16", 1_000_000, (tuple(group),), 1, "")
-  assert costs.exchange_seconds(collective, slice_of(*target)) == pytest.approx(1e6 * seconds)
-  assert costs.total_seconds([collective] * 3, slice_of(*target)) == pytest.approx(3e6 * seconds)
+  collective = collectives.Collective(kind, "bf16", 1_000_000, (tuple(group),), 1, "")
+  assert links.exchange_seconds(collective, slice_of(*target)) == pytest.approx(1e6 * seconds)
+  assert links.total_seconds([collective] * 3, slice_of(*target)) == pytest.approx(3e6 * seconds)
 
 
 # --- Searching ----------------------------------------------------------------------------------------------

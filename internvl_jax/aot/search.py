@@ -16,12 +16,12 @@ from typing import Any
 
 import jax
 
-from internvl_jax.aot.chips import TPUS
 from internvl_jax.aot.program import BatchShape, StepPlan, compile_step, plan_step
 from internvl_jax.aot.report import GIB, Report, arguments, make_report
 from internvl_jax.aot.target import Target, open_target
 from internvl_jax.arguments import MeshConfig
 from internvl_jax.assembly import describe_model
+from internvl_jax.chips import TPUS
 from internvl_jax.config import TrainConfig
 from internvl_jax.errors import UserError
 from internvl_jax.hf.model import Source
