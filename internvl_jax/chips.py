@@ -30,12 +30,14 @@ class Accelerator:
     kinds: of the names that JAX has for such devices (`device_kind`), as a regular expression.
     flops: bfloat16 operations a second of a device, dense, summed in float32.
     memory_bandwidth: bytes a second between the device and its memory.
+    slices: how many can be had together, smallest first: shapes of a torus, or cards, or hosts x cards.
   """
 
   name: str
   kinds: str
   flops: float
   memory_bandwidth: float
+  slices: tuple[str, ...]
 
 
 # --- TPUs ---------------------------------------------------------------------------------------------------
@@ -52,7 +54,6 @@ class Chip(Accelerator):
     ring: a slice's axis closes to a ring where its length is a multiple of this; else it is a line.
     devices: of one chip, as JAX sees it.
     inner_bandwidth: bytes a second between the devices of a chip, one way.
-    slices: shapes that can be had, smallest first.
     compiler_name: what the compiler calls it, if not by its name.
     options: how the compiler is asked for it, beside its name.
   """
@@ -63,7 +64,6 @@ class Chip(Accelerator):
   ring: int
   devices: int = 1
   inner_bandwidth: float = float("inf")
-  slices: tuple[str, ...]
   compiler_name: str | None = None
   options: tuple[tuple[str, str], ...] = ()
 
@@ -175,6 +175,10 @@ _BLACKWELL = dataclasses.replace(_HOPPER, major=10)
 _GEFORCE_BLACKWELL = dataclasses.replace(_ADA, major=12, minor=0)
 
 
+# A host's, and then whole hosts.
+_HOSTS = ("1", "2", "4", "8", "2x8", "4x8", "8x8", "16x8", "32x8")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Card(Accelerator):
   """A kind of NVIDIA GPU.
@@ -200,6 +204,7 @@ class Card(Accelerator):
   link_bandwidth: float
   network_bandwidth: float
   cards: int = 8
+  slices: tuple[str, ...] = _HOSTS
 
   @property
   def usable(self) -> int:

@@ -96,7 +96,7 @@ class Module:
     def visit(name: str, times: int) -> None:
       runs[name] += times
       for instruction in self.computations[name].values():
-        for callee, repeats in self._calls(instruction):
+        for callee, repeats in self.calls(instruction):
           visit(callee, times * repeats)
 
     visit(self.entry, 1)
@@ -113,10 +113,10 @@ class Module:
         found.add(name)
         for instruction in self.computations[name].values():
           if instruction.opcode in ("while", "call", "conditional", "async-start"):
-            pending += [callee for callee, _ in self._calls(instruction)]
+            pending += [callee for callee, _ in self.calls(instruction)]
     return found
 
-  def _calls(self, instruction: Instruction) -> Iterator[tuple[str, int]]:
+  def calls(self, instruction: Instruction) -> Iterator[tuple[str, int]]:
     """The computations that an instruction runs, and how often."""
     if instruction.opcode == "while":
       body, condition = instruction.called("body"), instruction.called("condition")

@@ -206,9 +206,9 @@ def compile_step(
       options = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True, **target.options}
       compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
-      if cuda.is_missing_tool(error):
-        raise UserError(f"the compiler for NVIDIA's cards is not all installed: {cuda.INSTALL}") from error
       if "RESOURCE_EXHAUSTED" not in str(error):
+        if cuda.is_missing_tool(error):
+          raise UserError(f"the compiler for NVIDIA's cards is not all there: {cuda.INSTALL}") from error
         raise
       refusal = re.sub(r"\s+", " ", str(error).splitlines()[0]).removeprefix("RESOURCE_EXHAUSTED: ")
     seconds = time.perf_counter() - lowered_at
