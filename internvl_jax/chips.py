@@ -128,7 +128,7 @@ TPUS: dict[str, Chip] = {
     Chip(
       name="v7x",
       kinds=r"TPU ?7x",
-      hbm=int(94.75 * GIB),
+      hbm=int(94.74 * GIB),
       flops=2307e12 / 2,
       memory_bandwidth=7.38e12 / 2,
       link_bandwidth=100e9 / 2,

@@ -23,7 +23,7 @@ def peak_flops(devices: Sequence[Any]) -> float | None:
   """The devices' bfloat16 FLOP/s together; None where a kind is not in the table."""
   # Of some kinds, a chip is two devices at the same place: v7x, and v4 without megacore.
   chips = {
-    (device.slice_index, *device.coords) if device.platform == "tpu" else device.id: device
+    (getattr(device, "slice_index", 0), *device.coords) if device.platform == "tpu" else device.id: device
     for device in devices
   }
   peaks = [_peak(device.device_kind) for device in chips.values()]

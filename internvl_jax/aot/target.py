@@ -85,7 +85,9 @@ def open_target(name: str) -> Target:
 
 def suggest(kind: str) -> str | None:
   """The kinds of chips and cards that are called much like this one, as a question."""
-  close = difflib.get_close_matches(kind.lower(), [*TPUS, *GPUS], n=3)
+  names = [*TPUS, *GPUS]
+  close = [name for name in names if kind and name.startswith(kind.lower())]
+  close = close or difflib.get_close_matches(kind.lower(), names, n=3)
   return f"did you mean {' or '.join(close)}?" if close else None
 
 
