@@ -11,22 +11,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from internvl_jax.batch import BatchCounts
+from internvl_jax.chips import PEAKS
 from internvl_jax.models.internvl import InternVLConfig
 from internvl_jax.trees import LAYER_RANGE, part_of
-
-PEAKS = (
-  (r"TPU v4", 275e12),
-  (r"TPU v5 ?(lite|e)", 197e12),
-  (r"TPU v5p?", 459e12),
-  (r"TPU v6 ?(lite|e)", 918e12),
-  (r".*A100.*", 312e12),
-  (r".*H100 PCIe.*", 756e12),
-  (r".*H100 NVL.*", 835e12),
-  (r".*H100.*", 989e12),
-  (r".*H200.*", 989e12),
-  (r".*B200.*", 2250e12),
-)
-"""Device kind -> dense bfloat16 FLOP/s of a chip, from the vendors' data sheets."""
 
 _EMBEDDING = "language_model.model.embed_tokens.embedding"
 _MATRIX = re.compile(r"(kernel|\.experts\.\w+_proj|\.adapter\.[ab])$")
@@ -34,9 +21,9 @@ _MATRIX = re.compile(r"(kernel|\.experts\.\w+_proj|\.adapter\.[ab])$")
 
 def peak_flops(devices: Sequence[Any]) -> float | None:
   """The devices' bfloat16 FLOP/s together; None where a kind is not in the table."""
-  # A v4 chip without megacore is two devices at the same place.
+  # Of some kinds, a chip is two devices at the same place: v7x, and v4 without megacore.
   chips = {
-    (device.slice_index, *device.coords) if device.platform == "tpu" else device.id: device
+    (getattr(device, "slice_index", 0), *device.coords) if device.platform == "tpu" else device.id: device
     for device in devices
   }
   peaks = [_peak(device.device_kind) for device in chips.values()]

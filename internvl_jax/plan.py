@@ -3,9 +3,10 @@
   python -m internvl_jax.plan --config configs/quickstart.py --topology v5e:4x4
   python -m internvl_jax.plan --size 2.5-8b --topology v5p [--search]
 
-Topologies: a slice of TPUs (v4:2x2x1, v5e:4x4, v5p:2x2x1, v6e:2x4; libtpu from the extra `plan` compiles for it), or
-devices at hand (cpu, cpu:8, gpu, local). With --search, a kind of TPU (v5e) whose smallest slice that fits is
-looked for, or the largest slice to look at (v5e:8x8).
+Topologies: a slice of TPUs (v4:2x2x1, v5e:4x4, v5p:2x2x1, v6e:2x4, v7x:2x2x1; libtpu from the extra `plan` compiles for
+it), NVIDIA's cards (h100:8, or hosts x cards, h100:4x8; also a100-40g, a100-80g, a800, h800, h20, h200, l40s, rtx4090,
+rtx5090, b200; compiled for by the extra `plan-gpu`), or devices at hand (cpu, cpu:8, gpu, local). With --search, a kind
+(v5e, h100) of which the fewest devices that fit are looked for, or the most to look at (v5e:8x8, h100:8).
 
 Without a recipe, everything is fine-tuned in packed rows (aot/recipe.py); fields are overridden as everywhere.
 Nothing is read but the checkpoint's config.json, and of a published size not even that: `--size`, or the size's hub
@@ -13,6 +14,7 @@ id in the recipe. The batch is the largest that the data may make (max_packed_to
 max_seq_length and max_dynamic_patch), or --tokens and --tiles a row. docs/scale.md explains the report.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,10 @@ from absl import flags
 from internvl_jax import frontdoor
 from internvl_jax.aot import recipe
 from internvl_jax.aot import report as reports
+from internvl_jax.aot.price import price
 from internvl_jax.aot.program import BatchShape, batch_shape, compile_step, plan_step
 from internvl_jax.aot.search import as_json, search, summary
-from internvl_jax.aot.target import open_target
+from internvl_jax.aot.target import Target, open_target
 from internvl_jax.assembly import set_up_jax
 from internvl_jax.config import TrainConfig, validate
 from internvl_jax.hf import published
@@ -35,15 +38,35 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "Devices to plan for, e.g. v5e
 _SIZE = flags.DEFINE_enum(
   "size", None, published.SIZES, "Published size, in place of model.model_name_or_path."
 )
-_SEARCH = flags.DEFINE_bool("search", False, "Look for the smallest slice that fits.")
+_SEARCH = flags.DEFINE_bool("search", False, "Look for the fewest devices that fit.")
 _TOKENS = flags.DEFINE_integer("tokens", None, "Tokens of a row.", lower_bound=1)
 _TILES = flags.DEFINE_integer("tiles", None, "Tiles of a row.", lower_bound=0)
 _HBM = flags.DEFINE_float("hbm", None, "GiB that a program may use of each device.", lower_bound=0)
 _LEVEL = flags.DEFINE_enum(
-  "optimization_level", "O0", ("default", "O0", "O1", "O2", "O3"), "How hard the compiler for a slice tries."
+  "optimization_level",
+  "O0",
+  ("default", "O0", "O1", "O2", "O3"),
+  "How hard the compiler for a slice of TPUs tries.",
+)
+_COST = flags.DEFINE_float("cost", None, "Price of an hour of one device.", lower_bound=0)
+_UTILISATION = flags.DEFINE_float(
+  "utilisation",
+  0.4,
+  "With --cost: share of the peak that goes to the model (MFU).",
+  lower_bound=0.01,
+  upper_bound=1,
+)
+_SUPERVISED = flags.DEFINE_float(
+  "supervised",
+  None,
+  "With --cost: share of the rows' tokens that the loss counts.",
+  lower_bound=1e-3,
+  upper_bound=1,
 )
 _JSON = flags.DEFINE_string("json", None, "File to write the whole report to.")
-_DUMP = flags.DEFINE_string("dump", None, "Folder for the files that the compiler for a slice writes.")
+_DUMP = flags.DEFINE_string(
+  "dump", None, "Folder for the files that the compiler writes, of devices that are not there."
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -66,11 +89,11 @@ def compile_for(config: TrainConfig, shape: BatchShape, limit: int | None) -> di
   limit = target.memory if limit is None else limit
   report = reports.make_report(plan, compiled, target, limit=limit)
   print(reports.render(report))
-  return report.as_json()
+  return report.as_json() | tell_price(report, target)
 
 
 def look(config: TrainConfig, shape: BatchShape, limit: int | None) -> dict[str, Any]:
-  """Looks for the smallest slice, prints what is tried and the best report; returns all of it as plain values."""
+  """Looks for the fewest devices, prints what is tried and the best report; returns all of it as plain values."""
   set_up_jax(config)
   attempts = search(
     config,
@@ -84,7 +107,19 @@ def look(config: TrainConfig, shape: BatchShape, limit: int | None) -> dict[str,
   if best:
     print("\n" + reports.render(best[-1]))
   print("\n" + summary(attempts))
-  return {"attempts": as_json(attempts)}
+  cost = tell_price(best[-1], open_target(best[-1].topology)) if best else {}
+  return {"attempts": as_json(attempts)} | cost
+
+
+def tell_price(report: reports.Report, target: Target) -> dict[str, Any]:
+  """Prints what tokens cost, if a price is given, and returns it as plain values."""
+  if _COST.value is None:
+    return {}
+  found = price(
+    report, target, hour=_COST.value, utilisation=_UTILISATION.value, supervised=_SUPERVISED.value
+  )
+  print(found)
+  return {"price": dataclasses.asdict(found)}
 
 
 def configuration() -> TrainConfig:

@@ -30,7 +30,8 @@ LAYERS = (
   ("parallel",),
   ("batch", "trees", "flops", "compiler"),
   ("outputs",),
-  ("arguments", "errors", "watchdog", "environment"),
+  ("arguments", "chips", "errors", "watchdog"),
+  ("environment",),
 )
 
 # Room -> rooms of its own layer that it may import.

@@ -9,6 +9,7 @@ import pytest
 from harness import Harness, make_batch, toy
 from internvl_jax import mfu
 from internvl_jax.batch import count
+from internvl_jax.chips import GPUS, TPUS
 from internvl_jax.flops import count_flops
 from internvl_jax.models.lora import LoRASpec
 from internvl_jax.models.moe import MoEConfig
@@ -64,22 +65,31 @@ def test_peaks_by_the_names_that_devices_have():
       SimpleNamespace(device_kind=kind, platform=platform, id=i, slice_index=0, coords=(i,)) for i in range(n)
     ]
 
-  peaks = {
-    "TPU v4": 275e12,
+  others = {
     "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
+    "NVIDIA H20-3e": 148e12,
+    "NVIDIA GB200": 2500e12,
   }
+  planned = {card.kind: card.flops for card in GPUS.values()}
+  assert (planned["NVIDIA H100 80GB HBM3"], planned["NVIDIA H200"], planned["NVIDIA H20"]) == (
+    989e12,
+    989e12,
+    148e12,
+  )
+  tpus = {f"TPU {name}": TPUS[name].flops for name in ("v4", "v5e", "v5p")}
+  peaks = others | planned | tpus
   for kind, peak in peaks.items():
     assert mfu.peak_flops(devices(kind)) == 2 * peak, kind
+  # Cards that do less than their namesakes are not taken for them.
+  for kind in ("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA L40"):
+    assert mfu.peak_flops(devices(kind)) is None, kind
   assert mfu.peak_flops(jax.devices()) is None
   two_cores = [SimpleNamespace(device_kind="TPU v4", platform="tpu", slice_index=0, coords=(0, 0, 0))] * 2
   assert mfu.peak_flops(two_cores) == 275e12
+  two_halves = [SimpleNamespace(device_kind="TPU7x", platform="tpu", slice_index=0, coords=(0, 0, 0))] * 2
+  assert mfu.peak_flops(two_halves) == 2307e12 == 2 * TPUS["v7x"].flops

@@ -1,15 +1,11 @@
-"""What a step costs: the model's operations by part, and the least time that exchanges between chips take."""
+"""What a step costs: the model's operations by part and phase."""
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import jax
-import numpy as np
 
-from internvl_jax.aot.hlo import Collective
 from internvl_jax.aot.program import StepPlan
-from internvl_jax.aot.target import Target
 from internvl_jax.batch import PreferenceBatch
 from internvl_jax.flops import Products, list_products
 from internvl_jax.models.internvl import SCOPES
@@ -75,61 +71,3 @@ def _plain_products(plan: StepPlan) -> list[Products]:
 def _whole(tree):
   """The same shapes on no device in particular."""
   return jax.tree.map(lambda leaf: leaf.update(sharding=None), tree)
-
-
-# --- Exchanges ----------------------------------------------------------------------------------------------
-
-
-def exchange_seconds(collective: Collective, target: Target) -> float | None:
-  """The least time of one run of an exchange: no chip can take in or give out more than its links carry.
-
-  All-to-alls are bounded by what the links across the middle of a group carry. None where links are not known.
-  """
-  if target.chip is None or not target.shape:
-    return None
-  speed = target.chip.link_bandwidth
-  n = len(collective.groups[0])
-  places = np.array([target.devices[i].coords[: len(target.shape)] for i in collective.groups[0]])
-  if collective.kind == "all-to-all":
-    crossing = n * collective.bytes / 4
-    return max(crossing / (speed * links) for links in _links_across(places, target))
-  # What a chip takes in of an array that all have in the end, twice for a sum; a permutation moves all of it.
-  share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(collective.kind, (n - 1) / n)
-  return share * collective.bytes / (speed * _links_of_a_chip(places, target))
-
-
-def _links_of_a_chip(places: np.ndarray, target: Target) -> int:
-  """Links to other chips of the group, of the chip that has fewest."""
-  links = np.zeros(len(places), int)
-  for axis, column in enumerate(places.T):
-    if _is_ring(column, axis, target):
-      links += 2
-    else:
-      links += (column > column.min()).astype(int) + (column < column.max())
-  return max(1, int(links.min()))
-
-
-def _links_across(places: np.ndarray, target: Target) -> Sequence[int]:
-  """Links across the middle of a group, cut along each axis that it extends over."""
-  found = []
-  for axis, column in enumerate(places.T):
-    length = len(set(column.tolist()))
-    if length > 1:
-      found.append(max(1, len(places) // length * (2 if _is_ring(column, axis, target) else 1)))
-  return found or [1]
-
-
-def _is_ring(column: np.ndarray, axis: int, target: Target) -> bool:
-  """Whether a group takes all of an axis of the slice, and that closes to a ring."""
-  assert target.chip
-  length = target.shape[axis]
-  return length % target.chip.ring == 0 and len(set(column.tolist())) == length > 2
-
-
-def total_seconds(found: Sequence[Collective], target: Target) -> float | None:
-  """The least time of all exchanges, one after the other."""
-  seconds = [exchange_seconds(collective, target) for collective in found]
-  known = [
-    value * collective.runs for value, collective in zip(seconds, found, strict=True) if value is not None
-  ]
-  return math.fsum(known) if len(known) == len(found) and target.chip else None

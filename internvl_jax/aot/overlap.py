@@ -5,12 +5,11 @@ beside it.
 """
 
 import dataclasses
-import json
-import math
 import re
 from collections.abc import Sequence
 
-from internvl_jax.aot.hlo import Array, Instruction, Module
+from internvl_jax.aot.hlo import Instruction, Module
+from internvl_jax.aot.operations import product_flops
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -47,7 +46,7 @@ class Exchange:
 def exchanges(module: Module) -> list[Exchange]:
   """The collectives of a scheduled program, the ones that nothing runs beside included."""
   found = []
-  for name in sorted(module.control):
+  for name in sorted(module.control - _wrapped(module)):
     lines = list(module.computations[name].values())
     for i, line in enumerate(lines):
       collective = _collective(module, line)
@@ -75,6 +74,12 @@ def hidden_share(found: Sequence[Exchange]) -> float:
   )
 
 
+def _wrapped(module: Module) -> set[str | None]:
+  """The computations that hold what a line of another one starts."""
+  lines = (line for found in module.computations.values() for line in found.values())
+  return {line.called("calls") for line in lines if line.opcode == "async-start"}
+
+
 def _collective(module: Module, line: Instruction) -> Instruction | None:
   """The collective that a line runs or starts; None: it is another kind of line."""
   if line.opcode == "async-start" and (callee := line.called("calls")) in module.computations:
@@ -94,18 +99,9 @@ def _beside(lines: Sequence[Instruction], start: int) -> Sequence[Instruction]:
 
 def _bytes(lines: dict[str, Instruction], line: Instruction, collective: Instruction) -> tuple[int, int]:
   """Bytes that a collective, which a line runs or starts, takes and gives."""
-  operands = [_operand(line, i, lines) for i in range(len(line.operands))]
-  inputs = sum(operand.bytes for operand in operands if operand)
+  inputs = sum(lines[name].bytes for name in line.operands if name in lines)
   # A line that starts one gives its operands along with its results.
   return inputs, collective.bytes - (inputs if collective.opcode.endswith("-start") else 0)
-
-
-def _operand(line: Instruction, i: int, lines: dict[str, Instruction]) -> Array | None:
-  """The array that a line takes as its i-th operand; None for tokens, and for whole tuples."""
-  source, element = lines.get(line.operands[i]), line.elements[i] if line.elements else None
-  if source is None or not source.arrays:
-    return None
-  return source.arrays[element or 0]
 
 
 # --- Work ---------------------------------------------------------------------------------------------------
@@ -121,18 +117,3 @@ def _work(module: Module, computation: str, lines: Sequence[Instruction]) -> tup
       inner = _work(module, callee, list(module.computations[callee].values()))
       flops, kernels = flops + times * inner[0], kernels + times * inner[1]
   return flops, kernels
-
-
-def product_flops(line: Instruction, lines: dict[str, Instruction]) -> int:
-  """Operations of a matrix product: a `dot`, or a call of cuBLAS; 0 for other lines."""
-  if line.opcode == "dot":
-    numbers = re.search(r"lhs_contracting_dims=\{([\d,]+)\}", line.attributes)
-    contracted = [int(i) for i in numbers[1].split(",")] if numbers else []
-  elif line.opcode == "custom-call" and '"__cublas$' in line.attributes:
-    numbers = re.search(r'"lhs_contracting_dimensions":(\[[^\]]*\])', line.attributes)
-    contracted = [int(i) for i in json.loads(numbers[1])] if numbers else []
-  else:
-    return 0
-  lhs = _operand(line, 0, lines)
-  assert lhs is not None, f"what {line.name} multiplies is not known"
-  return 2 * math.prod(line.arrays[0].dims) * math.prod(lhs.dims[i] for i in contracted)

@@ -11,11 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from internvl_jax.aot import cuda
 from internvl_jax.aot.target import Target
 from internvl_jax.assembly import describe_copies, describe_model, open_mesh, set_up
 from internvl_jax.batch import Batch, PreferenceBatch, SFTBatch, pairs_of_row
 from internvl_jax.compiler import compile_program
 from internvl_jax.config import TrainConfig
+from internvl_jax.errors import UserError
 from internvl_jax.hf.model import Source
 from internvl_jax.models.kernels import Device
 from internvl_jax.parallel import mesh as meshes
@@ -185,8 +187,11 @@ def compile_step(
     plan: the step.
     target: the devices it is planned for.
     optimization_level: how hard the compiler for a slice of TPUs tries. "default" is what a run on TPUs gets. "O0" and
-      "O1" take a fraction of its time, with memory within 4 % (docs/scale.md).
-    dump: an empty folder for what the compiler for a slice writes about the program; None keeps nothing of it.
+      "O1" take a fraction of its time, with memory within 4 % (docs/scale.md). For cards it is always what a run gets.
+    dump: an empty folder for what the compiler for described devices writes about the program; None keeps nothing of it.
+
+  Raises:
+    UserError: the compiler is not all there.
   """
   start = time.perf_counter()
   # As `trainer.CompiledSteps` does it.
@@ -196,7 +201,7 @@ def compile_step(
     compiled = compile_program(lowered, target.platform, plan.xla_options)
     seconds = time.perf_counter() - lowered_at
     return _result(compiled, compiled.as_text() or "", None, ("", ""), lowered_at - start, seconds)
-  if optimization_level != "default":
+  if optimization_level != "default" and target.platform == "tpu":
     jax.config.update("jax_optimization_level", optimization_level)
   with contextlib.ExitStack() as stack:
     folder = dump or stack.enter_context(tempfile.TemporaryDirectory(prefix="internvl_jax_plan_"))
@@ -207,6 +212,8 @@ def compile_step(
       compiled = compile_program(lowered, target.platform, plan.xla_options, described=True, **dumps)
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
+        if cuda.is_missing_tool(error):
+          raise UserError(f"the compiler for NVIDIA's cards is not all there: {cuda.INSTALL}") from error
         raise
       refusal = re.sub(r"\s+", " ", str(error).splitlines()[0]).removeprefix("RESOURCE_EXHAUSTED: ")
     seconds = time.perf_counter() - lowered_at

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from internvl_jax.aot import costs, hlo
+from internvl_jax.aot import collectives, costs, hlo, links, operations, traffic
 from internvl_jax.aot.peak import peak
 from internvl_jax.aot.program import Compiled, StepPlan
 from internvl_jax.aot.target import Target
@@ -39,7 +39,7 @@ class Exchange:
   """All collectives of one kind along the same axes of the mesh.
 
   Attributes:
-    kind, axes, dtype: see `hlo.Collective`; the axes are joined by "+".
+    kind, axes, dtype: see `collectives.Collective`; the axes are joined by "+".
     count: runs in a step.
     bytes: of whole arrays (gathered, or before they are scattered) in a step, on a chip.
     seconds: the least time; None where links are not known.
@@ -132,7 +132,7 @@ class Report:
 def make_report(plan: StepPlan, compiled: Compiled, target: Target, *, limit: int | None) -> Report:
   """Puts together what the shapes, the compiled program and the chip's data sheet say."""
   module = hlo.parse(compiled.hlo)
-  found = hlo.collectives(module, plan.mesh.size)
+  found = collectives.find(module, plan.mesh.size)
   # Programs count devices as the mesh does.
   target = dataclasses.replace(target, devices=list(plan.mesh.devices.flat))
   memory = memory_by_part(plan, compiled)
@@ -142,9 +142,9 @@ def make_report(plan: StepPlan, compiled: Compiled, target: Target, *, limit: in
     part: {phase: value // sharing for phase, value in entry.items()}
     for part, entry in costs.model_flops(plan).items()
   }
-  kernels = hlo.kernel_flops(module, plan.mesh.shape["expert"])
-  compiled_flops = hlo.flops(module) + kernels
-  traffic = hlo.traffic(module)
+  kernels = operations.kernel_flops(module, plan.mesh.shape["expert"])
+  compiled_flops = operations.flops(module) + kernels
+  moved = traffic.bytes_moved(module)
   how = plan.step.objective.how  # pyright: ignore[reportAttributeAccessIssue]
   return Report(
     topology=target.name,
@@ -166,10 +166,10 @@ def make_report(plan: StepPlan, compiled: Compiled, target: Target, *, limit: in
     flops=flops,
     compiled_flops=compiled_flops,
     kernel_flops=kernels,
-    traffic=traffic,
+    traffic=moved,
     uncounted_loops=len(module.uncounted_loops),
     exchanges=exchanges(found, plan, target),
-    roofline=roofline(_sum(flops), compiled_flops, traffic, found, target),
+    roofline=roofline(_sum(flops), compiled_flops, moved, found, target),
     lower_seconds=compiled.lower_seconds,
     compile_seconds=compiled.compile_seconds,
   )
@@ -234,9 +234,9 @@ def _origin(line: hlo.Instruction) -> str:
   return f"{costs.part_of(scope)}, {costs.phase_of(scope)}: {scope.rsplit('/', 1)[-1]}"
 
 
-def exchanges(found: list[hlo.Collective], plan: StepPlan, target: Target) -> list[Exchange]:
+def exchanges(found: list[collectives.Collective], plan: StepPlan, target: Target) -> list[Exchange]:
   """Collectives by kind, axes and type, those that move most first."""
-  groups: dict[tuple[str, str, str], list[hlo.Collective]] = collections.defaultdict(list)
+  groups: dict[tuple[str, str, str], list[collectives.Collective]] = collections.defaultdict(list)
   for collective in found:
     axes = "+".join(collective.axes(dict(plan.mesh.shape)))
     groups[collective.kind, axes, collective.dtype].append(collective)
@@ -254,7 +254,7 @@ def exchanges(found: list[hlo.Collective], plan: StepPlan, target: Target) -> li
         dtype=dtype,
         count=sum(member.runs for member in members),
         bytes=sum(member.runs * member.bytes for member in members),
-        seconds=costs.total_seconds(members, target),
+        seconds=links.total_seconds(members, target),
         parts=dict(sorted(parts.items(), key=lambda item: -item[1])),
       )
     )
@@ -262,19 +262,19 @@ def exchanges(found: list[hlo.Collective], plan: StepPlan, target: Target) -> li
 
 
 def roofline(
-  model_flops: int, compiled_flops: int, traffic: int, found: list[hlo.Collective], target: Target
+  model_flops: int, compiled_flops: int, moved: int, found: list[collectives.Collective], target: Target
 ) -> Roofline | None:
   """The least time of a step on chips whose data sheet is known."""
   chip = target.chip
   if chip is None:
     return None
-  compute, memory = compiled_flops / chip.flops, traffic / chip.hbm_bandwidth
-  links = costs.total_seconds(found, target) or 0.0
-  step = max(compute, memory, links)
+  compute, memory = compiled_flops / chip.flops, moved / chip.memory_bandwidth
+  exchanged = links.total_seconds(found, target) or 0.0
+  step = max(compute, memory, exchanged)
   return Roofline(
     compute=compute,
     memory=memory,
-    links=links,
+    links=exchanged,
     step=step,
     mfu=model_flops / chip.flops / step if step else 0.0,
   )

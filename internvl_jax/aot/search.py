@@ -1,4 +1,4 @@
-"""Looks for the smallest slice of a kind of TPU that a run fits on, and how to arrange it there.
+"""Looks for the smallest slice of TPUs, or the fewest cards, that a run fits on, and how to arrange it there.
 
 What certainly lies in a chip's memory is known by arithmetic: parameters, optimizer state and gradients by their
 shardings, and what every layer saves for the way back. Only where that leaves room is the step compiled. What a
@@ -16,22 +16,17 @@ from typing import Any
 
 import jax
 
-from internvl_jax.aot.chips import TPUS
 from internvl_jax.aot.program import BatchShape, StepPlan, compile_step, plan_step
 from internvl_jax.aot.report import GIB, Report, arguments, make_report
-from internvl_jax.aot.target import Target, open_target
+from internvl_jax.aot.target import Target, open_target, suggest
 from internvl_jax.arguments import MeshConfig
 from internvl_jax.assembly import describe_model
+from internvl_jax.chips import GPUS, TPUS
 from internvl_jax.config import TrainConfig
 from internvl_jax.errors import UserError
 from internvl_jax.hf.model import Source
 from internvl_jax.objectives import ForwardPass
 from internvl_jax.trees import part_of
-
-# The slices that can be had: https://cloud.google.com/tpu/docs/v5e, v6e, v5p and v4; of the large tori, the cubes
-# and their doubles.
-_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
 
 _SHARES = (1, 2, 4, 8)
 """Chips that may share rows; beyond a host's worth of them, exchanges take over."""
@@ -74,26 +69,30 @@ class Attempt:
     return self.report is not None and bool(self.report.fits)
 
   def __str__(self) -> str:
-    mesh = " ".join(f"{axis}={size}" for axis, size in self.mesh.items() if size > 1) or "one chip"
+    mesh = " ".join(f"{axis}={size}" for axis, size in self.mesh.items() if size > 1) or "one device"
     used = f"{'' if self.compiled else 'at least '}{self.bytes / GIB:.2f} GiB"
     return f"{self.topology:<12}{mesh:<28}remat {self.remat:<6}{used:<20}{self.outcome}"
 
 
 def slices(name: str) -> list[str]:
-  """The slices of a kind ("v5e"), or those up to one of them ("v5e:8x8"), smallest first.
+  """The slices of a kind of TPU ("v5e") or the hosts of a kind of card ("h100"), smallest first.
+
+  Those up to one of them, if one is named ("v5e:8x8", "h100:8").
 
   Raises:
     UserError: no such kind or slice.
   """
   kind, _, largest = name.partition(":")
-  if kind not in TPUS:
+  chip = TPUS.get(kind) or GPUS.get(kind)
+  if chip is None:
     raise UserError(
-      f"--topology={name}: --search looks through the slices of {', '.join(TPUS)}; name one of them"
+      f"--topology={name}: --search looks through the slices of {', '.join(TPUS)} and the cards {', '.join(GPUS)}; "
+      f"{suggest(kind) or 'name one of them'}"
     )
-  shapes = _FLAT if TPUS[kind].dimensions == 2 else _CUBIC
-  if largest and largest not in shapes:
-    raise UserError(f"--topology={name}: the slices of {kind} are {', '.join(shapes)}")
-  return [f"{kind}:{shape}" for shape in (shapes[: shapes.index(largest) + 1] if largest else shapes)]
+  if largest and largest not in chip.slices:
+    raise UserError(f"--topology={name}: the slices of {kind} are {', '.join(chip.slices)}")
+  shapes = chip.slices[: chip.slices.index(largest) + 1] if largest else chip.slices
+  return [f"{kind}:{shape}" for shape in shapes]
 
 
 def search(
@@ -194,7 +193,9 @@ class _Search:
 
   def _compile(self, plan: StepPlan, target: Target, remat: str) -> Attempt:
     report = self._report(plan, target, self.level)
-    if report.fits and report.total > _NARROW * self._memory(target) and self.level != _AS_IN_A_RUN:
+    # For cards, every compilation is as in a run.
+    may_differ = target.platform == "tpu" and self.level != _AS_IN_A_RUN
+    if report.fits and report.total > _NARROW * self._memory(target) and may_differ:
       report = self._report(plan, target, _AS_IN_A_RUN)
     outcome = "fits" if report.fits else "does not fit"
     if report.fits and report.roofline:

@@ -1,6 +1,7 @@
-"""What to compile for: a slice of TPUs that is only described, or the devices at hand."""
+"""What to compile for: a slice of TPUs or NVIDIA's cards, which are only described, or the devices at hand."""
 
 import dataclasses
+import difflib
 import math
 import os
 import re
@@ -9,12 +10,13 @@ from typing import Any
 
 import jax
 
-from internvl_jax.aot.chips import TPUS, Chip
+from internvl_jax.aot import cuda
+from internvl_jax.chips import GPUS, TPUS, Accelerator, Card, Chip
 from internvl_jax.errors import UserError
 
-_SLICE = re.compile(r"(?P<kind>\w+):(?P<shape>\d+(x\d+)*)")
+_SHAPE = re.compile(r"\d+(x\d+)*")
 _CPU = re.compile(r"cpu(?::(?P<devices>\d+))?")
-_FORMS = "v5e:4x4 (or v4, v5p, v6e), cpu, cpu:8, gpu or local"
+_FORMS = "v5e:4x4 (or v4, v5p, v6e, v7x), h100:8 (or another card: hosts x cards, h100:2x8), cpu, cpu:8, gpu or local"
 
 # libtpu asks the cloud's metadata server what machine it is on, and complains at length where there is none; and it
 # lets one process at a time take the TPU, of which there is none to take.
@@ -35,12 +37,12 @@ class Target:
     devices: in the order that a mesh takes them.
     chip: what they can do; None where we have no data sheet.
     memory: bytes that a program may use on each; None where that is not known.
-    shape: lengths of the slice's axes; empty for devices at hand.
+    shape: lengths of the slice's axes, or hosts and cards of each; empty for devices at hand.
   """
 
   name: str
   devices: Sequence[Any]
-  chip: Chip | None = None
+  chip: Accelerator | None = None
   memory: int | None = None
   shape: tuple[int, ...] = ()
 
@@ -59,19 +61,39 @@ def open_target(name: str) -> Target:
   """Finds the devices of that name; call it before anything else starts JAX's backends.
 
   Args:
-    name: a slice ("v5e:4x4"), "cpu", so many devices of a CPU ("cpu:8"), "gpu", or "local" for those at hand.
+    name: a slice ("v5e:4x4"), cards of a host ("h100:8") or of several ("h100:4x8": hosts x cards), "cpu", so many
+      devices of a CPU ("cpu:8"), "gpu", or "local" for those at hand.
 
   Raises:
     UserError: no such devices, or no compiler for them.
   """
-  if found := _SLICE.fullmatch(name):
-    if found["kind"] in TPUS:
-      return _slice(name, TPUS[found["kind"]], tuple(map(int, found["shape"].split("x"))))
   if found := _CPU.fullmatch(name):
     return Target(name=name, devices=_cpus(name, int(found["devices"] or 0)))
   if name in ("gpu", "local"):
     return _at_hand(name)
-  raise UserError(f"--topology={name}: there is no such topology; use {_FORMS}")
+  kind, _, shape = name.partition(":")
+  chip = TPUS.get(kind) or GPUS.get(kind)
+  if chip is None:
+    raise UserError(f"--topology={name}: there is no such topology; {suggest(kind) or f'use {_FORMS}'}")
+  if not _SHAPE.fullmatch(shape):
+    raise UserError(f"--topology={name}: say how many; write {_example(chip)}")
+  lengths = tuple(map(int, shape.split("x")))
+  return _slice(name, chip, lengths) if isinstance(chip, Chip) else _cards(name, GPUS[kind], lengths)
+
+
+def suggest(kind: str) -> str | None:
+  """The kinds of chips and cards that are called much like this one, as a question."""
+  names = [*TPUS, *GPUS]
+  close = [name for name in names if kind and name.startswith(kind.lower())]
+  close = close or difflib.get_close_matches(kind.lower(), names, n=3)
+  return f"did you mean {' or '.join(close)}?" if close else None
+
+
+def _example(chip: Accelerator) -> str:
+  if isinstance(chip, Card):
+    return f"{chip.name}:{chip.cards} for a host's cards, {chip.name}:2x{chip.cards} for hosts x cards"
+  assert isinstance(chip, Chip)
+  return f"{chip.name}:{chip.slices[1]}"
 
 
 def _cpus(name: str, count: int) -> list[Any]:
@@ -99,9 +121,8 @@ def _at_hand(name: str) -> Target:
 
 def _slice(name: str, chip: Chip, shape: tuple[int, ...]) -> Target:
   if len(shape) != chip.dimensions:
-    example = "x".join(["2"] * chip.dimensions)
     raise UserError(
-      f"--topology={name}: links of {chip.name} have {chip.dimensions} dimensions; write {chip.name}:{example}"
+      f"--topology={name}: links of {chip.name} have {chip.dimensions} dimensions; write {_example(chip)}"
     )
   check_compiler()
   os.environ.update({key: value for key, value in _NO_TPU.items() if key not in os.environ})
@@ -110,12 +131,28 @@ def _slice(name: str, chip: Chip, shape: tuple[int, ...]) -> Target:
   jax.config.update("jax_enable_compilation_cache", False)
   from jax.experimental import topologies
 
+  known = name.replace(chip.name, chip.compiler_name or chip.name)
   try:
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **dict(chip.options)).devices
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=known, **dict(chip.options)).devices
   except jax.errors.JaxRuntimeError as error:
     raise UserError(f"--topology={name}: {str(error).splitlines()[0]}") from None
-  assert len(devices) == math.prod(shape)
+  assert len(devices) == chip.devices * math.prod(shape)
   return Target(name=name, devices=devices, chip=chip, memory=chip.hbm, shape=shape)
+
+
+def _cards(name: str, card: Card, shape: tuple[int, ...]) -> Target:
+  hosts, cards = shape if len(shape) == 2 else (1, *shape) if len(shape) == 1 else (0, 0)
+  if not (hosts and 0 < cards <= card.cards):
+    raise UserError(f"--topology={name}: a host has 1 to {card.cards} cards; write {_example(card)}")
+  # As for a slice.
+  jax.config.update("jax_enable_compilation_cache", False)
+  return Target(
+    name=name,
+    devices=cuda.describe_devices(card, hosts, cards),
+    chip=card,
+    memory=card.usable,
+    shape=(hosts, cards),
+  )
 
 
 def check_compiler() -> None:

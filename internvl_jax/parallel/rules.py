@@ -12,10 +12,11 @@ Letters: R rows, S tokens, D data shards.
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, TypeAlias
 
 import jax
@@ -71,9 +72,21 @@ ACTIVATIONS: dict[str, MeshAxes] = {
 # --- Activations --------------------------------------------------------------------------------------------
 
 
-def scope(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+_ON_GPUS = contextvars.ContextVar("whether the devices of the mesh in scope are GPUs", default=False)
+
+
+@contextlib.contextmanager
+def scope(mesh: Mesh | None) -> Iterator[None]:
   """Lets `constrain` and its kin see the mesh while a function is traced."""
-  return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+  if mesh is None:
+    yield
+    return
+  before = _ON_GPUS.set(mesh.devices.flat[0].platform == "gpu")
+  try:
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      yield
+  finally:
+    _ON_GPUS.reset(before)
 
 
 def mesh_of(params: Mapping[str, jax.Array]) -> Mesh | None:
@@ -175,7 +188,11 @@ class Product:
     if mesh is None:
       return w
     # Held where it is stored until it has the compute dtype: pieces would else travel in float32.
-    return jax.lax.with_sharding_constraint(self.stored(w), spec(*self._split(w.shape, mesh)))
+    w, split = self.stored(w), self._split(w.shape, mesh)
+    pieces = _devices(weight_entries(self.axes, w.shape, mesh)[1], mesh)
+    if _ON_GPUS.get() and pieces > 1 and not split[1]:
+      return _collected_by_pieces(w, pieces, split[0])
+    return jax.lax.with_sharding_constraint(w, spec(*split))
 
   def inputs(self, x: jax.Array, w_shape: tuple[int, ...]) -> jax.Array:
     """Input x, or its gradient, as the product takes it."""
@@ -211,6 +228,17 @@ class Product:
       for name, size in zip(leading, x.shape[:2], strict=True)
     ]
     return jax.lax.with_sharding_constraint(x, spec(*entries, last))
+
+
+def _collected_by_pieces(w: jax.Array, pieces: int, rows: MeshAxes) -> jax.Array:
+  """All-gather of w [D, F] along F, of which each device has one of so many pieces; D stays split over `rows`.
+
+  XLA for GPUs lays an array out so that the axis to be gathered is the outermost. Left to choose, it does so with all
+  layers' weights before the loop over them: a copy of them all, in float32. Here pieces are that axis.
+  """
+  w = w.reshape(w.shape[0], pieces, -1).swapaxes(0, 1)
+  w = jax.lax.with_sharding_constraint(w, spec((), rows, ()))
+  return w.swapaxes(0, 1).reshape(w.shape[1], -1)
 
 
 # --- Weights ------------------------------------------------------------------------------------------------

@@ -205,7 +205,8 @@ def _call(kernel, name: str, shape: Shape, tiling: _Tiling, grid: tuple[int, ...
     out_shape=out,
     compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
     interpret=interpret,
-    name=name,
+    # Plans count operations by this name.
+    name=f"{name}_causal" if shape.causal else name,
   )
 
 
