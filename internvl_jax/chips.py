@@ -146,6 +146,8 @@ TPUS: dict[str, Chip] = {
 class Generation:
   """What GPUs of one compute capability share; bytes of a multiprocessor's shared memory, all and a block's most.
 
+  `known_as` is a card of the generation whose name Pallas knows: of a card that is not there, it asks the name alone.
+
   Source: https://docs.nvidia.com/cuda/cuda-c-programming-guide, technical specifications per compute capability.
   """
 
@@ -155,19 +157,38 @@ class Generation:
   float32_units: int
   shared_memory: int
   shared_memory_of_block: int
+  known_as: str
 
 
 _AMPERE = Generation(
-  major=8, minor=0, threads=2048, float32_units=64, shared_memory=164 << 10, shared_memory_of_block=163 << 10
+  major=8,
+  minor=0,
+  threads=2048,
+  float32_units=64,
+  shared_memory=164 << 10,
+  shared_memory_of_block=163 << 10,
+  known_as="NVIDIA A100",
 )
 _ADA = Generation(
-  major=8, minor=9, threads=1536, float32_units=128, shared_memory=100 << 10, shared_memory_of_block=99 << 10
+  major=8,
+  minor=9,
+  threads=1536,
+  float32_units=128,
+  shared_memory=100 << 10,
+  shared_memory_of_block=99 << 10,
+  known_as="NVIDIA L40",
 )
 _HOPPER = Generation(
-  major=9, minor=0, threads=2048, float32_units=128, shared_memory=228 << 10, shared_memory_of_block=227 << 10
+  major=9,
+  minor=0,
+  threads=2048,
+  float32_units=128,
+  shared_memory=228 << 10,
+  shared_memory_of_block=227 << 10,
+  known_as="NVIDIA H100",
 )
-_BLACKWELL = dataclasses.replace(_HOPPER, major=10)
-_GEFORCE_BLACKWELL = dataclasses.replace(_ADA, major=12, minor=0)
+_BLACKWELL = dataclasses.replace(_HOPPER, major=10, known_as="NVIDIA B200")
+_GEFORCE_BLACKWELL = dataclasses.replace(_ADA, major=12, minor=0, known_as="NVIDIA RTX PRO 6000")
 
 
 # A host's, and then whole hosts.

@@ -33,7 +33,7 @@ def test_the_compiler_is_told_what_a_card_is(card):
   # Of a card that it does not see, XLA plans for four fifths.
   assert int(said["device_memory_size"]) * 0.8 == pytest.approx(card.usable)
   assert int(said["shared_memory_per_block_optin"]) == int(said["shared_memory_per_core"]) - 1024
-  assert f'device_description_str: "{card.kind}"' in text
+  assert f'device_description_str: "{card.generation.known_as}"' in text
   assert re.fullmatch(card.kinds, card.kind)
 
 

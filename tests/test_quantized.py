@@ -12,9 +12,13 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from cards import apart, needs_compiler
 from harness import Harness, make_batch, toy
+from internvl_jax.aot import cuda
 from internvl_jax.arguments import MeshConfig
 from internvl_jax.assembly import check_quantize
+from internvl_jax.chips import GPUS
+from internvl_jax.compiler import compiler_options
 from internvl_jax.errors import UserError
 from internvl_jax.models.functional import define, initialize
 from internvl_jax.models.gradients import matmul
@@ -318,85 +322,53 @@ def test_follows_the_recorded_curve(tmp_path, setting, unit):
   assert 1e-4 < ours <= distance("bf16", "training.bf16=True") * unit / 2.0**-8
 
 
-_CARD = """
-gpu_device_info {{
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 167936
-  shared_memory_per_block_optin: 166912
-  threads_per_core_limit: 2048
-  core_count: 108
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 2000000000000
-  l2_cache_size: 41943040
-  clock_rate_ghz: 1.4
-  device_memory_size: 85899345920
-  cuda_compute_capability {{ major: {major} }}
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}}
-platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 8 }}
-runtime_version {{ major: 13 }}
-device_description_str: "a card"
-"""
-
-
-def compiled_for(major, name, cards=1):
-  """The text of the tower's program, compiled for cards of that compute capability that are only described."""
-  from jax.experimental import topologies
-
-  devices = topologies.get_topology_desc(
-    platform="cuda",
-    topology_name="card",
-    target_config=_CARD.format(major=major),
-    topology=f"1x1x{cards}",
-  ).devices
-  mesh = make_mesh(MeshConfig(data=1, fsdp=cards), devices)
+def compiled_for(card, name, cards=1):
+  """The text of the tower's program, compiled for cards that are only described."""
+  mesh = make_mesh(MeshConfig(data=1, fsdp=cards), cuda.describe_devices(GPUS[card], 1, cards))
   model = define(lambda rngs: Tower(name, rngs, width=1024))
   places = rules.weight_shardings(model.axes, model.shapes, mesh)
   params = {path: leaf.update(sharding=places[path]) for path, leaf in model.shapes.items()}
   rows = NamedSharding(mesh, PartitionSpec("fsdp"))
   x = jax.ShapeDtypeStruct((cards, 2048, 1024), jnp.bfloat16, sharding=rows)
-  # Without a card to time them on, Triton's products have no tiles.
-  options = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
-  return jax.jit(tower_loss(model, "full", mesh)).lower(params, x).compile(compiler_options=options).as_text()
+  lowered = jax.jit(tower_loss(model, "full", mesh)).lower(params, x)
+  return lowered.compile(compiler_options=dict(compiler_options("gpu", described=True))).as_text()
 
 
 def library_products(text):
   """The calls of cuBLAS in a program: the kind of product and the dtype of its result."""
   found = re.findall(r"= \((\w+)\[[\d,]*\].* custom_call_target=\"__cublas\$lt\$matmul(\$f8)?\"", text)
-  return sorted((kind or "plain", dtype) for dtype, kind in found)
+  return sorted([kind or "plain", dtype] for dtype, kind in found)
 
 
 @pytest.mark.cuda_aot
+@needs_compiler
 @pytest.mark.parametrize(
-  ("major", "name", "expected"),
+  ("card", "name", "expected"),
   [
-    (9, "none", [("plain", "bf16")] * 4),
+    ("h100", None, [["plain", "bf16"]] * 4),
     # Forward, forward again, gradient of the input; in fp8 that of the weight, too.
-    (9, "int8", [("plain", "bf16")] + [("plain", "s32")] * 3),
-    (8, "int8", [("plain", "bf16")] + [("plain", "s32")] * 3),
-    (9, "fp8", [("$f8", "bf16")] * 4),
+    ("h100", "int8", [["plain", "bf16"]] + [["plain", "s32"]] * 3),
+    ("a100-80g", "int8", [["plain", "bf16"]] + [["plain", "s32"]] * 3),
+    ("h100", "fp8", [["$f8", "bf16"]] * 4),
     # What `check_quantize` refuses such cards for.
-    (8, "fp8", [("plain", "bf16")] * 4),
+    ("a100-80g", "fp8", [["plain", "bf16"]] * 4),
   ],
 )
-def test_cards_multiply_in_eight_bits(major, name, expected, monkeypatch):
-  monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-  monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-  assert library_products(compiled_for(major, name if name != "none" else None)) == expected
+def test_cards_multiply_in_eight_bits(card, name, expected):
+  assert apart("test_quantized", "products_for", card, name) == expected
+
+
+def products_for(card, name):
+  return library_products(compiled_for(card, name))
 
 
 @pytest.mark.cuda_aot
+@needs_compiler
 @pytest.mark.parametrize(("name", "dtype"), [("int8", "s8"), ("fp8", "f8e4m3fn")])
-def test_between_cards_weights_travel_in_eight_bits(name, dtype, monkeypatch):
-  monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-  monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-  lines = [line for line in compiled_for(9, name, cards=8).splitlines() if " all-gather-start(" in line]
-  found = {kind for line in lines for kind in re.findall(r"(\w+)\[(?:\d+,)*1024,1024\]", line)}
-  assert found == {dtype}, lines
+def test_between_cards_weights_travel_in_eight_bits(name, dtype):
+  assert apart("test_quantized", "gathered_for", name) == [dtype]
+
+
+def gathered_for(name):
+  lines = [line for line in compiled_for("h100", name, cards=8).splitlines() if " all-gather-start(" in line]
+  return sorted({kind for line in lines for kind in re.findall(r"(\w+)\[(?:\d+,)*1024,1024\]", line)})

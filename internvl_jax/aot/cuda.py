@@ -52,7 +52,7 @@ def target_config(card: Card) -> str:
     platform_name: "CUDA"
     dnn_version_info {{ major: 9 minor: 8 }}
     runtime_version {{ major: 13 minor: 0 patch: 0 }}
-    device_description_str: "{card.kind}"
+    device_description_str: "{generation.known_as}"
     """)
 
 
