@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from absl import logging
 from transformers import PreTrainedTokenizerBase
 
 from internvl_jax import compiler, optim
-from internvl_jax.arguments import LoRAConfig, ModelArguments, PreferenceConfig, RuntimeConfig
+from internvl_jax.arguments import LoRAConfig, ModelArguments, PreferenceConfig
 from internvl_jax.config import TrainConfig
 from internvl_jax.errors import UserError
 from internvl_jax.hf import published
@@ -27,10 +27,9 @@ from internvl_jax.hf.model import (
 )
 from internvl_jax.hf.tokenizer import add_image_tokens, load_tokenizer
 from internvl_jax.losses.preference import LossSettings
-from internvl_jax.models.attention import BACKENDS as ATTENTION
-from internvl_jax.models.grouped_matmul import BACKENDS as EXPERTS
+from internvl_jax.models.choice import choose_kernels
 from internvl_jax.models.internvl import Execution, InternVLConfig
-from internvl_jax.models.kernels import Backend, Device, Kernels, choose, find
+from internvl_jax.models.kernels import Device
 from internvl_jax.models.lora import DEFAULT_TARGETS, LoRASpec
 from internvl_jax.models.quantized import has_products
 from internvl_jax.objectives import (
@@ -389,37 +388,7 @@ def execution(config: TrainConfig, model: InternVLConfig, device: Device | None 
   remat = config.model.grad_checkpoint or config.training.gradient_checkpointing
   return Execution(
     dtype=jnp.bfloat16 if config.training.bf16 else jnp.float32,
-    kernels=choose_kernels(config.runtime, model, device or Device.of(jax.devices()[0])),
+    kernels=choose_kernels(model, device, attention=config.runtime.attention, experts=config.runtime.experts),
     remat=config.runtime.remat_policy if remat else None,
     scan_unroll=config.runtime.scan_unroll,
   )
-
-
-def choose_kernels(runtime: RuntimeConfig, model: InternVLConfig, device: Device) -> Kernels:
-  """The backends of a model's attention and experts on a device: those asked for, or the best that fit.
-
-  Raises:
-    UserError: one asked for by name cannot run there, or not this model.
-  """
-  text, vision = model.text, model.vision
-  needs = {"sinks"} if text.sinks else set()
-  needs |= {"windows"} if any(text.windows) else set()
-  width = max(text.head_dim, vision.hidden_size // vision.num_heads)
-  return Kernels(
-    attention=_backend("runtime.attention", runtime.attention, ATTENTION, device, needs, width),
-    experts=_backend("runtime.experts", runtime.experts, EXPERTS, device) if text.experts else "xla",
-  )
-
-
-def _backend(
-  field: str, asked: str, table: Sequence[Backend], device: Device, needs: Iterable[str] = (), width: int = 0
-) -> str:
-  """The name of the backend that a setting means."""
-  if asked == "auto":
-    row, passed = choose(table, device, needs, width)
-    if passed:
-      logging.warning("%s: %s computes it, for %s", field, repr(row.name), passed)
-    return row.name
-  if refusal := find(table, asked).refusal(device, needs, width):
-    raise UserError(f"{field}={asked!r} {refusal}; set it to 'auto' or 'xla'")
-  return asked

@@ -14,6 +14,7 @@ from internvl_jax.errors import UserError
 from internvl_jax.hf import config as layouts
 from internvl_jax.hf.model import Source, open_source
 from internvl_jax.hf.tokenizer import load_tokenizer
+from internvl_jax.models.choice import choose_kernels
 from internvl_jax.models.internvl import Execution
 from internvl_jax.parallel import rules
 from internvl_jax.parallel.mesh import make_mesh
@@ -49,7 +50,8 @@ def open_for_inference(folder: str | Path, *, bf16: bool, devices: int = 1) -> I
   shapes = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in source.model.shapes.items()}
   params = source.load(shapes, _places(source, shapes, devices))
   tokenizer = ChatTokenizer(load_tokenizer(source.folder), data.conv_style)
-  return Inference(source, params, tokenizer, data, Execution(dtype=dtype))
+  how = Execution(dtype=dtype, kernels=choose_kernels(source.config))
+  return Inference(source, params, tokenizer, data, how)
 
 
 def _places(source: Source, shapes: dict[str, jax.ShapeDtypeStruct], devices: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from internvl_jax.aot import recipe
-from internvl_jax.assembly import choose_kernels, describe_model
+from internvl_jax.assembly import describe_model, execution
 from internvl_jax.errors import UserError
 from internvl_jax.hf import published
 from internvl_jax.models.attention import BACKENDS as ATTENTION
@@ -22,7 +22,7 @@ def of_size(size, device, **runtime):
   config.model.model_name_or_path = published.hub_id(size)
   for name, value in runtime.items():
     setattr(config.runtime, name, value)
-  return choose_kernels(config.runtime, describe_model(config).config, device)
+  return execution(config, describe_model(config).config, device).kernels
 
 
 @pytest.mark.parametrize(

@@ -320,7 +320,8 @@ def _head(report: Report) -> list[str]:
     f"{report.topology}: {report.chips} devices, mesh {mesh}",
     f"a step: {batch['accumulation']} x {batch['shards']} x {batch['rows']} rows (micro-batches, data shards, rows of "
     f"one) of {batch['tokens']} tokens and {batch['tiles']} tiles",
-    f"computed in {how['dtype']}, attention {how['attention']}, rematerialised: {how['remat'] or 'nothing'}",
+    f"computed in {how['dtype']}, attention {how['attention']}, experts {how['experts']}, rematerialised: "
+    f"{how['remat'] or 'nothing'}",
   ]
 
 

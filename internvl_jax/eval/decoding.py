@@ -101,7 +101,8 @@ class GreedyDecoder:
     decoder = model.language_model.model
     positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
     cache = decoder.make_cache(B, S + self.max_new_tokens, self.how.dtype)
-    hidden, cache = decoder.extend(x, cache, jnp.int32(0), positions=positions, segment_ids=segment_ids)
+    run = functools.partial(decoder.extend, kernels=self.how.kernels)
+    hidden, cache = run(x, cache, jnp.int32(0), positions=positions, segment_ids=segment_ids)
     first = jnp.argmax(model.logits(hidden[:, -1:])[:, 0], axis=-1).astype(jnp.int32)
     real = segment_ids.max(axis=1)
     stop_ids = jnp.array(self.stop_ids, jnp.int32)
@@ -115,7 +116,7 @@ class GreedyDecoder:
       out = out.at[:, i].set(token)
       done = done | jnp.isin(token, stop_ids)
       x = decoder.embed_tokens(token[:, None], dtype=self.how.dtype)
-      hidden, cache = decoder.extend(
+      hidden, cache = run(
         x, cache, S + i, positions=(positions[:, -1] + 1 + i)[:, None], segment_ids=real[:, None]
       )
       token = jnp.argmax(model.logits(hidden[:, -1:])[:, 0], axis=-1).astype(jnp.int32)

@@ -259,7 +259,14 @@ class Decoder(nnx.Module):
     return self.norm(x), router
 
   def extend(
-    self, x: jax.Array, cache: KVCache, offset: jax.Array, *, positions: jax.Array, segment_ids: jax.Array
+    self,
+    x: jax.Array,
+    cache: KVCache,
+    offset: jax.Array,
+    *,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    kernels: Kernels | None = None,
   ) -> tuple[jax.Array, KVCache]:
     """Runs the next T tokens of every row against a cache, writing them at slots offset..offset+T-1.
 
@@ -268,6 +275,7 @@ class Decoder(nnx.Module):
       cache: what the rows hold so far.
       offset: scalar int, the slot of the first of these tokens, the same for every row.
       segment_ids: int [B, T]; 0 marks padding, which nobody will see.
+      kernels: the backends, of which attention's is not used: it is made for long rows, not for a few queries.
     """
     slots = cache.segment_ids.shape[1]
     kv_segments = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segment_ids, offset, axis=1)
@@ -277,7 +285,7 @@ class Decoder(nnx.Module):
     options = {
       "rotation": rotations(self.rope, positions, self.kv_shape[-1], bound=slots),
       "offset": offset,
-      "kernels": Kernels(),
+      "kernels": Kernels(experts=(kernels or Kernels()).experts),
       "valid": None,
     }
 
