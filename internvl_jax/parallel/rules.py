@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from internvl_jax.batch import Batch, PreferenceBatch, SFTBatch
@@ -234,11 +235,20 @@ def _collected_by_pieces(w: jax.Array, pieces: int, rows: MeshAxes) -> jax.Array
   """All-gather of w [D, F] along F, of which each device has one of so many pieces; D stays split over `rows`.
 
   XLA for GPUs lays an array out so that the axis to be gathered is the outermost. Left to choose, it does so with all
-  layers' weights before the loop over them: a copy of them all, in float32. Here pieces are that axis.
+  layers' weights before the loop over them: a copy of them all, in float32. Here pieces are that axis, and it is the
+  collected matrix of one layer that is laid out anew.
   """
   w = w.reshape(w.shape[0], pieces, -1).swapaxes(0, 1)
   w = jax.lax.with_sharding_constraint(w, spec((), rows, ()))
   return w.swapaxes(0, 1).reshape(w.shape[1], -1)
+
+
+def all_gather(x: jax.Array, names: MeshAxes, *, axis: int) -> jax.Array:
+  """`jax.lax.all_gather` of pieces of an axis where a function runs device by device; as `_collected_by_pieces` on GPUs."""
+  if not _ON_GPUS.get() or axis == 0:
+    return jax.lax.all_gather(x, names, axis=axis, tiled=True)
+  pieces = jnp.moveaxis(jax.lax.all_gather(x, names), 0, axis)
+  return pieces.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
 
 
 # --- Weights ------------------------------------------------------------------------------------------------
