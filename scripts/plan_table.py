@@ -1,10 +1,11 @@
-"""Fills the tables of docs/scale.md: what arrangements take, and the smallest slice that each size trains on.
+"""Fills the tables of docs/scale.md: what arrangements take, and the smallest slice or fewest cards for each size.
 
-  python scripts/plan_table.py [--results docs/scale.json] [--only 2.5-8b/full/v5e,3-14b,named] [--print_only]
+  python scripts/plan_table.py [--results docs/scale.json] [--only 2.5-8b/full/h100,3-14b,named] [--print_only]
 
-The named arrangements are compiled each by `python -m internvl_jax.plan`, at level O1. An entry of the second table
-is a size, "full" or "lora", and a kind of chip, and is looked for with `--search`, which compiles as often as it has
-to: tens of seconds to minutes. `--only` takes entries or what they begin with. Every outcome goes to the file of results at
+The named arrangements are compiled each by `python -m internvl_jax.plan`, at level O1. An entry of the other tables
+is a size, "full" or "lora", and a kind of chip or card ("h100", or "rtx4090:1" for one card alone), and is looked for
+with `--search`, which compiles as often as it has to: tens of seconds to minutes. `--only` takes entries or what they begin
+with; `--kinds` those of some kinds. Every outcome goes to the file of results at
 once, so that a run that was stopped goes on where it was; entries that failed are tried again. Sizes of one
 architecture are compiled once. At the end, and alone with --print_only, the tables are written into docs/scale.md,
 between their markers.
@@ -26,7 +27,14 @@ from absl import app, flags
 from internvl_jax.aot import recipe
 from internvl_jax.hf import published
 
-KINDS = ("v5e", "v6e", "v5p")
+TABLES = {
+  "slices": ("v5e", "v6e", "v5p"),
+  "cards": ("a100-80g", "h100", "h200", "b200"),
+  "one card": ("rtx4090:1", "l40s:1", "h100:1"),
+}
+"""Marker in the page -> the kinds that are its columns."""
+
+KINDS = tuple(kind for kinds in TABLES.values() for kind in kinds)
 MODES = {
   "full": recipe.__file__,
   "lora": f"{recipe.__file__}:lora",
@@ -42,6 +50,7 @@ _RESULTS = flags.DEFINE_string(
   "results", str(DOCS / "scale.json"), "File of results; made if it is not there."
 )
 _ONLY = flags.DEFINE_list("only", [], "Entries to look for, or what they begin with; none: all.")
+_KINDS = flags.DEFINE_list("kinds", [], "Kinds to look for; none: all.")
 _PRINT_ONLY = flags.DEFINE_bool("print_only", False, "Write the tables of what is there.")
 _HOURS = flags.DEFINE_float("hours", 1.0, "The longest that an entry may take.", lower_bound=0)
 _PAGE = flags.DEFINE_string("page", str(DOCS / "scale.md"), "Page to write the tables into.")
@@ -101,6 +110,11 @@ NAMED = (
   Arrangement("3-8b", "MPO", "v5e:4x4"),
   Arrangement("3-8b", "MPO, reference computed once", "v5e:4x4"),
   Arrangement("3-8b", "full", "v5e:4x4"),
+  Arrangement("2.5-8b", "full", "h100:8"),
+  Arrangement("2.5-78b", "full", "h100:4x8"),
+  Arrangement("3.5-30b-a3b", "full", "h100:8"),
+  Arrangement("2.5-8b", "lora", "h100:1"),
+  Arrangement("2.5-8b", "lora", "rtx4090:1"),
 )
 """What docs/scale.md promises."""
 
@@ -118,9 +132,10 @@ def main(argv: Sequence[str]) -> None:
       print(f"{entry}: {found.get('error') or cell(found)}", flush=True)
   results = read(path)
   page = Path(_PAGE.value)
-  text = page.read_text(encoding="utf-8") if page.is_file() else "<!-- named -->\n<!-- slices -->\n"
-  for marker, lines in (("named", named_table(results)), ("slices", table(results))):
-    text = fill(text, marker, lines)
+  empty = "".join(f"<!-- {marker} -->\n" for marker in ("named", *TABLES))
+  text = fill(page.read_text(encoding="utf-8") if page.is_file() else empty, "named", named_table(results))
+  for marker, kinds in TABLES.items():
+    text = fill(text, marker, table(results, kinds))
   page.write_text(text, encoding="utf-8")
 
 
@@ -156,8 +171,10 @@ def wanted() -> list[str]:
   """The entries asked for."""
   only = tuple(_first(name) for name in _ONLY.value)
   found = [entry for entry in entries() if not only or entry.startswith(only)]
+  if _KINDS.value:
+    found = [entry for entry in found if entry.rpartition("/")[2] in _KINDS.value]
   if not found:
-    raise app.UsageError(f"--only={','.join(only)} names no entry; one is {entries()[-1]}")
+    raise app.UsageError(f"--only and --kinds name no entry; one is {entries()[-1]}")
   return found
 
 
@@ -273,14 +290,14 @@ def same_as(size: str) -> str:
   return ", ".join(other for other in published.SIZES if first_of(other) == first_of(size))
 
 
-def table(results: dict[str, Any]) -> list[str]:
+def table(results: dict[str, Any], kinds: Sequence[str]) -> list[str]:
   """Rows of sizes, columns of kinds, as Markdown; only rows that hold something."""
-  lines = [f"| size | trains | {' | '.join(KINDS)} |", "|---" * (2 + len(KINDS)) + "|"]
+  lines = [f"| size | trains | {' | '.join(kinds)} |", "|---" * (2 + len(kinds)) + "|"]
   for size in published.SIZES:
     if first_of(size) != size:
       continue
     for mode in SEARCHED:
-      cells = [results.get(f"{size}/{mode}/{kind}") for kind in KINDS]
+      cells = [results.get(f"{size}/{mode}/{kind}") for kind in kinds]
       if any(cells):
         words = " | ".join(cell(found) if found else "" for found in cells)
         lines.append(f"| {same_as(size)} | {mode} | {words} |")
@@ -288,7 +305,7 @@ def table(results: dict[str, Any]) -> list[str]:
 
 
 def cell(found: dict[str, Any]) -> str:
-  """An entry in words: slice, mesh, remat, GiB of GiB a chip, bound of the MFU."""
+  """An entry in words: slice or cards, mesh, remat, GiB of GiB a device, bound of the MFU."""
   if "error" in found:
     return f"failed: {found['error']}"
   if found["topology"] is None:
@@ -300,7 +317,7 @@ def cell(found: dict[str, Any]) -> str:
 
 def mesh_of(found: dict[str, Any]) -> str:
   """The axes of the mesh that split anything."""
-  return " ".join(f"{axis} {size}" for axis, size in found["mesh"].items()) or "one chip"
+  return " ".join(f"{axis} {size}" for axis, size in found["mesh"].items()) or "one device"
 
 
 if __name__ == "__main__":

@@ -158,6 +158,34 @@ def test_meshes(mesh):
   check("dense", mesh)
 
 
+@pytest.mark.parametrize(
+  ("name", "mesh"), [("fused", {"fsdp": 8}), ("qwen3_moe", {"fsdp": 4, "expert": 2})], ids=str
+)
+def test_what_is_collected_by_pieces_is_the_same(monkeypatch, name, mesh):
+  """As on GPUs, where the axis that is collected has to be the outermost: outputs of down and o, width of experts."""
+  by_pieces = []
+
+  class OnGPUs:
+    """Says of every mesh in scope that it is of GPUs."""
+
+    def get(self):
+      by_pieces.append(True)
+      return True
+
+    def set(self, value):
+      return value
+
+    def reset(self, before):
+      pass
+
+  monkeypatch.setattr(rules, "_ON_GPUS", OnGPUs())
+  _, program = check(name, mesh)
+  assert by_pieces
+  # The pieces of a layer's down_proj, or of a device's experts, one after the other.
+  pieces = (4, 4, 16, 8) if name == "qwen3_moe" else (8, 32, 4)
+  assert pieces in {dims for kind, arrays in collectives(program) if kind == "all-gather" for dims in arrays}
+
+
 def vision_on(mesh, config, tiles):
   """Shapes, places and gradients (of params and tiles) of a ViT's outputs on the mesh."""
   vit = define(lambda rngs: VisionTransformer(config, select_layer=-1, rngs=rngs))

@@ -213,9 +213,12 @@ def test_without_the_compiler_the_remedy_is_said(monkeypatch):
     open_target("v5e:2x2")
 
 
-def test_a_slice_of_tpus_is_compiled_for(tmp_path):
+def test_a_slice_of_tpus_is_compiled_for(tmp_path, monkeypatch):
   """For v6e, whose programs JAX cannot print."""
   pytest.importorskip("libtpu")
+  monkeypatch.delenv(
+    "XLA_FLAGS", raising=False
+  )  # libtpu ends the process at a flag of the CPU's that it does not know.
   config = tiny_config(tmp_path)
   config.training.bf16 = True
   config.data.max_seq_length = 512
@@ -231,8 +234,11 @@ def test_a_slice_of_tpus_is_compiled_for(tmp_path):
   )
 
 
-def test_what_the_compiler_refuses_is_a_report_too(tmp_path):
+def test_what_the_compiler_refuses_is_a_report_too(tmp_path, monkeypatch):
   pytest.importorskip("libtpu")
+  monkeypatch.delenv(
+    "XLA_FLAGS", raising=False
+  )  # libtpu ends the process at a flag of the CPU's that it does not know.
   config = get_config()
   config.model.model_name_or_path = published.hub_id("2.5-2b")
   target = open_target("v5e:1x1")

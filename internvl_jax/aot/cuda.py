@@ -84,13 +84,13 @@ def describe_devices(card: Card, hosts: int, cards: int) -> list[Any]:
   jax.config.update("jax_platforms", "cpu")
   from jax.experimental import topologies
 
-  # Slices x hosts of a slice x cards of a host: JAX takes every host for a slice, as in a run over several.
+  # Slices x hosts of a slice x cards of a host; devices come host by host, as in a run.
   try:
     found = topologies.get_topology_desc(
       platform="cuda",
       topology_name=card.name,
       target_config=target_config(card),
-      topology=f"{hosts}x1x{cards}",
+      topology=f"1x{hosts}x{cards}",
     )
   except RuntimeError as error:  # What JAX raises is one of these, too.
     raise UserError(f"--topology={card.name}: {str(error).splitlines()[0]}; {INSTALL}") from None

@@ -19,7 +19,16 @@ from flax import nnx
 
 from internvl_jax.models.grouped_matmul import grouped_matmul
 from internvl_jax.models.layers import Linear, make_param
-from internvl_jax.parallel.rules import ACTIVATIONS, MeshAxes, Names, fit, mesh_in_scope, spec, weight_entries
+from internvl_jax.parallel.rules import (
+  ACTIVATIONS,
+  MeshAxes,
+  Names,
+  all_gather,
+  fit,
+  mesh_in_scope,
+  spec,
+  weight_entries,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,7 +187,7 @@ def _collect(kernel: jax.Array, stored: Sequence[MeshAxes], *, keep: MeshAxes) -
   for i, entry in enumerate(stored):
     others = tuple(axis for axis in entry if axis not in keep)
     if others:
-      kernel = jax.lax.all_gather(kernel, others, axis=i, tiled=True)
+      kernel = all_gather(kernel, others, axis=i)
   return kernel
 
 

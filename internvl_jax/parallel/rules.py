@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from internvl_jax.batch import Batch, PreferenceBatch, SFTBatch
@@ -189,9 +190,11 @@ class Product:
       return w
     # Held where it is stored until it has the compute dtype: pieces would else travel in float32.
     w, split = self.stored(w), self._split(w.shape, mesh)
-    pieces = _devices(weight_entries(self.axes, w.shape, mesh)[1], mesh)
-    if _ON_GPUS.get() and pieces > 1 and not split[1]:
-      return _collected_by_pieces(w, pieces, split[0])
+    rows, columns = weight_entries(self.axes, w.shape, mesh)
+    if _ON_GPUS.get() and columns and not split[1]:
+      pieces = w.reshape(w.shape[0], _devices(columns, mesh), -1).swapaxes(0, 1)
+      pieces = jax.lax.with_sharding_constraint(pieces, spec(columns, rows))
+      return _from_pieces(jax.lax.with_sharding_constraint(pieces, spec((), split[0])), axis=1)
     return jax.lax.with_sharding_constraint(w, spec(*split))
 
   def inputs(self, x: jax.Array, w_shape: tuple[int, ...]) -> jax.Array:
@@ -230,15 +233,23 @@ class Product:
     return jax.lax.with_sharding_constraint(x, spec(*entries, last))
 
 
-def _collected_by_pieces(w: jax.Array, pieces: int, rows: MeshAxes) -> jax.Array:
-  """All-gather of w [D, F] along F, of which each device has one of so many pieces; D stays split over `rows`.
+def all_gather(x: jax.Array, names: MeshAxes, *, axis: int) -> jax.Array:
+  """`jax.lax.all_gather` of the pieces of an axis, where a function runs device by device."""
+  if not _ON_GPUS.get() or axis == 0:
+    return jax.lax.all_gather(x, names, axis=axis, tiled=True)
+  return _from_pieces(jax.lax.all_gather(x, names), axis=axis)
+
+
+def _from_pieces(pieces: jax.Array, *, axis: int) -> jax.Array:
+  """The array whose axis was cut into pieces [n, ...], which were collected one after the other.
 
   XLA for GPUs lays an array out so that the axis to be gathered is the outermost. Left to choose, it does so with all
-  layers' weights before the loop over them: a copy of them all, in float32. Here pieces are that axis.
+  layers' weights before the loop over them: a copy of them all, in float32. Where pieces are that axis, it is the
+  collected weight of one layer that is laid out anew.
   """
-  w = w.reshape(w.shape[0], pieces, -1).swapaxes(0, 1)
-  w = jax.lax.with_sharding_constraint(w, spec((), rows, ()))
-  return w.swapaxes(0, 1).reshape(w.shape[1], -1)
+  shape = [*pieces.shape[1:]]
+  shape[axis] *= len(pieces)
+  return jnp.moveaxis(pieces, 0, axis).reshape(shape)
 
 
 # --- Weights ------------------------------------------------------------------------------------------------
