@@ -15,7 +15,7 @@ from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, SFTBatch
 from internvl_jax.checkpoint import Checkpointer
 from internvl_jax.errors import UserError
 from internvl_jax.losses import spread
-from internvl_jax.models import attention
+from internvl_jax.models.attention import xla
 from internvl_jax.models.decoder import DecoderConfig
 from internvl_jax.models.functional import define
 from internvl_jax.models.gpt_oss import GptOssMLPConfig
@@ -255,7 +255,7 @@ def test_five_heads_on_eight_devices():
 
 def test_heads_that_do_not_divide(monkeypatch):
   """Six heads on four devices: queries keep their tokens, in blocks, and keys and values are collected."""
-  monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
+  monkeypatch.setattr(xla, "BLOCK", 8)
   check("grouped", {"fsdp": 2, "tensor": 4})
 
 
