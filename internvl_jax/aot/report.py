@@ -79,7 +79,7 @@ class Report:
   Attributes:
     topology, chips, mesh: the devices and how they are arranged.
     batch: micro-batches, rows of a shard, tokens and tiles of a row, data shards.
-    execution: dtype, attention and remat.
+    execution: dtype, attention, experts (None in a dense model) and remat.
     parameters, trainable: how many.
     memory: bytes by part, which add up to `total`.
     limit: bytes that a program may use; None where that is not known.
@@ -153,7 +153,8 @@ def make_report(plan: StepPlan, compiled: Compiled, target: Target, *, limit: in
     batch={**dataclasses.asdict(plan.shape), "shards": plan.shards},
     execution={
       "dtype": jax.numpy.dtype(how.dtype).name,
-      **dataclasses.asdict(how.kernels),
+      "attention": how.kernels.attention,
+      "experts": how.kernels.experts if plan.source.config.text.experts else None,
       "remat": how.remat,
     },
     parameters=count({**plan.frozen, **plan.state.params}),
@@ -320,8 +321,9 @@ def _head(report: Report) -> list[str]:
     f"{report.topology}: {report.chips} devices, mesh {mesh}",
     f"a step: {batch['accumulation']} x {batch['shards']} x {batch['rows']} rows (micro-batches, data shards, rows of "
     f"one) of {batch['tokens']} tokens and {batch['tiles']} tiles",
-    f"computed in {how['dtype']}, attention {how['attention']}, experts {how['experts']}, rematerialised: "
-    f"{how['remat'] or 'nothing'}",
+    f"computed in {how['dtype']}, attention {how['attention']}, "
+    + (f"experts {how['experts']}, " if how["experts"] else "")
+    + f"rematerialised: {how['remat'] or 'nothing'}",
   ]
 
 
