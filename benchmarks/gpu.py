@@ -16,7 +16,7 @@ Parts, each of one or more units, in the order in which they are run:
 Every unit is a process of its own, so that it has the card for itself and one that fails takes no other along. A unit
 that would not end in time is left out, and one that does not end in time is stopped; both are said. Every row is written
 to DIR/results.json at once; DIR/table.md is made of it, and with --page a page's tables. Units that are not run keep
-what an earlier run has left in DIR. With --toy, all is tiny, kernels are interpreted, and the CPU does: it shows that the
+what an earlier run on the same card and versions has left in DIR. With --toy, all is tiny, kernels are interpreted, and the CPU does: it shows that the
 script runs, and its times mean nothing. docs/performance.md explains the numbers.
 """
 
@@ -173,8 +173,6 @@ def machine(toy: bool) -> dict[str, Any]:
     "peak_tflops": None if peak is None else peak / 1e12,
     "python": platform.python_version(),
     **{name: version(name) for name in packages},
-    "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    "command": " ".join(["python benchmarks/gpu.py", *sys.argv[1:]]),
   }
 
 
@@ -210,10 +208,12 @@ def environment(toy: bool, platforms: str | None = None) -> dict[str, str]:
 def run_apart(unit: Unit, results: Results, left: float) -> None:
   """Runs a unit in a process of its own, for so many seconds at most, and says how it ended."""
   if left < unit.seconds:
-    results.end(unit.name, f"left out: {max(0, left):.0f} s are left, and it may take {unit.seconds:.0f} s")
-    print(f"{unit.name}: {results.read()['units'][unit.name]['status']}", flush=True)
+    why = f"{max(0.0, left):.0f} s are left, and it may take {unit.seconds:.0f} s"
+    results.leave_out(unit.name, why)
+    print(f"{unit.name}: left out: {why}", flush=True)
     return
-  results.begin(unit.name)
+  today = datetime.datetime.now(datetime.UTC).date().isoformat()
+  results.begin(unit.name, command=" ".join(["python benchmarks/gpu.py", *sys.argv[1:]]), date=today)
   start = time.monotonic()
   command = [
     sys.executable,

@@ -40,6 +40,12 @@ def _time(row: Row, machine: Row) -> str:
   return f"{row['ms']:.3g} ({row['ms_least']:.3g} to {row['ms_most']:.3g})"
 
 
+def _peak(row: Row, machine: Row) -> str:
+  """The most memory in use; where it was before the first step, the step's own is not known."""
+  found = _gib("peak_bytes")(row, machine)
+  return f"≤ {found}" if found and row["peak_bytes"] == row["peak_before_bytes"] else found
+
+
 def _mfu(row: Row, machine: Row) -> str:
   peak = machine.get("peak_tflops")
   return f"{row['useful_tflop'] / (row['ms'] / 1e3) / peak:.1%}" if peak and "ms" in row else ""
@@ -71,7 +77,7 @@ _STEP = (
   Column("ms a step (range)", _time),
   Column("tokens/s", _number("tokens_per_second", ".0f")),
   Column("MFU", _mfu),
-  Column("peak GiB", _gib("peak_bytes")),
+  Column("peak GiB", _peak),
   Column("planned", _gib("planned_bytes")),
   Column("compiled in s", _number("compile_seconds", ".0f")),
 )
@@ -125,7 +131,7 @@ def render(found: Row) -> list[str]:
   """All results as lines of Markdown."""
   machine, units = found["machine"], found["units"]
   lines = [", ".join(f"{name} {machine[key]}" for key, name in _FACTS.items() if machine.get(key)) + "."]
-  lines += [f"Command: `{machine.get('command', '')}`."]
+  lines += [f"Commands: {', '.join(_commands(units)) or 'none'}."]
   for part, (title, columns) in PARTS.items():
     rows = [row for name, unit in units.items() if part_of(name) == part for row in unit["rows"]]
     notes = [
@@ -150,8 +156,13 @@ _FACTS = {
   "transformers": "transformers",
   "flash_attn": "flash_attn",
   "python": "Python",
-  "date": "date",
 }
+
+
+def _commands(units: Row) -> list[str]:
+  """The commands that ran units, each once, with the day."""
+  found = [f"`{unit['command']}` ({unit['date']})" for unit in units.values() if "command" in unit]
+  return list(dict.fromkeys(found))
 
 
 def _is_short(unit: Row) -> bool:

@@ -115,6 +115,7 @@ def measure(
   program = compile_program(lowered, setup.mesh.devices.flat[0].platform)
   compiled_in = time.perf_counter() - start
   del inputs
+  peak_before = peak_bytes()
   timing, losses = take_steps(program, state, frozen, setup, batch, samples=2 if toy else 5)
   counts = count(batch)
   results.add(
@@ -132,6 +133,7 @@ def measure(
     **timing.as_ms(),
     tokens_per_second=int(counts.tokens) / timing.median,
     useful_tflop=ready.flops / 1e12,
+    peak_before_bytes=peak_before,
     **memory(program),
     first_loss=losses[0],
     last_loss=losses[-1],
@@ -163,6 +165,11 @@ def take_steps(
   return Timing.of(seconds[1:], 4), losses
 
 
+def peak_bytes() -> int | None:
+  """The most memory that was in use so far in this process; None where the device does not count it."""
+  return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
 def memory(program: Any) -> dict[str, int | None]:
   """Bytes: the most that was in use so far, what the compiler planned for the program, and what there is for a run."""
   found, stats = program.memory_analysis(), jax.devices()[0].memory_stats() or {}
@@ -171,7 +178,7 @@ def memory(program: Any) -> dict[str, int | None]:
     parts = ("argument", "output", "temp", "generated_code")
     planned = sum(getattr(found, f"{part}_size_in_bytes") for part in parts) - found.alias_size_in_bytes
   return {
-    "peak_bytes": stats.get("peak_bytes_in_use"),
+    "peak_bytes": peak_bytes(),
     "planned_bytes": planned,
     "limit_bytes": stats.get("bytes_limit"),
   }
