@@ -116,11 +116,14 @@ def main(argv: Sequence[str]) -> None:
   if _TOY.value and _PAGE.value:
     raise UserError("--page: what --toy measures says nothing; leave one of them out")
   start = time.monotonic()
+  # Whoever ends this process ends those that it has started.
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
   units = wanted(list_units(_TOY.value), _ONLY.value)
   # The search for the card is a part of the minutes.
   results.describe(**machine(_TOY.value))
   for unit in units:
-    run_apart(unit, results, 60 * _MINUTES.value - (time.monotonic() - start))
+    left = 60 * _MINUTES.value - (time.monotonic() - start)
+    run_apart(unit, results, left, unit_command(unit), environment(_TOY.value, unit.platforms))
   lines = gpu_report.render(results.read())
   (Path(_OUT.value) / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
   print("\n".join(lines))
@@ -205,8 +208,25 @@ def environment(toy: bool, platforms: str | None = None) -> dict[str, str]:
   return found
 
 
-def run_apart(unit: Unit, results: Results, left: float) -> None:
-  """Runs a unit in a process of its own, for so many seconds at most, and says how it ended."""
+def unit_command(unit: Unit) -> list[str]:
+  """The command of a process that measures a unit."""
+  options = {"out": _OUT.value, "unit": unit.name, "remat": _REMAT.value, "tiles": _TILES.value}
+  given = [f"--{name}={value}" for name, value in options.items() if value is not None]
+  return [sys.executable, __file__, *given, *["--toy"] * _TOY.value]
+
+
+def run_apart(
+  unit: Unit, results: Results, left: float, command: Sequence[str], variables: dict[str, str]
+) -> None:
+  """Runs a unit's command in a process of its own, and says how it ended.
+
+  Args:
+    unit: what is left out where fewer seconds are left than it may take.
+    results: where that is written.
+    left: seconds; it is stopped after so many, or after thrice what it was thought to take.
+    command: adds the unit's rows to the results.
+    variables: the environment.
+  """
   if left < unit.seconds:
     why = f"{max(0.0, left):.0f} s are left, and it may take {unit.seconds:.0f} s"
     results.leave_out(unit.name, why)
@@ -215,27 +235,24 @@ def run_apart(unit: Unit, results: Results, left: float) -> None:
   today = datetime.datetime.now(datetime.UTC).date().isoformat()
   results.begin(unit.name, command=" ".join(["python benchmarks/gpu.py", *sys.argv[1:]]), date=today)
   start = time.monotonic()
-  command = [
-    sys.executable,
-    __file__,
-    f"--out={_OUT.value}",
-    f"--unit={unit.name}",
-    f"--remat={_REMAT.value}",
-  ]
-  command += ["--toy"] * _TOY.value + ([f"--tiles={_TILES.value}"] if _TILES.value else [])
-  with subprocess.Popen(
-    command, env=environment(_TOY.value, unit.platforms), start_new_session=True
-  ) as process:
-    try:
-      process.wait(timeout=left)
-    except subprocess.TimeoutExpired:
-      # Its own processes, too.
-      os.killpg(process.pid, signal.SIGKILL)
+  returned = wait_for(command, variables, min(left, 3 * unit.seconds))
   took = time.monotonic() - start
-  status = "done" if process.returncode == 0 else f"failed with status {process.returncode}"
-  status = f"stopped after {took:.0f} s: the minutes are over" if took >= left else status
+  status = "done" if returned == 0 else f"failed with status {returned}"
+  status = f"stopped after {took:.0f} s" if returned is None else status
   results.end(unit.name, status, seconds=round(took, 1))
   print(f"{unit.name}: {status}, {took:.1f} s", flush=True)
+
+
+def wait_for(command: Sequence[str], variables: dict[str, str], seconds: float) -> int | None:
+  """The status with which a command ends; None where it was stopped, with all processes that it had started."""
+  with subprocess.Popen(command, env=variables, start_new_session=True) as process:
+    try:
+      return process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+      return None
+    finally:
+      if process.returncode is None:
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def run_here(unit: Unit, results: Results) -> None:

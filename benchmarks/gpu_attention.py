@@ -237,7 +237,7 @@ def measure(results: Results, unit: str, *, toy: bool) -> None:
       contenders["cudnn"] = cudnn
     for name, attend in contenders.items():
       for which, (function, flops) in passes(shape, attend).items():
-        row = {
+        row: dict[str, Any] = {
           "case": shape.name,
           "heads": f"{shape.N}/{shape.K} x {shape.H}",
           "backend": name,

@@ -5,6 +5,7 @@ Letters: M rows (a token for each of its experts), D width, F width of an expert
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +99,6 @@ def measure(results: Results, unit: str, *, toy: bool) -> None:
         "forward and backward": (outputs_and_gradients(backend), 3 * flops),
       }
       for which, (function, needed) in functions.items():
-        row = {"case": layer.name, "heads": "", "backend": backend, "pass": which}
+        row: dict[str, Any] = {"case": layer.name, "heads": "", "backend": backend, "pass": which}
         row["mib"] = round(sum(x.nbytes for x in inputs) / 2**20, 1)
         attempt(results, unit, row, function, needed, *inputs)
