@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from internvl_jax.aot import cuda
+from internvl_jax.aot import cuda, recipe
 from internvl_jax.aot.price import price
 from internvl_jax.aot.report import Roofline
 from internvl_jax.aot.target import Target, open_target
@@ -133,9 +133,9 @@ def environment():
 
 def planned(folder, topology, *options):
   """What the command reports of a tiny model on those cards, and its output."""
-  recipe = folder / "recipe.py"
-  recipe.write_text(RECIPE)
-  command = [sys.executable, "-m", "internvl_jax.plan", f"--config={recipe}:{folder / 'out'}"]
+  file = folder / "recipe.py"
+  file.write_text(RECIPE)
+  command = [sys.executable, "-m", "internvl_jax.plan", f"--config={file}:{folder / 'out'}"]
   command += [
     f"--topology={topology}",
     "--config.mesh.data=1",
@@ -240,3 +240,49 @@ def test_a_search_ends_at_the_fewest_cards(compiler, tmp_path):
   found, text = planned(tmp_path, "l40s:4", "--search")
   assert [attempt["topology"] for attempt in found["attempts"]] == ["l40s:1"]
   assert "the smallest that fits is l40s:1" in text
+
+
+PUBLISHED = [
+  # Size, recipe's variant, cards, and GiB of a card that it may take; None: as many as the card has.
+  ("2.5-8b", "", "h100:8", 21),
+  ("2.5-8b", "", "a100-80g:8", 21),
+  ("2.5-8b", "", "b200:8", 21),
+  ("2.5-78b", "", "h100:4x8", None),
+  ("2.5-8b", ":lora", "h100:1", None),
+  ("2.5-8b", ":lora", "rtx4090:1", None),
+  ("2.5-1b", "", "h100:1", None),
+  ("2.5-2b", "", "h100:1", None),
+  ("3.5-30b-a3b", "", "h100:8", None),
+  ("3.5-20b-a4b", "", "h100:8", None),
+]
+
+
+@pytest.mark.cuda_aot
+@pytest.mark.parametrize(("size", "variant", "topology", "most"), PUBLISHED)
+def test_published_sizes_fit(compiler, tmp_path, size, variant, topology, most):
+  """Whole steps of packed rows of 8,192 tokens and 40 tiles, by the kernels that are made for cards."""
+  report = tmp_path / "plan.json"
+  options = [
+    f"--config={recipe.__file__}{variant}",
+    f"--size={size}",
+    f"--topology={topology}",
+    f"--json={report}",
+  ]
+  done = subprocess.run(
+    [sys.executable, "-m", "internvl_jax.plan", *options],
+    env=environment(),
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  found = json.loads(report.read_text())
+  seconds = found["lower_seconds"] + found["compile_seconds"]
+  print(
+    f"{size}{variant} {topology}: {found['total'] / GIB:.2f} GiB of {found['limit'] / GIB:.2f}, {seconds:.0f} s"
+  )
+  assert found["fits"] and (most is None or found["total"] <= most * GIB)
+  assert found["execution"]["attention"] == "triton"
+  assert found["execution"]["experts"] == ("triton" if size.startswith(("3.5-30b", "3.5-20b")) else None)
+  # Not for the quality of the compiler, but for a plan to be worth asking for.
+  assert seconds <= 120
