@@ -1,5 +1,6 @@
 """Which backends a run gets, by its platform, card and model, and what it says where a better one is passed over."""
 
+import dataclasses
 import logging
 
 import pytest
@@ -96,6 +97,16 @@ def test_tables_are_tried_in_order():
   assert choose(rows, CPU) == (rows[2], None)
   assert "takes heads up to a width of 64" in str(rows[1].refusal(H100, head_width=128))
   assert "has no sinks" in str(rows[2].refusal(H100, {"sinks"}))
+
+
+def test_what_a_later_jax_may_drop_is_still_there():
+  """JAX 0.12 calls Pallas' Triton route deprecated; without it, cards fall back and say so."""
+  row = find(ATTENTION, "triton")
+  assert row.module is not None and row.refusal(H100) is None
+  gone = dataclasses.replace(row, module="jax.experimental.pallas.dropped")
+  assert "needs jax.experimental.pallas.dropped, which jax" in str(gone.refusal(H100))
+  chosen, passed = choose((gone, find(ATTENTION, "xla")), H100)
+  assert chosen.name == "xla" and "multiple of the time" in str(passed)
 
 
 @pytest.mark.parametrize("table", [ATTENTION, EXPERTS])

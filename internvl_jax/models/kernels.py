@@ -6,6 +6,7 @@ card and what the model needs.
 
 import dataclasses
 import importlib
+import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ class Backend:
     widest_head: the largest head width; None: any.
     capability: the smallest compute capability of an NVIDIA card.
     oldest_jax: the first version of JAX that has it.
+    module: a module of JAX's that it is made with, and that a later JAX may have no longer; None: any JAX has it.
     interpret: Pallas' interpreter runs it, on any platform: for tests.
     reason: why it is chosen where it is, with versions and what it costs to do without.
   """
@@ -35,6 +37,7 @@ class Backend:
   widest_head: int | None = None
   capability: tuple[int, int] = (0, 0)
   oldest_jax: tuple[int, int] = (0, 0)
+  module: str | None = None
   interpret: bool = False
   reason: str = ""
 
@@ -56,6 +59,8 @@ class Backend:
       return f"needs a card of compute capability {wanted}, and {device.kind} has {found}"
     if jax.__version_info__[:2] < self.oldest_jax:
       return f"needs jax {'.'.join(map(str, self.oldest_jax))}, and {jax.__version__} is installed"
+    if self.module is not None and importlib.util.find_spec(self.module) is None:
+      return f"needs {self.module}, which jax {jax.__version__} does not have"
     return None
 
 
