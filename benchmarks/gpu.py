@@ -10,8 +10,8 @@ Parts, each of one or more units, in the order in which they are run:
   torch      transformers' InternVL in PyTorch on the same rows (1B and 2B), unpacked and packed
   attention  attention alone at published sizes, by triton, xla and, where its masks do, cuDNN
   experts    the grouped matmul alone at a layer of 30B-A3B
-  tilings    other tilings of attention's kernels
   curve      50 steps in bfloat16 against float32 on the tests' recorded data
+  tilings    other tilings of attention's kernels
 
 Every unit is a process of its own, so that it has the card for itself and one that fails takes no other along. A unit
 that would not end in time is left out, and one that does not end in time is stopped; both are said. Every row is written
@@ -100,8 +100,8 @@ def list_units(toy: bool) -> list[Unit]:
     Unit(name="attention", functions=("gpu_attention:measure",), seconds=50),
     Unit(name="experts", functions=("gpu_experts:measure",), seconds=30),
     *adapters,
-    Unit(name="tilings", functions=("gpu_attention:sweep",), seconds=60),
     Unit(name="curve", functions=("gpu_curve:measure",), seconds=60),
+    Unit(name="tilings", functions=("gpu_attention:sweep",), seconds=60),
   ]
 
 
@@ -256,7 +256,7 @@ def wait_for(command: Sequence[str], variables: dict[str, str], seconds: float) 
 
 
 def run_here(unit: Unit, results: Results) -> None:
-  """Measures what a unit is for."""
+  """Measures what a unit is for; an error is written down with its rows before it ends the process."""
   options: dict[str, Any] = {"toy": _TOY.value}
   part = gpu_report.part_of(unit.name)
   if part in ("step", "torch"):
@@ -266,7 +266,11 @@ def run_here(unit: Unit, results: Results) -> None:
     options["pool"] = _TILES.value
   for name in unit.functions:
     module, _, function = name.partition(":")
-    getattr(importlib.import_module(module), function)(results, unit.name, **options)
+    try:
+      getattr(importlib.import_module(module), function)(results, unit.name, **options)
+    except Exception as error:
+      results.add(unit.name, case=name, refused=gpu_report.first_line(error))
+      raise
 
 
 if __name__ == "__main__":

@@ -35,8 +35,6 @@ def _gib(name: str) -> Callable[[Row, Row], str]:
 
 def _time(row: Row, machine: Row) -> str:
   del machine
-  if "ms" not in row:
-    return row.get("refused") or row.get("skipped") or ""
   return f"{row['ms']:.3g} ({row['ms_least']:.3g} to {row['ms_most']:.3g})"
 
 
@@ -48,7 +46,7 @@ def _peak(row: Row, machine: Row) -> str:
 
 def _mfu(row: Row, machine: Row) -> str:
   peak = machine.get("peak_tflops")
-  return f"{row['useful_tflop'] / (row['ms'] / 1e3) / peak:.1%}" if peak and "ms" in row else ""
+  return f"{row['useful_tflop'] / (row['ms'] / 1e3) / peak:.1%}" if peak else ""
 
 
 _ERRORS = (
@@ -116,8 +114,8 @@ PARTS: dict[str, tuple[str, tuple[Column, ...]]] = {
   "torch": ("PyTorch on the same row", _TORCH),
   "attention": ("Attention alone", _ALONE),
   "experts": ("Grouped matmul alone", _ALONE),
-  "tilings": ("Tilings of `models/attention/triton.py`", _TILINGS),
   "curve": ("Bfloat16 against float32", _CURVE),
+  "tilings": ("Tilings of `models/attention/triton.py`", _TILINGS),
 }
 """Title and columns by part, in the order of the page."""
 
@@ -133,18 +131,36 @@ def render(found: Row) -> list[str]:
   lines = [", ".join(f"{name} {machine[key]}" for key, name in _FACTS.items() if machine.get(key)) + "."]
   lines += [f"Commands: {', '.join(_commands(units)) or 'none'}."]
   for part, (title, columns) in PARTS.items():
-    rows = [row for name, unit in units.items() if part_of(name) == part for row in unit["rows"]]
-    notes = [
-      f"- {name}: {unit['status']}"
-      for name, unit in units.items()
-      if part_of(name) == part and _is_short(unit)
-    ]
-    if rows or notes:
+    mine = {name: unit for name, unit in units.items() if part_of(name) == part}
+    rows = [row for unit in mine.values() for row in unit["rows"] if _why(row) is None]
+    notes = [note for name, unit in mine.items() for note in _notes(name, unit)]
+    if mine:
       lines += ["", f"### {title}", ""]
     if rows:
       lines += _table(rows, columns, machine) + [""] * bool(notes)
     lines += notes
   return lines
+
+
+def first_line(error: BaseException) -> str:
+  """The first words of an error, for a row's "refused"."""
+  return f"{type(error).__name__}: {(str(error).splitlines() or ['no word'])[0][:200]}"
+
+
+def _why(row: Row) -> str | None:
+  """Why a row has no numbers; None where it has."""
+  return row.get("refused") or row.get("skipped")
+
+
+def _notes(name: str, unit: Row) -> list[str]:
+  """What of a unit is not in its table, and why, a line each."""
+  keys = ("case", "backend", "way", "pass", "kernel", "tiling")
+  lines = [
+    f"- {name}: {', '.join(str(row[key]) for key in keys if row.get(key))}: {_why(row)}"
+    for row in unit["rows"]
+    if _why(row) is not None
+  ]
+  return lines + ([] if unit["status"] == "done" else [f"- {name}: {unit['status']}"])
 
 
 _FACTS = {
@@ -163,10 +179,6 @@ def _commands(units: Row) -> list[str]:
   """The commands that ran units, each once, with the day."""
   found = [f"`{unit['command']}` ({unit['date']})" for unit in units.values() if "command" in unit]
   return list(dict.fromkeys(found))
-
-
-def _is_short(unit: Row) -> bool:
-  return unit["status"] != "done"
 
 
 def _table(rows: list[Row], columns: tuple[Column, ...], machine: Row) -> list[str]:

@@ -31,7 +31,12 @@ def measure(
   """
   ready = gpu_steps.prepare(case, remat=remat, pool=None)
   counts = count(ready.batch)
-  known = {"case": case.name, "tokens": int(counts.tokens), "useful_tflop": ready.flops / 1e12}
+  known = {
+    "case": case.name,
+    "checkpointing": remat != "none",
+    "tokens": int(counts.tokens),
+    "useful_tflop": ready.flops / 1e12,
+  }
   with tempfile.TemporaryDirectory(prefix="internvl_jax_bench_") as folder:
     write_job(Path(folder), case, ready, {"toy": toy, "remat": remat != "none", "samples": SAMPLES})
     with subprocess.Popen(

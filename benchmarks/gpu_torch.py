@@ -129,6 +129,9 @@ def run(
 
   device = "cuda" if torch.cuda.is_available() else "cpu"
   torch.manual_seed(0)
+  if device == "cuda":
+    # What a way that did not fit has left.
+    torch.cuda.empty_cache()
   model = build(folder, job, attention, device)
   # Most parameters' updates in one kernel.
   optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)

@@ -89,6 +89,10 @@ def test_a_unit_that_takes_too_long_is_stopped_and_keeps_its_rows(tmp_path):
   unit = results.read()["units"]["experts"]
   assert unit["rows"] == [{"case": "first"}] and unit["status"].startswith("stopped after")
 
+  broken = gpu.Unit(name="curve", functions=(), seconds=1)
+  gpu.run_apart(broken, results, 60, [sys.executable, "-c", "import sys; sys.exit(3)"], dict(os.environ))
+  assert results.read()["units"]["curve"]["status"] == "failed with status 3"
+
 
 def test_results_of_another_card_are_not_mixed_in(tmp_path):
   from gpu_results import Results
@@ -135,7 +139,9 @@ def test_a_page_gets_its_tables_between_its_markers(tmp_path):
   row |= {"attention": "triton", "remat": "full", "compile_seconds": 31.0, "useful_tflop": 75.0}
   row |= {"ms": 300.0, "ms_least": 299.0, "ms_most": 302.0, "tokens_per_second": 27020.0}
   row |= {"peak_bytes": 2**34, "peak_before_bytes": 2**33, "planned_bytes": 2**34}
+  refused = {"case": "8B", "backend": "cudnn", "pass": "forward", "refused": "RuntimeError: no"}
   units = {
+    "attention": {"status": "done", "rows": [refused]},
     "step/3-1b": {"status": "done", "rows": [row], "command": "python gpu.py", "date": "2026-01-01"},
     "curve": {"status": "left out: no time", "rows": []},
   }
@@ -146,6 +152,7 @@ def test_a_page_gets_its_tables_between_its_markers(tmp_path):
   text = page.read_text()
   assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
   assert "| 300 (299 to 302) | 27020 | 25.0% | 16.00 | 16.00 | 31 |" in text
+  assert "- attention: 8B, cudnn, forward: RuntimeError: no" in text
   assert "- curve: left out: no time" in text and "Card a card." in text
   page.write_text("nothing")
   with pytest.raises(UserError, match="has no line"):
