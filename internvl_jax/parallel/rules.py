@@ -12,11 +12,10 @@ Letters: R rows, S tokens, D data shards.
 """
 
 import contextlib
-import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal, TypeAlias
 
 import jax
@@ -73,21 +72,15 @@ ACTIVATIONS: dict[str, MeshAxes] = {
 # --- Activations --------------------------------------------------------------------------------------------
 
 
-_ON_GPUS = contextvars.ContextVar("whether the devices of the mesh in scope are GPUs", default=False)
-
-
-@contextlib.contextmanager
-def scope(mesh: Mesh | None) -> Iterator[None]:
+def scope(mesh: Mesh | None) -> contextlib.AbstractContextManager:
   """Lets `constrain` and its kin see the mesh while a function is traced."""
-  if mesh is None:
-    yield
-    return
-  before = _ON_GPUS.set(mesh.devices.flat[0].platform == "gpu")
-  try:
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-      yield
-  finally:
-    _ON_GPUS.reset(before)
+  return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def _on_gpus() -> bool:
+  """Whether the devices of the mesh in scope are GPUs."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device is not None and device.platform == "gpu"
 
 
 def mesh_of(params: Mapping[str, jax.Array]) -> Mesh | None:
@@ -191,7 +184,7 @@ class Product:
     # Held where it is stored until it has the compute dtype: pieces would else travel in float32.
     w, split = self.stored(w), self._split(w.shape, mesh)
     rows, columns = weight_entries(self.axes, w.shape, mesh)
-    if _ON_GPUS.get() and columns and not split[1]:
+    if _on_gpus() and columns and not split[1]:
       pieces = w.reshape(w.shape[0], _devices(columns, mesh), -1).swapaxes(0, 1)
       pieces = jax.lax.with_sharding_constraint(pieces, spec(columns, rows))
       return _from_pieces(jax.lax.with_sharding_constraint(pieces, spec((), split[0])), axis=1)
@@ -235,7 +228,7 @@ class Product:
 
 def all_gather(x: jax.Array, names: MeshAxes, *, axis: int) -> jax.Array:
   """`jax.lax.all_gather` of the pieces of an axis, where a function runs device by device."""
-  if not _ON_GPUS.get() or axis == 0:
+  if not _on_gpus() or axis == 0:
     return jax.lax.all_gather(x, names, axis=axis, tiled=True)
   return _from_pieces(jax.lax.all_gather(x, names), axis=axis)
 
