@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE
+from scripts import load
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 PARTS = {"kernels", "step", "torch", "attention", "experts", "tilings", "curve"}
@@ -73,10 +74,9 @@ def test_what_cannot_be_is_said_in_a_line(tmp_path):
 
 
 def test_a_unit_that_takes_too_long_is_stopped_and_keeps_its_rows(tmp_path):
-  import gpu
   from gpu_results import Results
 
-  results = Results(tmp_path)
+  gpu, results = load(BENCHMARKS / "gpu.py"), Results(tmp_path)
   script = tmp_path / "script.py"
   script.write_text(
     "import sys, time; sys.path.insert(0, sys.argv[1]); from gpu_results import Results\n"

@@ -1,10 +1,8 @@
 """The tables of docs/scale.md hold what was found, and what there is to find."""
 
-import importlib.util
-import sys
-
 import pytest
 
+from scripts import load
 from toy import REPOSITORY
 
 GIB = 2**30
@@ -12,11 +10,7 @@ GIB = 2**30
 
 @pytest.fixture(scope="module")
 def plan_table():
-  spec = importlib.util.spec_from_file_location("plan_table", REPOSITORY / "scripts/plan_table.py")
-  assert spec and spec.loader
-  module = sys.modules["plan_table"] = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  return load(REPOSITORY / "scripts/plan_table.py")
 
 
 def found(topology, mesh, used, limit):
