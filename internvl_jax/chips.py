@@ -370,7 +370,7 @@ GPUS: dict[str, Card] = {
 # Relatives of those cards that are not planned for; `GPUS` would take the first two for others.
 _OTHERS = (
   (r".*H100 PCIe.*", 756e12),
-  (r".*H100 NVL.*", 835e12),
+  (r".*H[12]00 NVL.*", 835e12),
   (r".*GB200.*", 2500e12),
 )
 

@@ -24,7 +24,7 @@ from absl import flags
 from internvl_jax import frontdoor
 from internvl_jax.aot import recipe
 from internvl_jax.aot import report as reports
-from internvl_jax.aot.price import price
+from internvl_jax.aot.price import check_price, price
 from internvl_jax.aot.program import BatchShape, batch_shape, compile_step, plan_step
 from internvl_jax.aot.search import as_json, search, summary
 from internvl_jax.aot.target import Target, open_target
@@ -83,6 +83,8 @@ def main(argv: Sequence[str]) -> None:
 def compile_for(config: TrainConfig, shape: BatchShape, limit: int | None) -> dict[str, Any]:
   """Compiles the step for the devices asked for and prints the report, which it returns as plain values."""
   target = open_target(_TOPOLOGY.value)
+  if _COST.value is not None:
+    check_price(target)
   set_up_jax(config)
   plan = plan_step(config, target, shape)
   compiled = compile_step(plan, target, optimization_level=_LEVEL.value, dump=_DUMP.value)

@@ -111,9 +111,9 @@ def test_half_precision_to_rounding(backend):
 @pytest.mark.parametrize("backend", FAST)
 def test_sinks_and_windows_that_differ_by_layer(backend):
   """As in gpt-oss, whose layers are scanned: which window it is, only the running program knows."""
-  inputs = arrays(256, sinks=True)
-  for window in (40, 256):
-    mask = Mask(causal=True, segments=segments(256), windows=(40, 256), window=jnp.asarray(window))
+  for length, window in ((256, 40), (131, 131)):
+    inputs, windows = arrays(length, sinks=True), (40, length)
+    mask = Mask(causal=True, segments=segments(length), windows=windows, window=jnp.asarray(window))
     assert_near(outputs_and_gradients(inputs, mask, backend), outputs_and_gradients(inputs, mask, "plain"))
 
 
@@ -145,8 +145,10 @@ def test_a_shared_prompt_is_seen_by_both_answers(backend):
 
 @pytest.mark.parametrize("backend", ["triton_interpret"])
 def test_shared_prompts_at_once_and_in_two(backend):
-  ids, shared = pairs()
-  inputs, mask = arrays(ids.shape[1], rows=1), Mask(causal=True, segments=ids, shared=shared)
+  """Also beside a row in which nothing is shared."""
+  ids, shared = (jnp.concatenate([x, x]) for x in pairs())
+  shared = shared.at[1].set(False)
+  inputs, mask = arrays(ids.shape[1]), Mask(causal=True, segments=ids, shared=shared)
   assert_near(outputs_and_gradients(inputs, mask, backend), outputs_and_gradients(inputs, mask, "plain"))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from types import SimpleNamespace
 
 import pytest
 
@@ -59,6 +60,20 @@ def test_an_old_card_falls_back_and_says_what_it_costs(caplog):
   assert experts.startswith("runtime.experts") and "matrices of all groups" in experts
 
 
+def test_a_card_of_another_maker_does_not_get_nvidias_kernels(caplog):
+  card = SimpleNamespace(platform="gpu", device_kind="AMD Instinct MI300X", compute_capability="gfx942")
+  assert of_size("3.5-30b-a3b", Device.of(card)) == Kernels()
+  assert "AMD Instinct MI300X" in caplog.text
+  nvidia = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
+  assert Device.of(nvidia).capability == (9, 0)
+  assert Device.of(SimpleNamespace(platform="gpu", device_kind="a card")).capability is None
+
+
+def test_experts_are_checked_in_dense_models_too():
+  with pytest.raises(UserError, match=r"runtime\.experts='megablox' is made for tpu"):
+    of_size("2.5-8b", H100, experts="megablox")
+
+
 @pytest.mark.parametrize(
   ("setting", "device", "words"),
   [
@@ -105,6 +120,9 @@ def test_what_a_later_jax_may_drop_is_still_there():
   assert row.module is not None and row.refusal(H100) is None
   gone = dataclasses.replace(row, module="jax.experimental.pallas.dropped")
   assert "needs jax.experimental.pallas.dropped, which jax" in str(gone.refusal(H100))
+  assert "needs jax.no_such.triton" in str(
+    dataclasses.replace(row, module="jax.no_such.triton").refusal(H100)
+  )
   chosen, passed = choose((gone, find(ATTENTION, "xla")), H100)
   assert chosen.name == "xla" and "multiple of the time" in str(passed)
 

@@ -176,6 +176,7 @@ def test_a_step_is_compiled_for_cards(compiler, tmp_path, topology):
   if found["chips"] > 1:
     gathers = next(row for row in found["exchanges"] if (row["kind"], row["axes"]) == ("all-gather", "fsdp"))
     # Weights are collected in every layer of both stacks, forward and backward, in bfloat16.
+    assert 0 < found["hidden"] < 1 and "have products beside them" in text
     assert gathers["dtype"] == "bf16" and gathers["count"] >= 2 * 2 * 4 and gathers["seconds"] > 0
   assert not copies_of_weights(tmp_path / "dump")
 

@@ -43,6 +43,18 @@ class Price:
     return head + tail
 
 
+def check_price(target: Target) -> None:
+  """Refuses devices that have no data sheet, before anything is compiled for them.
+
+  Raises:
+    UserError: what they can do is not known.
+  """
+  if target.chip is None:
+    raise UserError(
+      f"--cost: what {target.name} can do is not known; plan for a kind by its name, e.g. v5e:4x4 or h100:8"
+    )
+
+
 def price(
   report: Report, target: Target, *, hour: float, utilisation: float, supervised: float | None
 ) -> Price:
@@ -57,10 +69,8 @@ def price(
   Raises:
     UserError: what the devices can do is not known.
   """
-  if target.chip is None or report.roofline is None:
-    raise UserError(
-      f"--cost: what {target.name} can do is not known; plan for a kind by its name, e.g. v5e:4x4 or h100:8"
-    )
+  check_price(target)
+  assert target.chip and report.roofline
   batch = report.batch
   flops = sum(value for entry in report.flops.values() for value in entry.values())
   seconds = flops / (target.chip.flops * utilisation)

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from internvl_jax.aot import collectives, costs, hlo, links, operations, traffic
+from internvl_jax.aot import collectives, costs, hlo, links, operations, overlap, traffic
 from internvl_jax.aot.peak import peak
 from internvl_jax.aot.program import Compiled, StepPlan
 from internvl_jax.aot.target import Target
@@ -93,6 +93,7 @@ class Report:
     uncounted_loops: loops of the program of which it is not known how often they run. The program's operations, traffic
       and exchanges hold one turn of them.
     exchanges: by kind and axes, largest first.
+    hidden: share of the exchanged bytes that products run beside; None for platforms whose programs do not say.
     roofline: None where the chip's data sheet is not known.
     lower_seconds, compile_seconds: of this machine.
   """
@@ -115,6 +116,7 @@ class Report:
   traffic: int
   uncounted_loops: int
   exchanges: list[Exchange]
+  hidden: float | None = None
   roofline: Roofline | None
   lower_seconds: float
   compile_seconds: float
@@ -170,6 +172,7 @@ def make_report(plan: StepPlan, compiled: Compiled, target: Target, *, limit: in
     traffic=moved,
     uncounted_loops=len(module.uncounted_loops),
     exchanges=exchanges(found, plan, target),
+    hidden=overlap.hidden_share(overlap.exchanges(module)) if target.platform == "gpu" else None,
     roofline=roofline(_sum(flops), compiled_flops, moved, found, target),
     lower_seconds=compiled.lower_seconds,
     compile_seconds=compiled.compile_seconds,
@@ -292,12 +295,12 @@ def verdict(report: Report) -> str:
     return f"{used} a device; how much it has is not known (--hbm=GiB says)"
   limit = f"{report.limit / GIB:.2f} GiB"
   if report.fits:
-    return f"fits: {used} of {limit} a chip, {(report.limit - report.total) / GIB:.2f} GiB are left"
+    return f"fits: {used} of {limit} a device, {(report.limit - report.total) / GIB:.2f} GiB are left"
   excess = report.total - report.limit
   # Refused below the limit: what there is would have to lie in one piece.
   why = f"{excess / GIB:.2f} GiB too much" if excess > 0 else f"the compiler says: {report.refusal}"
   return (
-    f"does not fit: {used} of {limit} a chip, {why}; spread it further (mesh.fsdp, mesh.tensor, mesh.sequence), "
+    f"does not fit: {used} of {limit} a device, {why}; spread it further (mesh.fsdp, mesh.tensor, mesh.sequence), "
     "recompute more (model.grad_checkpoint=True), or look for a slice with --search"
   )
 
@@ -375,6 +378,10 @@ def _exchanges(report: Report) -> list[str]:
     lines.append(f"  {name:<42}{row.count:>10}{row.bytes / size_of:>10.2f}{seconds}")
   if len(report.exchanges) > 16:
     lines.append(f"  and {len(report.exchanges) - 16} smaller kinds")
+  if report.hidden is not None:
+    lines.append(
+      f"  {report.hidden:.0%} of these bytes have products beside them, as the program is scheduled"
+    )
   return lines
 
 

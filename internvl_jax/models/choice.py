@@ -32,7 +32,9 @@ def choose_kernels(
   width = max(text.head_dim, vision.hidden_size // vision.num_heads)
   return Kernels(
     attention=_backend("runtime.attention", attention, ATTENTION, device, needs, width),
-    experts=_backend("runtime.experts", experts, EXPERTS, device) if text.experts else "xla",
+    experts=_backend(
+      "runtime.experts", experts if text.experts or experts != "auto" else "xla", EXPERTS, device
+    ),
   )
 
 

@@ -7,6 +7,7 @@ card and what the model needs.
 import dataclasses
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -59,7 +60,7 @@ class Backend:
       return f"needs a card of compute capability {wanted}, and {device.kind} has {found}"
     if jax.__version_info__[:2] < self.oldest_jax:
       return f"needs jax {'.'.join(map(str, self.oldest_jax))}, and {jax.__version__} is installed"
-    if self.module is not None and importlib.util.find_spec(self.module) is None:
+    if self.module is not None and not _exists(self.module):
       return f"needs {self.module}, which jax {jax.__version__} does not have"
     return None
 
@@ -71,7 +72,8 @@ class Device:
   Attributes:
     platform: "tpu", "gpu" or "cpu".
     kind: its name.
-    capability: the compute capability of an NVIDIA card; None elsewhere, and where it is not known.
+    capability: the compute capability of an NVIDIA card, (0, 0) of another maker's; None where it is not known, or no
+      GPU.
   """
 
   platform: str
@@ -81,10 +83,12 @@ class Device:
   @classmethod
   def of(cls, device: Any) -> "Device":
     """What is known of a device of JAX's."""
-    found = getattr(device, "compute_capability", None)
-    known = device.platform == "gpu" and isinstance(found, str) and found.count(".") == 1
-    capability = tuple(map(int, found.split("."))) if known and found else None
-    return cls(platform=device.platform, kind=device.device_kind, capability=capability)  # pyright: ignore[reportArgumentType]
+    found = getattr(device, "compute_capability", None) if device.platform == "gpu" else None
+    return cls(
+      platform=device.platform,
+      kind=device.device_kind,
+      capability=None if found is None else _capability(found),
+    )  # pyright: ignore[reportArgumentType]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +97,19 @@ class Kernels:
 
   attention: str = "xla"
   experts: str = "xla"
+
+
+def _capability(text: str) -> tuple[int, int]:
+  """(9, 0) of "9.0"; (0, 0) of what other makers say, such as "gfx942"."""
+  found = re.fullmatch(r"(\d+)\.(\d+)", str(text))
+  return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def _exists(module: str) -> bool:
+  try:
+    return importlib.util.find_spec(module) is not None
+  except ModuleNotFoundError:
+    return False
 
 
 def find(table: Sequence[Backend], name: str) -> Backend:

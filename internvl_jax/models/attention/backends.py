@@ -20,6 +20,7 @@ BACKENDS: tuple[Backend, ...] = (
     takes=_ALL | {"index of queries", "shared prompts"},
     widest_head=128,
     capability=(8, 0),
+    oldest_jax=(0, 10),
     module="jax.experimental.pallas.triton",
     reason="without it, attention reads and writes scores in memory and takes a multiple of the time",
   ),

@@ -1,4 +1,4 @@
-"""Which keys a query sees."""
+"""The attention mask: which keys a query sees."""
 
 import dataclasses
 import functools
@@ -68,9 +68,13 @@ class Mask:
 
   def with_prompts_moved(self) -> "Mask":
     """The mask by which what is shared belongs to the second answer and no longer to the first."""
-    assert self.segments is not None and self.shared is not None
-    moved = jnp.where(self.shared, self.segments + 1, self.segments)
-    return dataclasses.replace(self, segments=moved, kv_segments=moved, shared=None)
+    assert self.segments is not None and self.kv_segments is not None and self.shared is not None
+    # Queries move along, so that each still sees a key; that takes a row's own keys.
+    assert self.segments.shape == self.shared.shape, "shared prompts with keys of other rows"
+    segments, kv_segments = (
+      jnp.where(self.shared, ids + 1, ids) for ids in (self.segments, self.kv_segments)
+    )
+    return dataclasses.replace(self, segments=segments, kv_segments=kv_segments, shared=None)
 
   def rising(self) -> "Mask":
     """The mask with padding, segment 0, numbered after all others.

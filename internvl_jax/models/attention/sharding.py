@@ -1,4 +1,4 @@
-"""How attention is spread over a mesh.
+"""How attention is sharded over a mesh.
 
 Heads are split over as many axes as divide them, for which tokens and heads change places by an all-to-all
 (arXiv:2309.14509). Over the rest, queries stay where their tokens are, and keys and values are all-gathered.
@@ -7,7 +7,6 @@ Letters: B rows, T queries, S keys, N query heads, K key-value heads, H head wid
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -91,10 +90,10 @@ def spread(
   cached = mask.q_index is not None
   q = by_token(q, over)
   k, v = (layout.repeat(by_token(x, over, cached=cached)) for x in (k, v))
-  if layout.queries and not cached:
+  if mask.causal and layout.queries and not cached:
     mask = dataclasses.replace(mask, q_index=jnp.arange(q.shape[1]))
   return jax.shard_map(
-    functools.partial(attend),
+    attend,
     in_specs=(
       *(layout.q_spec, layout.kv_spec, layout.kv_spec),
       mask.specs(layout.rows, layout.queries),

@@ -66,6 +66,10 @@ _TILINGS: dict[tuple[int, int], _Tilings] = {
 }
 
 
+# What one kernel writes of whole blocks, the others read by theirs.
+assert all(x.forward.TB % side.TB == 0 for x in _TILINGS.values() for side in (x.q, x.kv))
+
+
 def _tilings(dtype: jnp.dtype, H: int) -> _Tilings:
   return _TILINGS[4 if dtype == jnp.float32 else 2, 64 if H <= 64 else 128]
 
@@ -247,8 +251,9 @@ def _backward(how: _How, saved: Any, g: jax.Array):
 
   dsinks = None
   if sinks is not None:
-    share = jnp.exp2(sinks.astype(jnp.float32)[:, None] * kernels.LOG2_E - log)
-    dsinks = -jnp.sum(share * inner, axis=(0, 2)).astype(sinks.dtype)
+    # Behind the last block, no program has written into `log`.
+    share = jnp.exp2(sinks.astype(jnp.float32)[:, None] * kernels.LOG2_E - log[..., :T])
+    dsinks = -jnp.sum(share * inner[..., :T], axis=(0, 2)).astype(sinks.dtype)
   return dq, dk, dv, dsinks, None
 
 

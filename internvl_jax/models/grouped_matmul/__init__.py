@@ -22,6 +22,7 @@ BACKENDS: tuple[Backend, ...] = (
     platforms=("gpu",),
     # The first with asynchronous copies and products of bfloat16.
     capability=(8, 0),
+    oldest_jax=(0, 10),
     module="jax.experimental.pallas.triton",
     reason="without it every row is multiplied by the matrices of all groups, with temporaries of as many times the rows",
   ),
