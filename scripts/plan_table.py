@@ -158,7 +158,8 @@ def fill(text: str, marker: str, lines: list[str]) -> str:
 def entries() -> list[str]:
   """All entries, those of one architecture under its first size."""
   sizes = [size for size in published.SIZES if first_of(size) == size]
-  searches = [f"{size}/{mode}/{kind}" for size in sizes for mode in SEARCHED for kind in KINDS]
+  kinds = [kind for kind in KINDS if kind.removesuffix(":1") == kind or kind.removesuffix(":1") not in KINDS]
+  searches = [f"{size}/{mode}/{kind}" for size in sizes for mode in SEARCHED for kind in kinds]
   return [*(arrangement.entry for arrangement in NAMED), *searches]
 
 
@@ -297,11 +298,21 @@ def table(results: dict[str, Any], kinds: Sequence[str]) -> list[str]:
     if first_of(size) != size:
       continue
     for mode in SEARCHED:
-      cells = [results.get(f"{size}/{mode}/{kind}") for kind in kinds]
+      cells = [found_for(results, f"{size}/{mode}", kind) for kind in kinds]
       if any(cells):
         words = " | ".join(cell(found) if found else "" for found in cells)
         lines.append(f"| {same_as(size)} | {mode} | {words} |")
   return lines
+
+
+def found_for(results: dict[str, Any], run: str, kind: str) -> dict[str, Any] | None:
+  """An entry of the results; of one card also by the search through more of them, which begins with one."""
+  if (found := results.get(f"{run}/{kind}")) is not None:
+    return found
+  more = results.get(f"{run}/{kind.removesuffix(':1')}")
+  if more is None or "error" in more or more["topology"] == kind:
+    return more
+  return {"topology": None}
 
 
 def cell(found: dict[str, Any]) -> str:

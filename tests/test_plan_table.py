@@ -42,7 +42,9 @@ def test_entries_are_written_into_their_own_table(plan_table):
   assert head == "| size | trains | a100-80g | h100 | h200 | b200 |"
   assert row == "| 2.5-4b | full |  | **2**: fsdp 2, full, 60.0 of 72.1, ≤ 50% |  |  |"
   (*_, alone) = plan_table.table(results, plan_table.TABLES["one card"])
-  assert alone == "| 2.5-4b | full | none | **1**: one device, full, 30.0 of 40.2, ≤ 50% |  |"
+  # A search that begins with one card and ends with two says what one takes.
+  assert alone == "| 2.5-4b | full | none | **1**: one device, full, 30.0 of 40.2, ≤ 50% | none |"
+  assert "2.5-4b/full/h100:1" not in plan_table.entries()
 
 
 def test_the_page_has_a_place_for_every_table(plan_table):
@@ -50,3 +52,4 @@ def test_the_page_has_a_place_for_every_table(plan_table):
   for marker in ("named", *plan_table.TABLES):
     filled = plan_table.fill(page, marker, ["| a |", "|---|"])
     assert f"<!-- {marker} -->\n| a |\n|---|\n\n" in filled
+    assert f"<!-- {marker} -->\n| size |" in page, "the table is empty"
