@@ -349,7 +349,7 @@ class RuntimeConfig:
   hang_seconds: int = 600
   # Steps whose first and last bound an XProf trace in output_dir/profile; empty: none.
   profile_steps: tuple[int, ...] = ()
-  # Options of XLA, "name=value" each, that go before what the program sets for the platform and before XLA_FLAGS.
+  # Options of XLA, "xla_…=value" each, that go before what the program sets for the platform and before XLA_FLAGS.
   xla_options: tuple[str, ...] = ()
   # Folder of compiled programs, reused by later runs; None: compile anew.
   compilation_cache_dir: str | None = None
@@ -359,11 +359,11 @@ def parse_xla_option(text: str) -> tuple[str, bool | int | str]:
   """The name and the value of an entry of `xla_options`; a value that looks like a bool or an integer is one.
 
   Raises:
-    ValueError: it is not "name=value".
+    ValueError: it is not "xla_…=value".
   """
   match = re.fullmatch(r"(?:--)?(xla_[a-z0-9_]+)=(.*)", text.strip())
   if match is None:
-    raise ValueError(f"{text!r} is not name=value")
+    raise ValueError(f"{text!r} is not xla_…=value")
   name, value = match.groups()
   if value.lower() in ("true", "false"):
     return name, value.lower() == "true"

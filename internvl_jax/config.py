@@ -540,7 +540,7 @@ def _runtime_problems(config: TrainConfig) -> Iterator[str]:
     try:
       parse_xla_option(option)
     except ValueError:
-      yield f"runtime.xla_options: {option!r} must be name=value, such as 'xla_gpu_enable_triton_gemm=false'"
+      yield f"runtime.xla_options: {option!r} must be xla_…=value, such as 'xla_gpu_enable_triton_gemm=false'"
 
 
 def _is_remote(path: str) -> bool:

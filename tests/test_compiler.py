@@ -119,7 +119,7 @@ def test_a_bad_entry_is_a_problem_of_the_configuration(entry):
   config.runtime.xla_options = ("xla_gpu_autotune_level=2", entry)
   (line,) = [line for line in problems(config) if "xla_options" in line]
   assert line == (
-    f"runtime.xla_options: {entry!r} must be name=value, such as 'xla_gpu_enable_triton_gemm=false'"
+    f"runtime.xla_options: {entry!r} must be xla_…=value, such as 'xla_gpu_enable_triton_gemm=false'"
   )
 
 

@@ -120,7 +120,7 @@ def test_slices_are_those_that_there_are():
 def test_cards_are_those_of_a_host_and_then_whole_hosts():
   assert search.slices("h100:8") == ["h100:1", "h100:2", "h100:4", "h100:8"]
   assert search.slices("rtx4090")[4:] == [f"rtx4090:{hosts}x8" for hosts in (2, 4, 8, 16, 32)]
-  with pytest.raises(UserError, match="the slices of h100 are 1, 2, 4, 8, 2x8"):
+  with pytest.raises(UserError, match="the hosts and cards of h100 are 1, 2, 4, 8, 2x8"):
     search.slices("h100:3")
   with pytest.raises(UserError, match="did you mean h100"):
     search.slices("h1000:8")

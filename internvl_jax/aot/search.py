@@ -90,7 +90,8 @@ def slices(name: str) -> list[str]:
       f"{suggest(kind) or 'name one of them'}"
     )
   if largest and largest not in chip.slices:
-    raise UserError(f"--topology={name}: the slices of {kind} are {', '.join(chip.slices)}")
+    shapes = "slices" if kind in TPUS else "hosts and cards"
+    raise UserError(f"--topology={name}: the {shapes} of {kind} are {', '.join(chip.slices)}")
   shapes = chip.slices[: chip.slices.index(largest) + 1] if largest else chip.slices
   return [f"{kind}:{shape}" for shape in shapes]
 
