@@ -221,7 +221,9 @@ def set_up(
   objective = make_objective(config, source, how, mesh)
   step = TrainStep(
     objective=objective,
-    optimizer=optim.make_optimizer(config.training, select(source.reference_names, trainable)),
+    optimizer=optim.make_optimizer(
+      config.training, select(source.reference_names, trainable), source.undecayed
+    ),
     max_grad_norm=config.training.max_grad_norm,
     seed=config.training.seed,
     places=places,
