@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from internvl_jax.arguments import DataTrainingArguments, MeshConfig
-import numpy as np
 from internvl_jax.batch import PIXEL_STATISTICS
 from internvl_jax.data.tokenize import ChatTokenizer
 from internvl_jax.errors import UserError
