@@ -106,10 +106,7 @@ def make_schedule(training: TrainingArguments, total_steps: int) -> Schedule:
   if name not in SCHEDULES:
     raise UserError(f"training.lr_scheduler_type={name!r} is unknown; use one of {sorted(SCHEDULES)}")
   kwargs = _schedule_arguments(training)
-  warmup = (
-    training.warmup_steps if training.warmup_steps > 0 else math.ceil(total_steps * training.warmup_ratio)
-  )
-  ramp = _Ramp(training.learning_rate, 0 if name == "constant" else warmup, total_steps)
+  ramp = _Ramp(training.learning_rate, _warmup_steps(training, total_steps), total_steps)
   factor = SCHEDULES[name]
 
   def schedule(step: int) -> float:
@@ -124,6 +121,27 @@ def make_schedule(training: TrainingArguments, total_steps: int) -> Schedule:
       f"make {name!r} divide by 0; raise what is 0 there, or take 'constant'"
     ) from None
   return schedule
+
+
+def _warmup_steps(training: TrainingArguments, total_steps: int) -> int:
+  if training.lr_scheduler_type == "constant":
+    return 0
+  return (
+    training.warmup_steps if training.warmup_steps > 0 else math.ceil(total_steps * training.warmup_ratio)
+  )
+
+
+def warmup_remark(training: TrainingArguments, total_steps: int) -> str | None:
+  """A line for the log where the warm-up is not over when the run is; None where it is."""
+  warmup = _warmup_steps(training, total_steps)
+  if not 0 < total_steps <= warmup:
+    return None
+  of_ratio = training.warmup_steps <= 0
+  setting = f"warmup_ratio={training.warmup_ratio:g}" if of_ratio else f"warmup_steps={training.warmup_steps}"
+  return (
+    f"training.{setting} makes a warm-up of {warmup} steps, and the run has {total_steps}: the learning rate ends at "
+    f"{(total_steps - 1) / warmup:.0%} of training.learning_rate={training.learning_rate:g}; lower it, or train longer"
+  )
 
 
 def _schedule_arguments(training: TrainingArguments) -> dict[str, float]:
