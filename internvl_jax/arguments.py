@@ -44,7 +44,7 @@ class ModelArguments:
   drop_path_rate: float = 0.0
   # Pixel shuffle: "v1" transposes height and width (checkpoints before 1.5), "v2" keeps them.
   ps_version: Literal["v1", "v2"] = "v2"
-  # Accepted for compatibility: the tokenizers library is always used.
+  # Has no effect, and is told so: the tokenizers library is always used.
   use_fast_tokenizer: bool = False
   # Chunked linear cross-entropy: the [rows, sequence, vocabulary] logits are never built.
   use_liger: bool = False
@@ -86,7 +86,7 @@ class DataTrainingArguments:
   num_images_expected: int = 40
   # Token budget of a packed row.
   max_packed_tokens: int = 8192
-  # Open rows kept while packing.
+  # Open rows that the reference keeps while packing. Here a row chooses among 12.8 waiting samples for each: 256 for 20.
   max_buffer_size: int = 20
   # Report the fill of packed rows every so many rows.
   log_freq: int = 1000

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from internvl_jax import compiler, optim
 from internvl_jax.arguments import LoRAConfig, ModelArguments, PreferenceConfig
-from internvl_jax.config import TrainConfig
+from internvl_jax.config import TrainConfig, get
 from internvl_jax.errors import UserError
 from internvl_jax.hf import published
 from internvl_jax.hf.model import (
@@ -221,7 +221,9 @@ def set_up(
   objective = make_objective(config, source, how, mesh)
   step = TrainStep(
     objective=objective,
-    optimizer=optim.make_optimizer(config.training, select(source.reference_names, trainable)),
+    optimizer=optim.make_optimizer(
+      config.training, select(source.reference_names, trainable), source.undecayed
+    ),
     max_grad_norm=config.training.max_grad_norm,
     seed=config.training.seed,
     places=places,
@@ -249,6 +251,21 @@ def check_quantize(name: str, device: Any) -> None:
       f"runtime.quantize={name!r}: {device.device_kind} has no such products (int8: NVIDIA of compute capability 8.0, "
       "TPU v5e; fp8: 8.9, TPU7x); set it to 'none'"
     )
+
+
+def idle_on(config: TrainConfig, source: Source) -> list[str]:
+  """A line for each setting that has no effect on this model, for the log."""
+  found = {
+    "runtime.router_aux_loss_coef": config.runtime.router_aux_loss_coef != 0,
+    "runtime.experts": config.runtime.experts != "auto",
+  }
+  if source.config.text.experts is not None:
+    return []
+  return [
+    f"{path}={get(config, path)!r} has no effect: the model has no experts"
+    for path, asks in found.items()
+    if asks
+  ]
 
 
 def log_parameters(setup: Setup) -> None:

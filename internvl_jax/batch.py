@@ -20,10 +20,13 @@ NO_IMAGE = -1
 
 PIXEL_STATISTICS = {
   "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-  "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+  "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757711)),
   "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
-"""Mean and standard deviation of red, green and blue on [0, 1], by normalize_type."""
+"""Mean and standard deviation of red, green and blue on [0, 1], by normalize_type.
+
+They are the reference's. Of CLIP's, OpenAI's last is 0.27577711; the reference lost a digit, and trained with that.
+"""
 
 
 class SFTBatch(NamedTuple):

@@ -7,12 +7,14 @@ The rules are tables, a line a field:
 
     REFUSED    fields that will never do anything here, and why
     ACCEPTED   fields that are read from recipes and change nothing, and why
-    ONLY_WITH  fields that would be ignored unless another one switches them on
     CHOICES    strings with a fixed set of values        RANGES  the numbers' ranges
+
+`internvl_jax.effects` has those of settings that have no effect beside others.
 """
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import os
@@ -21,9 +23,9 @@ import typing
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
+from internvl_jax import effects
 from internvl_jax.arguments import (
   PREFERENCE_LOSSES,
-  SMOOTHED_LOSSES,
   CheckpointConfig,
   DataTrainingArguments,
   EvalConfig,
@@ -98,37 +100,6 @@ ACCEPTED: dict[str, str] = {
   "training.remove_unused_columns": "batches hold only what the model reads",
 }
 """Field -> why all of its values mean the same; existing scripts set them."""
-
-_PACKED = ("data.use_packed_ds",)
-_WITH_LORA = ("model.use_llm_lora", "model.use_backbone_lora")
-_PREFERENCE = ("preference.loss_type",)
-ONLY_WITH: dict[str, tuple[str, ...]] = {
-  "data.num_images_expected": _PACKED,
-  "data.max_packed_tokens": _PACKED,
-  "data.max_buffer_size": _PACKED,
-  "data.log_freq": _PACKED,
-  "data.strict_mode": _PACKED,
-  "data.allow_overflow": _PACKED,
-  "data.loss_reduction": _PACKED,
-  "data.replacement": _PACKED,
-  "data.use_thumbnail": ("data.dynamic_image_size",),
-  "preference.beta": _PREFERENCE,
-  "preference.label_smoothing": _PREFERENCE,
-  "preference.rpo_alpha": _PREFERENCE,
-  **{f"preference.{kind}_loss_weight": _PREFERENCE for kind in PREFERENCE_LOSSES},
-  "preference.precompute_reference": _PREFERENCE,
-  "preference.reference_cache_dir": ("preference.precompute_reference",),
-  "preference.share_prompts": _PREFERENCE,
-  "preference.eval_meta_path": _PREFERENCE,
-  "model.unfreeze_vit_layers": ("model.freeze_backbone", "model.use_backbone_lora"),
-  "model.unfreeze_lm_head": ("model.freeze_llm", "model.use_llm_lora"),
-  "lora.alpha": _WITH_LORA,
-  "lora.dropout": _WITH_LORA,
-  "lora.targets": _WITH_LORA,
-  "lora.use_dora": _WITH_LORA,
-  "lora.use_rslora": _WITH_LORA,
-}
-"""Field -> the switches of which one must be on; otherwise a changed value would be ignored in silence."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
   "data.loss_reduction": ("token", "sample", "square"),
@@ -374,10 +345,19 @@ def _support_problems(config: TrainConfig) -> Iterator[str]:
   for path, reason in REFUSED.items():
     if _changed(config, path):
       yield f"{_setting(config, path)} is not supported: {reason}"
-  for path, switches in ONLY_WITH.items():
-    if _changed(config, path) and not any(_changed(config, switch) for switch in switches):
-      off = " and ".join(_setting(config, switch) for switch in switches)
-      yield f"{_setting(config, path)} has no effect while {off}; set it to {FIELDS[path].default!r}"
+  for remark in _remarks(config):
+    if remark.is_refused:
+      yield remark.line
+
+
+def idle_settings(config: TrainConfig) -> list[str]:
+  """A line for each setting that asks for what will not happen, for the log; see `effects`."""
+  return [remark.line for remark in _remarks(config) if not remark.is_refused]
+
+
+def _remarks(config: TrainConfig) -> Iterator[effects.Remark]:
+  defaults = {path: field.default for path, field in FIELDS.items()}
+  return effects.remarks(functools.partial(get, config), defaults)
 
 
 def _range_problems(config: TrainConfig) -> Iterator[str]:
@@ -413,7 +393,7 @@ def _model_problems(config: TrainConfig) -> Iterator[str]:
 
 def _data_problems(config: TrainConfig) -> Iterator[str]:
   data, loader = config.data, config.loader
-  if data.min_dynamic_patch > data.max_dynamic_patch:
+  if data.dynamic_image_size and data.min_dynamic_patch > data.max_dynamic_patch:
     yield (
       f"data.min_dynamic_patch={data.min_dynamic_patch} is above "
       f"data.max_dynamic_patch={data.max_dynamic_patch}; lower the one or raise the other"
@@ -456,20 +436,6 @@ def _preference_problems(config: TrainConfig) -> Iterator[str]:
   for kind in dict.fromkeys(kinds):
     if kinds.count(kind) > 1:
       yield f"{setting} names {kind!r} {kinds.count(kind)} times; name it once, with preference.{kind}_loss_weight"
-  for kind in set(PREFERENCE_LOSSES) - set(kinds):
-    path = f"preference.{kind}_loss_weight"
-    if _changed(config, path):
-      yield f"{_setting(config, path)} has no effect while {setting}; name {kind} there, or set the weight to 1.0"
-  if preference.label_smoothing and not SMOOTHED_LOSSES & set(kinds):
-    yield (
-      f"preference.label_smoothing={preference.label_smoothing} has no effect while {setting}; set it to 0.0, or name "
-      f"one of {', '.join(sorted(SMOOTHED_LOSSES))}"
-    )
-  if _changed(config, "data.loss_reduction"):
-    yield (
-      f"data.loss_reduction={config.data.loss_reduction!r} has no effect while {setting}: answers' log-probabilities "
-      f"are sums; set it to {FIELDS['data.loss_reduction'].default!r}"
-    )
 
 
 def _template_problems(name: str) -> Iterator[str]:

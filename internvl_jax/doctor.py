@@ -43,6 +43,7 @@ def main(argv: Sequence[str]) -> None:
   frontdoor.set_up_logging()
   config: TrainConfig = _CONFIG.value
   validate(config, "doctor")
+  frontdoor.warn_idle(config)
   source, tokenizer = assembly.open_model(config, with_weights=False)
   chat = ChatTokenizer(tokenizer, config.data.conv_style)
   cache = config.loader.cache_dir or pipeline.default_cache()

@@ -34,7 +34,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from internvl_jax.config import FIELDS, FOREIGN, LEAVES, TrainConfig, suggest, type_name
+from internvl_jax.config import FIELDS, FOREIGN, LEAVES, TrainConfig, idle_settings, suggest, type_name
 from internvl_jax.environment import set_environment
 from internvl_jax.errors import UserError
 from internvl_jax.usage import usage
@@ -104,6 +104,12 @@ def run_app(main: Callable[[list[str]], Any]) -> None:
       _exit_with(error)
 
   app.run(guarded, flags_parser=guarded_parse)
+
+
+def warn_idle(config: TrainConfig) -> None:
+  """Logs the settings that ask for what will not happen, a line each."""
+  for line in idle_settings(config):
+    logging.warning("%s", line)
 
 
 def set_up_logging(process: int | None = None) -> None:

@@ -106,10 +106,7 @@ def make_schedule(training: TrainingArguments, total_steps: int) -> Schedule:
   if name not in SCHEDULES:
     raise UserError(f"training.lr_scheduler_type={name!r} is unknown; use one of {sorted(SCHEDULES)}")
   kwargs = _schedule_arguments(training)
-  warmup = (
-    training.warmup_steps if training.warmup_steps > 0 else math.ceil(total_steps * training.warmup_ratio)
-  )
-  ramp = _Ramp(training.learning_rate, 0 if name == "constant" else warmup, total_steps)
+  ramp = _Ramp(training.learning_rate, _warmup_steps(training, total_steps), total_steps)
   factor = SCHEDULES[name]
 
   def schedule(step: int) -> float:
@@ -124,6 +121,27 @@ def make_schedule(training: TrainingArguments, total_steps: int) -> Schedule:
       f"make {name!r} divide by 0; raise what is 0 there, or take 'constant'"
     ) from None
   return schedule
+
+
+def _warmup_steps(training: TrainingArguments, total_steps: int) -> int:
+  if training.lr_scheduler_type == "constant":
+    return 0
+  return (
+    training.warmup_steps if training.warmup_steps > 0 else math.ceil(total_steps * training.warmup_ratio)
+  )
+
+
+def warmup_remark(training: TrainingArguments, total_steps: int) -> str | None:
+  """A line for the log where the warm-up is not over when the run is; None where it is."""
+  warmup = _warmup_steps(training, total_steps)
+  if not 0 < total_steps <= warmup:
+    return None
+  of_ratio = training.warmup_steps <= 0
+  setting = f"warmup_ratio={training.warmup_ratio:g}" if of_ratio else f"warmup_steps={training.warmup_steps}"
+  return (
+    f"training.{setting} makes a warm-up of {warmup} steps, and the run has {total_steps}: the learning rate ends at "
+    f"{(total_steps - 1) / warmup:.0%} of training.learning_rate={training.learning_rate:g}; lower it, or train longer"
+  )
 
 
 def _schedule_arguments(training: TrainingArguments) -> dict[str, float]:
@@ -144,22 +162,24 @@ def _schedule_arguments(training: TrainingArguments) -> dict[str, float]:
   return kwargs
 
 
-def decays(names: Mapping[str, str]) -> dict[str, bool]:
-  """Which parameters weight decay applies to, by the rule of Hugging Face's Trainer (transformers 4.49).
+def decays(names: Mapping[str, str], undecayed: str) -> dict[str, bool]:
+  """Which parameters weight decay (of AdamW) applies to, by the rule of the Trainer that trains the family.
 
-  Spared are biases, everything inside a PyTorch LayerNorm (our norms that have a bias), and what has
-  "layernorm" in its name. RMS norms with other names, layer scales and embeddings do decay; so the
-  reference's runs have it.
+  Spared is everything inside a PyTorch LayerNorm (our norms that have a bias), and what `undecayed` is found in.
+  By transformers 4.49 those are biases and what has "layernorm" in its name, and all of LLaMA's norms, whose class
+  asks for it. RMS norms with other names (Qwen2's last one, all of InternLM2's and of the 6B ViT's), layer scales
+  and embeddings do decay; so the reference's runs have it.
 
   Args:
     names: the reference's name of every parameter, by path: a norm of one family decays, of another it does
       not, for its name.
+    undecayed: a regular expression over names in lower case (`Source.undecayed`).
   """
 
   def spared(path: str, name: str) -> bool:
     layer, _, leaf = path.rpartition(".")
     in_layer_norm = leaf == "scale" and f"{layer}.bias" in names
-    return in_layer_norm or "bias" in name or "layernorm" in name
+    return in_layer_norm or re.search(undecayed, name.lower()) is not None
 
   return {path: not spared(path, name) for path, name in names.items()}
 
@@ -222,7 +242,9 @@ def _thawed(model: ModelArguments, paths: list[str]) -> list[str]:
   return thawed
 
 
-def make_optimizer(training: TrainingArguments, names: Mapping[str, str]) -> optax.GradientTransformation:
+def make_optimizer(
+  training: TrainingArguments, names: Mapping[str, str], undecayed: str
+) -> optax.GradientTransformation:
   """AdamW's direction, decay included, still to be scaled by minus the learning rate.
 
   The rate stays outside: it comes from the host at every step (`make_schedule`).
@@ -230,10 +252,11 @@ def make_optimizer(training: TrainingArguments, names: Mapping[str, str]) -> opt
   Args:
     training: the optimizer's settings.
     names: the trainable parameters by path, under the reference's names (see `decays`).
+    undecayed: which of these names do not decay.
   """
   return optax.chain(
     optax.scale_by_adam(b1=training.adam_beta1, b2=training.adam_beta2, eps=training.adam_epsilon),
-    optax.add_decayed_weights(training.weight_decay, mask=decays(names)),
+    optax.add_decayed_weights(training.weight_decay, mask=decays(names, undecayed)),
   )
 
 

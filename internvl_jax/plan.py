@@ -135,6 +135,7 @@ def configuration() -> TrainConfig:
     config.model.model_name_or_path = published.hub_id(_SIZE.value)
     config.model.vision_path = config.model.llm_path = None
   validate(config, "plan")
+  frontdoor.warn_idle(config)
   return config
 
 

@@ -22,6 +22,7 @@ from internvl_jax.adapters import merge_and_check
 from internvl_jax.arguments import TrainingArguments
 from internvl_jax.assembly import (
   Setup,
+  idle_on,
   log_parameters,
   open_mesh,
   open_model,
@@ -34,6 +35,7 @@ from internvl_jax.checkpoint import Checkpointer
 from internvl_jax.config import TrainConfig, to_json, validate
 from internvl_jax.data.pipeline import TrainLoader
 from internvl_jax.data.show import show_batch
+from internvl_jax.data.tally import untaught_samples
 from internvl_jax.data.tokenize import ChatTokenizer
 from internvl_jax.errors import UserError
 from internvl_jax.eval.scoring import Evaluation, make_evaluation
@@ -73,6 +75,8 @@ def train(config: TrainConfig) -> None:
   with distributed.joined(config.runtime.distributed, frontdoor.report):
     if jax.process_count() > 1:
       frontdoor.set_up_logging(process=jax.process_index())
+    if distributed.is_first():
+      frontdoor.warn_idle(config)
     with Watchdog(distributed.host_name(), config.runtime.hang_seconds) as watchdog:
       _run(config, watchdog)
 
@@ -84,6 +88,8 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
     source, tokenizer = open_model(config)
   chat = ChatTokenizer(tokenizer, config.data.conv_style)
   setup = set_up(config, source, open_mesh(config))
+  if distributed.is_first():
+    tell(*idle_on(config, source))
 
   open_loader = functools.partial(
     TrainLoader,
@@ -100,6 +106,8 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
   make_loader = functools.partial(open_loader, config.data, config.training, config.loader, reference=lookup)
   # The data are looked at before the weights are read: mistakes are likelier there, and cheaper to find.
   loader = open_data(make_loader, setup.mesh, watchdog)
+  if distributed.is_first():
+    tell(optim.warmup_remark(config.training, loader.total_steps))
 
   log_parameters(setup)
   checkpointer = Checkpointer(output_folder(config), keep=config.training.save_total_limit)
@@ -140,6 +148,9 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
       check=pairs.check if pairs else None,
     )
     state = trainer.run(state, frozen)
+  untaught = untaught_samples(loader.counters())
+  if distributed.is_first():
+    tell(untaught)
   loader.close()
   checkpointer.close()
   if int(state.step) < loader.total_steps:
@@ -154,6 +165,13 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
       logging.info("Held-out pairs: %s", judged)
     finish(config, source, tokenizer, chat, params, evaluation)
     distributed.barrier("the model is saved", seconds=EXPORT_SECONDS)
+
+
+def tell(*lines: str | None) -> None:
+  """Logs what the user did not ask for, a line each; None is nothing to tell."""
+  for line in lines:
+    if line is not None:
+      logging.warning("%s", line)
 
 
 def open_data(

@@ -52,7 +52,9 @@ def compile_seconds(depth: int, width: int) -> float:
   config = model_config(depth, width)
   model = functional.define(lambda rngs: InternVL(config, rngs=rngs))
   trainable = optim.trainable_paths(ModelArguments(), model.shapes)
-  optimizer = optim.make_optimizer(TrainingArguments(weight_decay=0.1), {path: path for path in trainable})
+  optimizer = optim.make_optimizer(
+    TrainingArguments(weight_decay=0.1), {path: path for path in trainable}, "bias|layernorm"
+  )
   objective = SupervisedFineTuning(
     how=Execution(remat="full"),
     normalize_type="imagenet",

@@ -86,7 +86,7 @@ def cost(frozen: dict[str, Any], *, tiles: int, tokens: int) -> tuple[int, int]:
   )
   model = functional.define(lambda rngs: InternVL(config, rngs=rngs))
   trainable = optim.trainable_paths(arguments, model.shapes)
-  optimizer = optim.make_optimizer(TrainingArguments(), {path: path for path in trainable})
+  optimizer = optim.make_optimizer(TrainingArguments(), {path: path for path in trainable}, "bias|layernorm")
   step = TrainStep(
     model=model,
     objective=SupervisedFineTuning(how=Execution(), normalize_type="imagenet", fused_loss=True),

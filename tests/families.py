@@ -206,6 +206,11 @@ def inputs(
   }
 
 
+def tiles(side: int = _VISION["image_size"][0]) -> np.ndarray:
+  """The two tiles of a batch, uint8 [2, side, side, 3]."""
+  return (draw("tiles", (2, side, side, 3)) * 70 + 128).astype(np.uint8)
+
+
 def gradient_norms(source: Source, grads: dict[str, Any]) -> dict[str, float]:
   """The norm of the gradient of each of a checkpoint's tensors, by key."""
   tensors = weights.tensors(grads, source.table, np.dtype(np.float32))

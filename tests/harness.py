@@ -118,7 +118,7 @@ class Harness:
     self.model = functional.define(lambda rngs: InternVL(config, rngs=rngs))
     self.trainable = optim.trainable_paths(ModelArguments(**(freeze or {})), self.model.shapes)
     training = training or TrainingArguments(weight_decay=0.1)
-    optimizer = optim.make_optimizer(training, {path: path for path in self.trainable})
+    optimizer = optim.make_optimizer(training, {path: path for path in self.trainable}, "bias|layernorm")
     shapes = with_dtypes(self.model, self.trainable, bf16=False)
     places = rules.state_shardings(self.model.axes, shapes, self.trainable, self.mesh, zero_stage=zero_stage)
 

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import typing
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,6 @@ from internvl_jax.config import (
   FIELDS,
   FOREIGN,
   LEAVES,
-  ONLY_WITH,
   RANGES,
   REFUSED,
   TrainConfig,
@@ -97,9 +95,8 @@ def test_every_number_has_a_range_that_holds_its_default():
 
 
 def test_tables_name_fields():
-  for table in (REFUSED, ACCEPTED, ONLY_WITH, CHOICES, RANGES):
+  for table in (REFUSED, ACCEPTED, CHOICES, RANGES):
     assert set(table) <= set(FIELDS)
-  assert {switch for switches in ONLY_WITH.values() for switch in switches} <= set(FIELDS)
 
 
 def names_read(package: Path) -> set[str]:
@@ -381,36 +378,6 @@ def test_a_sound_configuration_passes_and_is_left_alone(config):
   assert config == before
 
 
-def other_value(field):
-  """A sound value for a field, other than its default."""
-  kind = config_lib.type_name(field.type)
-  if typing.get_origin(field.type) is typing.Literal:
-    return next(value for value in typing.get_args(field.type) if value != field.default)
-  if kind == "bool":
-    return not field.default
-  if kind.startswith("tuple"):
-    return ("x",) if "str" in kind else (1,)
-  if kind.startswith("str"):
-    return "sample" if field.name == "loss_reduction" else "x"
-  if "int" in kind:
-    return (field.default or 1) * 2
-  return 0.25 if field.default is None else field.default / 2 or 0.25
-
-
-ON_BY_DEFAULT, FILES = {"data.use_thumbnail"}, {"preference.eval_meta_path"}
-
-
-@pytest.mark.parametrize("path", [path for path in ONLY_WITH if path not in ON_BY_DEFAULT | FILES])
-def test_a_field_without_its_switch(config, path):
-  set_field(config, path, other_value(FIELDS[path]))
-  (line,) = problems(config)
-  assert f"{path}=" in line and "has no effect while" in line and "set it to" in line
-  switch = ONLY_WITH[path][0]
-  set_field(config, switch, other_value(FIELDS[switch]))
-  # Only the switch may be left to complain about.
-  assert all(line.startswith(f"{switch}=") for line in problems(config))
-
-
 @pytest.mark.parametrize(
   ("settings", "words"),
   [
@@ -423,8 +390,6 @@ def test_a_field_without_its_switch(config, path):
       "'gs://a/b': must be a folder; mount the bucket",
     ),
     ({"loss_type": "ipo,sigmoid,ipo"}, "names 'ipo' 2 times; name it once, with preference.ipo_loss_weight"),
-    ({"loss_type": "sigmoid", "ipo_loss_weight": 0.5}, "preference.ipo_loss_weight=0.5 has no effect while"),
-    ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing=0.1 has no effect while"),
   ],
 )
 def test_preferences_that_contradict_themselves(config, settings, words):
@@ -444,10 +409,6 @@ def test_a_recipe_of_preferences_is_sound(config):
   for name, value in {"loss_type": "sigmoid,bco_pair", "rpo_alpha": 1.0, "sigmoid_loss_weight": 0.8}.items():
     set_field(config, f"preference.{name}", value)
   assert problems(config) == []
-  set_field(config, "data.use_packed_ds", True)
-  set_field(config, "data.loss_reduction", "square")
-  (line,) = problems(config)
-  assert "data.loss_reduction='square' has no effect while preference.loss_type" in line
 
 
 @pytest.mark.parametrize("path", RANGES)
@@ -511,7 +472,7 @@ def test_a_replaced_leaf(config):
   ("changes", "message"),
   [
     (
-      {"data.min_dynamic_patch": 7, "data.max_dynamic_patch": 6},
+      {"data.dynamic_image_size": True, "data.min_dynamic_patch": 7, "data.max_dynamic_patch": 6},
       "data.min_dynamic_patch=7 is above data.max_dynamic_patch=6",
     ),
     ({"training.max_steps": 5, "training.warmup_steps": 6}, "warmup_steps=6 is above training.max_steps=5"),
@@ -526,10 +487,6 @@ def test_a_replaced_leaf(config):
     (
       {"training.eval_strategy": "steps", "training.evaluation_strategy": "epoch"},
       "training.eval_strategy='steps' contradicts training.evaluation_strategy='epoch'",
-    ),
-    (
-      {"data.use_thumbnail": True},
-      "data.use_thumbnail=True has no effect while data.dynamic_image_size=False",
     ),
     ({"loader.sequence_buckets": (8192, 64)}, "must rise from entry to entry; use (64, 8192)"),
     ({"loader.tile_buckets": (4, 4)}, "must rise from entry to entry; use (4,)"),

@@ -29,7 +29,7 @@ LAYERS = (
   ("models", "losses", "data"),
   ("parallel",),
   ("batch", "trees", "flops", "compiler"),
-  ("outputs",),
+  ("outputs", "effects"),
   ("arguments", "chips", "errors", "watchdog"),
   ("environment",),
 )

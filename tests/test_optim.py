@@ -22,7 +22,7 @@ def test_weight_decay_falls_on_the_recorded_names(curve):
   source = open_source(curve / "init")
   recorded = json.loads((curve / "expected.json").read_text())
   decayed, trainable = set(), set()
-  for path, decays in optim.decays(source.reference_names).items():
+  for path, decays in optim.decays(source.reference_names, source.undecayed).items():
     keys = names_of(path, source.model.shapes[path].shape, source.table).keys.reshape(-1)
     trainable |= set(keys)
     decayed |= set(keys) if decays else set()
@@ -63,7 +63,7 @@ def test_wrong_schedules_are_named():
 
 def test_adamw_step_by_hand():
   training = TrainingArguments(weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-8)
-  optimizer = optim.make_optimizer(training, {path: path for path in ("a.kernel", "a.bias")})
+  optimizer = optim.make_optimizer(training, {path: path for path in ("a.kernel", "a.bias")}, "bias")
   params = {"a.kernel": jnp.array([2.0]), "a.bias": jnp.array([2.0])}
   state = optimizer.init(params)
   grads = {"a.kernel": jnp.array([0.5]), "a.bias": jnp.array([0.5])}

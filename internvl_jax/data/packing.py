@@ -19,7 +19,7 @@ into chunks, nor on where a run was interrupted.
     [[0, 3], [1, 2]]
 
 The reference keeps `max_buffer_size` open rows and looks for one that has room for the next sample; here one
-row is open and looks for samples. `look_ahead_of` translates. With `allow_overflow` the reference cuts off
+row is open and looks for samples, the further, the more open rows are asked for (`look_ahead_of`). With `allow_overflow` the reference cuts off
 what exceeds a row and moves it to the next; here no sample is cut, and the row is longer.
 """
 
@@ -46,8 +46,8 @@ _OTHER_BUDGET = 256
 # Pairs are sought among so many of the oldest that fit. Measured on 6,000 samples of the recipes' sizes: 128
 # make rows no fuller and take 1.4 times as long.
 _CANDIDATES = 64
-# Samples in a row of the recipes: 4 at 8192 tokens, 8 at 16384.
-_SAMPLES_A_ROW = 8
+# `max_buffer_size` of all recipes, and the reference's default: what looks DEFAULT_LOOK_AHEAD far.
+_USUAL_OPEN_ROWS = 20
 # Sizes that `pack` hands over at a time.
 _CHUNK = 1 << 16
 
@@ -225,8 +225,8 @@ def count_rows(
 
 
 def look_ahead_of(max_buffer_size: int) -> int:
-  """Returns the look-ahead that sees at least what so many open rows of the reference hold."""
-  return max(DEFAULT_LOOK_AHEAD, _SAMPLES_A_ROW * max_buffer_size)
+  """Returns the look-ahead for so many open rows of the reference: in proportion, 256 samples for the usual 20."""
+  return -(-DEFAULT_LOOK_AHEAD * max_buffer_size // _USUAL_OPEN_ROWS)
 
 
 def _checked(sizes: ArrayLike, settings: PackSettings, start: int) -> np.ndarray:

@@ -26,7 +26,7 @@ from internvl_jax.data.grouping import GroupedPlan
 from internvl_jax.data.mixture import Mixture
 from internvl_jax.data.packing import PackSettings, look_ahead_of
 from internvl_jax.data.rows import PlannedRows, RowStream, packable
-from internvl_jax.data.tally import Tally, describe_counters
+from internvl_jax.data.tally import Tally
 from internvl_jax.data.tokenize import ChatTokenizer
 
 # Reasons looked up of samples that a step passes over.
@@ -206,7 +206,9 @@ class TrainLoader:
     }
     if self._preference:
       return batching.assemble_pairs(micro_batches, reference=self._reference, **settings)
-    return batching.assemble(micro_batches, loss_reduction=self._data.loss_reduction, **settings)
+    # As in the reference, tokens of rows that hold one sample weigh the same.
+    loss_reduction = self._data.loss_reduction if self._data.use_packed_ds else "token"
+    return batching.assemble(micro_batches, loss_reduction=loss_reduction, **settings)
 
   def get_state(self) -> dict[str, Any]:
     """Returns what a later loader needs to go on after the last batch handed out; JSON-able. See `all_sum`.
@@ -266,7 +268,7 @@ class TrainLoader:
     seed = training.seed if training.data_seed is None else training.data_seed
     sizes = tuple(self._mixture.sizes.tolist())
     order: plans.Order = plans.Plan(self.num_samples, seed, self._loader.shuffle)
-    if data.replacement:
+    if data.replacement and data.use_packed_ds:  # As in the reference, of packed rows alone.
       order = plans.DrawnPlan(sizes, seed, data.use_data_resampling, self._loader.shuffle)
     elif data.use_data_resampling:
       order = plans.ResampledPlan(sizes, seed, self._loader.shuffle)
@@ -365,6 +367,8 @@ class TrainLoader:
     if tally.lost > self._tally.lost:
       tally.judge()
       _log_losses(self._tally, tally)
+    if tally.untaught.bit_length() > self._tally.untaught.bit_length():
+      logging.warning("Samples without a supervised token on this host: %s", tally.describe())
     if self.next_step:
       return
     taught = sum(
@@ -424,8 +428,7 @@ def _lengths(mixture: Mixture, indices: np.ndarray) -> np.ndarray:
 def _log_losses(before: Tally, now: Tally) -> None:
   """Tells of losses whenever their number has doubled: each is counted, and a log should stay readable."""
   if now.lost.bit_length() > before.lost.bit_length():
-    told = describe_counters(now.named(now.read))
-    logging.warning("Lost samples on this host: %s. The first: %s", told, " | ".join(now.offenders))
+    logging.warning("Lost samples on this host: %s. The first: %s", now.describe(), " | ".join(now.offenders))
 
 
 def _log_fill(stats: packing.PackStats) -> None:

@@ -49,6 +49,15 @@ class Tally:
     columns = [COUNTERS.index("unreadable"), COUNTERS.index("over_long")]
     return int((self.planned + self.read)[:, columns].sum())
 
+  @property
+  def untaught(self) -> int:
+    """Samples without a supervised token, on this host and in what the plan passed over."""
+    return int((self.planned + self.read)[:, COUNTERS.index("fully_masked")].sum())
+
+  def describe(self) -> str:
+    """Returns one line of what this host knows of."""
+    return describe_counters(self.named(self.read))
+
   def copy(self) -> "Tally":
     """Returns a tally that counts on its own."""
     other = copy.copy(self)
@@ -126,6 +135,19 @@ class Tally:
     if event == "over_long" and self._loader.on_over_length in ("error", "drop"):
       return self._loader.on_over_length == "error"
     return event != "fully_masked" and self._loader.on_bad_sample == "error"
+
+
+def untaught_samples(counters: dict[str, dict[str, Any]]) -> str | None:
+  """Returns a line that tells how many samples had nothing to learn; None if all had."""
+  masked = {name: counts["fully_masked"] for name, counts in counters.items() if counts["fully_masked"]}
+  if not masked:
+    return None
+  total = sum(counts["samples"] for counts in counters.values())
+  of_each = ", ".join(f"{name} {count}" for name, count in masked.items())
+  return (
+    f"{sum(masked.values())} of {total} samples had nothing to learn, since no token of theirs is supervised ({of_each}); "
+    "python -m internvl_jax.doctor names the lines"
+  )
 
 
 def describe_counters(counters: dict[str, dict[str, Any]]) -> str:

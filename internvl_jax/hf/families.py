@@ -17,6 +17,16 @@ from internvl_jax.models.rope import DynamicRope, LinearRope, Llama3Rope, LongRo
 
 Config = Mapping[str, Any]
 
+UNDECAYED = {
+  "4.49": r"bias|layernorm|rmsnorm",
+  "4.55": r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)",
+}
+"""Names that Hugging Face's Trainer spares weight decay, by the release of transformers. All releases spare PyTorch's
+LayerNorm as well, and 4.49 also the classes that ask for it: of ours, those of LLaMA and InternLM3."""
+
+# Their other norms have "layernorm" in their names.
+_SPARED_BY_CLASS = UNDECAYED["4.49"] + r"|^language_model\.(?:base_model\.model\.)?model\.norm\."
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
@@ -32,6 +42,9 @@ class Family:
     in_transformers: transformers has the family, so the `hf` layout can hold it as it is.
     as_llama: for a family that transformers lacks: its table under LLaMA's names, which it is stored under in
       the `hf` layout.
+    undecayed: a regular expression; weight decay spares what it is found in, of the reference's names in lower
+      case. It says what the reference's optimizer groups are, which depend on the release of transformers that
+      trains the family: see UNDECAYED and docs/training.md.
   """
 
   architecture: str
@@ -41,6 +54,7 @@ class Family:
   defaults: Config = dataclasses.field(default_factory=dict)
   in_transformers: bool = True
   as_llama: Callable[[DecoderConfig], list[Row]] | None = None
+  undecayed: str = UNDECAYED["4.49"]
 
 
 def complete(model_type: str, config: Config) -> dict[str, Any]:
@@ -225,12 +239,19 @@ _FULL = {**_SILU, "use_sliding_window": False}
 
 FAMILIES: dict[str, Family] = {
   "qwen2": Family(architecture="Qwen2ForCausalLM", decoder=_qwen2, table=tables.USUAL, constants=_FULL),
-  "qwen3": Family(architecture="Qwen3ForCausalLM", decoder=_qwen3, table=tables.USUAL, constants=_FULL),
+  "qwen3": Family(
+    architecture="Qwen3ForCausalLM",
+    decoder=_qwen3,
+    table=tables.USUAL,
+    constants=_FULL,
+    undecayed=UNDECAYED["4.55"],
+  ),
   "llama": Family(
     architecture="LlamaForCausalLM",
     decoder=_llama,
     table=tables.USUAL,
     constants={**_SILU, "pretraining_tp": 1},
+    undecayed=_SPARED_BY_CLASS,
   ),
   "phi3": Family(
     architecture="Phi3ForCausalLM",
@@ -243,6 +264,7 @@ FAMILIES: dict[str, Family] = {
     decoder=_qwen3_moe,
     table=tables.QWEN3_MOE,
     constants={**_FULL, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    undecayed=UNDECAYED["4.55"],
   ),
   "gpt_oss": Family(
     architecture="GptOssForCausalLM",
@@ -250,6 +272,7 @@ FAMILIES: dict[str, Family] = {
     table=tables.GPT_OSS,
     constants=_SILU,
     defaults={"swiglu_limit": 7.0, "swiglu_alpha": 1.702},
+    undecayed=UNDECAYED["4.55"],
   ),
   "internlm2": Family(
     architecture="InternLM2ForCausalLM",
@@ -268,6 +291,7 @@ FAMILIES: dict[str, Family] = {
     defaults={"bias": False, "qkv_bias": False, "rope_theta": 10000.0, "rms_norm_eps": 1e-6},
     in_transformers=False,
     as_llama=lambda config: tables.USUAL,
+    undecayed=_SPARED_BY_CLASS,
   ),
 }
 """Language model families by the `model_type` of a checkpoint's language model config."""

@@ -93,6 +93,11 @@ class Source:
       path: weights.names_of(path, leaf.shape, table).keys.flat[0] for path, leaf in self.model.shapes.items()
     }
 
+  @property
+  def undecayed(self) -> str:
+    """What weight decay spares, as a regular expression over the reference's names; see `families.Family`."""
+    return config_io.family_of(self.raw).undecayed
+
   def build(self, rngs: nnx.Rngs) -> InternVL:
     """The module with fresh parameters."""
     return InternVL(self.config, rngs=rngs)

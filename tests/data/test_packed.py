@@ -136,12 +136,11 @@ def test_packed_equals_unpacked(meta, tokenizer, reduction):
   source = open_source(CURVE / "init")
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   params = source.load(source.model.shapes, dict.fromkeys(source.model.shapes, place))
-  options = {"loss_reduction": reduction}
   order = {"shuffle": False}
   packed = make_loader(
     meta,
     tokenizer,
-    data=PACKED | options,
+    data=PACKED | {"loss_reduction": reduction},
     loader=order,
     side=56,
     gradient_accumulation_steps=1,
@@ -153,7 +152,6 @@ def test_packed_equals_unpacked(meta, tokenizer, reduction):
   alone = make_loader(
     meta,
     tokenizer,
-    data=options,
     loader=order,
     side=56,
     gradient_accumulation_steps=1,
@@ -162,7 +160,10 @@ def test_packed_equals_unpacked(meta, tokenizer, reduction):
   rows = next(alone)
   chosen = np.array([row in samples for row in samples_of(rows)])
   assert chosen.sum() == len(samples)
-  rows = rows._replace(loss_weight=rows.loss_weight * chosen[None, :, None])
+  # Rows of one sample take no reduction, so its weights are put there by its definition.
+  supervised = np.maximum((rows.loss_weight > 0).sum(-1, keepdims=True), 1)
+  weights = rows.loss_weight * supervised ** {"token": 0.0, "sample": -1.0, "square": -0.5}[reduction]
+  rows = rows._replace(loss_weight=(weights * chosen[None, :, None]).astype(np.float32))
   objective = SupervisedFineTuning(
     model=source.model, how=Execution(), normalize_type="imagenet", fused_loss=True, all_gather=True
   )

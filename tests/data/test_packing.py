@@ -262,8 +262,7 @@ def test_stats():
 
 
 def test_look_ahead_of_the_references_open_rows():
-  assert look_ahead_of(20) == 256
-  assert look_ahead_of(100) == 800
+  assert [look_ahead_of(rows) for rows in (1, 5, 20, 32, 100)] == [13, 64, 256, 410, 1280]
 
 
 def test_planning_is_fast():

@@ -12,6 +12,7 @@ import pytest
 
 from data_toys import arguments, turns, write_dataset, write_jsonl
 from internvl_jax.arguments import LoaderConfig, TrainingArguments
+from internvl_jax.data import pipeline
 from internvl_jax.data.batching import EVENTS
 from internvl_jax.data.errors import DataError
 from internvl_jax.data.pipeline import TrainLoader
@@ -152,7 +153,9 @@ def test_too_many_bad_samples_abort_with_the_first_named(tokenizer, tmp_path):
   loader.close()
 
 
-def test_truncated_and_fully_masked_samples_are_counted(tokenizer, tmp_path):
+def test_truncated_and_fully_masked_samples_are_counted_and_said(tokenizer, tmp_path, monkeypatch):
+  said = []
+  monkeypatch.setattr(pipeline.logging, "warning", lambda text, *args: said.append(text % args))
   records = [
     {"conversations": turns("hi", "hello")},
     {"conversations": turns("hi", "hello " * 300)},
@@ -166,6 +169,8 @@ def test_truncated_and_fully_masked_samples_are_counted(tokenizer, tmp_path):
   assert loader.counters() == {
     "text": dict.fromkeys(EVENTS, 0) | {"samples": 4, "truncated": 1, "fully_masked": 2}
   }
+  (line,) = said
+  assert line == "Samples without a supervised token on this host: text: 1 truncated, 2 fully masked of 4"
 
 
 def test_first_batch_without_a_supervised_token(tokenizer, tmp_path):

@@ -1,0 +1,222 @@
+"""Settings that have no effect beside others: one rule for all of them, and the table of when that is so.
+
+A value that is the field's default, or that asks for what is so anyway (ASKS_NOTHING: a dropout of 0 without LoRA), is
+accepted. One that asks for what will not happen is said once in the log, with its reason; the run then does what the
+reference does, which ignores such values, too. Refused (REFUSED_IDLE) is what names another way to learn than the one
+that would run.
+
+    ONLY_WITH     fields that are ignored unless another one switches them on
+    IDLE          fields that are ignored for any other reason
+    ASKS_NOTHING  values, beside the default, that ask for nothing where the field has no effect
+    REFUSED_IDLE  fields that are refused, not said
+
+What depends on more than the configuration is said where that is known: the model (`assembly.idle_on`), the number of
+steps (`optim.warmup_remark`).
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from internvl_jax.arguments import PREFERENCE_LOSSES, SMOOTHED_LOSSES
+
+Values = Callable[[str], Any]
+"""The value at a path such as "model.freeze_llm"."""
+
+_PACKED = ("data.use_packed_ds",)
+_DYNAMIC = ("data.dynamic_image_size",)
+_WITH_LORA = ("model.use_llm_lora", "model.use_backbone_lora")
+_PREFERENCE = ("preference.loss_type",)
+_REMAT = ("model.grad_checkpoint", "training.gradient_checkpointing")
+_WEIGHTS = tuple(f"preference.{kind}_loss_weight" for kind in PREFERENCE_LOSSES)
+
+ONLY_WITH: dict[str, tuple[str, ...]] = {
+  "data.num_images_expected": _PACKED,
+  "data.max_packed_tokens": _PACKED,
+  "data.max_buffer_size": _PACKED,
+  "data.log_freq": _PACKED,
+  "data.strict_mode": _PACKED,
+  "data.allow_overflow": _PACKED,
+  "data.loss_reduction": _PACKED,
+  "data.replacement": _PACKED,
+  "data.use_thumbnail": _DYNAMIC,
+  "data.min_dynamic_patch": _DYNAMIC,
+  "data.max_dynamic_patch": _DYNAMIC,
+  "preference.beta": _PREFERENCE,
+  "preference.label_smoothing": _PREFERENCE,
+  "preference.rpo_alpha": _PREFERENCE,
+  **dict.fromkeys(_WEIGHTS, _PREFERENCE),
+  "preference.precompute_reference": _PREFERENCE,
+  "preference.reference_cache_dir": ("preference.precompute_reference",),
+  "preference.share_prompts": _PREFERENCE,
+  "preference.eval_meta_path": _PREFERENCE,
+  "model.unfreeze_vit_layers": ("model.freeze_backbone", "model.use_backbone_lora"),
+  "model.unfreeze_lm_head": ("model.freeze_llm", "model.use_llm_lora"),
+  "lora.alpha": _WITH_LORA,
+  "lora.dropout": _WITH_LORA,
+  "lora.targets": _WITH_LORA,
+  "lora.use_dora": _WITH_LORA,
+  "lora.use_rslora": _WITH_LORA,
+  "eval.root": ("eval.annotation",),
+  "eval.group_field": ("eval.annotation",),
+  "eval.batch_size": ("eval.annotation",),
+  "eval.max_new_tokens": ("eval.annotation",),
+  "eval.limit": ("eval.annotation",),
+  "runtime.remat_policy": _REMAT,
+}
+"""Field -> the switches of which one must be on."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Idle:
+  """When a field has no effect, and why; the reason follows "has no effect"."""
+
+  when: Callable[[Values], bool]
+  why: str
+
+
+def _frozen_vit(value: Values) -> bool:
+  thawed = value("model.use_backbone_lora") or value("model.unfreeze_vit_layers")
+  return value("model.freeze_backbone") and not thawed
+
+
+def _scores_during_the_run(value: Values) -> bool:
+  return "steps" in (value("training.eval_strategy"), value("training.evaluation_strategy"))
+
+
+def _losses(value: Values) -> list[str]:
+  return [kind.strip() for kind in (value("preference.loss_type") or "").split(",")]
+
+
+def _not_among(kind: str) -> Idle:
+  return Idle(
+    lambda value: bool(value("preference.loss_type")) and kind not in _losses(value),
+    f"while preference.loss_type does not name {kind}",
+  )
+
+
+_CONSTANT = Idle(
+  lambda value: value("training.lr_scheduler_type") == "constant",
+  "with training.lr_scheduler_type='constant'; constant_with_warmup is the one that warms up",
+)
+_NOT_SAVED = Idle(lambda value: value("training.save_strategy") == "no", "with training.save_strategy='no'")
+
+IDLE: dict[str, tuple[Idle, ...]] = {
+  "model.use_fast_tokenizer": (Idle(lambda value: True, ": the tokenizers library is always used"),),
+  "model.drop_path_rate": (
+    Idle(_frozen_vit, "with model.freeze_backbone=True: a frozen ViT runs as in evaluation"),
+  ),
+  "data.loss_reduction": (
+    Idle(
+      lambda value: bool(value("preference.loss_type")),
+      "with preference.loss_type: answers' log-probabilities are sums",
+    ),
+  ),
+  "preference.label_smoothing": (
+    Idle(
+      lambda value: bool(value("preference.loss_type")) and not SMOOTHED_LOSSES & set(_losses(value)),
+      f"while preference.loss_type names none of {', '.join(sorted(SMOOTHED_LOSSES))}",
+    ),
+  ),
+  **{path: (_not_among(kind),) for path, kind in zip(_WEIGHTS, PREFERENCE_LOSSES, strict=True)},
+  "training.group_by_length": (
+    Idle(
+      lambda value: value("data.use_packed_ds"),
+      "with data.use_packed_ds=True: packed rows are of one length already",
+    ),
+  ),
+  "training.num_train_epochs": (
+    Idle(lambda value: value("training.max_steps") > 0, "with training.max_steps above 0"),
+  ),
+  "training.warmup_ratio": (
+    _CONSTANT,
+    Idle(lambda value: value("training.warmup_steps") > 0, "with training.warmup_steps above 0"),
+  ),
+  "training.warmup_steps": (_CONSTANT,),
+  "training.save_steps": (_NOT_SAVED,),
+  "training.save_total_limit": (_NOT_SAVED,),
+  "training.eval_steps": (
+    Idle(lambda value: not _scores_during_the_run(value), "without training.eval_strategy='steps'"),
+  ),
+  "training.logging_dir": (
+    Idle(
+      lambda value: value("training.report_to") != "tensorboard", "without training.report_to='tensorboard'"
+    ),
+  ),
+  "loader.max_bad_fraction": (
+    Idle(
+      lambda value: value("loader.on_bad_sample") == "error",
+      "with loader.on_bad_sample='error': the first lost sample ends the run",
+    ),
+  ),
+  "loader.tile_buckets": (
+    Idle(
+      lambda value: value("data.use_packed_ds") and value("data.strict_mode"),
+      "with data.strict_mode=True: pools of packed rows are padded to data.num_images_expected",
+    ),
+  ),
+}
+"""Field -> the further cases in which it has no effect."""
+
+ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
+  "data.strict_mode": (False,),
+  # One tile is what there is without a grid.
+  "data.max_dynamic_patch": (1,),
+  "lora.dropout": (0.0,),
+  "preference.label_smoothing": (0.0,),
+  "preference.rpo_alpha": (0.0,),
+  "preference.share_prompts": (False,),
+  **dict.fromkeys(_WEIGHTS, (0.0,)),
+  "training.save_total_limit": (None,),
+  "loader.max_bad_fraction": (0.0,),
+}
+"""Field -> values that switch off what is off already."""
+
+REFUSED_IDLE: dict[str, str] = {
+  "lora.targets": "all of the model's parts that are not frozen would train, without adapters",
+  "lora.use_dora": "all of the model's parts that are not frozen would train, without adapters",
+  "lora.use_rslora": "all of the model's parts that are not frozen would train, without adapters",
+}
+"""Field -> what would be learned in place of what it asks for."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Remark:
+  """A setting without effect: its path, and the line that says so."""
+
+  path: str
+  line: str
+
+  @property
+  def is_refused(self) -> bool:
+    """Whether the run must not start with it."""
+    return self.path in REFUSED_IDLE
+
+
+def remarks(value: Values, defaults: Mapping[str, Any]) -> Iterator[Remark]:
+  """The settings that ask for what will not happen, each with one reason.
+
+  Args:
+    value: the configuration.
+    defaults: of every field, by path.
+  """
+  for path in dict.fromkeys([*ONLY_WITH, *IDLE]):
+    found = value(path)
+    if found == defaults[path] or found in ASKS_NOTHING.get(path, ()):
+      continue
+    if (why := _why_idle(value, path)) is None:
+      continue
+    line = f"{path}={found!r} has no effect{'' if why.startswith(':') else ' '}{why}"
+    if path in REFUSED_IDLE:
+      switches = " or ".join(f"{switch}=16" for switch in ONLY_WITH[path])
+      line += f": {REFUSED_IDLE[path]}; set {switches}, or leave it at {defaults[path]!r}"
+    yield Remark(path, line)
+
+
+def _why_idle(value: Values, path: str) -> str | None:
+  """Why a field has no effect; None if it has one."""
+  for idle in IDLE.get(path, ()):
+    if idle.when(value):
+      return idle.why
+  switches = ONLY_WITH.get(path, ())
+  return f"without {' or '.join(switches)}" if switches and not any(map(value, switches)) else None
