@@ -154,6 +154,16 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
       logging.info("Held-out pairs: %s", judged)
     finish(config, source, tokenizer, chat, params, evaluation)
     distributed.barrier("the model is saved", seconds=EXPORT_SECONDS)
+  tell_skipped(log.skipped_steps, loader.total_steps)
+
+
+def tell_skipped(skipped: int, total: int) -> None:
+  """Tells at the end how many of a run's steps changed nothing, where some did."""
+  if skipped and distributed.is_first():
+    logging.warning(
+      "%d of %d steps changed nothing, since loss or gradient was not finite: the model is what the other %d made of it",
+      *(skipped, total, total - skipped),
+    )
 
 
 def open_data(
@@ -359,6 +369,12 @@ def save_adapters(
     return
   base = base_name(name)
   base = os.path.abspath(base) if os.path.isdir(base) else base
+  if source.new_rows:
+    logging.warning(
+      "adapter/ has no form for the %d new rows of the embeddings and is for a base model that has them: they are in "
+      "the merged model only",
+      source.new_rows,
+    )
   try:
     peft.save_adapter(
       output_dir / "adapter",

@@ -57,6 +57,11 @@ _KEPT = (
 _FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
 
 
+def has_tokenizer(folder: Path) -> bool:
+  """Whether a folder has files that a tokenizer is read from."""
+  return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
   """The tokenizer of a checkpoint folder; its attribute `add_bos_token` is as the checkpoint means it.
 
@@ -233,13 +238,15 @@ def _prefix(
 
 def _check_ids(folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
   vocabulary = tokenizer.get_vocab()
-  for index, entry in config.get("added_tokens_decoder", {}).items():
-    name = _content(entry)
-    if vocabulary.get(name) != int(index):
+  decoder = config.get("added_tokens_decoder", {})
+  stated = [(_content(entry), int(index), "tokenizer_config.json") for index, entry in decoder.items()]
+  added = _read_json(folder / "added_tokens.json")
+  stated += [(name, index, "added_tokens.json") for name, index in added.items()]
+  for name, index, file in stated:
+    if vocabulary.get(name) != index:
       raise UserError(
-        f"{folder}: {name!r} has id {vocabulary.get(name)} by the vocabulary but {index} by "
-        "tokenizer_config.json; take all files from one checkpoint (a tokenizer.json may be left out where there "
-        "is a tokenizer.model)"
+        f"{folder}: {name!r} has id {vocabulary.get(name)} by the vocabulary but {index} by {file}; take all files from "
+        "one checkpoint (a tokenizer.json may be left out where there is a tokenizer.model)"
       )
 
 
