@@ -77,9 +77,7 @@ def open_model(config: TrainConfig, *, with_weights: bool = True) -> tuple[Sourc
   return (with_projector(source, model.mlp_path) if model.mlp_path else source), tokenizer
 
 
-def _open_tokenizer(
-  config: TrainConfig, *, with_weights: bool
-) -> tuple[PreTrainedTokenizerBase, Changes]:
+def _open_tokenizer(config: TrainConfig, *, with_weights: bool) -> tuple[PreTrainedTokenizerBase, Changes]:
   """The tokenizer with the image tokens, and the changes with the rows that its tokens need."""
   name = config.model.model_name_or_path or config.model.llm_path or ""
   folder = base_folder(name, with_weights=with_weights)
@@ -103,7 +101,9 @@ def describe_model(config: TrainConfig) -> Source:
   Raises:
     UserError: the model cannot be used as the config says.
   """
-  name, vision, llm = (getattr(config.model, key) for key in ("model_name_or_path", "vision_path", "llm_path"))
+  name, vision, llm = (
+    getattr(config.model, key) for key in ("model_name_or_path", "vision_path", "llm_path")
+  )
   size = published.size_of(name) if name and not os.path.isdir(name) else None
   if size is not None:
     return describe(published.config_of(size), changes_of(config))

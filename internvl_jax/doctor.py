@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
   config: TrainConfig = _CONFIG.value
   validate(config, "doctor")
   source, tokenizer = assembly.open_model(config, with_weights=False)
-  chat = ChatTokenizer(tokenizer, config.data.conv_style)
+  chat = ChatTokenizer(tokenizer, config.data.conv_style, rows=source.config.text.vocab_size)
   cache = config.loader.cache_dir or pipeline.default_cache()
   mixture = Mixture(
     config.data,

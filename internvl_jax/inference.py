@@ -45,7 +45,8 @@ def open_for_inference(folder: str | Path, *, bf16: bool, devices: int = 1) -> I
   source = open_source(folder)
   data = data_settings(source)
   # Before the weights are read, which takes long.
-  tokenizer = ChatTokenizer(open_tokenizer(folder), data.conv_style)
+  rows = source.config.text.vocab_size
+  tokenizer = ChatTokenizer(open_tokenizer(folder), data.conv_style, rows=rows)
   dtype = jnp.bfloat16 if bf16 else jnp.float32
   if not bf16:
     jax.config.update("jax_default_matmul_precision", "highest")

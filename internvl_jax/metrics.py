@@ -332,6 +332,15 @@ class RunLog:
       results["skipped_steps"] = skipped
     write_json(self._output_dir / "train_results.json", results)
 
+  def tell_skipped(self) -> None:
+    """Tells, at the end of a run, how many of its steps changed nothing, where some did."""
+    skipped, total = self.skipped_steps, self._total_steps
+    if skipped and self._writes:
+      logging.warning(
+        "%d of %d steps were skipped, since loss or gradient was not finite: the model is what the other %d made of it",
+        *(skipped, total, total - skipped),
+      )
+
   def _mean_loss(self) -> float | None:
     """The mean over the steps that were not skipped; None if there are none."""
     total = steps = before = 0

@@ -82,7 +82,7 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
   set_up_jax(config)
   with watchdog.phase("model"):
     source, tokenizer = open_model(config)
-  chat = ChatTokenizer(tokenizer, config.data.conv_style)
+  chat = ChatTokenizer(tokenizer, config.data.conv_style, rows=source.config.text.vocab_size)
   setup = set_up(config, source, open_mesh(config))
 
   open_loader = functools.partial(
@@ -154,16 +154,7 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
       logging.info("Held-out pairs: %s", judged)
     finish(config, source, tokenizer, chat, params, evaluation)
     distributed.barrier("the model is saved", seconds=EXPORT_SECONDS)
-  tell_skipped(log.skipped_steps, loader.total_steps)
-
-
-def tell_skipped(skipped: int, total: int) -> None:
-  """Tells at the end how many of a run's steps changed nothing, where some did."""
-  if skipped and distributed.is_first():
-    logging.warning(
-      "%d of %d steps changed nothing, since loss or gradient was not finite: the model is what the other %d made of it",
-      *(skipped, total, total - skipped),
-    )
+  log.tell_skipped()
 
 
 def open_data(

@@ -99,6 +99,14 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
   return tokenizer
 
 
+def placeholder_tokens(folder: Path) -> set[str]:
+  """Tokens that stand in prompts and never in ids: transformers' processor puts frames in their place."""
+  config = _read_json(folder / "tokenizer_config.json")
+  extra = config.get("extra_special_tokens")
+  entries = {**config, **(extra if isinstance(extra, dict) else {})}
+  return {_content(entries[key]) for key in ("video_token",) if entries.get(key) is not None}
+
+
 def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
   """Adds those of `IMAGE_TOKENS` that the tokenizer lacks, as special tokens.
 

@@ -16,7 +16,7 @@ from internvl_jax.errors import UserError
 from internvl_jax.hf import config as config_io
 from internvl_jax.hf import hub, peft, weights
 from internvl_jax.hf.model import base_folder
-from internvl_jax.hf.tokenizer import has_tokenizer, load_tokenizer
+from internvl_jax.hf.tokenizer import has_tokenizer, load_tokenizer, placeholder_tokens
 
 CONFIG = "config.json"
 
@@ -75,13 +75,18 @@ def fit(
   size = max(ids.values(), default=-1) + 1
   rows = table_rows(folder, look=look)
   stored = min([n for name, n in rows.items() if name != CONFIG] or rows.values(), default=size)
-  lacking = sorted((i, token) for token, i in ids.items() if stored <= i < size - added)
+  # Published models in the hf layout have no row for these. In a text, `ChatTokenizer` refuses them.
+  spared = placeholder_tokens(folder)
+  lacking = sorted(
+    (i, token) for token, i in ids.items() if stored <= i < size - added and token not in spared
+  )
   if lacking and not grow:
     raise UserError(_without_rows(folder, rows, stored, lacking))
   if lacking:
-    logging.info("%s: from %d to %d rows", _named(lacking), stored, size)
-    added = size - stored
-  if not added:
+    logging.info("The embeddings grow from %d to %d rows, for %s", stored, size, _named(lacking))
+  if lacking or added:
+    added = max(added, size - stored)
+  else:
     _check_agreement(folder, rows)
     _check_image_token(folder, ids)
   _tell_ends(folder, size if added else stored)
@@ -105,7 +110,9 @@ def table_rows(folder: Path, *, look: bool = True) -> dict[str, int]:
     try:
       shapes = weights.open_checkpoint(folder).shapes
     except UserError as error:
-      logging.warning("Rows of embeddings are those of config.json, since the weights cannot be opened: %s", error)
+      logging.warning(
+        "Rows of embeddings are those of config.json, since the weights cannot be opened: %s", error
+      )
       return rows
     rows |= {name: shape[0] for name, shape in shapes.items() if _TABLE.fullmatch(name) and shape}
   return rows
