@@ -274,7 +274,7 @@ def log_parameters(setup: Setup) -> None:
   frozen = [path for path in EMBEDDINGS if path in setup.shapes and path not in setup.trainable]
   if setup.source.new_rows and frozen:
     logging.warning(
-      "The %d new rows of %s stay the mean of the old ones, since they do not train; model.freeze_llm=False without "
+      "%d new row(s) of %s do not train and stay the mean of the old ones; model.freeze_llm=False without "
       "model.use_llm_lora trains both tables, model.unfreeze_lm_head=True the output's",
       *(setup.source.new_rows, " and ".join(frozen)),
     )

@@ -362,8 +362,8 @@ def save_adapters(
   base = os.path.abspath(base) if os.path.isdir(base) else base
   if source.new_rows:
     logging.warning(
-      "adapter/ has no form for the %d new rows of the embeddings and is for a base model that has them: they are in "
-      "the merged model only",
+      "adapter/ has no form for %d new row(s) of the embeddings: they are in the merged model only, and made again where "
+      "a run with runtime.grow_vocabulary=True goes on from adapter/",
       source.new_rows,
     )
   try:

@@ -184,12 +184,18 @@ class Trainer:
     self.trace.stop()
     self._waiter.shutdown()
     taken = int(state.step)
-    self._check_that_some_trained(taken)
-    if self.training.save_strategy != "no" or taken < self.total_steps:
+    in_vain = taken == self.total_steps and 0 < taken <= self.log.skipped_steps
+    if taken < self.total_steps or (self.training.save_strategy != "no" and not in_vain):
       self._save(state, taken)
     with self.watchdog.phase("save", taken):
       self.checkpointer.wait()
     self.log.write_trainer_state(taken, self.loader.counters())
+    if in_vain:
+      raise UserError(
+        f"nothing was trained and no model is written: loss or gradient was not finite in each of the {taken} steps; "
+        "look at the samples that are named above and at training.learning_rate, then begin anew with "
+        "training.overwrite_output_dir=True"
+      )
     return state
 
   def _take_step(
@@ -240,17 +246,6 @@ class Trainer:
         f"{what}, as in each of the last {self.log.skipped_in_a_row} steps (runtime.max_nonfinite_steps); lower "
         f"training.learning_rate, or look at {samples}"
       )
-
-  def _check_that_some_trained(self, taken: int) -> None:
-    """Refuses to end a run, and to save what it ended with, of which no step changed anything."""
-    if taken < self.total_steps or not taken or self.log.skipped_steps < taken:
-      return
-    self.log.write_trainer_state(taken, self.loader.counters())
-    raise UserError(
-      f"nothing was trained and no model is written: loss or gradient was not finite in each of the {taken} steps; "
-      "look at the samples that are named above and at training.learning_rate, then begin anew with "
-      "training.overwrite_output_dir=True"
-    )
 
   def _between_steps(self, state: TrainState, frozen: dict[str, jax.Array], step: int) -> bool:
     """Evaluates and saves where it is time to; returns whether to stop."""
