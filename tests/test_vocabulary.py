@@ -163,7 +163,7 @@ def test_another_image_token_in_config_than_in_the_tokenizer(folder):
 
 
 def test_the_placeholder_of_videos_needs_no_row_and_is_no_text(folder, tmp_path):
-  """Of the hf layout, as it is published: the processor puts frames in its place."""
+  """Of the hf layout, as it is exported: the processor puts frames in its place."""
   convert(str(folder), tmp_path / "hf", layouts.HF, lora="merge")
   assert load_tokenizer(tmp_path / "hf").get_vocab()["<video>"] == ROWS
   chat = open_for_inference(tmp_path / "hf", bf16=False).tokenizer

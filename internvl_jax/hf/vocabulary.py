@@ -75,7 +75,7 @@ def fit(
   size = max(ids.values(), default=-1) + 1
   rows = table_rows(folder, look=look)
   stored = min([n for name, n in rows.items() if name != CONFIG] or rows.values(), default=size)
-  # Published models in the hf layout have no row for these. In a text, `ChatTokenizer` refuses them.
+  # Exports in the hf layout, ours too, name these without a row. In a text, `ChatTokenizer` refuses them.
   spared = placeholder_tokens(folder)
   lacking = sorted(
     (i, token) for token, i in ids.items() if stored <= i < size - added and token not in spared
