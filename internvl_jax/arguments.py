@@ -333,6 +333,9 @@ class RuntimeConfig:
   scan_unroll: int = 1
   # Draw the weights at random from model_name_or_path's config.json, in place of reading them.
   random_init: bool = False
+  # Give tokens of the tokenizer that the embeddings have no row for a new row, the mean of the old ones, as the image
+  # tokens get; else such a tokenizer is refused.
+  grow_vocabulary: bool = False
   # Train with data.conv_style although the checkpoint was trained with another template.
   allow_other_template: bool = False
   # Weight of the load-balancing loss of a mixture of experts (Switch Transformer's); the reference adds none,

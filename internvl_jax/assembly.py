@@ -15,8 +15,9 @@ from internvl_jax import compiler, optim
 from internvl_jax.arguments import LoRAConfig, ModelArguments, PreferenceConfig
 from internvl_jax.config import TrainConfig, get
 from internvl_jax.errors import UserError
-from internvl_jax.hf import published
+from internvl_jax.hf import published, vocabulary
 from internvl_jax.hf.model import (
+  EMBEDDINGS,
   Changes,
   Source,
   base_folder,
@@ -25,7 +26,7 @@ from internvl_jax.hf.model import (
   open_source,
   with_projector,
 )
-from internvl_jax.hf.tokenizer import add_image_tokens, load_tokenizer
+from internvl_jax.hf.tokenizer import add_image_tokens, has_tokenizer, load_tokenizer
 from internvl_jax.losses.preference import LossSettings
 from internvl_jax.models.choice import choose_kernels
 from internvl_jax.models.internvl import Execution, InternVLConfig
@@ -65,13 +66,7 @@ def open_model(config: TrainConfig, *, with_weights: bool = True) -> tuple[Sourc
     UserError: the checkpoint cannot be used as the config says.
   """
   model = config.model
-  folder = base_folder(model.model_name_or_path or model.llm_path or "")
-  tokenizer = load_tokenizer(folder)
-  new_tokens = add_image_tokens(tokenizer)
-  if new_tokens:
-    logging.info("Added %d image tokens to the tokenizer; it has %d tokens now", new_tokens, len(tokenizer))
-  vocab_size = len(tokenizer) if new_tokens else None
-  changes = dataclasses.replace(changes_of(config), vocab_size=vocab_size, new_tokens=new_tokens)
+  tokenizer, changes = _open_tokenizer(config, with_weights=with_weights)
   read = with_weights and not config.runtime.random_init
   if not model.model_name_or_path:
     assert model.vision_path and model.llm_path, "validate() comes first"
@@ -82,24 +77,42 @@ def open_model(config: TrainConfig, *, with_weights: bool = True) -> tuple[Sourc
   return (with_projector(source, model.mlp_path) if model.mlp_path else source), tokenizer
 
 
-def describe_model(config: TrainConfig) -> Source:
-  """The model's shapes alone, from config.json: no weights, no tokenizer.
+def _open_tokenizer(config: TrainConfig, *, with_weights: bool) -> tuple[PreTrainedTokenizerBase, Changes]:
+  """The tokenizer with the image tokens, and the changes with the rows that its tokens need."""
+  name = config.model.model_name_or_path or config.model.llm_path or ""
+  folder = base_folder(name, with_weights=with_weights)
+  tokenizer = load_tokenizer(folder)
+  added = add_image_tokens(tokenizer)
+  if added:
+    logging.info("Added %d image tokens to the tokenizer; it has %d tokens now", added, len(tokenizer))
+  runtime = config.runtime
+  size, new_rows = vocabulary.fit(
+    tokenizer, folder, added=added, grow=runtime.grow_vocabulary, look=not runtime.random_init
+  )
+  vocabulary.check_adapter(tokenizer, name)
+  return tokenizer, dataclasses.replace(changes_of(config), vocab_size=size, new_tokens=new_rows)
 
-  A published size is not looked up on the hub: its shapes are known. Tokens that a run would add to the
-  vocabulary are left out.
+
+def describe_model(config: TrainConfig) -> Source:
+  """The model's shapes alone, from config.json and, where there is one, the tokenizer; no weights.
+
+  A published size is not looked up on the hub: its shapes are known.
 
   Raises:
     UserError: the model cannot be used as the config says.
   """
-  name, changes = config.model.model_name_or_path, changes_of(config)
-  if not name:
-    vision, llm = config.model.vision_path, config.model.llm_path
-    assert vision and llm, "validate() comes first"
-    return open_parts(vision_path=vision, llm_path=llm, mlp_path=None, changes=changes, with_weights=False)
-  size = None if os.path.isdir(name) else published.size_of(name)
-  if size is None:
+  name, vision, llm = (
+    getattr(config.model, key) for key in ("model_name_or_path", "vision_path", "llm_path")
+  )
+  size = published.size_of(name) if name and not os.path.isdir(name) else None
+  if size is not None:
+    return describe(published.config_of(size), changes_of(config))
+  knows_tokens = has_tokenizer(base_folder(name or llm or "", with_weights=False))
+  changes = _open_tokenizer(config, with_weights=False)[1] if knows_tokens else changes_of(config)
+  if name:
     return open_source(name, changes, with_weights=False)
-  return describe(published.config_of(size), changes)
+  assert vision and llm, "validate() comes first"
+  return open_parts(vision_path=vision, llm_path=llm, mlp_path=None, changes=changes, with_weights=False)
 
 
 def changes_of(config: TrainConfig) -> Changes:
@@ -275,6 +288,13 @@ def log_parameters(setup: Setup) -> None:
     for line in placement_warnings(setup.shapes, setup.places):
       logging.warning("%s", line)
   logging.info("Model:\n%s", describe_parts(setup.shapes, setup.trainable))
+  frozen = [path for path in EMBEDDINGS if path in setup.shapes and path not in setup.trainable]
+  if setup.source.new_rows and frozen:
+    logging.warning(
+      "%d new row(s) of %s do not train and stay the mean of the old ones; model.freeze_llm=False without "
+      "model.use_llm_lora trains both tables, model.unfreeze_lm_head=True the output's",
+      *(setup.source.new_rows, " and ".join(frozen)),
+    )
 
 
 def make_objective(

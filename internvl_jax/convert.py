@@ -25,7 +25,7 @@ from internvl_jax.hf import config as layouts
 from internvl_jax.hf import export, peft
 from internvl_jax.hf.config import Layout
 from internvl_jax.hf.model import Source, open_source
-from internvl_jax.hf.tokenizer import load_tokenizer
+from internvl_jax.hf.vocabulary import open_tokenizer
 from internvl_jax.inference import data_settings, recorded_settings
 from internvl_jax.models.lora import adapter_paths
 from internvl_jax.parallel import rules
@@ -69,7 +69,7 @@ def convert(src: str, dst: Path, layout: Layout, *, lora: str, dtype: Any = None
   source = open_source(src)
   settings = data_settings(source)
   assert source.checkpoint is not None
-  tokenizer = load_tokenizer(source.folder)
+  tokenizer = open_tokenizer(src)
   if dtype is None:
     # Packed experts (U8) unpack to numbers that bfloat16 holds exactly.
     dtype = jnp.bfloat16 if source.checkpoint.dtypes <= {"BF16", "U8"} else jnp.float32

@@ -14,7 +14,7 @@ from internvl_jax.data.tokenize import ChatTokenizer
 from internvl_jax.errors import UserError
 from internvl_jax.hf import config as layouts
 from internvl_jax.hf.model import Source, open_source
-from internvl_jax.hf.tokenizer import load_tokenizer
+from internvl_jax.hf.vocabulary import open_tokenizer
 from internvl_jax.models.choice import choose_kernels
 from internvl_jax.models.internvl import Execution
 from internvl_jax.parallel import rules
@@ -45,12 +45,14 @@ def open_for_inference(folder: str | Path, *, bf16: bool, devices: int = 1) -> I
   """
   source = open_source(folder)
   data = data_settings(source)
+  # Before the weights are read, which takes long.
+  rows = source.config.text.vocab_size
+  tokenizer = ChatTokenizer(open_tokenizer(folder), data.conv_style, rows=rows)
   dtype = jnp.bfloat16 if bf16 else jnp.float32
   if not bf16:
     jax.config.update("jax_default_matmul_precision", "highest")
   shapes = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in source.model.shapes.items()}
   params = source.load(shapes, _places(source, shapes, devices))
-  tokenizer = ChatTokenizer(load_tokenizer(source.folder), data.conv_style)
   how = Execution(dtype=dtype, kernels=choose_kernels(source.config))
   return Inference(source, params, tokenizer, data, how)
 

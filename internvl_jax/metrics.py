@@ -258,6 +258,11 @@ class RunLog:
         if key != "step":
           self._writer.add_scalar(f"{prefix}/{key.removeprefix('eval_')}", value, entry["step"])
 
+  @property
+  def skipped_steps(self) -> int:
+    """Steps of the whole run that changed nothing, those before a restart included."""
+    return sum(entry.get("skipped_steps", 0) for entry in self.history) + self._window.skipped
+
   def state(self) -> dict[str, Any]:
     """What a checkpoint keeps, as JSON values."""
     return {
@@ -323,7 +328,18 @@ class RunLog:
       "train_samples_per_second": num_samples * (self.epoch(last) - self.epoch(first)) / seconds,
       "train_steps_per_second": steps / seconds,
     }
+    if skipped := self.skipped_steps:
+      results["skipped_steps"] = skipped
     write_json(self._output_dir / "train_results.json", results)
+
+  def tell_skipped(self) -> None:
+    """Tells, at the end of a run, how many of its steps changed nothing, where some did."""
+    skipped, total = self.skipped_steps, self._total_steps
+    if skipped and self._writes:
+      logging.warning(
+        "%d of %d steps were skipped, since loss or gradient was not finite: the model is what the other %d made of it",
+        *(skipped, total, total - skipped),
+      )
 
   def _mean_loss(self) -> float | None:
     """The mean over the steps that were not skipped; None if there are none."""

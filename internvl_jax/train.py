@@ -86,7 +86,7 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
   set_up_jax(config)
   with watchdog.phase("model"):
     source, tokenizer = open_model(config)
-  chat = ChatTokenizer(tokenizer, config.data.conv_style)
+  chat = ChatTokenizer(tokenizer, config.data.conv_style, rows=source.config.text.vocab_size)
   setup = set_up(config, source, open_mesh(config))
   if distributed.is_first():
     tell(*idle_on(config, source))
@@ -165,6 +165,7 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
       logging.info("Held-out pairs: %s", judged)
     finish(config, source, tokenizer, chat, params, evaluation)
     distributed.barrier("the model is saved", seconds=EXPORT_SECONDS)
+  log.tell_skipped()
 
 
 def tell(*lines: str | None) -> None:
@@ -377,6 +378,12 @@ def save_adapters(
     return
   base = base_name(name)
   base = os.path.abspath(base) if os.path.isdir(base) else base
+  if source.new_rows:
+    logging.warning(
+      "adapter/ has no form for %d new row(s) of the embeddings: they are in the merged model only, and made again where "
+      "a run with runtime.grow_vocabulary=True goes on from adapter/",
+      source.new_rows,
+    )
   try:
     peft.save_adapter(
       output_dir / "adapter",

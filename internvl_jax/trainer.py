@@ -169,7 +169,7 @@ class Trainer:
     """Trains from `state` to the last step, or to where it was told to stop; everything is saved by then.
 
     Raises:
-      UserError: too many steps in a row were skipped, or a checkpoint could not be written.
+      UserError: too many steps in a row were skipped, or all of the run's, or a checkpoint could not be written.
     """
     first = int(state.step)
     self.log.start(first)
@@ -184,11 +184,18 @@ class Trainer:
     self.trace.stop()
     self._waiter.shutdown()
     taken = int(state.step)
-    if self.training.save_strategy != "no" or taken < self.total_steps:
+    in_vain = taken == self.total_steps and 0 < taken <= self.log.skipped_steps
+    if taken < self.total_steps or (self.training.save_strategy != "no" and not in_vain):
       self._save(state, taken)
     with self.watchdog.phase("save", taken):
       self.checkpointer.wait()
     self.log.write_trainer_state(taken, self.loader.counters())
+    if in_vain:
+      raise UserError(
+        f"nothing was trained and no model is written: loss or gradient was not finite in each of the {taken} steps; "
+        "look at the samples that are named above and at training.learning_rate, then begin anew with "
+        "training.overwrite_output_dir=True"
+      )
     return state
 
   def _take_step(

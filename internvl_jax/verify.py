@@ -28,6 +28,7 @@ from internvl_jax.adapters import probe
 from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE
 from internvl_jax.errors import UserError
 from internvl_jax.frontdoor import run_app
+from internvl_jax.hf import vocabulary
 from internvl_jax.hf.config import HF
 from internvl_jax.hf.model import Source, open_source
 from internvl_jax.losses import lm
@@ -73,10 +74,12 @@ def main(argv: Sequence[str]) -> None:
 def compute(model: str, inputs: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
   """What a checkpoint computes on the arrays, or the logits of a fixed input without any."""
   source = open_source(model)
+  vocabulary.check(model)
+  if inputs is not None:
+    check_inputs(source, inputs)
   params = load(source)
   if inputs is None:
     return {"logits": probe(source, params)}
-  check_inputs(source, inputs)
   return run(source.model, params, with_positions(source, inputs))
 
 
@@ -88,7 +91,7 @@ def check_inputs(source: Source, inputs: Mapping[str, np.ndarray]) -> None:
   """
   config = source.config
   for name in ("input_ids", "labels"):
-    found = inputs[name][inputs[name] != IGNORE_INDEX]
+    found = inputs[name][inputs[name] != IGNORE_INDEX] if name == "labels" else inputs[name]
     if found.size and not 0 <= found.min() <= found.max() < config.text.vocab_size:
       raise UserError(
         f"--inputs: {name} has ids from {found.min()} to {found.max()}, but {source.folder} has a vocabulary of "

@@ -101,6 +101,7 @@ def run(tmp_path, *, loader=None, steps=(), limit=10, stop_at=None, peak=None, t
   with log:
     trainer.run(TrainState(jnp.int32(0), {}, {}), {})
   log.write_train_results(num_samples=30)
+  log.tell_skipped()
   return log.history, saves.saved
 
 
@@ -115,6 +116,29 @@ def test_skipped_steps_are_counted_and_leave_the_mean_alone(tmp_path, caplog):
   json.loads((tmp_path / "trainer_state.json").read_text(), parse_constant=pytest.fail)
   said = [record.getMessage() for record in caplog.records if "changed nothing" in record.getMessage()]
   assert len(said) == 3 and "step 2: loss=nan" in said[0] and said[0].endswith("vqa.jsonl:10")
+
+
+def test_a_run_of_skipped_steps_alone_does_not_end_well(tmp_path):
+  """Nor does it leave a checkpoint, from which the same command would go on to the end."""
+  with pytest.raises(UserError, match=r"nothing was trained and no model is written: .* each of the 6 steps"):
+    run(tmp_path, steps=range(6))
+  state = json.loads((tmp_path / "trainer_state.json").read_text())
+  assert sum(entry["skipped_steps"] for entry in state["log_history"]) == 6
+
+
+def test_one_step_that_counts_is_a_run_and_the_others_are_told(tmp_path, caplog):
+  _, saved = run(tmp_path, steps=range(1, 6))
+  assert list(saved) == [6]
+  assert json.loads((tmp_path / "train_results.json").read_text())["skipped_steps"] == 5
+  (line,) = [record.getMessage() for record in caplog.records if "the other" in record.getMessage()]
+  assert line.startswith("5 of 6 steps were skipped") and line.endswith("what the other 1 made of it")
+
+
+def test_skipped_steps_before_a_restart_count_as_well(tmp_path):
+  """A run that goes on without a step to take is no better for that."""
+  log = make_log(tmp_path, TrainingArguments(logging_steps=2, disable_tqdm=True), 6)
+  log.restore({"log_history": [{"step": 4, "skipped_steps": 4}], "pending": [], "pending_skipped": 2})
+  assert log.skipped_steps == 6
 
 
 def test_too_many_in_a_row_end_the_run_and_name_the_samples(tmp_path):

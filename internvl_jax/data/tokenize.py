@@ -67,12 +67,13 @@ class ChatTokenizer:
     stop_token_id: id that ends an answer.
   """
 
-  def __init__(self, tokenizer: Any, template: Template | str):
+  def __init__(self, tokenizer: Any, template: Template | str, *, rows: int | None = None):
     """Copies the tokenizer and looks up the tokens it must have.
 
     Args:
       tokenizer: a fast transformers tokenizer that has the three image tokens.
       template: a template or its name.
+      rows: ids that the model can look up; texts that have others are refused. None: all.
 
     Raises:
       DataError: the tokenizer is not a fast one or lacks a token, or the template is unknown.
@@ -91,6 +92,8 @@ class ChatTokenizer:
       raise DataError(
         f"the tokenizer lacks {' '.join(missing)}; add them as special tokens and resize the embeddings"
       )
+    known = self._backend.get_vocab()
+    self._beyond = {i: token for token, i in known.items() if rows is not None and i >= rows}
     self.image_token_id: int = self._backend.token_to_id(IMAGE_CONTEXT)
     self._start = self._leading_ids(tokenizer)
     stop = self._backend.encode(self.template.stop_token, add_special_tokens=False).ids
@@ -134,6 +137,11 @@ class ChatTokenizer:
     ids, labels = zip(*(self._tokenize(text, last=text is texts[-1]) for text in texts), strict=True)
     start = np.array(self._start, np.int32)
     chat_ids = np.concatenate([start, *ids])
+    for index in self._beyond.keys() & set(chat_ids.tolist()) if self._beyond else ():
+      raise where.error(
+        f"the text has {self._beyond[index]!r}, token {index} of the tokenizer, which the model has no row for; take "
+        "it out"
+      )
     contexts = np.flatnonzero(chat_ids == self.image_token_id)
     if len(contexts) != num_images:
       raise where.error(
@@ -150,7 +158,7 @@ class ChatTokenizer:
 
   def fingerprint(self) -> str:
     """Returns a hash of all that ids depend on."""
-    text = f"{self._backend.to_str()} {self.template} {self._start}"
+    text = f"{self._backend.to_str()} {self.template} {self._start}{sorted(self._beyond) or ''}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
   def decode(self, ids: Sequence[int] | np.ndarray, *, special: bool = False) -> str:

@@ -25,6 +25,9 @@ from internvl_jax.trees import LAYER_RANGE, part_of, select
 _EMBEDDING = "language_model.model.embed_tokens.embedding"
 _HEAD = "language_model.lm_head.kernel"
 
+EMBEDDINGS = (_EMBEDDING, _HEAD)
+"""The paths of the tables that have a row (the output's: a column) a token."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Changes:
@@ -35,7 +38,7 @@ class Changes:
     select_layer, downsample_ratio, ps_version: see InternVLConfig.
     unfreeze_vit_layers: the first layer of the ViT that trains, counted as in Python; the stack is split there.
     vision_lora, text_lora: adapters. Where the checkpoint has some of the same rank, they go on.
-    vocab_size: rows of the embeddings; the last `new_tokens` are of tokens just added.
+    vocab_size: rows of the embeddings; the last `new_tokens` are of tokens that have none yet.
     new_tokens: how many.
     quantize: see InternVLConfig.
   """
@@ -64,6 +67,7 @@ class Source:
     table: names of its tensors.
     checkpoint: its tensors; None where the parameters are to be drawn.
     fresh: the parameters that it lacks and that are drawn: adapters just attached, a projector not given.
+    new_rows: the last rows of the embeddings that it lacks or has to spare, and that are made for tokens.
   """
 
   folder: Path
@@ -73,6 +77,7 @@ class Source:
   table: Sequence[Row]
   checkpoint: Checkpoint | None
   fresh: frozenset[str]
+  new_rows: int = 0
 
   @property
   def layout(self) -> Layout:
@@ -172,14 +177,18 @@ class Source:
     return jax.jit(draw, out_shardings=shardings)(jax.random.key(seed, impl="rbg"))
 
 
-def base_folder(name: str | Path) -> Path:
+def base_folder(name: str | Path, *, with_weights: bool = True) -> Path:
   """The folder of a checkpoint that has its config and tokenizer: of an adapter, its base model's.
+
+  Args:
+    name: see `open_source`.
+    with_weights: False does not fetch the weights.
 
   Raises:
     UserError: no such checkpoint.
   """
-  folder = hub.resolve(str(name))
-  return hub.resolve(_base_of(folder)) if peft.is_adapter(folder) else folder
+  folder = hub.resolve(str(name), with_weights=with_weights)
+  return hub.resolve(_base_of(folder), with_weights=with_weights) if peft.is_adapter(folder) else folder
 
 
 def base_name(name: str | Path) -> str:
@@ -342,6 +351,7 @@ def _describe(
     table=table,
     checkpoint=checkpoint,
     fresh=frozenset(drawn),
+    new_rows=changes.new_tokens,
   )
 
 

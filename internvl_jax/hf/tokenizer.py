@@ -57,6 +57,11 @@ _KEPT = (
 _FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
 
 
+def has_tokenizer(folder: Path) -> bool:
+  """Whether a folder has files that a tokenizer is read from."""
+  return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
   """The tokenizer of a checkpoint folder; its attribute `add_bos_token` is as the checkpoint means it.
 
@@ -92,6 +97,14 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
   _check_ids(folder, config, tokenizer)
   _set_bos(folder, config, tokenizer)
   return tokenizer
+
+
+def placeholder_tokens(folder: Path) -> set[str]:
+  """Tokens that stand in prompts and never in ids: transformers' processor puts frames in their place."""
+  config = _read_json(folder / "tokenizer_config.json")
+  extra = config.get("extra_special_tokens")
+  entries = {**config, **(extra if isinstance(extra, dict) else {})}
+  return {_content(entries[key]) for key in ("video_token",) if entries.get(key) is not None}
 
 
 def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -233,13 +246,15 @@ def _prefix(
 
 def _check_ids(folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
   vocabulary = tokenizer.get_vocab()
-  for index, entry in config.get("added_tokens_decoder", {}).items():
-    name = _content(entry)
-    if vocabulary.get(name) != int(index):
+  decoder = config.get("added_tokens_decoder", {})
+  stated = [(_content(entry), int(index), "tokenizer_config.json") for index, entry in decoder.items()]
+  added = _read_json(folder / "added_tokens.json")
+  stated += [(name, index, "added_tokens.json") for name, index in added.items()]
+  for name, index, file in stated:
+    if vocabulary.get(name) != index:
       raise UserError(
-        f"{folder}: {name!r} has id {vocabulary.get(name)} by the vocabulary but {index} by "
-        "tokenizer_config.json; take all files from one checkpoint (a tokenizer.json may be left out where there "
-        "is a tokenizer.model)"
+        f"{folder}: {name!r} has id {vocabulary.get(name)} by the vocabulary but {index} by {file}; take all files from "
+        "one checkpoint (a tokenizer.json may be left out where there is a tokenizer.model)"
       )
 
 
