@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 
 from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, PreferenceBatch, SFTBatch, pairs_of_row
 from internvl_jax.data.errors import DataError
+from internvl_jax.data.notes import Note
 from internvl_jax.data.sample import Sample
 
 EVENTS = ("unreadable", "truncated", "fully_masked", "over_long", "shrunk", "split")
@@ -44,6 +45,7 @@ class MicroBatch(NamedTuple):
     datasets: int32 [G], the dataset of each sample.
     events: bool [G, EVENTS].
     errors: messages of the samples that were lost; one for each of length 0.
+    notes: what one should know about how images were taken.
   """
 
   input_ids: np.ndarray
@@ -59,6 +61,7 @@ class MicroBatch(NamedTuple):
   datasets: np.ndarray
   events: np.ndarray
   errors: tuple[str, ...]
+  notes: tuple[Note, ...] = ()
 
   def happened(self, event: str) -> np.ndarray:
     """Returns bool [G]: which samples it befell."""
@@ -119,6 +122,7 @@ def pack_rows(
     datasets=np.array([place.dataset for place in places], np.int32),
     events=np.array([_events(place) for place in places], np.bool_).reshape(-1, len(EVENTS)),
     errors=tuple(place.message for place in places if isinstance(place, Lost)),
+    notes=tuple(note for sample in samples for note in sample.notes),
   )
 
 
