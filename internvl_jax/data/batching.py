@@ -150,22 +150,31 @@ def _check_image_tokens(sample: Sample, tokens_per_tile: int, image_token_id: in
       )
 
 
-def check_planned(sample: Sample, planned: np.ndarray) -> None:
+def check_planned(
+  sample: Sample, planned: np.ndarray, index_of: Callable[[int], str] = lambda index: ""
+) -> None:
   """Refuses a sample that takes other room than was planned for it: its row might not hold it.
 
   Args:
     sample: as it was decoded.
     planned: int64 [2], its tokens and tiles by the index of sizes.
+    index_of: returns the folder of that index for a sample of the mixture, "" where its line states its sizes itself.
 
   Raises:
     DataError: the numbers differ.
   """
   tokens, tiles = planned.tolist()
-  if (tokens, tiles) != (len(sample.input_ids), len(sample.tiles)):
+  if (tokens, tiles) == (len(sample.input_ids), len(sample.tiles)):
+    return
+  found = f"it has {len(sample.input_ids)} tokens and {len(sample.tiles)} tiles, but {tokens} and {tiles} were planned: "
+  if index := index_of(sample.index):
     raise sample.where.error(
-      f"it has {len(sample.input_ids)} tokens and {len(sample.tiles)} tiles, but {tokens} and {tiles} were planned: "
-      "the image's size is not what the line says, or it was replaced; correct the line's width and height"
+      f"{found}its files were replaced since they were measured; delete the cache of sizes, {index}, on every host "
+      "and start again"
     )
+  raise sample.where.error(
+    f"{found}the image's size is not what the line says, or it was replaced; correct the line's width and height"
+  )
 
 
 def sequence_buckets(

@@ -40,6 +40,8 @@ _MAGIC: tuple[tuple[int, bytes, str], ...] = (
   (0, b"\x76\x2f\x31\x01", "an OpenEXR image"),
   (0, b"#?RADIANCE", "a Radiance HDR image"),
   (0, b"8BPS", "a Photoshop file"),
+  (0, b"%!PS", "PostScript"),
+  (0, b"\xc5\xd0\xd3\xc6", "PostScript"),
   (0, b"\x1aE\xdf\xa3", f"{VIDEO} (Matroska or WebM)"),
   (0, b"FLV\x01", f"{VIDEO} (FLV)"),
   (0, b"\x00\x00\x01\xba", f"{VIDEO} (MPEG)"),

@@ -7,7 +7,7 @@ import contextlib
 import io
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -138,7 +138,7 @@ def _has_more_frames(image: Any) -> bool:
 
 def _shows_through(image: Image.Image) -> bool:
   if image.mode in ("RGBA", "LA", "PA"):
-    return int(image.getchannel("A").getextrema()[0]) < 255
+    return bool((np.asarray(image.getchannel("A")) < 255).any())
   if image.mode != "P" or (clear := image.info.get("transparency")) is None:
     return False
   used = image.histogram()
@@ -158,22 +158,6 @@ def image_size(source: Source, where: Where) -> tuple[int, int]:
     return image.size
 
 
-# No image format has sides beyond 32 bits; Python's integers go on until they overflow a float.
-_LARGEST_SIDE = 1 << 32
-
-
-def stated_sizes(record: Mapping[str, Any], num_images: int) -> list[tuple[int, int]] | None:
-  """Returns (width, height) of the images where the line states them all."""
-  widths = record.get("width_list", record.get("width"))
-  heights = record.get("height_list", record.get("height"))
-  widths, heights = ([x] if isinstance(x, int) else x for x in (widths, heights))
-  if not isinstance(widths, list) or not isinstance(heights, list):
-    return None
-  sizes = list(zip(widths, heights, strict=False))
-  whole = all(type(side) is int and 0 < side < _LARGEST_SIDE for size in sizes for side in size)
-  return sizes if whole and len(widths) == len(heights) == num_images else None
-
-
 @contextlib.contextmanager
 def _opened(source: Source, where: Where, *, header: bool) -> Iterator[Image.Image]:
   """An image that is open, with what goes wrong in the body named. With `header`, its pixels will not be read."""
@@ -187,6 +171,10 @@ def _opened(source: Source, where: Where, *, header: bool) -> Iterator[Image.Ima
     elif files.is_remote(path):
       opened = files.open_file(path) if header else io.BytesIO(files.read_bytes(path))
     with Image.open(opened) as image:
+      if image.format == "EPS":
+        raise OSError(
+          "Pillow would start Ghostscript, which draws what a file's program says, without an end"
+        )
       yield image
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from internvl_jax.arguments import DataTrainingArguments
 from internvl_jax.batch import IGNORE_INDEX
-from internvl_jax.data import files, fitting, images, preference, tiling, video
+from internvl_jax.data import files, fitting, images, media, preference, tiling, video
 from internvl_jax.data.errors import Where
 from internvl_jax.data.fitting import Limits
 from internvl_jax.data.meta import DatasetSpec
@@ -183,8 +183,8 @@ class SampleMaker:
     pieces = plan.pieces()
     if piece >= len(pieces):
       raise where.error(
-        f"its piece {piece + 1} was planned, but it has {len(pieces)}: its images were replaced, or the line's width "
-        "and height are not theirs; correct them"
+        f"its piece {piece + 1} was planned, but it has {len(pieces)}: its images were replaced since they were "
+        "measured (delete the cache, loader.cache_dir), or the line's width and height are not theirs (correct them)"
       )
     parts = pieces[piece]
     chosen = slice(parts[0].first_image, parts[0].end_image)
@@ -248,7 +248,7 @@ class SampleMaker:
   def _sources(self, record: Any, where: Where) -> list[images.Source]:
     """Returns the files of the line's images."""
     self._check_record(record, where)
-    paths = [] if _video_path(record, where) else _image_paths(record, where)
+    paths = [] if media.video_of(record, where) else media.image_paths(record, where)
     return [images.fetched(files.join(self.spec.root, path, where), where) for path in paths]
 
   def _plan(self, record: Any, where: Where, frames: int, sources: list[images.Source] | None) -> _Plan:
@@ -289,11 +289,11 @@ class SampleMaker:
       sources: of the images; None: they are as large as the line says they are, if it does.
     """
     self._check_record(record, where)
-    if path := _video_path(record, where):
+    if path := media.video_of(record, where):
       yield from self._video_shapes(record, self._rooted(path, where), where, frames)
       return
-    paths = _image_paths(record, where)
-    pixels = images.stated_sizes(record, len(paths)) if sources is None else None
+    paths = media.image_paths(record, where)
+    pixels = media.stated_sizes(record, len(paths)) if sources is None else None
     if pixels is None:
       sources = sources or [files.join(self.spec.root, path, where) for path in paths]
       pixels = [images.image_size(source, where) for source in sources]
@@ -361,7 +361,7 @@ class SampleMaker:
     augment = rng if self.spec.data_augment else None
     settings: dict[str, Any] = {"tile_size": data.force_image_size, "pad_color": self._pad_color()}
     settings |= {"rng": augment, "pool": pool}
-    if path := _video_path(record, where):
+    if path := media.video_of(record, where):
       frames = self._frames(self._rooted(path, where), record, where, limit, rng, noted)
       settings |= {"dynamic": False, "min_tiles": 1, "max_tiles": 1, "use_thumbnail": False}
       # Frame by frame: together, those of a large video would fill the memory.
@@ -417,51 +417,9 @@ def _with_places(
   """Returns the line's turns with a place for every image or frame, where the line may leave it out."""
   if not isinstance(conversations, list):
     return conversations  # The tokenizer says what is wrong about it.
-  if _video_path(record, where):
+  if media.video_of(record, where):
     return with_frames(conversations, num_images, where, frame_name)
   return with_placeholder(conversations) if num_images == 1 else conversations
-
-
-def _image_paths(record: dict[str, Any], where: Where) -> list[str]:
-  """Returns the paths of the line's images as written; none for text only."""
-  image = record.get("image")
-  paths = image if isinstance(image, list) else [] if image in (None, "") else [image]
-  for path in paths:
-    if not isinstance(path, str) or not path:
-      raise where.error(f"'image' must be a path or a list of paths, got {str(image)[:80]!r}")
-  return paths
-
-
-def _video_path(record: dict[str, Any], where: Where) -> video.Source | None:
-  """Returns the path of the line's video as written, or those of its frames; None without one."""
-  path = record.get("video")
-  if path in (None, "", []):
-    return None
-  if isinstance(path, list) and len(path) == 1 and isinstance(path[0], list):
-    path = path[0]  # others list the videos of a line, and each as its frames
-  frames = path if isinstance(path, list) else []
-  if not all(isinstance(frame, str) and frame for frame in frames or [path]):
-    raise where.error(f"'video' must be one path or those of its frames, got {str(path)[:80]!r}")
-  if len(frames) > 1 and not all(video.is_image_name(frame) for frame in frames):
-    raise where.error(
-      f"'video' lists {len(frames)} files, {str(frames)[:80]}, that are not all images; write a line for each video"
-    )
-  if record.get("image"):
-    raise where.error(
-      f"the line has both 'image' {str(record['image'])[:80]!r} and 'video' {str(path)[:80]!r}; keep one"
-    )
-  if len(frames) == 1 and not video.is_image_name(frames[0]):
-    return frames[0]
-  return tuple(frames) or path
-
-
-def has_video(record: Any, where: Where) -> bool:
-  """Says whether a parsed line has a video.
-
-  Raises:
-    DataError: what it says about it is wrong.
-  """
-  return isinstance(record, dict) and _video_path(record, where) is not None
 
 
 def with_frames(

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from internvl_jax.data import files, images, video_file
-from internvl_jax.data.errors import Where
+from internvl_jax.data.errors import DataError, Where
 from internvl_jax.data.notes import Note
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
@@ -126,7 +126,7 @@ def planned_frames(
     return min(wanted, len(_folder_images(path, where, span)))
   if not _named_gif(path):
     return wanted
-  with _local_copy(path, found, where) as copy:
+  with _local_copy(path, found, where) as copy, _all_errors_named(path, where):
     if not _is_gif(copy):
       return wanted
     with _opened_gif(copy, path, where) as gif:
@@ -143,7 +143,7 @@ def read_frames(
   clip: Any = None,
 ) -> list[Image.Image]:
   """Returns `iter_frames` as a list."""
-  limits = {"min_num_frame": min_num_frame, "max_num_frame": max_num_frame}
+  limits: dict[str, Any] = {"min_num_frame": min_num_frame, "max_num_frame": max_num_frame}
   return list(iter_frames(path, where, **limits, rng=rng, clip=clip))
 
 
@@ -183,7 +183,7 @@ def iter_frames(
   if found.is_folder:
     yield from _image_frames(_folder_images(path, where, span), where, wanted, sampling, noted)
     return
-  with _local_copy(path, found, where) as copy:
+  with _local_copy(path, found, where) as copy, _all_errors_named(path, where):
     read = _gif_frames if _named_gif(path) and _is_gif(copy) else _file_frames
     yield from read(copy, path, where, wanted, sampling, span)
 
@@ -290,6 +290,19 @@ def _named_errors(path: str, where: Where) -> Iterator[None]:
   except OSError as error:
     cause = f"cannot be opened ({error.strerror or error}); correct its path or delete the line"
     raise where.error(f"video {path} {cause}") from error
+
+
+@contextlib.contextmanager
+def _all_errors_named(path: str, where: Where) -> Iterator[None]:
+  """Names the video that cannot be decoded, whatever its decoder makes of that."""
+  try:
+    yield
+  except DataError:
+    raise
+  except Exception as error:
+    # PyAV and Pillow have no list of what they raise for damaged files: IndexError for a stream whose codec is not
+    # known and MemoryError were seen.
+    raise video_file.damaged(path, f"cannot be decoded ({type(error).__name__}: {error})", where) from error
 
 
 def _named_gif(path: str) -> bool:
