@@ -105,7 +105,7 @@ def _kind_of_text(head: bytes) -> str | None:
     return "a data URL"
   if re.match(r'[{\[]\s*(["{\[\]}]|-?\d)', text):
     return "JSON"
-  return "base64" if len(text) >= 64 and re.fullmatch(r"[A-Za-z0-9+/=\s]+", text) else "text"
+  return "base64" if len(text) >= 64 and re.fullmatch(r"[A-Za-z0-9+/=\r\n]+", text) else "text"
 
 
 def _decoded(head: bytes) -> str:

@@ -50,7 +50,7 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, str]:
 def _range(low: float, high: float, *, fractions: bool) -> tuple[float, float]:
   """Returns the values that become black and white."""
   for top in (1, *_TOPS) if fractions else _TOPS:
-    if -_OVERSHOOT * top <= low and high <= (1 + _OVERSHOOT) * top:
+    if -_OVERSHOOT * high <= low and high <= (1 + _OVERSHOOT) * top:
       return 0, top
   return low, high
 

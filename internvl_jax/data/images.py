@@ -195,7 +195,8 @@ def _named_errors(path: str, opened: Callable[[], Any], where: Where) -> Iterato
     if _is_empty(path):
       raise where.error(f"image {path} is empty (0 bytes); restore it or delete the line") from error
     if kind := _kind_of_file(path, opened()):
-      raise where.error(f"image {path} is {kind}; {content.remedy(kind, image=True)}") from error
+      what = f"cannot be decoded: it is {kind}; {content.remedy(kind, image=True)}"
+      raise where.error(f"image {path} {what}") from error
     # Pillow names what it was given, which is an object in memory if the image is remote.
     cause = f"{type(error).__name__}: {error}".replace(repr(opened()), repr(path))
     raise where.error(f"image {path} cannot be decoded ({cause}); restore it or delete the line") from error

@@ -136,7 +136,7 @@ def index_sizes(
 
 def _first_other(lines: "_MeasureLines", index: "_Index", missing: list[int], probes: int) -> int | None:
   """Returns the first of a few lines that were measured and now have another size; None if there is none."""
-  known = index.readable(missing)
+  known = index.with_files(missing)
   for line in known[np.linspace(0, len(known) - 1, min(probes, len(known))).astype(np.int64)].tolist():
     records, _ = lines(range(line, line + 1))
     if records[0] != index.record(line):
@@ -184,9 +184,9 @@ class _Index:
     """Lines that were measured and could not be read, outside of blocks that are missing."""
     return np.flatnonzero((self._records["tokens"] == 0) & self._known(missing)).tolist()
 
-  def readable(self, missing: list[int]) -> np.ndarray:
-    """Lines that were measured and could be read, int64, outside of blocks that are missing."""
-    return np.flatnonzero((self._records["tokens"] > 0) & self._known(missing))
+  def with_files(self, missing: list[int]) -> np.ndarray:
+    """Lines that were measured and have images or a video, int64, outside of blocks that are missing."""
+    return np.flatnonzero((self._records["tiles"] > 0) & self._known(missing))
 
   def record(self, line: int) -> np.void:
     """What is known of a line."""

@@ -214,7 +214,7 @@ def _checked_clip(clip: Any, where: Where) -> tuple[float, float] | None:
     isinstance(time, int | float) and not isinstance(time, bool) for time in clip
   )
   if not numbers or len(clip) != 2:
-    raise where.error(f"'clip' must be [start, end] in seconds, got {_shown(clip)}")
+    raise where.error(f"'clip' must be [start, end] in seconds, got {_shown(clip)!r}")
   start, end = clip
   # An integer may be too large for a float, and what is nearly that is no time.
   if not 0 <= start < end < _LATEST:
@@ -226,7 +226,7 @@ def _checked_clip(clip: Any, where: Where) -> tuple[float, float] | None:
 
 def _shown(clip: Any) -> str:
   try:
-    return repr(str(clip)[:80])
+    return str(clip)[:80]
   except ValueError:  # Python writes no integer of more than 4,300 digits.
     return "a number of thousands of digits"
 

@@ -121,8 +121,6 @@ def scan(path: str, where: Where, name: str | None = None) -> Video:
   """
   name = path if name is None else name
   with _opened(path, name, where) as (container, stream):
-    if len(stream.index_entries) > os.path.getsize(path):
-      raise damaged(name, f"has an index of {len(stream.index_entries):,} frames, more than its bytes", where)
     try:
       packets = [
         (p.pts, p.is_keyframe, p.is_discard, p.is_corrupt, p.duration)
