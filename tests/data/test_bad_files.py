@@ -25,7 +25,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from data_toys import WHERE, arguments, turns, write_jsonl
 from internvl_jax.arguments import LoaderConfig, TrainingArguments
-from internvl_jax.data import images, sizes
+from internvl_jax.data import images, sizes, video_file
 from internvl_jax.data.batching import EVENTS
 from internvl_jax.data.errors import DataError
 from internvl_jax.data.examine import decode_all, examine
@@ -376,7 +376,7 @@ NAMED = {
   "pointer.png": (lambda path: path.write_text(POINTER), "it is a pointer of Git LFS, not the file"),
   "program.jpg": (lambda path: path.write_text(PROGRAM), "decoded: it is PostScript; convert it"),
   "clip.jpg": (
-    lambda path: write_video(path, format="mp4"),
+    video_as_image,
     "it is a video (MP4 or MOV); put it under 'video'",
   ),
   "folder.jpg": (pathlib.Path.mkdir, "image {} is not a file; correct its path or delete the line"),
@@ -529,6 +529,23 @@ def test_videos_that_cannot_be_read_are_named(tmp_path, tokenizer, name):
 def test_videos_that_are_no_paths(tmp_path, tokenizer, video):
   assert_named(
     tmp_path, tokenizer, {"video": video, **GOOD}, "'video' must be one path or those of its frames, got "
+  )
+
+
+@pytest.mark.parametrize(
+  "error",
+  [IndexError("list index out of range"), MemoryError(), UnicodeDecodeError("utf-8", b"x", 0, 1, "bad")],
+)
+def test_whatever_a_decoder_raises_costs_a_line_and_no_run(tmp_path, tokenizer, monkeypatch, error):
+  """PyAV raises IndexError where a stream begins late, as in a damaged broadcast."""
+
+  def fail(*args, **options):
+    raise error
+
+  write_video(tmp_path / "a.mp4")
+  monkeypatch.setattr(video_file, "pictures", fail)
+  assert_named(
+    tmp_path, tokenizer, {"video": "a.mp4", **GOOD}, f"a.mp4 cannot be decoded ({type(error).__name__}: "
   )
 
 
