@@ -20,8 +20,8 @@ from internvl_jax.data.pool import TilePool
 from internvl_jax.data.sample import Sample, SampleMaker, max_grid_tiles
 from internvl_jax.data.tokenize import ChatTokenizer
 
-# Lines of a dataset that are measured again at every start, in some milliseconds: where a folder of images was
-# made smaller, or replaced otherwise, they tell. Millions cannot be looked at each time.
+# Lines of a dataset that are measured again at every start, in a tenth of a second: where a folder of images was made
+# smaller, or replaced otherwise, they tell. Millions cannot be looked at each time.
 _PROBES = 32
 
 # Changes whenever the same line would get other sizes.

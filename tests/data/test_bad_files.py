@@ -568,11 +568,7 @@ CLIPS = {
 def test_clips_that_are_none_cost_a_line_and_no_run(tmp_path, tokenizer, name, video):
   (write_video if video == "a.mp4" else animation)(tmp_path / video)
   line = json.dumps({"video": video, **GOOD})[:-1] + f', "clip": {CLIPS[name]}}}'
-  if name == "behind" and video == "a.mp4":
-    # The file's length is known when it is decoded: its place was planned, and is masked.
-    assert_named(tmp_path, tokenizer, line.encode(), "'clip' [100, 101] is not inside video", [False])
-  else:
-    assert_named(tmp_path, tokenizer, line.encode(), "'clip' ")
+  assert_named(tmp_path, tokenizer, line.encode(), "'clip' ")
 
 
 # --- Lines -----------------------------------------------------------------------------------------------------
