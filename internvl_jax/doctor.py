@@ -3,8 +3,9 @@
   python -m internvl_jax.doctor --config F [--show N] [--dump out.jsonl] [--picture sizes.png] [--nodecode]
 
 Measures every sample and decodes every image and video, on all cores, and prints a table of the datasets, the
-sizes, how full packed rows would be, and the steps of an epoch. Ends with status 1 if a line would be lost:
-unreadable, without a supervised token, or too long to keep any of it (loader.on_over_length).
+sizes, how full packed rows would be, the steps of an epoch, and which images are taken otherwise than they are shown
+(of more than 8 bits, with several frames, ...). Ends with status 1 if a line would be lost: unreadable, without a
+supervised token, or too long to keep any of it (loader.on_over_length).
 """
 
 import json
@@ -23,6 +24,7 @@ from internvl_jax.data import packing, pipeline
 from internvl_jax.data.errors import DataError
 from internvl_jax.data.examine import DatasetReport, decode_all, examine
 from internvl_jax.data.mixture import Mixture
+from internvl_jax.data.notes import NotesShown
 from internvl_jax.data.rows import packable
 from internvl_jax.data.show import as_json, show_sample
 from internvl_jax.data.tokenize import ChatTokenizer
@@ -59,11 +61,14 @@ def main(argv: Sequence[str]) -> None:
   )
   mixture.index_sizes(cache, workers=os.cpu_count() or 1, quiet=config.training.disable_tqdm)
   reports = examine(mixture)
-  damaged = decode(mixture, packed=config.data.use_packed_ds) if _DECODE.value else []
+  planned = config.data.use_packed_ds or config.training.group_by_length
+  damaged, notes = decode(mixture, packed=planned) if _DECODE.value else ([], [])
   print(table(reports))
   print(sizes(reports))
   if config.data.use_packed_ds:
     print(fill(mixture, pipeline.pack_settings(config.data)))
+  for line in notes:
+    print(f"note: {line}")
   for line in [*(line for report in reports for line in report.examples), *damaged]:
     print(f"lost: {line}")
   write_outputs(mixture, chat, reports)
@@ -77,12 +82,15 @@ def main(argv: Sequence[str]) -> None:
   sys.exit(1 if lost else 0)
 
 
-def decode(mixture: Mixture, *, packed: bool) -> list[str]:
-  """Why lines cannot be decoded, with a bar of how far that is."""
+def decode(mixture: Mixture, *, packed: bool) -> tuple[list[str], list[str]]:
+  """Why lines cannot be decoded, and what one should know about the others, with a bar of how far that is."""
+  notes = NotesShown()
   with tqdm.tqdm(
     total=sum(dataset.num_samples for dataset in mixture.datasets), desc="decoding", unit="sample"
   ) as bar:
-    return list(decode_all(mixture, packed=packed, workers=os.cpu_count() or 1, progress=bar.update))
+    workers = os.cpu_count() or 1
+    lost = list(decode_all(mixture, packed=packed, workers=workers, progress=bar.update, noted=notes.add))
+  return lost, notes.lines()
 
 
 def table(reports: Sequence[DatasetReport]) -> str:

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 
 from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, PreferenceBatch, SFTBatch, pairs_of_row
 from internvl_jax.data.errors import DataError
+from internvl_jax.data.notes import Note
 from internvl_jax.data.sample import Sample
 
 EVENTS = ("unreadable", "truncated", "fully_masked", "over_long", "shrunk", "split")
@@ -44,6 +45,7 @@ class MicroBatch(NamedTuple):
     datasets: int32 [G], the dataset of each sample.
     events: bool [G, EVENTS].
     errors: messages of the samples that were lost; one for each of length 0.
+    notes: what one should know about how images were taken.
   """
 
   input_ids: np.ndarray
@@ -59,6 +61,7 @@ class MicroBatch(NamedTuple):
   datasets: np.ndarray
   events: np.ndarray
   errors: tuple[str, ...]
+  notes: tuple[Note, ...] = ()
 
   def happened(self, event: str) -> np.ndarray:
     """Returns bool [G]: which samples it befell."""
@@ -119,6 +122,7 @@ def pack_rows(
     datasets=np.array([place.dataset for place in places], np.int32),
     events=np.array([_events(place) for place in places], np.bool_).reshape(-1, len(EVENTS)),
     errors=tuple(place.message for place in places if isinstance(place, Lost)),
+    notes=tuple(note for sample in samples for note in sample.notes),
   )
 
 
@@ -146,22 +150,31 @@ def _check_image_tokens(sample: Sample, tokens_per_tile: int, image_token_id: in
       )
 
 
-def check_planned(sample: Sample, planned: np.ndarray) -> None:
+def check_planned(
+  sample: Sample, planned: np.ndarray, index_of: Callable[[int], str] = lambda index: ""
+) -> None:
   """Refuses a sample that takes other room than was planned for it: its row might not hold it.
 
   Args:
     sample: as it was decoded.
     planned: int64 [2], its tokens and tiles by the index of sizes.
+    index_of: returns the folder of that index for a sample of the mixture, "" where its line states its sizes itself.
 
   Raises:
     DataError: the numbers differ.
   """
   tokens, tiles = planned.tolist()
-  if (tokens, tiles) != (len(sample.input_ids), len(sample.tiles)):
+  if (tokens, tiles) == (len(sample.input_ids), len(sample.tiles)):
+    return
+  found = f"it has {len(sample.input_ids)} tokens and {len(sample.tiles)} tiles, but {tokens} and {tiles} were planned: "
+  if index := index_of(sample.index):
     raise sample.where.error(
-      f"it has {len(sample.input_ids)} tokens and {len(sample.tiles)} tiles, but {tokens} and {tiles} were planned: "
-      "the image's size is not what the line says, or it was replaced; correct the line's width and height"
+      f"{found}its files were replaced since they were measured; delete the cache of sizes, {index}, on every host "
+      "and start again"
     )
+  raise sample.where.error(
+    f"{found}the image's size is not what the line says, or it was replaced; correct the line's width and height"
+  )
 
 
 def sequence_buckets(

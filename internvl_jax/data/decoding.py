@@ -115,7 +115,7 @@ class MicroBatchSource:
     try:
       sample = self.mixture.decode(epoch, index, pool)
       if planned is not None:
-        batching.check_planned(sample, planned)
+        batching.check_planned(sample, planned, self.mixture.index_of)
       return sample
     except DataError as error:
       pool.rewind(start)

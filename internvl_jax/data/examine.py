@@ -9,6 +9,7 @@ import numpy as np
 from internvl_jax.data import batching
 from internvl_jax.data.errors import DataError
 from internvl_jax.data.mixture import Dataset, Mixture
+from internvl_jax.data.notes import Note
 from internvl_jax.data.pieces import UNSUPERVISED, over_long
 from internvl_jax.data.workers import map_items
 
@@ -90,7 +91,12 @@ def _report(dataset: Dataset, samples: int) -> DatasetReport:
 
 
 def decode_all(
-  mixture: Mixture, *, packed: bool, workers: int, progress: Callable[[int], Any] = lambda samples: None
+  mixture: Mixture,
+  *,
+  packed: bool,
+  workers: int,
+  progress: Callable[[int], Any] = lambda samples: None,
+  noted: Callable[[Note], Any] = lambda note: None,
 ) -> Iterator[str]:
   """Decodes every sample once, images and videos included, and yields why a run would lose it.
 
@@ -98,12 +104,15 @@ def decode_all(
 
   Args:
     mixture: the datasets, their sizes indexed.
-    packed: rows hold several samples; then one is lost, too, if its size is not what the index says.
+    packed: rows are planned; then a sample is lost, too, if its size is not what the index says.
     workers: processes.
     progress: told how many samples were decoded.
+    noted: told what one should know about how images were taken.
   """
   groups = [chosen[i : i + _GROUP] for chosen in _of_one_pass(mixture) for i in range(0, len(chosen), _GROUP)]
-  for group, errors in map_items(_Decode(mixture, packed), groups, workers):
+  for group, (errors, notes) in map_items(_Decode(mixture, packed), groups, workers):
+    for note in notes:
+      noted(note)
     yield from errors
     progress(len(group))
 
@@ -119,18 +128,19 @@ def _of_one_pass(mixture: Mixture) -> Iterator[np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class _Decode:
-  """Decodes a group of samples of the mixture, and returns why some cannot be decoded."""
+  """Decodes a group of samples of the mixture, and returns why some cannot be decoded, and the others' notes."""
 
   mixture: Mixture
   packed: bool
 
-  def __call__(self, group: np.ndarray) -> list[str]:
-    errors = []
+  def __call__(self, group: np.ndarray) -> tuple[list[str], list[Note]]:
+    errors, notes = [], []
     for index, planned in zip(group.tolist(), self.mixture.size_of(group), strict=True):
       try:
         sample = self.mixture.decode(0, index)
         if self.packed:
-          batching.check_planned(sample, planned)
+          batching.check_planned(sample, planned, self.mixture.index_of)
+        notes += sample.notes
       except DataError as error:
         errors.append(str(error))
-    return errors
+    return errors, notes

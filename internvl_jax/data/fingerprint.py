@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from internvl_jax.data.mixture import Dataset, Mixture
 
 # Changes whenever the same data would become other samples.
-_VERSION = 1
+_VERSION = 2
 
 
 def preference_fingerprint(mixture: Mixture) -> str:

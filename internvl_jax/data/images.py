@@ -14,8 +14,9 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from internvl_jax.batch import PIXEL_STATISTICS
-from internvl_jax.data import files, tiling
+from internvl_jax.data import content, depth, files, notes, tiling
 from internvl_jax.data.errors import DataError, Where, did_you_mean
+from internvl_jax.data.notes import Note, note
 from internvl_jax.data.pool import TilePool
 
 # Qualities of the JPEG augmentation, both included (the set that the reference draws from).
@@ -72,12 +73,15 @@ def fetched(path: str, where: Where) -> Source:
     return Fetched(path, files.read_bytes(path))
 
 
-def open_image(source: Source, where: Where) -> Image.Image:
+def open_image(source: Source, where: Where, noted: list[Note] | None = None) -> Image.Image:
   """Returns the decoded image as RGB, in the orientation in which it is stored.
+
+  Values of more than 8 bits are scaled, see `depth`. Else it is what Pillow makes of it, as in the reference.
 
   Args:
     source: the image file.
     where: the line that names it, for errors.
+    noted: gets what was decided that one should know; None: nobody wants to.
 
   Raises:
     DataError: the file is missing, empty or damaged, or cannot be fetched.
@@ -85,7 +89,61 @@ def open_image(source: Source, where: Where) -> Image.Image:
   with _opened(source, where, header=False) as image:
     image.load()
     # Converting what is RGB already would copy it.
-    return image if image.mode == "RGB" else image.convert("RGB")
+    whole, scaled = depth.to_rgb(image) if image.mode != "RGB" else (image, "")
+    if noted is not None:
+      path = source if isinstance(source, str) else source.path
+      noted += [note(kind, where, f"image {path} {what}") for kind, what in _remarks(image, scaled)]
+    return whole
+
+
+def _remarks(image: Image.Image, scaled: str) -> Iterator[tuple[str, str]]:
+  """Yields (kind, remark) where an image, which is decoded, is taken otherwise than it is shown."""
+  if scaled:
+    yield notes.SCALED, f"{scaled} (the reference cuts off above 255)"
+  if (turn := _orientation(image)) > 1:
+    what = "it is taken as it is stored, as in the reference"
+    yield notes.STORED, f"asks to be turned (EXIF orientation {turn}): {what}"
+  if _shows_through(image):
+    yield notes.HIDDEN, "has transparent pixels: the colours beneath are taken, as in the reference"
+  if _has_more_frames(image):
+    yield notes.FIRST, "has several frames or pages: the first is taken, as in the reference"
+
+
+# EXIF's tag for the orientation; 1 is upright.
+_ORIENTATION = 0x0112
+
+
+def _orientation(image: Image.Image) -> int:
+  """Returns EXIF's orientation; 0 where none can be read. Pillow turns TIFFs by theirs, and takes it away."""
+  if "exif" not in image.info:
+    return 0
+  try:
+    turn = image.getexif().get(_ORIENTATION, 0)
+  except Exception:  # Pillow has no list of what damaged EXIF raises; the pixels are whole.
+    return 0
+  return turn if isinstance(turn, int) and 1 <= turn <= 8 else 0
+
+
+def _has_more_frames(image: Any) -> bool:
+  """Says whether there are frames behind the first. Those that a photograph has beside it (MPO) are not meant."""
+  if image.format == "TIFF":
+    return bool(image.tag_v2.next)
+  if image.format == "GIF":
+    try:
+      return image.is_animated
+    except Exception:  # Pillow has no list of what a damaged second frame raises; the first is whole.
+      return False
+  return image.format in ("PNG", "WEBP", "AVIF") and bool(getattr(image, "is_animated", False))
+
+
+def _shows_through(image: Image.Image) -> bool:
+  if image.mode in ("RGBA", "LA", "PA"):
+    return bool((np.asarray(image.getchannel("A")) < 255).any())
+  if image.mode != "P" or (clear := image.info.get("transparency")) is None:
+    return False
+  used = image.histogram()
+  opacity = clear if isinstance(clear, bytes) else bytes(255 * (i != clear) for i in range(256))
+  return any(count and alpha < 255 for count, alpha in zip(used, opacity, strict=False))
 
 
 def image_size(source: Source, where: Where) -> tuple[int, int]:
@@ -113,6 +171,10 @@ def _opened(source: Source, where: Where, *, header: bool) -> Iterator[Image.Ima
     elif files.is_remote(path):
       opened = files.open_file(path) if header else io.BytesIO(files.read_bytes(path))
     with Image.open(opened) as image:
+      if image.format == "EPS":
+        raise OSError(
+          "Pillow would start Ghostscript, which draws what a file's program says, without an end"
+        )
       yield image
 
 
@@ -132,6 +194,9 @@ def _named_errors(path: str, opened: Callable[[], Any], where: Where) -> Iterato
     # from DDS, struct.error and others were seen.
     if _is_empty(path):
       raise where.error(f"image {path} is empty (0 bytes); restore it or delete the line") from error
+    if kind := _kind_of_file(path, opened()):
+      what = f"cannot be decoded: it is {kind}; {content.remedy(kind, image=True)}"
+      raise where.error(f"image {path} {what}") from error
     # Pillow names what it was given, which is an object in memory if the image is remote.
     cause = f"{type(error).__name__}: {error}".replace(repr(opened()), repr(path))
     raise where.error(f"image {path} cannot be decoded ({cause}); restore it or delete the line") from error
@@ -152,6 +217,17 @@ def _check_file(path: str, where: Where) -> None:
     raise where.error(f"image {path} is not a file; correct its path or delete the line")
   if not status.st_size:
     raise where.error(f"image {path} is empty (0 bytes); restore it or delete the line")
+
+
+def _kind_of_file(path: str, opened: Any) -> str | None:
+  """Returns what a file is that is no image; None if that is not known."""
+  if isinstance(opened, str):
+    return content.kind_of_file(path)
+  try:
+    opened.seek(0)
+    return content.kind_of(opened.read(content.HEAD_BYTES))
+  except (OSError, ValueError, files.FetchError):  # What went wrong with the content is the better message.
+    return None
 
 
 def _is_empty(path: str) -> bool:

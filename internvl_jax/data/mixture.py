@@ -13,11 +13,16 @@ from internvl_jax.data import files, images, sizes, video
 from internvl_jax.data.errors import DataError, Where
 from internvl_jax.data.fitting import Limits, Policy
 from internvl_jax.data.jsonl import JsonlFile
+from internvl_jax.data.media import has_video, states_sizes
 from internvl_jax.data.meta import DatasetSpec, read_meta
 from internvl_jax.data.pieces import Pieces, index_pieces, over_long
 from internvl_jax.data.pool import TilePool
-from internvl_jax.data.sample import Sample, SampleMaker, has_video, max_grid_tiles
+from internvl_jax.data.sample import Sample, SampleMaker, max_grid_tiles
 from internvl_jax.data.tokenize import ChatTokenizer
+
+# Lines of a dataset that are measured again at every start, in a tenth of a second: where a folder of images was made
+# smaller, or replaced otherwise, they tell. Millions cannot be looked at each time.
+_PROBES = 32
 
 # Changes whenever the same line would get other sizes.
 _MEASURE_VERSION = 2
@@ -91,7 +96,14 @@ class Dataset:
     """Finds out how long every sample is, as far as the cache does not know it; see `Mixture.index_sizes`."""
     with _bar(len(self.file), f"sizes of {self.spec.name}", quiet) as bar:
       self._sizes = sizes.index_sizes(
-        self.file, self._measure, self.key(), cache, workers=workers, progress=bar.update
+        self.file,
+        self._measure,
+        self.key(),
+        cache,
+        workers=workers,
+        progress=bar.update,
+        # Looking at files on another machine would cost every start a request each.
+        probes=0 if files.is_remote(self.spec.root) else _PROBES,
       )
     long = int(over_long(self._sizes.records, self.limits).sum())
     with _bar(long, f"long lines of {self.spec.name}", quiet or not long) as bar:
@@ -142,6 +154,12 @@ class Dataset:
     out[first] = whole
     out[~first] = self.pieces.sizes[self._more[2, samples[~first] - self.lines]]
     return out
+
+  def index_of(self, line: int) -> str:
+    """Returns the folder of the index that knows the size of a line's media; "" where the line itself states it."""
+    if self._sizes is None or states_sizes(self.file.read(line), self.file.where(line)):
+      return ""
+    return str(self._sizes.folder)
 
   def why_lost(self, sample: int) -> str:
     """Returns why a sample without tokens has none."""
@@ -321,6 +339,11 @@ class Mixture:
       dataset = self.datasets[number]
       out[chosen] = dataset.sizes_of((indices[chosen] - first) % dataset.num_samples)
     return out
+
+  def index_of(self, index: int) -> str:
+    """Returns the folder of the index that knows how large a sample is; "" where its line states it."""
+    dataset, sample = self._locate(index)
+    return dataset.index_of(dataset.locate(sample)[0])
 
   def why_lost(self, index: int) -> str:
     """Returns why a sample whose size has no tokens is lost."""

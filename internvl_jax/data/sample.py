@@ -9,10 +9,11 @@ import numpy as np
 
 from internvl_jax.arguments import DataTrainingArguments
 from internvl_jax.batch import IGNORE_INDEX
-from internvl_jax.data import files, fitting, images, preference, tiling, video
+from internvl_jax.data import files, fitting, images, media, preference, tiling, video
 from internvl_jax.data.errors import Where
 from internvl_jax.data.fitting import Limits
 from internvl_jax.data.meta import DatasetSpec
+from internvl_jax.data.notes import Note
 from internvl_jax.data.pool import TilePool
 from internvl_jax.data.sizes import Size
 from internvl_jax.data.tokenize import (
@@ -47,6 +48,7 @@ class Sample:
     index: index of the sample in the mixture.
     lengths: tokens of each segment; () stands for one of all tokens.
     shared: how many tokens of a pair's first segment, from its first on, its second follows as well.
+    notes: what one should know about how its images were taken.
   """
 
   input_ids: np.ndarray
@@ -60,6 +62,7 @@ class Sample:
   index: int = 0
   lengths: tuple[int, ...] = ()
   shared: int = 0
+  notes: tuple[Note, ...] = ()
 
   def segments(self) -> list[ChatTokens]:
     """Returns the tokens of each segment."""
@@ -180,26 +183,28 @@ class SampleMaker:
     pieces = plan.pieces()
     if piece >= len(pieces):
       raise where.error(
-        f"its piece {piece + 1} was planned, but it has {len(pieces)}: its images were replaced, or the line's width "
-        "and height are not theirs; correct them"
+        f"its piece {piece + 1} was planned, but it has {len(pieces)}: its images were replaced since they were "
+        "measured (delete the cache, loader.cache_dir), or the line's width and height are not theirs (correct them)"
       )
     parts = pieces[piece]
     chosen = slice(parts[0].first_image, parts[0].end_image)
     image_tokens = [count * self.tokens_per_tile for count in plan.shape.tiles]
     tokens = [chat.expand(image_tokens) for chat in plan.shape.chats]
     spans = plan.spans(parts)
+    noted: list[Note] = []
     return Sample(
       input_ids=_joined([t.input_ids[start:stop] for t, (start, stop) in zip(tokens, spans, strict=True)]),
       labels=_joined([t.labels[start:stop] for t, (start, stop) in zip(tokens, spans, strict=True)]),
       lengths=tuple(stop - start for start, stop in spans),
       shared=plan.shared,
-      tiles=self._pixels(record, where, plan.shape.limit, sources, chosen, rng, pool),
+      tiles=self._pixels(record, where, plan.shape.limit, sources, chosen, rng, pool, noted),
       truncated=not all(fit.complete for fit in plan.fits) and piece == len(pieces) - 1,
       shrunk=plan.shrunk,
       piece=piece,
       where=where,
       dataset=dataset,
       index=index,
+      notes=tuple(noted),
     )
 
   def measure(self, record: Any, where: Where, frames: int) -> Size:
@@ -243,7 +248,7 @@ class SampleMaker:
   def _sources(self, record: Any, where: Where) -> list[images.Source]:
     """Returns the files of the line's images."""
     self._check_record(record, where)
-    paths = [] if _video_path(record, where) else _image_paths(record, where)
+    paths = [] if media.video_of(record, where) else media.image_paths(record, where)
     return [images.fetched(files.join(self.spec.root, path, where), where) for path in paths]
 
   def _plan(self, record: Any, where: Where, frames: int, sources: list[images.Source] | None) -> _Plan:
@@ -284,11 +289,11 @@ class SampleMaker:
       sources: of the images; None: they are as large as the line says they are, if it does.
     """
     self._check_record(record, where)
-    if path := _video_path(record, where):
-      yield from self._video_shapes(record, files.join(self.spec.root, path, where), where, frames)
+    if path := media.video_of(record, where):
+      yield from self._video_shapes(record, self._rooted(path, where), where, frames)
       return
-    paths = _image_paths(record, where)
-    pixels = _stated_sizes(record, len(paths)) if sources is None else None
+    paths = media.image_paths(record, where)
+    pixels = media.stated_sizes(record, len(paths)) if sources is None else None
     if pixels is None:
       sources = sources or [files.join(self.spec.root, path, where) for path in paths]
       pixels = [images.image_size(source, where) for source in sources]
@@ -298,7 +303,9 @@ class SampleMaker:
     for limit in range(most, min(least, most) - 1, -1):
       yield _Shape(chats, [self._count_tiles(size, limit) for size in pixels], limit)
 
-  def _video_shapes(self, record: dict[str, Any], path: str, where: Where, wanted: int) -> Iterator[_Shape]:
+  def _video_shapes(
+    self, record: dict[str, Any], path: video.Source, where: Where, wanted: int
+  ) -> Iterator[_Shape]:
     options = {"min_num_frame": wanted, "max_num_frame": wanted, "rng": None, "clip": record.get("clip")}
     count = video.planned_frames(path, where, **options)
     yield _Shape(self._chats(record, count, where), [1] * count, wanted)
@@ -345,6 +352,7 @@ class SampleMaker:
     chosen: slice,
     rng: np.random.Generator | None,
     pool: TilePool | None,
+    noted: list[Note],
   ) -> np.ndarray:
     """Returns uint8 [tiles, H, W, 3] of the chosen images, or frames of the video, at the end of the pool."""
     data = self.data
@@ -353,8 +361,8 @@ class SampleMaker:
     augment = rng if self.spec.data_augment else None
     settings: dict[str, Any] = {"tile_size": data.force_image_size, "pad_color": self._pad_color()}
     settings |= {"rng": augment, "pool": pool}
-    if path := _video_path(record, where):
-      frames = self._frames(files.join(self.spec.root, path, where), record, where, limit, rng)
+    if path := media.video_of(record, where):
+      frames = self._frames(self._rooted(path, where), record, where, limit, rng, noted)
       settings |= {"dynamic": False, "min_tiles": 1, "max_tiles": 1, "use_thumbnail": False}
       # Frame by frame: together, those of a large video would fill the memory.
       for frame in itertools.islice(frames, chosen.start, chosen.stop):
@@ -363,14 +371,26 @@ class SampleMaker:
       settings |= {"dynamic": data.dynamic_image_size, "use_thumbnail": data.use_thumbnail}
       settings |= {"min_tiles": data.min_dynamic_patch, "max_tiles": limit}
       for source in sources[chosen]:
-        images.image_tiles(images.open_image(source, where), **settings)
+        images.image_tiles(images.open_image(source, where, noted), **settings)
     return pool.since(start)
 
   def _frames(
-    self, path: str, record: dict[str, Any], where: Where, wanted: int, rng: np.random.Generator | None
+    self,
+    path: video.Source,
+    record: dict[str, Any],
+    where: Where,
+    wanted: int,
+    rng: np.random.Generator | None,
+    noted: list[Note],
   ) -> Iterator[Any]:
     limits = {"min_num_frame": wanted, "max_num_frame": wanted}
-    return video.iter_frames(path, where, **limits, rng=rng, clip=record.get("clip"))
+    return video.iter_frames(path, where, **limits, rng=rng, clip=record.get("clip"), noted=noted)
+
+  def _rooted(self, path: video.Source, where: Where) -> video.Source:
+    """Returns where a video, or each of its frames, lies."""
+    if isinstance(path, str):
+      return files.join(self.spec.root, path, where)
+    return tuple(files.join(self.spec.root, frame, where) for frame in path)
 
   def _pad_color(self) -> tuple[int, int, int] | None:
     pad = self.data.pad2square and not self.spec.data_augment
@@ -397,58 +417,9 @@ def _with_places(
   """Returns the line's turns with a place for every image or frame, where the line may leave it out."""
   if not isinstance(conversations, list):
     return conversations  # The tokenizer says what is wrong about it.
-  if _video_path(record, where):
+  if media.video_of(record, where):
     return with_frames(conversations, num_images, where, frame_name)
   return with_placeholder(conversations) if num_images == 1 else conversations
-
-
-# No image format has sides beyond 32 bits; Python's integers go on until they overflow a float.
-_LARGEST_SIDE = 1 << 32
-
-
-def _stated_sizes(record: dict[str, Any], num_images: int) -> list[tuple[int, int]] | None:
-  """Returns (width, height) of the images where the line states them all."""
-  widths = record.get("width_list", record.get("width"))
-  heights = record.get("height_list", record.get("height"))
-  widths, heights = ([x] if isinstance(x, int) else x for x in (widths, heights))
-  if not isinstance(widths, list) or not isinstance(heights, list):
-    return None
-  sizes = list(zip(widths, heights, strict=False))
-  whole = all(type(side) is int and 0 < side < _LARGEST_SIDE for size in sizes for side in size)
-  return sizes if whole and len(widths) == len(heights) == num_images else None
-
-
-def _image_paths(record: dict[str, Any], where: Where) -> list[str]:
-  """Returns the paths of the line's images as written; none for text only."""
-  image = record.get("image")
-  paths = image if isinstance(image, list) else [] if image in (None, "") else [image]
-  for path in paths:
-    if not isinstance(path, str) or not path:
-      raise where.error(f"'image' must be a path or a list of paths, got {str(image)[:80]!r}")
-  return paths
-
-
-def _video_path(record: dict[str, Any], where: Where) -> str | None:
-  """Returns the path of the line's video as written; None without one."""
-  path = record.get("video")
-  if path in (None, "", []):
-    return None
-  if not isinstance(path, str):
-    raise where.error(f"'video' must be one path, got {str(path)[:80]!r}; write a line for each video")
-  if record.get("image"):
-    raise where.error(
-      f"the line has both 'image' {str(record['image'])[:80]!r} and 'video' {path!r}; keep one"
-    )
-  return path
-
-
-def has_video(record: Any, where: Where) -> bool:
-  """Says whether a parsed line has a video.
-
-  Raises:
-    DataError: what it says about it is wrong.
-  """
-  return isinstance(record, dict) and _video_path(record, where) is not None
 
 
 def with_frames(

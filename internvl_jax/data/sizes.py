@@ -12,8 +12,10 @@ folder of the cache, one for each annotation file, tokenizer and setting that th
 A block whose bytes are as they were keeps its sizes, so that an annotation file which grew, or of which a line was
 mended, is measured in part, and an interrupted build goes on. Lines that could not be read are tried again each time.
 Records that are not as they were stored, after a crash or by two hosts that write at once, are measured again.
-The headers of images that could be read are not watched: a sample that turns out to be of another size than planned is
-an error of that sample when it is decoded.
+The headers of images that could be read are not watched, but for those of a few lines: where one of these has another
+size now, its files were replaced, and all lines are measured again. Else a sample that turns out to be of another size
+than planned is an error of that sample when it is decoded. (Asking the file system for the dates of millions of files
+at every start would take minutes.)
 """
 
 import contextlib
@@ -28,6 +30,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 
 from internvl_jax.data import files
 from internvl_jax.data.cache import cache_errors_named, locked, whole_file
@@ -88,6 +91,7 @@ def index_sizes(
   *,
   workers: int,
   progress: Callable[[int], Any] = lambda lines: None,
+  probes: int = 0,
 ) -> Sizes:
   """The sizes of a file's lines: from the cache as far as they are there, measured where they are not.
 
@@ -98,6 +102,8 @@ def index_sizes(
     cache: folder of the caches; made if missing.
     workers: processes that measure; 0 measures in this one.
     progress: told how many lines are known, as they become so.
+    probes: lines that are measured again although they are known. They are the same ones each time, so that all hosts
+      come to the same sizes.
   """
   folder = _folder(file, key, pathlib.Path(cache))
   with contextlib.ExitStack() as stack:
@@ -107,6 +113,11 @@ def index_sizes(
       index = _Index(folder, file, key)
       missing = index.missing()
     lines = _MeasureLines(file, measure)
+    if (line := _first_other(lines, index, missing, probes)) is not None:
+      logging.info(
+        "%s: files were replaced since they were measured; all are measured again", file.where(line)
+      )
+      missing = index.all_blocks()
     for line in index.unreadable(missing):
       # An image may have been put where it was missing.
       records, errors = lines(range(line, line + 1))
@@ -121,6 +132,16 @@ def index_sizes(
     with cache_errors_named(cache):
       index.finish()
       return index.sizes()
+
+
+def _first_other(lines: "_MeasureLines", index: "_Index", missing: list[int], probes: int) -> int | None:
+  """Returns the first of a few lines that were measured and now have another size; None if there is none."""
+  known = index.with_files(missing)
+  for line in known[np.linspace(0, len(known) - 1, min(probes, len(known))).astype(np.int64)].tolist():
+    records, _ = lines(range(line, line + 1))
+    if records[0] != index.record(line):
+      return line
+  return None
 
 
 def _folder(file: JsonlFile, key: Mapping[str, Any], cache: pathlib.Path) -> pathlib.Path:
@@ -161,10 +182,26 @@ class _Index:
 
   def unreadable(self, missing: list[int]) -> list[int]:
     """Lines that were measured and could not be read, outside of blocks that are missing."""
-    zero = self._records["tokens"] == 0
+    return np.flatnonzero((self._records["tokens"] == 0) & self._known(missing)).tolist()
+
+  def with_files(self, missing: list[int]) -> np.ndarray:
+    """Lines that were measured and have images or a video, int64, outside of blocks that are missing."""
+    return np.flatnonzero((self._records["tiles"] > 0) & self._known(missing))
+
+  def record(self, line: int) -> np.void:
+    """What is known of a line."""
+    return self._records[line]
+
+  def all_blocks(self) -> list[int]:
+    """All blocks."""
+    return list(range(len(self._marks)))
+
+  def _known(self, missing: list[int]) -> np.ndarray:
+    """Returns bool [lines]: whether a line is outside of blocks that are missing."""
+    known = np.ones(len(self._records), np.bool_)
     for block in missing:
-      zero[block * BLOCK : (block + 1) * BLOCK] = False
-    return np.flatnonzero(zero).tolist()
+      known[block * BLOCK : (block + 1) * BLOCK] = False
+    return known
 
   def mend(self, line: int, record: np.void, error: str | None) -> None:
     """Replaces what is known of a line that could not be read."""

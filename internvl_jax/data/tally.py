@@ -5,10 +5,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from internvl_jax.arguments import LoaderConfig
 from internvl_jax.data.batching import EVENTS, MicroBatch
 from internvl_jax.data.errors import DataError
+from internvl_jax.data.notes import Note
 
 COUNTERS = ("samples", *EVENTS)
 
@@ -42,6 +44,7 @@ class Tally:
     self.planned = np.zeros((len(datasets), len(COUNTERS)), np.int64)
     self.read = np.zeros_like(self.planned)
     self.offenders: list[str] = []
+    self._told: set[tuple[str, str]] = set()
 
   @property
   def lost(self) -> int:
@@ -104,6 +107,7 @@ class Tally:
     lost = micro.events[micro.lengths == 0]
     for event, reason in zip(lost, micro.errors, strict=True):
       self._note(EVENTS[int(event.argmax())], [reason])
+    self._tell(micro.notes)
 
   def judge(self) -> None:
     """Ends the run where too many samples were lost.
@@ -124,6 +128,14 @@ class Tally:
         f"{bad} of {total} samples were lost, more than loader.max_bad_fraction={self._loader.max_bad_fraction} of "
         f"{judged}; the first: {' | '.join(self.offenders)}"
       )
+
+  def _tell(self, notes: Iterable[Note]) -> None:
+    """Logs the first note of each kind of a dataset."""
+    for note in notes:
+      if (kind := (note.dataset, note.kind)) not in self._told:
+        # Copies of this tally share it: what was said once need not be said again.
+        self._told.add(kind)
+        logging.warning("%s; this is said once a dataset", note.message)
 
   def _note(self, event: str, reasons: Iterable[str]) -> None:
     for reason in reasons:

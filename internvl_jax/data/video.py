@@ -1,6 +1,6 @@
 """From a video to a few of its frames.
 
-A video is a file that FFmpeg reads, an animated `.gif`, or a folder of images. A file on another machine is
+A video is a file that FFmpeg reads, an animated `.gif`, a folder of images or a list of them. A file on another machine is
 copied before it is read: FFmpeg must not open the network. How many frames a sample gets is the first thing
 drawn from its generator, and which ones the second:
 
@@ -14,14 +14,15 @@ reference's rules, so the tiles of a file are known before it is opened (`planne
 import contextlib
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
 from internvl_jax.data import files, images, video_file
-from internvl_jax.data.errors import Where
+from internvl_jax.data.errors import DataError, Where
+from internvl_jax.data.notes import Note
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 """Files of a folder that are frames; others are passed over."""
@@ -30,12 +31,22 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".p
 _ROUNDING = 1e-3
 # A clip may end so many seconds after its video: annotations round up to whole seconds.
 _CLIP_OVERHANG = 1.0
+# Seconds at which no video's clip begins or ends: 300 years.
+_LATEST = 1e10
 # Browsers show a gif's frame without a duration for so many seconds.
 _GIF_SECONDS = 0.1
 # What Pillow raises for a damaged gif.
 _GIF_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError)
 
 Sampling = np.random.Generator | Literal["middle"]
+
+Source = str | tuple[str, ...]
+"""A video: its path or URL; or those of its frames, in order."""
+
+
+def is_image_name(path: str) -> bool:
+  """Says whether a file may be a frame, by its name."""
+  return files.suffix(path).lower() in IMAGE_SUFFIXES
 
 
 def num_wanted(rng: np.random.Generator | None, min_num_frame: int, max_num_frame: int) -> int:
@@ -90,7 +101,7 @@ def frame_indices_at_rate(
 
 
 def planned_frames(
-  path: str,
+  path: Source,
   where: Where,
   *,
   min_num_frame: int,
@@ -100,19 +111,22 @@ def planned_frames(
 ) -> int:
   """Returns how many frames `read_frames` gives for a generator in the same state; nothing is decoded.
 
-  Of a remote video nothing is fetched either, but for a gif, whose frames must be counted.
+  Of a remote video nothing is fetched either, but for a gif, whose frames must be counted. Frames that are listed are
+  not looked at.
 
   Raises:
     DataError: the video is missing or empty, or the clip is malformed.
   """
   span = _checked_clip(clip, where)
   wanted = num_wanted(rng, min_num_frame, max_num_frame)
+  if isinstance(path, tuple):
+    return min(wanted, len(_listed(path, where, span)))
   found = _look(path, where)
   if found.is_folder:
     return min(wanted, len(_folder_images(path, where, span)))
   if not _named_gif(path):
     return wanted
-  with _local_copy(path, found, where) as copy:
+  with _local_copy(path, found, where) as copy, _all_errors_named(path, where):
     if not _is_gif(copy):
       return wanted
     with _opened_gif(copy, path, where) as gif:
@@ -120,7 +134,7 @@ def planned_frames(
 
 
 def read_frames(
-  path: str,
+  path: Source,
   where: Where,
   *,
   min_num_frame: int,
@@ -129,30 +143,32 @@ def read_frames(
   clip: Any = None,
 ) -> list[Image.Image]:
   """Returns `iter_frames` as a list."""
-  limits = {"min_num_frame": min_num_frame, "max_num_frame": max_num_frame}
+  limits: dict[str, Any] = {"min_num_frame": min_num_frame, "max_num_frame": max_num_frame}
   return list(iter_frames(path, where, **limits, rng=rng, clip=clip))
 
 
 def iter_frames(
-  path: str,
+  path: Source,
   where: Where,
   *,
   min_num_frame: int,
   max_num_frame: int,
   rng: np.random.Generator | None,
   clip: Any = None,
+  noted: list[Note] | None = None,
 ) -> Iterator[Image.Image]:
-  """Yields frames of a video in order, RGB, in the orientation in which they are stored.
+  """Yields frames of a video in order, RGB, turned as the file says they are shown; images as `open_image` takes them.
 
   One at a time, because 32 frames of a large video are most of a gigabyte.
 
   Args:
-    path: a video file, a gif or a folder of images; a path or a URL.
+    path: a video file, a gif, a folder of images or the images themselves; paths or URLs.
     where: the line that names it, for errors.
     min_num_frame: fewest frames wanted.
     max_num_frame: most frames wanted.
     rng: draws their number, then which; None: `max_num_frame`, from the middle of each interval.
     clip: [start, end] in seconds from the first frame; None or empty: the whole video.
+    noted: gets what one should know about frames that are images.
 
   Raises:
     DataError: the video is missing, empty, damaged or not a video, cannot be fetched, or the clip does not fit it.
@@ -160,13 +176,14 @@ def iter_frames(
   span = _checked_clip(clip, where)
   wanted = num_wanted(rng, min_num_frame, max_num_frame)
   sampling = "middle" if rng is None else rng
+  if isinstance(path, tuple):
+    yield from _image_frames(_listed(path, where, span), where, wanted, sampling, noted)
+    return
   found = _look(path, where)
   if found.is_folder:
-    paths = _folder_images(path, where, span)
-    for index in frame_indices(len(paths), min(wanted, len(paths)), sampling):
-      yield images.open_image(paths[index], where)
+    yield from _image_frames(_folder_images(path, where, span), where, wanted, sampling, noted)
     return
-  with _local_copy(path, found, where) as copy:
+  with _local_copy(path, found, where) as copy, _all_errors_named(path, where):
     read = _gif_frames if _named_gif(path) and _is_gif(copy) else _file_frames
     yield from read(copy, path, where, wanted, sampling, span)
 
@@ -197,13 +214,21 @@ def _checked_clip(clip: Any, where: Where) -> tuple[float, float] | None:
     isinstance(time, int | float) and not isinstance(time, bool) for time in clip
   )
   if not numbers or len(clip) != 2:
-    raise where.error(f"'clip' must be [start, end] in seconds, got {str(clip)[:80]!r}")
+    raise where.error(f"'clip' must be [start, end] in seconds, got {_shown(clip)!r}")
   start, end = clip
-  if not 0 <= start < end < float("inf"):
+  # An integer may be too large for a float, and what is nearly that is no time.
+  if not 0 <= start < end < _LATEST:
     raise where.error(
-      f"'clip' must have 0 <= start < end, got {clip}; give seconds from the video's beginning"
+      f"'clip' must have 0 <= start < end, got {_shown(clip)}; give seconds from the video's beginning"
     )
   return float(start), float(end)
+
+
+def _shown(clip: Any) -> str:
+  try:
+    return str(clip)[:80]
+  except ValueError:  # Python writes no integer of more than 4,300 digits.
+    return "a number of thousands of digits"
 
 
 def _frames_between(
@@ -267,6 +292,19 @@ def _named_errors(path: str, where: Where) -> Iterator[None]:
     raise where.error(f"video {path} {cause}") from error
 
 
+@contextlib.contextmanager
+def _all_errors_named(path: str, where: Where) -> Iterator[None]:
+  """Names the video that cannot be decoded, whatever its decoder makes of that."""
+  try:
+    yield
+  except DataError:
+    raise
+  except Exception as error:
+    # PyAV and Pillow have no list of what they raise for damaged files: IndexError for a stream whose codec is not
+    # known and MemoryError were seen.
+    raise video_file.damaged(path, f"cannot be decoded ({type(error).__name__}: {error})", where) from error
+
+
 def _named_gif(path: str) -> bool:
   return files.suffix(path).lower() == ".gif"
 
@@ -277,7 +315,23 @@ def _is_gif(path: str) -> bool:
     return file.read(4) == b"GIF8"
 
 
-# --- Folders ------------------------------------------------------------------------------------------------
+# --- Images, in a folder or listed --------------------------------------------------------------------------
+
+
+def _image_frames(
+  paths: Sequence[str], where: Where, wanted: int, sampling: Sampling, noted: list[Note] | None
+) -> Iterator[Image.Image]:
+  for index in frame_indices(len(paths), min(wanted, len(paths)), sampling):
+    yield images.open_image(paths[index], where, noted)
+
+
+def _listed(paths: tuple[str, ...], where: Where, span: tuple[float, float] | None) -> tuple[str, ...]:
+  if span is not None:
+    raise where.error(
+      f"'clip' [{span[0]:g}, {span[1]:g}] cuts a list of {len(paths)} images, which have no seconds; list the clip's "
+      "images and take 'clip' out"
+    )
+  return paths
 
 
 def _folder_images(path: str, where: Where, span: tuple[float, float] | None) -> list[str]:

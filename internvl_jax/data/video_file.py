@@ -8,8 +8,10 @@ decoded (`scan`). Only the groups of pictures that hold a wanted frame are then 
 
 import contextlib
 import os
+import re
+import struct
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import av
@@ -17,6 +19,7 @@ import av.stream
 import numpy as np
 from PIL import Image
 
+from internvl_jax.data import content
 from internvl_jax.data.errors import DataError, Where
 
 # A packet may hold a picture that is not shown by itself: an invisible reference frame, one field of two. The
@@ -47,6 +50,7 @@ class Video(NamedTuple):
     times: int64 [f], the same in the stream's own unit; None where packets do not tell, and frames are counted.
     packets: int64 [p], the packets' times in the order of the file, in which they are decoded; None as above.
     keys: int64 [k], the packets from which decoding may start; the first is 0.
+    tag: clockwise degrees by which the stream's own tag says to turn it; 0 if it says nothing.
   """
 
   path: str
@@ -56,6 +60,7 @@ class Video(NamedTuple):
   times: np.ndarray | None
   packets: np.ndarray | None
   keys: np.ndarray
+  tag: int = 0
 
   def start(self, number: int) -> int:
     """Returns the packet from which decoding must start to give a frame."""
@@ -83,6 +88,10 @@ def _opened(path: str, name: str, where: Where) -> Iterator[tuple[Any, Any]]:
     options = {"protocol_whitelist": "file"}
     container = av.open(f"file:{path}", container_options=options, **_TOLERANT)
   except (av.FFmpegError, UnicodeError) as error:
+    if (found := content.kind_of_file(path)) and not found.startswith(content.VIDEO):
+      raise where.error(
+        f"video {name} is not a video: it is {found}; {content.remedy(found, image=False)}"
+      ) from error
     raise damaged(name, f"is not a video or is damaged ({_cause(error)})", where) from error
   with container:
     kind = container.format.name
@@ -94,10 +103,11 @@ def _opened(path: str, name: str, where: Where) -> Iterator[tuple[Any, Any]]:
       if "mp4" in kind and not container.streams:
         raise damaged(name, "ends early: its index (moov) is missing", where)
       raise where.error(f"video {name} has no video stream; delete the line")
-    if streams[0].codec_context is None:
+    decoder = streams[0].codec_context
+    if decoder is None:
       raise where.error(f"video {name}: FFmpeg here has no decoder for its codec; convert it to H.264")
     # Loader workers are as many as there are cores; threads below them would only get in their way.
-    streams[0].codec_context.thread_count = 1
+    decoder.thread_count = 1
     yield container, streams[0]
 
 
@@ -121,13 +131,14 @@ def scan(path: str, where: Where, name: str | None = None) -> Video:
       raise damaged(name, f"cannot be read ({_cause(error)})", where) from error
     _check_whole(path, name, container, stream, packets, where)
     pts = [time for time, *_ in packets]
+    tag = _tagged_turn(stream.metadata)
     rate = float(stream.average_rate or stream.guessed_rate or 25)
     unit = float(stream.time_base or 0)
     # An AVI file has no times, and what FFmpeg makes of their absence is wrong for H.264 with B-frames.
     told = container.format.name != "avi" and None not in pts and len(set(pts)) == len(pts) and unit
   if not told:
     count = _count_by_decoding(path, name, where)
-    return Video(path, name, np.arange(count) / rate, count / rate, None, None, np.zeros(1, np.int64))
+    return Video(path, name, np.arange(count) / rate, count / rate, None, None, np.zeros(1, np.int64), tag)
   decoded = np.array(pts, np.int64)
   shown = np.array([not discard for _, _, discard, _, _ in packets])
   if not shown.any():
@@ -137,7 +148,7 @@ def scan(path: str, where: Where, name: str | None = None) -> Video:
   last = next(duration for time, *_, duration in packets if time == times[-1])
   keys = np.flatnonzero([key for _, key, *_ in packets])
   end = float(seconds[-1]) + (float(last) * unit if last else 1 / rate)
-  return Video(path, name, seconds, end, times, decoded, np.union1d(keys, [0]))
+  return Video(path, name, seconds, end, times, decoded, np.union1d(keys, [0]), tag)
 
 
 def _check_whole(
@@ -201,7 +212,7 @@ def pictures(video: Video, numbers: Sequence[int], where: Where) -> Iterator[Ima
     cause = "frames are missing, damaged or out of order"
     try:
       for frame in _decoded(video, numbers[done:], where, jump=jump):
-        yield frame.to_image()
+        yield _turn(frame, video.tag)(frame.to_image())
         done += 1
     except av.FFmpegError as error:
       cause = _cause(error)
@@ -209,6 +220,78 @@ def pictures(video: Video, numbers: Sequence[int], where: Where) -> Iterator[Ima
       return
   what = f"breaks before frame {numbers[done] + 1} of {len(video.seconds)} ({cause}): {done} of {len(numbers)} wanted"
   raise damaged(video.name, f"{what} frames were decoded", where)
+
+
+# --- How a picture is to be turned --------------------------------------------------------------------------
+
+
+class Turn(NamedTuple):
+  """What makes a stored picture upright: rows and columns change places, then it is mirrored.
+
+  Attributes:
+    transpose: the first row becomes the first column.
+    left_right: then left and right change places.
+    top_bottom: and top and bottom.
+  """
+
+  transpose: bool = False
+  left_right: bool = False
+  top_bottom: bool = False
+
+  def __call__(self, image: Image.Image) -> Image.Image:
+    """Returns the picture as it is to be seen."""
+    way = _WAYS.get(self)
+    return image if way is None else image.transpose(way)
+
+
+_WAYS = {
+  Turn(left_right=True): Image.Transpose.FLIP_LEFT_RIGHT,
+  Turn(top_bottom=True): Image.Transpose.FLIP_TOP_BOTTOM,
+  Turn(left_right=True, top_bottom=True): Image.Transpose.ROTATE_180,
+  Turn(transpose=True): Image.Transpose.TRANSPOSE,
+  Turn(transpose=True, left_right=True): Image.Transpose.ROTATE_270,  # Pillow counts the other way round
+  Turn(transpose=True, top_bottom=True): Image.Transpose.ROTATE_90,
+  Turn(transpose=True, left_right=True, top_bottom=True): Image.Transpose.TRANSVERSE,
+}
+_CLOCKWISE = {
+  90: Turn(transpose=True, left_right=True),
+  180: Turn(left_right=True, top_bottom=True),
+  270: Turn(transpose=True, top_bottom=True),
+}
+# A matrix within one degree of a quarter turn is one, as for FFmpeg's own program: tan(1 degree).
+_ASKEW = 0.0175
+
+
+def turn_of(matrix: Sequence[int]) -> Turn:
+  """Returns the turn that a display matrix (a, b, u, c, d, v, x, y, w) stands for; none if it is not a quarter of one.
+
+  A stored point (x, y) is shown at (ax + cy, bx + dy). Mirroring is part of it, where the reference's decord sees the
+  angle of (a, b) alone, so that it turns a mirrored video upside down.
+  """
+  a, b, _, c, d, *_ = matrix
+  straight, crossed = min(abs(a), abs(d)), min(abs(b), abs(c))
+  if straight and max(abs(b), abs(c)) <= _ASKEW * straight:
+    return Turn(left_right=a < 0, top_bottom=d < 0)
+  if crossed and max(abs(a), abs(d)) <= _ASKEW * crossed:
+    return Turn(transpose=True, left_right=c < 0, top_bottom=b < 0)
+  return Turn()
+
+
+def _turn(frame: Any, tagged: int) -> Turn:
+  """Returns how a frame is to be turned: as its display matrix says, or else the stream's tag."""
+  matrix = frame.side_data.get("DISPLAYMATRIX")
+  if matrix is None:
+    return _CLOCKWISE.get(tagged, Turn())
+  return turn_of(struct.unpack("=9i", bytes(matrix)))
+
+
+def _tagged_turn(tags: Mapping[str, str]) -> int:
+  """Returns the clockwise degrees of a tag "rotate": what FFmpeg once made of a matrix that Matroska has no place for."""
+  text = next((value for name, value in tags.items() if name.lower() == "rotate"), "")
+  return int(text) % 360 if re.fullmatch(r"[+-]?\d{1,4}", text.strip()) else 0
+
+
+# --- Decoding -----------------------------------------------------------------------------------------------
 
 
 def _decoded(video: Video, numbers: Sequence[int], where: Where, *, jump: bool) -> Iterator[Any]:

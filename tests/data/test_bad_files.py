@@ -25,7 +25,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from data_toys import WHERE, arguments, turns, write_jsonl
 from internvl_jax.arguments import LoaderConfig, TrainingArguments
-from internvl_jax.data import images, sizes
+from internvl_jax.data import images, sizes, video_file
 from internvl_jax.data.batching import EVENTS
 from internvl_jax.data.errors import DataError
 from internvl_jax.data.examine import decode_all, examine
@@ -178,6 +178,8 @@ def tiles_by_pillow(path):
   """What the reference makes of an image file: the grid of the nearest aspect ratio, and a thumbnail."""
   with Image.open(path) as file:
     image = file.convert("RGB")
+    if file.mode.startswith("I;16"):  # there the reference cuts off
+      image = Image.fromarray(np.rint(np.asarray(file) / 257).astype(np.uint8)).convert("RGB")
   grids = sorted(
     {(i, j) for n in range(1, MAX_TILES + 1) for i in range(1, n + 1) for j in range(1, n + 1) if i * j <= n},
     key=lambda grid: grid[0] * grid[1],
@@ -346,7 +348,15 @@ def unknown_pixels(path):
 
 
 TRUNCATED = "image {} cannot be decoded (OSError: image file is truncated"
-UNIDENTIFIED = "image {} cannot be decoded (UnidentifiedImageError: cannot identify image file"
+
+
+def video_as_image(path):
+  write_video(path.with_suffix(".mp4"))
+  path.with_suffix(".mp4").rename(path)
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9\n"
+PROGRAM = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\n"
 NAMED = {
   "cut10.jpg": (cut_jpeg(0.1), TRUNCATED),
   "cut50.jpg": (cut_jpeg(0.5), TRUNCATED),
@@ -355,7 +365,20 @@ NAMED = {
   # Pillow raises an error for it that is neither of the system nor of a value.
   "flags.dds": (unknown_pixels, "image {} cannot be decoded (NotImplementedError"),
   "empty.jpg": (lambda path: path.write_bytes(b""), "image {} is empty (0 bytes); restore it or delete"),
-  "text.jpg": (lambda path: path.write_text("<html>not found</html>"), UNIDENTIFIED),
+  "text.jpg": (
+    lambda path: path.write_text("<html>not found</html>"),
+    "image {} cannot be decoded: it is an HTML page",
+  ),
+  "photo.jpg": (
+    lambda path: path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(99)),
+    "decoded: it is HEIC; convert it",
+  ),
+  "pointer.png": (lambda path: path.write_text(POINTER), "it is a pointer of Git LFS, not the file"),
+  "program.jpg": (lambda path: path.write_text(PROGRAM), "decoded: it is PostScript; convert it"),
+  "clip.jpg": (
+    video_as_image,
+    "it is a video (MP4 or MOV); put it under 'video'",
+  ),
   "folder.jpg": (pathlib.Path.mkdir, "image {} is not a file; correct its path or delete the line"),
   "pipe.jpg": (os.mkfifo, "image {} is not a file; correct its path or delete the line"),
   "loop.jpg": (loop, "image {} cannot be opened (Too many levels of symbolic links); correct its path"),
@@ -480,6 +503,14 @@ VIDEOS = {
   "empty.mp4": (lambda path: path.write_bytes(b""), "video {} is empty (0 bytes); restore it"),
   "sound.mp4": (sound, "video {} has no video stream; delete the line"),
   "text.mp4": (lambda path: path.write_text("<html>not found</html>"), "video {} is not a video"),
+  "json.mp4": (
+    lambda path: path.write_text('{"error": 404}'),
+    "video {} is not a video: it is JSON; convert it",
+  ),
+  "archive.mp4": (
+    lambda path: path.write_bytes(b"PK\3\4" + bytes(99)),
+    "video {} is not a video: it is a zip archive",
+  ),
   "pipe.mp4": (os.mkfifo, "video {} is not a file; name a video file or a folder of images"),
   "loop.mp4": (loop, "video {} cannot be opened (Too many levels of symbolic links); correct its path"),
   "a" * 300 + ".mp4": (lambda path: None, "video {} cannot be opened (File name too long); correct its path"),
@@ -494,9 +525,50 @@ def test_videos_that_cannot_be_read_are_named(tmp_path, tokenizer, name):
   assert_named(tmp_path, tokenizer, {"video": name, **GOOD}, cause.format(tmp_path / name))
 
 
-@pytest.mark.parametrize("video", [0, 7, {}, ["a.mp4"], False])
+@pytest.mark.parametrize("video", [0, 7, {}, [7], [[]], False])
 def test_videos_that_are_no_paths(tmp_path, tokenizer, video):
-  assert_named(tmp_path, tokenizer, {"video": video, **GOOD}, f"'video' must be one path, got {str(video)!r}")
+  assert_named(
+    tmp_path, tokenizer, {"video": video, **GOOD}, "'video' must be one path or those of its frames, got "
+  )
+
+
+@pytest.mark.parametrize(
+  "error",
+  [IndexError("list index out of range"), MemoryError(), UnicodeDecodeError("utf-8", b"x", 0, 1, "bad")],
+)
+def test_whatever_a_decoder_raises_costs_a_line_and_no_run(tmp_path, tokenizer, monkeypatch, error):
+  """PyAV raises IndexError where a stream begins late, as in a damaged broadcast."""
+
+  def fail(*args, **options):
+    raise error
+
+  write_video(tmp_path / "a.mp4")
+  monkeypatch.setattr(video_file, "pictures", fail)
+  assert_named(
+    tmp_path, tokenizer, {"video": "a.mp4", **GOOD}, f"a.mp4 cannot be decoded ({type(error).__name__}: "
+  )
+
+
+CLIPS = {
+  "huge": f"[0, 1{'0' * 400}]",
+  "huge_float": "[0, 1e308]",
+  "infinite": "[0, Infinity]",
+  "nan": "[NaN, 1]",
+  "reversed": "[1, 0.5]",
+  "negative": "[-1, 1]",
+  "behind": "[100, 101]",
+  "texts": '["00:00", "00:01"]',
+  "nested": "[[0, 1]]",
+  "object": '{"start": 0}',
+}
+
+
+@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.parametrize("video", ["a.mp4", "a.gif"])
+def test_clips_that_are_none_cost_a_line_and_no_run(tmp_path, tokenizer, name, video):
+  (write_video if video == "a.mp4" else animation)(tmp_path / video)
+  line = json.dumps({"video": video, **GOOD})[:-1] + f', "clip": {CLIPS[name]}}}'
+  assert_named(tmp_path, tokenizer, line.encode(), "'clip' ")
 
 
 # --- Lines -----------------------------------------------------------------------------------------------------

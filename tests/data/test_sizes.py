@@ -102,6 +102,25 @@ def test_an_image_that_is_put_in_its_place_is_found(tmp_path, small_blocks):
   assert found.records["tokens"].tolist() == [5, 40, 6, 7, 8, 0] and measured == [5]
 
 
+def test_a_few_lines_are_looked_at_again_and_tell_of_replaced_files(tmp_path, small_blocks):
+  tokens = list(range(1, 12))
+  file = write(tmp_path / "a.jsonl", tokens)
+  build(tmp_path, file)
+  # Every third is text alone, which no file can change.
+  assert build(tmp_path, file, probes=3)[1] == [0, 4, 10]
+  assert build(tmp_path, file, probes=99)[1] == [n - 1 for n in tokens if n % 3]
+
+  def replaced(file, line):
+    asked.append(line)
+    return Size(tokens[line], 7, 1)
+
+  for probes, expected in ((0, []), (3, [0, *range(11)])):
+    asked = []
+    found = index_sizes(file, replaced, {"a": 1}, tmp_path / "cache", workers=0, probes=probes)
+    assert asked == expected
+  assert found.records["tiles"].tolist() == [7] * 11
+
+
 @pytest.mark.parametrize("stop_at", [1, 5, 9])
 def test_a_stopped_build_goes_on(tmp_path, small_blocks, stop_at):
   tokens = list(range(1, 12))

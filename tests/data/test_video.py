@@ -315,7 +315,7 @@ def test_files_that_are_no_videos(tmp_path):
   (tmp_path / "empty.mp4").write_bytes(b"")
   assert "is empty (0 bytes)" in message_of(tmp_path / "empty.mp4")
   (tmp_path / "text.mp4").write_text("a line of text\n" * 100)
-  assert "is not a video or is damaged (InvalidDataError: Invalid data" in message_of(tmp_path / "text.mp4")
+  assert "is not a video: it is text; convert it to MP4 or delete" in message_of(tmp_path / "text.mp4")
   picture(0).save(tmp_path / "picture.png")
   assert "is not a video but png; put it under 'image'" in message_of(tmp_path / "picture.png")
   (tmp_path / "playlist.m3u8").write_text("#EXTM3U\n#EXTINF:10,\nhttp://192.0.2.1/a.ts\n#EXT-X-ENDLIST\n")
@@ -513,9 +513,9 @@ def test_without_a_generator_the_middle_frames_of_the_largest_number(tokenizer, 
   [
     (
       {"video": ["a.mp4", "b.mp4"]},
-      "'video' must be one path, got \"['a.mp4', 'b.mp4']\"; write a line for each",
+      "'video' lists 2 files, ['a.mp4', 'b.mp4'], that are not all images; write a line for each video",
     ),
-    ({"video": 7}, "'video' must be one path"),
+    ({"video": 7}, "'video' must be one path or those of its frames, got '7'"),
     ({"video": "a.mp4", "image": "a.png"}, "has both 'image' 'a.png' and 'video' 'a.mp4'; keep one"),
     ({"video": "gone.mp4"}, "gone.mp4; check the dataset's root"),
     (
