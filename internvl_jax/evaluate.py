@@ -47,7 +47,9 @@ def main(argv: Sequence[str]) -> None:
     max_new_tokens=_MAX_NEW_TOKENS.value,
     limit=_LIMIT.value,
   )
-  evaluation = make_evaluation(config, opened.data, opened.source, opened.tokenizer, opened.how)
+  evaluation = make_evaluation(
+    config, opened.data, opened.source, opened.tokenizer, opened.how, stop_ids=opened.stop_ids
+  )
   assert evaluation is not None
   scores = evaluation.run(opened.params)
   evaluation.write(scores, output)
