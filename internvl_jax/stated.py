@@ -73,6 +73,8 @@ def read_stated(source: Source, tokenizer: PreTrainedTokenizerBase) -> Stated:
     preprocessor = read_preprocessor(folder, model.vision.image_size)
     settings, more = _hf_settings(folder, raw, preprocessor)
     notes += [*preprocessor.notes, *more]
+    if preprocessor.num_frames is not None:
+      settings |= dict.fromkeys(("min_num_frame", "max_num_frame"), preprocessor.num_frames)
   else:
     preprocessor = Preprocessor(normalize_type=read_statistics(folder))
     settings = {**_INTERNVL_DEFAULTS, **_recorded(folder, raw)}
