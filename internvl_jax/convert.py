@@ -77,6 +77,14 @@ def convert(src: str, dst: Path, layout: Layout, *, lora: str, dtype: Any = None
     logging.info(
       "Writing %s: the source has %s", np.dtype(dtype), ", ".join(sorted(source.checkpoint.dtypes))
     )
+  settings = recorded_settings(stated.data, stated.template)
+  if layout is layouts.INTERNVL and settings["system_message"] is None:
+    settings.pop("system_message")
+    logging.warning(
+      "Without a system message %s has no system turn; the internvl layout has no form for that, so the one of "
+      "template %r will be written",
+      *(source.folder, stated.template.name),
+    )
   base, params = _weights(source, lora, dtype)
   if lora == "peft":
     _save_adapters(dst / "adapter", source, layout, base=str(dst.absolute()))
@@ -88,7 +96,7 @@ def convert(src: str, dst: Path, layout: Layout, *, lora: str, dtype: Any = None
     dtype=dtype,
     tokenizer=tokenizer,
     normalize_type=stated.data.normalize_type,
-    settings=recorded_settings(stated.data, stated.template),
+    settings=settings,
   )
   logging.info("Wrote %s in the layout %s", dst, layout.name)
 

@@ -42,15 +42,15 @@ class Stated:
   def log(self) -> None:
     """Tells what was chosen, and warns of what is not followed."""
     data, system = self.data, self.template.system_message
-    tiles = (
-      f"{data.min_dynamic_patch} to {data.max_dynamic_patch} tiles" if data.dynamic_image_size else "one tile"
-    )
-    thumbnail = " and a thumbnail" if data.dynamic_image_size and data.use_thumbnail else ""
+    tiles = "one tile"
+    if data.dynamic_image_size and data.max_dynamic_patch > 1:
+      thumbnail = " and a thumbnail" if data.use_thumbnail else ""
+      tiles = f"{data.min_dynamic_patch} to {data.max_dynamic_patch} tiles{thumbnail}"
     logging.info(
-      "Template %r, by %s; %s; images of %s%s, pixels of %r",
+      "Template %r, by %s; %s; images of %s, pixels of %r",
       *(self.template.name, self.why),
       "no system message" if system is None else f"system message {_cut(system, 40)!r}",
-      *(tiles, thumbnail, data.normalize_type),
+      *(tiles, data.normalize_type),
     )
     for note in self.notes:
       logging.warning("%s", note)
@@ -137,8 +137,8 @@ def recorded_settings(data: DataTrainingArguments, template: Template | None = N
     template: with another system message than that of `conv_style`.
   """
   system = (template or get_template(data.conv_style)).system_message
-  told = {} if system is None else {"system_message": system}
-  return {"template": data.conv_style, **told, **{name: getattr(data, name) for name in RECORDED}}
+  settings = {name: getattr(data, name) for name in RECORDED}
+  return {"template": data.conv_style, "system_message": system, **settings}
 
 
 # --- Tiles --------------------------------------------------------------------------------------------------
@@ -239,8 +239,9 @@ def choose_template(source: Source, tokenizer: PreTrainedTokenizerBase) -> tuple
   else:
     template, why = _by_family(source, tokenizer)
   system = raw.get("system_message")
-  if system is not None:
-    if not isinstance(system, str):
+  # null is no system turn; the reference's code would write it out, so there it is as if it were not said.
+  if system is not None or ("system_message" in raw and source.layout is layouts.HF):
+    if not isinstance(system, str | None):
       raise UserError(f"{folder}/config.json: system_message={str(system)[:80]} must be a text")
     template = dataclasses.replace(template, system_message=system)
   if found is not None and rendered is not None and (difference := _difference(rendered, template)):

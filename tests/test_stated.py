@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,7 +47,8 @@ def hf_folder(folder, case="qwen2", tokens=(), chat=None, **files):
   folder.mkdir()
   families.write_config(folder, families.config_of(case) | files.pop("config", {}))
   tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(families.TOKENIZER)
-  tokenizer.add_tokens([tokenizers.AddedToken(token, special=True) for token in tokens], special_tokens=True)
+  added: Any = [tokenizers.AddedToken(token, special=True) for token in tokens]
+  tokenizer.add_tokens(added, special_tokens=True)
   tokenizer.save_pretrained(folder)
   for name, content in files.items():
     (folder / f"{name}.json").write_text(json.dumps(content))
@@ -92,9 +94,8 @@ def prefixing():
   )
   hf = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
   names = ("<img>", "</img>", "<IMG_CONTEXT>", "<ref>", "</ref>", "<box>", "</box>", "<think>", "<|im_end|>")
-  hf.add_tokens(
-    [tokenizers.AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True
-  )
+  added: Any = [tokenizers.AddedToken(name, special=True, normalized=False) for name in names]
+  hf.add_tokens(added, special_tokens=True)
   return ChatTokenizer(hf, "internvl2_5")
 
 
@@ -136,8 +137,9 @@ def test_an_answer_that_the_tokenizer_normalises_can_be_right():
 
 
 def test_answers_that_end_otherwise_are_told():
+  nothing: Any = None
   decoder = GreedyDecoder(
-    model=None, how=None, normalize_type="imagenet", image_token_id=5, stop_ids=(2, 0), max_new_tokens=4, batch_size=1
+    model=nothing, how=nothing, normalize_type="imagenet", image_token_id=5, stop_ids=(2, 0), max_new_tokens=4, batch_size=1
   )  # fmt: skip
   rows = [decoder.cut(np.array(row)) for row in ([2, 2, 2, 2], [7, 0, 2, 2], [7, 7, 7, 7], [7, 7, 7, 2])]
   assert [len(row) for row in rows] == [0, 1, 4, 3]
@@ -237,7 +239,10 @@ def test_the_system_message_of_a_chat_template(tmp_path, chat, system):
   ]
   text = files.apply_chat_template(messages, chat_template=chat, tokenize=False)
   assert ours.decode(ours.encode(turns, [], Where("a", "b", 1)).input_ids, special=True) == text
-  # What the run recorded comes first, and the difference is said.
+  recorded = recorded_settings(stated.data, stated.template)
+  (folder / "config.json").write_text(json.dumps(families.config_of("qwen2") | recorded))
+  assert stated_by(folder).template == stated.template
+  # What is recorded comes first, and the difference is said.
   (folder / "config.json").write_text(
     json.dumps(families.config_of("qwen2") | {"template": "internvl2_5", "system_message": "Be brief."})
   )
