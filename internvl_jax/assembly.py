@@ -163,7 +163,12 @@ def tell_differences(config: TrainConfig, source: Source, tokenizer: PreTrainedT
     logging.warning("What the checkpoint says of how it is asked is not read: %s", error)
     return
   if found and distributed.is_first():
-    logging.warning("The run differs from what the checkpoint (%s) says: %s", source.folder, "; ".join(found))
+    # Recipes change the numbers of tiles on purpose.
+    usual = all("_dynamic_patch=" in line for line in found)
+    level = logging.INFO if usual else logging.WARNING
+    logging.log(
+      level, "The run differs from what the checkpoint (%s) says: %s", source.folder, "; ".join(found)
+    )
 
 
 def open_mesh(config: TrainConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
