@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -11,15 +12,17 @@ import transformers
 
 import families
 from internvl_jax import assembly
+from internvl_jax.arguments import EvalConfig
 from internvl_jax.config import TrainConfig
 from internvl_jax.data.errors import Where
 from internvl_jax.data.templates import get_template
 from internvl_jax.data.tokenize import ChatTokenizer
 from internvl_jax.errors import UserError
 from internvl_jax.eval.decoding import GreedyDecoder, Prompt
-from internvl_jax.eval.scoring import Question, score
+from internvl_jax.eval.scoring import Question, make_evaluation, score
 from internvl_jax.hf.model import open_source
 from internvl_jax.hf.tokenizer import load_tokenizer
+from internvl_jax.inference import open_for_inference
 from internvl_jax.stated import differences, read_stated, recorded_settings
 from toy import CURVE
 
@@ -148,6 +151,37 @@ def test_answers_that_end_otherwise_are_told():
     "1 of 4 answers were cut at max_new_tokens=4; raise it to read on",
   ]
   assert decoder.unusual_ends(rows[1:2]) == []
+
+
+def test_a_grounding_answer_that_is_right_scores_1(tmp_path):
+  """All of an evaluation but the model: lines in, ids of an answer, scores and predictions out."""
+  folder = tmp_path / "m"
+  shutil.copytree(CURVE / "init", folder)
+  (folder / "generation_config.json").write_text('{"eos_token_id": [2, 0], "max_new_tokens": 7}')
+  opened = open_for_inference(folder, bf16=False)
+  assert opened.stop_ids == (2, 0) and opened.max_new_tokens == 7
+  answers = [ANSWERS[0], "<ref>red</ref><box>[[1, 2, 3, 5]]</box>"]
+  lines = [
+    {"conversations": [{"from": "human", "value": "which?"}, {"from": "gpt", "value": answer}]}
+    for answer in answers
+  ]
+  (tmp_path / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  config = EvalConfig(annotation=str(tmp_path / "d.jsonl"), max_new_tokens=64)
+  evaluation = make_evaluation(
+    config, opened.data, opened.source, opened.tokenizer, opened.how, stop_ids=opened.stop_ids
+  )
+  assert evaluation is not None and evaluation.decoder.stop_ids == (2, 0)
+  said = load_tokenizer(folder)(ANSWERS[0]).input_ids
+
+  class Parrot(GreedyDecoder):
+    def __call__(self, params, prompts):
+      del params
+      return [self.cut(np.array([*said, 0, 7])) for _ in prompts]
+
+  parrot = Parrot(**{field.name: getattr(evaluation.decoder, field.name) for field in fields(GreedyDecoder)})
+  scores = replace(evaluation, decoder=parrot).run({})
+  assert scores.accuracy == 0.5
+  assert [line["prediction"] for line in scores.predictions] == [ANSWERS[0]] * 2
 
 
 # --- Ends ---------------------------------------------------------------------------------------------------
