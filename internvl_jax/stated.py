@@ -333,7 +333,8 @@ def _written(template: Template, turns: _Turns) -> str:
   """The prompt that a template of ours makes, up to where the answer begins."""
   if turns[0][0] != "system" and template.system_message is not None:
     turns = [("system", template.system_message), *turns]
-  text = "".join(template.openings[role] + value + template.closings[role] for role, value in turns)
+  values = ((role, value.strip() if template.strips else value) for role, value in turns)
+  text = "".join(template.openings[role] + value + template.closings[role] for role, value in values)
   return (text + template.openings["gpt"].removesuffix(template.answer_opening)).rstrip(" ")
 
 
