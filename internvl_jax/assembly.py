@@ -15,6 +15,7 @@ from internvl_jax import compiler, optim
 from internvl_jax.arguments import LoRAConfig, ModelArguments, PreferenceConfig
 from internvl_jax.config import TrainConfig, get
 from internvl_jax.errors import UserError
+from internvl_jax.hf import config as layouts
 from internvl_jax.hf import published, vocabulary
 from internvl_jax.hf.model import (
   EMBEDDINGS,
@@ -39,11 +40,12 @@ from internvl_jax.objectives import (
   ReferencePolicy,
   SupervisedFineTuning,
 )
+from internvl_jax.parallel import distributed, rules, zero
 from internvl_jax.parallel import mesh as meshes
-from internvl_jax.parallel import rules, zero
 from internvl_jax.parallel.table import placement_table, placement_warnings
 from internvl_jax.state import TrainState, with_dtypes
 from internvl_jax.state import describe as describe_parts
+from internvl_jax.stated import differences, read_stated
 from internvl_jax.step import TrainStep
 from internvl_jax.trees import part_of, select
 
@@ -74,6 +76,7 @@ def open_model(config: TrainConfig, *, with_weights: bool = True) -> tuple[Sourc
     return open_parts(**parts, changes=changes, with_weights=read), tokenizer
   source = open_source(model.model_name_or_path, changes, with_weights=read)
   check_template(config, source)
+  tell_differences(config, source, tokenizer)
   return (with_projector(source, model.mlp_path) if model.mlp_path else source), tokenizer
 
 
@@ -153,6 +156,32 @@ def check_template(config: TrainConfig, source: Source) -> None:
     f"data.conv_style={asked!r}, but the checkpoint was trained with template {found!r} "
     f"({source.folder}/config.json): set it to that, or runtime.allow_other_template=True to teach the model another"
   )
+
+
+def tell_differences(config: TrainConfig, source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
+  """Says which settings of the run, which count, are not what the checkpoint says of itself."""
+  try:
+    stated = read_stated(source, tokenizer)
+    found = differences(stated, config.data)
+    theirs = layouts.model_config(source.raw)
+    found += [
+      f"{flag}={ours!r} ({theirs!r})"
+      for flag, ours, theirs in (
+        ("model.ps_version", source.config.ps_version, theirs.ps_version),
+        ("model.vision_select_layer", source.config.select_layer, theirs.select_layer),
+      )
+      if ours != theirs
+    ]
+  except UserError as error:
+    logging.warning("What the checkpoint says of how it is asked is not read: %s", error)
+    return
+  if found and distributed.is_first():
+    # Recipes change the numbers of tiles on purpose.
+    usual = all("_dynamic_patch=" in line for line in found)
+    level = logging.INFO if usual else logging.WARNING
+    logging.log(
+      level, "The run differs from what the checkpoint (%s) says: %s", source.folder, "; ".join(found)
+    )
 
 
 def open_mesh(config: TrainConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:

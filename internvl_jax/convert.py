@@ -26,10 +26,10 @@ from internvl_jax.hf import export, peft
 from internvl_jax.hf.config import Layout
 from internvl_jax.hf.model import Source, open_source
 from internvl_jax.hf.vocabulary import open_tokenizer
-from internvl_jax.inference import data_settings, recorded_settings
 from internvl_jax.models.lora import adapter_paths
 from internvl_jax.parallel import rules
 from internvl_jax.parallel.mesh import make_mesh
+from internvl_jax.stated import read_stated, recorded_settings
 
 _SRC = flags.DEFINE_string("src", None, "Checkpoint folder or hub id.", required=True)
 _DST = flags.DEFINE_string("dst", None, "Folder to write; it must be new or empty.", required=True)
@@ -67,14 +67,23 @@ def convert(src: str, dst: Path, layout: Layout, *, lora: str, dtype: Any = None
   if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
     raise UserError(f"--dst={dst} is there and not empty; name a new folder")
   source = open_source(src)
-  settings = data_settings(source)
   assert source.checkpoint is not None
   tokenizer = open_tokenizer(src)
+  stated = read_stated(source, tokenizer)
+  stated.log()
   if dtype is None:
     # Packed experts (U8) unpack to numbers that bfloat16 holds exactly.
     dtype = jnp.bfloat16 if source.checkpoint.dtypes <= {"BF16", "U8"} else jnp.float32
     logging.info(
       "Writing %s: the source has %s", np.dtype(dtype), ", ".join(sorted(source.checkpoint.dtypes))
+    )
+  settings = recorded_settings(stated.data, stated.template)
+  if layout is layouts.INTERNVL and settings["system_message"] is None:
+    settings.pop("system_message")
+    logging.warning(
+      "Without a system message %s has no system turn; the internvl layout has no form for that, so the one of "
+      "template %r will be written",
+      *(source.folder, stated.template.name),
     )
   base, params = _weights(source, lora, dtype)
   if lora == "peft":
@@ -86,8 +95,8 @@ def convert(src: str, dst: Path, layout: Layout, *, lora: str, dtype: Any = None
     layout=layout,
     dtype=dtype,
     tokenizer=tokenizer,
-    normalize_type=settings.normalize_type,
-    settings=recorded_settings(settings),
+    normalize_type=stated.data.normalize_type,
+    settings=settings,
   )
   logging.info("Wrote %s in the layout %s", dst, layout.name)
 

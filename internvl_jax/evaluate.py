@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags
+from absl import flags, logging
 
 from internvl_jax import frontdoor
 from internvl_jax.arguments import EvalConfig
@@ -47,7 +47,14 @@ def main(argv: Sequence[str]) -> None:
     max_new_tokens=_MAX_NEW_TOKENS.value,
     limit=_LIMIT.value,
   )
-  evaluation = make_evaluation(config, opened.data, opened.source, opened.tokenizer, opened.how)
+  if (opened.max_new_tokens or 0) > _MAX_NEW_TOKENS.value:
+    logging.warning(
+      "generation_config.json says max_new_tokens=%d; --max_new_tokens=%d is followed",
+      *(opened.max_new_tokens, _MAX_NEW_TOKENS.value),
+    )
+  evaluation = make_evaluation(
+    config, opened.data, opened.source, opened.tokenizer, opened.how, stop_ids=opened.stop_ids
+  )
   assert evaluation is not None
   scores = evaluation.run(opened.params)
   evaluation.write(scores, output)

@@ -5,8 +5,9 @@ python -m internvl_jax.generate --model DIR --image cat.jpg --question "What is 
 
 from collections.abc import Sequence
 
-from absl import flags
+from absl import flags, logging
 
+from internvl_jax import frontdoor
 from internvl_jax.data.errors import Where
 from internvl_jax.data.files import absolute
 from internvl_jax.data.fitting import Limits
@@ -14,7 +15,6 @@ from internvl_jax.data.meta import DatasetSpec
 from internvl_jax.data.sample import SampleMaker
 from internvl_jax.eval.decoding import GreedyDecoder, Prompt
 from internvl_jax.eval.scoring import prompt_ids
-from internvl_jax.frontdoor import run_app
 from internvl_jax.inference import open_for_inference
 
 _MODEL = flags.DEFINE_string("model", None, "Checkpoint folder.", required=True)
@@ -22,17 +22,27 @@ _QUESTION = flags.DEFINE_string("question", None, "What to ask.", required=True)
 _IMAGE = flags.DEFINE_string(
   "image", None, "The image asked about, a path or a URL; none for a question without one."
 )
-_SYSTEM = flags.DEFINE_string("system", None, "System message; the template's if unset.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Longest answer in tokens.", lower_bound=1)
+_SYSTEM = flags.DEFINE_string("system", None, "System message; the checkpoint's if unset.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+  "max_new_tokens",
+  None,
+  "Longest answer in tokens; if unset, generation_config.json's, at most 2048, or 128 where it says nothing.",
+  lower_bound=1,
+)
 _BF16 = flags.DEFINE_bool("bf16", False, "Compute in bfloat16.")
 _DEVICES = flags.DEFINE_integer(
   "devices", 1, "Devices that share the weights, heads and the key-value cache.", lower_bound=1
 )
 
 
+# Room for keys and values is made for the longest answer.
+_LONGEST, _USUAL_LONGEST = 2048, 128
+
+
 def main(argv: Sequence[str]) -> None:
   """Prints the answer."""
   del argv
+  frontdoor.set_up_logging()
   opened = open_for_inference(_MODEL.value, bf16=_BF16.value, devices=_DEVICES.value)
   turns = [{"from": "human", "value": _QUESTION.value}, {"from": "gpt", "value": "?"}]
   if _SYSTEM.value is not None:
@@ -52,13 +62,15 @@ def main(argv: Sequence[str]) -> None:
     how=opened.how,
     normalize_type=opened.data.normalize_type,
     image_token_id=opened.tokenizer.image_token_id,
-    stop_ids=(opened.tokenizer.stop_token_id,),
-    max_new_tokens=_MAX_NEW_TOKENS.value,
+    stop_ids=opened.stop_ids,
+    max_new_tokens=_MAX_NEW_TOKENS.value or min(opened.max_new_tokens or _USUAL_LONGEST, _LONGEST),
     batch_size=1,
   )
-  answer = decoder(opened.params, [Prompt(prompt_ids(sample), sample.tiles)])[0]
-  print(opened.tokenizer.decode_answer(answer).strip())
+  answers = decoder(opened.params, [Prompt(prompt_ids(sample), sample.tiles)])
+  for line in decoder.unusual_ends(answers):
+    logging.warning("%s", line)
+  print(opened.tokenizer.decode_answer(answers[0]).strip())
 
 
 if __name__ == "__main__":
-  run_app(main)
+  frontdoor.run_app(main)

@@ -6,34 +6,45 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from absl import logging
 
 from internvl_jax.arguments import DataTrainingArguments, MeshConfig
-from internvl_jax.batch import PIXEL_STATISTICS
 from internvl_jax.data.tokenize import ChatTokenizer
 from internvl_jax.errors import UserError
-from internvl_jax.hf import config as layouts
 from internvl_jax.hf.model import Source, open_source
 from internvl_jax.hf.vocabulary import open_tokenizer
 from internvl_jax.models.choice import choose_kernels
 from internvl_jax.models.internvl import Execution
 from internvl_jax.parallel import rules
 from internvl_jax.parallel.mesh import make_mesh
+from internvl_jax.stated import read_stated
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inference:
-  """A checkpoint with its weights on the device, and the settings it was trained with."""
+  """A checkpoint with its weights on the device, and how it says that it is asked.
+
+  Attributes:
+    source: the checkpoint.
+    params: its weights.
+    tokenizer: of questions and answers, with its template and system message.
+    data: how images are cut and normalised.
+    how: how the forward pass is computed.
+    stop_ids: ids that end an answer.
+    max_new_tokens: longest answer that the checkpoint says; None if it says nothing.
+  """
 
   source: Source
   params: dict[str, jax.Array]
   tokenizer: ChatTokenizer
   data: DataTrainingArguments
   how: Execution
+  stop_ids: tuple[int, ...]
+  max_new_tokens: int | None
 
 
 def open_for_inference(folder: str | Path, *, bf16: bool, devices: int = 1) -> Inference:
-  """Opens a checkpoint (see `open_source`); its config.json and preprocessor_config.json say how images are cut.
+  """Opens a checkpoint (see `open_source`) to be asked as its own files say (see `read_stated`).
 
   Args:
     folder: the checkpoint.
@@ -44,17 +55,31 @@ def open_for_inference(folder: str | Path, *, bf16: bool, devices: int = 1) -> I
     UserError: it cannot be run.
   """
   source = open_source(folder)
-  data = data_settings(source)
   # Before the weights are read, which takes long.
-  rows = source.config.text.vocab_size
-  tokenizer = ChatTokenizer(open_tokenizer(folder), data.conv_style, rows=rows)
+  files = open_tokenizer(folder)
+  stated = read_stated(source, files)
+  stated.log()
+  tokenizer = ChatTokenizer(files, stated.template, rows=source.config.text.vocab_size)
+  stop_ids = tuple(dict.fromkeys((tokenizer.stop_token_id, *stated.generation.stop_ids)))
+  ends = (repr(tokenizer.decode([i], special=True)) for i in stop_ids)
+  logging.info("An answer ends at %s", ", ".join(ends))
+  for note in stated.generation.notes:
+    logging.warning("%s", note)
   dtype = jnp.bfloat16 if bf16 else jnp.float32
   if not bf16:
     jax.config.update("jax_default_matmul_precision", "highest")
   shapes = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in source.model.shapes.items()}
   params = source.load(shapes, _places(source, shapes, devices))
   how = Execution(dtype=dtype, kernels=choose_kernels(source.config))
-  return Inference(source, params, tokenizer, data, how)
+  return Inference(
+    source=source,
+    params=params,
+    tokenizer=tokenizer,
+    data=stated.data,
+    how=how,
+    stop_ids=stop_ids,
+    max_new_tokens=stated.generation.max_new_tokens,
+  )
 
 
 def _places(source: Source, shapes: dict[str, jax.ShapeDtypeStruct], devices: int) -> dict[str, Any]:
@@ -65,47 +90,3 @@ def _places(source: Source, shapes: dict[str, jax.ShapeDtypeStruct], devices: in
     return dict.fromkeys(shapes, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
   mesh = make_mesh(MeshConfig(data=1, tensor=devices), jax.devices()[:devices])
   return dict(rules.weight_shardings(source.model.axes, shapes, mesh))
-
-
-_RECORDED = ("dynamic_image_size", "use_thumbnail", "min_dynamic_patch", "max_dynamic_patch", "pad2square")
-_HF_SETTINGS = {"template": "internvl2_5", "dynamic_image_size": True, "use_thumbnail": True}
-
-
-def recorded_settings(data: DataTrainingArguments) -> dict[str, Any]:
-  """What a checkpoint's config.json records of the data settings, for `data_settings` to read."""
-  recorded = {name: getattr(data, name) for name in _RECORDED}
-  return {"template": data.conv_style, **recorded}
-
-
-def data_settings(source: Source) -> DataTrainingArguments:
-  """The data settings that a checkpoint's files record."""
-  # A foreign checkpoint of the hf layout records nothing; all published ones have these settings.
-  raw = {**(_HF_SETTINGS if source.layout is layouts.HF else {}), **source.raw}
-  recorded = {name: raw[name] for name in _RECORDED if name in raw}
-  if "template" not in raw:
-    raise UserError(
-      f"{source.folder}/config.json: 'template' is missing; set it to the name of the chat template"
-    )
-  return DataTrainingArguments(
-    force_image_size=source.config.vision.image_size,
-    down_sample_ratio=source.config.downsample_ratio,
-    conv_style=raw["template"],
-    normalize_type=_normalize_type(source.folder),
-    **recorded,
-  )
-
-
-def _normalize_type(folder: Path) -> Any:
-  """The name of the pixel statistics in preprocessor_config.json; the usual ones if there is no such file."""
-  path = folder / "preprocessor_config.json"
-  if not path.is_file():
-    return "imagenet"
-  found = layouts.read_json(path)
-  statistics = (tuple(found.get("image_mean", ())), tuple(found.get("image_std", ())))
-  for name, known in PIXEL_STATISTICS.items():
-    # Files of CLIP's own have one digit more than the reference's constants.
-    if np.shape(statistics[0]) == np.shape(statistics[1]) == (3,) and np.allclose(
-      statistics, known, rtol=0, atol=1e-5
-    ):
-      return name
-  raise UserError(f"{path}: image_mean and image_std {statistics} are none of {', '.join(PIXEL_STATISTICS)}")

@@ -42,7 +42,6 @@ from internvl_jax.eval.scoring import Evaluation, make_evaluation
 from internvl_jax.hf import config as layouts
 from internvl_jax.hf import export, peft
 from internvl_jax.hf.model import Source, base_name
-from internvl_jax.inference import recorded_settings
 from internvl_jax.metrics import Gauges, RunLog, Trace
 from internvl_jax.models.lora import adapter_paths
 from internvl_jax.objectives import PreferenceOptimization, SupervisedFineTuning
@@ -51,6 +50,7 @@ from internvl_jax.parallel import distributed
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.preference import PreferenceRun
 from internvl_jax.state import TrainState
+from internvl_jax.stated import recorded_settings
 from internvl_jax.trainer import CompiledSteps, Trainer
 from internvl_jax.trees import part_of
 from internvl_jax.watchdog import Watchdog

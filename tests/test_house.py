@@ -25,6 +25,7 @@ LAYERS = (
   ("state", "checkpoint", "metrics", "optim", "objectives"),
   ("mfu",),
   ("eval", "inference", "adapters"),
+  ("stated",),
   ("hf",),
   ("models", "losses", "data"),
   ("parallel",),

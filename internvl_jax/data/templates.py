@@ -11,7 +11,7 @@ class Template:
 
   Attributes:
     name: the value of `conv_style`.
-    system_message: what the system says where the data has no system turn.
+    system_message: what the system says where the data has no system turn; None: it then has no turn.
     openings: text before a turn's value, by the data's role names. A space at the end belongs to the value:
       tokenizers write it as part of the first word, so it is supervised with an answer.
     answer_opening: the end of a gpt turn's opening that the model writes itself: supervised with an answer, and
@@ -26,7 +26,7 @@ class Template:
   """
 
   name: str
-  system_message: str
+  system_message: str | None
   openings: dict[str, str]
   answer_opening: str = ""
   closings: dict[str, str]
@@ -122,6 +122,10 @@ _TEMPLATES: dict[str, Template] = {
     ),
   )
 }
+
+
+NAMES: tuple[str, ...] = tuple(_TEMPLATES)
+"""The values that `conv_style` may have."""
 
 
 def get_template(name: str) -> Template:

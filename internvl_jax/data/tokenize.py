@@ -65,6 +65,7 @@ class ChatTokenizer:
     template: how turns are written.
     image_token_id: id of `<IMG_CONTEXT>`, at whose places the features of the image go.
     stop_token_id: id that ends an answer.
+    pad_token_id: id that the tokenizer fills with; None if it has none.
   """
 
   def __init__(self, tokenizer: Any, template: Template | str, *, rows: int | None = None):
@@ -104,6 +105,13 @@ class ChatTokenizer:
         "data.conv_style"
       )
     self.stop_token_id: int = stop[0]
+    self.pad_token_id: int | None = getattr(tokenizer, "pad_token_id", None)
+    # SentencePiece's vocabularies put a space before each text, also before one that follows a special token; their
+    # decoders take off the first one only.
+    probe = IMAGE_START + "a" + IMAGE_END + "a"
+    self._pads_texts = (
+      self.decode(self._backend.encode(probe, add_special_tokens=False).ids, special=True) != probe
+    )
 
   def lay_out(self, conversations: Sequence[Mapping[str, str]], num_images: int, where: Where) -> Chat:
     r"""Tokenises a conversation, with one token for each image.
@@ -166,11 +174,26 @@ class ChatTokenizer:
     return self._backend.decode([int(i) for i in ids], skip_special_tokens=not special)
 
   def decode_answer(self, ids: Sequence[int] | np.ndarray) -> str:
-    """Returns the text of an answer that was generated, without what the template puts before it."""
+    """Returns the text of an answer that was generated, as data would write it.
+
+    Special tokens (`<ref>`, `<box>`, `<think>`, ...) are a part of it. What the template puts before an answer is left
+    out, and padding at its ends.
+
+    Args:
+      ids: the answer's, without the token that ended it.
+    """
     opening = self._backend.encode(self.template.answer_opening, add_special_tokens=False).ids
     ids = [int(i) for i in ids]
     ends = [i for i in range(len(opening), len(ids) + 1) if ids[i - len(opening) : i] == opening]
-    return self.decode(ids[ends[-1] :] if opening and ends else ids)
+    ids = ids[ends[-1] :] if opening and ends else ids
+    while ids and ids[-1] == self.pad_token_id:
+      ids.pop()
+    while ids and ids[0] == self.pad_token_id:
+      ids.pop(0)
+    if not self._pads_texts:
+      return self.decode(ids, special=True)
+    runs = itertools.groupby(ids, key=self._backend.get_added_tokens_decoder().__contains__)
+    return "".join(self.decode(list(run), special=True) for _, run in runs)
 
   def _leading_ids(self, tokenizer: Any) -> list[int]:
     """Returns the bos token where conversations begin with one."""
@@ -195,10 +218,11 @@ class ChatTokenizer:
             f"turns {number} and {number + 1} are both from {role!r}, but in template {template.name!r} human and "
             "gpt take turns; join the two or drop one"
           )
-    if turns[0][0] != "system":
+    if turns[0][0] != "system" and template.system_message is not None:
       turns = [("system", template.system_message), *turns]
-    if template.alternates and turns[1:] and turns[1][0] == "gpt":
-      del turns[1]
+    first = int(turns[0][0] == "system")
+    if template.alternates and turns[first:] and turns[first][0] == "gpt":
+      del turns[first]
     return [(role, value.strip() if template.strips else value) for role, value in turns]
 
   def _tokenize(self, turns: Sequence[tuple[str, str]], *, last: bool) -> tuple[np.ndarray, np.ndarray]:

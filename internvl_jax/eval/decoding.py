@@ -39,7 +39,7 @@ class GreedyDecoder:
     how: how the forward pass is computed.
     normalize_type: statistics of the pixels.
     image_token_id: id of <IMG_CONTEXT>.
-    stop_ids: ids that end an answer.
+    stop_ids: ids that end an answer, each by itself.
     max_new_tokens: N.
     batch_size: B; a smaller last batch is filled up.
   """
@@ -62,12 +62,26 @@ class GreedyDecoder:
       group = prompts[start : start + self.batch_size]
       with rules.scope(mesh):
         tokens = fetch(self._generate(params, *self._pad(group)))
-      answers += [self._cut(row) for row in tokens[: len(group)]]
+      answers += [self.cut(row) for row in tokens[: len(group)]]
     return answers
 
-  def _cut(self, row: np.ndarray) -> np.ndarray:
+  def cut(self, row: np.ndarray) -> np.ndarray:
+    """The token ids up to the first one that ends an answer."""
     ends = np.flatnonzero(np.isin(row, self.stop_ids))
     return row[: ends[0]] if len(ends) else row
+
+  def unusual_ends(self, answers: Sequence[np.ndarray]) -> list[str]:
+    """What there is to say of answers that say nothing, or that were stopped by their length; a line each."""
+    empty = sum(not len(answer) for answer in answers)
+    long = sum(len(answer) == self.max_new_tokens for answer in answers)
+    lines = []
+    if empty:
+      lines.append(f"{empty} of {len(answers)} answers are empty: the model's first token ended them")
+    if long:
+      lines.append(
+        f"{long} of {len(answers)} answers were cut at max_new_tokens={self.max_new_tokens}; raise it to read on"
+      )
+    return lines
 
   def _pad(self, group: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """input_ids and segment_ids [B, S], tiles [T, H, W, 3] of all rows in order."""

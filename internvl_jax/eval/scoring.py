@@ -29,11 +29,20 @@ from internvl_jax.parallel.distributed import is_first
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-  """A prompt, the answer wanted, and what the line of the jsonl says about it."""
+  """A prompt, the answer wanted, and what the line of the jsonl says about it.
+
+  Attributes:
+    prompt: what the model reads.
+    answer: the answer as the line has it.
+    record: the line.
+    learned: the answer as it is read back from its tokens; tokenizers that normalise text do not give it back as it
+      was (Qwen's write letters and their accents as one).
+  """
 
   prompt: Prompt
   answer: str
   record: dict[str, Any]
+  learned: str | None = None
 
 
 _NO_PROMPT = Prompt(np.zeros(0, np.int32), np.zeros((0, 0, 0, 3), np.uint8))
@@ -54,7 +63,7 @@ class Scores:
 
 
 def score(questions: Sequence[Question], answers: Sequence[str], *, group_field: str | None) -> Scores:
-  """Compares answers with what was wanted, white space around them apart.
+  """Compares answers with what was wanted, special tokens included, white space around them apart.
 
   Args:
     questions: what was asked.
@@ -64,7 +73,8 @@ def score(questions: Sequence[Question], answers: Sequence[str], *, group_field:
   groups: dict[str, list[bool]] = collections.defaultdict(list)
   predictions, hits = [], []
   for question, answer in zip(questions, answers, strict=True):
-    hit = answer.strip() == question.answer.strip()
+    wanted = (question.answer, question.answer if question.learned is None else question.learned)
+    hit = answer.strip() in [text.strip() for text in wanted]
     hits.append(hit)
     if group_field is not None:
       groups[str(question.record.get(group_field, "(none)"))].append(hit)
@@ -99,10 +109,12 @@ class Evaluation:
     """Asks every question alone and scores the answers."""
     questions: list[Question] = []
     answers: list[str] = []
+    ids: list[np.ndarray] = []
     start = time.perf_counter()
     for group in self._groups():
       tokens = self.decoder(dict(params), [question.prompt for question in group])
       answers += [self.tokenizer.decode_answer(row) for row in tokens]
+      ids += tokens
       # Only what the report needs is kept: the tiles of a large set would not fit.
       questions += [dataclasses.replace(question, prompt=_NO_PROMPT) for question in group]
     scores = score(questions, answers, group_field=self.config.group_field)
@@ -111,6 +123,8 @@ class Evaluation:
       *(scores.num_questions, time.perf_counter() - start, scores.accuracy),
       "".join(f", {name} {group['accuracy']:.4f}" for name, group in scores.by_group.items()),
     )
+    for line in self.decoder.unusual_ends(ids):
+      logging.warning("%s", line)
     return scores
 
   def metrics(self, params: Mapping[str, jax.Array], step: int) -> dict[str, float]:
@@ -143,16 +157,17 @@ class Evaluation:
     starts = range(0, total, self.decoder.batch_size)
     for start in tqdm(starts, unit="batch", desc="scoring", leave=False, disable=not is_first()):
       lines = range(start, min(start + self.decoder.batch_size, total))
-      yield [_question(file, maker, line) for line in lines]
+      yield [self._question(file, maker, line) for line in lines]
 
-
-def _question(file: JsonlFile, maker: SampleMaker, line: int) -> Question:
-  record, where = file.read(line), file.where(line)
-  sample = maker.make(record, where)
-  last = record["conversations"][-1]
-  if last["from"] != "gpt":
-    raise where.error("the conversation does not end with an answer from 'gpt'; it cannot be scored")
-  return Question(Prompt(prompt_ids(sample), sample.tiles), last["value"], record)
+  def _question(self, file: JsonlFile, maker: SampleMaker, line: int) -> Question:
+    record, where = file.read(line), file.where(line)
+    sample = maker.make(record, where)
+    last = record["conversations"][-1]
+    if last["from"] != "gpt":
+      raise where.error("the conversation does not end with an answer from 'gpt'; it cannot be scored")
+    asked = prompt_ids(sample)
+    learned = self.tokenizer.decode_answer(self.decoder.cut(sample.input_ids[len(asked) :]))
+    return Question(Prompt(asked, sample.tiles), last["value"], record, learned)
 
 
 def prompt_ids(sample: Sample) -> np.ndarray:
@@ -164,7 +179,13 @@ def prompt_ids(sample: Sample) -> np.ndarray:
 
 
 def make_evaluation(
-  config: EvalConfig, data: DataTrainingArguments, source: Source, tokenizer: ChatTokenizer, how: Execution
+  config: EvalConfig,
+  data: DataTrainingArguments,
+  source: Source,
+  tokenizer: ChatTokenizer,
+  how: Execution,
+  *,
+  stop_ids: tuple[int, ...] = (),
 ) -> Evaluation | None:
   """The evaluation that a config asks for; None if it names no annotation.
 
@@ -174,6 +195,7 @@ def make_evaluation(
     source: the model's definition.
     tokenizer: of prompts and answers.
     how: how forward passes are computed.
+    stop_ids: ids that end an answer beside the template's; a run's model learns to end by that one.
   """
   if config.annotation is None:
     return None
@@ -182,7 +204,7 @@ def make_evaluation(
     how=how,
     normalize_type=data.normalize_type,
     image_token_id=tokenizer.image_token_id,
-    stop_ids=(tokenizer.stop_token_id,),
+    stop_ids=tuple(dict.fromkeys((tokenizer.stop_token_id, *stop_ids))),
     max_new_tokens=config.max_new_tokens,
     batch_size=config.batch_size,
   )
