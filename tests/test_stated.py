@@ -48,10 +48,12 @@ TEXTS = "{% for m in messages %}{{ '<|user|>' + m['content'] + '<|end|>' }}{% en
 def hf_folder(folder, case="qwen2", tokens=(), chat=None, **files):
   """A folder of the hf layout without weights; `files` are JSON files by their stems."""
   folder.mkdir()
-  families.write_config(folder, families.config_of(case) | files.pop("config", {}))
   tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(families.TOKENIZER)
   added: Any = [tokenizers.AddedToken(token, special=True) for token in tokens]
   tokenizer.add_tokens(added, special_tokens=True)
+  config = families.config_of(case)
+  text = config["text_config"] | {"vocab_size": len(tokenizer)}
+  families.write_config(folder, config | {"text_config": text} | files.pop("config", {}))
   tokenizer.save_pretrained(folder)
   for name, content in files.items():
     (folder / f"{name}.json").write_text(json.dumps(content))
