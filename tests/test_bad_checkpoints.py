@@ -73,7 +73,7 @@ def test_everything_that_does_not_fit_is_told_at_once(folder, monkeypatch):
 def test_a_truncated_file(folder, keep):
   path = folder / "model.safetensors"
   path.write_bytes(path.read_bytes()[:keep])
-  with pytest.raises(UserError, match=r"model\.safetensors: (damaged or truncated|cannot be read)") as error:
+  with pytest.raises(UserError, match=r"model\.safetensors: (damaged or truncated|cannot be read|empty)") as error:
     load(folder)
   assert len(str(error.value).splitlines()) == 1
 
@@ -171,7 +171,7 @@ def test_an_index_that_names_what_is_not_there(folder):
     load(folder)
   for text in ("", "{}", '{"weight_map": 3}'):
     index.write_text(text)
-    with pytest.raises(UserError, match="not an index of safetensors files"):
+    with pytest.raises(UserError, match="not an index of safetensors files|empty"):
       load(folder)
 
 

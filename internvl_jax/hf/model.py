@@ -1,6 +1,7 @@
 """A checkpoint looked at: a definition, and where every parameter comes from, before any number is read."""
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from flax import nnx
 
 from internvl_jax.errors import UserError
 from internvl_jax.hf import config as config_io
-from internvl_jax.hf import hub, peft, tables, weights
+from internvl_jax.hf import dtypes, hub, peft, tables, weights
 from internvl_jax.hf.config import Layout
 from internvl_jax.hf.tables import Row, Transform
 from internvl_jax.hf.weights import Checkpoint, LazyParameter, Rename
@@ -194,6 +195,11 @@ def _base_of(folder: Path) -> str:
     raise UserError(
       f"{folder / peft.CONFIG}: base_model_name_or_path={base!r} is no folder here; set it to where the base model is"
     )
+  if Path(base).is_dir() and peft.is_adapter(Path(base)):
+    raise UserError(
+      f"{folder / peft.CONFIG}: base_model_name_or_path={base!r} is an adapter itself; merge that one first (python -m "
+      "internvl_jax.convert --lora merge), and name the result"
+    )
   return base
 
 
@@ -212,13 +218,33 @@ def open_source(name: str | Path, changes: Changes = Changes(), *, with_weights:
   is_adapter = peft.is_adapter(given)
   folder = hub.resolve(_base_of(given), with_weights=with_weights) if is_adapter else given
   raw = config_io.read_config(folder)
-  layout, config = config_io.layout_of(raw), config_io.model_config(raw)
+  layout = config_io.layout_of(raw)
   checkpoint = weights.open_checkpoint(folder, Rename(layout.renames)) if with_weights else None
-  stored = _recorded_adapters(raw)
+  if checkpoint is not None:
+    _check_kind(checkpoint, raw)
+  config = config_io.model_config(raw)
+  stored = _recorded_adapters(raw, checkpoint)
   if given != folder and checkpoint is not None:
     table = layout.table(config_io.family_of(raw), config)
     stored |= peft.add_adapter(given, checkpoint, layout, table)
   return _describe(folder, raw, config, checkpoint, changes, stored, set())
+
+
+# What an InternVL3.5-Flash has beside the usual tensors.
+_FLASH = ("mlp2.", "gating.", "pooling_before_gating.")
+
+
+def _check_kind(checkpoint: Checkpoint, raw: Mapping[str, Any]) -> None:
+  """Refuses tensors that no table could name: of quantized weights, or of a model of another kind.
+
+  Raises:
+    UserError: it names one of them.
+  """
+  place = checkpoint.place
+  said = config_io.quantization(raw) if raw else None
+  dtypes.refuse_quantized(checkpoint.types, checkpoint.key, place, said)
+  if flash := [name for name in checkpoint.shapes if name.removeprefix("model.").startswith(_FLASH)]:
+    config_io.refuse_flash(f"{place}: holds the tensor {checkpoint.key(flash[0])}")
 
 
 def describe(raw: Mapping[str, Any], changes: Changes = Changes()) -> Source:
@@ -227,7 +253,9 @@ def describe(raw: Mapping[str, Any], changes: Changes = Changes()) -> Source:
   Raises:
     UserError: a model that this program cannot run.
   """
-  return _describe(Path(), raw, config_io.model_config(raw), None, changes, _recorded_adapters(raw), set())
+  return _describe(
+    Path(), raw, config_io.model_config(raw), None, changes, _recorded_adapters(raw, None), set()
+  )
 
 
 def open_parts(
@@ -262,11 +290,13 @@ def open_parts(
       raise UserError(f"{folder}: a whole InternVL checkpoint; name it as model.model_name_or_path")
   if (found := raw["vision_config"].get("model_type")) != "intern_vit_6b":
     raise UserError(f"{vision}/config.json: model_type is {found!r}, expected 'intern_vit_6b' (InternViT)")
-  config = config_io.model_config(raw)
   fresh, checkpoint = set(), None
   if with_weights:
     checkpoint = weights.open_checkpoint(vision, Rename(prefix="vision_model."))
     checkpoint.replace(weights.open_checkpoint(llm, Rename(prefix="language_model.")))
+    _check_kind(checkpoint, raw)
+  config = config_io.model_config(raw)
+  if checkpoint is not None:
     if mlp_path is None:
       fresh = {"mlp1"}
     else:
@@ -285,6 +315,7 @@ def add_projector(checkpoint: Checkpoint, layout: Layout, path: str) -> None:
   patterns = [(r"^(?!mlp1\.)", "mlp1.")]
   patterns += [(rf"^mlp1\.{old}\.", f"{new}.") for old, new in zip("013", names, strict=True)]
   projector = weights.open_checkpoint(path, Rename(tuple(patterns)))
+  _check_kind(projector, {})
   prefix = names[0].split(".", 1)[0] + "."
   checkpoint.drop([name for name in checkpoint.shapes if name.startswith(prefix)])
   checkpoint.replace(projector)
@@ -329,6 +360,9 @@ def _describe(
   _check_targets(model, {part: spec for part, spec in specs.items() if spec is not None})
   drawn = {path for path in model.shapes if part_of(path) in fresh}
   drawn |= {path for path in lora.adapter_paths(model.shapes) if part_of(path) not in stored}
+  if checkpoint is not None:
+    placed = select(model.shapes, lora.adapter_paths(model.shapes) - drawn)
+    _check_places(checkpoint, {path: leaf.shape for path, leaf in placed.items()}, table)
   return Source(
     folder=folder,
     raw=raw,
@@ -459,10 +493,35 @@ def _drop_buffers(checkpoint: Checkpoint) -> None:
 # --- Adapters -----------------------------------------------------------------------------------------------
 
 
-def _recorded_adapters(raw: Mapping[str, Any]) -> dict[str, LoRASpec]:
-  """The adapters that a reference's checkpoint holds, by part; their alpha is twice the rank."""
-  ranks = {"vision_model": raw.get("use_backbone_lora"), "language_model": raw.get("use_llm_lora")}
-  return {part: LoRASpec(rank=rank, alpha=2 * rank, dropout=0.05) for part, rank in ranks.items() if rank}
+def _recorded_adapters(raw: Mapping[str, Any], checkpoint: Checkpoint | None) -> dict[str, LoRASpec]:
+  """The adapters that a reference's checkpoint holds, by part; their alpha is twice the rank.
+
+  Raises:
+    UserError: config.json and the tensors do not say the same.
+  """
+  specs, layout = {}, config_io.layout_of(raw)
+  for part, flag in _RANK.items():
+    name = flag.removeprefix("model.")
+    rank = raw.get(name) or 0
+    if checkpoint is not None:
+      held = [key for key in checkpoint.shapes if key.startswith(layout.prefix[part]) and ".lora_A." in key]
+      ranks = sorted({checkpoint.shapes[key][0] for key in held if checkpoint.shapes[key]}) or [0]
+      if ranks != [rank]:
+        said = f"config.json says {name}={rank}" if name in raw else f"config.json has no {name}"
+        has = (
+          f"has adapters of rank {', '.join(map(str, ranks))} in {part}"
+          if held
+          else f"has no adapters in {part}"
+        )
+        raise UserError(
+          f"{checkpoint.place}: {said}, but the checkpoint {has}; set {name} in config.json to {ranks[-1]}"
+          + (
+            " (the adapters' alpha is then taken as twice that, as the reference trains them)" if held else ""
+          )
+        )
+    if rank:
+      specs[part] = LoRASpec(rank=rank, alpha=2 * rank, dropout=0.05)
+  return specs
 
 
 def _adapters(part: str, requested: LoRASpec | None, stored: LoRASpec | None) -> LoRASpec | None:
@@ -483,20 +542,69 @@ def _adapters(part: str, requested: LoRASpec | None, stored: LoRASpec | None) ->
   return dataclasses.replace(stored, dropout=requested.dropout)
 
 
+# Modules that take no adapter, by their names here and in checkpoints, and what to do instead.
+_NO_PLACE = (
+  (
+    r"(.*\.)?(mlp1|multi_modal_projector|linear_[12])(\..*)?",
+    "the projector takes no adapters: model.freeze_mlp=False trains it whole",
+  ),
+  (
+    r"(.*\b(vision|vit).*\.)?(self_attn|attn|attention)?\.?([qkv]_proj|query|key|value)",
+    "the ViT has q, k and v in one map: adapt attn.qkv",
+  ),
+  (r"(.*\.)?(lm_head|output)", "the head takes no adapters: model.unfreeze_lm_head=True trains it whole"),
+  (
+    r"(.*\.)?(embed_tokens|tok_embeddings|embeddings.*)",
+    "embeddings take no adapters: model.freeze_llm=False trains them, with the language model",
+  ),
+  (r"(.*\.)?(gate|router|experts.*)", "routers and experts take no adapters"),
+)
+
+
+def _way_out(module: str) -> str:
+  """What to do about a module that takes no adapter; empty where nothing is known."""
+  name = module.replace("\\", "")
+  return next((words for pattern, words in _NO_PLACE if re.fullmatch(pattern, name)), "")
+
+
+def _check_places(
+  checkpoint: Checkpoint, placed: Mapping[str, tuple[int, ...]], table: Sequence[Row]
+) -> None:
+  """Refuses a checkpoint with adapters of modules that take none here.
+
+  Args:
+    checkpoint: its tensors.
+    placed: shapes of the model's adapter parameters that the checkpoint is to fill.
+    table: its names.
+  """
+  known = {key for path, shape in placed.items() for key in weights.names_of(path, shape, table).keys.flat}
+  others = [name for name in checkpoint.shapes if peft.IN_TENSORS in name and name not in known]
+  if others:
+    module = others[0].partition(peft.IN_TENSORS)[0]
+    words = " (" + _way_out(module) + ")" if _way_out(module) else ""
+    raise UserError(
+      f"{checkpoint.where[others[0]]}: the adapter of {module} has no place{words}, nor have {len(others) - 1} more of its "
+      f"tensors. {peft.MERGE_FIRST}"
+    )
+
+
 def _check_targets(model: functional.ModelDef, specs: Mapping[str, LoRASpec]) -> None:
   """Refuses targets that name no linear map: a part without adapters would train whole, or not at all."""
   adapted = {(part_of(path), linear_map(path)) for path in lora.adapter_paths(model.shapes)}
   maps = {part: sorted({linear_map(path) for path in model.shapes if is_map(path, part)}) for part in specs}
   for part, spec in specs.items():
     if not any(found == part for found, _ in adapted):
+      ways = [f"; {way}" for way in dict.fromkeys(map(_way_out, spec.targets)) if way]
       raise UserError(
-        f"lora.targets={spec.targets} name no linear map of {part}; it has {', '.join(maps[part])}"
+        f"lora.targets={spec.targets} name no linear map of {part}; it has {', '.join(maps[part])}{''.join(ways)}; or set "
+        f"{_RANK[part]}=0"
       )
   for target in {target for spec in specs.values() for target in spec.targets}:
     alone = LoRASpec(rank=1, alpha=1.0, targets=(target,))
     if target not in lora.DEFAULT_TARGETS and not any(alone.adapts(path) for _, path in adapted):
       known = sorted({path for paths in maps.values() for path in paths})
-      raise UserError(f"lora.targets: {target!r} names no linear map; there are {', '.join(known)}")
+      way = f"; {_way_out(target)}" if _way_out(target) else ""
+      raise UserError(f"lora.targets: {target!r} names no linear map; there are {', '.join(known)}{way}")
 
 
 def linear_map(path: str) -> str:
