@@ -144,6 +144,9 @@ def model_config(config: Config) -> InternVLConfig:
   layout = layout_of(config)
   entries.check("config.json: ", config, entries.MODEL)
   entries.check("config.json: vision_config.", config["vision_config"], entries.VISION)
+  low, high = (config.get(f"{name}_dynamic_patch") for name in ("min", "max"))
+  if low and high and low > high:
+    raise UserError(f"config.json: min_dynamic_patch={low} is above max_dynamic_patch={high}")
   if flash := [name for name in config if name.startswith("flash_") and config[name]]:
     refuse_flash(f"config.json says {flash[0]}={shown(config[flash[0]])}")
   for path, method in _quantizations(config).items():

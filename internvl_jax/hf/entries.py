@@ -169,7 +169,7 @@ VISION: Table = {
 }
 
 MODEL: Table = {
-  "downsample_ratio": number(0, 1),
+  "downsample_ratio": number(0.01, 1),
   "select_layer": integer(-513, 512),
   "vision_feature_layer": integer(-513, 512),
   "force_image_size": _SIDE | NOTHING,
@@ -218,15 +218,20 @@ def _is_token(value: Any) -> bool:
   return all(kind.holds(value[name]) for name, kind in _ADDED.items() if name in value)
 
 
-def _has_ids(value: Any) -> bool:
-  """Whether a value is an object of tokens with their flags, by id."""
-  return isinstance(value, dict) and all(
-    _is_id(index) and isinstance(token, dict) and _is_token(token) for index, token in value.items()
-  )
+def check_added_tokens(place: str, tokens: Mapping[str, Any]) -> None:
+  """Sees that an `added_tokens_decoder` holds tokens with their flags, by id.
 
-
-def _is_id(text: str) -> bool:
-  return text.isascii() and text.isdecimal() and len(text) < 10
+  Raises:
+    UserError: the first that is none.
+  """
+  for index, token in tokens.items():
+    if not (index.isascii() and index.isdecimal() and len(index) < 10):
+      raise UserError(f"{place}added_tokens_decoder: {shown(index)} is no id; expected a number as text")
+    if not (isinstance(token, dict) and _is_token(token)):
+      raise UserError(
+        f"{place}added_tokens_decoder.{index}={shown(token)} is not supported; expected an object with a token's content "
+        "and flags"
+      )
 
 
 def _is_template(value: Any) -> bool:
@@ -251,7 +256,7 @@ TOKENIZER: Table = {
   **dict.fromkeys(_NAMED, TOKEN | NOTHING),
   "additional_special_tokens": TOKENS | NOTHING,
   "extra_special_tokens": TOKENS | NAMED_TOKENS | NOTHING,
-  "added_tokens_decoder": Kind("an object of tokens with their flags by id", _has_ids),
+  "added_tokens_decoder": OBJECT,
   "model_max_length": number(0, 1e300) | NOTHING,
   **dict.fromkeys(("add_bos_token", "add_eos_token", "add_prefix_space"), FLAG | NOTHING),
   **dict.fromkeys(("legacy", "clean_up_tokenization_spaces", "split_special_tokens"), FLAG | NOTHING),

@@ -378,7 +378,8 @@ def _changed(
   config: InternVLConfig, changes: Changes, specs: Mapping[str, LoRASpec | None], *, tied: bool
 ) -> InternVLConfig:
   image_size = changes.image_size or config.vision.image_size
-  _check_tile(image_size, config.vision.patch_size)
+  ratio = changes.downsample_ratio or config.downsample_ratio
+  _check_tile(image_size, config.vision.patch_size, ratio)
   vision = dataclasses.replace(
     config.vision,
     image_size=image_size,
@@ -396,7 +397,7 @@ def _changed(
     vision=vision,
     text=text,
     select_layer=select_layer,
-    downsample_ratio=changes.downsample_ratio or config.downsample_ratio,
+    downsample_ratio=ratio,
     ps_version=changes.ps_version or config.ps_version,
     quantize=changes.quantize,
   )
@@ -411,12 +412,18 @@ def _check_select_layer(config: InternVLConfig) -> None:
     )
 
 
-def _check_tile(image_size: int, patch_size: int) -> None:
-  # Pixel shuffle merges 2x2 patches, so a tile's side must hold an even number of them.
-  if image_size % (2 * patch_size):
+def _check_tile(image_size: int, patch_size: int, ratio: float) -> None:
+  # Pixel shuffle merges squares of patches, so a tile's side must hold a whole number of them.
+  merged = round(1 / ratio)
+  if abs(merged * ratio - 1) > 1e-6:
     raise UserError(
-      f"data.force_image_size={image_size} is not a multiple of twice the ViT's patch_size={patch_size}; "
-      f"use {max(1, round(image_size / (2 * patch_size))) * 2 * patch_size}"
+      f"data.down_sample_ratio={ratio:g} merges no whole number of patches; use 0.5, which all published models have"
+    )
+  step = merged * patch_size
+  if image_size % step:
+    raise UserError(
+      f"data.force_image_size={image_size} is not a multiple of {'twice' if merged == 2 else f'{merged} times'} the ViT's "
+      f"patch_size={patch_size}; use {max(1, round(image_size / step)) * step}"
     )
 
 

@@ -28,8 +28,11 @@ from internvl_jax.trees import LAYER_RANGE
 SHARD_BYTES = 5 * 2**30
 """Largest file of a sharded checkpoint."""
 
-MOST_TENSORS = 300_000
+MOST_TENSORS = 100_000
 """Most tensors of a file: the largest published model, of 94 layers and 128 experts, has 37,000 in all."""
+
+HEADER_BYTES = 2**25
+"""Longest header of a file, read whole before anything else: some 150 bytes a tensor."""
 
 TOLD = 40
 """How many tensors that do not fit are told one by one."""
@@ -57,14 +60,15 @@ class Checkpoint:
     Raises:
       UserError: a damaged file, or a tensor that is there already.
     """
-    if found := files.what_it_is(path):
-      raise UserError(f"{path}: {found}")
+    _check_beginning(path)
     try:
       # The handle maps the file into memory: pages are read when a tensor is.
       handle = safe_open(path, framework="np")
       keys = handle.keys()
       if len(keys) > MOST_TENSORS:
         raise UserError(f"{path}: names {len(keys):,} tensors, more than any InternVL has; take another file")
+      if not keys:
+        raise UserError(f"{path}: holds no tensors; take another file")
       for key in keys:
         name, tensor = rename(key), handle.get_slice(key)
         if name in self.shapes:
@@ -111,6 +115,18 @@ class Checkpoint:
     if index is None or all(part == slice(None) for part in index):
       return handle.get_tensor(key)
     return handle.get_slice(key)[index]
+
+
+def _check_beginning(path: Path) -> None:
+  """Refuses a file that is none of safetensors, or whose header would take minutes to read."""
+  if found := files.what_it_is(path):
+    raise UserError(f"{path}: {found}")
+  with path.open("rb") as file:
+    length = int.from_bytes(file.read(8), "little")
+  if HEADER_BYTES < length < path.stat().st_size:
+    raise UserError(
+      f"{path}: has a header of {length:,} bytes, more than any InternVL needs; take another file"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,9 +381,12 @@ def _check(checkpoint: Checkpoint, names: Mapping[str, Names], shapes: Mapping[s
         elif found[key] != shape and not _resizes(place.row, found[key], inner):
           problems.append(f"mis-shaped: {key} is {found[key]}, expected {shape} for {path}")
   left = sorted(set(found) - used)
-  problems += [f"left over: {key} {found[key]} fits no parameter of the model" for key in left]
-  if len(problems) > TOLD:
-    problems = [*problems[:TOLD], f"and {len(problems) - TOLD} more"]
+  problems += [
+    f"left over: {key[:200]} {found[key]} fits no parameter of the model" for key in left[: TOLD + 1]
+  ]
+  count = len(problems) + len(left[TOLD + 1 :])
+  if count > TOLD:
+    problems = [*problems[:TOLD], f"and {count - TOLD} more"]
   if problems:
     raise UserError(
       "\n".join([f"{checkpoint.place}: the checkpoint does not fit the model of its config.json:", *problems])
