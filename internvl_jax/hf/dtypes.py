@@ -6,6 +6,7 @@ are the largest integers. So one pass of integer maxima over what was just read 
 
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -61,14 +62,14 @@ _QUANTIZED = re.compile(
 
 
 def refuse_quantized(
-  types: Mapping[str, str], key: Callable[[str], str], place: object, said: str | None
+  types: Mapping[str, str], key: Callable[[str], str], where: Mapping[str, Path], said: str | None
 ) -> None:
   """Refuses a checkpoint whose tensors are packed, or of a type that is no weight.
 
   Args:
     types: by a tensor's name, its type as safetensors names it.
     key: what the file calls a tensor.
-    place: where the checkpoint is, for the message.
+    where: the file of each tensor.
     said: the entry of config.json that tells how it is quantized, if there is one.
 
   Raises:
@@ -82,11 +83,12 @@ def refuse_quantized(
     return
   first, count = (typed or named)[0], len({*typed, *named})
   found = sorted({types[name] for name in typed or named})
+  more = f", and {count - 1} more are of quantized weights (types: {', '.join(found)})" if count > 1 else ""
   config = f"config.json says {said}" if said else "config.json does not say how"
   raise UserError(
-    f"{place}: the tensor {key(first)} has the type {types[first]}, and {count - 1} more are of quantized weights (of the "
-    f"types {', '.join(found)}): these are no weights to train or convert, and {config}; take the checkpoint that is not "
-    "quantized, or let the program that made this one write it in bfloat16"
+    f"{where[first]}: the tensor {key(first)} has the type {types[first]}{more}: these are quantized weights, not to be "
+    f"trained or converted, and {config}; take the checkpoint that is not quantized, or let the program that made this one "
+    "write it in bfloat16"
   )
 
 

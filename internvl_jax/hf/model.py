@@ -240,11 +240,10 @@ def _check_kind(checkpoint: Checkpoint, raw: Mapping[str, Any]) -> None:
   Raises:
     UserError: it names one of them.
   """
-  place = checkpoint.place
   said = config_io.quantization(raw) if raw else None
-  dtypes.refuse_quantized(checkpoint.types, checkpoint.key, place, said)
+  dtypes.refuse_quantized(checkpoint.types, checkpoint.key, checkpoint.where, said)
   if flash := [name for name in checkpoint.shapes if name.removeprefix("model.").startswith(_FLASH)]:
-    config_io.refuse_flash(f"{place}: holds the tensor {checkpoint.key(flash[0])}")
+    config_io.refuse_flash(f"{checkpoint.where[flash[0]]}: holds the tensor {checkpoint.key(flash[0])}")
 
 
 def describe(raw: Mapping[str, Any], changes: Changes = Changes()) -> Source:

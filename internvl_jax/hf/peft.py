@@ -115,7 +115,7 @@ def add_adapter(
   if not (folder / WEIGHTS).is_file():
     raise UserError(f"{folder / WEIGHTS}: no such file; save the adapter with safe_serialization=True")
   adapter = weights.open_checkpoint(folder / WEIGHTS, Rename(renames))
-  dtypes.refuse_quantized(adapter.types, adapter.key, folder, None)
+  dtypes.refuse_quantized(adapter.types, adapter.key, adapter.where, None)
   specs: dict[str, LoRASpec] = {}
   for part, modules in _adapted(adapter, table).items():
     specs[part] = _spec(folder, config, part, modules, layout)

@@ -73,8 +73,9 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
   entries.check_added_tokens(f"{folder / 'tokenizer_config.json'}: ", config.get("added_tokens_decoder", {}))
   _read_entries(folder / "special_tokens_map.json", entries.SPECIAL_TOKENS)
   for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"):
-    if (folder / name).is_file() and (found := what_it_is(folder / name)):
-      raise UserError(f"{folder / name}: {found}")
+    path = folder / name
+    if path.is_file() and path.stat().st_size and (found := what_it_is(path)):
+      raise UserError(f"{path}: {found}")
   try:
     if (folder / "tokenizer.json").is_file():
       _read_json(folder / "tokenizer.json")  # The library's own error for damaged JSON names no file.
