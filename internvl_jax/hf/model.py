@@ -356,12 +356,12 @@ def _describe(
     table = _with_row(table, _HEAD, transform=_grown(changes.new_tokens, is_output=True))
   _check_select_layer(config)
   model = functional.define(lambda rngs: InternVL(config, rngs=rngs))
-  _check_targets(model, {part: spec for part, spec in specs.items() if spec is not None})
   drawn = {path for path in model.shapes if part_of(path) in fresh}
   drawn |= {path for path in lora.adapter_paths(model.shapes) if part_of(path) not in stored}
   if checkpoint is not None:
     placed = select(model.shapes, lora.adapter_paths(model.shapes) - drawn)
     _check_places(checkpoint, {path: leaf.shape for path, leaf in placed.items()}, table)
+  _check_targets(model, {part: spec for part, spec in specs.items() if spec is not None})
   return Source(
     folder=folder,
     raw=raw,

@@ -60,6 +60,7 @@ IN_TENSORS = ".lora_"
 """What the name of every adapter's tensor has in it."""
 
 # Where a layer's index stands in a tensor's name, which tables give as {i}.
+_LAYERS = ".layers.{i}."
 _LAYER = re.compile(r"(\.layers?\.)\d+\.")
 
 # Entries with the one value that is supported; all others must be empty.
@@ -136,13 +137,13 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
 def _adapted(adapter: Checkpoint, table: Sequence[Row]) -> dict[str, list[tuple[str, str, int]]]:
   """By part of the model: (path in its layer, module's key, rank) of all adapted linear maps.
 
-  Keys that no row has are left for `weights.load` to report.
+  Adapters elsewhere, and keys that no row has, are left for who opens the model to refuse.
   """
-  rows = {row.theirs[0]: row.ours for row in table if row.ours.endswith(f"{MARK}a")}
+  rows = {row.theirs[0]: row.ours for row in table if row.ours.endswith(f"{MARK}a") and _LAYERS in row.ours}
   found: dict[str, list[tuple[str, str, int]]] = {}
   for name, shape in adapter.shapes.items():
     if ours := rows.get(_LAYER.sub(r"\1{i}.", name)):
-      path = ours.removesuffix(f"{MARK}a").split(".layers.{i}.")[-1]
+      path = ours.removesuffix(f"{MARK}a").split(_LAYERS)[-1]
       found.setdefault(part_of(ours), []).append((path, name.removesuffix(".lora_A.weight"), shape[0]))
   return found
 
