@@ -110,9 +110,11 @@ def test_parts_projectors_and_adapters_are_looked_at_alike(folder, tmp_path):
     json.dumps(config["vision_config"] | {"model_type": "intern_vit_6b"})
   )
   write(tmp_path / "mlp.safetensors", {"1.weight": ("I8", (2, 2), bytes(4))})
-  paths = {"vision_path": str(tmp_path / "vision_model"), "llm_path": str(tmp_path / "language_model")}
+  vision, llm = str(tmp_path / "vision_model"), str(tmp_path / "language_model")
   with pytest.raises(UserError, match=r"the tensor 1\.weight has the type I8"):
-    open_parts(**paths, mlp_path=str(tmp_path / "mlp.safetensors"), changes=Changes(**FLAGS))
+    open_parts(
+      vision_path=vision, llm_path=llm, mlp_path=str(tmp_path / "mlp.safetensors"), changes=Changes(**FLAGS)
+    )
   with pytest.raises(UserError, match=r"the tensor 1\.weight has the type I8"):
     add_projector(weights.open_checkpoint(folder), layouts.INTERNVL, str(tmp_path / "mlp.safetensors"))
   rewrite(
@@ -121,7 +123,7 @@ def test_parts_projectors_and_adapters_are_looked_at_alike(folder, tmp_path):
   with pytest.raises(
     UserError, match=r"language_model/model\.safetensors: the tensor lm_head\.weight has the type U8"
   ):
-    open_parts(**paths, mlp_path=None, changes=Changes(**FLAGS))
+    open_parts(vision_path=vision, llm_path=llm, mlp_path=None, changes=Changes(**FLAGS))
   adapter = tmp_path / "adapter"
   adapter.mkdir()
   (adapter / "adapter_config.json").write_text(
@@ -335,6 +337,7 @@ def test_each_device_looks_at_what_it_reads(folder):
   """Of a parameter that is spread, a bad number is seen by the host that reads its part, and by no other."""
   edit(folder, lambda tensors: tensors["mlp1.3.weight"].__setitem__((0, 0), np.nan))
   source = open_source(folder)
+  assert source.checkpoint is not None
   path = "mlp1.linear_2.kernel"
   leaf = source.model.shapes[path]
   names = weights.names_of(path, leaf.shape, source.table)

@@ -129,7 +129,7 @@ def decoder_config(entry: str, config: Config) -> DecoderConfig:
     raise UserError(f"config.json: the entry {entry}.{error.args[0]} is missing") from None
   except TypeError as error:  # Null, where another entry makes it mean something.
     raise UserError(f"config.json: {entry} has an entry of the wrong type ({error})") from None
-  _check_heads(entry, decoder)
+  _check_heads(entry, decoder, config)
   return decoder
 
 
@@ -533,18 +533,17 @@ def _shared_vision(vision: VisionConfig) -> dict[str, Any]:
   }
 
 
-def _check_heads(entry: str, config: DecoderConfig) -> None:
+def _check_heads(entry: str, decoder: DecoderConfig, config: Config) -> None:
   """Refuses numbers of heads and experts that contradict each other, before they become an error about shapes."""
-  N, K, experts = config.num_heads, config.num_kv_heads, config.experts
+  N, K, H = decoder.num_heads, decoder.num_kv_heads, decoder.head_dim
   if N % K:
     raise UserError(f"config.json: {entry}.num_attention_heads={N} is no multiple of num_key_value_heads={K}")
-  if config.head_dim % 2 or config.head_dim < 4:
+  if H % 2 or H < 4:
+    raise UserError(f"config.json: {entry} gives heads of the width {H}; expected an even one, from 4 on")
+  if decoder.experts and config["num_experts_per_tok"] > config["num_local_experts"]:
     raise UserError(
-      f"config.json: {entry} gives heads of the width {config.head_dim}; expected an even one, from 4 on"
-    )
-  if experts and experts.top_k > experts.num_experts:
-    raise UserError(
-      f"config.json: {entry}.num_experts_per_tok={experts.top_k} is above the {experts.num_experts} experts"
+      f"config.json: {entry}.num_experts_per_tok={config['num_experts_per_tok']} is above the "
+      f"{config['num_local_experts']} experts"
     )
 
 
