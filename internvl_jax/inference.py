@@ -12,6 +12,7 @@ from internvl_jax.batch import PIXEL_STATISTICS
 from internvl_jax.data.tokenize import ChatTokenizer
 from internvl_jax.errors import UserError
 from internvl_jax.hf import config as layouts
+from internvl_jax.hf import entries
 from internvl_jax.hf.model import Source, open_source
 from internvl_jax.hf.tokenizer import load_tokenizer
 from internvl_jax.models.choice import choose_kernels
@@ -98,6 +99,7 @@ def _normalize_type(folder: Path) -> Any:
   if not path.is_file():
     return "imagenet"
   found = layouts.read_json(path)
+  entries.check(f"{path}: ", found, entries.PREPROCESSOR)
   statistics = (tuple(found.get("image_mean", ())), tuple(found.get("image_std", ())))
   for name, known in PIXEL_STATISTICS.items():
     if statistics == known:
