@@ -77,7 +77,7 @@ def read_stated(source: Source, tokenizer: PreTrainedTokenizerBase) -> Stated:
       settings |= dict.fromkeys(("min_num_frame", "max_num_frame"), preprocessor.num_frames)
   else:
     preprocessor = Preprocessor(normalize_type=read_statistics(folder))
-    settings = {**_INTERNVL_DEFAULTS, **_recorded(folder, raw)}
+    settings = {**_INTERNVL_DEFAULTS, **_recorded(raw)}
   data = DataTrainingArguments(
     force_image_size=model.vision.image_size,
     down_sample_ratio=model.downsample_ratio,
@@ -153,17 +153,9 @@ _INTERNVL_DEFAULTS = {"max_dynamic_patch": 6}
 _HF_DEFAULTS = {"dynamic_image_size": True, "use_thumbnail": True}
 
 
-def _recorded(folder: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
+def _recorded(raw: Mapping[str, Any]) -> dict[str, Any]:
   """The data settings of config.json."""
-  found = {name: raw[name] for name in RECORDED if raw.get(name) is not None}
-  for name, value in found.items():
-    where = f"{folder}/config.json: {name}={str(value)[:80]}"
-    if name in _FLAGS and not (isinstance(value, bool) or value in (0, 1)):
-      raise UserError(f"{where} must be true or false")
-    if name in _COUNTS and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-      raise UserError(f"{where} must be a whole number from 1")
-  found |= {name: bool(found[name]) for name in _FLAGS if name in found}
-  return found
+  return {name: raw[name] for name in RECORDED if raw.get(name) is not None}
 
 
 def _hf_settings(
@@ -175,7 +167,7 @@ def _hf_settings(
   program's exports keep what they were trained with. transformers' processor cuts images whatever
   `crop_to_patches` says: a fixed tile is min_patches = max_patches = 1.
   """
-  recorded = _recorded(folder, raw)
+  recorded = _recorded(raw)
   settings = {**_HF_DEFAULTS, **recorded}
   fixed = recorded.get("dynamic_image_size") is False
   counts = {"min_dynamic_patch": preprocessor.min_patches, "max_dynamic_patch": preprocessor.max_patches}

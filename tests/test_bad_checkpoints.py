@@ -4,46 +4,20 @@ import json
 import pickle
 import shutil
 
-import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from damage import edit, edit_config, load
 
 from internvl_jax.errors import UserError
 from internvl_jax.hf import weights
 from internvl_jax.hf.model import Changes, open_source
 from toy import CURVE
 
-PLACE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
 
 @pytest.fixture
 def folder(tmp_path):
   """A copy of a good checkpoint, to be damaged."""
   return shutil.copytree(CURVE / "init", tmp_path / "model")
-
-
-def load(folder, **changes):
-  source = open_source(folder, Changes(**changes))
-  return source.load(source.model.shapes, dict.fromkeys(source.model.shapes, PLACE))
-
-
-def edit(folder, change):
-  tensors = load_file(folder / "model.safetensors")
-  change(tensors)
-  save_file(tensors, folder / "model.safetensors")
-
-
-def edit_config(folder, **changes):
-  path = folder / "config.json"
-  config = json.loads(path.read_text())
-  for key, value in changes.items():
-    *entries, last = key.split("__")
-    inner = config
-    for entry in entries:
-      inner = inner[entry]
-    inner[last] = value
-  path.write_text(json.dumps(config))
 
 
 def test_everything_that_does_not_fit_is_told_at_once(folder, monkeypatch):
@@ -73,7 +47,9 @@ def test_everything_that_does_not_fit_is_told_at_once(folder, monkeypatch):
 def test_a_truncated_file(folder, keep):
   path = folder / "model.safetensors"
   path.write_bytes(path.read_bytes()[:keep])
-  with pytest.raises(UserError, match=r"model\.safetensors: (damaged or truncated|cannot be read)") as error:
+  with pytest.raises(
+    UserError, match=r"model\.safetensors: (damaged or truncated|cannot be read|empty)"
+  ) as error:
     load(folder)
   assert len(str(error.value).splitlines()) == 1
 
@@ -171,7 +147,7 @@ def test_an_index_that_names_what_is_not_there(folder):
     load(folder)
   for text in ("", "{}", '{"weight_map": 3}'):
     index.write_text(text)
-    with pytest.raises(UserError, match="not an index of safetensors files"):
+    with pytest.raises(UserError, match=r"not an index of safetensors files|empty"):
       load(folder)
 
 

@@ -329,3 +329,166 @@ def test_an_adapter_of_another_kind_is_refused(tmp_path):
   (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
   with pytest.raises(UserError, match="base_model_name_or_path is missing"):
     open_source(tmp_path)
+
+
+# --- Adapters on adapters, and adapters without a place ------------------------------------------------------
+
+
+def edit_tensors(folder, change):
+  tensors = change(load_file(folder / "model.safetensors"))
+  save_file(tensors, folder / "model.safetensors")
+
+
+def edit_json(path, **changes):
+  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def write_adapter(folder, base, modules, *, rank=2, **config):
+  """An adapter as PEFT saves it, of modules (name, width out, width in)."""
+  folder.mkdir()
+  config = {"peft_type": "LORA", "base_model_name_or_path": str(base), "lora_alpha": 4, **config}
+  (folder / "adapter_config.json").write_text(json.dumps(config))
+  tensors = {}
+  for name, out, into in modules:
+    tensors[f"base_model.model.{name}.lora_A.weight"] = np.ones((rank, into), "f4")
+    tensors[f"base_model.model.{name}.lora_B.weight"] = np.ones((out, rank), "f4")
+  save_file(tensors, folder / "adapter_model.safetensors")
+  return folder
+
+
+@pytest.mark.parametrize("asked", [None, SPEC])
+@pytest.mark.parametrize(
+  "wrapped", [".base_model.model.base_model.model.", ".base_model.model.base_model.model.base_model.model."]
+)
+def test_a_lora_checkpoint_that_was_trained_with_lora_again(tmp_path, wrapped, asked):
+  """The reference wraps what is wrapped: each time one prefix more. The adapters are in place once."""
+  reference_checkpoint(tmp_path / "once", CURVE / "init")
+  reference_checkpoint(tmp_path / "again", CURVE / "init")
+  edit_tensors(
+    tmp_path / "again",
+    lambda tensors: {key.replace(".base_model.model.", wrapped): value for key, value in tensors.items()},
+  )
+  once, again = (
+    open_source(tmp_path / name, Changes(text_lora=asked, vision_lora=asked)) for name in ("once", "again")
+  )
+  assert again.specs == once.specs and not again.fresh  # They go on.
+  expected = once.load(once.model.shapes, dict.fromkeys(once.model.shapes, PLACE))
+  for path, value in again.load(again.model.shapes, dict.fromkeys(again.model.shapes, PLACE)).items():
+    np.testing.assert_array_equal(value, expected[path], err_msg=path)
+
+
+def test_a_whole_model_that_peft_wraps(tmp_path):
+  reference_checkpoint(tmp_path / "model", CURVE / "init")
+  edit_tensors(
+    tmp_path / "model",
+    lambda tensors: {
+      "base_model.model." + key.replace(".base_model.model.", "."): value for key, value in tensors.items()
+    },
+  )
+  assert not open_source(tmp_path / "model").fresh
+
+
+def test_another_rank_than_the_checkpoints_is_answered(tmp_path):
+  """The reference would begin new adapters and lose those that are there, without a word."""
+  reference_checkpoint(tmp_path / "model", CURVE / "init")
+  with pytest.raises(
+    UserError, match=r"model\.use_llm_lora asks for rank 4, .* have 2; .*convert --lora merge"
+  ):
+    open_source(tmp_path / "model", Changes(text_lora=LoRASpec(rank=4, alpha=8.0)))
+
+
+@pytest.mark.parametrize(
+  ("record", "words"),
+  [
+    (
+      {"use_llm_lora": 8},
+      "says use_llm_lora=8, but the checkpoint has adapters of rank 2 in language_model; set",
+    ),
+    (
+      {"use_llm_lora": 0},
+      "says use_llm_lora=0, but the checkpoint has adapters of rank 2 in language_model; set",
+    ),
+    (
+      {"use_backbone_lora": None},
+      "has adapters of rank 2 in vision_model; set use_backbone_lora in config.json to 2",
+    ),
+  ],
+  ids=str,
+)
+def test_a_record_that_is_not_what_the_tensors_are(tmp_path, record, words):
+  reference_checkpoint(tmp_path / "model", CURVE / "init")
+  edit_json(tmp_path / "model/config.json", **record)
+  with pytest.raises(UserError, match=words):
+    open_source(tmp_path / "model")
+
+
+def test_a_record_of_adapters_that_were_merged(tmp_path):
+  folder = shutil.copytree(CURVE / "init", tmp_path / "model")
+  edit_json(folder / "config.json", use_llm_lora=16)
+  with pytest.raises(
+    UserError, match=r"use_llm_lora=16, but the checkpoint has no adapters in language_model; set .* to 0"
+  ):
+    open_source(folder)
+
+
+LAYER = "language_model.model.layers.0.self_attn.q_proj"
+
+
+def test_an_adapter_of_a_model_that_has_adapters(tmp_path):
+  """Those of the base have the same names, and would be lost."""
+  reference_checkpoint(tmp_path / "model", CURVE / "init")
+  folder = write_adapter(tmp_path / "adapter", tmp_path / "model", [(LAYER, 64, 64)])
+  with pytest.raises(UserError, match=r"its base model has adapters itself .* merge those first"):
+    open_source(folder)
+  above = write_adapter(tmp_path / "above", folder, [(LAYER, 64, 64)])
+  with pytest.raises(UserError, match="is an adapter itself; merge that one first"):
+    open_source(above)
+
+
+def test_an_adapter_with_its_models_config_beside_it(tmp_path):
+  modules = [(LAYER.replace(".0.", f".{i}."), 64, 64) for i in range(3)]
+  folder = write_adapter(tmp_path / "adapter", CURVE / "init", modules)
+  shutil.copyfile(CURVE / "init/config.json", folder / "config.json")
+  assert open_source(folder).specs["language_model"].rank == 2
+
+
+@pytest.mark.parametrize(
+  ("module", "words"),
+  [
+    ("mlp1.1", "the projector takes no adapters: model.freeze_mlp=False trains it whole"),
+    ("vision_model.encoder.layers.0.attn.q_proj", "the ViT has q, k and v in one map: adapt attn.qkv"),
+    ("language_model.lm_head", "the head takes no adapters: model.unfreeze_lm_head=True trains it whole"),
+    ("language_model.model.layers.0.elsewhere", "has no place, nor"),
+  ],
+)
+def test_an_adapter_of_what_takes_none(tmp_path, module, words):
+  modules = [(LAYER.replace(".0.", f".{i}."), 64, 64) for i in range(3)]
+  folder = write_adapter(tmp_path / "adapter", CURVE / "init", [*modules, (module, 8, 8)])
+  with pytest.raises(UserError) as error:
+    open_source(folder)
+  line = str(error.value)
+  assert f"the adapter of {module} has no place" in line and words in line and "merge_and_unload" in line
+  assert len(line.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+  ("targets", "words"),
+  [
+    (
+      ("q_proj",),
+      r"vision_model; it has attn\.proj, .*; the ViT has q, k and v in one map: adapt attn\.qkv; or set ",
+    ),
+    ((r"mlp1\.linear_1",), r"projector takes no adapters: model\.freeze_mlp=False trains it whole"),
+    (
+      ("qkv", "mlp1"),
+      r"'mlp1' names no linear map; .*; the projector takes no adapters: model\.freeze_mlp=False",
+    ),
+    (("qkv", "o_proj", "lm_head"), r"'lm_head' names no linear map; .*model\.unfreeze_lm_head=True"),
+  ],
+  ids=str,
+)
+def test_targets_that_take_no_adapter(targets, words):
+  vision = dataclasses.replace(SPEC, targets=targets)
+  text = vision if "o_proj" in targets else None
+  with pytest.raises(UserError, match=words):
+    open_source(CURVE / "init", Changes(text_lora=text, vision_lora=vision))

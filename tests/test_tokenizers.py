@@ -296,7 +296,7 @@ def test_contradictions_of_a_tokenizer_json(tmp_path):
   )
   asset_with(tmp_path)
   refused(damage(tmp_path, "tokenizer.json", lambda data: data[:-9]), "tokenizer.json: not valid JSON")
-  refused(damage(tmp_path, "tokenizer.json", lambda data: b"[]"), "a JSON object is expected, found list")
+  refused(damage(tmp_path, "tokenizer.json", lambda data: b"[]"), "holds a list, expected a JSON object")
   for name in FILES:
     (tmp_path / name).unlink(missing_ok=True)
   refused(

@@ -5,15 +5,15 @@ hf         transformers' InternVLForConditionalGeneration: vision_config, text_c
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from internvl_jax.errors import UserError
-from internvl_jax.hf import tables
+from internvl_jax.hf import entries, tables
 from internvl_jax.hf.families import FAMILIES, Family, complete, transformers_defaults
+from internvl_jax.hf.files import read_json, shown
 from internvl_jax.hf.tables import Row
 from internvl_jax.models.decoder import DecoderConfig
 from internvl_jax.models.internvl import InternVLConfig
@@ -69,27 +69,6 @@ class Layout:
     return [*self.vision(config.vision.hidden_size), *self.projector, *language]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-  """A JSON object from a file.
-
-  Raises:
-    UserError: no such file, or no JSON object.
-  """
-  try:
-    found = json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    if path.parent.parent.name == "checkpoints":
-      raise UserError(
-        f"{path.parent}: what a run goes on from, not a model; docs/training.md tells how to make a model of it"
-      ) from None
-    raise UserError(f"{path}: no such file; a checkpoint folder has a {path.name}") from None
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise UserError(f"{path}: not valid JSON ({error})") from None
-  if not isinstance(found, dict):
-    raise UserError(f"{path}: holds a {type(found).__name__}, expected a JSON object")
-  return found
-
-
 def read_config(folder: str | Path) -> dict[str, Any]:
   """The config.json of a checkpoint folder.
 
@@ -99,9 +78,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
   path = Path(folder) / "config.json"
   config = read_json(path)
   found = config.get("model_type")
-  if found not in LAYOUTS:
+  if not isinstance(found, str) or found not in LAYOUTS:
     known = " or ".join(f"{model_type!r} (layout {layout.name})" for model_type, layout in LAYOUTS.items())
-    raise UserError(f"{path}: model_type is {found!r}, expected {known}")
+    raise UserError(f"{path}: model_type is {shown(found)}, expected {known}")
   for key in ("vision_config", LAYOUTS[found].text):
     if not isinstance(config.get(key), dict):
       raise UserError(f"{path}: {key!r} is missing")
@@ -126,8 +105,10 @@ def family_of(config: Config) -> Family:
   """
   entry = layout_of(config).text
   name = config[entry].get("model_type")
-  if name not in FAMILIES:
-    raise UserError(f"config.json: {entry}.model_type={name!r} is not supported; known: {sorted(FAMILIES)}")
+  if not isinstance(name, str) or name not in FAMILIES:
+    raise UserError(
+      f"config.json: {entry}.model_type={shown(name)} is not supported; known: {sorted(FAMILIES)}"
+    )
   return FAMILIES[name]
 
 
@@ -138,15 +119,17 @@ def decoder_config(entry: str, config: Config) -> DecoderConfig:
     UserError: an entry is missing, or has a value that would be ignored.
   """
   family = FAMILIES[config["model_type"]]
+  entries.check(f"config.json: {entry}.", config, entries.LANGUAGE_MODEL)
   config = complete(config["model_type"], config)
+  entries.check(f"config.json: {entry}.", config, entries.LANGUAGE_MODEL)
   _check_constants(entry, config, family.constants)
   try:
     decoder = family.decoder(config)
   except KeyError as error:
     raise UserError(f"config.json: the entry {entry}.{error.args[0]} is missing") from None
-  except TypeError as error:
+  except TypeError as error:  # Null, where another entry makes it mean something.
     raise UserError(f"config.json: {entry} has an entry of the wrong type ({error})") from None
-  _check_sizes(entry, decoder)
+  _check_heads(entry, decoder, config)
   return decoder
 
 
@@ -159,20 +142,52 @@ def model_config(config: Config) -> InternVLConfig:
   """
   family_of(config)
   layout = layout_of(config)
-  for name, entry in (("", config), (layout.text, config[layout.text])):
-    _check_quantization(name, entry)
+  entries.check("config.json: ", config, entries.MODEL)
+  entries.check("config.json: vision_config.", config["vision_config"], entries.VISION)
+  low, high = (config.get(f"{name}_dynamic_patch") for name in ("min", "max"))
+  if low and high and low > high:
+    raise UserError(f"config.json: min_dynamic_patch={low} is above max_dynamic_patch={high}")
+  if flash := [name for name in config if name.startswith("flash_") and config[name]]:
+    refuse_flash(f"config.json says {flash[0]}={shown(config[flash[0]])}")
+  for path, method in _quantizations(config).items():
+    if method not in (None, "mxfp4"):
+      raise UserError(
+        f"config.json: {path}={shown(method)} is not supported; take the checkpoint that is not quantized"
+      )
   text = decoder_config(layout.text, config[layout.text])
   try:
     model = layout.model(config, text)
   except KeyError as error:
     raise UserError(f"config.json: the entry {error} is missing") from None
-  _check_sizes("vision_config", model.vision)
-  if model.vision.norm_type not in ("layer_norm", "rms_norm"):
+  if model.vision.hidden_size % model.vision.num_heads:
     raise UserError(
-      f"config.json: vision_config.norm_type={model.vision.norm_type!r} is not supported; expected 'layer_norm' or "
-      "'rms_norm'"
+      f"config.json: vision_config.hidden_size={model.vision.hidden_size} does not divide into "
+      f"num_attention_heads={model.vision.num_heads}"
     )
   return model
+
+
+def refuse_flash(found: str) -> NoReturn:
+  """Refuses InternVL3.5-Flash, whose router sends tiles to one of two projectors."""
+  raise UserError(
+    f"{found}: this is an InternVL3.5-Flash, which is not supported yet; take the InternVL3.5 of the same size without "
+    "-Flash"
+  )
+
+
+def quantization(config: Config) -> str | None:
+  """The entries of config.json that tell how the weights are quantized; None where there are none."""
+  return " and ".join(f"{path}={shown(method)}" for path, method in _quantizations(config).items()) or None
+
+
+def _quantizations(config: Config) -> dict[str, Any]:
+  names = {"": config, **{name: config[name] for name in ("vision_config", layout_of(config).text)}}
+  stated = {name: inner.get("quantization_config") for name, inner in names.items()}
+  return {
+    f"{name}.quantization_config.quant_method".lstrip("."): found.get("quant_method")
+    for name, found in stated.items()
+    if found and isinstance(found, dict)
+  }
 
 
 def says_tied(config: Config) -> bool | None:
@@ -196,8 +211,8 @@ def vision_config(config: Config) -> VisionConfig:
     intermediate_size=config["intermediate_size"],
     num_layers=config["num_hidden_layers"],
     num_heads=config["num_attention_heads"],
-    patch_size=config["patch_size"],
-    image_size=config["image_size"],
+    patch_size=_side(config["patch_size"]),
+    image_size=_side(config["image_size"]),
     norm_type=config.get("norm_type", "rms_norm"),
     qkv_bias=config["qkv_bias"],
     qk_normalization=config["qk_normalization"],
@@ -217,17 +232,20 @@ def _internvl_model(config: Config, text: DecoderConfig) -> InternVLConfig:
   )
 
 
+# Adapters as PEFT wraps them in place: the reference's LoRA checkpoints. A model that was wrapped again, to train
+# adapters on a LoRA checkpoint, has the prefix twice.
+_PEFT = (
+  (r"(^|\.)(base_model\.model\.)+", r"\1"),
+  (r"\.base_layer\.", "."),
+  (r"\.(lora_A|lora_B)\.default\.", r".\1."),
+  (r"\.lora_magnitude_vector\.default\.weight$", ".lora_magnitude_vector"),
+)
+
 INTERNVL = Layout(
   name="internvl",
   model_type="internvl_chat",
   text="llm_config",
-  # Adapters as PEFT wraps them in place (the reference's LoRA checkpoints).
-  renames=(
-    (r"\.base_model\.model\.", "."),
-    (r"\.base_layer\.", "."),
-    (r"\.(lora_A|lora_B)\.default\.", r".\1."),
-    (r"\.lora_magnitude_vector\.default\.weight$", ".lora_magnitude_vector"),
-  ),
+  renames=_PEFT,
   modules=(),
   prefix={"vision_model": "vision_model", "language_model": "language_model"},
   vision=tables.internvl_vision,
@@ -304,6 +322,7 @@ HF = Layout(
   text="text_config",
   # Some exports have the names of the modules in memory.
   renames=(
+    *_PEFT,
     (r"^model\.language_model\.", "language_model.model."),
     (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
     (r"^lm_head\.", "language_model.lm_head."),
@@ -514,21 +533,17 @@ def _shared_vision(vision: VisionConfig) -> dict[str, Any]:
   }
 
 
-def _check_sizes(entry: str, config: Any) -> None:
-  """Refuses sizes that are no positive numbers, before they become an error about shapes."""
-  for field in dataclasses.fields(config):
-    value = getattr(config, field.name)
-    if field.type == "int" or field.type is int:
-      if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"config.json: {entry} gives {field.name}={value!r}; it must be a positive integer")
-
-
-def _check_quantization(name: str, config: Config) -> None:
-  method = (config.get("quantization_config") or {}).get("quant_method")
-  if method not in (None, "mxfp4"):
-    path = f"{name}.quantization_config" if name else "quantization_config"
+def _check_heads(entry: str, decoder: DecoderConfig, config: Config) -> None:
+  """Refuses numbers of heads and experts that contradict each other, before they become an error about shapes."""
+  N, K, H = decoder.num_heads, decoder.num_kv_heads, decoder.head_dim
+  if N % K:
+    raise UserError(f"config.json: {entry}.num_attention_heads={N} is no multiple of num_key_value_heads={K}")
+  if H % 2 or H < 4:
+    raise UserError(f"config.json: {entry} gives heads of the width {H}; expected an even one, from 4 on")
+  if decoder.experts and config["num_experts_per_tok"] > config["num_local_experts"]:
     raise UserError(
-      f"config.json: {path}.quant_method={method!r} is not supported; take the checkpoint that is not quantized"
+      f"config.json: {entry}.num_experts_per_tok={config['num_experts_per_tok']} is above the "
+      f"{config['num_local_experts']} experts"
     )
 
 
@@ -537,4 +552,4 @@ def _check_constants(name: str, config: Config, constants: Config) -> None:
     found = config.get(key, expected)
     if found != expected:
       path = f"{name}.{key}" if name else key
-      raise UserError(f"config.json: {path}={found!r} is not supported; expected {expected!r}")
+      raise UserError(f"config.json: {path}={shown(found)} is not supported; expected {expected!r}")

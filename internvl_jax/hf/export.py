@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from internvl_jax.batch import PIXEL_STATISTICS
 from internvl_jax.errors import UserError
 from internvl_jax.hf import config as config_io
-from internvl_jax.hf import weights
+from internvl_jax.hf import entries, weights
 from internvl_jax.hf.config import Layout
 from internvl_jax.hf.model import Source
 from internvl_jax.hf.tokenizer import save_tokenizer
@@ -123,6 +123,7 @@ def save_model(
 def _generation(folder: Path, eos_token_id: int | list[int] | None) -> dict[str, Any]:
   path = folder / "generation_config.json"
   found = config_io.read_json(path) if path.is_file() else {}
+  entries.check(f"{path}: ", found, entries.GENERATION)
   return found if eos_token_id is None else {**found, "eos_token_id": eos_token_id}
 
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from internvl_jax.errors import UserError
-from internvl_jax.hf import tables
+from internvl_jax.hf import entries, tables
+from internvl_jax.hf.files import shown, shown_error
 from internvl_jax.hf.tables import Row
 from internvl_jax.models.decoder import DecoderConfig
 from internvl_jax.models.gpt_oss import GptOssMLPConfig
@@ -80,7 +81,10 @@ def transformers_defaults(model_type: str, config: Config) -> dict[str, Any]:
   from transformers import CONFIG_MAPPING  # Imported late: it takes a second that `--help` need not wait for.
 
   sizes = {name: config[name] for name in _SIZES if isinstance(config.get(name), int)}
-  known = CONFIG_MAPPING[model_type](**sizes).to_dict()
+  try:
+    known = CONFIG_MAPPING[model_type](**sizes).to_dict()
+  except Exception as error:  # Its checks of sizes raise what the release at hand likes.
+    raise UserError(f"config.json: transformers refuses the sizes {sizes} ({shown_error(error)})") from error
   # Apart, as under the old names: a config that states one of the two leaves the other at its default.
   scaling = dict(known["rope_parameters"])
   return {**known, "rope_theta": scaling.pop("rope_theta"), "rope_parameters": scaling}
@@ -95,11 +99,13 @@ def read_rope(config: Config) -> Rope:
   Raises:
     UserError: a kind that is not supported, or an entry that it needs and that is missing.
   """
-  scaling = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+  name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+  scaling = dict(config.get(name) or {})
+  entries.check(f"config.json: {name}.", scaling, entries.ROPE)
   theta = float(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0)
   kind = scaling.get("rope_type") or scaling.get("type") or "default"
-  for entries in (config, scaling):
-    if (found := entries.get("partial_rotary_factor")) not in (None, 1.0):
+  for stated in (config, scaling):
+    if (found := stated.get("partial_rotary_factor")) not in (None, 1.0):
       raise UserError(f"config.json: partial_rotary_factor={found} is not supported; expected 1.0")
   try:
     if kind == "default":
@@ -116,6 +122,8 @@ def read_rope(config: Config) -> Rope:
       return DynamicRope(theta=theta, factor=scaling["factor"], trained_length=longest)
     if kind == "llama3":
       names = ("factor", "low_freq_factor", "high_freq_factor")
+      if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise UserError(f"config.json: {name}: low_freq_factor must be below high_freq_factor")
       return Llama3Rope(theta=theta, trained_length=trained, **{n: scaling[n] for n in names})
     if kind in ("longrope", "su"):
       return LongRope(
@@ -137,7 +145,7 @@ def read_rope(config: Config) -> Rope:
   except KeyError as error:
     raise UserError(f"config.json: {error} is missing, which rope type {kind!r} needs") from None
   known = "default, linear, dynamic, llama3, longrope, su, yarn"
-  raise UserError(f"config.json: rope type {kind!r} is not supported; known: {known}")
+  raise UserError(f"config.json: rope type {shown(kind)} is not supported; known: {known}")
 
 
 # --- Readers ------------------------------------------------------------------------------------------------
@@ -146,6 +154,11 @@ def read_rope(config: Config) -> Rope:
 def _sizes(config: Config) -> dict[str, Any]:
   """What all families' configs call alike."""
   heads = config["num_attention_heads"]
+  if not config.get("head_dim") and config["hidden_size"] % heads:
+    raise UserError(
+      f"config.json: hidden_size={config['hidden_size']} does not divide into num_attention_heads={heads}, and there is no "
+      "head_dim"
+    )
   head_dim = config.get("head_dim") or config["hidden_size"] // heads
   rope = read_rope(config)
   if isinstance(rope, LongRope):

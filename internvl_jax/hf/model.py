@@ -12,15 +12,15 @@ from absl import logging
 from flax import nnx
 
 from internvl_jax.errors import UserError
+from internvl_jax.hf import adapted, dtypes, hub, peft, tables, weights
 from internvl_jax.hf import config as config_io
-from internvl_jax.hf import hub, peft, tables, weights
 from internvl_jax.hf.config import Layout
 from internvl_jax.hf.tables import Row, Transform
 from internvl_jax.hf.weights import Checkpoint, LazyParameter, Rename
 from internvl_jax.models import functional, lora
 from internvl_jax.models.internvl import InternVL, InternVLConfig
 from internvl_jax.models.lora import LoRASpec
-from internvl_jax.trees import LAYER_RANGE, part_of, select
+from internvl_jax.trees import part_of, select
 
 _EMBEDDING = "language_model.model.embed_tokens.embedding"
 _HEAD = "language_model.lm_head.kernel"
@@ -208,6 +208,11 @@ def _base_of(folder: Path) -> str:
     raise UserError(
       f"{folder / peft.CONFIG}: base_model_name_or_path={base!r} is no folder here; set it to where the base model is"
     )
+  if Path(base).is_dir() and peft.is_adapter(Path(base)):
+    raise UserError(
+      f"{folder / peft.CONFIG}: base_model_name_or_path={base!r} is an adapter itself; merge that one first (python -m "
+      "internvl_jax.convert --lora merge), and name the result"
+    )
   return base
 
 
@@ -226,13 +231,32 @@ def open_source(name: str | Path, changes: Changes = Changes(), *, with_weights:
   is_adapter = peft.is_adapter(given)
   folder = hub.resolve(_base_of(given), with_weights=with_weights) if is_adapter else given
   raw = config_io.read_config(folder)
-  layout, config = config_io.layout_of(raw), config_io.model_config(raw)
+  layout = config_io.layout_of(raw)
   checkpoint = weights.open_checkpoint(folder, Rename(layout.renames)) if with_weights else None
-  stored = _recorded_adapters(raw)
+  if checkpoint is not None:
+    _check_kind(checkpoint, raw)
+  config = config_io.model_config(raw)
+  stored = adapted.recorded(raw, checkpoint)
   if given != folder and checkpoint is not None:
     table = layout.table(config_io.family_of(raw), config)
     stored |= peft.add_adapter(given, checkpoint, layout, table)
   return _describe(folder, raw, config, checkpoint, changes, stored, set())
+
+
+# What an InternVL3.5-Flash has beside the usual tensors.
+_FLASH = ("mlp2.", "gating.", "pooling_before_gating.")
+
+
+def _check_kind(checkpoint: Checkpoint, raw: Mapping[str, Any]) -> None:
+  """Refuses tensors that no table could name: of quantized weights, or of a model of another kind.
+
+  Raises:
+    UserError: it names one of them.
+  """
+  said = config_io.quantization(raw) if raw else None
+  dtypes.refuse_quantized(checkpoint.types, checkpoint.key, checkpoint.where, said)
+  if flash := [name for name in checkpoint.shapes if name.removeprefix("model.").startswith(_FLASH)]:
+    config_io.refuse_flash(f"{checkpoint.where[flash[0]]}: holds the tensor {checkpoint.key(flash[0])}")
 
 
 def describe(raw: Mapping[str, Any], changes: Changes = Changes()) -> Source:
@@ -241,7 +265,9 @@ def describe(raw: Mapping[str, Any], changes: Changes = Changes()) -> Source:
   Raises:
     UserError: a model that this program cannot run.
   """
-  return _describe(Path(), raw, config_io.model_config(raw), None, changes, _recorded_adapters(raw), set())
+  return _describe(
+    Path(), raw, config_io.model_config(raw), None, changes, adapted.recorded(raw, None), set()
+  )
 
 
 def open_parts(
@@ -276,11 +302,13 @@ def open_parts(
       raise UserError(f"{folder}: a whole InternVL checkpoint; name it as model.model_name_or_path")
   if (found := raw["vision_config"].get("model_type")) != "intern_vit_6b":
     raise UserError(f"{vision}/config.json: model_type is {found!r}, expected 'intern_vit_6b' (InternViT)")
-  config = config_io.model_config(raw)
   fresh, checkpoint = set(), None
   if with_weights:
     checkpoint = weights.open_checkpoint(vision, Rename(prefix="vision_model."))
     checkpoint.replace(weights.open_checkpoint(llm, Rename(prefix="language_model.")))
+    _check_kind(checkpoint, raw)
+  config = config_io.model_config(raw)
+  if checkpoint is not None:
     if mlp_path is None:
       fresh = {"mlp1"}
     else:
@@ -299,6 +327,7 @@ def add_projector(checkpoint: Checkpoint, layout: Layout, path: str) -> None:
   patterns = [(r"^(?!mlp1\.)", "mlp1.")]
   patterns += [(rf"^mlp1\.{old}\.", f"{new}.") for old, new in zip("013", names, strict=True)]
   projector = weights.open_checkpoint(path, Rename(tuple(patterns)))
+  _check_kind(projector, {})
   prefix = names[0].split(".", 1)[0] + "."
   checkpoint.drop([name for name in checkpoint.shapes if name.startswith(prefix)])
   checkpoint.replace(projector)
@@ -333,16 +362,19 @@ def _describe(
     table = _with_row(table, _HEAD, theirs=_row(table, _EMBEDDING).theirs)
     tied = False
   requested = {"vision_model": changes.vision_lora, "language_model": changes.text_lora}
-  specs = {part: _adapters(part, requested[part], stored.get(part)) for part in requested}
+  specs = {part: adapted.joined(part, requested[part], stored.get(part)) for part in requested}
   config = _changed(config, changes, specs, tied=tied)
   if changes.new_tokens:
     table = _with_row(table, _EMBEDDING, transform=_grown(changes.new_tokens, is_output=False))
     table = _with_row(table, _HEAD, transform=_grown(changes.new_tokens, is_output=True))
   _check_select_layer(config)
   model = functional.define(lambda rngs: InternVL(config, rngs=rngs))
-  _check_targets(model, {part: spec for part, spec in specs.items() if spec is not None})
   drawn = {path for path in model.shapes if part_of(path) in fresh}
   drawn |= {path for path in lora.adapter_paths(model.shapes) if part_of(path) not in stored}
+  if checkpoint is not None:
+    placed = select(model.shapes, lora.adapter_paths(model.shapes) - drawn)
+    adapted.check_places(checkpoint, {path: leaf.shape for path, leaf in placed.items()}, table)
+  adapted.check_targets(model, {part: spec for part, spec in specs.items() if spec is not None})
   return Source(
     folder=folder,
     raw=raw,
@@ -359,7 +391,8 @@ def _changed(
   config: InternVLConfig, changes: Changes, specs: Mapping[str, LoRASpec | None], *, tied: bool
 ) -> InternVLConfig:
   image_size = changes.image_size or config.vision.image_size
-  _check_tile(image_size, config.vision.patch_size)
+  ratio = changes.downsample_ratio or config.downsample_ratio
+  _check_tile(image_size, config.vision.patch_size, ratio)
   vision = dataclasses.replace(
     config.vision,
     image_size=image_size,
@@ -377,7 +410,7 @@ def _changed(
     vision=vision,
     text=text,
     select_layer=select_layer,
-    downsample_ratio=changes.downsample_ratio or config.downsample_ratio,
+    downsample_ratio=ratio,
     ps_version=changes.ps_version or config.ps_version,
     quantize=changes.quantize,
   )
@@ -392,12 +425,18 @@ def _check_select_layer(config: InternVLConfig) -> None:
     )
 
 
-def _check_tile(image_size: int, patch_size: int) -> None:
-  # Pixel shuffle merges 2x2 patches, so a tile's side must hold an even number of them.
-  if image_size % (2 * patch_size):
+def _check_tile(image_size: int, patch_size: int, ratio: float) -> None:
+  # Pixel shuffle merges squares of patches, so a tile's side must hold a whole number of them.
+  merged = round(1 / ratio)
+  if abs(merged * ratio - 1) > 1e-6:
     raise UserError(
-      f"data.force_image_size={image_size} is not a multiple of twice the ViT's patch_size={patch_size}; "
-      f"use {max(1, round(image_size / (2 * patch_size))) * 2 * patch_size}"
+      f"data.down_sample_ratio={ratio:g} merges no whole number of patches; use 0.5, which all published models have"
+    )
+  step = merged * patch_size
+  if image_size % step:
+    raise UserError(
+      f"data.force_image_size={image_size} is not a multiple of {'twice' if merged == 2 else f'{merged} times'} the ViT's "
+      f"patch_size={patch_size}; use {max(1, round(image_size / step)) * step}"
     )
 
 
@@ -469,59 +508,3 @@ def _drop_buffers(checkpoint: Checkpoint) -> None:
   if buffers:
     logging.info("Not used: %d tensors named like %s, which the config fixes", len(buffers), buffers[0])
   checkpoint.drop(buffers)
-
-
-# --- Adapters -----------------------------------------------------------------------------------------------
-
-
-def _recorded_adapters(raw: Mapping[str, Any]) -> dict[str, LoRASpec]:
-  """The adapters that a reference's checkpoint holds, by part; their alpha is twice the rank."""
-  ranks = {"vision_model": raw.get("use_backbone_lora"), "language_model": raw.get("use_llm_lora")}
-  return {part: LoRASpec(rank=rank, alpha=2 * rank, dropout=0.05) for part, rank in ranks.items() if rank}
-
-
-def _adapters(part: str, requested: LoRASpec | None, stored: LoRASpec | None) -> LoRASpec | None:
-  """The adapters that a part gets: the checkpoint's go on, with the dropout asked for."""
-  if requested is None or stored is None:
-    return stored or requested
-  fields = {"rank": _RANK[part]} | {
-    name: f"lora.{name}" for name in ("alpha", "use_dora", "use_rslora", "targets")
-  }
-  for field, flag in fields.items():
-    ours, theirs = getattr(requested, field), getattr(stored, field)
-    # Targets that are not asked for are the checkpoint's.
-    if ours != theirs and ours != lora.DEFAULT_TARGETS:
-      raise UserError(
-        f"{flag} asks for {field} {ours}, but the checkpoint's adapters of {part} have {theirs}; set it to that, or "
-        "merge them first: python -m internvl_jax.convert --lora merge"
-      )
-  return dataclasses.replace(stored, dropout=requested.dropout)
-
-
-def _check_targets(model: functional.ModelDef, specs: Mapping[str, LoRASpec]) -> None:
-  """Refuses targets that name no linear map: a part without adapters would train whole, or not at all."""
-  adapted = {(part_of(path), linear_map(path)) for path in lora.adapter_paths(model.shapes)}
-  maps = {part: sorted({linear_map(path) for path in model.shapes if is_map(path, part)}) for part in specs}
-  for part, spec in specs.items():
-    if not any(found == part for found, _ in adapted):
-      raise UserError(
-        f"lora.targets={spec.targets} name no linear map of {part}; it has {', '.join(maps[part])}"
-      )
-  for target in {target for spec in specs.values() for target in spec.targets}:
-    alone = LoRASpec(rank=1, alpha=1.0, targets=(target,))
-    if target not in lora.DEFAULT_TARGETS and not any(alone.adapts(path) for _, path in adapted):
-      known = sorted({path for paths in maps.values() for path in paths})
-      raise UserError(f"lora.targets: {target!r} names no linear map; there are {', '.join(known)}")
-
-
-def linear_map(path: str) -> str:
-  """The linear map in its layer that a kernel or an adapter's parameter belongs to."""
-  return LAYER_RANGE.split(path)[-1].partition(lora.MARK)[0].removesuffix(".kernel")
-
-
-def is_map(path: str, part: str) -> bool:
-  """Whether a parameter is the kernel of a linear map in the layers of a part."""
-  return part_of(path) == part and path.endswith(".kernel") and LAYER_RANGE.search(path) is not None
-
-
-_RANK = {"vision_model": "model.use_backbone_lora", "language_model": "model.use_llm_lora"}

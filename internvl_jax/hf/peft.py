@@ -13,15 +13,22 @@ from typing import Any
 import numpy as np
 
 from internvl_jax.errors import UserError
-from internvl_jax.hf import hub, weights
-from internvl_jax.hf.config import Layout, read_json
+from internvl_jax.hf import dtypes, entries, hub, weights
+from internvl_jax.hf.config import Layout
+from internvl_jax.hf.files import ADAPTER, read_json, shown
 from internvl_jax.hf.tables import Row
 from internvl_jax.hf.weights import Checkpoint, Rename
 from internvl_jax.models.lora import MARK, LoRASpec, adapter_paths
 from internvl_jax.outputs import write_json
 from internvl_jax.trees import part_of, select
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = "adapter_config.json", ADAPTER
+
+MERGE_FIRST = (
+  "To use it, merge it where PEFT is: PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(new), "
+  "and open what that writes, with the base model's tokenizer beside it"
+)
+"""The way out for adapters that cannot be kept apart."""
 
 # Entries of adapter_config.json that are read, or that say nothing about what the adapter computes once trained.
 _READ = ("base_model_name_or_path", "lora_alpha", "alpha_pattern", "lora_dropout", "use_dora", "use_rslora")
@@ -49,13 +56,21 @@ _INERT = (
   "task_type",
 )
 
+IN_TENSORS = ".lora_"
+"""What the name of every adapter's tensor has in it."""
+
+# Where a layer's index stands in a tensor's name, which tables give as {i}.
+_LAYERS = ".layers.{i}."
+_LAYER = re.compile(r"(\.layers?\.)\d+\.")
+
 # Entries with the one value that is supported; all others must be empty.
 _CONSTANTS: dict[str, Any] = {"peft_type": "LORA", "bias": "none"}
 
 
 def is_adapter(folder: Path) -> bool:
-  """Whether a folder holds an adapter and no model."""
-  return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+  """Whether a folder holds an adapter and no model: some trainers save the base model's config.json beside it."""
+  others = (path.name for path in folder.glob("*.safetensors") if path.name != WEIGHTS)
+  return (folder / CONFIG).is_file() and (not (folder / "config.json").is_file() or not any(others))
 
 
 def base_of(folder: Path) -> str:
@@ -65,6 +80,7 @@ def base_of(folder: Path) -> str:
     UserError: it names none.
   """
   config = read_json(folder / CONFIG)
+  entries.check(f"{folder / CONFIG}: ", config, entries.ADAPTER)
   name = config.get("base_model_name_or_path")
   if not name:
     raise UserError(
@@ -91,9 +107,16 @@ def add_adapter(
   config = read_json(folder / CONFIG)
   _check_config(folder / CONFIG, config)
   renames = ((r"^base_model\.model\.", ""), *layout.renames)
+  if held := [name for name in checkpoint.shapes if IN_TENSORS in name]:
+    raise UserError(
+      f"{folder}: its base model has adapters itself ({checkpoint.where[held[0]].parent}: {len(held)} tensors as "
+      f"{checkpoint.key(held[0])}); merge those first (python -m internvl_jax.convert --lora merge), and name the result as "
+      f"base_model_name_or_path in {CONFIG}"
+    )
   if not (folder / WEIGHTS).is_file():
     raise UserError(f"{folder / WEIGHTS}: no such file; save the adapter with safe_serialization=True")
   adapter = weights.open_checkpoint(folder / WEIGHTS, Rename(renames))
+  dtypes.refuse_quantized(adapter.types, adapter.key, adapter.where, None)
   specs: dict[str, LoRASpec] = {}
   for part, modules in _adapted(adapter, table).items():
     specs[part] = _spec(folder, config, part, modules, layout)
@@ -105,29 +128,23 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
   """Refuses what would make the adapter compute something else."""
   for key, found in config.items():
     if key in _CONSTANTS and found != _CONSTANTS[key]:
-      raise UserError(f"{path}: {key}={found!r} is not supported; expected {_CONSTANTS[key]!r}")
+      raise UserError(f"{path}: {key}={shown(found)} is not supported; expected {_CONSTANTS[key]!r}")
     if key not in (*_READ, *_INERT, *_CONSTANTS) and found:
-      raise UserError(f"{path}: {key}={found!r} is not supported; expected it empty")
-  if not isinstance(config.get("lora_alpha", 8), int | float):
-    raise UserError(f"{path}: lora_alpha={config['lora_alpha']!r} must be a number")
-  if not isinstance(config.get("alpha_pattern") or {}, dict):
-    raise UserError(f"{path}: alpha_pattern={config['alpha_pattern']!r} must be an object")
+      raise UserError(f"{path}: {key}={shown(found)} is not supported; expected it empty. {MERGE_FIRST}")
+  entries.check(f"{path}: ", config, entries.ADAPTER)
 
 
 def _adapted(adapter: Checkpoint, table: Sequence[Row]) -> dict[str, list[tuple[str, str, int]]]:
   """By part of the model: (path in its layer, module's key, rank) of all adapted linear maps.
 
-  Keys that no row has are left for `weights.load` to report.
+  Adapters elsewhere, and keys that no row has, are left for who opens the model to refuse.
   """
+  rows = {row.theirs[0]: row.ours for row in table if row.ours.endswith(f"{MARK}a") and _LAYERS in row.ours}
   found: dict[str, list[tuple[str, str, int]]] = {}
-  for row in table:
-    if not row.ours.endswith(f"{MARK}a"):
-      continue
-    pattern = re.compile(re.escape(row.theirs[0]).replace(re.escape("{i}"), r"\d+"))
-    for name, shape in adapter.shapes.items():
-      if pattern.fullmatch(name):
-        path = row.ours.removesuffix(f"{MARK}a").split(".layers.{i}.")[-1]
-        found.setdefault(part_of(row.ours), []).append((path, name.removesuffix(".lora_A.weight"), shape[0]))
+  for name, shape in adapter.shapes.items():
+    if ours := rows.get(_LAYER.sub(r"\1{i}.", name)):
+      path = ours.removesuffix(f"{MARK}a").split(_LAYERS)[-1]
+      found.setdefault(part_of(ours), []).append((path, name.removesuffix(".lora_A.weight"), shape[0]))
   return found
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from internvl_jax.batch import PIXEL_STATISTICS
 from internvl_jax.errors import UserError
 from internvl_jax.hf import config as config_io
+from internvl_jax.hf import entries
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ def read_statistics(folder: Path) -> str:
     UserError: the statistics are none of `PIXEL_STATISTICS`.
   """
   path = folder / "preprocessor_config.json"
-  found = config_io.read_json(path) if path.is_file() else {}
+  found = _read(path) if path.is_file() else {}
   return _statistics(path, found) or "imagenet"
 
 
@@ -74,7 +75,7 @@ def read_preprocessor(folder: Path, side: int) -> Preprocessor:
   found = {name: value for name, value in image.items() if value is not None}
   _check_scaling(image_path, found)
   _check_side(image_path, found.get("size", _DEFAULT_SIDE), side)
-  least, most = (_count(image_path, found, name) for name in ("min_patches", "max_patches"))
+  least, most = found.get("min_patches"), found.get("max_patches")
   if least is not None and most is not None and least > most:
     raise UserError(f"{image_path}: min_patches={least} exceeds max_patches={most}; set it to at most that")
   crop = found.get("crop_to_patches")
@@ -94,9 +95,16 @@ def _entries(folder: Path, entry: str, name: str) -> tuple[Path | None, dict[str
   """The file that has a processor's settings, and them."""
   path = folder / "processor_config.json"
   if path.is_file() and isinstance(nested := config_io.read_json(path).get(entry), dict):
+    entries.check(f"{path}: {entry}.", nested, entries.PREPROCESSOR)
     return path, nested
   path = folder / name
-  return (path, config_io.read_json(path)) if path.is_file() else (None, {})
+  return (path, _read(path)) if path.is_file() else (None, {})
+
+
+def _read(path: Path) -> dict[str, Any]:
+  found = config_io.read_json(path)
+  entries.check(f"{path}: ", found, entries.PREPROCESSOR)
+  return found
 
 
 def _statistics(path: Path, found: Mapping[str, Any]) -> str | None:
@@ -145,15 +153,6 @@ def _check_side(path: Path, size: Any, side: int) -> None:
     )
 
 
-def _count(path: Path, found: Mapping[str, Any], name: str) -> int | None:
-  value = found.get(name)
-  if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-    raise UserError(
-      f"{path}: {name}={str(value)[:80]!r} must be a whole number from 1; set it so or take it out"
-    )
-  return value
-
-
 def _image_notes(path: Path, found: Mapping[str, Any]) -> list[str]:
   notes = []
   if (resample := found.get("resample", _BICUBIC)) != _BICUBIC:
@@ -184,4 +183,4 @@ def _videos(folder: Path, image: Mapping[str, Any]) -> tuple[list[str], int | No
     return notes, None
   if found.get("fps") is not None:
     notes.append(f"{path}: fps={found['fps']} is not followed: frames are spread evenly over a video")
-  return notes, _count(path, found, "num_frames")
+  return notes, found.get("num_frames")

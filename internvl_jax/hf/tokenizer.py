@@ -10,7 +10,8 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from internvl_jax.errors import UserError
-from internvl_jax.hf import sentencepiece
+from internvl_jax.hf import entries, sentencepiece
+from internvl_jax.hf.files import read_json, shown, shown_error, what_it_is
 from internvl_jax.outputs import write_json
 
 FILES = (
@@ -73,9 +74,13 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     UserError: the folder has no tokenizer that can be read, or its files contradict each other.
   """
   folder = Path(folder)
-  config = _read_json(folder / "tokenizer_config.json")
-  for name in ("tokenizer.json", "tokenizer.model"):
-    _refuse_pointer(folder / name)
+  config = _read_entries(folder / "tokenizer_config.json", entries.TOKENIZER)
+  entries.check_added_tokens(f"{folder / 'tokenizer_config.json'}: ", config.get("added_tokens_decoder", {}))
+  _read_entries(folder / "special_tokens_map.json", entries.SPECIAL_TOKENS)
+  for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"):
+    path = folder / name
+    if path.is_file() and path.stat().st_size and (found := what_it_is(path)):
+      raise UserError(f"{path}: {found}")
   try:
     if (folder / "tokenizer.json").is_file():
       _read_json(folder / "tokenizer.json")  # The library's own error for damaged JSON names no file.
@@ -91,9 +96,11 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
       tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
   except UserError:
     raise
-  except (OSError, ValueError, ImportError) as error:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    raise UserError(f"{folder}: no tokenizer could be read there ({reason})") from None
+  except Exception as error:  # tokenizers raises bare ones; transformers, whatever its reading trips over.
+    raise UserError(
+      f"{folder}: no tokenizer could be read there ({type(error).__name__}: {shown_error(error)}); take the files of one "
+      "checkpoint, downloaded again"
+    ) from error
   _check_ids(folder, config, tokenizer)
   _set_bos(folder, config, tokenizer)
   return tokenizer
@@ -253,8 +260,8 @@ def _check_ids(folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTok
   for name, index, file in stated:
     if vocabulary.get(name) != index:
       raise UserError(
-        f"{folder}: {name!r} has id {vocabulary.get(name)} by the vocabulary but {index} by {file}; take all files from "
-        "one checkpoint (a tokenizer.json may be left out where there is a tokenizer.model)"
+        f"{folder}: {shown(name)} has id {vocabulary.get(name)} by the vocabulary but {index} by {file}; take all files "
+        "from one checkpoint (a tokenizer.json may be left out where there is a tokenizer.model)"
       )
 
 
@@ -272,13 +279,6 @@ def _set_bos(folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedToken
       "add_bos_token to false"
     )
   tokenizer.add_bos_token = True
-
-
-def _refuse_pointer(path: Path) -> None:
-  if path.is_file():
-    with path.open("rb") as file:
-      if file.read(23) == b"version https://git-lfs":
-        raise UserError(f"{path}: only a pointer of Git LFS; fetch the file by `git lfs pull`")
 
 
 # --- Saving -------------------------------------------------------------------------------------------------
@@ -329,12 +329,11 @@ def _content(token: Any) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
   """A file's object; an empty one if there is no such file."""
-  if not path.is_file():
-    return {}
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise UserError(f"{path}: not valid JSON ({error}); download it again") from None
-  if not isinstance(value, dict):
-    raise UserError(f"{path}: a JSON object is expected, found {type(value).__name__}; download it again")
-  return value
+  return read_json(path) if path.is_file() else {}
+
+
+def _read_entries(path: Path, table: entries.Table) -> dict[str, Any]:
+  """A file's object, its entries being what the table says; an empty one if there is no such file."""
+  found = _read_json(path)
+  entries.check(f"{path}: ", found, table)
+  return found

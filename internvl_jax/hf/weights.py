@@ -6,12 +6,11 @@ that does not fit is reported together, with shapes, before any number is read.
 
 import dataclasses
 import itertools
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -19,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from internvl_jax.errors import UserError
+from internvl_jax.hf import dtypes, files
+from internvl_jax.hf.files import INDEX
 from internvl_jax.hf.tables import Index, Row
 from internvl_jax.outputs import write_json
 from internvl_jax.parallel import distributed
@@ -27,7 +28,14 @@ from internvl_jax.trees import LAYER_RANGE
 SHARD_BYTES = 5 * 2**30
 """Largest file of a sharded checkpoint."""
 
-INDEX = "model.safetensors.index.json"
+MOST_TENSORS = 100_000
+"""Most tensors of a file: the largest published model, of 94 layers and 128 experts, has 37,000 in all."""
+
+HEADER_BYTES = 2**25
+"""Longest header of a file, read whole before anything else: some 150 bytes a tensor."""
+
+TOLD = 40
+"""How many tensors that do not fit are told one by one."""
 
 READ_SECONDS = 3600
 """How long hosts wait for the last one to read its weights: 150 GB from a slow disk."""
@@ -43,7 +51,7 @@ class Checkpoint:
     """An empty one; see `open_checkpoint`."""
     self.shapes: dict[str, tuple[int, ...]] = {}
     self.where: dict[str, Path] = {}
-    self.dtypes: set[str] = set()
+    self.types: dict[str, str] = {}
     self._handles: dict[str, tuple[Any, str]] = {}
 
   def add_file(self, path: Path, rename: "Rename") -> None:
@@ -52,32 +60,54 @@ class Checkpoint:
     Raises:
       UserError: a damaged file, or a tensor that is there already.
     """
+    _check_beginning(path)
     try:
       # The handle maps the file into memory: pages are read when a tensor is.
       handle = safe_open(path, framework="np")
-      for key in handle.keys():
-        name = rename(key)
+      keys = handle.keys()
+      if len(keys) > MOST_TENSORS:
+        raise UserError(f"{path}: names {len(keys):,} tensors, more than any InternVL has; take another file")
+      if not keys:
+        raise UserError(f"{path}: holds no tensors; take another file")
+      for key in keys:
+        name, tensor = rename(key), handle.get_slice(key)
         if name in self.shapes:
           raise UserError(f"{path}: the tensor {key} is there twice, also in {self.where[name]}")
-        self.shapes[name] = tuple(handle.get_slice(key).get_shape())
-        self.dtypes.add(handle.get_slice(key).get_dtype())
+        self.shapes[name], self.types[name] = tuple(tensor.get_shape()), tensor.get_dtype()
         self.where[name] = path
         self._handles[name] = handle, key
     except SafetensorError as error:
-      raise UserError(f"{path}: damaged or truncated safetensors file ({error})") from None
+      raise UserError(
+        f"{path}: damaged or truncated safetensors file ({files.shown_error(error)}); download it again"
+      ) from None
     except OSError as error:
       raise UserError(f"{path}: cannot be read ({error})") from None
 
   def replace(self, other: "Checkpoint") -> None:
     """Takes over the tensors of another, in place of those of the same names."""
     self.shapes |= other.shapes
+    self.types |= other.types
     self.where |= other.where
     self._handles |= other._handles
 
   def drop(self, names: Iterable[str]) -> None:
     """Forgets tensors."""
     for name in list(names):
-      del self.shapes[name], self.where[name], self._handles[name]
+      del self.shapes[name], self.types[name], self.where[name], self._handles[name]
+
+  @property
+  def dtypes(self) -> set[str]:
+    """The types of the model's numbers as safetensors names them; adapters, which are kept in float32, do not count."""
+    return {found for name, found in self.types.items() if ".lora_" not in name}
+
+  @property
+  def place(self) -> str:
+    """The folders of its files, for messages."""
+    return ", ".join(sorted({str(path.parent) for path in self.where.values()}))
+
+  def key(self, name: str) -> str:
+    """What the file calls a tensor."""
+    return self._handles[name][1]
 
   def read(self, name: str, index: Index | None = None) -> np.ndarray:
     """A tensor, or the part of it at `index`: then no more than that part is read."""
@@ -85,6 +115,18 @@ class Checkpoint:
     if index is None or all(part == slice(None) for part in index):
       return handle.get_tensor(key)
     return handle.get_slice(key)[index]
+
+
+def _check_beginning(path: Path) -> None:
+  """Refuses a file that is none of safetensors, or whose header would take minutes to read."""
+  if found := files.what_it_is(path):
+    raise UserError(f"{path}: {found}")
+  with path.open("rb") as file:
+    length = int.from_bytes(file.read(8), "little")
+  if HEADER_BYTES < length < path.stat().st_size:
+    raise UserError(
+      f"{path}: has a header of {length:,} bytes, more than any InternVL needs; take another file"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,51 +146,20 @@ def open_checkpoint(path: str | Path, rename: Rename = Rename()) -> Checkpoint:
   """The tensors of a folder's safetensors files, or of one file.
 
   Raises:
-    UserError: no weights, only pickled weights, a damaged file, or a file that the index names and that is
+    UserError: no weights, only pickled weights, a damaged file, files of two models, or an index that names what is
       not there.
   """
   checkpoint = Checkpoint()
-  for file in _files(Path(path)):
+  paths, where = files.weight_files(Path(path))
+  for file in paths:
     checkpoint.add_file(file, rename)
+  for key, name in where.items():
+    if rename(key) not in checkpoint.shapes:
+      raise UserError(
+        f"{path}: {INDEX} says that {files.shown(key)} is in {name}, which lacks it; they are of different models, or "
+        "the file is of another download: download both again"
+      )
   return checkpoint
-
-
-def _files(path: Path) -> list[Path]:
-  if path.is_file():
-    if path.suffix != ".safetensors":
-      raise UserError(f"{path}: {_PICKLE_ADVICE.format(path.name, path.with_suffix('.safetensors').name)}")
-    return [path]
-  index = path / INDEX
-  if index.exists():
-    return _indexed_files(path, index)
-  files = sorted(path.glob("*.safetensors"))
-  if not files:
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pth", "*.pt") for p in path.glob(pattern))
-    if pickles:
-      name = Path(pickles[0]).with_suffix(".safetensors").name
-      raise UserError(f"{path}: no *.safetensors weights; {_PICKLE_ADVICE.format(pickles[0], name)}")
-    raise UserError(f"{path}: no *.safetensors weights")
-  return files
-
-
-_PICKLE_ADVICE = (
-  "{0} is a pickle, which can run code and is never read; where torch is installed and you trust the file, convert "
-  "it with: python -c \"import torch, safetensors.torch as s; s.save_file(torch.load('{0}', weights_only=True), "
-  "'{1}')\""
-)
-
-
-def _indexed_files(folder: Path, index: Path) -> list[Path]:
-  try:
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-  except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
-    raise UserError(f"{index}: not an index of safetensors files ({error!r})") from None
-  for name in names:
-    if Path(name).name != name:
-      raise UserError(f"{index}: names {name!r}, which is not a file beside it")
-    if not (folder / name).is_file():
-      raise UserError(f"{folder / name}: no such file, but {index.name} names it")
-  return [folder / name for name in names]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,14 +338,32 @@ def _read_shard(checkpoint: Checkpoint, names: Names, leaf: jax.ShapeDtypeStruct
       return transform.load([checkpoint.read(cell[0], transform.part(part))], inner)
     return transform.load([checkpoint.read(key) for key in cell], inner)[part]
 
-  if not names.lead:
-    return np.ascontiguousarray(read(cells[0]), leaf.dtype)
-  first = read(cells[0])
-  out = np.empty((len(cells), *first.shape), leaf.dtype)
-  out[0] = first
-  for i in range(1, len(cells)):
-    out[i] = read(cells[i])
+  with np.errstate(over="ignore", invalid="ignore"):  # What becomes infinite is told by name.
+    first = read(cells[0])
+    out = np.empty((len(cells), *first.shape), leaf.dtype)
+    for i, cell in enumerate(cells):
+      out[i] = read(cell) if i else first
+      # A layer at a time, while it is in the cache.
+      if not dtypes.all_finite(out[i : i + 1]):
+        _blame(checkpoint, cell, leaf.dtype)
   return out.reshape(*keys.shape[:-1], *first.shape)
+
+
+def _blame(checkpoint: Checkpoint, cell: np.ndarray, dtype: Any) -> NoReturn:
+  """Raises with the first of a layer's tensors that is not finite, of which the whole is read for that."""
+  for name in cell:
+    tensor = checkpoint.read(name)
+    if dtypes.is_float(tensor) and (wrong := dtypes.count_not_finite(tensor.astype(dtype))):
+      there = dtypes.count_not_finite(tensor)
+      words = "NaN or infinite" if there else f"too large for {np.dtype(dtype)}"
+      raise UserError(
+        f"{checkpoint.where[name]}: the tensor {checkpoint.key(name)} holds {wrong:,} of {tensor.size:,} numbers that are "
+        f"{words}; the run that wrote it diverged or the file is damaged: take an earlier checkpoint, or download it again"
+      )
+  names = " and ".join(checkpoint.key(name) for name in cell)
+  raise UserError(
+    f"{checkpoint.where[cell[0]]}: {names} hold numbers that are NaN or infinite; download the file again"
+  )
 
 
 def _check(checkpoint: Checkpoint, names: Mapping[str, Names], shapes: Mapping[str, Any]) -> None:
@@ -352,11 +381,15 @@ def _check(checkpoint: Checkpoint, names: Mapping[str, Names], shapes: Mapping[s
         elif found[key] != shape and not _resizes(place.row, found[key], inner):
           problems.append(f"mis-shaped: {key} is {found[key]}, expected {shape} for {path}")
   left = sorted(set(found) - used)
-  problems += [f"left over: {key} {found[key]} fits no parameter of the model" for key in left]
+  problems += [
+    f"left over: {key[:200]} {found[key]} fits no parameter of the model" for key in left[: TOLD + 1]
+  ]
+  count = len(problems) + len(left[TOLD + 1 :])
+  if count > TOLD:
+    problems = [*problems[:TOLD], f"and {count - TOLD} more"]
   if problems:
-    places = ", ".join(str(path) for path in sorted({path.parent for path in checkpoint.where.values()}))
     raise UserError(
-      "\n".join([f"{places}: the checkpoint does not fit the model of its config.json:", *problems])
+      "\n".join([f"{checkpoint.place}: the checkpoint does not fit the model of its config.json:", *problems])
     )
 
 
