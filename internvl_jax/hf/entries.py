@@ -95,7 +95,7 @@ _EPSILON = number(0, 1)
 _SHARE = Kind("a number from 0 to 1", lambda value: isinstance(value, int | float) and 0 <= value <= 1)
 _FACTOR = number(0, 1e6)
 _SIDE = integer(1, 2048)
-_TILES = integer(1, 256)
+_TILES = integer(1, 4096)
 _ID = integer(-1, 2**31 - 1)  # -1 says that there is none.
 
 # --- config.json --------------------------------------------------------------------------------------------
