@@ -37,7 +37,7 @@ from internvl_jax.arguments import (
   parse_distributed,
   parse_xla_option,
 )
-from internvl_jax.errors import UserError
+from internvl_jax.errors import UserError, redacted_json
 from internvl_jax.outputs import would_write_over
 from internvl_jax.parallel import zero
 
@@ -80,8 +80,8 @@ def get(config: TrainConfig, path: str) -> Any:
 
 
 def to_json(config: TrainConfig) -> dict[str, dict[str, Any]]:
-  """The tree as plain dicts, with nothing but what JSON has (tuples become lists)."""
-  return json.loads(json.dumps(dataclasses.asdict(config)))
+  """The tree as plain dicts, with nothing but what JSON has (tuples become lists), and without secrets of URLs."""
+  return redacted_json(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
 # --- The rules, as data -------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ RANGES: dict[str, Range] = {
   "data.force_image_size": _POSITIVE,
   "data.down_sample_ratio": Range(low=0, high=1, low_is_in=False),
   "data.min_dynamic_patch": _POSITIVE,
-  "data.max_dynamic_patch": _POSITIVE,
+  "data.max_dynamic_patch": Range(low=1, high=4096),  # data.tiling.MOST_TILES
   "data.min_num_frame": _POSITIVE,
   "data.max_num_frame": _POSITIVE,
   "data.num_images_expected": _POSITIVE,

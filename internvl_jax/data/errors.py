@@ -17,7 +17,7 @@ class DataError(UserError):
   def __init__(self, message: object):
     # Libraries' messages, quoted in ours, may hold line breaks; paths and texts may hold anything.
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(message).split()))
-    super().__init__(_LONG_WORD.sub(r"\1...\2", line))
+    super().__init__(_LONG_WORD.sub(r"\1...\2", line))  # and then without the secrets of URLs
 
 
 class OverLengthError(DataError):

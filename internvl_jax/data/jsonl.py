@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from internvl_jax.data import files
+from internvl_jax.data import files, formats
 from internvl_jax.data.cache import cache_errors_named, whole_file
 from internvl_jax.data.errors import DataError, Where
 
@@ -45,7 +45,7 @@ class JsonlFile:
       cache: folder of caches; None keeps nothing but a remote file's copy, in `files.default_cache()`.
 
     Raises:
-      DataError: the file is missing, unreadable, or has no line.
+      DataError: the file is missing, unreadable, no jsonl, or has no line.
     """
     self.path = str(path)
     self.dataset = dataset
@@ -54,6 +54,7 @@ class JsonlFile:
     try:
       self._local = files.cached_copy(self.path, cache) if files.is_remote(self.path) else self.path
       self.state = self._stat()
+      self._check_format()
       if cache is None:
         self._starts, self._ends, self._numbers = self._find_lines()
       else:
@@ -65,6 +66,13 @@ class JsonlFile:
       raise DataError(
         f"{path}: dataset {dataset!r} is empty: 0 samples; add lines or take it out of the meta file"
       )
+
+  def _check_format(self) -> None:
+    """Refuses a file that is no jsonl: each of its lines would be an error, with a remedy that does not help."""
+    with open(self._local, "rb") as file:
+      found = formats.recognised(file)
+    if found is not None:
+      raise DataError(f"{self.path}: dataset {self.dataset!r}: {found.explain(self.path)}")
 
   def _find_lines(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Returns int64 [lines]: first bytes, bytes after the last, and line numbers where they are not 1, 2, 3, ..."""

@@ -20,7 +20,7 @@ from internvl_jax.data.sample import Sample, SampleMaker, has_video, max_grid_ti
 from internvl_jax.data.tokenize import ChatTokenizer
 
 # Changes whenever the same line would get other sizes.
-_MEASURE_VERSION = 2
+_MEASURE_VERSION = 3
 
 
 class Dataset:
@@ -167,7 +167,7 @@ class Dataset:
       "version": _MEASURE_VERSION,
       "tokenizer": maker.tokenizer.fingerprint(),
       "tokens_per_tile": maker.tokens_per_tile,
-      "root": files.absolute(self.spec.root),
+      "root": files.identity(self.spec.root),
       "max_dynamic_patch": max_grid_tiles(self.spec, data),
       "frames": [data.min_num_frame, data.max_num_frame, self._seed, self._number],
       **{name: getattr(data, name) for name in settings},
