@@ -29,8 +29,8 @@ _QUERY = re.compile(
 def redacted(text: str) -> str:
   """Masks passwords, tokens and signatures of the URLs in a text; the rest, hosts and paths, stays.
 
-      >>> redacted("https://me:secret@host/a.png?token=abc&size=3")
-      'https://***@host/a.png?token=***&size=3'
+  >>> redacted("https://me:secret@host/a.png?token=abc&size=3")
+  'https://***@host/a.png?token=***&size=3'
   """
   if "://" in text:
     text = _USER.sub(lambda found: found["scheme"] + ("***@" if found[0].endswith("@") else "***"), text)

@@ -268,7 +268,9 @@ def report(error: BaseException) -> None:
   print("error: " + redacted(message).replace("\n", "\n  "), file=sys.stderr)
 
 
-def _print_traceback(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+def _print_traceback(
+  kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
+) -> None:
   """Prints what Python does of an exception that nothing caught, without the secrets of URLs."""
   print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 

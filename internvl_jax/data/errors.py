@@ -2,8 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 from internvl_jax.errors import UserError
 
@@ -47,6 +47,15 @@ class Where(NamedTuple):
   def error(self, cause: str, kind: type[DataError] | None = None) -> DataError:
     """Returns the error that blames this line, a `DataError` or a kind of it."""
     return (kind or DataError)(f"{self}: {cause}")
+
+
+def shown(value: Any, write: Callable[[Any], str] = str) -> str:
+  """Returns what a message shows of a value of the data: its beginning, in quotes where it is written as `str` does."""
+  try:
+    text = write(value)[:80]
+  except RecursionError:  # What could be parsed may be too deep to be written.
+    return f"a {type(value).__name__} of many levels"
+  return repr(text) if write is str else text
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

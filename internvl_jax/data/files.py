@@ -250,7 +250,9 @@ def cached_copy(url: str, cache: str | os.PathLike[str] | None = None) -> str:
     if copy and os.path.exists(copy):  # Another process has just made it.
       return copy
     size = info.get("size")
-    logging.info("Copying %s (%s) to %s", redacted(url), "?" if size is None else f"{size / 1e6:.1f} MB", folder)
+    logging.info(
+      "Copying %s (%s) to %s", redacted(url), "?" if size is None else f"{size / 1e6:.1f} MB", folder
+    )
     _download(url, temporary, size)
     with cache_errors_named(cache):
       # A server that gives a file no version may have changed it: what came tells it from what was there.

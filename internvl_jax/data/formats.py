@@ -30,7 +30,7 @@ class Format(NamedTuple):
 
 
 _AGAIN = "save it as jsonl"
-_PYTHON = "python -c \"import json, sys; {}\" {{path}} > {{jsonl}}"
+_PYTHON = 'python -c "import json, sys; {}" {{path}} > {{jsonl}}'
 _ARRAY = Format(
   "a JSON array (a list over the whole file)",
   "write a line for each entry: "
@@ -51,7 +51,7 @@ _TABLE = Format(
   "a table of text (CSV or TSV)",
   "write a line for each row: "
   "python -c \"import pandas, sys; pandas.read_csv(sys.argv[1], sep=None, engine='python').to_json(sys.argv[2], "
-  'orient=\'records\', lines=True, force_ascii=False)" {path} {jsonl}, and give its columns the names of docs/data.md',
+  "orient='records', lines=True, force_ascii=False)\" {path} {jsonl}, and give its columns the names of docs/data.md",
 )
 _TEXT = Format("text without JSON", f"name the annotation file, or {_AGAIN}")
 _BINARY = Format("binary data", f"name the annotation file, or {_AGAIN}")
@@ -111,7 +111,10 @@ _BEGINNINGS: tuple[tuple[bytes, Format], ...] = (
   (b"RIFF", Format("an image or a video (RIFF)", "name the annotation file")),
   (b"%PDF", Format("a PDF", "name the annotation file")),
   (b"version https://git-lfs", Format("a pointer of Git LFS, not the file itself", "fetch it: git lfs pull")),
-  (b"/annex/objects/", Format("a pointer of git-annex, not the file itself", "fetch it: git annex get {path}")),
+  (
+    b"/annex/objects/",
+    Format("a pointer of git-annex, not the file itself", "fetch it: git annex get {path}"),
+  ),
   (b"<?xml", Format("XML", _AGAIN)),
 )
 _PICKLE = re.compile(rb"\x80[\x02-\x05].")
@@ -154,7 +157,9 @@ def _by_lines(head: bytes, *, whole: bool) -> Format | None:
   if first.startswith(b"{"):
     return _of_objects(first, others, whole=whole)
   if first.startswith(b"["):  # A list of one line before an object is a bad line.
-    continued = first == b"[" or (first.endswith(b",") and all(line.endswith((b",", b"]")) for line in lines[:-1]))
+    continued = first == b"[" or (
+      first.endswith(b",") and all(line.endswith((b",", b"]")) for line in lines[:-1])
+    )
     return _ARRAY if continued or not objects else None
   if objects:
     return None

@@ -156,15 +156,18 @@ def _check_value(blame: str, key: str, value: Any) -> None:
   # The order matters: NaN is in no range, and only what is finite is an integer.
   if key == "repeat_time" and not (0 < value <= _MOST_REPEATS and (value < 1 or value == math.floor(value))):
     raise DataError(
-      f"{blame}: repeat_time must be a share between 0 and 1 or a whole number of repeats up to {_MOST_REPEATS}, got "
-      f"{_short(value)}; round it"
+      f"{blame}: repeat_time must be a share between 0 and 1 or a whole number of repeats, got {_short(value)}; round it "
+      f"(it may be up to {_MOST_REPEATS})"
     )
   if key == "max_dynamic_patch" and not 1 <= value <= MOST_TILES:
+    bound = "1 or more" if value < 1 else f"{MOST_TILES} or less"
     raise DataError(
-      f"{blame}: max_dynamic_patch must be from 1 to {MOST_TILES}, got {_short(value)}; the reference's runs have up to 12"
+      f"{blame}: max_dynamic_patch must be {bound}, got {_short(value)}; the reference's runs have up to 12"
     )
   if key == "length" and value < 0:
-    raise DataError(f"{blame}: length must be 0 or more, got {_short(value)}; give the number of lines or take it out")
+    raise DataError(
+      f"{blame}: length must be 0 or more, got {_short(value)}; give the number of lines or take it out"
+    )
 
 
 def _find_annotation(meta: str, blame: str, annotation: str) -> str:

@@ -151,11 +151,11 @@ class Dataset:
 
   def first_video(self) -> Where | None:
     """Returns the first line in use that has a video; None if there is none."""
-    for line in self.file.containing(b'"video"'):
+    for line in self.file.containing(b'"video'):
       if line >= self.lines:
         break
       with contextlib.suppress(DataError):  # what is wrong about a line is said when it becomes a sample
-        if has_video(self.file.read(line), self.file.where(line)):
+        if has_video(self.file.read(line), self.file.where(line), is_pair=self._maker.preference):
           return self.file.where(line)
     return None
 

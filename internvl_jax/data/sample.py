@@ -9,8 +9,8 @@ import numpy as np
 
 from internvl_jax.arguments import DataTrainingArguments
 from internvl_jax.batch import IGNORE_INDEX
-from internvl_jax.data import files, fitting, images, preference, tiling, video
-from internvl_jax.data.errors import Where
+from internvl_jax.data import files, fitting, images, preference, records, tiling, video
+from internvl_jax.data.errors import Where, shown
 from internvl_jax.data.fitting import Limits
 from internvl_jax.data.meta import DatasetSpec
 from internvl_jax.data.pool import TilePool
@@ -175,6 +175,7 @@ class SampleMaker:
     Raises:
       DataError: the line, its image or its video is wrong; `OverLengthError` where nothing of it is kept.
     """
+    record = self._plain(record, where)
     sources = self._sources(record, where)
     plan = self._plan(record, where, frames or self.data.max_num_frame, sources)
     pieces = plan.pieces()
@@ -216,7 +217,7 @@ class SampleMaker:
     Raises:
       DataError: the line is wrong, or its image or video cannot be opened.
     """
-    shape = next(self._shapes(record, where, frames, None))
+    shape = next(self._shapes(self._plain(record, where), where, frames, None))
     return Size(
       tokens=sum(self._lengths(shape)) - self._shared(shape),
       tiles=sum(shape.tiles),
@@ -230,7 +231,7 @@ class SampleMaker:
     Raises:
       DataError: as in `measure`; `OverLengthError` where nothing of it is kept.
     """
-    plan = self._plan(record, where, frames, None)
+    plan = self._plan(self._plain(record, where), where, frames, None)
     tiles = plan.shape.tiles
     return [
       (
@@ -240,9 +241,15 @@ class SampleMaker:
       for parts in plan.pieces()
     ]
 
-  def _sources(self, record: Any, where: Where) -> list[images.Source]:
+  def _plain(self, record: Any, where: Where) -> dict[str, Any]:
+    """Returns the line with our keys alone, and what is wrong about its texts said."""
+    plain = records.plain_record(record, where, is_pair=self.preference)
+    if self.preference:
+      preference.pair_of(plain, where)
+    return plain
+
+  def _sources(self, record: dict[str, Any], where: Where) -> list[images.Source]:
     """Returns the files of the line's images."""
-    self._check_record(record, where)
     paths = [] if _video_path(record, where) else _image_paths(record, where)
     return [images.fetched(files.join(self.spec.root, path, where), where) for path in paths]
 
@@ -283,7 +290,6 @@ class SampleMaker:
       frames: wanted of a video.
       sources: of the images; None: they are as large as the line says they are, if it does.
     """
-    self._check_record(record, where)
     if path := _video_path(record, where):
       yield from self._video_shapes(record, files.join(self.spec.root, path, where), where, frames)
       return
@@ -320,14 +326,6 @@ class SampleMaker:
     chats = tuple(self.tokenizer.lay_out(turns, num_images, where) for turns in conversations)
     preference.check_chats(chats, where)
     return chats
-
-  def _check_record(self, record: Any, where: Where) -> None:
-    if not isinstance(record, dict):
-      raise where.error(f"expected a JSON object, got {type(record).__name__}")
-    if self.preference:
-      preference.pair_of(record, where)
-    elif "conversations" not in record:
-      raise where.error(_without_conversations(record))
 
   def _count_tiles(self, size: tuple[int, int], limit: int) -> int:
     """Returns how many tiles an image (width, height) makes."""
@@ -377,16 +375,6 @@ class SampleMaker:
     return images.mean_color(self.data.normalize_type) if pad else None
 
 
-def _without_conversations(record: dict[str, Any]) -> str:
-  """Says what is wrong about a line without conversations."""
-  if record.keys() >= set(preference.KEYS):
-    return (
-      "key 'conversations' is missing; the line is a preference pair, of 'chosen' and 'rejected', which needs "
-      "preference.loss_type, such as 'sigmoid'; set it, or give lines with 'conversations'"
-    )
-  return f"key 'conversations' is missing; the line has {', '.join(map(repr, record)) or 'no key'}"
-
-
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
   return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -399,6 +387,10 @@ def _with_places(
     return conversations  # The tokenizer says what is wrong about it.
   if _video_path(record, where):
     return with_frames(conversations, num_images, where, frame_name)
+  if count := sum(text.count(VIDEO_PLACEHOLDER) for text in human_texts(conversations).values()):
+    raise where.error(
+      f"{count} {VIDEO_PLACEHOLDER} in the human turns but no video; name one in 'video', or take {VIDEO_PLACEHOLDER} out"
+    )
   return with_placeholder(conversations) if num_images == 1 else conversations
 
 
@@ -424,7 +416,7 @@ def _image_paths(record: dict[str, Any], where: Where) -> list[str]:
   paths = image if isinstance(image, list) else [] if image in (None, "") else [image]
   for path in paths:
     if not isinstance(path, str) or not path:
-      raise where.error(f"'image' must be a path or a list of paths, got {str(image)[:80]!r}")
+      raise where.error(f"'image' must be a path or a list of paths, got {shown(image)}")
   return paths
 
 
@@ -434,21 +426,19 @@ def _video_path(record: dict[str, Any], where: Where) -> str | None:
   if path in (None, "", []):
     return None
   if not isinstance(path, str):
-    raise where.error(f"'video' must be one path, got {str(path)[:80]!r}; write a line for each video")
+    raise where.error(f"'video' must be one path, got {shown(path)}; write a line for each video")
   if record.get("image"):
-    raise where.error(
-      f"the line has both 'image' {str(record['image'])[:80]!r} and 'video' {path!r}; keep one"
-    )
+    raise where.error(f"the line has both 'image' {shown(record['image'])} and 'video' {path!r}; keep one")
   return path
 
 
-def has_video(record: Any, where: Where) -> bool:
+def has_video(record: Any, where: Where, *, is_pair: bool) -> bool:
   """Says whether a parsed line has a video.
 
   Raises:
-    DataError: what it says about it is wrong.
+    DataError: what it says is wrong.
   """
-  return isinstance(record, dict) and _video_path(record, where) is not None
+  return _video_path(records.plain_record(record, where, is_pair=is_pair), where) is not None
 
 
 def with_frames(
