@@ -560,13 +560,13 @@ def _path_problems(config: TrainConfig, command: Command) -> Iterator[str]:
   if config.model.mlp_path:
     yield from _projector_path_problems(config.model.mlp_path)
   files = {"data.meta_path": config.data.meta_path if "data.meta_path" in required else None}
-  if command == "train":
+  if command in ("train", "doctor"):
     files["eval.annotation"] = config.eval.annotation
     files["preference.eval_meta_path"] = config.preference.eval_meta_path
   for path, name in files.items():
     if name and not _is_remote(name) and not os.path.isfile(name):
       yield f"{path}={name!r}: no such file"
-  if command == "train" and config.eval.annotation and (root := config.eval.root):
+  if command in ("train", "doctor") and config.eval.annotation and (root := config.eval.root):
     if not _is_remote(root) and not os.path.isdir(root):
       yield f"eval.root={root!r}: no such folder"
   if (cache := config.preference.reference_cache_dir) and _is_remote(cache):

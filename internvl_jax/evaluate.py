@@ -49,6 +49,7 @@ def main(argv: Sequence[str]) -> None:
   )
   evaluation = make_evaluation(config, opened.data, opened.source, opened.tokenizer, opened.how)
   assert evaluation is not None
+  evaluation.check()
   scores = evaluation.run(opened.params)
   evaluation.write(scores, output)
   print(json.dumps(scores.summary(), indent=2))

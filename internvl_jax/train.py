@@ -22,6 +22,7 @@ from internvl_jax.adapters import merge_and_check
 from internvl_jax.arguments import TrainingArguments
 from internvl_jax.assembly import (
   Setup,
+  check_held_out,
   log_parameters,
   open_mesh,
   open_model,
@@ -100,6 +101,8 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
   make_loader = functools.partial(open_loader, config.data, config.training, config.loader, reference=lookup)
   # The data are looked at before the weights are read: mistakes are likelier there, and cheaper to find.
   loader = open_data(make_loader, setup.mesh, watchdog)
+  with watchdog.phase("data"):
+    check_held_out(config, source, chat)
 
   log_parameters(setup)
   checkpointer = Checkpointer(output_folder(config), keep=config.training.save_total_limit)

@@ -35,11 +35,13 @@ class Where(NamedTuple):
     dataset: name in the meta file.
     file: path of the annotation file.
     line: number of the line, from 1.
+    root: where its media's folder is said, for remedies.
   """
 
   dataset: str
   file: str
   line: int
+  root: str = "the dataset's root in the meta file"
 
   def __str__(self) -> str:
     return f"{self.file}:{self.line} (dataset {self.dataset!r})"

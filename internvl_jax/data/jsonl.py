@@ -35,7 +35,12 @@ class JsonlFile:
   """
 
   def __init__(
-    self, path: str | os.PathLike[str], dataset: str, *, cache: str | os.PathLike[str] | None = None
+    self,
+    path: str | os.PathLike[str],
+    dataset: str,
+    *,
+    cache: str | os.PathLike[str] | None = None,
+    root: str | None = None,
   ):
     """Finds the lines in one pass over the file, or in the cache.
 
@@ -43,12 +48,14 @@ class JsonlFile:
       path: the annotation file, a path or a URL.
       dataset: the name that errors use.
       cache: folder of caches; None keeps nothing but a remote file's copy, in `files.default_cache()`.
+      root: the setting that says where its media are, where that is not the meta file.
 
     Raises:
       DataError: the file is missing, unreadable, no jsonl, or has no line.
     """
     self.path = str(path)
     self.dataset = dataset
+    self._root = {} if root is None else {"root": root}
     self._file: BinaryIO | None = None
     self._cached: pathlib.Path | None = None
     try:
@@ -63,9 +70,7 @@ class JsonlFile:
     except OSError as error:
       raise self._unreadable(error) from error
     if not len(self):
-      raise DataError(
-        f"{path}: dataset {dataset!r} is empty: 0 samples; add lines or take it out of the meta file"
-      )
+      raise DataError(f"{path}: dataset {dataset!r} is empty: 0 samples; add lines, or do not name it")
 
   def _check_format(self) -> None:
     """Refuses a file that is no jsonl: each of its lines would be an error, with a remedy that does not help."""
@@ -118,7 +123,7 @@ class JsonlFile:
   def where(self, index: int) -> Where:
     """Returns the place of the line with this index (counted from 0, blank lines left out)."""
     line = index + 1 if self._numbers is None else int(self._numbers[index])
-    return Where(self.dataset, self.path, line)
+    return Where(self.dataset, self.path, line, **self._root)
 
   def read(self, index: int) -> Any:
     """Returns the parsed JSON of a line.

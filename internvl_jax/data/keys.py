@@ -82,7 +82,7 @@ _SPELT = {
   ),
   "turn": ("image", "images", "video", "videos", "audio", *FLAGS, "mask", "role", "content", "from", "value"),
 }
-_NEAR = 0.82
+_NEAR = 0.8
 _LONGEST_NAME = 40
 _MEDIA_PATH = re.compile(
   r"data:(image|video|audio)/|[^\n]{1,4096}\.(jpe?g|png|webp|bmp|gif|tiff?|ppm|heic|heif|avif|svg|jfif|mp4|mov|avi|mkv|webm|"
@@ -105,6 +105,12 @@ def kind_of(name: str, place: Place) -> Kind | Literal["about"] | None:
     return "mask" if _has_word(name, _MASK) else "media"
   near = None if _has_word(name, _ABOUT) else nearest(name, place)
   return None if near in (None, "clip") or _NOTES.fullmatch(near) else kind_of(near, place)
+
+
+@functools.lru_cache(maxsize=4096)
+def is_note(name: str) -> bool:
+  """Says whether a key of a line is a note beside the data, whatever stands there."""
+  return _NOTES.fullmatch(name) is not None
 
 
 @functools.lru_cache(maxsize=4096)

@@ -17,6 +17,7 @@ from internvl_jax.data.meta import DatasetSpec, read_meta
 from internvl_jax.data.pieces import Pieces, index_pieces, over_long
 from internvl_jax.data.pool import TilePool
 from internvl_jax.data.sample import Sample, SampleMaker, has_video, max_grid_tiles
+from internvl_jax.data.templates import Template
 from internvl_jax.data.tokenize import ChatTokenizer
 
 # Changes whenever the same line would get other sizes.
@@ -110,6 +111,11 @@ class Dataset:
     self._more = np.stack(
       [self._pieces.lines[owners], numbers, self._pieces.firsts()[owners] + numbers]
     ).astype(np.int64)
+
+  @property
+  def template(self) -> Template:
+    """How its turns are written."""
+    return self._maker.tokenizer.template
 
   @property
   def limits(self) -> Limits:

@@ -6,6 +6,7 @@
 docs/data.md has the table of what is honoured. `keys` says what other keys mean.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,10 @@ _MEDIA = ("image", "video")
 _SIZES = ("width", "height", "width_list", "height_list")
 _OURS = frozenset((*_MEDIA, *_SIZES, "clip", "conversations"))
 _OURS_OF_PAIRS = frozenset((*_MEDIA, *_SIZES, "clip", *preference.KEYS, *SYSTEM_KEYS))
-_READ = frozenset((*_OURS, *_OURS_OF_PAIRS, "images", "videos"))
+_READ = frozenset((*_MEDIA, *_SIZES, "clip", "images", "videos", *SYSTEM_KEYS))
+_SYSTEM = frozenset(SYSTEM_KEYS)
+# Keys that mean something by their value, of those that are notes else.
+_SPECIAL = frozenset(("label", "objects", "margin", "images", "videos", *SYSTEM_KEYS, *keys.CUTS))
 _BOTH = frozenset(("conversations", *preference.KEYS))
 _TURN = frozenset(("from", "value"))
 
@@ -77,17 +81,18 @@ def plain_record(record: Any, where: Where, *, is_pair: bool = False) -> dict[st
     preference.check_keys(record, where)
   elif "conversations" not in record:
     raise where.error(_without_conversations(record))
-  ours = _OURS_OF_PAIRS if is_pair else _OURS
-  plain = record if record.keys() <= ours else {key: record[key] for key in ours & record.keys()}
-  if plain is not record:
+  plain, looked_at = record, _looked_at(tuple(record), is_pair)
+  if looked_at:
+    plain = {key: record[key] for key in (_OURS_OF_PAIRS if is_pair else _OURS) & record.keys()}
     plain |= _media(record, where)
-    _check_others(record, plain, where, is_pair=is_pair)
-  if not keys.says_nothing(plain.get("clip")) and not isinstance(plain["clip"], float | int):
-    if keys.says_nothing(plain.get("video")):
-      raise where.error(
-        f"'clip' {shown(plain['clip'])} cuts a video, but the line has none; take it out or name it"
-      )
-  return plain if is_pair else _with_turns(record, plain, where)
+    _check_others(record, looked_at, plain, where, is_pair=is_pair)
+  if plain.get("clip") and not plain.get("video") and not isinstance(plain["clip"], float | int):
+    raise where.error(
+      f"'clip' {shown(plain['clip'])} cuts a video, but the line has none; take it out or name it"
+    )
+  return (
+    plain if is_pair or _are_plain(plain["conversations"], looked_at) else _with_turns(record, plain, where)
+  )
 
 
 def passed_over(record: dict[str, Any], *, is_pair: bool = False) -> Iterator[str]:
@@ -97,7 +102,7 @@ def passed_over(record: dict[str, Any], *, is_pair: bool = False) -> Iterator[st
     record: the parsed line.
     is_pair: it is a preference pair.
   """
-  read = (_READ - {"conversations"}) if is_pair else _READ - set(preference.KEYS)
+  read = _READ.union(preference.KEYS if is_pair else ("conversations",))
   yield from (f"{key!r}" for key in record if key not in read)
   if is_pair:
     return
@@ -105,6 +110,32 @@ def passed_over(record: dict[str, Any], *, is_pair: bool = False) -> Iterator[st
   for turn in turns if isinstance(turns, list) else ():
     if isinstance(turn, dict):
       yield from (f"{key!r} of a turn" for key in turn if key not in _TURN and key not in keys.FLAGS)
+
+
+@functools.lru_cache(maxsize=1024)
+def _looked_at(names: tuple[str, ...], is_pair: bool) -> tuple[str, ...]:
+  """Returns the keys of a line that are not simply read or passed over; lines of a file have few sets of keys."""
+  ours = _OURS_OF_PAIRS if is_pair else _OURS
+  both = _BOTH if set(names) >= _BOTH else frozenset()  # The setting says which of the two is meant.
+  return tuple(
+    name
+    for name in names
+    if name not in ours and name not in both and (name in _SPECIAL or not keys.is_note(name))
+  )
+
+
+def _are_plain(turns: Any, looked_at: tuple[str, ...]) -> bool:
+  """Says whether the turns are as they should be, and no system message stands beside them; fast."""
+  if (looked_at and not _SYSTEM.isdisjoint(looked_at)) or not isinstance(turns, list):
+    return not isinstance(turns, list)
+  for turn in turns:
+    if type(turn) is not dict or len(turn) != 2 or "from" not in turn:
+      return False
+    if turn["from"] == "gpt":
+      value = turn.get("value")
+      if type(value) is not str or not value or value.isspace():
+        return False
+  return True
 
 
 def _media(record: dict[str, Any], where: Where) -> dict[str, Any]:
@@ -137,15 +168,15 @@ def _path_of(entry: Any, key: str, where: Where) -> Any:
   )
 
 
-def _check_others(record: dict[str, Any], plain: dict[str, Any], where: Where, *, is_pair: bool) -> None:
+def _check_others(
+  record: dict[str, Any], looked_at: tuple[str, ...], plain: dict[str, Any], where: Where, *, is_pair: bool
+) -> None:
   """Refuses keys that are not read and would change what is seen or learned."""
   media = [path for key in _MEDIA for path in _paths(plain.get(key))]
   has_video = not keys.says_nothing(plain.get("video"))
-  read = plain.keys() | {"images", "videos"} | (set() if is_pair else set(SYSTEM_KEYS))
-  if record.keys() >= _BOTH:  # The setting says which of the two is meant.
-    read |= _BOTH
-  for key, value in record.items():
-    if key in read:
+  for key in looked_at:
+    value = record[key]
+    if key in _READ:
       continue
     kind = keys.changes(key, value, "line", media)
     if kind is not None:
@@ -182,10 +213,11 @@ def json_text(record: dict[str, Any]) -> str:
 
 
 def _with_turns(record: dict[str, Any], plain: dict[str, Any], where: Where) -> dict[str, Any]:
-  """Returns a line whose turns have our keys alone, the line's system message among them."""
+  """Returns a line whose turns have our keys alone, the line's system message among them.
+
+  The tokenizer says what is wrong about turns that are none.
+  """
   turns = plain["conversations"]
-  if not isinstance(turns, list):
-    return plain  # The tokenizer says what is wrong about it, and about turns that are none.
   changed = [_plain_turn(turn, number, where) for number, turn in enumerate(turns, 1)]
   system = None
   if any(key in record for key in SYSTEM_KEYS):

@@ -387,11 +387,20 @@ def _with_places(
     return conversations  # The tokenizer says what is wrong about it.
   if _video_path(record, where):
     return with_frames(conversations, num_images, where, frame_name)
-  if count := sum(text.count(VIDEO_PLACEHOLDER) for text in human_texts(conversations).values()):
+  if count := _videos_in(conversations):
     raise where.error(
       f"{count} {VIDEO_PLACEHOLDER} in the human turns but no video; name one in 'video', or take {VIDEO_PLACEHOLDER} out"
     )
   return with_placeholder(conversations) if num_images == 1 else conversations
+
+
+def _videos_in(conversations: list[Any]) -> int:
+  """Returns how often the human turns say `<video>`."""
+  return sum(
+    turn["value"].count(VIDEO_PLACEHOLDER)
+    for turn in conversations
+    if isinstance(turn, dict) and turn.get("from") == "human" and isinstance(turn.get("value"), str)
+  )
 
 
 # No image format has sides beyond 32 bits; Python's integers go on until they overflow a float.

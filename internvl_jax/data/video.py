@@ -30,6 +30,8 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".p
 _ROUNDING = 1e-3
 # A clip may end so many seconds after its video: annotations round up to whole seconds.
 _CLIP_OVERHANG = 1.0
+# No video lasts longer, in seconds; Python's integers go on until they overflow a float.
+_LONGEST_VIDEO = 1e9
 # Browsers show a gif's frame without a duration for so many seconds.
 _GIF_SECONDS = 0.1
 # What Pillow raises for a damaged gif.
@@ -199,9 +201,9 @@ def _checked_clip(clip: Any, where: Where) -> tuple[float, float] | None:
   if not numbers or len(clip) != 2:
     raise where.error(f"'clip' must be [start, end] in seconds, got {str(clip)[:80]!r}")
   start, end = clip
-  if not 0 <= start < end < float("inf"):
+  if not 0 <= start < end < _LONGEST_VIDEO:
     raise where.error(
-      f"'clip' must have 0 <= start < end, got {clip}; give seconds from the video's beginning"
+      f"'clip' must have 0 <= start < end, got {str(clip)[:80]}; give seconds from the video's beginning"
     )
   return float(start), float(end)
 
@@ -259,7 +261,7 @@ def _named_errors(path: str, where: Where) -> Iterator[None]:
   try:
     yield
   except FileNotFoundError as error:
-    raise where.error(f"video not found: {path}; check the dataset's root in the meta file") from error
+    raise where.error(f"video not found: {path}; check {where.root}") from error
   except files.FetchError as error:
     raise where.error(f"video {path} cannot be fetched: {error}") from error
   except OSError as error:
