@@ -51,7 +51,6 @@ from internvl_jax.state import describe as describe_parts
 from internvl_jax.step import TrainStep
 from internvl_jax.trees import part_of, select
 
-
 _HELD_OUT_SHOWN = 5
 """Lines named in the message that refuses held-out data."""
 

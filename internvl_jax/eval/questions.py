@@ -106,7 +106,7 @@ class QuestionFile:
       workers: processes.
     """
     groups = [range(start, min(start + _GROUP, self.limit)) for start in range(0, self.limit, _GROUP)]
-    found = {group: errors for group, errors in map_items(_Problems(self), groups, workers)}
+    found = dict(map_items(_Problems(self), groups, workers))
     self.file.close()
     return [error for group in groups for error in found[group]]
 
