@@ -588,7 +588,9 @@ def test_bad_turns_are_named(tmp_path, tokenizer, name):
 
 @pytest.mark.parametrize("answer", ["", " \n"])
 def test_an_answer_without_text_is_named(tmp_path, tokenizer, answer):
-  assert_named(tmp_path, tokenizer, said(("human", "hi"), ("gpt", answer)), "turn 2 is an answer without text")
+  assert_named(
+    tmp_path, tokenizer, said(("human", "hi"), ("gpt", answer)), "turn 2 is an answer without text"
+  )
 
 
 def test_a_place_for_an_image_in_an_answer_is_text(tmp_path, tokenizer):
