@@ -19,6 +19,23 @@ _BLOCK_BYTES = 1 << 24
 _NEWLINE = 10
 
 
+class _SaidTwiceError(Exception):
+  """A name stands twice in an object; json would keep the last, and lose what stood there before in silence."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  entries = dict(pairs)
+  if len(entries) < len(pairs):
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+      if found.setdefault(key, value) != value:
+        raise _SaidTwiceError(key)
+  return entries
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
 class JsonlFile:
   """The non-blank lines of a jsonl file, read one by one on demand.
 
@@ -129,16 +146,20 @@ class JsonlFile:
     """Returns the parsed JSON of a line.
 
     Raises:
-      DataError: the line is not JSON.
+      DataError: the line is not JSON, or says two things under one name.
     """
     text = self._line(index)
     try:
-      return json.loads(text.decode("utf-8-sig"))
+      return _DECODER.decode(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
       raise self.where(index).error(f"not UTF-8: {error}; save the file as UTF-8") from error
     except json.JSONDecodeError as error:
       raise self.where(index).error(
         f"broken JSON at column {error.colno}: {error.msg}; correct the line or delete it"
+      ) from error
+    except _SaidTwiceError as error:
+      raise self.where(index).error(
+        f"key {error.args[0]!r} stands twice in one object, with different values; keep one"
       ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
       raise self.where(index).error(f"JSON that cannot be read: {error}; delete the line") from error

@@ -501,6 +501,7 @@ def test_videos_that_are_no_paths(tmp_path, tokenizer, video):
 
 # --- Lines -----------------------------------------------------------------------------------------------------
 
+GOOD_TEXT = json.dumps(GOOD["conversations"]).encode()
 UNREADABLE_LINES = {
   "not_utf8": (b'{"conversations": "\xff\xfe"}', "not UTF-8: 'utf-8' codec can't decode byte 0xff"),
   "utf16": ('{"conversations": []}'.encode("utf-16-le"), "broken JSON at column 2"),
@@ -516,6 +517,15 @@ UNREADABLE_LINES = {
   "two_records": (b'{"a": 1}{"b": 2}', "broken JSON at column 9: Extra data"),
   "mid_bom": (b"\xef\xbb\xbf", "broken JSON at column 1: Expecting value"),
   "no_turns": (b'{"id": 1}', "key 'conversations' is missing; the line has 'id'"),
+  # The reference's parser takes the last one.
+  "twice": (
+    b'{"image": "gone.png", "image": "", "conversations": ' + GOOD_TEXT + b"}",
+    "key 'image' stands twice",
+  ),
+  "value_twice": (
+    b'{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "a", "value": "b"}]}',
+    "key 'value' stands twice",
+  ),
   "20_megabytes": (b'{"a": "' + b"x" * 20_000_000, "broken JSON at column 7: Unterminated string"),
 }
 
@@ -525,11 +535,9 @@ def test_lines_that_cannot_be_read_are_named(tmp_path, tokenizer, name):
   assert_named(tmp_path, tokenizer, *UNREADABLE_LINES[name])
 
 
-GOOD_TEXT = json.dumps(GOOD["conversations"]).encode()
 READABLE_LINES = {
   "nan": b'{"id": NaN, "score": -Infinity, "conversations": ' + GOOD_TEXT + b"}",
-  # As the reference's parser does: the last one counts.
-  "twice": b'{"image": "gone.png", "conversations": [], "image": "", "conversations": ' + GOOD_TEXT + b"}",
+  "twice_the_same": b'{"id": 1, "id": 1, "image": "", "image": "", "conversations": ' + GOOD_TEXT + b"}",
   "carriage_return": b'{"conversations": ' + GOOD_TEXT + b"}\r",
   "mid_bom": b'\xef\xbb\xbf{"conversations": ' + GOOD_TEXT + b"}",
   "20_megabytes": b'{"page": "' + b"x" * 20_000_000 + b'", "conversations": ' + GOOD_TEXT + b"}",
