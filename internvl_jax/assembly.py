@@ -14,7 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from internvl_jax import compiler, optim
 from internvl_jax.arguments import LoRAConfig, ModelArguments, PreferenceConfig
 from internvl_jax.config import TrainConfig, get
+from internvl_jax.data.examine import decode_all, examine
+from internvl_jax.data.files import default_cache
+from internvl_jax.data.mixture import Mixture
+from internvl_jax.data.tokenize import ChatTokenizer
 from internvl_jax.errors import UserError
+from internvl_jax.eval.questions import NAME, QuestionFile
 from internvl_jax.hf import config as layouts
 from internvl_jax.hf import published, vocabulary
 from internvl_jax.hf.model import (
@@ -48,6 +53,9 @@ from internvl_jax.state import describe as describe_parts
 from internvl_jax.stated import differences, read_stated
 from internvl_jax.step import TrainStep
 from internvl_jax.trees import part_of, select
+
+_HELD_OUT_SHOWN = 5
+"""Lines named in the message that refuses held-out data."""
 
 
 def set_up_jax(config: TrainConfig) -> None:
@@ -145,6 +153,53 @@ def lora_spec(config: LoRAConfig, rank: int) -> LoRASpec | None:
     use_dora=config.use_dora,
     use_rslora=config.use_rslora,
   )
+
+
+def held_out_problems(config: TrainConfig, source: Source, chat: ChatTokenizer) -> list[str]:
+  """Why lines of `eval.annotation` and of `preference.eval_meta_path` cannot be used, one text each.
+
+  All of their images and videos are decoded, on all cores: what is found here is not found at the end of a run.
+
+  Raises:
+    UserError: a file cannot be opened at all.
+  """
+  found, tokens_per_tile, workers = [], source.config.tokens_per_tile, os.cpu_count() or 1
+  if config.eval.annotation is not None:
+    found += QuestionFile.open(config.eval, config.data, chat, tokens_per_tile).problems(workers)
+  if config.preference.eval_meta_path is not None:
+    cache = config.loader.cache_dir or default_cache()
+    mixture = Mixture(
+      dataclasses.replace(config.data, meta_path=config.preference.eval_meta_path),
+      chat,
+      tokens_per_tile=tokens_per_tile,
+      seed=config.training.seed,
+      policy=config.loader.on_over_length,
+      cache=cache,
+      preference=True,
+      share_prompts=shares_prompts(config, source),
+    )
+    mixture.index_sizes(cache, workers=workers, quiet=config.training.disable_tqdm)
+    found += [line for report in examine(mixture) for line in report.examples]
+    found += decode_all(mixture, packed=config.data.use_packed_ds, workers=workers)
+    mixture.close()
+  return found
+
+
+def check_held_out(config: TrainConfig, source: Source, chat: ChatTokenizer) -> None:
+  """Refuses held-out data that would end the run when they are read; pairs that may be dropped are told.
+
+  Raises:
+    UserError: a line cannot be used.
+  """
+  found = held_out_problems(config, source, chat)
+  if not found:
+    return
+  shown = " | ".join(found[:_HELD_OUT_SHOWN])
+  what = f"{len(found)} lines of the held-out data cannot be used: {shown}"
+  if config.loader.on_bad_sample == "drop" and not any(NAME in line for line in found):
+    logging.warning("%s", what)
+    return
+  raise UserError(f"{what}; correct them before the run, which would end when it comes to them")
 
 
 def check_template(config: TrainConfig, source: Source) -> None:

@@ -39,7 +39,7 @@ from internvl_jax.arguments import (
   parse_distributed,
   parse_xla_option,
 )
-from internvl_jax.errors import UserError
+from internvl_jax.errors import UserError, redacted_json
 from internvl_jax.outputs import would_write_over
 from internvl_jax.parallel import zero
 
@@ -82,8 +82,8 @@ def get(config: TrainConfig, path: str) -> Any:
 
 
 def to_json(config: TrainConfig) -> dict[str, dict[str, Any]]:
-  """The tree as plain dicts, with nothing but what JSON has (tuples become lists)."""
-  return json.loads(json.dumps(dataclasses.asdict(config)))
+  """The tree as plain dicts, with nothing but what JSON has (tuples become lists), and without secrets of URLs."""
+  return redacted_json(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
 # --- The rules, as data -------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ RANGES: dict[str, Range] = {
   "data.force_image_size": _POSITIVE,
   "data.down_sample_ratio": Range(low=0, high=1, low_is_in=False),
   "data.min_dynamic_patch": _POSITIVE,
-  "data.max_dynamic_patch": _POSITIVE,
+  "data.max_dynamic_patch": Range(low=1, high=4096),  # data.tiling.MOST_TILES
   "data.min_num_frame": _POSITIVE,
   "data.max_num_frame": _POSITIVE,
   "data.num_images_expected": _POSITIVE,
@@ -526,13 +526,13 @@ def _path_problems(config: TrainConfig, command: Command) -> Iterator[str]:
   if config.model.mlp_path:
     yield from _projector_path_problems(config.model.mlp_path)
   files = {"data.meta_path": config.data.meta_path if "data.meta_path" in required else None}
-  if command == "train":
+  if command in ("train", "doctor"):
     files["eval.annotation"] = config.eval.annotation
     files["preference.eval_meta_path"] = config.preference.eval_meta_path
   for path, name in files.items():
     if name and not _is_remote(name) and not os.path.isfile(name):
       yield f"{path}={name!r}: no such file"
-  if command == "train" and config.eval.annotation and (root := config.eval.root):
+  if command in ("train", "doctor") and config.eval.annotation and (root := config.eval.root):
     if not _is_remote(root) and not os.path.isdir(root):
       yield f"eval.root={root!r}: no such folder"
   if (cache := config.preference.reference_cache_dir) and _is_remote(cache):

@@ -3,9 +3,10 @@
   python -m internvl_jax.doctor --config F [--show N] [--dump out.jsonl] [--picture sizes.png] [--nodecode]
 
 Measures every sample and decodes every image and video, on all cores, and prints a table of the datasets, the
-sizes, how full packed rows would be, the steps of an epoch, and which images are taken otherwise than they are shown
-(of more than 8 bits, with several frames, ...). Ends with status 1 if a line would be lost: unreadable, without a
-supervised token, or too long to keep any of it (loader.on_over_length).
+sizes, how full packed rows would be, the steps of an epoch, what of the lines is not read, which images are taken
+otherwise than they are shown (of more than 8 bits, with several frames, ...), and the same for held-out data
+(eval.annotation, preference.eval_meta_path). Ends with status 1 if a line would be lost: unreadable, without a
+supervised token, or too long to keep any of it (loader.on_over_length); or if a held-out one cannot be used.
 """
 
 import json
@@ -22,7 +23,7 @@ from internvl_jax import assembly, frontdoor
 from internvl_jax.config import TrainConfig, validate
 from internvl_jax.data import packing, pipeline
 from internvl_jax.data.errors import DataError
-from internvl_jax.data.examine import DatasetReport, decode_all, examine
+from internvl_jax.data.examine import DatasetReport, decode_all, describe_notes, examine
 from internvl_jax.data.mixture import Mixture
 from internvl_jax.data.notes import NotesShown
 from internvl_jax.data.rows import packable
@@ -67,19 +68,24 @@ def main(argv: Sequence[str]) -> None:
   print(sizes(reports))
   if config.data.use_packed_ds:
     print(fill(mixture, pipeline.pack_settings(config.data)))
-  for line in notes:
+  for line in [*describe_notes(mixture, workers=os.cpu_count() or 1), *notes]:
     print(f"note: {line}")
   for line in [*(line for report in reports for line in report.examples), *damaged]:
     print(f"lost: {line}")
+  held_out = assembly.held_out_problems(config, source, chat)
+  for line in held_out:
+    print(f"held out: {line}")
   write_outputs(mixture, chat, reports)
-  lost = sum(report.lost for report in reports) + len(damaged)
-  print(
-    f"{lost} of {sum(report.lines for report in reports)} lines would be lost"
-    if lost
-    else "nothing would be lost"
-  )
   mixture.close()
-  sys.exit(1 if lost else 0)
+  print(summary(reports, lost=sum(report.lost for report in reports) + len(damaged), held_out=len(held_out)))
+  sys.exit(1 if damaged or held_out or any(report.lost for report in reports) else 0)
+
+
+def summary(reports: Sequence[DatasetReport], *, lost: int, held_out: int) -> str:
+  """What it comes to, in a line."""
+  parts = [f"{lost} of {sum(report.lines for report in reports)} lines would be lost"] if lost else []
+  parts += [f"{held_out} lines of the held-out data cannot be used"] if held_out else []
+  return ", ".join(parts) or "nothing would be lost"
 
 
 def decode(mixture: Mixture, *, packed: bool) -> tuple[list[str], list[str]]:

@@ -56,6 +56,7 @@ def main(argv: Sequence[str]) -> None:
     config, opened.data, opened.source, opened.tokenizer, opened.how, stop_ids=opened.stop_ids
   )
   assert evaluation is not None
+  evaluation.check()
   scores = evaluation.run(opened.params)
   evaluation.write(scores, output)
   print(json.dumps(scores.summary(), indent=2))

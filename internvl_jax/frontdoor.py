@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from internvl_jax.config import FIELDS, FOREIGN, LEAVES, TrainConfig, idle_settings, suggest, type_name
 from internvl_jax.environment import set_environment
-from internvl_jax.errors import UserError
+from internvl_jax.errors import UserError, redacted
 from internvl_jax.usage import usage
 
 FLAG = "config"
@@ -84,6 +84,7 @@ def run_app(main: Callable[[list[str]], Any]) -> None:
   keeps its traceback.
   """
   set_environment()
+  sys.excepthook = _print_traceback
 
   def guarded(argv: list[str]) -> Any:
     try:
@@ -148,7 +149,7 @@ class _BarAwareHandler(stdlib_logging.Handler):
   """Writes to stderr above the progress bar, if there is one."""
 
   def emit(self, record: stdlib_logging.LogRecord) -> None:
-    tqdm.write(self.format(record), file=sys.stderr)
+    tqdm.write(redacted(self.format(record)), file=sys.stderr)
 
 
 def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
@@ -267,10 +268,17 @@ def report(error: BaseException) -> None:
   """Prints what `run_app` would, for a process that must end at once."""
   message = explain(error)
   if message is None:
-    traceback.print_exception(error)
+    _print_traceback(type(error), error, error.__traceback__)
     return
   logging.debug("Where it came from:", exc_info=error)
-  print("error: " + message.replace("\n", "\n  "), file=sys.stderr)
+  print("error: " + redacted(message).replace("\n", "\n  "), file=sys.stderr)
+
+
+def _print_traceback(
+  kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
+) -> None:
+  """Prints what Python does of an exception that nothing caught, without the secrets of URLs."""
+  print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def _exit_with(error: Exception) -> typing.NoReturn:

@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
     tokens_per_tile=opened.source.config.tokens_per_tile,
     limits=Limits(opened.data.max_seq_length, policy="error"),
   )
-  sample = maker.make(record, Where("question", "the command line", 1))
+  sample = maker.make(record, Where("question", "the command line", 1, "--image"))
   decoder = GreedyDecoder(
     model=opened.source.model,
     how=opened.how,

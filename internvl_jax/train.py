@@ -22,6 +22,7 @@ from internvl_jax.adapters import merge_and_check
 from internvl_jax.arguments import TrainingArguments
 from internvl_jax.assembly import (
   Setup,
+  check_held_out,
   idle_on,
   log_parameters,
   open_mesh,
@@ -108,6 +109,8 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
   loader = open_data(make_loader, setup.mesh, watchdog)
   if distributed.is_first():
     tell(optim.warmup_remark(config.training, loader.total_steps))
+  with watchdog.phase("data"):
+    check_held_out(config, source, chat)
 
   log_parameters(setup)
   checkpointer = Checkpointer(output_folder(config), keep=config.training.save_total_limit)

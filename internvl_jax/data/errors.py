@@ -2,8 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 from internvl_jax.errors import UserError
 
@@ -17,7 +17,7 @@ class DataError(UserError):
   def __init__(self, message: object):
     # Libraries' messages, quoted in ours, may hold line breaks; paths and texts may hold anything.
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(message).split()))
-    super().__init__(_LONG_WORD.sub(r"\1...\2", line))
+    super().__init__(_LONG_WORD.sub(r"\1...\2", line))  # and then without the secrets of URLs
 
 
 class OverLengthError(DataError):
@@ -35,11 +35,13 @@ class Where(NamedTuple):
     dataset: name in the meta file.
     file: path of the annotation file.
     line: number of the line, from 1.
+    root: where its media's folder is said, for remedies.
   """
 
   dataset: str
   file: str
   line: int
+  root: str = "the dataset's root in the meta file"
 
   def __str__(self) -> str:
     return f"{self.file}:{self.line} (dataset {self.dataset!r})"
@@ -47,6 +49,17 @@ class Where(NamedTuple):
   def error(self, cause: str, kind: type[DataError] | None = None) -> DataError:
     """Returns the error that blames this line, a `DataError` or a kind of it."""
     return (kind or DataError)(f"{self}: {cause}")
+
+
+def shown(value: Any, write: Callable[[Any], str] = str) -> str:
+  """Returns what a message shows of a value of the data: its beginning, in quotes where it is written as `str` does."""
+  try:
+    text = write(value)[:80]
+  except RecursionError:  # What could be parsed may be too deep to be written.
+    return f"a {type(value).__name__} of many levels"
+  except ValueError:  # Python writes no integer of more than 4,300 digits.
+    return f"a {type(value).__name__} with a number of thousands of digits"
+  return repr(text) if write is str else text
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

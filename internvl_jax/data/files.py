@@ -29,6 +29,7 @@ from internvl_jax.data import remote
 from internvl_jax.data.cache import cache_errors_named, locked
 from internvl_jax.data.errors import Where
 from internvl_jax.data.remote import FetchError
+from internvl_jax.errors import redacted
 
 BLOCK_BYTES = 1 << 16
 """Bytes of a remote file that are fetched at a time where only its header is wanted."""
@@ -115,6 +116,11 @@ def parent(path: str) -> str:
 def absolute(path: str) -> str:
   """Returns a path that means the same from every working directory."""
   return path if is_remote(path) else os.path.abspath(path)
+
+
+def identity(path: str) -> str:
+  """Returns what a cache knows a file by: `absolute`, without what signs a URL anew each time and must not be kept."""
+  return redacted(absolute(path))
 
 
 def name(path: str) -> str:
@@ -244,7 +250,9 @@ def cached_copy(url: str, cache: str | os.PathLike[str] | None = None) -> str:
     if copy and os.path.exists(copy):  # Another process has just made it.
       return copy
     size = info.get("size")
-    logging.info("Copying %s (%s) to %s", url, "?" if size is None else f"{size / 1e6:.1f} MB", folder)
+    logging.info(
+      "Copying %s (%s) to %s", redacted(url), "?" if size is None else f"{size / 1e6:.1f} MB", folder
+    )
     _download(url, temporary, size)
     with cache_errors_named(cache):
       # A server that gives a file no version may have changed it: what came tells it from what was there.
@@ -274,7 +282,7 @@ def _download(url: str, target: str, size: int | None) -> None:
 
 
 def _copy_path(folder: str, url: str, version: str) -> str:
-  digest = hashlib.sha256(f"{url} {version}".encode()).hexdigest()[:16]
+  digest = hashlib.sha256(f"{identity(url)} {version}".encode()).hexdigest()[:16]
   stem = re.sub(r"\W+", "_", os.path.splitext(name(url))[0])[:40]
   return os.path.join(folder, f"{stem}-{digest}{suffix(url)}")
 

@@ -184,7 +184,7 @@ def _named_errors(path: str, opened: Callable[[], Any], where: Where) -> Iterato
   try:
     yield
   except FileNotFoundError as error:
-    raise where.error(f"image not found: {path}; check the dataset's root in the meta file") from error
+    raise where.error(f"image not found: {path}; check {where.root}") from error
   except files.FetchError as error:
     raise where.error(f"image {path} cannot be fetched: {error}") from error
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -207,7 +207,7 @@ def _check_file(path: str, where: Where) -> None:
   try:
     status = os.stat(path)
   except (FileNotFoundError, NotADirectoryError) as error:
-    raise where.error(f"image not found: {path}; check the dataset's root in the meta file") from error
+    raise where.error(f"image not found: {path}; check {where.root}") from error
   except (OSError, ValueError) as error:  # ValueError: a zero byte or half a surrogate pair in the path
     cause = getattr(error, "strerror", None) or error
     raise where.error(

@@ -11,12 +11,29 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from internvl_jax.data import files
+from internvl_jax.data import files, formats
 from internvl_jax.data.cache import cache_errors_named, whole_file
 from internvl_jax.data.errors import DataError, Where
 
 _BLOCK_BYTES = 1 << 24
 _NEWLINE = 10
+
+
+class _SaidTwiceError(Exception):
+  """A name stands twice in an object; json would keep the last, and lose what stood there before in silence."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  entries = dict(pairs)
+  if len(entries) < len(pairs):
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+      if found.setdefault(key, value) != value:
+        raise _SaidTwiceError(key)
+  return entries
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 class JsonlFile:
@@ -35,7 +52,12 @@ class JsonlFile:
   """
 
   def __init__(
-    self, path: str | os.PathLike[str], dataset: str, *, cache: str | os.PathLike[str] | None = None
+    self,
+    path: str | os.PathLike[str],
+    dataset: str,
+    *,
+    cache: str | os.PathLike[str] | None = None,
+    root: str | None = None,
   ):
     """Finds the lines in one pass over the file, or in the cache.
 
@@ -43,17 +65,20 @@ class JsonlFile:
       path: the annotation file, a path or a URL.
       dataset: the name that errors use.
       cache: folder of caches; None keeps nothing but a remote file's copy, in `files.default_cache()`.
+      root: the setting that says where its media are, where that is not the meta file.
 
     Raises:
-      DataError: the file is missing, unreadable, or has no line.
+      DataError: the file is missing, unreadable, no jsonl, or has no line.
     """
     self.path = str(path)
     self.dataset = dataset
+    self._root = {} if root is None else {"root": root}
     self._file: BinaryIO | None = None
     self._cached: pathlib.Path | None = None
     try:
       self._local = files.cached_copy(self.path, cache) if files.is_remote(self.path) else self.path
       self.state = self._stat()
+      self._check_format()
       if cache is None:
         self._starts, self._ends, self._numbers = self._find_lines()
       else:
@@ -62,9 +87,14 @@ class JsonlFile:
     except OSError as error:
       raise self._unreadable(error) from error
     if not len(self):
-      raise DataError(
-        f"{path}: dataset {dataset!r} is empty: 0 samples; add lines or take it out of the meta file"
-      )
+      raise DataError(f"{path}: dataset {dataset!r} is empty: 0 samples; add lines, or do not name it")
+
+  def _check_format(self) -> None:
+    """Refuses a file that is no jsonl: each of its lines would be an error, with a remedy that does not help."""
+    with open(self._local, "rb") as file:
+      found = formats.recognised(file)
+    if found is not None:
+      raise DataError(f"{self.path}: dataset {self.dataset!r}: {found.explain(self.path)}")
 
   def _find_lines(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Returns int64 [lines]: first bytes, bytes after the last, and line numbers where they are not 1, 2, 3, ..."""
@@ -110,22 +140,26 @@ class JsonlFile:
   def where(self, index: int) -> Where:
     """Returns the place of the line with this index (counted from 0, blank lines left out)."""
     line = index + 1 if self._numbers is None else int(self._numbers[index])
-    return Where(self.dataset, self.path, line)
+    return Where(self.dataset, self.path, line, **self._root)
 
   def read(self, index: int) -> Any:
     """Returns the parsed JSON of a line.
 
     Raises:
-      DataError: the line is not JSON.
+      DataError: the line is not JSON, or says two things under one name.
     """
     text = self._line(index)
     try:
-      return json.loads(text.decode("utf-8-sig"))
+      return _DECODER.decode(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
       raise self.where(index).error(f"not UTF-8: {error}; save the file as UTF-8") from error
     except json.JSONDecodeError as error:
       raise self.where(index).error(
         f"broken JSON at column {error.colno}: {error.msg}; correct the line or delete it"
+      ) from error
+    except _SaidTwiceError as error:
+      raise self.where(index).error(
+        f"key {error.args[0]!r} stands twice in one object, with different values; keep one"
       ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
       raise self.where(index).error(f"JSON that cannot be read: {error}; delete the line") from error

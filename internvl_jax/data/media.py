@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from internvl_jax.data import video
-from internvl_jax.data.errors import Where
+from internvl_jax.data.errors import Where, shown
 
 # No image format has sides beyond 32 bits; Python's integers go on until they overflow a float.
 _LARGEST_SIDE = 1 << 32
@@ -27,16 +27,6 @@ def stated_sizes(record: Mapping[str, Any], num_images: int) -> list[tuple[int, 
   return sizes if whole and len(widths) == len(heights) == num_images else None
 
 
-def states_sizes(record: Any, where: Where) -> bool:
-  """Says whether a parsed line states the sizes of all its images, so that none is opened to plan with.
-
-  Raises:
-    DataError: what it says about them is wrong.
-  """
-  paths = image_paths(record, where)
-  return bool(paths) and stated_sizes(record, len(paths)) is not None
-
-
 def image_paths(record: dict[str, Any], where: Where) -> list[str]:
   """Returns the paths of the line's images as written; none for text only.
 
@@ -47,7 +37,7 @@ def image_paths(record: dict[str, Any], where: Where) -> list[str]:
   paths = image if isinstance(image, list) else [] if image in (None, "") else [image]
   for path in paths:
     if not isinstance(path, str) or not path:
-      raise where.error(f"'image' must be a path or a list of paths, got {str(image)[:80]!r}")
+      raise where.error(f"'image' must be a path or a list of paths, got {shown(image)}")
   return paths
 
 
@@ -64,24 +54,15 @@ def video_of(record: dict[str, Any], where: Where) -> video.Source | None:
     path = path[0]  # others list the videos of a line, and each as its path or those of its frames
   paths = path if isinstance(path, list) else [path]
   if not paths or not all(isinstance(each, str) and each for each in paths):
-    raise where.error(f"'video' must be one path or those of its frames, got {str(path)[:80]!r}")
+    raise where.error(f"'video' must be one path or those of its frames, got {shown(path)}")
   if record.get("image"):
     raise where.error(
-      f"the line has both 'image' {str(record['image'])[:80]!r} and 'video' {str(path)[:80]!r}; keep one"
+      f"the line has both 'image' {shown(record['image'])} and 'video' {shown(path)}; keep one"
     )
   if all(map(video.is_image_name, paths)):
     return tuple(paths)
   if len(paths) > 1:
     raise where.error(
-      f"'video' lists {len(paths)} files, {str(paths)[:80]}, that are not all images; write a line for each video"
+      f"'video' lists {len(paths)} files, {shown(paths)}, that are not all images; write a line for each video"
     )
   return paths[0]
-
-
-def has_video(record: Any, where: Where) -> bool:
-  """Says whether a parsed line has a video.
-
-  Raises:
-    DataError: what it says about it is wrong.
-  """
-  return isinstance(record, dict) and video_of(record, where) is not None

@@ -1,15 +1,19 @@
 """The mixture of datasets that a meta file describes."""
 
+import collections
 import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import pathlib
 from typing import Any
 
-from internvl_jax.data import files
+from internvl_jax.data import files, formats
 from internvl_jax.data.errors import DataError, did_you_mean
+from internvl_jax.data.tiling import MOST_TILES
+from internvl_jax.errors import redacted
 
 _REQUIRED = ("root", "annotation")
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -23,6 +27,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
 # The first so many images and videos decide what a relative root is relative to. One would not do: it may be missing.
 _FILES_SOUGHT = 16
 _LINES_SEARCHED = 1000
+# Sees each line so often in an epoch, at most: beyond it numbers of samples overflow, and nobody means it.
+_MOST_REPEATS = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,11 +101,11 @@ def _read_object(path: str) -> dict[str, Any]:
 
   def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     # json keeps the last of two equal keys, which would lose a dataset in silence.
-    keys = [key for key, _ in pairs]
-    twice = [key for key in keys if keys.count(key) > 1]
-    if twice:
-      raise DataError(f"{path}: key {twice[0]!r} stands twice in one object; rename one of them")
-    return dict(pairs)
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+      twice = next(key for key, count in collections.Counter(key for key, _ in pairs).items() if count > 1)
+      raise DataError(f"{path}: key {twice!r} stands twice in one object; rename one of them")
+    return entries
 
   try:
     entries = json.loads(text, object_pairs_hook=unique)
@@ -117,6 +123,9 @@ def _read_object(path: str) -> dict[str, Any]:
 def _spec(path: str, name: str, entry: Any, cache: str | os.PathLike[str] | None) -> DatasetSpec:
   """Returns the checked dataset of one entry."""
   blame = f"{path}: dataset {name!r}"
+  # It stands in tables, logs and JSON.
+  if not name or not name.isprintable():
+    raise DataError(f"{blame}: the name must be a text that can be printed; rename it")
   if not isinstance(entry, dict):
     raise DataError(f"{blame}: expected an object, got {_json_type(entry)}")
   for key in entry:
@@ -133,7 +142,7 @@ def _spec(path: str, name: str, entry: Any, cache: str | os.PathLike[str] | None
   annotation = _find_annotation(path, blame, values["annotation"])
   root = _find_root(path, blame, values["root"], annotation, cache)
   values |= {"root": root, "annotation": annotation}
-  return DatasetSpec(name=name, **values)
+  return DatasetSpec(name=redacted(name), **values)
 
 
 def _check_value(blame: str, key: str, value: Any) -> None:
@@ -143,13 +152,22 @@ def _check_value(blame: str, key: str, value: Any) -> None:
     expected = (
       "a number" if float in kinds else {str: "a string", bool: "true or false", int: "an integer"}[kinds[0]]
     )
-    raise DataError(f"{blame}: {key!r} must be {expected}, got {json.dumps(value)}")
-  if key == "repeat_time" and (value <= 0 or (value > 1 and value != int(value))):
+    raise DataError(f"{blame}: {key!r} must be {expected}, got {json.dumps(value)[:80]}; correct it")
+  # The order matters: NaN is in no range, and only what is finite is an integer.
+  if key == "repeat_time" and not (0 < value <= _MOST_REPEATS and (value < 1 or value == math.floor(value))):
     raise DataError(
-      f"{blame}: repeat_time must be a share between 0 and 1 or a whole number of repeats, got {value}; round it"
+      f"{blame}: repeat_time must be a share between 0 and 1 or a whole number of repeats, got {_short(value)}; round it "
+      f"(it may be up to {_MOST_REPEATS})"
     )
-  if key == "max_dynamic_patch" and value < 1:
-    raise DataError(f"{blame}: max_dynamic_patch must be 1 or more, got {value}")
+  if key == "max_dynamic_patch" and not 1 <= value <= MOST_TILES:
+    bound = "1 or more" if value < 1 else f"{MOST_TILES} or less"
+    raise DataError(
+      f"{blame}: max_dynamic_patch must be {bound}, got {_short(value)}; the reference's runs have up to 12"
+    )
+  if key == "length" and value < 0:
+    raise DataError(
+      f"{blame}: length must be 0 or more, got {_short(value)}; give the number of lines or take it out"
+    )
 
 
 def _find_annotation(meta: str, blame: str, annotation: str) -> str:
@@ -207,13 +225,15 @@ def _first_files(annotation: str) -> list[str]:
   found: list[str] = []
   # A file that cannot be read is named when its lines are looked for.
   with contextlib.suppress(OSError), open(annotation, "rb") as lines:
+    if formats.recognised(lines) is not None:  # One line of it may be all of it.
+      return []
     for line in itertools.islice(lines, _LINES_SEARCHED):
       try:
         record = json.loads(line)
       except (ValueError, RecursionError):
         continue  # a broken line is named, with its number, when it is read as a sample
       record = record if isinstance(record, dict) else {}
-      for key in ("image", "video"):
+      for key in ("image", "images", "video", "videos"):
         paths = record.get(key)
         paths = paths if isinstance(paths, list) else [paths]
         paths = [path for path in paths if isinstance(path, str) and path]
@@ -221,6 +241,11 @@ def _first_files(annotation: str) -> list[str]:
       if len(found) >= _FILES_SOUGHT:
         break
   return found[:_FILES_SOUGHT]
+
+
+def _short(value: float) -> str:
+  text = str(value)
+  return text if len(text) <= 40 else f"{text[:20]}... ({len(text)} digits)"
 
 
 def _json_type(value: Any) -> str:

@@ -13,11 +13,11 @@ from internvl_jax.data import files, images, sizes, video
 from internvl_jax.data.errors import DataError, Where
 from internvl_jax.data.fitting import Limits, Policy
 from internvl_jax.data.jsonl import JsonlFile
-from internvl_jax.data.media import has_video, states_sizes
 from internvl_jax.data.meta import DatasetSpec, read_meta
 from internvl_jax.data.pieces import Pieces, index_pieces, over_long
 from internvl_jax.data.pool import TilePool
 from internvl_jax.data.sample import Sample, SampleMaker, max_grid_tiles
+from internvl_jax.data.templates import Template
 from internvl_jax.data.tokenize import ChatTokenizer
 
 # Lines of a dataset that are measured again at every start, in a tenth of a second: where a folder of images was made
@@ -25,7 +25,7 @@ from internvl_jax.data.tokenize import ChatTokenizer
 _PROBES = 32
 
 # Changes whenever the same line would get other sizes.
-_MEASURE_VERSION = 2
+_MEASURE_VERSION = 3
 
 
 class Dataset:
@@ -124,6 +124,11 @@ class Dataset:
     ).astype(np.int64)
 
   @property
+  def template(self) -> Template:
+    """How its turns are written."""
+    return self._maker.tokenizer.template
+
+  @property
   def limits(self) -> Limits:
     """How long its samples may be."""
     return self._maker.limits
@@ -157,7 +162,7 @@ class Dataset:
 
   def index_of(self, line: int) -> str:
     """Returns the folder of the index that knows the size of a line's media; "" where the line itself states it."""
-    if self._sizes is None or states_sizes(self.file.read(line), self.file.where(line)):
+    if self._sizes is None or self._maker.states_sizes(self.file.read(line), self.file.where(line)):
       return ""
     return str(self._sizes.folder)
 
@@ -169,11 +174,11 @@ class Dataset:
 
   def first_video(self) -> Where | None:
     """Returns the first line in use that has a video; None if there is none."""
-    for line in self.file.containing(b'"video"'):
+    for line in self.file.containing(b'"video'):
       if line >= self.lines:
         break
       with contextlib.suppress(DataError):  # what is wrong about a line is said when it becomes a sample
-        if has_video(self.file.read(line), self.file.where(line)):
+        if self._maker.has_video(self.file.read(line), self.file.where(line)):
           return self.file.where(line)
     return None
 
@@ -185,7 +190,7 @@ class Dataset:
       "version": _MEASURE_VERSION,
       "tokenizer": maker.tokenizer.fingerprint(),
       "tokens_per_tile": maker.tokens_per_tile,
-      "root": files.absolute(self.spec.root),
+      "root": files.identity(self.spec.root),
       "max_dynamic_patch": max_grid_tiles(self.spec, data),
       "frames": [data.min_num_frame, data.max_num_frame, self._seed, self._number],
       **{name: getattr(data, name) for name in settings},

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from internvl_jax.batch import IGNORE_INDEX
-from internvl_jax.data.errors import Where
+from internvl_jax.data.errors import Where, shown
 from internvl_jax.data.tokenize import IMAGE_PLACEHOLDER, Chat, check_characters
 
 KEYS = ("question", "chosen", "rejected")
@@ -44,11 +44,11 @@ class Pair(NamedTuple):
     ]
 
 
-def pair_of(record: dict[str, Any], where: Where) -> Pair:
-  """Returns the texts of a line.
+def check_keys(record: dict[str, Any], where: Where) -> None:
+  """Refuses a line that has not all texts of a pair.
 
   Raises:
-    DataError: a text is missing, is none or cannot be encoded, or the answers are equal or have an image.
+    DataError: one is missing.
   """
   missing = [key for key in KEYS if key not in record]
   if missing and "conversations" in record:
@@ -61,16 +61,29 @@ def pair_of(record: dict[str, Any], where: Where) -> Pair:
       f"key {_listed(missing)} is missing; the line has {_listed(record) or 'no key'}, and preference.loss_type needs "
       f"{_listed(KEYS)}"
     )
-  given = [key for key in SYSTEM_KEYS if key in record]
+
+
+def system_of(record: dict[str, Any], where: Where) -> str | None:
+  """Returns the system message that stands in a line beside its texts; None if there is none.
+
+  Raises:
+    DataError: there are two, or it is no text.
+  """
+  given = [key for key in SYSTEM_KEYS if record.get(key) not in (None, "")]
   if len(given) > 1:
     raise where.error(f"the line has both {_listed(given)}; leave one system message")
-  for key in (*KEYS, *given):
-    if not isinstance(record[key], str) or not record[key].strip():
-      raise where.error(
-        f"{key!r} must be a text that is not empty, got {json.dumps(record[key])[:80]}; write one or delete the line"
-      )
-    check_characters(record[key], repr(key), where)
-  pair = Pair(record["question"], record["chosen"], record["rejected"], record[given[0]] if given else None)
+  return _checked_text(record, given[0], where) if given else None
+
+
+def pair_of(record: dict[str, Any], where: Where) -> Pair:
+  """Returns the texts of a line.
+
+  Raises:
+    DataError: a text is missing, is none or cannot be encoded, or the answers are equal or have an image.
+  """
+  check_keys(record, where)
+  question, chosen, rejected = (_checked_text(record, key, where) for key in KEYS)
+  pair = Pair(question, chosen, rejected, system_of(record, where))
   if pair.chosen == pair.rejected:
     raise where.error(
       f"'chosen' and 'rejected' are the same text {pair.chosen[:80]!r}, which prefers nothing; correct one or delete "
@@ -82,6 +95,16 @@ def pair_of(record: dict[str, Any], where: Where) -> Pair:
         f"{count} {IMAGE_PLACEHOLDER} in {key!r}, but only the question shows images; take it out or move it there"
       )
   return pair
+
+
+def _checked_text(record: dict[str, Any], key: str, where: Where) -> str:
+  text = record[key]
+  if not isinstance(text, str) or not text.strip():
+    raise where.error(
+      f"{key!r} must be a text that is not empty, got {shown(text, json.dumps)}; write one or delete the line"
+    )
+  check_characters(text, repr(key), where)
+  return text
 
 
 def check_places(question: str, num_images: int, where: Where) -> None:

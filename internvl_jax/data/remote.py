@@ -127,7 +127,10 @@ def file_system(url: str) -> Any:
     raise FetchError(f"{name}:// needs a package that is not installed ({cause}): {remedy}") from error
   except ValueError as error:
     raise FetchError(f"unknown scheme {name!r}{did_you_mean(name, _KNOWN)}") from error
-  told = kind._get_kwargs_from_urls(url)  # A host or an account, where file systems are many.
+  try:
+    told = kind._get_kwargs_from_urls(url)  # A host or an account, where file systems are many.
+  except ValueError as error:  # of half a bracket, say
+    raise FetchError(f"not a URL: {error}; correct it") from error
   key = (os.getpid(), name, repr(sorted(told.items())))
   if key not in _systems:
     try:

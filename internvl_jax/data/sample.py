@@ -9,7 +9,7 @@ import numpy as np
 
 from internvl_jax.arguments import DataTrainingArguments
 from internvl_jax.batch import IGNORE_INDEX
-from internvl_jax.data import files, fitting, images, media, preference, tiling, video
+from internvl_jax.data import files, fitting, images, media, preference, records, tiling, video
 from internvl_jax.data.errors import Where
 from internvl_jax.data.fitting import Limits
 from internvl_jax.data.meta import DatasetSpec
@@ -178,6 +178,7 @@ class SampleMaker:
     Raises:
       DataError: the line, its image or its video is wrong; `OverLengthError` where nothing of it is kept.
     """
+    record = self._plain(record, where)
     sources = self._sources(record, where)
     plan = self._plan(record, where, frames or self.data.max_num_frame, sources)
     pieces = plan.pieces()
@@ -221,7 +222,7 @@ class SampleMaker:
     Raises:
       DataError: the line is wrong, or its image or video cannot be opened.
     """
-    shape = next(self._shapes(record, where, frames, None))
+    shape = next(self._shapes(self._plain(record, where), where, frames, None))
     return Size(
       tokens=sum(self._lengths(shape)) - self._shared(shape),
       tiles=sum(shape.tiles),
@@ -235,7 +236,7 @@ class SampleMaker:
     Raises:
       DataError: as in `measure`; `OverLengthError` where nothing of it is kept.
     """
-    plan = self._plan(record, where, frames, None)
+    plan = self._plan(self._plain(record, where), where, frames, None)
     tiles = plan.shape.tiles
     return [
       (
@@ -245,9 +246,33 @@ class SampleMaker:
       for parts in plan.pieces()
     ]
 
-  def _sources(self, record: Any, where: Where) -> list[images.Source]:
+  def has_video(self, record: Any, where: Where) -> bool:
+    """Says whether a parsed line has a video.
+
+    Raises:
+      DataError: the line is wrong.
+    """
+    return media.video_of(self._plain(record, where), where) is not None
+
+  def states_sizes(self, record: Any, where: Where) -> bool:
+    """Says whether a parsed line states the sizes of all its images, so that none is opened to plan with.
+
+    Raises:
+      DataError: the line is wrong.
+    """
+    plain = self._plain(record, where)
+    paths = media.image_paths(plain, where)
+    return bool(paths) and media.stated_sizes(plain, len(paths)) is not None
+
+  def _plain(self, record: Any, where: Where) -> dict[str, Any]:
+    """Returns the line with our keys alone, and what is wrong about its texts said."""
+    plain = records.plain_record(record, where, is_pair=self.preference)
+    if self.preference:
+      preference.pair_of(plain, where)
+    return plain
+
+  def _sources(self, record: dict[str, Any], where: Where) -> list[images.Source]:
     """Returns the files of the line's images."""
-    self._check_record(record, where)
     paths = [] if media.video_of(record, where) else media.image_paths(record, where)
     return [images.fetched(files.join(self.spec.root, path, where), where) for path in paths]
 
@@ -288,7 +313,6 @@ class SampleMaker:
       frames: wanted of a video.
       sources: of the images; None: they are as large as the line says they are, if it does.
     """
-    self._check_record(record, where)
     if path := media.video_of(record, where):
       yield from self._video_shapes(record, self._rooted(path, where), where, frames)
       return
@@ -327,14 +351,6 @@ class SampleMaker:
     chats = tuple(self.tokenizer.lay_out(turns, num_images, where) for turns in conversations)
     preference.check_chats(chats, where)
     return chats
-
-  def _check_record(self, record: Any, where: Where) -> None:
-    if not isinstance(record, dict):
-      raise where.error(f"expected a JSON object, got {type(record).__name__}")
-    if self.preference:
-      preference.pair_of(record, where)
-    elif "conversations" not in record:
-      raise where.error(_without_conversations(record))
 
   def _count_tiles(self, size: tuple[int, int], limit: int) -> int:
     """Returns how many tiles an image (width, height) makes."""
@@ -397,16 +413,6 @@ class SampleMaker:
     return images.mean_color(self.data.normalize_type) if pad else None
 
 
-def _without_conversations(record: dict[str, Any]) -> str:
-  """Says what is wrong about a line without conversations."""
-  if record.keys() >= set(preference.KEYS):
-    return (
-      "key 'conversations' is missing; the line is a preference pair, of 'chosen' and 'rejected', which needs "
-      "preference.loss_type, such as 'sigmoid'; set it, or give lines with 'conversations'"
-    )
-  return f"key 'conversations' is missing; the line has {', '.join(map(repr, record)) or 'no key'}"
-
-
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
   return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -419,7 +425,20 @@ def _with_places(
     return conversations  # The tokenizer says what is wrong about it.
   if media.video_of(record, where):
     return with_frames(conversations, num_images, where, frame_name)
+  if count := _videos_in(conversations):
+    raise where.error(
+      f"{count} {VIDEO_PLACEHOLDER} in the human turns but no video; name one in 'video', or take {VIDEO_PLACEHOLDER} out"
+    )
   return with_placeholder(conversations) if num_images == 1 else conversations
+
+
+def _videos_in(conversations: list[Any]) -> int:
+  """Returns how often the human turns say `<video>`."""
+  return sum(
+    turn["value"].count(VIDEO_PLACEHOLDER)
+    for turn in conversations
+    if isinstance(turn, dict) and turn.get("from") == "human" and isinstance(turn.get("value"), str)
+  )
 
 
 def with_frames(

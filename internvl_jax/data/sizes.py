@@ -145,7 +145,7 @@ def _first_other(lines: "_MeasureLines", index: "_Index", missing: list[int], pr
 
 
 def _folder(file: JsonlFile, key: Mapping[str, Any], cache: pathlib.Path) -> pathlib.Path:
-  text = json.dumps([files.absolute(file.path), key], sort_keys=True)
+  text = json.dumps([files.identity(file.path), key], sort_keys=True)
   name = re.sub(r"\W+", "_", pathlib.Path(files.name(file.path)).stem)[:40]
   return cache / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
@@ -214,7 +214,7 @@ class _Index:
 
   def finish(self) -> None:
     """Notes that all blocks are measured for the annotation file as it is."""
-    content = {"file": files.absolute(self._file.path), "stat": self._file.state, "key": dict(self._key)}
+    content = {"file": files.identity(self._file.path), "stat": self._file.state, "key": dict(self._key)}
     with whole_file(self._folder / "key.json") as file:
       file.write(json.dumps(content, indent=2).encode())
 

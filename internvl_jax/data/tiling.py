@@ -2,6 +2,9 @@
 
 import functools
 
+MOST_TILES = 4096
+"""Of an image's grid: a million tokens. All grids of so many are looked at for each image."""
+
 
 def grid(width: int, height: int, min_tiles: int, max_tiles: int, tile_size: int) -> tuple[int, int]:
   """Returns (columns, rows) of the grid whose aspect ratio is nearest to the image's.
@@ -42,12 +45,16 @@ def num_tiles(
 def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
   """Returns all grids with min_tiles <= columns * rows <= max_tiles, small ones first."""
   # A set, although a list would do: between grids of one area the reference keeps the order of its set, which
-  # decides ties such as 1x2 against 2x1 for an image of 5:4 under min_tiles=2.
-  shapes = {
-    (columns, rows)
-    for area in range(min_tiles, max_tiles + 1)
-    for columns in range(1, area + 1)
-    for rows in range(1, area + 1)
-    if min_tiles <= columns * rows <= max_tiles
-  }
+  # decides ties such as 1x2 against 2x1 for an image of 5:4 under min_tiles=2. The order in which it is filled is the
+  # reference's, too: by the first area under which both sides are looked at.
+  shapes: set[tuple[int, int]] = set()
+  for side in range(min_tiles, max_tiles + 1):
+    first = side
+    if side == min_tiles:
+      first = 1
+    else:  # grids of two shorter sides were found before
+      shapes.update((columns, side) for columns in range(1, min(side - 1, max_tiles // side) + 1))
+    for columns in range(first, side + 1):
+      least = -(-min_tiles // columns)
+      shapes.update((columns, rows) for rows in range(least, min(side, max_tiles // columns) + 1))
   return tuple(sorted(shapes, key=lambda shape: shape[0] * shape[1]))

@@ -9,10 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from internvl_jax.batch import IGNORE_INDEX
-from internvl_jax.data.errors import DataError, Where, did_you_mean
+from internvl_jax.data.errors import DataError, Where, did_you_mean, shown
 from internvl_jax.data.templates import Template, get_template
 
 IMAGE_PLACEHOLDER = "<image>"
+_ROLES = ("system", "human", "gpt")
+# What other trainers call them.
+_OTHER_ROLES = {"user": "human", "assistant": "gpt", "bot": "gpt", "model": "gpt", "chatgpt": "gpt"}
+
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 
 
@@ -52,6 +56,12 @@ class Chat(NamedTuple):
     counts = np.ones(len(self.ids), np.int64)
     counts[self.contexts] = image_tokens
     return ChatTokens(np.repeat(self.ids, counts), np.repeat(self.labels, counts))
+
+
+class _Turn(NamedTuple):
+  role: str
+  value: str
+  learned: bool = True
 
 
 class ChatTokenizer:
@@ -126,7 +136,8 @@ class ChatTokenizer:
            <|im_start|>assistant\n[Yo<|im_end|>]\n        with what stands in [] as labels
 
     Args:
-      conversations: turns as `{"from": "system" | "human" | "gpt", "value": text}`; left as they are.
+      conversations: turns as `{"from": "system" | "human" | "gpt", "value": text}`; an answer with `"loss": False` is
+        not supervised. Left as they are.
       num_images: images of the sample.
       where: the line of the conversation, for errors.
 
@@ -134,9 +145,9 @@ class ChatTokenizer:
       DataError: a turn is malformed, or `<image>` and images differ in number.
     """
     turns = self._arranged(_checked_turns(conversations, where), where)
-    found = sum(value.count(IMAGE_PLACEHOLDER) for role, value in turns if role == "human")
+    found = sum(turn.value.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "human")
     if found != num_images:
-      others = sum(value.count(IMAGE_PLACEHOLDER) for role, value in turns if role != "human")
+      others = sum(turn.value.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role != "human")
       note = f" ({others} more in other turns, where it is plain text)" if others else ""
       raise where.error(
         f"{found} {IMAGE_PLACEHOLDER} in the human turns{note} but {num_images} images; make the numbers equal"
@@ -208,35 +219,35 @@ class ChatTokenizer:
       return [i for i in self._backend.encode("").ids[:1] if i == tokenizer.bos_token_id]
     return []
 
-  def _arranged(self, turns: list[tuple[str, str]], where: Where) -> list[tuple[str, str]]:
+  def _arranged(self, turns: list[_Turn], where: Where) -> list[_Turn]:
     """Returns the turns that are written, the system's first."""
     template = self.template
     if template.alternates:
-      for number, ((role, _), (following, _)) in enumerate(itertools.pairwise(turns), 1):
-        if role == following:
+      for number, (turn, following) in enumerate(itertools.pairwise(turns), 1):
+        if turn.role == following.role:
           raise where.error(
-            f"turns {number} and {number + 1} are both from {role!r}, but in template {template.name!r} human and "
+            f"turns {number} and {number + 1} are both from {turn.role!r}, but in template {template.name!r} human and "
             "gpt take turns; join the two or drop one"
           )
-    if turns[0][0] != "system" and template.system_message is not None:
-      turns = [("system", template.system_message), *turns]
-    first = int(turns[0][0] == "system")
-    if template.alternates and turns[first:] and turns[first][0] == "gpt":
+    if turns[0].role != "system" and template.system_message is not None:
+      turns = [_Turn("system", template.system_message), *turns]
+    first = int(turns[0].role == "system")
+    if template.alternates and turns[first:] and turns[first].role == "gpt":
       del turns[first]
-    return [(role, value.strip() if template.strips else value) for role, value in turns]
+    return [turn._replace(value=turn.value.strip()) for turn in turns] if template.strips else turns
 
-  def _tokenize(self, turns: Sequence[tuple[str, str]], *, last: bool) -> tuple[np.ndarray, np.ndarray]:
+  def _tokenize(self, turns: Sequence[_Turn], *, last: bool) -> tuple[np.ndarray, np.ndarray]:
     """Returns ids and labels of turns tokenised as one text, where an image has one context token.
 
     Args:
-      turns: pairs of role and value.
+      turns: of the text.
       last: whether the conversation ends with them.
     """
     template = self.template
     parts: list[str] = []
     answers: list[tuple[int, int]] = []  # The characters of each, closing included.
     end = 0
-    for number, (role, value) in enumerate(turns, 1):
+    for number, (role, value, learned) in enumerate(turns, 1):
       if role == "human":
         value = value.replace(IMAGE_PLACEHOLDER, IMAGE_START + IMAGE_CONTEXT + IMAGE_END)
       opening, closing = template.openings[role], template.closings[role]
@@ -245,7 +256,7 @@ class ChatTokenizer:
       begin = end + len(opening.removesuffix(template.answer_opening).rstrip(" "))
       parts += (opening, value, closing)
       end += sum(map(len, parts[-3:]))
-      if role == "gpt":
+      if role == "gpt" and learned:
         answers.append((begin, end))
     encoding = self._backend.encode("".join(parts), add_special_tokens=False)
     ids = np.array(encoding.ids, np.int32)
@@ -286,23 +297,25 @@ def human_texts(turns: Sequence[Any]) -> dict[int, str]:
   }
 
 
-def _checked_turns(conversations: Any, where: Where) -> list[tuple[str, str]]:
-  """Returns (role, value) pairs."""
+def _checked_turns(conversations: Any, where: Where) -> list[_Turn]:
   if not isinstance(conversations, Sequence) or isinstance(conversations, str) or not conversations:
     found = "an empty list" if isinstance(conversations, list) else type(conversations).__name__
     raise where.error(f"'conversations' must be a list of at least one turn, got {found}")
   turns = []
   for number, turn in enumerate(conversations, 1):
     if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str) or "from" not in turn:
-      raise where.error(f'turn {number} must be {{"from": role, "value": text}}, got {str(turn)[:80]!r}')
+      foreign = isinstance(turn, Mapping) and {"role", "content"} & turn.keys()
+      hint = "; name 'role' 'from' and 'content' 'value'" if foreign else ""
+      raise where.error(f'turn {number} must be {{"from": role, "value": text}}, got {shown(turn)}{hint}')
     role = turn["from"]
-    if role not in ("system", "human", "gpt"):
-      hint = did_you_mean(str(role), ("system", "human", "gpt"))
-      raise where.error(f"turn {number} is from {role!r}{hint}")
+    if role not in _ROLES:
+      meant = _OTHER_ROLES.get(role) if isinstance(role, str) else None
+      hint = f"; did you mean {meant!r}?" if meant else did_you_mean(str(role)[:40], _ROLES)
+      raise where.error(f"turn {number} is from {shown(role, repr)}{hint}")
     if role == "system" and number > 1:
       raise where.error(f"turn {number} is from 'system', which must be turn 1; move it")
     check_characters(turn["value"], f"turn {number}", where)
-    turns.append((role, turn["value"]))
+    turns.append(_Turn(role, turn["value"], turn.get("loss") is not False))
   return turns
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from internvl_jax.data import files, images, video_file
-from internvl_jax.data.errors import DataError, Where
+from internvl_jax.data.errors import DataError, Where, shown
 from internvl_jax.data.notes import Note
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
@@ -31,8 +31,8 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".p
 _ROUNDING = 1e-3
 # A clip may end so many seconds after its video: annotations round up to whole seconds.
 _CLIP_OVERHANG = 1.0
-# Seconds at which no video's clip begins or ends: 300 years.
-_LATEST = 1e10
+# No video lasts longer, in seconds; Python's integers go on until they overflow a float.
+_LONGEST_VIDEO = 1e9
 # Browsers show a gif's frame without a duration for so many seconds.
 _GIF_SECONDS = 0.1
 # What Pillow raises for a damaged gif.
@@ -214,21 +214,13 @@ def _checked_clip(clip: Any, where: Where) -> tuple[float, float] | None:
     isinstance(time, int | float) and not isinstance(time, bool) for time in clip
   )
   if not numbers or len(clip) != 2:
-    raise where.error(f"'clip' must be [start, end] in seconds, got {_shown(clip)!r}")
+    raise where.error(f"'clip' must be [start, end] in seconds, got {shown(clip)}")
   start, end = clip
-  # An integer may be too large for a float, and what is nearly that is no time.
-  if not 0 <= start < end < _LATEST:
+  if not 0 <= start < end < _LONGEST_VIDEO:
     raise where.error(
-      f"'clip' must have 0 <= start < end, got {_shown(clip)}; give seconds from the video's beginning"
+      f"'clip' must have 0 <= start < end, got {shown(clip)}; give seconds from the video's beginning"
     )
   return float(start), float(end)
-
-
-def _shown(clip: Any) -> str:
-  try:
-    return str(clip)[:80]
-  except ValueError:  # Python writes no integer of more than 4,300 digits.
-    return "a number of thousands of digits"
 
 
 def _frames_between(
@@ -284,7 +276,7 @@ def _named_errors(path: str, where: Where) -> Iterator[None]:
   try:
     yield
   except FileNotFoundError as error:
-    raise where.error(f"video not found: {path}; check the dataset's root in the meta file") from error
+    raise where.error(f"video not found: {path}; check {where.root}") from error
   except files.FetchError as error:
     raise where.error(f"video {path} cannot be fetched: {error}") from error
   except OSError as error:

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,12 +16,11 @@ from tqdm import tqdm
 
 from internvl_jax.arguments import DataTrainingArguments, EvalConfig
 from internvl_jax.batch import IGNORE_INDEX
-from internvl_jax.data.fitting import Limits
-from internvl_jax.data.jsonl import JsonlFile
-from internvl_jax.data.meta import DatasetSpec
-from internvl_jax.data.sample import Sample, SampleMaker
+from internvl_jax.data.sample import Sample
 from internvl_jax.data.tokenize import ChatTokenizer
+from internvl_jax.errors import UserError, redacted_json
 from internvl_jax.eval.decoding import GreedyDecoder, Prompt
+from internvl_jax.eval.questions import Asked, QuestionFile
 from internvl_jax.hf.model import Source
 from internvl_jax.models.internvl import Execution
 from internvl_jax.outputs import write_json
@@ -93,17 +93,24 @@ class Evaluation:
 
   Attributes:
     config: what to score.
-    data: tile and length settings of the questions.
-    tokenizer: writes the prompts and reads the answers.
+    questions: its lines.
+    tokenizer: reads the answers.
     decoder: answers.
-    tokens_per_tile: image tokens of one tile.
   """
 
   config: EvalConfig
-  data: DataTrainingArguments
+  questions: QuestionFile
   tokenizer: ChatTokenizer
   decoder: GreedyDecoder
-  tokens_per_tile: int
+
+  def check(self) -> None:
+    """Refuses questions that cannot be asked, before any is.
+
+    Raises:
+      UserError: with all that is wrong, a line each.
+    """
+    if found := self.questions.problems(os.cpu_count() or 1):
+      raise UserError("\n".join([f"{len(found)} lines cannot be scored:", *found] if found[1:] else found))
 
   def run(self, params: Mapping[str, jax.Array]) -> Scores:
     """Asks every question alone and scores the answers."""
@@ -140,34 +147,22 @@ class Evaluation:
     folder = Path(folder)
     write_json(folder / "eval_results.json", scores.summary())
     with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
-      file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in scores.predictions)
+      file.writelines(
+        json.dumps(redacted_json(line), ensure_ascii=False) + "\n" for line in scores.predictions
+      )
 
   def _groups(self) -> Iterator[list[Question]]:
     """The questions in batches, read as they are needed."""
-    assert self.config.annotation is not None
-    file = JsonlFile(self.config.annotation, "eval")
-    maker = SampleMaker(
-      spec=DatasetSpec(name="eval", root=self.config.root, annotation=self.config.annotation),
-      data=self.data,
-      tokenizer=self.tokenizer,
-      tokens_per_tile=self.tokens_per_tile,
-      limits=Limits(self.data.max_seq_length, policy="error"),
-    )
-    total = min(len(file), self.config.limit or len(file))
+    total = self.questions.limit
     starts = range(0, total, self.decoder.batch_size)
     for start in tqdm(starts, unit="batch", desc="scoring", leave=False, disable=not is_first()):
       lines = range(start, min(start + self.decoder.batch_size, total))
-      yield [self._question(file, maker, line) for line in lines]
+      yield [self._question(self.questions.read(line)) for line in lines]
 
-  def _question(self, file: JsonlFile, maker: SampleMaker, line: int) -> Question:
-    record, where = file.read(line), file.where(line)
-    sample = maker.make(record, where)
-    last = record["conversations"][-1]
-    if last["from"] != "gpt":
-      raise where.error("the conversation does not end with an answer from 'gpt'; it cannot be scored")
-    asked = prompt_ids(sample)
-    learned = self.tokenizer.decode_answer(self.decoder.cut(sample.input_ids[len(asked) :]))
-    return Question(Prompt(asked, sample.tiles), last["value"], record, learned)
+  def _question(self, asked: Asked) -> Question:
+    prompt = prompt_ids(asked.sample)
+    learned = self.tokenizer.decode_answer(self.decoder.cut(asked.sample.input_ids[len(prompt) :]))
+    return Question(Prompt(prompt, asked.sample.tiles), asked.answer, asked.record, learned)
 
 
 def prompt_ids(sample: Sample) -> np.ndarray:
@@ -210,8 +205,7 @@ def make_evaluation(
   )
   return Evaluation(
     config=config,
-    data=data,
+    questions=QuestionFile.open(config, data, tokenizer, source.config.tokens_per_tile),
     tokenizer=tokenizer,
     decoder=decoder,
-    tokens_per_tile=source.config.tokens_per_tile,
   )

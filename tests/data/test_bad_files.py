@@ -573,6 +573,7 @@ def test_clips_that_are_none_cost_a_line_and_no_run(tmp_path, tokenizer, name, v
 
 # --- Lines -----------------------------------------------------------------------------------------------------
 
+GOOD_TEXT = json.dumps(GOOD["conversations"]).encode()
 UNREADABLE_LINES = {
   "not_utf8": (b'{"conversations": "\xff\xfe"}', "not UTF-8: 'utf-8' codec can't decode byte 0xff"),
   "utf16": ('{"conversations": []}'.encode("utf-16-le"), "broken JSON at column 2"),
@@ -588,6 +589,15 @@ UNREADABLE_LINES = {
   "two_records": (b'{"a": 1}{"b": 2}', "broken JSON at column 9: Extra data"),
   "mid_bom": (b"\xef\xbb\xbf", "broken JSON at column 1: Expecting value"),
   "no_turns": (b'{"id": 1}', "key 'conversations' is missing; the line has 'id'"),
+  # The reference's parser takes the last one.
+  "twice": (
+    b'{"image": "gone.png", "image": "", "conversations": ' + GOOD_TEXT + b"}",
+    "key 'image' stands twice",
+  ),
+  "value_twice": (
+    b'{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "a", "value": "b"}]}',
+    "key 'value' stands twice",
+  ),
   "20_megabytes": (b'{"a": "' + b"x" * 20_000_000, "broken JSON at column 7: Unterminated string"),
 }
 
@@ -597,11 +607,9 @@ def test_lines_that_cannot_be_read_are_named(tmp_path, tokenizer, name):
   assert_named(tmp_path, tokenizer, *UNREADABLE_LINES[name])
 
 
-GOOD_TEXT = json.dumps(GOOD["conversations"]).encode()
 READABLE_LINES = {
   "nan": b'{"id": NaN, "score": -Infinity, "conversations": ' + GOOD_TEXT + b"}",
-  # As the reference's parser does: the last one counts.
-  "twice": b'{"image": "gone.png", "conversations": [], "image": "", "conversations": ' + GOOD_TEXT + b"}",
+  "twice_the_same": b'{"id": 1, "id": 1, "image": "", "image": "", "conversations": ' + GOOD_TEXT + b"}",
   "carriage_return": b'{"conversations": ' + GOOD_TEXT + b"}\r",
   "mid_bom": b'\xef\xbb\xbf{"conversations": ' + GOOD_TEXT + b"}",
   "20_megabytes": b'{"page": "' + b"x" * 20_000_000 + b'", "conversations": ' + GOOD_TEXT + b"}",
@@ -658,10 +666,11 @@ def test_bad_turns_are_named(tmp_path, tokenizer, name):
   assert_named(tmp_path, tokenizer, *BAD_TURNS[name])
 
 
-def test_an_answer_without_text_teaches_its_end(tmp_path, tokenizer):
-  for batch in batches_of(tmp_path, tokenizer, said(("human", "hi"), ("gpt", ""))):
-    taught = batch.targets[(batch.loss_weight > 0) & (batch.targets == tokenizer.stop_token_id)]
-    assert len(taught) == 3
+@pytest.mark.parametrize("answer", ["", " \n"])
+def test_an_answer_without_text_is_named(tmp_path, tokenizer, answer):
+  assert_named(
+    tmp_path, tokenizer, said(("human", "hi"), ("gpt", answer)), "turn 2 is an answer without text"
+  )
 
 
 def test_a_place_for_an_image_in_an_answer_is_text(tmp_path, tokenizer):

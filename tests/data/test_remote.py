@@ -276,7 +276,7 @@ def test_an_annotation_file_is_copied_once_and_again_when_it_has_changed(tmp_pat
   def first_line():
     file = JsonlFile(url, "toy", cache=cache)
     copy = pickle.loads(pickle.dumps(file))
-    assert copy.read(0) == file.read(0) and copy.where(0) == file.where(0) == ("toy", url, 1)
+    assert copy.read(0) == file.read(0) and copy.where(0)[:3] == file.where(0)[:3] == ("toy", url, 1)
     return file.read(0), file
 
   write_jsonl(path, [{"a": 1}, {"a": 2}])

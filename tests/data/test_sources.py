@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import time
 
 import numpy as np
 import pytest
@@ -112,6 +113,18 @@ def test_videos_decide_as_images_do(tmp_path, monkeypatch):
     ({"data_augment": 1}, "'data_augment' must be true or false, got 1"),
     ({"max_dynamic_patch": 6.0}, "'max_dynamic_patch' must be an integer, got 6.0"),
     ({"max_dynamic_patch": 0}, "max_dynamic_patch must be 1 or more, got 0"),
+    ({"max_dynamic_patch": 10**6}, "max_dynamic_patch must be 4096 or less, got 1000000"),
+    ({"max_dynamic_patch": 10**400}, "4096 or less, got 10000000000000000000... (401 digits)"),
+    *(
+      ({"repeat_time": value}, f"whole number of repeats, got {value}; round it (it may be up to 1000000)")
+      for value in (float("nan"), float("inf"), float("-inf"), 1e30, 1e308, 2**62, -1, 1e6 + 1)
+    ),
+    ({"repeat_time": 10**400}, "whole number of repeats, got 10000000000000000000... (401 digits)"),
+    ({"repeat_time": {}}, "'repeat_time' must be a number, got {}"),
+    ({"length": -1}, "length must be 0 or more, got -1"),
+    ({"length": "7"}, "'length' must be an integer"),
+    ({"annotation": "\ud800\0"}, "annotation file not found"),
+    ({"root": "s3://[", "annotation": "s3://[/x"}, "nothing can be read from root"),
     ({"root": None}, "'root' must be a string, got null"),
     ({"annotation": "gone.jsonl"}, "annotation file not found; tried gone.jsonl and "),
     (
@@ -137,6 +150,13 @@ def test_wrong_entries_are_named(tmp_path, entry, message):
     ('{"a": 1}', "dataset 'a': expected an object, got a number"),
     ('{"a": {"root": ""}}', "dataset 'a': key 'annotation' is missing"),
     ('{"a": {}, "a": {}}', "key 'a' stands twice"),
+    ('{"a": {"root": "", "root": "x"}}', "key 'root' stands twice"),
+    ("[" * 100_000, "JSON that cannot be read"),
+    ('{"a": {"length": ' + "9" * 5000 + "}}", "JSON that cannot be read"),
+    ('{"a\\ud800": {}}', "the name must be a text that can be printed"),
+    ('{"": {}}', "the name must be a text"),
+    ('{"a": [{}]}', "dataset 'a': expected an object, got a list"),
+    ("NaN", "expected a JSON object .*, got a number"),
   ],
 )
 def test_wrong_meta_files_are_named(tmp_path, text, message):
@@ -145,6 +165,15 @@ def test_wrong_meta_files_are_named(tmp_path, text, message):
     read_meta(tmp_path / "meta.json")
   with pytest.raises(DataError, match="the meta file cannot be read"):
     read_meta(tmp_path / "gone.json")
+
+
+def test_a_meta_file_of_many_datasets_is_read_at_once(tmp_path):
+  meta = tmp_path / "meta.json"
+  meta.write_text(json.dumps({str(i): {} for i in range(20_000)})[:-1] + ', "7": {}}')
+  start = time.process_time()
+  with pytest.raises(DataError, match="key '7' stands twice"):
+    read_meta(meta)
+  assert time.process_time() - start < 3
 
 
 def test_every_sample_once_an_epoch_and_no_break_between_epochs():

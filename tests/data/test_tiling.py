@@ -1,8 +1,10 @@
 import json
+import time
 
 import pytest
 
 from data_toys import ASSETS
+from internvl_jax.config import RANGES
 from internvl_jax.data import tiling
 
 GEOMETRY = json.loads((ASSETS / "geometry.json").read_text())
@@ -33,6 +35,32 @@ def test_a_square_image_takes_the_grid_that_its_pixels_fill_by_half():
   assert tiling.grid(600, 600, 1, 12, 448) == (1, 1)
   assert tiling.grid(640, 640, 1, 12, 448) == (2, 2)
   assert tiling.grid(960, 960, 1, 12, 448) == (3, 3)
+
+
+def grids_of_the_reference(fewest, most):
+  """In the order of a set that is filled area by area, in time cubic in the most."""
+  shapes = {
+    (i, j)
+    for n in range(fewest, most + 1)
+    for i in range(1, n + 1)
+    for j in range(1, n + 1)
+    if fewest <= i * j <= most
+  }
+  return tuple(sorted(shapes, key=lambda shape: shape[0] * shape[1]))
+
+
+def test_grids_are_those_of_the_reference_in_its_order():
+  limits = [(fewest, most) for most in range(1, 25) for fewest in range(1, most + 2)]
+  for fewest, most in [*limits, (1, 48), (7, 40), (12, 64), (1, 100)]:
+    assert tiling._grids(fewest, most) == grids_of_the_reference(fewest, most), (fewest, most)
+
+
+def test_many_tiles_take_no_time():
+  start = time.process_time()
+  assert tiling.grid(5000, 3000, 1, 1200, 16) == (40, 24)
+  assert tiling.num_tiles(100, 100, 1, tiling.MOST_TILES, 1, False) == 64 * 64
+  assert time.process_time() - start < 2
+  assert RANGES["data.max_dynamic_patch"].high == tiling.MOST_TILES
 
 
 def test_no_grid_between_the_limits():

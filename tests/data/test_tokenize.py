@@ -142,7 +142,7 @@ def test_recorded_tokens_of_the_reference(qwen, template, kept):
     ),
     (turns("<image> <IMG_CONTEXT>", "a"), [4], "2 <IMG_CONTEXT> tokens for 1 images"),
     (turns("what?", "<IMG_CONTEXT>"), [], "1 <IMG_CONTEXT> tokens for 0 images"),
-    ([{"from": "user", "value": "a"}], [], "turn 1 is from 'user'; known: gpt, human, system"),
+    ([{"from": "user", "value": "a"}], [], "turn 1 is from 'user'; did you mean 'human'?"),
     ([*turns("a", "b"), {"from": "humn", "value": "a"}], [], "turn 3 is from 'humn'; did you mean 'human'"),
     (
       [*turns("a", "b"), {"from": "system", "value": "a"}],

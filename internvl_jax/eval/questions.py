@@ -1,0 +1,127 @@
+"""The questions of `eval.annotation`: opened, looked at before a run begins, and read one by one."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from internvl_jax.arguments import DataTrainingArguments, EvalConfig
+from internvl_jax.data import records
+from internvl_jax.data.errors import DataError, OverLengthError
+from internvl_jax.data.fitting import Limits
+from internvl_jax.data.jsonl import JsonlFile
+from internvl_jax.data.meta import DatasetSpec
+from internvl_jax.data.sample import Sample, SampleMaker
+from internvl_jax.data.tokenize import ChatTokenizer
+from internvl_jax.data.workers import map_items
+
+NAME = "eval.annotation"
+"""What errors call the dataset: the setting that names it."""
+
+# Lines looked at by a worker at a time.
+_GROUP = 64
+
+
+class Asked(NamedTuple):
+  """A line with a question.
+
+  Attributes:
+    record: as it stands in the file.
+    sample: its tokens and tiles.
+    answer: the one that is wanted, of the last turn.
+  """
+
+  record: dict[str, Any]
+  sample: Sample
+  answer: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuestionFile:
+  """The questions of a jsonl in the training format. It goes to worker processes.
+
+  Attributes:
+    file: the jsonl.
+    maker: makes samples of its lines.
+    limit: lines that are asked, the first ones.
+  """
+
+  file: JsonlFile
+  maker: SampleMaker
+  limit: int
+
+  @classmethod
+  def open(
+    cls, config: EvalConfig, data: DataTrainingArguments, tokenizer: ChatTokenizer, tokens_per_tile: int
+  ) -> "QuestionFile":
+    """Opens what a config names.
+
+    Args:
+      config: names it.
+      data: tile, length and pixel settings of the questions.
+      tokenizer: of prompts and answers.
+      tokens_per_tile: image tokens of one tile.
+
+    Raises:
+      DataError: the file is missing, no jsonl or empty.
+    """
+    assert config.annotation is not None
+    file = JsonlFile(config.annotation, NAME, root="eval.root")
+    maker = SampleMaker(
+      spec=DatasetSpec(name=NAME, root=config.root, annotation=config.annotation),
+      data=data,
+      tokenizer=tokenizer,
+      tokens_per_tile=tokens_per_tile,
+      limits=Limits(data.max_seq_length, policy="error"),
+    )
+    return cls(file=file, maker=maker, limit=min(len(file), config.limit or len(file)))
+
+  def read(self, line: int) -> Asked:
+    """Returns a question with its images or frames.
+
+    Raises:
+      DataError: the line or its media cannot be read, or it has no answer at its end to be scored by.
+    """
+    record, where = self.file.read(line), self.file.where(line)
+    try:
+      sample = self.maker.make(record, where)
+    except OverLengthError as error:
+      # Questions are not shortened as samples are.
+      what = str(error).partition("; raise it")[0]
+      raise OverLengthError(f"{what}; raise data.max_seq_length or delete the line") from error
+    last = records.plain_record(record, where)["conversations"][-1]
+    if last["from"] != "gpt":
+      raise where.error(
+        "the conversation does not end with an answer from 'gpt'; it cannot be scored; write the answer that is right, "
+        "or delete the line"
+      )
+    if last.get("loss") is False or sample.fully_masked:
+      raise where.error(
+        "no token of its last answer would be learned, so it cannot be scored; correct or delete the line"
+      )
+    return Asked(record, sample, last["value"])
+
+  def problems(self, workers: int) -> list[str]:
+    """Returns why lines cannot be asked, in order; all images and videos are decoded.
+
+    Args:
+      workers: processes.
+    """
+    groups = [range(start, min(start + _GROUP, self.limit)) for start in range(0, self.limit, _GROUP)]
+    found = dict(map_items(_Problems(self), groups, workers))
+    self.file.close()
+    return [error for group in groups for error in found[group]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Problems:
+  """Why lines of a group cannot be asked."""
+
+  questions: QuestionFile
+
+  def __call__(self, lines: range) -> list[str]:
+    errors = []
+    for line in lines:
+      try:
+        self.questions.read(line)
+      except DataError as error:
+        errors.append(str(error))
+    return errors
