@@ -63,6 +63,6 @@ def video_of(record: dict[str, Any], where: Where) -> video.Source | None:
     return tuple(paths)
   if len(paths) > 1:
     raise where.error(
-      f"'video' lists {len(paths)} files, {shown(paths)}, that are not all images; write a line for each video"
+      f"'video' lists {len(paths)} files, {shown(paths, repr)}, that are not all images; write a line for each video"
     )
   return paths[0]

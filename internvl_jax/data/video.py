@@ -218,7 +218,7 @@ def _checked_clip(clip: Any, where: Where) -> tuple[float, float] | None:
   start, end = clip
   if not 0 <= start < end < _LONGEST_VIDEO:
     raise where.error(
-      f"'clip' must have 0 <= start < end, got {shown(clip)}; give seconds from the video's beginning"
+      f"'clip' must have 0 <= start < end, got {shown(clip, repr)}; give seconds from the video's beginning"
     )
   return float(start), float(end)
 
