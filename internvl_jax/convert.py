@@ -1,6 +1,7 @@
 """Turns a checkpoint into one of either layout that stands alone.
 
   python -m internvl_jax.convert --src DIR --dst DIR --layout internvl|hf [--lora merge|peft] [--dtype bfloat16|float32]
+      [--code DIR]
 
 The source may have either layout, LoRA adapters as the reference stores them, or be a PEFT adapter's folder or a
 hub id. `--lora merge` adds adapters into the weights and checks that logits stay; `--lora peft` writes the base
@@ -17,16 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 
-from internvl_jax import frontdoor
+from internvl_jax import frontdoor, serving
 from internvl_jax.adapters import merge_and_check, without_adapters
 from internvl_jax.arguments import MeshConfig
+from internvl_jax.data.tokenize import ChatTokenizer
 from internvl_jax.errors import UserError
 from internvl_jax.hf import config as layouts
 from internvl_jax.hf import export, peft
 from internvl_jax.hf.config import Layout
 from internvl_jax.hf.model import Source, open_source
 from internvl_jax.hf.tokenizer import load_tokenizer
-from internvl_jax.inference import data_settings, recorded_settings
+from internvl_jax.inference import data_settings
 from internvl_jax.models.lora import adapter_paths
 from internvl_jax.parallel import rules
 from internvl_jax.parallel.mesh import make_mesh
@@ -35,6 +37,9 @@ _SRC = flags.DEFINE_string("src", None, "Checkpoint folder or hub id.", required
 _DST = flags.DEFINE_string("dst", None, "Folder to write; it must be new or empty.", required=True)
 _LAYOUT = flags.DEFINE_enum("layout", None, ["internvl", "hf"], "Names and config to write.", required=True)
 _LORA = flags.DEFINE_enum("lora", "merge", ["merge", "peft"], "What becomes of adapters.")
+_CODE = flags.DEFINE_string(
+  "code", None, "Folder whose Python files the internvl layout brings along; the source's if unset."
+)
 _DTYPE = flags.DEFINE_enum(
   "dtype",
   "auto",
@@ -48,10 +53,19 @@ def main(argv: Sequence[str]) -> None:
   del argv
   frontdoor.set_up_logging()
   dtype = {"auto": None, "bfloat16": jnp.bfloat16, "float32": jnp.float32}[_DTYPE.value]
-  convert(_SRC.value, Path(_DST.value), layouts.layout_named(_LAYOUT.value), lora=_LORA.value, dtype=dtype)
+  convert(
+    _SRC.value,
+    Path(_DST.value),
+    layouts.layout_named(_LAYOUT.value),
+    lora=_LORA.value,
+    dtype=dtype,
+    code=_CODE.value,
+  )
 
 
-def convert(src: str, dst: Path, layout: Layout, *, lora: str, dtype: Any = None) -> None:
+def convert(
+  src: str, dst: Path, layout: Layout, *, lora: str, dtype: Any = None, code: str | None = None
+) -> None:
   """Writes the checkpoint `src` to `dst`.
 
   Args:
@@ -60,6 +74,7 @@ def convert(src: str, dst: Path, layout: Layout, *, lora: str, dtype: Any = None
     layout: of what is written.
     lora: "merge" or "peft".
     dtype: of the weights written; None is bfloat16 where all of the source is, else float32.
+    code: a folder with the Python files of the internvl layout; None: the source's.
 
   Raises:
     UserError: the source cannot be read, the layout cannot hold it, or `dst` is not empty.
@@ -70,6 +85,12 @@ def convert(src: str, dst: Path, layout: Layout, *, lora: str, dtype: Any = None
   settings = data_settings(source)
   assert source.checkpoint is not None
   tokenizer = load_tokenizer(source.folder)
+  chat = ChatTokenizer(tokenizer, settings.conv_style)
+  system_message = serving.system_message(source.raw, settings.conv_style)
+  wanted = serving.ExportSettings(layout=layout, code=code, layout_flag="--layout", code_flag="--code")
+  looked_at = serving.prepare(source, settings, tokenizer, chat, system_message, wanted)
+  for line in looked_at.notes:
+    logging.warning("%s", line)
   if dtype is None:
     # Packed experts (U8) unpack to numbers that bfloat16 holds exactly.
     dtype = jnp.bfloat16 if source.checkpoint.dtypes <= {"BF16", "U8"} else jnp.float32
@@ -87,9 +108,21 @@ def convert(src: str, dst: Path, layout: Layout, *, lora: str, dtype: Any = None
     dtype=dtype,
     tokenizer=tokenizer,
     normalize_type=settings.normalize_type,
-    settings=recorded_settings(settings),
+    serving=looked_at.serving,
+    eos_token_id=_stop_ids(source, chat),
+    settings=serving.settings(settings, system_message),
+    code=looked_at.code,
   )
   logging.info("Wrote %s in the layout %s", dst, layout.name)
+
+
+def _stop_ids(source: Source, chat: ChatTokenizer) -> int | list[int]:
+  """What ends an answer: what the source says, and the template's token."""
+  stated = export.generation_of(source.folder).get("eos_token_id")
+  if stated is None or stated == chat.stop_token_id:
+    return chat.stop_token_id
+  ids = list(stated) if isinstance(stated, list) else [stated]
+  return ids if chat.stop_token_id in ids else [*ids, chat.stop_token_id]
 
 
 def _weights(source: Source, lora: str, dtype: Any) -> tuple[Source, Mapping[str, Any]]:

@@ -45,6 +45,7 @@ def main(argv: Sequence[str]) -> None:
   validate(config, "doctor")
   source, tokenizer = assembly.open_model(config, with_weights=False)
   chat = ChatTokenizer(tokenizer, config.data.conv_style)
+  assembly.open_export(config, source, tokenizer, chat)
   cache = config.loader.cache_dir or pipeline.default_cache()
   mixture = Mixture(
     config.data,

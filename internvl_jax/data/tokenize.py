@@ -102,6 +102,11 @@ class ChatTokenizer:
       )
     self.stop_token_id: int = stop[0]
 
+  @property
+  def leading_ids(self) -> list[int]:
+    """What every conversation begins with: the bos token, or nothing."""
+    return list(self._start)
+
   def lay_out(self, conversations: Sequence[Mapping[str, str]], num_images: int, where: Where) -> Chat:
     r"""Tokenises a conversation, with one token for each image.
 
