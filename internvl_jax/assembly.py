@@ -161,7 +161,7 @@ def open_export(
     code_flag="checkpoint.code",
     **({} if config.preference.loss_type is None else {"frame_name": FRAME_NAME}),
   )
-  export = serving.prepare(source, config.data, tokenizer, chat, chat.template.system_message, settings)
+  export = serving.prepare(source, config.data, tokenizer, chat, settings)
   for line in [*export.notes, *adapter_notes(config, source)]:
     logging.warning("Export: %s", line)
   return export

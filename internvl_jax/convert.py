@@ -85,10 +85,9 @@ def convert(
   settings = data_settings(source)
   assert source.checkpoint is not None
   tokenizer = load_tokenizer(source.folder)
-  chat = ChatTokenizer(tokenizer, settings.conv_style)
-  system_message = serving.system_message(source.raw, settings.conv_style)
+  chat = ChatTokenizer(tokenizer, serving.template_of(source.raw, settings.conv_style))
   wanted = serving.ExportSettings(layout=layout, code=code, layout_flag="--layout", code_flag="--code")
-  looked_at = serving.prepare(source, settings, tokenizer, chat, system_message, wanted)
+  looked_at = serving.prepare(source, settings, tokenizer, chat, wanted)
   for line in looked_at.notes:
     logging.warning("%s", line)
   if dtype is None:
@@ -110,7 +109,7 @@ def convert(
     normalize_type=settings.normalize_type,
     serving=looked_at.serving,
     eos_token_id=_stop_ids(source, chat),
-    settings=serving.settings(settings, system_message),
+    settings=serving.settings(settings, chat.template),
     code=looked_at.code,
   )
   logging.info("Wrote %s in the layout %s", dst, layout.name)

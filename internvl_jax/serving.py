@@ -42,7 +42,7 @@ _CHAT_TEMPLATE = """\
 {%- set closings = @closings -%}
 {{- @bos -}}
 {%- if not messages or messages[0]['role'] != 'system' -%}
-  {{- openings['system'] ~ @system ~ closings['system'] -}}
+  {{- @head -}}
 {%- endif -%}
 {%- for message in messages -%}
   {%- set role = message['role'] -%}
@@ -77,7 +77,7 @@ _CHAT_TEMPLATE = """\
 """
 
 
-def chat_template(template: Template, system_message: str, *, image: str, video: str, bos: str = "") -> str:
+def chat_template(template: Template, *, image: str, video: str, bos: str = "") -> str:
   r"""A template of conversations as a chat template in Jinja, for `apply_chat_template`.
 
   A message's content is a text, in which `<image>` and `<video>` of a user stand for such, or a list of parts of type
@@ -86,8 +86,7 @@ def chat_template(template: Template, system_message: str, *, image: str, video:
       [image, "What?"] -> <|im_start|>user\n<IMG_CONTEXT>\nWhat?<|im_end|>\n...<|im_start|>assistant\n
 
   Args:
-    template: how conversations are written in training.
-    system_message: what the system says where a conversation has no message of its.
+    template: how conversations are written in training, and what the system says where they do not say it.
     image: what stands for an image.
     video: what stands for a video.
     bos: the token that conversations begin with; "" for none.
@@ -96,11 +95,14 @@ def chat_template(template: Template, system_message: str, *, image: str, video:
   # A space at the end of an opening belongs to the answer, as does what the model writes itself.
   prompt = template.openings["gpt"].removesuffix(template.answer_opening).rstrip(" ")
   last = template.closings["gpt"] if template.last_closing is None else template.last_closing
+  system = template.system_message
+  if system is not None and template.strips:
+    system = system.strip()
   values: dict[str, Any] = {
     "openings": {role: template.openings[ours] for role, ours in roles.items()},
     "closings": {role: template.closings[ours] for role, ours in roles.items()},
     "last_closing": last,
-    "system": system_message.strip() if template.strips else system_message,
+    "head": "" if system is None else template.openings["system"] + system + template.closings["system"],
     "prompt": prompt,
     "image": image,
     "video": video,
@@ -150,7 +152,6 @@ def prepare(
   data: DataTrainingArguments,
   tokenizer: PreTrainedTokenizerBase,
   chat: ChatTokenizer,
-  system_message: str,
   settings: ExportSettings,
 ) -> Export:
   """Looks at an export before anything is read or computed for it.
@@ -160,7 +161,6 @@ def prepare(
     data: how its images are cut.
     tokenizer: with the image tokens.
     chat: the tokenizer, and how conversations are written.
-    system_message: what the system says where a conversation does not.
     settings: what is asked.
 
   Raises:
@@ -169,10 +169,10 @@ def prepare(
   """
   layout = settings.layout
   remedy = f"{settings.layout_flag}=internvl"
-  asked = _serving(layout, chat, tokenizer, system_message)
+  asked = _serving(layout, chat, tokenizer)
   check_form(source, data, layout, remedy=remedy)
   if layout is layouts.HF:
-    check_prompt(source, data, tokenizer, chat, system_message, asked, remedy=remedy)
+    check_prompt(source, data, tokenizer, chat, asked, remedy=remedy)
   code = _code_folder(settings)
   found = notes(data, settings)
   if layout is layouts.INTERNVL and code is None and not export.has_code(source):
@@ -196,16 +196,14 @@ def _code_folder(settings: ExportSettings) -> Path | None:
   return folder
 
 
-def _serving(
-  layout: Layout, chat: ChatTokenizer, tokenizer: PreTrainedTokenizerBase, system_message: str
-) -> Serving:
+def _serving(layout: Layout, chat: ChatTokenizer, tokenizer: PreTrainedTokenizerBase) -> Serving:
   """The chat template of an export."""
   template, bos = chat.template, _bos(chat, tokenizer)
   image, video = IMAGE_PLACEHOLDER, _VIDEO_PLACEHOLDER
   if layout is layouts.HF:
     texts = [*template.openings.values(), *template.closings.values(), template.last_closing or "", bos]
     image, video = IMAGE_CONTEXT, spare_token(tokenizer, used="".join(texts))
-  written = chat_template(template, system_message, image=image, video=video, bos=bos)
+  written = chat_template(template, image=image, video=video, bos=bos)
   return Serving(chat_template=written, video_token=video, begins_with_bos=bool(bos))
 
 
@@ -213,15 +211,15 @@ def _bos(chat: ChatTokenizer, tokenizer: PreTrainedTokenizerBase) -> str:
   return str(tokenizer.bos_token) if chat.leading_ids else ""
 
 
-def system_message(raw: Mapping[str, Any], conv_style: str) -> str:
-  """What the system says to a checkpoint's model by its config.json, and else by its template."""
-  found = raw.get("system_message")
-  return found if isinstance(found, str) else get_template(conv_style).system_message
+def template_of(raw: Mapping[str, Any], conv_style: str) -> Template:
+  """A checkpoint's template, with what the system says by its config.json."""
+  template, found = get_template(conv_style), raw.get("system_message")
+  return dataclasses.replace(template, system_message=found) if isinstance(found, str) else template
 
 
-def settings(data: DataTrainingArguments, system_message: str) -> dict[str, Any]:
+def settings(data: DataTrainingArguments, template: Template) -> dict[str, Any]:
   """What config.json records of how a model is asked."""
-  return {**recorded_settings(data), "system_message": system_message}
+  return {**recorded_settings(data), "system_message": template.system_message}
 
 
 # --- Checks -------------------------------------------------------------------------------------------------
@@ -263,7 +261,6 @@ def check_prompt(
   data: DataTrainingArguments,
   tokenizer: PreTrainedTokenizerBase,
   chat: ChatTokenizer,
-  system_message: str,
   told: Serving,
   *,
   remedy: str,
@@ -293,8 +290,7 @@ def check_prompt(
       tokenize=False,
     )
     found = theirs(text.replace(IMAGE_CONTEXT, IMAGE_START + IMAGE_CONTEXT + IMAGE_END)).input_ids
-  said = (("system", system_message), *_PROBE)
-  wanted = prompt_of(chat, [{"from": _ROLES[role], "value": text} for role, text in said], images=1)
+  wanted = prompt_of(chat, [{"from": _ROLES[role], "value": text} for role, text in _PROBE], images=1)
   if list(found) != wanted.tolist():
     at = next((n for n, pair in enumerate(zip(found, wanted, strict=False)) if pair[0] != pair[1]), "the end")
     raise UserError(
@@ -309,7 +305,7 @@ _PROBE = (
   ("assistant", "It is 7."),
   ("user", "Why?"),
 )
-_ROLES = {"system": "system", "user": "human", "assistant": "gpt"}
+_ROLES = {"user": "human", "assistant": "gpt"}
 
 
 def prompt_of(chat: ChatTokenizer, turns: Sequence[Mapping[str, str]], images: int = 0) -> np.ndarray:

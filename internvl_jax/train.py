@@ -339,7 +339,7 @@ def finish(
     normalize_type=config.data.normalize_type,
     serving=looked_at.serving,
     eos_token_id=chat.stop_token_id,
-    settings=serving.settings(config.data, chat.template.system_message),
+    settings=serving.settings(config.data, chat.template),
     code=looked_at.code,
     writes=writes,
   )

@@ -5,7 +5,6 @@ published ones. `scripts/served_table.py` writes the table of docs/checkpoints.m
 """
 
 import dataclasses
-import functools
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +16,7 @@ import transformers
 from PIL import Image
 
 import families
+from internvl_jax import serving, verify
 from internvl_jax.arguments import DataTrainingArguments
 from internvl_jax.batch import PIXEL_STATISTICS
 from internvl_jax.convert import convert
@@ -25,12 +25,15 @@ from internvl_jax.data.fitting import Limits
 from internvl_jax.data.meta import DatasetSpec
 from internvl_jax.data.sample import SampleMaker
 from internvl_jax.data.tokenize import ChatTokenizer
+from internvl_jax.errors import UserError
+from internvl_jax.eval.decoding import GreedyDecoder, Prompt
 from internvl_jax.eval.scoring import prompt_ids
-from internvl_jax.hf import weights
+from internvl_jax.hf import export, weights
 from internvl_jax.hf.config import HF, INTERNVL
-from internvl_jax.hf.model import Source, open_source
+from internvl_jax.hf.model import open_source
 from internvl_jax.hf.tokenizer import load_tokenizer
 from internvl_jax.inference import data_settings
+from internvl_jax.models.internvl import Execution
 
 TEMPLATES = ("internvl2_5", "Hermes-2", "internlm2-chat", "phi3-chat", "internvl_zh", "internvl3_5_gpt_oss")
 _TOKENS = (
@@ -70,7 +73,7 @@ def published(folder: Path) -> Path:
   for file in tokenizer.iterdir():
     shutil.copyfile(file, start / file.name)
   shapes = families.tensor_shapes(open_source(start, with_weights=False))
-  weights.save(start, ((key, families._tensor(key, shape)) for key, shape in shapes.items()))
+  weights.save(start, ((key, families.tensor(key, shape)) for key, shape in shapes.items()))
   convert(str(start), folder / "internvl", INTERNVL, lora="merge")
   made = folder / "internvl"
   for file in tokenizer.iterdir():
@@ -147,22 +150,52 @@ def picture(size: tuple[int, int]) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Made:
-  """A prompt, int [n], and tiles from 0 to 1, float [t, 3, H, W]."""
+  """A prompt of n tokens.
+
+  Attributes:
+    ids: int [n].
+    tiles: from 0 to 1, float [t, 3, H, W].
+    given: what the model is given: uint8 tiles for ours, a batch for transformers'.
+  """
 
   ids: np.ndarray
   tiles: np.ndarray
+  given: Any
 
 
-def trained(folder: Path, case: Case, scratch: Path) -> tuple[Made, Source, np.ndarray]:
-  """What training makes of a conversation, as `generate` does; also its tiles in uint8."""
+def folder_of(start: Path, template: str, case: Case, folder: Path) -> Path:
+  """Makes a published folder of that template and those settings."""
+  shutil.copytree(start, folder)
+  edit(folder / "config.json", template=template, **case.settings)
+  mean, std = map(list, PIXEL_STATISTICS[case.statistics])
+  edit(folder / "preprocessor_config.json", image_mean=mean, image_std=std)
+  return folder
+
+
+def export_processor(folder: Path, target: Path) -> Path:
+  """Writes what an export in the hf layout has beside config.json and weights, as `convert` does."""
+  source, tokenizer = open_source(folder), load_tokenizer(folder)
+  data = data_settings(source)
+  chat = ChatTokenizer(tokenizer, serving.template_of(source.raw, data.conv_style))
+  settings = serving.ExportSettings(layout=HF, layout_flag="--layout", code_flag="--code")
+  looked_at = serving.prepare(source, data, tokenizer, chat, settings)
+  target.mkdir()
+  recorded = serving.settings(data, chat.template)
+  export.save_processor(
+    target, folder, source.config, tokenizer, data.normalize_type, recorded, looked_at.serving
+  )
+  return target
+
+
+def trained(folder: Path, case: Case, scratch: Path) -> Made:
+  """What training makes of a conversation, as `generate` does."""
   source = open_source(folder)
   data: DataTrainingArguments = data_settings(source)
   roles = {"system": "system", "user": "human", "assistant": "gpt"}
   turns = [{"from": roles[role], "value": text} for role, text in case.turns]
-  paths = []
-  for number, size in enumerate(case.pictures):
-    paths.append(str(scratch / f"{number}.png"))
-    picture(size).save(paths[-1])
+  paths = [str(scratch / f"{width}x{height}.png") for width, height in case.pictures]
+  for path, size in zip(paths, case.pictures, strict=True):
+    picture(size).save(path)
   if "Frame-" in case.turns[-1][1]:
     data = dataclasses.replace(data, dynamic_image_size=False)  # A frame is one tile.
   maker = SampleMaker(
@@ -174,20 +207,19 @@ def trained(folder: Path, case: Case, scratch: Path) -> tuple[Made, Source, np.n
   )
   record = {"conversations": [*turns, {"from": "gpt", "value": "?"}], "image": paths}
   sample = maker.make(record, Where("question", "a test", 1))
-  tiles = sample.tiles.transpose(0, 3, 1, 2) / 255
-  return Made(ids=prompt_ids(sample), tiles=tiles), source, sample.tiles
+  return Made(ids=prompt_ids(sample), tiles=sample.tiles.transpose(0, 3, 1, 2) / 255, given=sample.tiles)
 
 
-def asked(folder: Path, case: Case) -> tuple[Made, dict[str, Any]]:
-  """What transformers' own processor makes of it, by both of its ways; also the batch for its model."""
-  processor = _processor(folder)
-  pictures = iter([picture(size) for size in case.pictures])
+def asked(processor: Any, case: Case) -> Made:
+  """What transformers' own processor makes of it, the same by both of its ways."""
+  pictures = [picture(size) for size in case.pictures]
+  rest = iter(pictures)
   messages = []
   for role, text in case.turns:
     content = []
     for number, part in enumerate(text.split("<image>\n") if role == "user" else [text]):
       if number:
-        content.append({"type": "image", "image": next(pictures)})
+        content.append({"type": "image", "image": next(rest)})
       if part:
         content.append({"type": "text", "text": part})
     messages.append({"role": role, "content": content})
@@ -201,28 +233,112 @@ def asked(folder: Path, case: Case) -> tuple[Made, dict[str, Any]]:
   # The other way: the text first, with content as text.
   plain = [{"role": role, "content": text} for role, text in case.turns]
   text = processor.apply_chat_template(plain, add_generation_prompt=True, tokenize=False)
-  given = {"images": [picture(size) for size in case.pictures]} if case.pictures else {}
-  again = processor(text=[text], return_tensors="pt", **given, **case.call)
+  images = {"images": pictures} if pictures else {}
+  again = processor(text=[text], return_tensors="pt", **images, **case.call)
   assert again["input_ids"].tolist() == batch["input_ids"].tolist()
-  ids = batch["input_ids"][0].numpy()
-  if "pixel_values" not in batch:
-    return Made(ids=ids, tiles=np.zeros((0, 3, SIDE, SIDE))), batch
   mean, std = (np.array(x)[:, None, None] for x in PIXEL_STATISTICS[case.statistics])
-  return Made(ids=ids, tiles=batch["pixel_values"].numpy() * std + mean), batch
+  tiles = (
+    batch["pixel_values"].numpy() * std + mean if "pixel_values" in batch else np.zeros((0, 3, SIDE, SIDE))
+  )
+  return Made(ids=batch["input_ids"][0].numpy(), tiles=tiles, given=batch)
 
 
-@functools.cache
-def _processor(folder: Path) -> Any:
-  return transformers.AutoProcessor.from_pretrained(folder)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compared:
+  """A conversation as training and as transformers has it; `refused` says why there is none of transformers."""
+
+  ours: Made | None = None
+  theirs: Made | None = None
+  refused: str = ""
+  answers: tuple[list[int], list[int]] | None = None
+
+  def cell(self) -> str:
+    """The entry of the table: tokens, tiles and tokens of the answer, where they agree."""
+    if self.ours is None or self.theirs is None:
+      return "refused"
+    if self.ours.ids.tolist() != self.theirs.ids.tolist():
+      return "other ids"
+    if self.ours.tiles.shape != self.theirs.tiles.shape:
+      return f"{len(self.theirs.tiles)} tiles, not {len(self.ours.tiles)}"
+    if self.ours.tiles.size and np.abs(self.ours.tiles - self.theirs.tiles).max() > 1.01 / 255:
+      return "other pixels"
+    if self.answers is not None and self.answers[0] != self.answers[1]:
+      return "another answer"
+    counts = [len(self.ours.ids), len(self.ours.tiles)]
+    return " · ".join(map(str, counts if self.answers is None else [*counts, len(self.answers[0])]))
 
 
-def export(start: Path, template: str, case: Case, target: Path) -> tuple[Path, Path]:
-  """A published folder of that template and those settings, and its export in the hf layout."""
-  before = target / "before"
-  shutil.copytree(start, before)
-  edit(before / "config.json", template=template, **case.settings)
-  statistics = PIXEL_STATISTICS[case.statistics]
-  mean, std = map(list, statistics)
-  edit(before / "preprocessor_config.json", image_mean=mean, image_std=std)
-  convert(str(before), target / "hf", HF, lora="merge")
-  return before, target / "hf"
+ANSWERED = ("one picture", "several pictures", "video")
+NEW_TOKENS = 8
+
+
+def compare(root: Path) -> dict[tuple[str, str], Compared]:
+  """All combinations of settings and templates, by their names."""
+  start = published(root / "published")
+  usual, found, exported = Case(), {}, {}
+  for template in TEMPLATES:
+    folder = folder_of(start, template, usual, root / template)
+    convert(str(folder), root / f"{template}-hf", HF, lora="merge")
+    exported[template] = root / f"{template}-hf"
+    processor = transformers.AutoProcessor.from_pretrained(exported[template])
+    for name, case in CASES.items():
+      before, asks = folder, processor
+      if case.settings or case.statistics != usual.statistics:
+        before = folder_of(start, template, case, root / f"{template}-{name}")
+        try:
+          asks = transformers.AutoProcessor.from_pretrained(
+            export_processor(before, root / f"{template}-{name}-hf")
+          )
+        except UserError as error:
+          found[name, template] = Compared(refused=str(error))
+          continue
+      found[name, template] = Compared(ours=trained(before, case, root), theirs=asked(asks, case))
+  return {**found, **_answered({key: found[key] for key in found if key[0] in ANSWERED}, exported)}
+
+
+def _answered(
+  compared: dict[tuple[str, str], Compared], exported: dict[str, Path]
+) -> dict[tuple[str, str], Compared]:
+  """The same with the greedy answers to both prompts, by our decoder and by transformers' model of each export."""
+  import torch
+
+  source = open_source(next(iter(exported.values())))
+  decoder = GreedyDecoder(
+    model=source.model,
+    how=Execution(),
+    normalize_type="imagenet",
+    image_token_id=families.IMAGE_TOKEN,
+    stop_ids=(-1,),  # Nothing: each folder has its own.
+    max_new_tokens=NEW_TOKENS,
+    batch_size=len(compared),
+  )
+  prompts = [Prompt(pair.ours.ids, pair.ours.given) for pair in compared.values()]
+  ours = decoder(verify.load(source), prompts)
+  models = {}
+  found = {}
+  for (name, template), answer in zip(compared, ours, strict=True):
+    if template not in models:
+      models[template] = transformers.InternVLForConditionalGeneration.from_pretrained(
+        exported[template], dtype=torch.float32, attn_implementation="eager"
+      ).eval()
+    model, pair = models[template], compared[name, template]
+    # What ends an answer is the folder's to say.
+    stop = model.generation_config.eos_token_id
+    out = model.generate(**pair.theirs.given, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+    theirs = out[0, len(pair.theirs.ids) :].tolist()
+    ends = [n for n, token in enumerate(answer) if token in np.atleast_1d(stop)]
+    wanted = answer[: ends[0] + 1].tolist() if ends else answer.tolist()
+    found[name, template] = dataclasses.replace(pair, answers=(wanted, theirs))
+  return found
+
+
+def table(found: dict[tuple[str, str], Compared]) -> list[str]:
+  """The lines of the table in docs/checkpoints.md."""
+  lines = [
+    "| | " + " | ".join(f"`{template}`" for template in TEMPLATES) + " |",
+    "|---|" + "---|" * len(TEMPLATES),
+  ]
+  return lines + [
+    f"| {name} | " + " | ".join(found[name, template].cell() for template in TEMPLATES) + " |"
+    for name in CASES
+  ]

@@ -227,7 +227,7 @@ def spare_token(tokenizer: PreTrainedTokenizerBase, *, used: str) -> str:
   """A special token that can stand for a video before the processor puts the frames in its place.
 
   It must be one of the tokenizer's: the embeddings have no row for a new one. One that is made for it is preferred,
-  then one that is reserved, then the padding token, which no text has.
+  then one that is reserved, then the tokens for padding and the unknown, which no text has.
 
   Args:
     tokenizer: with the image tokens.
@@ -239,7 +239,8 @@ def spare_token(tokenizer: PreTrainedTokenizerBase, *, used: str) -> str:
     for name in free:
       if re.fullmatch(wanted, name, re.IGNORECASE):
         return name
-  return str(tokenizer.pad_token) if tokenizer.pad_token in free else "<video>"
+  unsaid = [name for name in (tokenizer.pad_token, tokenizer.unk_token) if name in free]
+  return [*unsaid, *free, "<video>"][0]
 
 
 def copy_tokenizer(source: str | Path, target: str | Path) -> None:
