@@ -96,6 +96,8 @@ def convert(
     logging.info(
       "Writing %s: the source has %s", np.dtype(dtype), ", ".join(sorted(source.checkpoint.dtypes))
     )
+  if lora == "peft":
+    _check_adapters(source, layout)
   base, params = _weights(source, lora, dtype)
   if lora == "peft":
     _save_adapters(dst / "adapter", source, layout, base=str(dst.absolute()))
@@ -139,9 +141,19 @@ def _weights(source: Source, lora: str, dtype: Any) -> tuple[Source, Mapping[str
   return base, source.lazy(dtype, base.model.shapes)
 
 
-def _save_adapters(folder: Path, source: Source, layout: Layout, *, base: str) -> None:
+def _check_adapters(source: Source, layout: Layout) -> None:
+  """Refuses adapters that are not there, or that the layout has no form for."""
   if not source.specs:
     raise UserError(f"--lora=peft, but {source.folder} has no adapters; use --lora=merge")
+  table = layout.table(layouts.family_of(source.raw), source.config)
+  if lacking := peft.formless(source.model.shapes, table):
+    raise UserError(
+      f"--lora=peft: the {layout.name} layout has no form for adapters of {', '.join(lacking)}, which it splits; use "
+      "--lora=merge or --layout=internvl"
+    )
+
+
+def _save_adapters(folder: Path, source: Source, layout: Layout, *, base: str) -> None:
   adapters = source.lazy(jnp.float32, adapter_paths(source.model.shapes))
   table = layout.table(layouts.family_of(source.raw), source.config)
   peft.save_adapter(folder, adapters, source.specs, layout, table, base=base)
