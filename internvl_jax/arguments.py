@@ -295,6 +295,9 @@ class CheckpointConfig:
   export_layout: Literal["internvl", "hf"] = "internvl"
   # Number format of the final model; "auto" is bfloat16 under bf16=True, else float32.
   export_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+  # A checkpoint in the internvl layout whose Python files come along; None: those of the model's own checkpoint. One
+  # of the hf layout has none, and programs that open the internvl layout do so by its code.
+  code: str | None = None
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

@@ -11,17 +11,18 @@ import numpy as np
 from absl import logging
 from transformers import PreTrainedTokenizerBase
 
-from internvl_jax import compiler, optim
+from internvl_jax import compiler, optim, serving
 from internvl_jax.arguments import LoRAConfig, ModelArguments, PreferenceConfig
 from internvl_jax.config import TrainConfig, get
 from internvl_jax.data.examine import decode_all, examine
 from internvl_jax.data.files import default_cache
 from internvl_jax.data.mixture import Mixture
+from internvl_jax.data.preference import FRAME_NAME
 from internvl_jax.data.tokenize import ChatTokenizer
 from internvl_jax.errors import UserError
 from internvl_jax.eval.questions import NAME, QuestionFile
 from internvl_jax.hf import config as layouts
-from internvl_jax.hf import published, vocabulary
+from internvl_jax.hf import peft, published, vocabulary
 from internvl_jax.hf.model import (
   EMBEDDINGS,
   Changes,
@@ -37,7 +38,7 @@ from internvl_jax.losses.preference import LossSettings
 from internvl_jax.models.choice import choose_kernels
 from internvl_jax.models.internvl import Execution, InternVLConfig
 from internvl_jax.models.kernels import Device
-from internvl_jax.models.lora import DEFAULT_TARGETS, LoRASpec
+from internvl_jax.models.lora import DEFAULT_TARGETS, LoRASpec, adapter_paths
 from internvl_jax.models.quantized import has_products
 from internvl_jax.objectives import (
   COPIES,
@@ -48,6 +49,7 @@ from internvl_jax.objectives import (
 from internvl_jax.parallel import distributed, rules, zero
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.parallel.table import placement_table, placement_warnings
+from internvl_jax.serving import Export, ExportSettings
 from internvl_jax.state import TrainState, with_dtypes
 from internvl_jax.state import describe as describe_parts
 from internvl_jax.stated import differences, read_stated
@@ -237,6 +239,54 @@ def tell_differences(config: TrainConfig, source: Source, tokenizer: PreTrainedT
     logging.log(
       level, "The run differs from what the checkpoint (%s) says: %s", source.folder, "; ".join(found)
     )
+
+
+def open_export(
+  config: TrainConfig, source: Source, tokenizer: PreTrainedTokenizerBase, chat: ChatTokenizer
+) -> Export:
+  """How the run's export will be asked; tells what it will lack, as long as nothing has been computed.
+
+  Raises:
+    UserError: checkpoint.export_layout cannot hold the model, the settings of its data or its template.
+  """
+  settings = ExportSettings(
+    layout=layouts.layout_named(config.checkpoint.export_layout),
+    code=config.checkpoint.code,
+    layout_flag="checkpoint.export_layout",
+    code_flag="checkpoint.code",
+    **({} if config.preference.loss_type is None else {"frame_name": FRAME_NAME}),
+  )
+  export = serving.prepare(source, config.data, tokenizer, chat, settings)
+  for line in [*export.notes, *adapter_notes(config, source)]:
+    logging.warning("Export: %s", line)
+  return export
+
+
+def adapter_notes(config: TrainConfig, source: Source) -> list[str]:
+  """What the folder adapter/ of an export will lack, and why: one line each."""
+  if not source.specs:
+    return []
+  only = "no adapter/ will be written, only the merged model:"
+  if config.model.model_name_or_path is None:
+    return [f"{only} there is no checkpoint of the base model"]
+  if lacking := peft.formless(source.model.shapes, source.table):
+    return [
+      f"{only} the base model's layout ({source.layout.name}) has no form for adapters of {', '.join(lacking)}, which it "
+      "splits; begin with the base model in the internvl layout, or leave them out of lora.targets"
+    ]
+  found = []
+  if source.new_rows:
+    found.append(
+      f"adapter/ has no form for {source.new_rows} new row(s) of the embeddings: they will be in the merged model only, and "
+      "made again where a run with runtime.grow_vocabulary=True goes on from adapter/"
+    )
+  others = optim.trainable_paths(config.model, source.model.shapes) - adapter_paths(source.model.shapes)
+  if others:
+    parts = ", ".join(sorted({part_of(path) for path in others}))
+    found.append(
+      f"adapter/ holds the adapters alone; what else trains ({parts}) will be in the merged model only"
+    )
+  return found
 
 
 def open_mesh(config: TrainConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:

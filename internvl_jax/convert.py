@@ -1,6 +1,7 @@
 """Turns a checkpoint into one of either layout that stands alone.
 
   python -m internvl_jax.convert --src DIR --dst DIR --layout internvl|hf [--lora merge|peft] [--dtype bfloat16|float32]
+      [--code DIR]
 
 The source may have either layout, LoRA adapters as the reference stores them, or be a PEFT adapter's folder or a
 hub id. `--lora merge` adds adapters into the weights and checks that logits stay; `--lora peft` writes the base
@@ -17,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 
-from internvl_jax import frontdoor
+from internvl_jax import frontdoor, serving
 from internvl_jax.adapters import merge_and_check, without_adapters
 from internvl_jax.arguments import MeshConfig
+from internvl_jax.data.tokenize import ChatTokenizer
 from internvl_jax.errors import UserError
 from internvl_jax.hf import config as layouts
 from internvl_jax.hf import export, peft
@@ -29,12 +31,15 @@ from internvl_jax.hf.vocabulary import open_tokenizer
 from internvl_jax.models.lora import adapter_paths
 from internvl_jax.parallel import rules
 from internvl_jax.parallel.mesh import make_mesh
-from internvl_jax.stated import read_stated, recorded_settings
+from internvl_jax.stated import Stated, read_stated, recorded_settings
 
 _SRC = flags.DEFINE_string("src", None, "Checkpoint folder or hub id.", required=True)
 _DST = flags.DEFINE_string("dst", None, "Folder to write; it must be new or empty.", required=True)
 _LAYOUT = flags.DEFINE_enum("layout", None, ["internvl", "hf"], "Names and config to write.", required=True)
 _LORA = flags.DEFINE_enum("lora", "merge", ["merge", "peft"], "What becomes of adapters.")
+_CODE = flags.DEFINE_string(
+  "code", None, "Folder whose Python files the internvl layout brings along; the source's if unset."
+)
 _DTYPE = flags.DEFINE_enum(
   "dtype",
   "auto",
@@ -48,10 +53,19 @@ def main(argv: Sequence[str]) -> None:
   del argv
   frontdoor.set_up_logging()
   dtype = {"auto": None, "bfloat16": jnp.bfloat16, "float32": jnp.float32}[_DTYPE.value]
-  convert(_SRC.value, Path(_DST.value), layouts.layout_named(_LAYOUT.value), lora=_LORA.value, dtype=dtype)
+  convert(
+    _SRC.value,
+    Path(_DST.value),
+    layouts.layout_named(_LAYOUT.value),
+    lora=_LORA.value,
+    dtype=dtype,
+    code=_CODE.value,
+  )
 
 
-def convert(src: str, dst: Path, layout: Layout, *, lora: str, dtype: Any = None) -> None:
+def convert(
+  src: str, dst: Path, layout: Layout, *, lora: str, dtype: Any = None, code: str | None = None
+) -> None:
   """Writes the checkpoint `src` to `dst`.
 
   Args:
@@ -60,6 +74,7 @@ def convert(src: str, dst: Path, layout: Layout, *, lora: str, dtype: Any = None
     layout: of what is written.
     lora: "merge" or "peft".
     dtype: of the weights written; None is bfloat16 where all of the source is, else float32.
+    code: a folder with the Python files of the internvl layout; None: the source's.
 
   Raises:
     UserError: the source cannot be read, the layout cannot hold it, or `dst` is not empty.
@@ -71,6 +86,11 @@ def convert(src: str, dst: Path, layout: Layout, *, lora: str, dtype: Any = None
   tokenizer = open_tokenizer(src)
   stated = read_stated(source, tokenizer)
   stated.log()
+  chat = ChatTokenizer(tokenizer, stated.template)
+  wanted = serving.ExportSettings(layout=layout, code=code, layout_flag="--layout", code_flag="--code")
+  looked_at = serving.prepare(source, stated.data, tokenizer, chat, wanted)
+  for line in looked_at.notes:
+    logging.warning("%s", line)
   if dtype is None:
     # Packed experts (U8) unpack to numbers that bfloat16 holds exactly.
     dtype = jnp.bfloat16 if source.checkpoint.dtypes <= {"BF16", "U8"} else jnp.float32
@@ -85,6 +105,8 @@ def convert(src: str, dst: Path, layout: Layout, *, lora: str, dtype: Any = None
       "template %r will be written",
       *(source.folder, stated.template.name),
     )
+  if lora == "peft":
+    _check_adapters(source, layout)
   base, params = _weights(source, lora, dtype)
   if lora == "peft":
     _save_adapters(dst / "adapter", source, layout, base=str(dst.absolute()))
@@ -96,9 +118,18 @@ def convert(src: str, dst: Path, layout: Layout, *, lora: str, dtype: Any = None
     dtype=dtype,
     tokenizer=tokenizer,
     normalize_type=stated.data.normalize_type,
+    serving=looked_at.serving,
+    eos_token_id=_stop_ids(stated, chat),
     settings=settings,
+    code=looked_at.code,
   )
   logging.info("Wrote %s in the layout %s", dst, layout.name)
+
+
+def _stop_ids(stated: Stated, chat: ChatTokenizer) -> int | list[int]:
+  """What ends an answer: what the source says, and the template's token."""
+  ids = list(dict.fromkeys([*stated.generation.stop_ids, chat.stop_token_id]))
+  return ids if ids[1:] else ids[0]
 
 
 def _weights(source: Source, lora: str, dtype: Any) -> tuple[Source, Mapping[str, Any]]:
@@ -116,9 +147,19 @@ def _weights(source: Source, lora: str, dtype: Any) -> tuple[Source, Mapping[str
   return base, source.lazy(dtype, base.model.shapes)
 
 
-def _save_adapters(folder: Path, source: Source, layout: Layout, *, base: str) -> None:
+def _check_adapters(source: Source, layout: Layout) -> None:
+  """Refuses adapters that are not there, or that the layout has no form for."""
   if not source.specs:
     raise UserError(f"--lora=peft, but {source.folder} has no adapters; use --lora=merge")
+  table = layout.table(layouts.family_of(source.raw), source.config)
+  if lacking := peft.formless(source.model.shapes, table):
+    raise UserError(
+      f"--lora=peft: the {layout.name} layout has no form for adapters of {', '.join(lacking)}, which it splits; use "
+      "--lora=merge or --layout=internvl"
+    )
+
+
+def _save_adapters(folder: Path, source: Source, layout: Layout, *, base: str) -> None:
   adapters = source.lazy(jnp.float32, adapter_paths(source.model.shapes))
   table = layout.table(layouts.family_of(source.raw), source.config)
   peft.save_adapter(folder, adapters, source.specs, layout, table, base=base)

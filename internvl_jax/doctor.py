@@ -49,6 +49,7 @@ def main(argv: Sequence[str]) -> None:
   frontdoor.warn_idle(config)
   source, tokenizer = assembly.open_model(config, with_weights=False)
   chat = ChatTokenizer(tokenizer, config.data.conv_style, rows=source.config.text.vocab_size)
+  assembly.open_export(config, source, tokenizer, chat)
   cache = config.loader.cache_dir or pipeline.default_cache()
   mixture = Mixture(
     config.data,

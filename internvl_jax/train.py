@@ -25,6 +25,7 @@ from internvl_jax.assembly import (
   check_held_out,
   idle_on,
   log_parameters,
+  open_export,
   open_mesh,
   open_model,
   reference_copies,
@@ -44,16 +45,15 @@ from internvl_jax.hf import config as layouts
 from internvl_jax.hf import export, peft
 from internvl_jax.hf.model import Source, base_name
 from internvl_jax.metrics import Gauges, RunLog, Trace
-from internvl_jax.models.lora import adapter_paths
 from internvl_jax.objectives import PreferenceOptimization, SupervisedFineTuning
 from internvl_jax.outputs import CONFIG_FILE, check_output_dir, clear_output_dir, write_json
 from internvl_jax.parallel import distributed
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.preference import PreferenceRun
+from internvl_jax.serving import Export
 from internvl_jax.state import TrainState
 from internvl_jax.stated import recorded_settings
 from internvl_jax.trainer import CompiledSteps, Trainer
-from internvl_jax.trees import part_of
 from internvl_jax.watchdog import Watchdog
 
 OPEN_SECONDS = EXPORT_SECONDS = 3600
@@ -88,6 +88,7 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
   with watchdog.phase("model"):
     source, tokenizer = open_model(config)
   chat = ChatTokenizer(tokenizer, config.data.conv_style, rows=source.config.text.vocab_size)
+  looked_at = open_export(config, source, tokenizer, chat)
   setup = set_up(config, source, open_mesh(config))
   if distributed.is_first():
     tell(*idle_on(config, source))
@@ -166,7 +167,7 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
     if pairs is not None and (judged := pairs.metrics(params)) and distributed.is_first():
       write_json(output_folder(config) / "preference_results.json", judged)
       logging.info("Held-out pairs: %s", judged)
-    finish(config, source, tokenizer, chat, params, evaluation)
+    finish(config, source, tokenizer, chat, looked_at, params, evaluation)
     distributed.barrier("the model is saved", seconds=EXPORT_SECONDS)
   log.tell_skipped()
 
@@ -336,6 +337,7 @@ def finish(
   source: Source,
   tokenizer: PreTrainedTokenizerBase,
   chat: ChatTokenizer,
+  looked_at: Export,
   params: dict[str, jax.Array],
   evaluation: Evaluation | None,
 ) -> None:
@@ -358,8 +360,10 @@ def finish(
     dtype=jnp.bfloat16 if half else jnp.float32,
     tokenizer=tokenizer,
     normalize_type=config.data.normalize_type,
+    serving=looked_at.serving,
     eos_token_id=chat.stop_token_id,
-    settings=recorded_settings(config.data),
+    settings=recorded_settings(config.data, chat.template),
+    code=looked_at.code,
     writes=writes,
   )
   logging.info("Saved the model to %s", output_dir)
@@ -372,40 +376,22 @@ def finish(
 def save_adapters(
   config: TrainConfig, source: Source, params: dict[str, jax.Array], output_dir: Path
 ) -> None:
-  """Writes the adapters, if any, in PEFT's form, for the base model in the layout that it has."""
+  """Writes the adapters, if any, in PEFT's form, for the base model in the layout that it has, if it has a form."""
   name = config.model.model_name_or_path
-  if not source.specs:
-    return
-  if name is None:
-    logging.warning("No adapter/ is written, only the merged model: there is no checkpoint of the base model")
+  # What is not written was told before the first step.
+  if name is None or not source.specs or peft.formless(params, source.table):
     return
   base = base_name(name)
   base = os.path.abspath(base) if os.path.isdir(base) else base
-  if source.new_rows:
-    logging.warning(
-      "adapter/ has no form for %d new row(s) of the embeddings: they are in the merged model only, and made again where "
-      "a run with runtime.grow_vocabulary=True goes on from adapter/",
-      source.new_rows,
-    )
-  try:
-    peft.save_adapter(
-      output_dir / "adapter",
-      distributed.gathered(params),
-      source.specs,
-      source.layout,
-      source.table,
-      base=base,
-      writes=distributed.is_first(),
-    )
-  except UserError as error:
-    logging.warning("No adapter/ is written, only the merged model: %s", error)
-    return
-  others = optim.trainable_paths(config.model, params) - adapter_paths(params)
-  if others:
-    logging.warning(
-      "adapter/ holds the adapters alone; what else trained (%s) is in the merged model only",
-      ", ".join(sorted({part_of(path) for path in others})),
-    )
+  peft.save_adapter(
+    output_dir / "adapter",
+    distributed.gathered(params),
+    source.specs,
+    source.layout,
+    source.table,
+    base=base,
+    writes=distributed.is_first(),
+  )
 
 
 if __name__ == "__main__":

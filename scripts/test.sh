@@ -3,12 +3,19 @@
 #
 #   scripts/test.sh                      everything
 #   scripts/test.sh tests/test_x.py -x   everything, with these arguments for pytest
+#   scripts/test.sh --parity             with PyTorch to compare with (the extra parity), in an environment of its own;
+#                                        fails where tests would be skipped for want of it
 #   PYTHON=python3.12 scripts/test.sh    makes the environment with that interpreter
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python="${PYTHON:-python3}"
-venv=.venv
+venv=.venv extras=dev,quickstart
+if [[ "${1:-}" == --parity ]]; then
+  shift
+  venv=.venv-parity extras=dev,quickstart,parity
+  export INTERNVL_JAX_PARITY=1
+fi
 wanted="$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
 # What is installed depends on the interpreter and on pyproject.toml alone: the package itself is installed in place.
 stamp="$wanted $(cksum < pyproject.toml)"
@@ -19,7 +26,7 @@ if [[ "$(cat "$venv/stamp" 2>/dev/null || true)" != "$stamp" ]]; then
   if [[ "$have" != "$wanted" ]]; then
     "$python" -m venv --clear "$venv"
   fi
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e '.[dev,quickstart]'
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[$extras]"
   echo "$stamp" > "$venv/stamp"
 fi
 # Tools find their environment, and pre-commit its hooks' programs, on the path.

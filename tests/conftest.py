@@ -12,6 +12,12 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 # Tokenizers warn when a process that used their threads forks, as data workers do.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# Set by `scripts/test.sh --parity`: what is compared with must be there, where tests would else be skipped.
+if os.environ.get("INTERNVL_JAX_PARITY"):
+  import peft  # noqa: F401
+  import torch  # noqa: F401
+  import torchvision  # noqa: F401
+
 
 def _known(flags: str) -> bool:
   """Whether this version of XLA knows the flags; it ends a process that gives it others."""

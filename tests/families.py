@@ -159,7 +159,7 @@ def write_checkpoint(case: str, folder: Path) -> Path:
   for file in TOKENIZER.iterdir():
     shutil.copyfile(file, folder / file.name)
   shapes = tensor_shapes(open_source(folder, with_weights=False))
-  weights.save(folder, ((key, _tensor(key, shape)) for key, shape in shapes.items()))
+  weights.save(folder, ((key, tensor(key, shape)) for key, shape in shapes.items()))
   return folder
 
 
@@ -168,7 +168,7 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
   (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def _tensor(key: str, shape: tuple[int, ...]) -> np.ndarray:
+def tensor(key: str, shape: tuple[int, ...]) -> np.ndarray:
   values = draw(key, shape) * np.float32(STD)
   is_scale = len(shape) == 1 and key.endswith(".weight")  # of a norm
   return values + 1 if is_scale else values

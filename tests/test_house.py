@@ -24,7 +24,7 @@ LAYERS = (
   ("reference",),
   ("state", "checkpoint", "metrics", "optim", "objectives"),
   ("mfu",),
-  ("eval", "inference", "adapters"),
+  ("eval", "inference", "adapters", "serving"),
   ("stated",),
   ("hf",),
   ("models", "losses", "data"),
@@ -36,7 +36,7 @@ LAYERS = (
 )
 
 # Room -> rooms of its own layer that it may import.
-ALSO = {"checkpoint": {"state"}, "optim": {"state"}}
+ALSO = {"checkpoint": {"state"}, "optim": {"state"}, "serving": {"inference"}}
 
 # Room -> all it may import, where that is less than the layers below it.
 ONLY = {

@@ -1,6 +1,9 @@
 """Which grid of square tiles an image is cut into: pure integers in, pure integers out."""
 
 import functools
+import itertools
+from collections.abc import Iterable
+from fractions import Fraction
 
 MOST_TILES = 4096
 """Of an image's grid: a million tokens. All grids of so many are looked at for each image."""
@@ -58,3 +61,26 @@ def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
       least = -(-min_tiles // columns)
       shapes.update((columns, rows) for rows in range(least, min(side, max_tiles // columns) + 1))
   return tuple(sorted(shapes, key=lambda shape: shape[0] * shape[1]))
+
+
+def contested(min_tiles: int, max_tiles: int) -> list[Fraction]:
+  """Returns the aspect ratios, width / height, of which transformers' processor may choose another grid than `grid`.
+
+  Two grids of one area are there as near as each other, and the order in which they are looked at decides: the
+  reference's is that of a set, the processor's goes by columns. There are none for min_tiles=1 (tried up to 40).
+  """
+  ours = _grids(min_tiles, max_tiles)
+  theirs = sorted(ours, key=lambda shape: (shape[0] * shape[1], shape))
+  ratios = sorted({Fraction(*shape) for shape in ours})
+  return [
+    (low + high) / 2
+    for low, high in itertools.pairwise(ratios)
+    if _winners(ours, (low, high)) != _winners(theirs, (low, high))
+  ]
+
+
+def _winners(shapes: Iterable[tuple[int, int]], ratios: tuple[Fraction, Fraction]) -> list[tuple[int, int]]:
+  """Returns which of the grids of either ratio an image between them may get: the first, or the last that it fills."""
+  tied = [shape for shape in shapes if Fraction(*shape) in ratios]
+  last = {columns * rows: (columns, rows) for columns, rows in tied}
+  return [tied[0], *last.values()]

@@ -123,6 +123,11 @@ class ChatTokenizer:
       self.decode(self._backend.encode(probe, add_special_tokens=False).ids, special=True) != probe
     )
 
+  @property
+  def leading_ids(self) -> list[int]:
+    """What every conversation begins with: the bos token, or nothing."""
+    return list(self._start)
+
   def lay_out(self, conversations: Sequence[Mapping[str, str]], num_images: int, where: Where) -> Chat:
     r"""Tokenises a conversation, with one token for each image.
 

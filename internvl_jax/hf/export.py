@@ -1,7 +1,7 @@
 """Saving a model so that its folder stands alone: weights, config, tokenizer, preprocessor, generation config."""
 
 import collections
-import json
+import dataclasses
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,43 +17,32 @@ from internvl_jax.hf import config as config_io
 from internvl_jax.hf import entries, weights
 from internvl_jax.hf.config import Layout
 from internvl_jax.hf.model import Source
-from internvl_jax.hf.tokenizer import save_tokenizer
+from internvl_jax.hf.tokenizer import save_for_processor, save_tokenizer
 from internvl_jax.models.internvl import InternVLConfig
 from internvl_jax.outputs import write_json
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 
-# What transformers' InternVLProcessor asks its tokenizer for.
-_TOKEN_NAMES = {
-  "start_image_token": "<img>",
-  "end_image_token": "</img>",
-  "context_image_token": IMAGE_TOKEN,
-  "video_token": "<video>",
+_AUTO_MAP = {
+  "AutoConfig": "configuration_internvl_chat.InternVLChatConfig",
+  "AutoModel": "modeling_internvl_chat.InternVLChatModel",
+  "AutoModelForCausalLM": "modeling_internvl_chat.InternVLChatModel",
 }
 
-# ChatML with images and videos in a message's content, for InternVLProcessor.apply_chat_template.
-_CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-<|im_start|>{{ message['role'] }}
-{% if message['content'] is string -%}
-{{ message['content'] }}
-{%- else -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'image' -%}
-<IMG_CONTEXT>
-{% elif part['type'] == 'video' -%}
-<video>
-{% elif part['type'] == 'text' -%}
-{{ part['text'] }}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-<|im_end|>
-{% endfor -%}
-{%- if add_generation_prompt -%}
-<|im_start|>assistant
-{% endif -%}
-"""
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Serving:
+  """How a saved model is asked.
+
+  Attributes:
+    chat_template: in Jinja, for the layout that is written.
+    video_token: what stands for a video in it.
+    begins_with_bos: it begins a conversation with the bos token.
+  """
+
+  chat_template: str
+  video_token: str
+  begins_with_bos: bool
 
 
 def save_model(
@@ -65,13 +54,16 @@ def save_model(
   dtype: jnp.dtype,
   tokenizer: PreTrainedTokenizerBase,
   normalize_type: str,
+  serving: Serving | None = None,
   eos_token_id: int | list[int] | None = None,
   settings: Mapping[str, Any] | None = None,
+  code: Path | None = None,
   writes: bool = True,
 ) -> None:
   """Writes a model that stands alone.
 
-  In the internvl layout, the source's Python files come along, so that the reference's own code opens the folder.
+  In the internvl layout, the Python files of `code` or the source come along, so that the reference's own code opens
+  the folder.
 
   Args:
     target: the folder; made if missing, other files in it stay.
@@ -81,8 +73,10 @@ def save_model(
     dtype: of the weights written.
     tokenizer: with the image tokens.
     normalize_type: statistics of the pixels, for preprocessor_config.json.
+    serving: how it is asked; the hf layout needs it.
     eos_token_id: id that ends an answer; None keeps the source's.
     settings: entries of config.json that the run fixed, beside those of the model.
+    code: a folder with the Python files of the internvl layout; None: the source's, if it has some.
     writes: False for a process that only helps another one to read `params`, whose shards lie on several hosts.
 
   Raises:
@@ -103,7 +97,11 @@ def save_model(
     image_token_id=tokenizer.get_vocab()[IMAGE_TOKEN],
     **(settings or {}),
   )
-  generation = _generation(source.folder, eos_token_id)
+  if layout is config_io.INTERNVL and code is not None:
+    config["auto_map"] = auto_map(code)
+  generation = generation_of(source.folder)
+  if eos_token_id is not None:
+    generation = {**generation, "eos_token_id": eos_token_id}
   tensors = weights.tensors(params, table, np.dtype(dtype))
   if not writes:
     collections.deque(tensors, maxlen=0)
@@ -111,20 +109,55 @@ def save_model(
   weights.save(target, tensors)
   write_json(target / "config.json", config)
   write_json(target / "generation_config.json", generation)
-  save_tokenizer(tokenizer, source.folder, target, portable=layout is config_io.HF)
   if layout is config_io.HF:
-    _write_processor(target, source.config, normalize_type, config)
-  else:
-    write_json(target / "preprocessor_config.json", _clip_preprocessor(source.config, normalize_type))
-    for code in source.folder.glob("*.py"):
-      shutil.copyfile(code, target / code.name)
+    assert serving is not None
+    save_processor(target, source.folder, source.config, tokenizer, normalize_type, config, serving)
+    return
+  save_tokenizer(tokenizer, source.folder, target)
+  if source.layout is config_io.HF and serving is not None:
+    _replace_chat_template(target, serving.chat_template)
+  write_json(target / "preprocessor_config.json", _clip_preprocessor(source.config, normalize_type))
+  for file in (code or source.folder).glob("*.py"):
+    shutil.copyfile(file, target / file.name)
 
 
-def _generation(folder: Path, eos_token_id: int | list[int] | None) -> dict[str, Any]:
+def auto_map(folder: Path) -> dict[str, Any]:
+  """Where the code of the internvl layout in a folder has its classes, for the auto_map of config.json.
+
+  Raises:
+    UserError: the folder has no such code.
+  """
+  path = folder / "config.json"
+  found = config_io.read_json(path).get("auto_map") if path.is_file() else None
+  classes: Any = found if isinstance(found, dict) and found else _AUTO_MAP
+  lacking = missing_code(classes, folder)
+  if lacking or not any(folder.glob("*.py")):
+    raise UserError(
+      f"{folder}: {' and '.join(lacking) or '*.py'} is not there; name the folder of a checkpoint of the internvl layout "
+      "with its code, such as OpenGVLab's of the same size"
+    )
+  return dict(classes)
+
+
+def missing_code(classes: Mapping[str, Any], folder: Path) -> list[str]:
+  """The Python files that an auto_map names and a folder lacks; those of other repositories are not looked for."""
+  names = [str(name) for name in classes.values() if "--" not in str(name)]
+  files = sorted({f"{name.split('.')[0]}.py" for name in names})
+  return [file for file in files if not (folder / file).is_file()]
+
+
+def has_code(source: Source) -> bool:
+  """Whether an export in the internvl layout opens by code that the source brings."""
+  classes = source.raw.get("auto_map") if source.layout is config_io.INTERNVL else None
+  return isinstance(classes, dict) and bool(classes) and not missing_code(classes, source.folder)
+
+
+def generation_of(folder: Path) -> dict[str, Any]:
+  """A checkpoint's generation_config.json; an empty one if there is none."""
   path = folder / "generation_config.json"
   found = config_io.read_json(path) if path.is_file() else {}
   entries.check(f"{path}: ", found, entries.GENERATION)
-  return found if eos_token_id is None else {**found, "eos_token_id": eos_token_id}
+  return found
 
 
 def _clip_preprocessor(config: InternVLConfig, normalize_type: str) -> dict[str, Any]:
@@ -144,21 +177,47 @@ def _clip_preprocessor(config: InternVLConfig, normalize_type: str) -> dict[str,
   }
 
 
-def _write_processor(
-  target: Path, config: InternVLConfig, normalize_type: str, settings: Mapping[str, Any]
+def save_processor(
+  target: Path,
+  source_folder: Path,
+  config: InternVLConfig,
+  tokenizer: PreTrainedTokenizerBase,
+  normalize_type: str,
+  settings: Mapping[str, Any],
+  serving: Serving,
 ) -> None:
-  """What transformers' InternVLProcessor reads beside the tokenizer."""
+  """Writes what transformers' InternVLProcessor reads: tokenizer, chat template, processors of images and videos.
+
+  Args:
+    target: the folder, which must be there.
+    source_folder: where the tokenizer came from.
+    config: the model.
+    tokenizer: with the image tokens.
+    normalize_type: statistics of the pixels.
+    settings: how images are cut, by the names of `DataTrainingArguments`.
+    serving: how the model is asked.
+  """
+  names = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": IMAGE_TOKEN,
+    "video_token": serving.video_token,
+  }
+  save_for_processor(
+    tokenizer,
+    source_folder,
+    target,
+    chat_template=serving.chat_template,
+    begins_with_bos=serving.begins_with_bos,
+    names=names,
+  )
   mean, std = PIXEL_STATISTICS[normalize_type]
   side = config.vision.image_size
-  image_processor = {
-    "image_processor_type": "GotOcr2ImageProcessor",
+  pixels = {
     "processor_class": "InternVLProcessor",
     "do_resize": True,
     "size": {"height": side, "width": side},
     "resample": 3,
-    "crop_to_patches": bool(settings.get("dynamic_image_size", True)),
-    "min_patches": settings.get("min_dynamic_patch", 1),
-    "max_patches": settings.get("max_dynamic_patch", 12),
     "do_rescale": True,
     "rescale_factor": 1 / 255,
     "do_normalize": True,
@@ -166,14 +225,29 @@ def _write_processor(
     "image_std": list(std),
     "do_convert_rgb": True,
   }
-  write_json(target / "preprocessor_config.json", image_processor)
+  # One tile is said by the numbers of tiles: the processor asks for cutting, whatever this file says.
+  dynamic = settings.get("dynamic_image_size", True)
+  image_processor = {
+    "image_processor_type": "GotOcr2ImageProcessor",
+    "crop_to_patches": True,
+    "min_patches": settings.get("min_dynamic_patch", 1) if dynamic else 1,
+    "max_patches": settings.get("max_dynamic_patch", 12) if dynamic else 1,
+  }
+  write_json(target / "preprocessor_config.json", {**image_processor, **pixels})
+  video_processor = {"video_processor_type": "InternVLVideoProcessor", "do_sample_frames": False}
+  write_json(target / "video_preprocessor_config.json", {**video_processor, **pixels})
   processor = {"processor_class": "InternVLProcessor", "image_seq_length": config.tokens_per_tile}
   write_json(target / "processor_config.json", processor)
-  path = target / "tokenizer_config.json"
-  found = json.loads(path.read_text(encoding="utf-8"))
-  extra = found.get("extra_special_tokens")
-  names = {**extra, **_TOKEN_NAMES} if isinstance(extra, dict) else _TOKEN_NAMES
-  write_json(path, {**found, "processor_class": "InternVLProcessor", "extra_special_tokens": names})
-  if settings.get("template") == "internvl2_5" and not (target / "chat_template.jinja").exists():
-    if "chat_template" not in found:
-      (target / "chat_template.jinja").write_text(_CHAT_TEMPLATE, encoding="utf-8")
+
+
+def _replace_chat_template(folder: Path, chat_template: str) -> None:
+  """Gives a tokenizer of the hf layout the chat template of the internvl layout, which says <image>."""
+  (folder / "chat_template.json").unlink(missing_ok=True)
+  (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+  path = folder / "tokenizer_config.json"
+  found = config_io.read_json(path) if path.is_file() else {}
+  # The processor's names, of which one may be a token for videos that this layout has no use for.
+  others = {key: value for key, value in found.items() if key not in ("chat_template", "processor_class")}
+  if isinstance(others.get("extra_special_tokens"), dict):
+    del others["extra_special_tokens"]
+  write_json(path, others)

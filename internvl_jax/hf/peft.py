@@ -6,7 +6,7 @@ whole InternVL.
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from internvl_jax.hf.tables import Row
 from internvl_jax.hf.weights import Checkpoint, Rename
 from internvl_jax.models.lora import MARK, LoRASpec, adapter_paths
 from internvl_jax.outputs import write_json
-from internvl_jax.trees import part_of, select
+from internvl_jax.trees import LAYER_RANGE, part_of, select
 
 CONFIG, WEIGHTS = "adapter_config.json", ADAPTER
 
@@ -173,6 +173,13 @@ def _alpha(config: Mapping[str, Any], module: str) -> float:
     if re.fullmatch(rf"(.*\.)?({pattern})", module):
       return float(alpha)
   return float(config.get("lora_alpha", 8))
+
+
+def formless(paths: Iterable[str], table: Sequence[Row]) -> list[str]:
+  """The adapted linear maps, by their paths, whose adapters a layout has no names for: it splits what ours fuses."""
+  known = {row.ours for row in table}
+  found = {LAYER_RANGE.sub(".layers.{i}.", path) for path in adapter_paths(paths)} - known
+  return sorted({path.split(MARK)[0] for path in found})
 
 
 def save_adapter(

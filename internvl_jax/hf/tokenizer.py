@@ -1,6 +1,7 @@
 """Tokenizers, from a checkpoint's own files; code that a checkpoint brings is never run."""
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,6 +49,9 @@ _SENTENCEPIECE_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "
 _LEGACY_CLASSES = ("InternLM3Tokenizer", "LlamaTokenizer")
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+BEGINS_WITH_BOS = "chat_template_writes_bos"
+"""Entry of tokenizer_config.json: conversations begin with a bos token, but by the chat template."""
+
 _KEPT = (
   "model_max_length",
   "padding_side",
@@ -143,8 +147,8 @@ def save_tokenizer(
     source_folder: where it came from.
     target_folder: where to; must be there.
     portable: where the source needs code of its own, or where transformers would convert its tokenizer.model
-      in another way than the reference reads it, the copy names the plain class that takes its tokenizer.json
-      as it stands. The reference's own code no longer finds its class then.
+      in another way than the reference reads it, or gives other ids for any reason, the copy names the plain class
+      that takes its tokenizer.json as it stands. The reference's own code no longer finds its class then.
 
   Raises:
     UserError: the source's files cannot be read.
@@ -152,8 +156,15 @@ def save_tokenizer(
   source, target = Path(source_folder), Path(target_folder)
   copy_tokenizer(source, target)
   config = _read_json(source / "tokenizer_config.json")
+  if config.pop(BEGINS_WITH_BOS, False):
+    config["add_bos_token"] = True
+    write_json(target / "tokenizer_config.json", config)
   has_json = (source / "tokenizer.json").is_file()
-  rename = portable and ("auto_map" in config or (not has_json and (source / "tokenizer.model").is_file()))
+  rename = portable and (
+    "auto_map" in config
+    or (not has_json and (source / "tokenizer.model").is_file())
+    or not _reads_alike(tokenizer, target)
+  )
   added, old = _added_tokens(tokenizer), _added_tokens(load_tokenizer(source))
   if added == old and not rename:
     return
@@ -183,6 +194,73 @@ def save_tokenizer(
     write_json(target / "special_tokens_map.json", special_map)
   if (source / "added_tokens.json").is_file():
     write_json(target / "added_tokens.json", _read_json(source / "added_tokens.json") | new)
+
+
+def save_for_processor(
+  tokenizer: PreTrainedTokenizerBase,
+  source_folder: str | Path,
+  target_folder: str | Path,
+  *,
+  chat_template: str,
+  begins_with_bos: bool,
+  names: Mapping[str, str],
+) -> None:
+  """Saves a tokenizer for transformers' processor of images and texts; see `save_tokenizer`, portable.
+
+  The processor tokenizes what a chat template gives with the special tokens that the tokenizer adds by itself; others
+  tokenize it without. So the chat template writes the bos token, and the tokenizer adds none.
+
+  Args:
+    tokenizer: what to save.
+    source_folder: where it came from.
+    target_folder: where to; must be there.
+    chat_template: takes the place of all that the source has.
+    begins_with_bos: conversations begin with the bos token, which the chat template writes.
+    names: of the tokens that the processor asks for.
+
+  Raises:
+    UserError: the source's files cannot be read.
+  """
+  source, target = Path(source_folder), Path(target_folder)
+  save_tokenizer(tokenizer, source, target, portable=True)
+  (target / "chat_template.json").unlink(missing_ok=True)
+  (target / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+  path, backend = target / "tokenizer_config.json", target / "tokenizer.json"
+  config = _read_json(path)
+  extra = config.get("extra_special_tokens")
+  config["extra_special_tokens"] = {**extra, **names} if isinstance(extra, dict) else dict(names)
+  config["processor_class"] = "InternVLProcessor"
+  config.pop("chat_template", None)
+  adds_bos = bool(config.get("add_bos_token"))
+  if backend.is_file() and _backend(tokenizer).encode("").ids:
+    adds_bos = True
+    write_json(backend, _read_json(backend) | {"post_processor": None})
+  if adds_bos or begins_with_bos:
+    config["add_bos_token"] = False
+    config[BEGINS_WITH_BOS] = begins_with_bos
+    if begins_with_bos:
+      config["bos_token"] = str(tokenizer.bos_token)
+  write_json(path, config)
+
+
+def spare_token(tokenizer: PreTrainedTokenizerBase, *, used: str) -> str:
+  """A special token that can stand for a video before the processor puts the frames in its place.
+
+  It must be one of the tokenizer's: the embeddings have no row for a new one. One that is made for it is preferred,
+  then one that is reserved, then the tokens for padding and the unknown, which no text has.
+
+  Args:
+    tokenizer: with the image tokens.
+    used: text that has the special tokens which conversations need.
+  """
+  special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+  free = [name for name in special if name not in (*IMAGE_TOKENS, tokenizer.eos_token) and name not in used]
+  for wanted in (r"<video>", r"<\|video_pad\|>", r".*(reserved|unused|placeholder).*"):
+    for name in free:
+      if re.fullmatch(wanted, name, re.IGNORECASE):
+        return name
+  unsaid = [name for name in (tokenizer.pad_token, tokenizer.unk_token) if name in free]
+  return [*unsaid, *free, "<video>"][0]
 
 
 def copy_tokenizer(source: str | Path, target: str | Path) -> None:
@@ -268,7 +346,7 @@ def _check_ids(folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTok
 def _set_bos(folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
   """Sets `add_bos_token`, which transformers drops where there is a tokenizer.json."""
   ours = _class_of(config) in _SENTENCEPIECE_CLASSES
-  if not config.get("add_bos_token", ours):
+  if not config.get(BEGINS_WITH_BOS, config.get("add_bos_token", ours)):
     return
   for key, name in _SENTENCEPIECE_TOKENS.items():
     if ours and getattr(tokenizer, key) is None and name in tokenizer.get_vocab():
@@ -299,6 +377,21 @@ def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, dict[str, Any
     index: {"content": token.content, **{flag: getattr(token, flag) for flag in _FLAGS}}
     for index, token in sorted(tokenizer.added_tokens_decoder.items())
   }
+
+
+_PROBE = "user\n What is 3 + 4?  \n\n中文 naïve, isn't it?\t▁ <box>[[1, 2]]</box> "
+
+
+def _reads_alike(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
+  """Whether transformers, by the class that a folder's config names, gives the ids that we give."""
+  try:
+    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+  except (OSError, ValueError, ImportError, KeyError):
+    return False
+  ours = _backend(tokenizer)
+  special = [name for name in theirs.get_added_vocab() if ours.token_to_id(name) is not None]
+  text = _PROBE + "".join(f"{name}{_PROBE}" for name in special)
+  return theirs(text, add_special_tokens=False).input_ids == ours.encode(text, add_special_tokens=False).ids
 
 
 def _minimal_config(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
