@@ -288,11 +288,12 @@ class SampleMaker:
       yield from self._video_shapes(record, files.join(self.spec.root, path, where), where, frames)
       return
     paths = _image_paths(record, where)
+    # Before the files: of several faults, the doctor and the run name the same, though only one of them reads headers.
+    chats = self._chats(record, len(paths), where)
     pixels = _stated_sizes(record, len(paths)) if sources is None else None
     if pixels is None:
       sources = sources or [files.join(self.spec.root, path, where) for path in paths]
       pixels = [images.image_size(source, where) for source in sources]
-    chats = self._chats(record, len(paths), where)
     least = self.data.min_dynamic_patch
     most = max(least, max_grid_tiles(self.spec, self.data) // max(len(paths), 1))
     for limit in range(most, min(least, most) - 1, -1):
