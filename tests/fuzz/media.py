@@ -14,7 +14,6 @@ from PIL import Image
 
 import odd
 
-
 FOLDER = "a folder of images"
 
 

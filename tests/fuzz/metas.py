@@ -1,6 +1,5 @@
 """Meta files: the keys that we and the reference know, with values that no one should write."""
 
-import json
 from typing import Any
 
 import numpy as np
