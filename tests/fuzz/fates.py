@@ -19,8 +19,8 @@ TRAINED = "trained"
 # Small tiles, of few tokens.
 _TILES = {"force_image_size": 16, "dynamic_image_size": True, "use_thumbnail": True, "max_dynamic_patch": 4}
 _FRAMES = {"min_num_frame": 2, "max_num_frame": 4}
-_PACKED = {"use_packed_ds": True, "max_packed_tokens": 160, "num_images_expected": 8}
-_LENGTH, _TOKENS_PER_TILE = 112, 4
+_PACKED = {"use_packed_ds": True, "max_packed_tokens": 450, "num_images_expected": 8}
+_LENGTH, _TOKENS_PER_TILE = 224, 4
 # Of lines that both name the first of: so many are all.
 _ALL = 1 << 30
 

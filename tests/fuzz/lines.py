@@ -162,7 +162,19 @@ def clip(rng: np.random.Generator, record: Any) -> Any:
   return record
 
 
-RECORDS = (*odd.RECORDS, *odd.RECORDS, line_key, turn_key, role, path, clip)
+def sides(rng: np.random.Generator, record: Any) -> Any:
+  """States sizes of images in other forms, or such as no image has."""
+  if isinstance(record, dict):
+    right, none = ([40, 30], [24, 50]), ([0, -1], [1 << 40, 24])
+    wide, high = odd.pick(rng, (right, right, none))
+    wide, high = odd.pick(rng, ((wide, high), (wide[:1], high[:1]), (wide[0], high[0]), (wide, high[0])))
+    record |= (
+      {"width": wide, "height": high} if rng.random() < 0.5 else {"width_list": wide, "height_list": high}
+    )
+  return record
+
+
+RECORDS = (*odd.RECORDS, *odd.RECORDS, line_key, turn_key, role, path, clip, sides, sides)
 
 
 def in_utf16(rng: np.random.Generator, content: bytes) -> bytes:

@@ -1,5 +1,6 @@
 """Folders of checkpoints with odd values end in a model or in words, before anything heavy."""
 
+import functools
 import shutil
 
 import pytest
@@ -15,7 +16,7 @@ def test_checkpoints(tmp_path, inputs, count):
   for number, rng in inputs("checkpoints", count):
     folder = tmp_path / str(number)
     done = checkpoints.write(folder, rng, originals)
-    if error := judge.ends_well(lambda folder=folder: checkpoints.open_all(folder)):
+    if error := judge.ends_well(functools.partial(checkpoints.open_all, folder)):
       failures.append(judge.Failure(number, " ".join(done), error))
     shutil.rmtree(folder)
   assert not failures, judge.report(failures)

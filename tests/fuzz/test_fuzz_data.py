@@ -4,6 +4,7 @@ pytest tests/fuzz -m ''                               2,000 lines (and as many p
 pytest tests/fuzz -k images --fuzz-seed 3 --fuzz-only 41    one of them
 """
 
+import functools
 import json
 import shutil
 
@@ -32,7 +33,7 @@ def assert_each_alone(meta, tokenizer, numbered, *, pairs=False):
   mixture = fates.open_mixture(meta, tokenizer, pairs=pairs)
   failures = []
   for index, (number, what) in enumerate(numbered, 1):
-    if error := judge.ends_well(lambda index=index: fates.measure_and_make(mixture, index)):
+    if error := judge.ends_well(functools.partial(fates.measure_and_make, mixture, index)):
       failures.append(judge.Failure(number, what, error))
   mixture.close()
   assert_none(failures)
@@ -106,11 +107,10 @@ def test_metas(tmp_path, tokenizer, inputs, monkeypatch, count):
     meta = tmp_path / "mutated.json"
     meta.write_bytes(text)
     # The doctor first: it decodes in this thread, which the time limit can end.
-    error = judge.ends_well(lambda meta=meta: fates.by_doctor(meta, tokenizer, packed=True))
-    error = error or judge.ends_well(
-      lambda meta=meta: fates.first_batch(meta, tokenizer, packed=number % 2 == 0)
-    )
-    if error:
-      failures.append(judge.Failure(number, f"{done} {text[:300]}", error))
+    for start in (fates.by_doctor, fates.first_batch):
+      error = judge.ends_well(functools.partial(start, meta, tokenizer, packed=number % 2 == 0))
+      if error:
+        failures.append(judge.Failure(number, f"{start.__name__} {done} {text[:300]}", error))
+        break
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
   assert_none(failures)
