@@ -151,6 +151,6 @@ def by_doctor(meta: Path, tokenizer: Any, **how: Any) -> dict[int, str]:
 
 def line_of(message: str) -> int:
   """Returns the number of the line that a message blames."""
-  found = re.match(r".*?\.jsonl:(\d+) \(dataset ", message)
+  found = re.match(r".*?:(\d+) \(dataset ", message)
   assert found, message
   return int(found.group(1))

@@ -93,8 +93,9 @@ def wrong_with(message: str) -> str | None:
   """Returns what is wrong with a message to the user."""
   if not message.strip():
     return "an empty message"
-  if len(message) > 4000 or message.count("\n") > 20:
-    return f"a message of {len(message)} characters: {message[:200]}"
+  lines = message.splitlines()
+  if len(lines) > 40 or max(map(len, lines)) > 2000:
+    return f"a message of {len(lines)} lines, {len(message)} characters: {message[:200]}"
   if not message.replace("\n", "").isprintable():
     return f"a message that cannot be printed: {message[:200]!r}"
   if "MemoryError" in message or "Traceback" in message:
