@@ -74,6 +74,30 @@ def test_lines(tmp_path, tokenizer, inputs, pairs, count):
       assert_all_counted(meta, tokenizer, numbered, policy=policy, packed=packed, pairs=pairs)
 
 
+FOUND = (
+  # A clip that is too long for a float.
+  {"video": "v.gif", "clip": [0, 10**400], "conversations": lines.ASKED},
+  # Two faults, of which a run meets the one first, and a doctor that believes the sizes the other.
+  {"image": "gone.png", "width": 40, "height": 24, "conversations": [{"from": "gpt", "value": 1}]},
+  {"image": "../a.png", "width": 40, "height": 24, "conversations": [{"from": "bot", "value": "x"}]},
+  # Nothing is supervised, and fewer frames make it fit.
+  {"video": "v.gif", "conversations": [{"from": "human", "value": "<video>\nwhat is it?"}] * 2},
+  {"video": "v.mp4", "conversations": [{"from": "human", "value": "a red circle"}] * 2},
+)
+"""Lines of which the run and the doctor once said different things, or which ended both."""
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_lines_that_were_found(tmp_path, tokenizer, policy):
+  lines.write_media(tmp_path)
+  texts = [json.dumps(line).encode() for line in (lines.GOOD, *FOUND, lines.GOOD)]
+  meta = lines.write_dataset(tmp_path, texts)
+  numbered = [(number, str(line)) for number, line in enumerate(FOUND)]
+  assert_each_alone(meta, tokenizer, numbered)
+  for packed in (False, True):
+    assert_all_counted(meta, tokenizer, numbered, policy=policy, packed=packed)
+
+
 @pytest.mark.parametrize(
   ("kind", "count"),
   [
