@@ -1,4 +1,4 @@
-"""Folders of checkpoints without weights: configs and tokenizers of both layouts, with values that no one should write."""
+"""Folders of checkpoints of both layouts: configs and tokenizers with values that no one should write."""
 
 import json
 from pathlib import Path
@@ -30,16 +30,8 @@ _ROPES = (
 )
 _WITH_WEIGHTS = ("curve/init", "curve_internlm2/init", "hf_qwen3")
 _WEIGHTS = "model.safetensors"
-_SIZES = (
-  "2-4b",
-  "2-8b",
-  "2-40b",
-  "3-8b",
-  "3-9b",
-  "3.5-8b",
-  "3.5-20b-a4b",
-  "3.5-30b-a3b",
-)  # one of each family
+# One of each family.
+_SIZES = ("2-4b", "2-8b", "2-40b", "3-8b", "3-9b", "3.5-8b", "3.5-20b-a4b", "3.5-30b-a3b")
 
 
 def _small(size: str) -> dict[str, Any]:
@@ -55,7 +47,7 @@ def _asset(name: str) -> dict[str, Any]:
 
 
 def folders() -> list[dict[str, Any]]:
-  """Returns what stands in the files of folders, by their names: objects, and the path of the weights if there are any."""
+  """Returns what stands in the files of folders, by their names, and the path of the weights if any."""
   configs = [*(_asset(f"{name}/config.json") for name in _WITH_WEIGHTS), *map(_small, _SIZES)]
   files = {name: _asset(f"tokenizer/{name}") for name in _TOKENIZER}
   files |= {

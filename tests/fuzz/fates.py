@@ -91,7 +91,8 @@ def by_run(meta: Path, tokenizer: Any, **how: Any) -> tuple[dict[int, list[str]]
   """Goes through an epoch; `how` as of `open_loader`.
 
   Returns:
-    what became of every line, by its number, as often as a row had it or the plan passed it over; the counters.
+    what became of every line, by its number: once for each row that had it or plan that passed it over; and
+    the counters.
   """
   fates: dict[int, list[str]] = collections.defaultdict(list)
   with pytest.MonkeyPatch.context() as patch:
@@ -134,7 +135,7 @@ def _fates(micro: MicroBatch, loader: TrainLoader) -> list[tuple[int, str]]:
 
 
 def by_doctor(meta: Path, tokenizer: Any, **how: Any) -> dict[int, str]:
-  """Returns what the doctor says of the lines that would be lost, by their number; `how` as of `open_mixture`."""
+  """Returns what the doctor says of lines that would be lost, by their number; `how` as of `open_mixture`."""
   mixture = open_mixture(meta, tokenizer, **how)
   try:
     with pytest.MonkeyPatch.context() as patch:

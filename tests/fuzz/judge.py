@@ -33,7 +33,8 @@ class Failure(NamedTuple):
   def __str__(self) -> str:
     if isinstance(self.error, str):
       return f"#{self.number} {self.what[:400]}\n  {self.error}"
-    return f"#{self.number} {self.what[:400]}\n  {type(self.error).__name__} in {place_of(self.error)}: {str(self.error)[:200]}"
+    kind, place = type(self.error).__name__, place_of(self.error)
+    return f"#{self.number} {self.what[:400]}\n  {kind} in {place}: {str(self.error)[:200]}"
 
 
 def place_of(error: BaseException) -> str:

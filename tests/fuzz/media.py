@@ -167,7 +167,7 @@ BYTES: tuple[Callable[[np.random.Generator, bytes], bytes], ...] = (
 def write(
   folder: Path, stem: str, rng: np.random.Generator, originals: dict[str, bytes]
 ) -> tuple[str, list[str]]:
-  """Writes a damaged file, or for a video at times a folder of images; returns its name, and what was done to it."""
+  """Writes a damaged file, or a folder of such images for a video; returns its name, and what was done."""
   name = odd.pick(rng, originals)
   if name == FOLDER:
     stills, done = images(), []

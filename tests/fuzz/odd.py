@@ -68,11 +68,11 @@ def dumps(record: Any) -> str:
 # --- Records ---------------------------------------------------------------------------------------------------
 
 
-def places(node: Any, depth: int = 0) -> list[tuple[Any, Any]]:
+def places(node: Any) -> list[tuple[Any, Any]]:
   """Returns (container, key) of every value in a record, however deep."""
   keys = list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
   found = [(node, key) for key in keys]
-  return found + [place for key in keys for place in places(node[key], depth + 1)]
+  return found + [place for key in keys for place in places(node[key])]
 
 
 def _any(rng: np.random.Generator, record: Any, kind: type = object) -> tuple[Any, Any] | None:
@@ -181,7 +181,7 @@ def blank(rng: np.random.Generator, content: bytes) -> bytes:
 
 
 def lie(rng: np.random.Generator, content: bytes) -> bytes:
-  """Writes another number over two or four bytes, near the beginning at most times: sizes, counts, offsets."""
+  """Writes another number over two or four bytes, mostly near the beginning: sizes, counts, offsets."""
   width = int(pick(rng, (2, 4)))
   number = int(pick(rng, (0, 1, 2, 255, 30_000, 65_535, 2**31 - 1, 2**32 - 1))) % 256**width
   reach = min(len(content), int(pick(rng, (64, 64, 400, 1 << 30)))) - width

@@ -1,7 +1,7 @@
-"""Of mutated lines, meta files, images and videos none ends a run badly, and none is lost without being counted.
+"""No mutated line, meta file, image or video ends a run badly, and none is lost without being counted.
 
-pytest tests/fuzz -m ''                               2,000 lines (and as many pairs), 500 meta files, ...
-pytest tests/fuzz -k images --fuzz-seed 3 --fuzz-only 41    one of them
+pytest tests/fuzz -m 'slow or not slow'                   the long form too: 2,000 lines, as many pairs, ...
+pytest tests/fuzz -k image --fuzz-seed 3 --fuzz-only 41   one input, as a failure names it
 """
 
 import functools
