@@ -35,3 +35,8 @@ if "XLA_FLAGS" not in os.environ:
 _CACHE = tempfile.TemporaryDirectory(prefix="internvl_jax_test_")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+def pytest_addoption(parser):
+  parser.addoption("--fuzz-seed", type=int, default=0, help="of the inputs of tests/fuzz")
+  parser.addoption("--fuzz-only", type=int, help="the number of the one input of tests/fuzz to run")

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from internvl_jax import assembly, inference, optim
+from internvl_jax import assembly, optim
 from internvl_jax.arguments import DataTrainingArguments, LoaderConfig, ModelArguments, TrainingArguments
 from internvl_jax.batch import SFTBatch
 from internvl_jax.config import TrainConfig, idle_settings
@@ -21,6 +21,7 @@ from internvl_jax.data.mixture import Mixture
 from internvl_jax.data.plan import DrawnPlan
 from internvl_jax.data.tokenize import ChatTokenizer
 from internvl_jax.hf import export
+from internvl_jax.hf.preprocessor import read_statistics
 from internvl_jax.hf.tokenizer import load_tokenizer
 from internvl_jax.models.internvl import Execution, normalize_tiles
 from internvl_jax.models.lora import adapter_paths
@@ -385,7 +386,7 @@ def test_clips_numbers_are_exported_and_read(tmp_path, blue):
   ]
   found = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, blue]}
   (tmp_path / "preprocessor_config.json").write_text(json.dumps(found))
-  assert inference._normalize_type(tmp_path) == "clip"
+  assert read_statistics(tmp_path) == "clip"
 
 
 def test_use_packed_ds(loader_of):

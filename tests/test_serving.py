@@ -260,6 +260,7 @@ def test_adapters_without_a_form_are_told_before_the_first_step(tmp_path, warned
       tmp_path, model__model_name_or_path=str(folder), model__use_backbone_lora=2, model__freeze_backbone=True
     )
     config.data.force_image_size = 28 if folder == hf else 56
+    config.runtime.grow_vocabulary = folder == hf  # Its tokenizer is another model's.
     source, _ = assembly.open_model(config, with_weights=False)
     (line,) = assembly.adapter_notes(config, source)
     assert (told or "adapter/ holds the adapters alone; what else trains (language_model, mlp1)") in line

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from internvl_jax import assembly, verify
+from internvl_jax import assembly, serving, verify
+from internvl_jax.arguments import DataTrainingArguments
 from internvl_jax.convert import convert
 from internvl_jax.data.errors import Where
+from internvl_jax.data.tokenize import ChatTokenizer
 from internvl_jax.errors import UserError
 from internvl_jax.hf import config as layouts
 from internvl_jax.hf import vocabulary, weights
@@ -163,8 +165,11 @@ def test_another_image_token_in_config_than_in_the_tokenizer(folder):
 
 
 def test_the_placeholder_of_videos_needs_no_row_and_is_no_text(folder, tmp_path):
-  """Of the hf layout, as it is exported: the processor puts frames in its place."""
+  """Of the hf layout, as others export it: the processor puts frames in its place."""
   convert(str(folder), tmp_path / "hf", layouts.HF, lora="merge")
+  assert "<video>" not in load_tokenizer(tmp_path / "hf").get_vocab()  # Ours names a token that has a row.
+  edit_json(tmp_path / "hf/tokenizer_config.json", lambda raw: raw.update(video_token="<video>"))
+  add_tokens(tmp_path / "hf", "<video>")
   assert load_tokenizer(tmp_path / "hf").get_vocab()["<video>"] == ROWS
   chat = open_for_inference(tmp_path / "hf", bf16=False).tokenizer
   turns = [{"from": "human", "value": "what is <video>?"}, {"from": "gpt", "value": "red"}]
@@ -174,7 +179,7 @@ def test_the_placeholder_of_videos_needs_no_row_and_is_no_text(folder, tmp_path)
     chat.lay_out(turns, 0, Where("vqa", "vqa.jsonl", 1))
   source, _ = assembly.open_model(config_of(tmp_path / "hf", grow_vocabulary=True), with_weights=False)
   assert source.new_rows == 0
-  add_tokens(tmp_path / "hf", "<video>", "<loc>")
+  add_tokens(tmp_path / "hf", "<loc>")
   with pytest.raises(UserError, match=r"'<loc>' \(id 390\), .* 389 rows"):
     vocabulary.open_tokenizer(tmp_path / "hf")
 
@@ -235,6 +240,9 @@ def test_rows_are_made_and_saved(folder, tmp_path, layout, image_tokens):
   source, tokenizer = assembly.open_model(config_of(folder, grow_vocabulary=True))
   assert source.config.text.vocab_size == ROWS + made and source.new_rows == made
   params = load(source)
+  data = DataTrainingArguments(conv_style="internvl2_5", force_image_size=56)
+  wanted = serving.ExportSettings(layout=layout, layout_flag="layout", code_flag="code")
+  chat = ChatTokenizer(tokenizer, "internvl2_5")
   save_model(
     tmp_path / "saved",
     source,
@@ -243,6 +251,7 @@ def test_rows_are_made_and_saved(folder, tmp_path, layout, image_tokens):
     dtype=jnp.float32,
     tokenizer=tokenizer,
     normalize_type="imagenet",
+    serving=serving.prepare(source, data, tokenizer, chat, wanted).serving,
     settings={"template": "internvl2_5"},
   )
   old, new = load_file(folder / "model.safetensors"), load_file(tmp_path / "saved/model.safetensors")

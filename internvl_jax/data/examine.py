@@ -11,7 +11,7 @@ from internvl_jax.data.errors import DataError
 from internvl_jax.data.jsonl import JsonlFile
 from internvl_jax.data.mixture import Dataset, Mixture
 from internvl_jax.data.notes import Note
-from internvl_jax.data.pieces import UNSUPERVISED, over_long
+from internvl_jax.data.pieces import UNSUPERVISED
 from internvl_jax.data.templates import Template
 from internvl_jax.data.workers import map_items
 
@@ -66,13 +66,14 @@ def examine(mixture: Mixture) -> list[DatasetReport]:
 def _report(dataset: Dataset, samples: int) -> DatasetReport:
   records, pieces = dataset.records, dataset.pieces
   readable = records["tokens"] > 0
-  long = over_long(records, dataset.limits)
-  masked = readable & ~long & (records["supervised"] == 0)
   used = pieces.lines < dataset.lines
   owners = np.repeat(np.arange(len(pieces.lines)), pieces.counts)
   kept = np.bincount(owners, pieces.sizes[:, 0], len(pieces.lines))
   lost = used & (pieces.counts == 0)
   untaught = lost & (pieces.losses == UNSUPERVISED)
+  # Whether it fits as it is or was made to: a sample without a supervised token.
+  masked = readable & (records["supervised"] == 0)
+  masked[pieces.lines[lost]] = False
   shortened = used & ~lost
   shortened[used] &= kept[used] < records["tokens"][pieces.lines[used]]
   named = [*np.flatnonzero(~readable)[:_NAMED], *pieces.lines[lost][:_NAMED]]

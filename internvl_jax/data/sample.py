@@ -1,8 +1,9 @@
 """One line of an annotation file becomes one sample of tokens and tiles: a conversation, or a pair of them."""
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -179,7 +180,7 @@ class SampleMaker:
       DataError: the line, its image or its video is wrong; `OverLengthError` where nothing of it is kept.
     """
     record = self._plain(record, where)
-    sources = self._sources(record, where)
+    sources = functools.cache(lambda: self._sources(record, where))
     plan = self._plan(record, where, frames or self.data.max_num_frame, sources)
     pieces = plan.pieces()
     if piece >= len(pieces):
@@ -198,7 +199,7 @@ class SampleMaker:
       labels=_joined([t.labels[start:stop] for t, (start, stop) in zip(tokens, spans, strict=True)]),
       lengths=tuple(stop - start for start, stop in spans),
       shared=plan.shared,
-      tiles=self._pixels(record, where, plan.shape.limit, sources, chosen, rng, pool, noted),
+      tiles=self._pixels(record, where, plan.shape.limit, sources(), chosen, rng, pool, noted),
       truncated=not all(fit.complete for fit in plan.fits) and piece == len(pieces) - 1,
       shrunk=plan.shrunk,
       piece=piece,
@@ -276,7 +277,9 @@ class SampleMaker:
     paths = [] if media.video_of(record, where) else media.image_paths(record, where)
     return [images.fetched(files.join(self.spec.root, path, where), where) for path in paths]
 
-  def _plan(self, record: Any, where: Where, frames: int, sources: list[images.Source] | None) -> _Plan:
+  def _plan(
+    self, record: Any, where: Where, frames: int, sources: Callable[[], list[images.Source]] | None
+  ) -> _Plan:
     shapes = self._shapes(record, where, frames, sources)
     full = shape = next(shapes)
     if self.limits.policy == "shrink_tiles":
@@ -303,7 +306,7 @@ class SampleMaker:
     return preference.shared_tokens(shape.chats, [count * self.tokens_per_tile for count in shape.tiles])
 
   def _shapes(
-    self, record: Any, where: Where, frames: int, sources: list[images.Source] | None
+    self, record: Any, where: Where, frames: int, sources: Callable[[], list[images.Source]] | None
   ) -> Iterator[_Shape]:
     """Yields what the sample is as the settings say, and then with ever smaller images or fewer frames.
 
@@ -311,17 +314,18 @@ class SampleMaker:
       record: the parsed line.
       where: where it stands.
       frames: wanted of a video.
-      sources: of the images; None: they are as large as the line says they are, if it does.
+      sources: gives the images' files; None: they are as large as the line says they are, if it does.
     """
     if path := media.video_of(record, where):
       yield from self._video_shapes(record, self._rooted(path, where), where, frames)
       return
     paths = media.image_paths(record, where)
+    # Before the files, which not every caller looks at: of several faults, the doctor and the run name the same.
+    chats = self._chats(record, len(paths), where)
     pixels = media.stated_sizes(record, len(paths)) if sources is None else None
     if pixels is None:
-      sources = sources or [files.join(self.spec.root, path, where) for path in paths]
-      pixels = [images.image_size(source, where) for source in sources]
-    chats = self._chats(record, len(paths), where)
+      found = sources() if sources else [files.join(self.spec.root, path, where) for path in paths]
+      pixels = [images.image_size(source, where) for source in found]
     least = self.data.min_dynamic_patch
     most = max(least, max_grid_tiles(self.spec, self.data) // max(len(paths), 1))
     for limit in range(most, min(least, most) - 1, -1):

@@ -1,0 +1,32 @@
+"""Seeded inputs, one by one; little memory and no worker processes, so that what goes wrong does so here."""
+
+import pytest
+import transformers
+
+import judge
+from internvl_jax.data.tokenize import ChatTokenizer
+from toy import ASSETS
+
+
+@pytest.fixture(autouse=True)
+def confined(monkeypatch):
+  monkeypatch.setattr("os.cpu_count", lambda: 1)
+  with judge.bounded_memory():
+    yield
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+  plain = transformers.PreTrainedTokenizerFast.from_pretrained(ASSETS / "tokenizer")
+  return ChatTokenizer(plain, "internvl2_5")
+
+
+@pytest.fixture
+def inputs(request):
+  """(kind, how many) -> number and generator of each: the same for a number, whichever others are run."""
+  seed, only = request.config.getoption("--fuzz-seed"), request.config.getoption("--fuzz-only")
+
+  def generators(kind, count):
+    return [(i, judge.generator(kind, i, seed)) for i in (range(count) if only is None else [only])]
+
+  return generators
