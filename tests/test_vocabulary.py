@@ -168,7 +168,7 @@ def test_the_placeholder_of_videos_needs_no_row_and_is_no_text(folder, tmp_path)
   """Of the hf layout, as others export it: the processor puts frames in its place."""
   convert(str(folder), tmp_path / "hf", layouts.HF, lora="merge")
   assert "<video>" not in load_tokenizer(tmp_path / "hf").get_vocab()  # Ours names a token that has a row.
-  edit_json(tmp_path / "hf/tokenizer_config.json", lambda raw: raw.update(video_token="<video>"))
+  edit_json(tmp_path / "hf/tokenizer_config.json", name_video_token)
   add_tokens(tmp_path / "hf", "<video>")
   assert load_tokenizer(tmp_path / "hf").get_vocab()["<video>"] == ROWS
   chat = open_for_inference(tmp_path / "hf", bf16=False).tokenizer
@@ -182,6 +182,10 @@ def test_the_placeholder_of_videos_needs_no_row_and_is_no_text(folder, tmp_path)
   add_tokens(tmp_path / "hf", "<loc>")
   with pytest.raises(UserError, match=r"'<loc>' \(id 390\), .* 389 rows"):
     vocabulary.open_tokenizer(tmp_path / "hf")
+
+
+def name_video_token(raw):
+  raw["extra_special_tokens"] = {**raw.get("extra_special_tokens", {}), "video_token": "<video>"}
 
 
 def test_an_end_that_no_answer_can_have_is_told(folder, caplog):
