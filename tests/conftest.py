@@ -5,6 +5,8 @@ import subprocess
 import sys
 import tempfile
 
+import pytest
+
 # Tests run on the CPU, as eight devices, so that meshes can be tried anywhere. Set before JAX is imported, and
 # only if unset: `JAX_PLATFORMS=cuda pytest -m gpu` runs the tests that need a GPU on one.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -35,6 +37,17 @@ if "XLA_FLAGS" not in os.environ:
 _CACHE = tempfile.TemporaryDirectory(prefix="internvl_jax_test_")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+  """Puts back the setting that commands which compute in float32 change for the whole process."""
+  import jax
+
+  before = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+  yield
+  if before != jax.config.jax_default_matmul_precision:  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_default_matmul_precision", before)
 
 
 def pytest_addoption(parser):

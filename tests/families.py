@@ -155,12 +155,25 @@ def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
 def write_checkpoint(case: str, folder: Path) -> Path:
   """Writes a case's config.json, tokenizer and weights to a new folder and returns it."""
   folder.mkdir(parents=True)
-  write_config(folder, config_of(case))
-  for file in TOKENIZER.iterdir():
-    shutil.copyfile(file, folder / file.name)
+  config = config_of(case)
+  write_config(folder, config)
+  write_tokenizer(folder, rows=config["text_config"]["vocab_size"])
   shapes = tensor_shapes(open_source(folder, with_weights=False))
   weights.save(folder, ((key, tensor(key, shape)) for key, shape in shapes.items()))
   return folder
+
+
+def write_tokenizer(folder: Path, rows: int) -> None:
+  """Writes TOKENIZER's files, with the first so many of its tokens."""
+  for file in TOKENIZER.iterdir():
+    shutil.copyfile(file, folder / file.name)
+  path = folder / "tokenizer.json"
+  whole = json.loads(path.read_text())
+  model = whole["model"]
+  model["vocab"] = {token: index for token, index in model["vocab"].items() if index < rows}
+  pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
+  model["merges"] = [pair for pair in pairs if model["vocab"].keys() >= {*pair, "".join(pair)}]
+  path.write_text(json.dumps(whole))
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:

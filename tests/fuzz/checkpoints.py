@@ -12,6 +12,7 @@ from internvl_jax.data.tokenize import ChatTokenizer
 from internvl_jax.hf import published
 from internvl_jax.hf.model import open_source
 from internvl_jax.hf.tokenizer import add_image_tokens, load_tokenizer
+from internvl_jax.stated import read_stated
 from toy import ASSETS
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -222,4 +223,4 @@ def open_all(folder: Path) -> None:
   source = open_source(folder, with_weights=False)
   tokenizer = load_tokenizer(folder)
   add_image_tokens(tokenizer)
-  ChatTokenizer(tokenizer, inference.data_settings(source).conv_style)
+  ChatTokenizer(tokenizer, read_stated(source, tokenizer).template)
