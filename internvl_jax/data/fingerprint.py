@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from internvl_jax.data import files
 from internvl_jax.data.digests import Digests, digests_of, first_difference
 from internvl_jax.data.errors import DataError
+from internvl_jax.data.jsonl import JsonlFile
+from internvl_jax.data.meta import read_meta
 from internvl_jax.data.mixture import Dataset, Mixture
 
 # Changes whenever the same data would become other samples.
@@ -159,6 +161,28 @@ def shared_facts(content: Mapping[str, Any], mixture: Mixture) -> dict[str, Any]
       f"{found['lines']} lines, digest {_digests(found).summary}"
     )
   return facts
+
+
+def files_digest(
+  annotation: str | None, meta_path: str | None, cache: str | os.PathLike[str] | None
+) -> dict[str, Any]:
+  """Returns digests of what a model is scored on, whole, by the names that messages give them; see `shared_facts`.
+
+  Args:
+    annotation: of questions, or None.
+    meta_path: of preference pairs, or None.
+    cache: folder of caches.
+
+  Raises:
+    DataError: a file cannot be read.
+  """
+  paths = {} if annotation is None else {"eval.annotation": annotation}
+  if meta_path is not None:
+    specs = read_meta(meta_path, cache=cache)
+    paths |= {f"dataset {spec.name!r} of preference.eval_meta_path": spec.annotation for spec in specs}
+  return {
+    f"the content of {name}": JsonlFile(path, name, cache=cache).digest()[:16] for name, path in paths.items()
+  }
 
 
 def _digests(entry: Mapping[str, Any]) -> Digests:
