@@ -421,7 +421,7 @@ class TrainLoader:
     else:
       logging.warning(
         "The checkpoint was made by an earlier version, which did not keep what its annotation files held: whether they "
-        "were changed since cannot be told. The next checkpoint will"
+        "were changed since cannot be told"
       )
 
   def _restore(self, state: dict[str, Any]) -> None:
