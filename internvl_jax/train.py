@@ -142,16 +142,19 @@ def _run(config: TrainConfig, watchdog: Watchdog, beginning: Beginning) -> None:
     pairs.prepare(params, loader, resumes=resumes)
   frozen = {path: value for path, value in params.items() if path not in setup.trainable}
   frozen |= reference_copies(config, source, params, setup.trainable)
-  log = open_log(config, setup, loader)
+  log_state = None
   if resumes:
     del params
-    state, loader = go_on(config.training, setup, checkpointer, make_loader, log, watchdog)
+    state, loader, log_state = go_on(config.training, setup, checkpointer, make_loader, watchdog)
   else:
     state = setup.create_state(params)
     del params
-
-  if resumes and distributed.is_first():  # Nothing speaks against going on any more.
-    write_config(output_folder(config), to_json(config))
+  # Nothing speaks against going on any more.
+  log = open_log(config, setup, loader)
+  if log_state is not None:
+    log.restore(log_state)
+    if distributed.is_first():
+      write_config(output_folder(config), to_json(config))
   evaluation = make_evaluation(config.eval, config.data, source, chat, setup.how)
   traced = config.runtime.profile_steps if distributed.is_first() else ()
   with log, distributed.StopSignal() as asked_to_stop:
@@ -249,10 +252,9 @@ def go_on(
   setup: Setup,
   checkpointer: Checkpointer,
   make_loader: Callable[..., TrainLoader],
-  log: RunLog,
   watchdog: Watchdog,
-) -> tuple[TrainState, TrainLoader]:
-  """The state of the newest checkpoint, and the loader before the batch that comes next; the log goes on as well.
+) -> tuple[TrainState, TrainLoader, dict[str, Any]]:
+  """The state of the newest checkpoint, the loader before the batch that comes next, and the log's state.
 
   Raises:
     UserError: the checkpoint is of another run.
@@ -260,10 +262,9 @@ def go_on(
   with watchdog.phase("restore"):
     state, loader_state, log_state = checkpointer.restore(setup.describe_state())
     loader = make_loader(state=loader_state)
-  log.restore(log_state)
   check_length(training, int(state.step), loader.total_steps)
   logging.info("Resuming from the checkpoint of step %d", int(state.step))
-  return state, loader
+  return state, loader, log_state
 
 
 def open_log(config: TrainConfig, setup: Setup, loader: TrainLoader) -> RunLog:
