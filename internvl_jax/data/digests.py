@@ -96,6 +96,7 @@ def _read(file: JsonlFile, lines: int, block: int) -> Digests:
   file.check_unchanged()
   digests = [file.digest_lines(start, min(start + block, lines)) for start in range(0, lines, block)]
   file.check_unchanged()
+  file.close()  # A mixture may be of hundreds, and most of their lines are read by workers.
   return Digests(lines, block, "".join(digests))
 
 

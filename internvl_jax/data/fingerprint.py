@@ -1,10 +1,13 @@
 """What the samples of a mixture depend on: for those who keep something computed from each, and for runs that go on."""
 
+import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+from absl import logging
 
 from internvl_jax.data import files
 from internvl_jax.data.digests import Digests, digests_of, first_difference
@@ -12,6 +15,7 @@ from internvl_jax.data.errors import DataError
 from internvl_jax.data.jsonl import JsonlFile
 from internvl_jax.data.meta import read_meta
 from internvl_jax.data.mixture import Dataset, Mixture
+from internvl_jax.errors import redacted
 
 # Changes whenever the same data would become other samples.
 _VERSION = 2
@@ -161,6 +165,33 @@ def shared_facts(content: Mapping[str, Any], mixture: Mixture) -> dict[str, Any]
       f"{found['lines']} lines, digest {_digests(found).summary}"
     )
   return facts
+
+
+class Watched:
+  """The annotation files of a run, of which it is told when one is written to, replaced or removed meanwhile."""
+
+  def __init__(self, mixture: Mixture):
+    """Notes how they are now."""
+    self._files = [dataset.file for dataset in mixture.datasets]
+    self._stamps = [_stamp(file) for file in self._files]
+
+  def tell(self) -> None:
+    """Logs a line for each file that was touched since the last time: lines to come may be others than planned."""
+    for i, file in enumerate(self._files):
+      if (now := _stamp(file)) != self._stamps[i]:
+        self._stamps[i] = now
+        logging.warning(
+          "%s: dataset %r: the annotation file was written to, replaced or removed while the run reads it; put back what it "
+          "held, or the run cannot go on from its checkpoints",
+          *(redacted(file.path), file.dataset),
+        )
+
+
+def _stamp(file: JsonlFile) -> tuple | None:
+  # Without the last date, which a backup or a change of permissions moves, too.
+  with contextlib.suppress(DataError):
+    return file.stamp()[:-1]
+  return None
 
 
 def files_digest(

@@ -196,14 +196,14 @@ class JsonlFile:
     Raises:
       DataError: the file cannot be read.
     """
-    digest = hashlib.blake2b(digest_size=8)
+    digest = hashlib.sha256()
     end = int(self._ends[stop - 1])
     try:
       for first in range(int(self._starts[start]), end, _BLOCK_BYTES):
         digest.update(self._read(first, min(first + _BLOCK_BYTES, end)))
     except OSError as error:
       raise self._unreadable(error) from error
-    return digest.hexdigest()
+    return digest.hexdigest()[:16]
 
   def stamp(self) -> tuple[str, int, int, int, int]:
     """Returns what changes whenever the file is written to, put back or replaced: path, inode, size and dates.

@@ -21,6 +21,7 @@ from internvl_jax.data.errors import DataError
 from internvl_jax.data.files import default_cache
 from internvl_jax.data.fingerprint import (
   Varying,
+  Watched,
   check_same_content,
   content_of,
   first_varying,
@@ -133,7 +134,7 @@ class TrainLoader:
     if self._measured:
       assert cache is not None
       self._mixture.index_sizes(cache, workers=os.cpu_count() or 1, quiet=training.disable_tqdm)
-    self._content = content_of(self._mixture, cache)
+    self._content, self._watched = content_of(self._mixture, cache), Watched(self._mixture)
     if state is not None:
       self._check_content(state)
     self.num_samples = self._mixture.num_samples
@@ -223,7 +224,10 @@ class TrainLoader:
     """Returns what a later loader needs to go on after the last batch handed out; JSON-able. See `all_sum`.
 
     {"next_step": 7, "counters": {"vqa": {"samples": 448, "unreadable": 0, ...}}, "plan": {...}, "content": {...}}
+
+    Tells of annotation files that were touched since the last time.
     """
+    self._watched.tell()
     state = {"next_step": self.next_step, "counters": self.counters(), "plan": self._plan_fingerprint()}
     state["content"] = self._content
     return state if self._stream is None else {**state, "rows": self._stream.get_state()}

@@ -170,3 +170,17 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_line(tmp_path, tokeni
   with caplog.at_level("WARNING", logger="absl"):
     make_loader(tmp_path / "meta.json", tokenizer, state).close()
   assert "earlier version, which did not keep what its annotation files held" in caplog.text
+
+
+def test_a_file_that_is_touched_while_it_is_read_is_told_once(tmp_path, tokenizer, caplog):
+  loader, path = make_loader(write_dataset(tmp_path, 6), tokenizer), tmp_path / "toy.jsonl"
+  with caplog.at_level("WARNING", logger="absl"):
+    next(loader)
+    assert loader.get_state() and not caplog.text
+    path.chmod(0o600)
+    assert loader.get_state() and not caplog.text
+    edit(path, 2, old="red ", new="RED ")
+    for _ in range(2):
+      assert loader.get_state()["content"]["datasets"][0]["lines"] == 6
+  assert caplog.text.count("toy.jsonl: dataset 'toy': the annotation file was written to") == 1
+  loader.close()
