@@ -147,7 +147,6 @@ FOREIGN: dict[str, str] = {
 PER_HOST: dict[str, str] = {
   "loader.cache_dir": "what a cache holds is made of the data, wherever it lies",
   "runtime.compilation_cache_dir": "programs are the same, wherever they are kept",
-  "preference.reference_cache_dir": "what it holds says of what it was made",
   "runtime.distributed": "it may say which of the processes this one is",
   "runtime.hang_seconds": "it tells, and changes nothing",
   "training.disable_tqdm": "it tells, and changes nothing",
