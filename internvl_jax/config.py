@@ -8,6 +8,7 @@ The rules are tables, a line a field:
     REFUSED    fields that will never do anything here, and why
     ACCEPTED   fields that are read from recipes and change nothing, and why
     CHOICES    strings with a fixed set of values        RANGES  the numbers' ranges
+    PER_HOST   fields that hosts of a run may set each for itself, and why
 
 `internvl_jax.effects` has those of settings that have no effect beside others.
 """
@@ -86,6 +87,13 @@ def to_json(config: TrainConfig) -> dict[str, dict[str, Any]]:
   return redacted_json(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
+def shared_settings(config: TrainConfig) -> dict[str, Any]:
+  """The values that all hosts of a run must have, by path, as in `to_json`: all but those of `PER_HOST`."""
+  leaves = to_json(config)
+  shared = (path.split(".") for path in FIELDS if path not in PER_HOST)
+  return {f"{leaf}.{name}": leaves[leaf][name] for leaf, name in shared}
+
+
 # --- The rules, as data -------------------------------------------------------------------------------------
 
 REFUSED: dict[str, str] = {
@@ -135,6 +143,18 @@ FOREIGN: dict[str, str] = {
   "resume_from_checkpoint": "the same command resumes from the newest checkpoint in training.output_dir",
 }
 """Names that launch scripts set and that no field has -> what takes their place."""
+
+PER_HOST: dict[str, str] = {
+  "loader.cache_dir": "what a cache holds is made of the data, wherever it lies",
+  "runtime.compilation_cache_dir": "programs are the same, wherever they are kept",
+  "runtime.distributed": "it may say which of the processes this one is",
+  "runtime.hang_seconds": "it tells, and changes nothing",
+  "training.disable_tqdm": "it tells, and changes nothing",
+  "training.logging_dir": "the first process alone writes there",
+  "training.dataloader_num_workers": "batches do not depend on it, and hosts may have other numbers of cores",
+  "loader.prefetch": "batches do not depend on it",
+}
+"""Field -> why hosts of one run may differ in it; in all others they must not."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

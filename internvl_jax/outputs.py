@@ -17,6 +17,12 @@ CONFIG_FILE = "train_config.json"
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints to resume from."""
 
+LEASE_FILE = "run.lease"
+"""Who writes there: it is there as long as a run is, and no run's output."""
+
+Beginning = Literal["new", "resume", "overwrite"]
+"""How a run begins in its directory; see `check_output_dir`."""
+
 RUN_FILES = (
   CONFIG_FILE,
   "trainer_state.json",
@@ -63,6 +69,19 @@ def write_json(path: Path, value: Any) -> None:
   temporary.replace(path)
 
 
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+  """Writes what a run is made with."""
+  write_json(folder / CONFIG_FILE, config)
+
+
+def begin_run(folder: Path, beginning: Beginning, config: dict[str, Any]) -> None:
+  """Begins a run that does not go on: deletes what an earlier one left, if it may, and marks the folder as this one's."""
+  if beginning == "overwrite":
+    clear_output_dir(str(folder))
+  folder.mkdir(parents=True, exist_ok=True)
+  write_config(folder, config)
+
+
 def would_write_over(model: str, output_dir: str) -> bool:
   """Whether a run would write over the weights it starts from, or delete them to start anew."""
   model, output_dir = os.path.realpath(model), os.path.realpath(output_dir)
@@ -71,7 +90,7 @@ def would_write_over(model: str, output_dir: str) -> bool:
   )
 
 
-def check_output_dir(training: TrainingArguments) -> Literal["new", "resume", "overwrite"]:
+def check_output_dir(training: TrainingArguments) -> Beginning:
   """Decides from the file system how a run begins; changes nothing.
 
   "new": nothing is there. "resume": the directory holds a complete checkpoint. "overwrite":
@@ -83,7 +102,9 @@ def check_output_dir(training: TrainingArguments) -> Literal["new", "resume", "o
   """
   assert training.output_dir is not None, "validate() comes first"
   folder = Path(training.output_dir)
-  present = {entry.name for entry in folder.iterdir()} - set(KEPT_FOLDERS) if folder.exists() else set()
+  present = (
+    {entry.name for entry in folder.iterdir()} - {*KEPT_FOLDERS, LEASE_FILE} if folder.exists() else set()
+  )
   where = f"training.output_dir={training.output_dir!r}"
   if not present:
     return "new"

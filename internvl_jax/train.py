@@ -6,9 +6,10 @@ The command starts a run, or goes on with it from its newest checkpoint; at the 
 a model that stands alone. docs/training.md describes what else it leaves there.
 """
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from absl import logging
 from transformers import PreTrainedTokenizerBase
 
-from internvl_jax import frontdoor, mfu, optim
+from internvl_jax import facts, frontdoor, lease, mfu, optim
 from internvl_jax.adapters import merge_and_check
 from internvl_jax.arguments import TrainingArguments
 from internvl_jax.assembly import (
@@ -34,7 +35,8 @@ from internvl_jax.assembly import (
   shares_prompts,
 )
 from internvl_jax.checkpoint import Checkpointer
-from internvl_jax.config import TrainConfig, to_json, validate
+from internvl_jax.config import TrainConfig, problems, shared_settings, to_json, validate
+from internvl_jax.data.fingerprint import files_digest
 from internvl_jax.data.pipeline import TrainLoader
 from internvl_jax.data.show import show_batch
 from internvl_jax.data.tally import untaught_samples
@@ -46,9 +48,10 @@ from internvl_jax.hf import export, peft
 from internvl_jax.hf.model import Source, base_name
 from internvl_jax.metrics import Gauges, RunLog, Trace
 from internvl_jax.objectives import PreferenceOptimization, SupervisedFineTuning
-from internvl_jax.outputs import CONFIG_FILE, check_output_dir, clear_output_dir, write_json
+from internvl_jax.outputs import LEASE_FILE, Beginning, begin_run, check_output_dir, write_config, write_json
 from internvl_jax.parallel import distributed
 from internvl_jax.parallel import mesh as meshes
+from internvl_jax.parallel.agreement import agree
 from internvl_jax.preference import PreferenceRun
 from internvl_jax.serving import Export
 from internvl_jax.state import TrainState
@@ -72,18 +75,34 @@ def main(argv: Sequence[str]) -> None:
 
 def train(config: TrainConfig) -> None:
   """A whole run, from its config to the model in its output directory; on every process of the run alike."""
-  validate(config)
   with distributed.joined(config.runtime.distributed, frontdoor.report):
     if jax.process_count() > 1:
       frontdoor.set_up_logging(process=jax.process_index())
+    # Before `validate`, which would end one process and leave the others waiting for it.
+    agree("the settings are read", lambda: shared_start(config), seconds=distributed.JOIN_SECONDS)
+    validate(config)
     if distributed.is_first():
       frontdoor.warn_idle(config)
-    with Watchdog(distributed.host_name(), config.runtime.hang_seconds) as watchdog:
-      _run(config, watchdog)
+    with (
+      Watchdog(distributed.host_name(), config.runtime.hang_seconds) as watchdog,
+      output_dir_held(config, watchdog) as beginning,
+    ):
+      _run(config, watchdog, beginning)
 
 
-def _run(config: TrainConfig, watchdog: Watchdog) -> None:
-  prepare_output_dir(config, watchdog)
+def shared_start(config: TrainConfig) -> dict[str, Any]:
+  """What must be equal on all hosts when they have joined: settings, what speaks against them, and programs."""
+  against = {"what speaks against the configuration": problems(config) or "nothing"}
+  return {**shared_settings(config), **against, **facts.programs()}
+
+
+def shared_files(config: TrainConfig, source: Source, loader: TrainLoader) -> dict[str, Any]:
+  """What must be equal on all hosts when the data are opened: lines, order, tokenizer, weights, what is scored."""
+  scored = files_digest(config.eval.annotation, config.preference.eval_meta_path, config.loader.cache_dir)
+  return {**loader.shared_facts(), **scored, **facts.weights(source)}
+
+
+def _run(config: TrainConfig, watchdog: Watchdog, beginning: Beginning) -> None:
   set_up_jax(config)
   with watchdog.phase("model"):
     source, tokenizer = open_model(config)
@@ -107,31 +126,35 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
   lookup = pairs.lookup if pairs else None
   make_loader = functools.partial(open_loader, config.data, config.training, config.loader, reference=lookup)
   # The data are looked at before the weights are read: mistakes are likelier there, and cheaper to find.
-  loader = open_data(make_loader, setup.mesh, watchdog)
+  loader = open_data(make_loader, setup.mesh, watchdog, functools.partial(shared_files, config, source))
   if distributed.is_first():
     tell(optim.warmup_remark(config.training, loader.total_steps))
   with watchdog.phase("data"):
     check_held_out(config, source, chat)
 
   log_parameters(setup)
-  checkpointer = Checkpointer(output_folder(config), keep=config.training.save_total_limit)
-  resumes = checkpointer.latest_step is not None
+  resumes = distributed.first_says(beginning == "resume")
   # A checkpoint has what trains: there is no room for it twice. Preferences need it as it was at the start, too.
   params = read_weights(config, setup, watchdog, all_of_it=not resumes or pairs is not None)
+  begin_output(config, beginning)
+  checkpointer = Checkpointer(output_folder(config), keep=config.training.save_total_limit)
   if pairs is not None:
     pairs.prepare(params, loader, resumes=resumes)
   frozen = {path: value for path, value in params.items() if path not in setup.trainable}
   frozen |= reference_copies(config, source, params, setup.trainable)
-  log = open_log(config, setup, loader)
+  log_state = None
   if resumes:
     del params
-    state, loader = go_on(config.training, setup, checkpointer, make_loader, log, watchdog)
+    state, loader, log_state = go_on(config.training, setup, checkpointer, make_loader, watchdog)
   else:
     state = setup.create_state(params)
     del params
-
-  if distributed.is_first():
-    write_json(output_folder(config) / CONFIG_FILE, to_json(config))
+  # Nothing speaks against going on any more.
+  log = open_log(config, setup, loader)
+  if log_state is not None:
+    log.restore(log_state)
+    if distributed.is_first():
+      write_config(output_folder(config), to_json(config))
   evaluation = make_evaluation(config.eval, config.data, source, chat, setup.how)
   traced = config.runtime.profile_steps if distributed.is_first() else ()
   with log, distributed.StopSignal() as asked_to_stop:
@@ -180,12 +203,21 @@ def tell(*lines: str | None) -> None:
 
 
 def open_data(
-  make_loader: Callable[..., TrainLoader], mesh: jax.sharding.Mesh, watchdog: Watchdog
+  make_loader: Callable[..., TrainLoader],
+  mesh: jax.sharding.Mesh,
+  watchdog: Watchdog,
+  shared: Callable[[TrainLoader], Mapping[str, Any]],
 ) -> TrainLoader:
   """The loader of a run at its start, on all hosts at once; tells what there is.
 
+  Args:
+    make_loader: makes it.
+    mesh: what its rows are sharded over.
+    watchdog: of the run.
+    shared: what must be equal on all hosts; see `agree`.
+
   Raises:
-    UserError: the data cannot be used, or their rows do not suit the mesh.
+    UserError: the data cannot be used, are not the same on all hosts, or their rows do not suit the mesh.
   """
   with watchdog.phase("data"):
     loader = make_loader()
@@ -196,7 +228,7 @@ def open_data(
   )
   # What follows talks over the devices, where nobody waits for long.
   with watchdog.phase("barrier"):
-    distributed.barrier("the data are opened", seconds=OPEN_SECONDS)
+    agree("the data are opened", lambda: shared(loader), seconds=OPEN_SECONDS)
   return loader
 
 
@@ -220,10 +252,9 @@ def go_on(
   setup: Setup,
   checkpointer: Checkpointer,
   make_loader: Callable[..., TrainLoader],
-  log: RunLog,
   watchdog: Watchdog,
-) -> tuple[TrainState, TrainLoader]:
-  """The state of the newest checkpoint, and the loader before the batch that comes next; the log goes on as well.
+) -> tuple[TrainState, TrainLoader, dict[str, Any]]:
+  """The state of the newest checkpoint, the loader before the batch that comes next, and the log's state.
 
   Raises:
     UserError: the checkpoint is of another run.
@@ -231,10 +262,9 @@ def go_on(
   with watchdog.phase("restore"):
     state, loader_state, log_state = checkpointer.restore(setup.describe_state())
     loader = make_loader(state=loader_state)
-  log.restore(log_state)
   check_length(training, int(state.step), loader.total_steps)
   logging.info("Resuming from the checkpoint of step %d", int(state.step))
-  return state, loader
+  return state, loader, log_state
 
 
 def open_log(config: TrainConfig, setup: Setup, loader: TrainLoader) -> RunLog:
@@ -306,30 +336,36 @@ def output_folder(config: TrainConfig) -> Path:
   return Path(config.training.output_dir)
 
 
-def prepare_output_dir(config: TrainConfig, watchdog: Watchdog) -> None:
-  """Makes the output directory, or empties it where the config says so, and writes the config into it.
+@contextlib.contextmanager
+def output_dir_held(config: TrainConfig, watchdog: Watchdog) -> Iterator[Beginning]:
+  """Keeps other runs out of the output directory; how this one begins there. Nothing in it is changed.
 
-  The first process does; the others wait for it. The config of a run that goes on stays until nothing speaks against
-  going on.
+  The first process does; the others wait for it.
 
   Raises:
-    UserError: the directory must not be written to, or not all hosts see it.
+    UserError: another run writes to the directory, it must not be written to, or not all hosts see it.
   """
-  output_dir = output_folder(config)
-  written = output_dir / CONFIG_FILE
-  if distributed.is_first():
-    if check_output_dir(config.training) == "overwrite":
-      clear_output_dir(str(output_dir))
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if not written.exists():
-      write_json(written, to_json(config))
-  with watchdog.phase("barrier"):
-    distributed.barrier("the output directory is prepared", seconds=distributed.JOIN_SECONDS)
-  if not written.exists():
-    raise UserError(
-      f"training.output_dir={config.training.output_dir!r}: {distributed.host_name()} does not see what process 0 wrote "
-      "there; name a folder of a file system that all hosts share"
-    )
+  folder, name = output_folder(config), f"training.output_dir={config.training.output_dir!r}"
+  with contextlib.ExitStack() as stack:
+    beginning: Beginning = "new"
+    if distributed.is_first():
+      stack.enter_context(lease.held(lease.Folder(folder), name))
+      beginning = check_output_dir(config.training)
+    with watchdog.phase("barrier"):
+      distributed.barrier("the output directory is prepared", seconds=distributed.JOIN_SECONDS)
+    if not (folder / LEASE_FILE).exists():
+      raise UserError(
+        f"{name}: {distributed.host_name()} does not see what process 0 wrote there; name a folder of a file system that "
+        "all hosts share"
+      )
+    yield beginning
+
+
+def begin_output(config: TrainConfig, beginning: Beginning) -> None:
+  """Makes room for a new run where the config says so, and says what it is made with, once nothing speaks against it."""
+  if distributed.is_first() and beginning != "resume":
+    begin_run(output_folder(config), beginning, to_json(config))
+  distributed.barrier("the output directory is begun", seconds=distributed.JOIN_SECONDS)
 
 
 def finish(

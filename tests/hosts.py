@@ -97,6 +97,8 @@ class Job:
     step_seconds: float = 0.0,
     launcher: str | None = None,
     arguments: tuple[str, ...] = (),
+    only: dict[int, tuple[str, ...]] | None = None,
+    folders: tuple[Path, ...] = (),
   ):
     """Starts them.
 
@@ -109,6 +111,8 @@ class Job:
       step_seconds: how much longer each step takes, so that something can happen in the middle of it.
       launcher: the script in scripts/launch that starts a process, if not Python does.
       arguments: the script's own.
+      only: overrides of single processes, by their number.
+      folders: working directory of each process, where they see other files under one path.
     """
     self.out = world / out
     command = [sys.executable, "-m", "internvl_jax.train"]
@@ -130,7 +134,9 @@ class Job:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": i, "WORLD_SIZE": processes}
         environment |= {name: str(value) for name, value in place.items()}
       with log.open("w") as stderr:
-        self.processes.append(subprocess.Popen(command, env=environment, stderr=stderr))
+        mine = [f"--config.{override}" for override in (only or {}).get(i, ())]
+        folder = folders[i] if folders else None
+        self.processes.append(subprocess.Popen(command + mine, env=environment, stderr=stderr, cwd=folder))
 
   def wait(self, seconds: float = 300) -> list[int]:
     """The exit codes, once all have ended; no process is left behind."""

@@ -89,12 +89,38 @@ def test_tile_that_the_patches_do_not_divide(tmp_path, data):
   assert "60" in message and "patch_size=14" in message and "use 56" in message
 
 
-def damaged_checkpoint(tmp_path, change):
+def damaged_checkpoint(tmp_path, change, **changes):
   """The message for a checkpoint of which a file was changed."""
   folder = tmp_path / "init"
   shutil.copytree(CURVE / "init", folder)
   change(folder)
-  return attempt(tmp_path, CURVE / "data", model__model_name_or_path=str(folder))
+  return attempt(tmp_path, CURVE / "data", model__model_name_or_path=str(folder), **changes)
+
+
+def what_is_in(folder):
+  return {path: path.is_file() and (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*")}
+
+
+def test_a_start_that_fails_changes_nothing_of_an_earlier_run(tmp_path, data):
+  """Whatever it was asked to do there, and however late it fails."""
+  (tmp_path / "out/checkpoints/3").mkdir(parents=True)
+  for name in ("checkpoints/3/_CHECKPOINT_METADATA", "train_config.json", "model.safetensors.index.json"):
+    (tmp_path / "out" / name).write_text("{}")
+  before = what_is_in(tmp_path / "out")
+  empty = {"data": {"root": "", "annotation": str(data / "empty.jsonl")}}
+  (data / "empty.jsonl").write_text("")
+  (data / "meta.json").write_text(json.dumps(empty))
+  for overwrite in (False, True):
+    assert "empty" in attempt(tmp_path, data, training__overwrite_output_dir=overwrite)
+    assert what_is_in(tmp_path / "out") == before
+
+  def widen(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["llm_config"]["intermediate_size"] = 256
+    (folder / "config.json").write_text(json.dumps(config))
+
+  assert "mis-shaped" in damaged_checkpoint(tmp_path, widen, training__overwrite_output_dir=True)
+  assert what_is_in(tmp_path / "out") == before
 
 
 def test_truncated_weights(tmp_path):
@@ -103,6 +129,7 @@ def test_truncated_weights(tmp_path):
     path.write_bytes(path.read_bytes()[:5000])
 
   message = damaged_checkpoint(tmp_path, cut)
+  assert not (tmp_path / "out").exists()
   assert "model.safetensors" in message and "truncated" in message
 
 

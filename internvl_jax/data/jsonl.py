@@ -190,6 +190,33 @@ class JsonlFile:
       raise self._unreadable(error) from error
     return max(1, total)
 
+  def digest_lines(self, start: int, stop: int) -> str:
+    """Returns 16 hexadecimal digits that tell the bytes of the lines from `start` to before `stop` from any others.
+
+    Raises:
+      DataError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    end = int(self._ends[stop - 1])
+    try:
+      for first in range(int(self._starts[start]), end, _BLOCK_BYTES):
+        digest.update(self._read(first, min(first + _BLOCK_BYTES, end)))
+    except OSError as error:
+      raise self._unreadable(error) from error
+    return digest.hexdigest()[:16]
+
+  def stamp(self) -> tuple[str, int, int, int, int]:
+    """Returns what changes whenever the file is written to, put back or replaced: path, inode, size and dates.
+
+    Raises:
+      DataError: the file cannot be read.
+    """
+    try:
+      stat = os.stat(self._local)
+    except OSError as error:
+      raise self._unreadable(error) from error
+    return os.path.abspath(self._local), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
   def digest(self) -> str:
     """Returns the SHA-256 of the file's bytes, in hex.
 

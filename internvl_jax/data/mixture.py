@@ -37,6 +37,7 @@ class Dataset:
     spec: what the meta file says about it.
     file: its annotation file.
     lines: how many of the file's lines are in use.
+    maker: makes its samples.
   """
 
   def __init__(self, spec: DatasetSpec, file: JsonlFile, maker: SampleMaker, number: int, seed: int):
@@ -50,7 +51,7 @@ class Dataset:
       seed: of the frames drawn from videos.
     """
     self.spec, self.file, self.lines = spec, file, spec.lines_used(len(file))
-    self._maker, self._number, self._seed = maker, number, seed
+    self.maker, self._number, self._seed = maker, number, seed
     self._sizes: sizes.Sizes | None = None
     self._pieces: Pieces | None = None
     self._more = np.zeros(
@@ -81,7 +82,7 @@ class Dataset:
       pool: what its tiles are written to.
     """
     line, piece = self.locate(sample)
-    return self._maker.make(
+    return self.maker.make(
       self.file.read(line),
       self.file.where(line),
       rng,
@@ -126,12 +127,12 @@ class Dataset:
   @property
   def template(self) -> Template:
     """How its turns are written."""
-    return self._maker.tokenizer.template
+    return self.maker.tokenizer.template
 
   @property
   def limits(self) -> Limits:
     """How long its samples may be."""
-    return self._maker.limits
+    return self.maker.limits
 
   @property
   def records(self) -> np.ndarray:
@@ -162,7 +163,7 @@ class Dataset:
 
   def index_of(self, line: int) -> str:
     """Returns the folder of the index that knows the size of a line's media; "" where the line itself states it."""
-    if self._sizes is None or self._maker.states_sizes(self.file.read(line), self.file.where(line)):
+    if self._sizes is None or self.maker.states_sizes(self.file.read(line), self.file.where(line)):
       return ""
     return str(self._sizes.folder)
 
@@ -178,13 +179,13 @@ class Dataset:
       if line >= self.lines:
         break
       with contextlib.suppress(DataError):  # what is wrong about a line is said when it becomes a sample
-        if self._maker.has_video(self.file.read(line), self.file.where(line)):
+        if self.maker.has_video(self.file.read(line), self.file.where(line)):
           return self.file.where(line)
     return None
 
   def key(self) -> dict[str, Any]:
     """Returns all that sizes depend on beside the lines, as JSON values."""
-    maker, data = self._maker, self._maker.data
+    maker, data = self.maker, self.maker.data
     settings = ("force_image_size", "dynamic_image_size", "use_thumbnail", "min_dynamic_patch", "conv_style")
     return {
       "version": _MEASURE_VERSION,
@@ -200,15 +201,15 @@ class Dataset:
 
   def _frames(self, line: int) -> int:
     """Returns how many frames a line's video gives: the same in every epoch, so that its size is known."""
-    data = self._maker.data
+    data = self.maker.data
     rng = np.random.default_rng((self._seed, self._number, line))
     return video.num_wanted(rng, data.min_num_frame, data.max_num_frame)
 
   def _measure(self, file: JsonlFile, line: int) -> sizes.Size:
-    return self._maker.measure(file.read(line), file.where(line), self._frames(line))
+    return self.maker.measure(file.read(line), file.where(line), self._frames(line))
 
   def _pieces_of(self, file: JsonlFile, line: int) -> Sequence[tuple[int, int]]:
-    return self._maker.pieces(file.read(line), file.where(line), self._frames(line))
+    return self.maker.pieces(file.read(line), file.where(line), self._frames(line))
 
 
 def _bar(total: int, what: str, quiet: bool) -> Any:
@@ -222,6 +223,7 @@ class Mixture:
 
   Attributes:
     data: the settings.
+    seed: of the augmentation and of the frames drawn from videos.
     preference: the lines are preference pairs.
     datasets: in the order of the meta file.
     sizes: int64 [datasets], samples an epoch, repeats included.
@@ -258,7 +260,7 @@ class Mixture:
     if data.meta_path is None:
       raise DataError("data.meta_path is not set; give the JSON file that lists the datasets")
     images.normalization(data.normalize_type)  # an unknown name fails here, not at the first padded image
-    self.data, self.preference, self._seed = data, preference, seed
+    self.data, self.preference, self.seed = data, preference, seed
     self._tokens_per_tile = tokens_per_tile
     limits = limits_of(data, policy)
     self.datasets = []
@@ -318,7 +320,7 @@ class Mixture:
       DataError: the sample cannot be made.
     """
     dataset, sample = self._locate(index)
-    return dataset.make(sample, np.random.default_rng((self._seed, epoch, index)), index, pool)
+    return dataset.make(sample, np.random.default_rng((self.seed, epoch, index)), index, pool)
 
   def index_sizes(self, cache: str | os.PathLike[str], *, workers: int, quiet: bool) -> None:
     """Measures all samples, as far as the cache does not know their sizes; `size_of` then tells them.

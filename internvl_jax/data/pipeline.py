@@ -4,7 +4,6 @@ import functools
 import hashlib
 import os
 import pathlib
-import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,12 +19,20 @@ from internvl_jax.data.cache import cache_errors_named, whole_file
 from internvl_jax.data.decoding import DecodedAhead, MicroBatchSource
 from internvl_jax.data.errors import DataError
 from internvl_jax.data.files import default_cache
-from internvl_jax.data.fingerprint import Varying, first_varying, preference_fingerprint
-from internvl_jax.data.fitting import Policy
+from internvl_jax.data.fingerprint import (
+  Varying,
+  Watched,
+  check_same_content,
+  content_of,
+  first_varying,
+  preference_fingerprint,
+  shared_facts,
+)
 from internvl_jax.data.grouping import GroupedPlan
 from internvl_jax.data.mixture import Mixture
 from internvl_jax.data.packing import PackSettings, look_ahead_of
 from internvl_jax.data.rows import PlannedRows, RowStream, packable
+from internvl_jax.data.settings import check_settings
 from internvl_jax.data.tally import Tally
 from internvl_jax.data.tokenize import ChatTokenizer
 
@@ -99,7 +106,7 @@ class TrainLoader:
     """
     assert preference or reference is None, "only pairs have log-probabilities to look up"
     my_shards = range(data_shards) if my_shards is None else my_shards
-    _check_settings(training, loader, tokens_per_tile, data_shards, my_shards)
+    check_settings(training, loader, tokens_per_tile, data_shards, my_shards)
     self._data, self._loader, self._training = data, loader, training
     self._preference, self._reference = preference, reference
     self._share_prompts = preference and share_prompts
@@ -127,6 +134,9 @@ class TrainLoader:
     if self._measured:
       assert cache is not None
       self._mixture.index_sizes(cache, workers=os.cpu_count() or 1, quiet=training.disable_tqdm)
+    self._content, self._watched = content_of(self._mixture, cache), Watched(self._mixture)
+    if state is not None:
+      self._check_content(state)
     self.num_samples = self._mixture.num_samples
     self._order = self._make_order()
     self._packing, self._stream = None, None
@@ -213,9 +223,13 @@ class TrainLoader:
   def get_state(self) -> dict[str, Any]:
     """Returns what a later loader needs to go on after the last batch handed out; JSON-able. See `all_sum`.
 
-    {"next_step": 7, "counters": {"vqa": {"samples": 448, "unreadable": 0, ...}}, "plan": {...}}
+    {"next_step": 7, "counters": {"vqa": {"samples": 448, "unreadable": 0, ...}}, "plan": {...}, "content": {...}}
+
+    Tells of annotation files that were touched since the last time.
     """
+    self._watched.tell()
     state = {"next_step": self.next_step, "counters": self.counters(), "plan": self._plan_fingerprint()}
+    state["content"] = self._content
     return state if self._stream is None else {**state, "rows": self._stream.get_state()}
 
   def counters(self) -> dict[str, dict[str, int]]:
@@ -238,6 +252,11 @@ class TrainLoader:
   def fingerprint(self) -> str:
     """Returns a hash of the data and of all that makes samples of them; see `preference_fingerprint`."""
     return preference_fingerprint(self._mixture)
+
+  def shared_facts(self) -> dict[str, Any]:
+    """Returns what the loaders of all hosts must have alike, as JSON values by their names in messages."""
+    plan = {f"{name} of the plan": value for name, value in self._plan_fingerprint().items()}
+    return {**shared_facts(self._content, self._mixture), **plan, "steps of the run": self.total_steps}
 
   def first_varying(self) -> Varying | None:
     """Returns the first dataset of which a sample may differ between epochs; None if none does."""
@@ -395,12 +414,21 @@ class TrainLoader:
       "order_checksum": self._order.checksum(),
     }
 
-  def _restore(self, state: dict[str, Any]) -> None:
-    missing = {"next_step", "counters", "plan"} - state.keys()
-    if missing:
+  def _check_content(self, state: dict[str, Any]) -> None:
+    """Refuses the state of a run that began with other data; a state of earlier versions does not tell."""
+    if missing := {"next_step", "counters", "plan"} - state.keys():
       raise DataError(
         f"the loader's state lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(state))}"
       )
+    if "content" in state:
+      check_same_content(state["content"], self._content, self._mixture)
+    else:
+      logging.warning(
+        "The checkpoint was made by an earlier version, which did not keep what its annotation files held: whether they "
+        "were changed since cannot be told"
+      )
+
+  def _restore(self, state: dict[str, Any]) -> None:
     for key, now in self._plan_fingerprint().items():
       then = state["plan"].get(key, 0) if key in _ADDED else state["plan"][key]
       if then != now:
@@ -466,40 +494,3 @@ def _tile_sizes(data: DataTrainingArguments, loader: LoaderConfig, rows: int) ->
   if data.use_packed_ds and data.strict_mode:
     return (data.num_images_expected * rows,)
   return loader.tile_buckets
-
-
-def _check_settings(
-  training: TrainingArguments,
-  loader: LoaderConfig,
-  tokens_per_tile: int,
-  data_shards: int,
-  my_shards: range,
-) -> None:
-  fewest = (
-    ("training.per_device_train_batch_size", training.per_device_train_batch_size, 1),
-    ("training.gradient_accumulation_steps", training.gradient_accumulation_steps, 1),
-    ("training.dataloader_num_workers", training.dataloader_num_workers, 0),
-    ("loader.prefetch", loader.prefetch, 1),
-    ("training.seed", training.seed, 0),
-    ("training.data_seed", training.data_seed or 0, 0),
-    ("tokens_per_tile", tokens_per_tile, 1),
-    ("data_shards", data_shards, 1),
-  )
-  for name, value, least in fewest:
-    if value < least:
-      raise DataError(f"{name} must be {least} or more, got {value}")
-  if training.max_steps <= 0 and training.num_train_epochs <= 0:
-    raise DataError(
-      f"nothing to train on: training.max_steps={training.max_steps} and "
-      f"training.num_train_epochs={training.num_train_epochs}; set one of them above 0"
-    )
-  if loader.on_bad_sample not in ("error", "drop"):
-    raise DataError(f"loader.on_bad_sample must be 'error' or 'drop', got {loader.on_bad_sample!r}")
-  if loader.on_over_length not in (policies := typing.get_args(Policy)):
-    raise DataError(
-      f"loader.on_over_length must be one of {', '.join(policies)}, got {loader.on_over_length!r}"
-    )
-  if my_shards.step != 1 or not my_shards or my_shards.stop > data_shards or data_shards % len(my_shards):
-    raise DataError(
-      f"this host's shards {my_shards} are not an equal part of {data_shards}; give every host as many"
-    )

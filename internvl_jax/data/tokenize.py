@@ -17,6 +17,9 @@ _ROLES = ("system", "human", "gpt")
 # What other trainers call them.
 _OTHER_ROLES = {"user": "human", "assistant": "gpt", "bot": "gpt", "model": "gpt", "chatgpt": "gpt"}
 
+# What tokenizers of one vocabulary may still cut differently.
+_MANY_KINDS = "What's  in <b>these</b> 12,345.67 images?\n\tÜber café naïve 你好，世界 日本語 한국어 🙂 x_1 = f(y); // A\u00a0B <|im_end|>"
+
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 
 
@@ -184,6 +187,15 @@ class ChatTokenizer:
     """Returns a hash of all that ids depend on."""
     text = f"{self._backend.to_str()} {self.template} {self._start}{sorted(self._beyond) or ''}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+  def vocabulary(self) -> str:
+    """Returns a hash of the tokens, and of the ids of a text of many kinds: it outlives a library's new version.
+
+    `fingerprint` is of the backend as the library writes it, which is exact, but not the same in all versions.
+    """
+    tokens = sorted(self._backend.get_vocab(with_added_tokens=True).items())
+    ids = self._backend.encode(_MANY_KINDS, add_special_tokens=False).ids
+    return hashlib.sha256(repr((tokens, ids, self._start)).encode()).hexdigest()[:16]
 
   def decode(self, ids: Sequence[int] | np.ndarray, *, special: bool = False) -> str:
     """Returns the text of token ids, with or without the special tokens' names."""

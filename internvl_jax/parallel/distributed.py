@@ -58,8 +58,20 @@ def joined(setting: str, report: Callable[[BaseException], None]) -> Iterator[No
     if jax.process_count() == 1 or (isinstance(error, SystemExit) and not error.code):
       raise
     report(_lost_peer(error) or error)
+    if isinstance(error, DisagreementError):
+      _wait_until_told()
     logging.error("Process %d of %d ends; the others follow", jax.process_index(), jax.process_count())
     _leave(1)
+
+
+class DisagreementError(UserError):
+  """Processes of a run have what must be equal, and differs: all of them raise it, in the same words."""
+
+
+def _wait_until_told() -> None:
+  """Lets all processes say why they end: once one has ended, JAX ends the others without a word of ours."""
+  with contextlib.suppress(UserError):
+    barrier("the difference is told", seconds=_TOLD_SECONDS)
 
 
 def _lost_peer(error: BaseException) -> UserError | None:
@@ -73,6 +85,8 @@ def _lost_peer(error: BaseException) -> UserError | None:
   told.__cause__ = error
   return told
 
+
+_TOLD_SECONDS = 10
 
 _THREADS_OF_DEVICE = 8
 """More than the collectives in which a device waits at a time."""
@@ -165,16 +179,21 @@ def barrier(name: str, *, seconds: int) -> None:
   """
   if jax.process_count() == 1:
     return
-  from jax._src.distributed import global_state  # JAX's public barriers have no time limit.
-
-  assert global_state.client is not None
   try:
-    global_state.client.wait_at_barrier(f"internvl_jax:{name}", seconds * 1000)
+    key_value_store().wait_at_barrier(f"internvl_jax:{name}", seconds * 1000)
   except jax.errors.JaxRuntimeError as error:
     raise UserError(
       f"process {jax.process_index()} of {jax.process_count()} waited {seconds} s for the others ({name}): "
       f"{' '.join(str(error).split())[:300]}; look for the first error in the other processes' logs"
     ) from error
+
+
+def key_value_store() -> Any:
+  """The coordinator's client, where processes have joined: barriers with a time limit, and texts by their keys."""
+  from jax._src.distributed import global_state  # JAX's public barriers have no time limit.
+
+  assert global_state.client is not None
+  return global_state.client
 
 
 def first_says(value: bool) -> bool:

@@ -56,7 +56,8 @@ def find_place(setting: str, environ: Mapping[str, str]) -> Place | None:
     return None
   if setting != "auto":
     parts = parse_distributed(setting)
-    assert parts is not None, "validate() comes first"
+    if parts is None:
+      raise UserError(f"runtime.distributed={setting!r} must be auto, off, or host:port,processes,process")
     return _alone_is_none(Place("runtime.distributed", *parts))
   for launcher in _LAUNCHERS:
     if launcher.is_complete(environ):

@@ -1,0 +1,220 @@
+"""A lease on an output directory: one run at a time, and none that a crash leaves locked.
+
+Two things tell whether a run is alive. A lock of the kernel (flock), which is gone with its process, however that ends; it
+is seen on one machine, and by network file systems that pass locks on. And a heartbeat: the file `LEASE_FILE` says who
+runs, and its counter goes up every `BEAT_SECONDS`. Of a run on another machine, where no lock is seen, nothing but the
+counter tells; whoever comes watches it for `WATCH_SECONDS`. Clocks of machines are not compared.
+
+`Place` is all that a lease needs of where it lies; `Folder` is one on a file system.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Protocol
+
+from absl import logging
+
+from internvl_jax.errors import UserError
+from internvl_jax.outputs import LEASE_FILE
+
+BEAT_SECONDS = 5
+WATCH_SECONDS = 20
+"""Longer than three heartbeats, and than what network file systems keep of a file's dates."""
+
+
+class Holder(NamedTuple):
+  """Who has a lease.
+
+  Attributes:
+    token: tells this lease from any other.
+    host: name of the machine.
+    boot: tells this start of the machine from any other: a process of an earlier one is dead.
+    process: its number there.
+    since: when it began, in seconds since 1970.
+    beat: how often it was renewed.
+  """
+
+  token: str
+  host: str
+  boot: str
+  process: int
+  since: float
+  beat: int = 0
+
+  def __str__(self) -> str:
+    began = datetime.datetime.fromtimestamp(self.since, datetime.UTC)
+    return f"process {self.process} on host {self.host} since {began:%Y-%m-%d %H:%M:%S} UTC"
+
+
+class Place(Protocol):
+  """Where a lease lies: a file of a folder, or an object of a bucket."""
+
+  def lock(self) -> bool | None:
+    """Takes the kernel's lock: whether nobody else has it; None where there are no locks."""
+    ...
+
+  def read(self) -> Holder | None:
+    """Who has written itself last; None if nobody has, or it cannot be read."""
+    ...
+
+  def write(self, holder: Holder) -> None:
+    """Replaces it."""
+    ...
+
+  def release(self) -> None:
+    """Takes all away that the lease has made, and gives the lock back."""
+    ...
+
+
+class Folder:
+  """The place of a lease in a folder, which is made if it is missing, and taken away if it is empty at the end."""
+
+  def __init__(self, folder: Path):
+    """Nothing is written before `lock`."""
+    self._folder = folder
+    self._path = folder / LEASE_FILE
+    self._file: BinaryIO | None = None
+    self._made: list[Path] = []
+    self._mine = False
+
+  def lock(self) -> bool | None:
+    """See `Place`."""
+    self._made += [path for path in (self._folder, *self._folder.parents) if not path.exists()]
+    while True:
+      self._folder.mkdir(parents=True, exist_ok=True)
+      if self._file is not None:
+        self._file.close()
+      self._file = os.fdopen(
+        os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+b", buffering=0
+      )
+      try:
+        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        return False
+      except OSError:  # Some network file systems have no locks.
+        return None
+      with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path)):
+          return True
+      # Whoever had it took the file away in between; what is locked here is seen by nobody.
+
+  def read(self) -> Holder | None:
+    """See `Place`."""
+    try:
+      # Opened anew: network file systems look at the server then.
+      return Holder(**json.loads(self._path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+      return None
+
+  def write(self, holder: Holder) -> None:
+    """See `Place`."""
+    assert self._file is not None
+    self._mine = True
+    text = json.dumps(holder._asdict()).encode()
+    os.pwrite(
+      self._file.fileno(), text.ljust(512) + b"\n", 0
+    )  # Of one length: never half of one, half of another.
+    os.fsync(self._file.fileno())
+
+  def release(self) -> None:
+    """See `Place`."""
+    if self._file is None:
+      return
+    if self._mine:
+      self._path.unlink(missing_ok=True)
+    self._file.close()
+    self._file = None
+    for folder in self._made:
+      with contextlib.suppress(OSError):  # Something was written there.
+        folder.rmdir()
+
+
+@contextlib.contextmanager
+def held(
+  place: Place,
+  name: str,
+  *,
+  wait: Callable[[float], Any] = time.sleep,
+) -> Iterator[None]:
+  """Holds the lease for the time of the `with`.
+
+  Args:
+    place: where it lies.
+    name: of the directory and its setting, for messages.
+    wait: takes the place of `time.sleep`.
+
+  Raises:
+    UserError: another run has it, or it cannot be written.
+  """
+  try:
+    try:
+      me = _take(place, name, wait)
+    except OSError as error:
+      raise UserError(
+        f"{name} cannot be written to ({error.strerror or error}); name another folder"
+      ) from error
+    stopped = threading.Event()
+    beats = threading.Thread(target=_beat, args=(place, name, me, stopped), name="lease", daemon=True)
+    beats.start()
+    try:
+      yield
+    finally:
+      stopped.set()
+      beats.join()
+  finally:
+    place.release()
+
+
+def _take(place: Place, name: str, wait: Callable[[float], Any]) -> Holder:
+  locked = place.lock()
+  found = place.read()
+  me = Holder(uuid.uuid4().hex, socket.gethostname(), _boot(), os.getpid(), time.time())
+  if locked is False:
+    raise _in_use(name, found)
+  # A lock that was had on the machine of the holder says that it is dead.
+  if found is not None and not (locked and found.boot == me.boot):
+    logging.info("%s was left by %s, or is in use; looking for %d s", name, found, WATCH_SECONDS)
+    wait(WATCH_SECONDS)
+    if (now := place.read()) is not None and now != found:
+      raise _in_use(name, now)
+  place.write(me)
+  if not locked:
+    # Without locks two may come at once: the one that wrote last stays.
+    wait(BEAT_SECONDS)
+    if (now := place.read()) is None or now.token != me.token:
+      raise _in_use(name, now)
+  return me
+
+
+def _in_use(name: str, holder: Holder | None) -> UserError:
+  who = f"by {holder}" if holder else "by a run that has just begun"
+  return UserError(f"{name} is in use {who}; wait for its end, stop it, or name another training.output_dir")
+
+
+def _beat(place: Place, name: str, me: Holder, stopped: threading.Event) -> None:
+  holder = me
+  while not stopped.wait(BEAT_SECONDS):
+    holder = holder._replace(beat=holder.beat + 1)
+    try:
+      if (found := place.read()) is not None and found.token != me.token:
+        logging.error("%s was taken over by %s while this run stood still; end one of them", name, found)
+        return
+      place.write(holder)
+    except OSError as error:  # The disk is full, say: whoever saves will tell.
+      logging.info("The lease could not be renewed: %s", error)
+
+
+def _boot() -> str:
+  try:
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+  except OSError:
+    return socket.gethostname()
