@@ -177,6 +177,27 @@ def barrier(name: str, *, seconds: int) -> None:
     ) from error
 
 
+def exchanged(name: str, text: str, *, seconds: int) -> list[str]:
+  """All-gathers a short text of every process, by messages; `name` is used once in a run.
+
+  Raises:
+    UserError: not all of them came in time.
+  """
+  if jax.process_count() == 1:
+    return [text]
+  barrier(name, seconds=seconds)  # Who is late is told in its words.
+  from jax._src.distributed import global_state
+
+  assert global_state.client is not None
+  key = f"internvl_jax:{name}:"
+  global_state.client.key_value_set(f"{key}{jax.process_index()}", f"={text}")  # Never empty.
+  texts = [
+    global_state.client.blocking_key_value_get(f"{key}{process}", seconds * 1000)
+    for process in range(jax.process_count())
+  ]
+  return [text.removeprefix("=") for text in texts]
+
+
 def first_says(value: bool) -> bool:
   """What the first process says, to all of them; a call that all processes make."""
   if jax.process_count() == 1:
