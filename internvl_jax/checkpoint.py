@@ -1,4 +1,4 @@
-"""Resumable checkpoints, by Orbax: sharded, asynchronous, complete or not there at all, and checked before they are read.
+"""Resumable checkpoints, by Orbax: sharded, asynchronous, complete or not there at all, checked before they are read.
 
 A checkpoint holds what the run changes: trainable parameters, optimizer moments, the loader's state and the
 log. Frozen weights are read again from where they came from. All processes of a run save and restore together,
@@ -36,7 +36,6 @@ _MARK = {"digests": "crc32"}
 
 # Numbers what processes tell each other, all of them alike.
 _TALKS = itertools.count()
-
 
 Restored = tuple[TrainState, dict[str, Any], dict[str, Any]]
 """The train state, the loader's state and the trainer's log."""
@@ -231,8 +230,9 @@ class Checkpointer:
       self._manager.forget({step})
       if distributed.is_first():
         logging.warning("%s: damaged (%s); it is left where it is", self.folder / str(step), damage)
+    tried = ", ".join(map(str, steps))
     raise UserError(
-      f"{self.folder}: none of the checkpoints (of steps {', '.join(map(str, steps))}) is intact, so there is nothing to go on from; put a copy "
+      f"{self.folder}: none of the checkpoints (of steps {tried}) is intact, so there is nothing to go on from; put a copy "
       "of one there, or begin anew with another output_dir or overwrite_output_dir=True"
     )
 

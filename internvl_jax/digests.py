@@ -21,7 +21,7 @@ UNKNOWN = "no digests"
 Digest = tuple[str, int]
 """CRC-32 as eight hexadecimal digits, and size in bytes."""
 
-_BLOCK = 2**22
+_BLOCK = 2**20
 _THREADS = 8
 
 
