@@ -37,6 +37,7 @@ RUN_FILES = (
   "generation_config.json",
   "preprocessor_config.json",
   "processor_config.json",
+  "video_preprocessor_config.json",
   "model.safetensors",
   "model.safetensors.index.json",
   "model-*-of-*.safetensors",
