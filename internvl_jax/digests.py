@@ -7,9 +7,10 @@ stand in the same lines.
 """
 
 import concurrent.futures
+import functools
 import os
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 FILE = "digests.txt"
@@ -21,32 +22,72 @@ UNKNOWN = "no digests"
 Digest = tuple[str, int]
 """CRC-32 as eight hexadecimal digits, and size in bytes."""
 
-_BLOCK = 2**20
+_BLOCK = 2**20  # Read at once.
+_PIECE = 2**25  # Read by one thread.
 _THREADS = 8
 
-
-def digest(path: Path, *, sync: bool = False) -> Digest:
-  """The digest of a file, read in blocks.
-
-  Args:
-    path: the file.
-    sync: also waits until the file is on its disk, so that power may fail.
-  """
-  crc = size = 0
-  buffer = memoryview(bytearray(_BLOCK))
-  with path.open("rb", buffering=0) as file:
-    while count := file.readinto(buffer):
-      crc, size = zlib.crc32(buffer[:count], crc), size + count
-    if sync:
-      os.fsync(file.fileno())
-  return f"{crc:08x}", size
+_POLYNOMIAL = 0xEDB88320  # Of CRC-32, the coefficient of x^0 in the highest bit.
 
 
 def of_files(folder: Path, names: Iterable[str], *, sync: bool = False) -> dict[str, Digest]:
-  """The digests of files by their names in the folder; several files are read at a time, large ones first."""
-  names = sorted(names, key=lambda name: (folder / name).stat().st_size, reverse=True)
+  """The digests of files by their names in the folder; several of them, and several pieces of one, are read at a time.
+
+  Args:
+    folder: where they are.
+    names: of the files.
+    sync: also waits until they are on their disk, so that power may fail.
+  """
+  sizes = {name: (folder / name).stat().st_size for name in names}
+  pieces = [(folder / name, start) for name, size in sizes.items() for start in range(0, size, _PIECE)]
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-    return dict(zip(names, pool.map(lambda name: digest(folder / name, sync=sync), names), strict=True))
+    synced = [pool.submit(_sync, folder / name) for name in sizes if sync]
+    found = pool.map(lambda piece: _crc(*piece), pieces)
+    digests = {name: _joined(size, found) for name, size in sizes.items()}
+    for future in synced:
+      future.result()
+  return digests
+
+
+def _sync(path: Path) -> None:
+  with path.open("rb") as file:
+    os.fsync(file.fileno())
+
+
+def _crc(path: Path, start: int) -> int:
+  """The CRC-32 of a piece of a file."""
+  crc, end, buffer = 0, start + _PIECE, memoryview(bytearray(_BLOCK))
+  with path.open("rb", buffering=0) as file:
+    file.seek(start)
+    while start < end and (count := file.readinto(buffer)):
+      crc, start = zlib.crc32(buffer[:count], crc), start + count
+  return crc
+
+
+def _joined(size: int, crcs: Iterator[int]) -> Digest:
+  """The digest of a file of that size from the CRC-32s of its pieces, which are taken from `crcs`."""
+  crc = 0
+  for start in range(0, size, _PIECE):
+    crc = _multiply(_power_of_x(8 * min(_PIECE, size - start)), crc) ^ next(crcs)
+  return f"{crc:08x}", size
+
+
+@functools.cache
+def _power_of_x(n: int) -> int:
+  """x^n modulo CRC-32's polynomial: what the CRC of bytes is multiplied with when n bits follow them."""
+  if n == 0:
+    return 1 << 31
+  half = _power_of_x(n // 2)
+  return _multiply(_multiply(half, half), 1 << 30 if n % 2 else 1 << 31)
+
+
+def _multiply(a: int, b: int) -> int:
+  """The product of two polynomials over the field of two elements, modulo CRC-32's."""
+  product = 0
+  for bit in range(31, -1, -1):
+    if a >> bit & 1:
+      product ^= b
+    b = b >> 1 ^ (_POLYNOMIAL if b & 1 else 0)
+  return product
 
 
 def files_in(folder: Path) -> list[str]:

@@ -5,6 +5,7 @@ import random
 import resource
 import shutil
 import signal
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -212,9 +213,19 @@ def folder(tmp_path):
 def test_digests_are_crc32_and_size(folder):
   """The check value of the CRC's definition."""
   (folder / "check").write_bytes(b"123456789")
-  assert digests.digest(folder / "check") == ("cbf43926", 9)
+  assert digests.of_files(folder, ["check"], sync=True) == {"check": ("cbf43926", 9)}
   assert digests.read(folder).keys() == {"a", "b c", "d/e", "nothing"}
   assert digests.find_damage(folder) == ""  # Of what was there.
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 3 * 4096, 100_001])
+def test_pieces_make_the_digest_of_the_whole(tmp_path, monkeypatch, size):
+  """Also where the last one is short."""
+  data = random.Random(size).randbytes(size)
+  (tmp_path / "x").write_bytes(data)
+  monkeypatch.setattr(digests, "_PIECE", 4096)
+  monkeypatch.setattr(digests, "_BLOCK", 1024)
+  assert digests.of_files(tmp_path, ["x"]) == {"x": (f"{zlib.crc32(data):08x}", size)}
 
 
 def test_the_file_of_digests_vouches_for_itself(folder):
@@ -250,7 +261,7 @@ def test_digests_of_other_processes_are_taken_over(tmp_path):
   checkpoint._write_digests(tmp_path)
   found = digests.read(tmp_path)
   assert found["state/ocdbt.process_1/x"] == ("0" * 8, 17)
-  assert found["state/_METADATA"] == digests.digest(state / "_METADATA")
+  assert found["state/_METADATA"] == digests.of_files(state, ["_METADATA"])["_METADATA"]
   assert len(found) == 2 and not list(state.glob("digests*"))
 
 
