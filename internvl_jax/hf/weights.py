@@ -430,8 +430,7 @@ def save(
 ) -> None:
   """Writes safetensors: one file, or numbered files and an index when the tensors exceed `shard_bytes`.
 
-  Files are written under temporary names and renamed at the end, so that a broken run leaves no half model; where the
-  disk is full, they are deleted.
+  Files have temporary names until all are written, so that a broken run leaves no half model, nor a full disk these.
 
   Args:
     folder: made if missing.
