@@ -1,29 +1,44 @@
-"""Resumable checkpoints, by Orbax: sharded, asynchronous, complete or not there at all.
+"""Resumable checkpoints, by Orbax: sharded, asynchronous, complete or not there at all, checked before they are read.
 
 A checkpoint holds what the run changes: trainable parameters, optimizer moments, the loader's state and the
 log. Frozen weights are read again from where they came from. All processes of a run save and restore together,
 each what its devices hold.
+
+Before a checkpoint gets its name, digests of its files are put beside them: each process computes those of the numbers that
+it wrote, the first one the rest, all of it in Orbax's threads, while training goes on. Before one is restored, each process
+compares a share of the files, and all of them choose the newest that is as it was written.
 """
 
+import asyncio
 import contextlib
 import copy
-import re
-import shutil
-from collections.abc import Iterator
+import dataclasses
+import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 
+from internvl_jax import digests
 from internvl_jax.errors import UserError
-from internvl_jax.outputs import CHECKPOINTS
+from internvl_jax.outputs import CHECKPOINTS, checkpoint_steps, explained, is_complete, newest_checkpoint
+from internvl_jax.parallel import distributed
 from internvl_jax.state import TrainState
 
-# What file systems say, through C++ libraries that know no errno, when they cannot take any more.
-_DISK_ERRORS = re.compile(
-  r"no space left|disk quota|file too large|read-only file system|input/output error", re.I
-)
+VERIFY_SECONDS = 3600
+"""How long processes wait for the last one to read its share of a checkpoint: 1 TB over 64 hosts, from a slow disk."""
+
+# What a checkpoint says of itself in Orbax's metadata: a file of digests that is missing was lost.
+_MARK = {"digests": "crc32"}
+
+# Numbers what processes tell each other, all of them alike.
+_TALKS = itertools.count()
+
+Restored = tuple[TrainState, dict[str, Any], dict[str, Any]]
+"""The train state, the loader's state and the trainer's log."""
 
 
 class _Manager(ocp.CheckpointManager):
@@ -36,6 +51,82 @@ class _Manager(ocp.CheckpointManager):
   def reached_preemption(self, step: int) -> bool:
     del step
     return False
+
+  def forget(self, steps: set[int]) -> None:
+    """Leaves checkpoints where they are, as if they were not there.
+
+    Orbax saves no step before its latest one, and counts it among those that are kept.
+    """
+    self._checkpoints.delete_if(lambda info: info.step in steps)
+
+
+class _Folder(ocp.path.atomicity.AtomicRenameTemporaryPath):
+  """A checkpoint's folder under way, or that of a part of one."""
+
+  async def finalize(self) -> None:
+    """Gives the folder its name, once everything is in it: for a checkpoint, the digests of all files, too."""
+    final = self.get_final()
+    if not final.name.isdecimal():
+      await super().finalize()
+      return
+    # Orbax writes a file or two at the very end, so the folder gets another temporary name before.
+    self._final_path = final.parent / f"{self.get().name}-whole"
+    await super().finalize()
+    await asyncio.to_thread(_write_digests, Path(self._final_path))
+    self._final_path.rename(final)
+    self._final_path = final
+
+
+def _write_digests(folder: Path) -> None:
+  """Writes the digests of a checkpoint; those that processes have computed are taken over."""
+  known = {}
+  for part in folder.glob("*/digests-*.txt"):
+    found = digests.read(part.parent, part.name) or {}
+    known |= {f"{part.parent.name}/{name}": value for name, value in found.items()}
+    part.unlink()
+  names = digests.files_in(folder)
+  known = {name: known[name] for name in names if name in known}
+  others = [name for name in names if name not in known]
+  digests.write(folder, known | digests.of_files(folder, others, sync=True))
+
+
+class _StateHandler(ocp.StandardCheckpointHandler):
+  """Orbax's, which also computes digests of the numbers that this process writes."""
+
+  async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> list[Any]:
+    futures = await super().async_save(directory, *args, **kwargs)
+    return [*(futures or []), _Digests(directory)]
+
+
+@ocp.args.register_with_handler(_StateHandler, for_save=True)
+@dataclasses.dataclass
+class _StateSave(ocp.args.StandardSave):
+  """Orbax's, for `_StateHandler`."""
+
+
+@ocp.args.register_with_handler(_StateHandler, for_restore=True)
+@dataclasses.dataclass
+class _StateRestore(ocp.args.StandardRestore):
+  """Orbax's, for `_StateHandler`."""
+
+
+class _Digests:
+  """What Orbax's thread waits for after the numbers are written; it writes their digests then."""
+
+  def __init__(self, directory: Any):
+    """Takes Orbax's folder of the state, which may not be made yet."""
+    self._directory = directory
+
+  def result(self, timeout: float | None = None) -> None:
+    """Reads what this process has written, which is still in memory, and no file that Orbax may write again."""
+    del timeout
+    folder = Path(getattr(self._directory, "path", self._directory))
+    process = f"process_{jax.process_index()}"
+    mine = [file.relative_to(folder).as_posix() for file in (folder / f"ocdbt.{process}" / "d").glob("*")]
+    digests.write(folder, digests.of_files(folder, mine, sync=True), f"digests-{process}.txt")
+
+  def cancel(self) -> None:
+    """Nothing runs before it is waited for."""
 
 
 class Checkpointer:
@@ -54,6 +145,9 @@ class Checkpointer:
     everyone = set(range(jax.process_count())) if several else None
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep,
+      temporary_path_class=_Folder,
+      # Otherwise it reads files of all checkpoints at once, before anything tells whether they are damaged.
+      lightweight_initialize=True,
       enable_async_checkpointing=True,
       # What a killed run left half-written takes room, and is never read.
       cleanup_tmp_directories=True,
@@ -65,15 +159,26 @@ class Checkpointer:
       multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=everyone),
     )
     handlers = {
-      "state": ocp.StandardCheckpointHandler(),
+      "state": _StateHandler(),
       "loader": ocp.JsonCheckpointHandler(),
       "trainer": ocp.JsonCheckpointHandler(),
     }
     self._manager = _Manager(self.folder, options=options, item_handlers=handlers)
+    self._steps, complete = self._listed()
+    self._manager.forget(set(self._manager.all_steps()) - set(complete))
+
+  def _listed(self) -> tuple[list[int], list[int]]:
+    """The steps of all checkpoints, newest first, and of those that are complete: as the first process sees them."""
+    steps = checkpoint_steps(str(self.folder.parent))
+    complete = [step for step in steps if is_complete(self.folder / str(step))]
+    return json.loads(self._exchanged(json.dumps([steps, complete]))[0])
+
+  def _exchanged(self, text: str) -> list[str]:
+    return distributed.exchanged(f"checkpoints {next(_TALKS)}", text, seconds=VERIFY_SECONDS)
 
   @property
   def latest_step(self) -> int | None:
-    """Step of the newest complete checkpoint, or None."""
+    """Step of the newest complete checkpoint, or None; as `outputs.newest_checkpoint`, but the same on all hosts."""
     return self._manager.latest_step()
 
   def save(self, state: TrainState, *, loader: dict[str, Any], trainer: dict[str, Any]) -> None:
@@ -94,17 +199,19 @@ class Checkpointer:
     if step in self._manager.all_steps():
       return
     items = {
-      "state": ocp.args.StandardSave(_as_tree(state)),
+      "state": _StateSave(_as_tree(state)),
       # Orbax copies arrays at once, but reads JSON values when its thread comes to write them: the log would by then
       # have the entries of later steps, which a run that goes on would write a second time.
       "loader": ocp.args.JsonSave(copy.deepcopy(loader)),
       "trainer": ocp.args.JsonSave(copy.deepcopy(trainer)),
     }
     with self._explained():
-      self._manager.save(step, args=ocp.args.Composite(**items))
+      self._manager.save(step, args=ocp.args.Composite(**items), custom_metadata=_MARK)
 
-  def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
-    """Reads the newest complete checkpoint onto the devices.
+  def restore(self, like: TrainState) -> Restored:
+    """Reads the newest intact checkpoint onto the devices; a call that all processes make.
+
+    Damaged ones that are newer are named in the log and left where they are, until the run saves the same step.
 
     Args:
       like: shapes of a train state, and where its arrays go: `TrainState.describe`.
@@ -113,17 +220,59 @@ class Checkpointer:
       The train state, the loader's state and the trainer's log.
 
     Raises:
-      UserError: the checkpoint holds other parameters than this run trains.
+      UserError: no checkpoint is intact, or it holds other parameters than this run trains.
     """
-    step = self.latest_step
-    assert step is not None
+    steps = sorted({*self._steps, *self._manager.all_steps()}, reverse=True)
+    for step in steps:
+      restored, damage = self._try(step, like)
+      if restored is not None:
+        return restored
+      self._manager.forget({step})
+      if distributed.is_first():
+        logging.warning("%s: damaged (%s); it is left where it is", self.folder / str(step), damage)
+    tried = ", ".join(map(str, steps))
+    raise UserError(
+      f"{self.folder}: none of the checkpoints (of steps {tried}) is intact, so there is nothing to go on from; put a copy "
+      "of one there, or begin anew with another output_dir or overwrite_output_dir=True"
+    )
+
+  def _try(self, step: int, like: TrainState) -> tuple[Restored | None, str]:
+    """A checkpoint, or None and what is wrong with it."""
+    path, damage = self.folder / str(step), self._damage(step)
+    checked = damage != digests.UNKNOWN
+    if damage and checked:
+      return None, damage
+    if not checked and distributed.is_first():
+      logging.warning("%s: is of an earlier version, which wrote no digests: damage would not be seen", path)
+    try:
+      return self._read(step, like), ""
+    except (UserError, MemoryError, jax.errors.JaxRuntimeError):
+      raise
+    except Exception as error:
+      words = f"cannot be read: {' '.join(str(error).split())[:200] or type(error).__name__}"
+      # Not damage, or damage that other processes may not have met.
+      if checked or jax.process_count() > 1:
+        raise UserError(f"{path}: {words}; remove that folder to go on from the one before") from error
+      logging.debug("Where it came from:", exc_info=error)
+      return None, words
+
+  def _damage(self, step: int) -> str:
+    """What is wrong with a checkpoint, the same on all processes; see `digests.find_damage`."""
+    path = self.folder / str(step)
+    mine = digests.find_damage(path, part=jax.process_index(), parts=jax.process_count())
+    if mine == digests.UNKNOWN and (lost := _lost(path)):
+      mine = lost
+    found = set(self._exchanged(mine))
+    return min(found - {"", digests.UNKNOWN}, default=max(found))
+
+  def _read(self, step: int, like: TrainState) -> Restored:
     path = self.folder / str(step)
     self._check_same_parameters(step, like)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_tree(like))
     restored = self._manager.restore(
       step,
       args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract),
+        state=_StateRestore(abstract),
         loader=ocp.args.JsonRestore(),
         trainer=ocp.args.JsonRestore(),
       ),
@@ -172,30 +321,29 @@ class Checkpointer:
     with self._explained():
       self._manager.wait_until_finished()
 
-  @contextlib.contextmanager
-  def _explained(self) -> Iterator[None]:
-    """Turns a full disk, reported in many ways, into a line."""
-    try:
-      yield
-    except Exception as error:
-      found = _DISK_ERRORS.search(str(error))
-      if found is None:
-        raise
-      free = shutil.disk_usage(self.folder).free / 2**30
-      newest = max(
-        (int(entry.name) for entry in self.folder.iterdir() if entry.name.isdecimal()), default=None
-      )
-      stands = (
-        "no checkpoint is complete" if newest is None else f"that of step {newest} is complete and kept"
-      )
-      raise UserError(
-        f"{self.folder}: the checkpoint could not be written ({found[0].lower()}; {free:.1f} GiB are free); {stands}. "
-        "Make room, or lower training.save_total_limit, and start the same command again"
-      ) from error
+  def _explained(self) -> contextlib.AbstractContextManager[None]:
+    """Turns a full disk into a line."""
+    return explained(self.folder, "the checkpoint", self._what_stands)
+
+  def _what_stands(self) -> str:
+    newest = newest_checkpoint(str(self.folder.parent))
+    stands = "no checkpoint is complete" if newest is None else f"that of step {newest} is complete and kept"
+    return f"{stands}. Make room, or lower training.save_total_limit, and start the same command again"
 
   def close(self) -> None:
     """Waits, then lets go of the folder."""
     self._manager.close()
+
+
+def _lost(checkpoint: Path) -> str:
+  """Why a checkpoint without digests should have some; empty if it should not: it is of an earlier version."""
+  name = "_CHECKPOINT_METADATA"
+  try:
+    metadata = json.loads((checkpoint / name).read_text(encoding="utf-8"))
+    had_some = bool(metadata.get("custom_metadata"))
+  except (OSError, ValueError, AttributeError):
+    return f"{name}: missing or not what was written"
+  return f"{digests.FILE}: missing" if had_some else ""
 
 
 def _as_tree(state: TrainState) -> dict[str, Any]:

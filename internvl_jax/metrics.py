@@ -307,30 +307,34 @@ class RunLog:
     write_json(self._output_dir / "trainer_state.json", state)
 
   def write_train_results(self, *, num_samples: int) -> None:
-    """Writes train_results.json under Hugging Face's names; nothing where no step was taken since `start`.
+    """Writes train_results.json under Hugging Face's names.
 
     `train_loss` is the mean over all steps of the run, those before a restart included; what is told of time is of
-    the steps since.
+    the steps since. Where there are none, since the run ended before it had written all, what is there stays, and
+    otherwise nothing is told of time.
 
     Args:
       num_samples: of an epoch.
     """
     first, start = self._started
     last = self.history[-1]["step"] if self.history else 0
-    if not self._writes or last <= first:
+    path = self._output_dir / "train_results.json"
+    if not self._writes or not self.history or (last <= first and path.exists()):
       return
-    seconds, steps = time.perf_counter() - start, last - first
     results = {
       "epoch": self.epoch(last),
       "train_loss": self._mean_loss(),
-      "train_runtime": seconds,
       "train_samples": num_samples,
-      "train_samples_per_second": num_samples * (self.epoch(last) - self.epoch(first)) / seconds,
-      "train_steps_per_second": steps / seconds,
     }
+    if last > first:
+      seconds = time.perf_counter() - start
+      samples = num_samples * (self.epoch(last) - self.epoch(first))
+      results["train_runtime"] = seconds
+      results["train_samples_per_second"] = samples / seconds
+      results["train_steps_per_second"] = (last - first) / seconds
     if skipped := self.skipped_steps:
       results["skipped_steps"] = skipped
-    write_json(self._output_dir / "train_results.json", results)
+    write_json(path, results)
 
   def tell_skipped(self) -> None:
     """Tells, at the end of a run, how many of its steps changed nothing, where some did."""

@@ -1,15 +1,23 @@
 """A run's output directory: what it holds, and whether a run begins there, goes on or begins anew."""
 
+import contextlib
 import fnmatch
 import json
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from internvl_jax import digests
 from internvl_jax.arguments import TrainingArguments
 from internvl_jax.errors import UserError
+
+# What file systems say, through libraries that know no errno, when they cannot take any more.
+_DISK_ERRORS = re.compile(
+  r"no space left|disk quota|file too large|read-only file system|input/output error", re.I
+)
 
 CONFIG_FILE = "train_config.json"
 """What the run was made with."""
@@ -35,6 +43,7 @@ RUN_FILES = (
   "generation_config.json",
   "preprocessor_config.json",
   "processor_config.json",
+  "video_preprocessor_config.json",
   "model.safetensors",
   "model.safetensors.index.json",
   "model-*-of-*.safetensors",
@@ -80,6 +89,32 @@ def begin_run(folder: Path, beginning: Beginning, config: dict[str, Any]) -> Non
     clear_output_dir(str(folder))
   folder.mkdir(parents=True, exist_ok=True)
   write_config(folder, config)
+
+
+@contextlib.contextmanager
+def explained(folder: Path, what: str, remedy: Callable[[], str]) -> Iterator[None]:
+  """Turns a full disk, which libraries report in many ways, into a line.
+
+  Args:
+    folder: where `what` is written.
+    what: "the model", say.
+    remedy: gives the end of the line: what there is, and what to do.
+
+  Raises:
+    UserError: the disk is full, or takes nothing for another reason.
+  """
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as error:
+    found = _DISK_ERRORS.search(str(error))
+    if found is None:
+      raise
+    free = shutil.disk_usage(folder).free / 2**30
+    raise UserError(
+      f"{folder}: {what} could not be written ({found[0].lower()}; {free:.1f} GiB are free); {remedy()}"
+    ) from error
 
 
 def would_write_over(model: str, output_dir: str) -> bool:
@@ -130,24 +165,34 @@ def _stopped_early(folder: Path, present: set[str]) -> bool:
   """Whether a run began here, and left neither a model nor anything that is not a run's."""
   ours = {entry.name for entry in _run_outputs(folder)}
   has_model = any(fnmatch.fnmatch(name, "model*.safetensors") for name in present)
-  return CONFIG_FILE in present and present <= ours and not has_model
+  return CONFIG_FILE in present and present <= ours and not has_model and not checkpoint_steps(str(folder))
 
 
 def newest_checkpoint(output_dir: str) -> int | None:
   """The step of the newest complete checkpoint under `CHECKPOINTS`, or None.
 
-  A checkpoint is written under a temporary name and renamed when it is whole, so a folder named by digits
-  that holds Orbax's metadata is complete.
+  Complete is not intact: whether its files are what was written is found out when it is restored.
   """
   root = Path(output_dir) / CHECKPOINTS
+  return next((step for step in checkpoint_steps(output_dir) if is_complete(root / str(step))), None)
+
+
+def checkpoint_steps(output_dir: str) -> list[int]:
+  """The steps of all folders that have the name of a checkpoint and something in them, newest first."""
+  root = Path(output_dir) / CHECKPOINTS
   if not root.exists():
-    return None
-  complete = (
-    int(entry.name)
-    for entry in root.iterdir()
-    if re.fullmatch("[0-9]+", entry.name) and (entry / "_CHECKPOINT_METADATA").exists()
-  )
-  return max(complete, default=None)
+    return []
+  steps = (entry for entry in root.iterdir() if re.fullmatch("0|[1-9][0-9]*", entry.name) and entry.is_dir())
+  return sorted((int(entry.name) for entry in steps if any(entry.iterdir())), reverse=True)
+
+
+def is_complete(checkpoint: Path) -> bool:
+  """Whether a checkpoint was once written to its end.
+
+  It is written under a temporary name and renamed then, so that one of the two files which say what it holds tells so;
+  the other one may have been lost since.
+  """
+  return any((checkpoint / name).exists() for name in ("_CHECKPOINT_METADATA", digests.FILE))
 
 
 def clear_output_dir(output_dir: str) -> list[str]:

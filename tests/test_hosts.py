@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from hosts import Job, assert_same_curve, history, make_world
-from internvl_jax.outputs import newest_checkpoint
+from internvl_jax.outputs import checkpoint_steps, newest_checkpoint
 
 SAVING = ("training.save_strategy=steps", "training.save_steps=4")
 
@@ -100,8 +100,10 @@ def test_processes_started_on_one_machine(world, straight, monkeypatch):
 
 
 def test_one_of_four_processes_dies_and_one_or_two_go_on(world, straight):
-  job = Job(world, *SAVING, out="four", processes=4, step_seconds=0.3)
+  job = Job(world, SAVING[0], "training.save_steps=2", out="four", processes=4, step_seconds=0.3)
   job.wait_for("step 6/24")
+  while len(checkpoint_steps(str(job.out))) < 2:
+    time.sleep(0.02)
   start = time.monotonic()
   job.processes[2].kill()
   codes = job.wait(60)
@@ -116,8 +118,17 @@ def test_one_of_four_processes_dies_and_one_or_two_go_on(world, straight):
   assert "Resuming from the checkpoint of step" in alone.log()
   assert_same_curve(history(alone.out), history(straight), atol=1e-5)
 
+  # Each process wrote numbers of its own; whichever of the two finds one changed, both go on from the same step.
+  newest, before, *_ = checkpoint_steps(str(job.out))
+  written = job.out / "checkpoints" / str(newest) / "state"
+  largest = max((written / "ocdbt.process_3/d").iterdir(), key=lambda path: path.stat().st_size)
+  damaged = bytearray(largest.read_bytes())
+  damaged[-9] ^= 4
+  largest.write_bytes(damaged)
   two = Job(world, *SAVING, out="four", processes=2)
   assert two.wait() == [0, 0], two.log()
+  assert f"checkpoints/{newest}: damaged (state/ocdbt.process_3/d/{largest.name}: not the bytes" in two.log()
+  assert f"Resuming from the checkpoint of step {before}" in two.log() and "damaged" not in two.log(1)
   assert "Resuming from the checkpoint of step" in two.log()
   assert_same_curve(history(job.out), history(straight), atol=1e-5)
   # The model that the first process has written holds the shards of both.

@@ -31,7 +31,7 @@ LAYERS = (
   ("parallel",),
   ("batch", "trees", "flops", "compiler", "lease"),
   ("outputs", "effects"),
-  ("arguments", "chips", "errors", "watchdog"),
+  ("arguments", "chips", "digests", "errors", "watchdog"),
   ("environment",),
 )
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from internvl_jax.convert import convert
 from internvl_jax.hf.config import HF
-from internvl_jax.outputs import newest_checkpoint
+from internvl_jax.outputs import checkpoint_steps
 from toy import CURVE, CURVE_INTERNLM2, log_history, run_training, train_command
 
 
@@ -106,7 +106,10 @@ def test_an_output_directory_with_other_files_is_refused(tmp_path):
 
 
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
-  """SIGKILL at an arbitrary moment after some checkpoint; drop path and shuffling draw random numbers."""
+  """SIGKILL at an arbitrary moment after some checkpoints, of which the newest is cut in half, too.
+
+  Drop path and shuffling draw random numbers.
+  """
   settings = ("training.save_steps=3", "model.drop_path_rate=0.2", "loader.shuffle=True")
   cache = f"runtime.compilation_cache_dir={tmp_path / 'cache'}"
   straight = tmp_path / "straight"
@@ -116,16 +119,21 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
   command, environment = train_command(tmp_path, broken, *settings, cache)
   process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
   # A checkpoint under way has a longer name; it gets this one when it is complete.
-  while newest_checkpoint(str(broken)) is None:
+  while len(checkpoint_steps(str(broken))) < 2:
     assert process.poll() is None, "ended before it could be killed"
     time.sleep(0.005)
   os.kill(process.pid, signal.SIGKILL)
   assert process.wait() == -signal.SIGKILL
   assert not (broken / "model.safetensors").exists()
+  newest, before, *_ = checkpoint_steps(str(broken))
+  files = [path for path in (broken / "checkpoints" / str(newest)).rglob("*") if path.is_file()]
+  largest = max(files, key=lambda path: path.stat().st_size)
+  os.truncate(largest, largest.stat().st_size // 2)
 
   again = run_training(tmp_path, broken, *settings, cache)
   assert again.returncode == 0, again.stderr
-  assert "Resuming from the checkpoint of step" in again.stderr
+  assert f"{broken}/checkpoints/{newest}: damaged" in again.stderr and "Traceback" not in again.stderr
+  assert f"Resuming from the checkpoint of step {before}\n" in again.stderr
   for ours, theirs in zip(log_history(broken), log_history(straight), strict=True):
     for key in ("step", "loss", "grad_norm", "learning_rate", "epoch"):
       assert ours[key] == theirs[key], (key, ours, theirs)

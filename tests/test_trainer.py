@@ -157,12 +157,16 @@ def test_the_results_are_those_of_all_steps(tmp_path):
   assert found["train_samples_per_second"] == pytest.approx(30 / found["train_runtime"])
   assert found["train_steps_per_second"] == pytest.approx(5 / found["train_runtime"])
 
-  path.unlink()
   log = make_log(tmp_path, TrainingArguments(disable_tqdm=True), 5)
   log.history = [*history[:2], {"eval_accuracy": 0.5, "epoch": 0.8, "step": 4}, *history[2:]]
   log.start(5)
   log.write_train_results(num_samples=30)
-  assert not path.exists()  # What an earlier start wrote stays.
+  assert json.loads(path.read_text()) == found  # What an earlier start wrote stays.
+  path.unlink()
+  log.write_train_results(num_samples=30)
+  assert json.loads(path.read_text()) == {
+    key: found[key] for key in ("epoch", "train_loss", "train_samples", "skipped_steps")
+  }
   log.start(4)
   log.write_train_results(num_samples=30)
   again = json.loads(path.read_text())

@@ -19,7 +19,7 @@ from internvl_jax.hf.config import Layout
 from internvl_jax.hf.model import Source
 from internvl_jax.hf.tokenizer import save_for_processor, save_tokenizer
 from internvl_jax.models.internvl import InternVLConfig
-from internvl_jax.outputs import write_json
+from internvl_jax.outputs import explained, write_json
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 
@@ -80,7 +80,7 @@ def save_model(
     writes: False for a process that only helps another one to read `params`, whose shards lie on several hosts.
 
   Raises:
-    UserError: the layout has no form for the model.
+    UserError: the layout has no form for the model, or the disk is full.
   """
   target = Path(target)
   # Everything that can be refused comes before the first file.
@@ -106,19 +106,21 @@ def save_model(
   if not writes:
     collections.deque(tensors, maxlen=0)
     return
-  weights.save(target, tensors)
-  write_json(target / "config.json", config)
-  write_json(target / "generation_config.json", generation)
-  if layout is config_io.HF:
-    assert serving is not None
-    save_processor(target, source.folder, source.config, tokenizer, normalize_type, config, serving)
-    return
-  save_tokenizer(tokenizer, source.folder, target)
-  if source.layout is config_io.HF and serving is not None:
-    _replace_chat_template(target, serving.chat_template)
-  write_json(target / "preprocessor_config.json", _clip_preprocessor(source.config, normalize_type))
-  for file in (code or source.folder).glob("*.py"):
-    shutil.copyfile(file, target / file.name)
+  target.mkdir(parents=True, exist_ok=True)
+  with explained(target, "the model", lambda: "make room and start the same command again"):
+    weights.save(target, tensors)
+    write_json(target / "config.json", config)
+    write_json(target / "generation_config.json", generation)
+    if layout is config_io.HF:
+      assert serving is not None
+      save_processor(target, source.folder, source.config, tokenizer, normalize_type, config, serving)
+      return
+    save_tokenizer(tokenizer, source.folder, target)
+    if source.layout is config_io.HF and serving is not None:
+      _replace_chat_template(target, serving.chat_template)
+    write_json(target / "preprocessor_config.json", _clip_preprocessor(source.config, normalize_type))
+    for file in (code or source.folder).glob("*.py"):
+      shutil.copyfile(file, target / file.name)
 
 
 def auto_map(folder: Path) -> dict[str, Any]:

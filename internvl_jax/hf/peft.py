@@ -19,7 +19,7 @@ from internvl_jax.hf.files import ADAPTER, read_json, shown
 from internvl_jax.hf.tables import Row
 from internvl_jax.hf.weights import Checkpoint, Rename
 from internvl_jax.models.lora import MARK, LoRASpec, adapter_paths
-from internvl_jax.outputs import write_json
+from internvl_jax.outputs import explained, write_json
 from internvl_jax.trees import LAYER_RANGE, part_of, select
 
 CONFIG, WEIGHTS = "adapter_config.json", ADAPTER
@@ -215,7 +215,8 @@ def save_adapter(
   if not writes:
     return
   folder.mkdir(parents=True, exist_ok=True)
-  weights.write_file(tensors, folder / WEIGHTS)
+  with explained(folder, "the adapter", lambda: "make room and start the same command again"):
+    weights.write_file(tensors, folder / WEIGHTS)
   modules = sorted({re.sub(r"\.lora_\w+(\.weight)?$", "", key) for key in tensors})
   config = _adapter_config(
     specs, [module.removeprefix("base_model.model.") for module in modules], layout, base

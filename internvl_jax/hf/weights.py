@@ -7,6 +7,7 @@ that does not fit is reported together, with shapes, before any number is read.
 import dataclasses
 import itertools
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
@@ -429,7 +430,7 @@ def save(
 ) -> None:
   """Writes safetensors: one file, or numbered files and an index when the tensors exceed `shard_bytes`.
 
-  Files are written under temporary names and renamed at the end, so that a broken run leaves no half model.
+  Files have temporary names until all are written, so that a broken run leaves no half model, nor a full disk these.
 
   Args:
     folder: made if missing.
@@ -447,23 +448,41 @@ def save(
     shards.append(list(pending))
     pending.clear()
 
-  for key, tensor in items:
-    if pending and size + tensor.nbytes > shard_bytes:
-      flush()
-      size = 0
-    pending[key] = tensor
-    size += tensor.nbytes
-    total += tensor.nbytes
-  flush()
+  try:
+    for key, tensor in items:
+      if pending and size + tensor.nbytes > shard_bytes:
+        flush()
+        size = 0
+      pending[key] = tensor
+      size += tensor.nbytes
+      total += tensor.nbytes
+    flush()
+  except BaseException:
+    for i in range(len(shards)):
+      (folder / f"shard-{i}.tmp").unlink()
+    raise
   _publish(folder, shards, total)
 
 
 def write_file(tensors: dict[str, np.ndarray], path: Path) -> None:
-  """Writes a safetensors file that whoever may read the folder's other files may read, too."""
-  path.touch()
-  mode = path.stat().st_mode
-  save_file(tensors, path, metadata={"format": "pt"})
-  path.chmod(mode)  # safetensors makes it the owner's alone.
+  """Writes a safetensors file, complete or not at all, that whoever may read the folder's other files may read, too.
+
+  Raises:
+    OSError: the disk is full, say.
+  """
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.touch()
+  mode = temporary.stat().st_mode
+  try:
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.chmod(mode)  # safetensors makes it the owner's alone.
+    temporary.replace(path)
+  except SafetensorError as error:
+    if not (found := re.search(r"os error (\d+)", str(error))):
+      raise
+    raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+  finally:
+    temporary.unlink(missing_ok=True)
 
 
 def _publish(folder: Path, shards: list[list[str]], total: int) -> None:

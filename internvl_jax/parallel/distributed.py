@@ -196,6 +196,25 @@ def key_value_store() -> Any:
   return global_state.client
 
 
+def exchanged(name: str, text: str, *, seconds: int) -> list[str]:
+  """All-gathers a short text of every process, by messages; `name` is used once in a run.
+
+  Raises:
+    UserError: not all of them came in time.
+  """
+  if jax.process_count() == 1:
+    return [text]
+  barrier(name, seconds=seconds)  # Who is late is told in its words.
+  store = key_value_store()
+  key = f"internvl_jax:{name}:"
+  store.key_value_set(f"{key}{jax.process_index()}", f"={text}")  # Never empty.
+  texts = [
+    store.blocking_key_value_get(f"{key}{process}", seconds * 1000)
+    for process in range(jax.process_count())
+  ]
+  return [text.removeprefix("=") for text in texts]
+
+
 def first_says(value: bool) -> bool:
   """What the first process says, to all of them; a call that all processes make."""
   if jax.process_count() == 1:

@@ -1,0 +1,166 @@
+"""Digests of a folder's files, size and CRC-32 of each, kept beside them: damage is seen before anything is read.
+
+CRC-32 sees every flipped bit, every burst of up to 32 of them, and of other damage all but one case in four billion. It
+is meant for accidents, not for attacks. Of what needs no further package, zlib's is the fastest: 4.3 GB/s of one core,
+SHA-256 1.8, BLAKE2b 0.9 (EPYC, Python 3.11). Where a store knows sizes and checksums of its objects by itself, they can
+stand in the same lines.
+"""
+
+import concurrent.futures
+import functools
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+FILE = "digests.txt"
+"""A line for each of the other files, "CRC SIZE NAME", and last the CRC-32 of these lines."""
+
+UNKNOWN = "no digests"
+"""What `find_damage` says of a folder without `FILE`."""
+
+Digest = tuple[str, int]
+"""CRC-32 as eight hexadecimal digits, and size in bytes."""
+
+_BLOCK = 2**20  # Read at once.
+_PIECE = 2**25  # Read by one thread.
+_THREADS = 8
+
+_POLYNOMIAL = 0xEDB88320  # Of CRC-32, the coefficient of x^0 in the highest bit.
+
+
+def of_files(folder: Path, names: Iterable[str], *, sync: bool = False) -> dict[str, Digest]:
+  """The digests of files by their names in the folder; several of them, and several pieces of one, are read at a time.
+
+  Args:
+    folder: where they are.
+    names: of the files.
+    sync: also waits until they are on their disk, so that power may fail.
+  """
+  sizes = {name: (folder / name).stat().st_size for name in names}
+  pieces = [(folder / name, start) for name, size in sizes.items() for start in range(0, size, _PIECE)]
+  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+    synced = [pool.submit(_sync, folder / name) for name in sizes if sync]
+    found = pool.map(lambda piece: _crc(*piece), pieces)
+    digests = {name: _joined(size, found) for name, size in sizes.items()}
+    for future in synced:
+      future.result()
+  return digests
+
+
+def _sync(path: Path) -> None:
+  with path.open("rb") as file:
+    os.fsync(file.fileno())
+
+
+def _crc(path: Path, start: int) -> int:
+  """The CRC-32 of a piece of a file."""
+  crc, end, buffer = 0, start + _PIECE, memoryview(bytearray(_BLOCK))
+  with path.open("rb", buffering=0) as file:
+    file.seek(start)
+    while start < end and (count := file.readinto(buffer)):
+      crc, start = zlib.crc32(buffer[:count], crc), start + count
+  return crc
+
+
+def _joined(size: int, crcs: Iterator[int]) -> Digest:
+  """The digest of a file of that size from the CRC-32s of its pieces, which are taken from `crcs`."""
+  crc = 0
+  for start in range(0, size, _PIECE):
+    crc = _multiply(_power_of_x(8 * min(_PIECE, size - start)), crc) ^ next(crcs)
+  return f"{crc:08x}", size
+
+
+@functools.cache
+def _power_of_x(n: int) -> int:
+  """x^n modulo CRC-32's polynomial: what the CRC of bytes is multiplied with when n bits follow them."""
+  if n == 0:
+    return 1 << 31
+  half = _power_of_x(n // 2)
+  return _multiply(_multiply(half, half), 1 << 30 if n % 2 else 1 << 31)
+
+
+def _multiply(a: int, b: int) -> int:
+  """The product of two polynomials over the field of two elements, modulo CRC-32's."""
+  product = 0
+  for bit in range(31, -1, -1):
+    if a >> bit & 1:
+      product ^= b
+    b = b >> 1 ^ (_POLYNOMIAL if b & 1 else 0)
+  return product
+
+
+def files_in(folder: Path) -> list[str]:
+  """The names of all files in a folder and its folders, but `FILE`; sorted."""
+  found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+  return sorted(name for name in found if name != FILE)
+
+
+def write(folder: Path, digests: Mapping[str, Digest], file: str = FILE) -> None:
+  """Writes a file of digests, and waits until it is on the disk."""
+  body = "".join(f"{crc} {size} {name}\n" for name, (crc, size) in sorted(digests.items())).encode()
+  with (folder / file).open("wb") as out:
+    out.write(body + _last_line(body))
+    out.flush()
+    os.fsync(out.fileno())
+
+
+def _last_line(body: bytes) -> bytes:
+  return f"{zlib.crc32(body):08x}\n".encode()
+
+
+def read(folder: Path, file: str = FILE) -> dict[str, Digest] | None:
+  """Reads a file of digests; None if it is not what `write` wrote.
+
+  Raises:
+    OSError: it cannot be read, or is not there.
+  """
+  text = (folder / file).read_bytes()
+  body, last = text[:-9], text[-9:]
+  if last != _last_line(body):
+    return None
+  lines = (line.split(" ", 2) for line in body.decode().splitlines())
+  return {name: (crc, int(size)) for crc, size, name in lines}
+
+
+def find_damage(folder: Path, *, part: int = 0, parts: int = 1) -> str:
+  """What is wrong with a folder, in a few words: of the first file found that is not as its digest says.
+
+  Args:
+    folder: where `FILE` and the files are.
+    part: number of the share of the files that is looked at, from 0. Shares have about as many bytes.
+    parts: of how many.
+
+  Returns:
+    Empty if all of the share is as it was written; `UNKNOWN` if there are no digests.
+  """
+  try:
+    wanted = read(folder)
+  except FileNotFoundError:
+    return UNKNOWN
+  except OSError as error:
+    return f"{FILE}: {error.strerror}"
+  if wanted is None:
+    return f"{FILE}: not what was written"
+  # What costs nothing comes first, and is looked at by all.
+  for name, (_, size) in wanted.items():
+    if problem := _wrong_size(folder / name, size):
+      return f"{name}: {problem}"
+  by_size = sorted(wanted, key=lambda name: (wanted[name][1], name))
+  try:
+    found = of_files(folder, by_size[part::parts])
+  except OSError as error:
+    return f"{os.path.relpath(error.filename or folder, folder)}: {error.strerror}"
+  return next(
+    (f"{name}: not the bytes that were written" for name in sorted(found) if found[name] != wanted[name]), ""
+  )
+
+
+def _wrong_size(path: Path, size: int) -> str:
+  try:
+    found = path.stat().st_size
+  except FileNotFoundError:
+    return "missing"
+  except OSError as error:
+    return str(error.strerror)
+  return "" if found == size else f"{found:,} bytes instead of {size:,}"
