@@ -138,8 +138,10 @@ class TrainingArguments:
   # Steps of linear warm-up: warmup_steps if positive, else this share of all steps, rounded up.
   warmup_ratio: float = 0.0
   warmup_steps: int = 0
-  # Log every so many optimizer steps (and after the first, if asked).
-  logging_steps: int = 500
+  # When to log: "steps", "epoch", or "no" (after the last step only).
+  logging_strategy: str = "steps"
+  # Log every so many optimizer steps (and after the first, if asked); below 1, a share of all steps.
+  logging_steps: float = 500.0
   logging_first_step: bool = False
   # "tensorboard" or "none".
   report_to: str = "none"
@@ -147,15 +149,24 @@ class TrainingArguments:
   logging_dir: str | None = None
   # Hide the progress bar.
   disable_tqdm: bool = False
-  # When to write a resumable checkpoint: "no" or "steps".
+  # When to write a resumable checkpoint: "no", "steps" or "epoch".
   save_strategy: str = "steps"
-  save_steps: int = 500
-  # Keep the newest so many checkpoints; None keeps all.
+  # Save every so many optimizer steps; below 1, a share of all steps.
+  save_steps: float = 500.0
+  # Keep the newest so many checkpoints (and the best one, under load_best_model_at_end); None keeps all.
   save_total_limit: int | None = None
-  # When to score `eval.annotation`: "no" (at the end only) or "steps". Both spellings are read.
+  # When to score `eval.annotation`: "no" (at the end only), "steps" or "epoch". Both spellings are read.
   evaluation_strategy: str = "no"
   eval_strategy: str = "no"
-  eval_steps: int | None = None
+  # Score every so many optimizer steps; below 1, a share of all steps; unset: logging_steps.
+  eval_steps: float | None = None
+  # The final model is that of the checkpoint with the best score, in place of the last step's.
+  load_best_model_at_end: bool = False
+  # The score it goes by: "accuracy", "accuracy_GROUP", or of pairs "rewards/accuracies", "rewards/margins", ...;
+  # unset: accuracy, or the pairs' rewards/accuracies where no answers are scored.
+  metric_for_best_model: str | None = None
+  # Whether the greatest value is the best; unset: of all metrics but losses.
+  greater_is_better: bool | None = None
   # Seeds parameters, dropout and augmentation; data_seed, if set, the order of the data.
   seed: int = 42
   data_seed: int | None = None

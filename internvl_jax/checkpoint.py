@@ -7,9 +7,10 @@ each what its devices hold.
 
 import contextlib
 import copy
+import dataclasses
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +39,42 @@ class _Manager(ocp.CheckpointManager):
     return False
 
 
+Spare = Callable[[Collection[int]], int | None]
+"""Which one of these steps is kept beside the newest ones."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _NewestAndOne:
+  """A preservation policy of Orbax's: the newest checkpoints, and one more."""
+
+  keep: int
+  spare: Spare
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    del context
+    steps = [info.step for info in checkpoints]
+    kept = {*sorted(steps)[-self.keep :], self.spare(steps)}
+    return [step in kept for step in steps]
+
+
 class Checkpointer:
   """Saves and restores a run under `output_dir/checkpoints/<step>`."""
 
-  def __init__(self, output_dir: str | Path, *, keep: int | None):
+  def __init__(self, output_dir: str | Path, *, keep: int | None, spare: Spare | None = None):
     """Opens (and makes) the folder.
 
     Args:
       output_dir: the run's directory.
       keep: how many of the newest checkpoints stay; None keeps all.
+      spare: names one more that stays; asked whenever older ones are deleted.
     """
     several = jax.process_count() > 1
     self.folder = Path(output_dir).absolute() / CHECKPOINTS
     self.folder.mkdir(parents=True, exist_ok=True)
     everyone = set(range(jax.process_count())) if several else None
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep,
+      max_to_keep=None if spare else keep,
+      preservation_policy=_NewestAndOne(keep, spare) if spare and keep else None,
       enable_async_checkpointing=True,
       # What a killed run left half-written takes room, and is never read.
       cleanup_tmp_directories=True,
@@ -75,6 +96,11 @@ class Checkpointer:
   def latest_step(self) -> int | None:
     """Step of the newest complete checkpoint, or None."""
     return self._manager.latest_step()
+
+  @property
+  def steps(self) -> list[int]:
+    """Steps of all complete checkpoints."""
+    return sorted(self._manager.all_steps())
 
   def save(self, state: TrainState, *, loader: dict[str, Any], trainer: dict[str, Any]) -> None:
     """Starts writing the state after its step; returns once everything is copied that the next step may change.
@@ -103,11 +129,14 @@ class Checkpointer:
     with self._explained():
       self._manager.save(step, args=ocp.args.Composite(**items))
 
-  def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
-    """Reads the newest complete checkpoint onto the devices.
+  def restore(
+    self, like: TrainState, *, step: int | None = None
+  ) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
+    """Reads a complete checkpoint onto the devices.
 
     Args:
       like: shapes of a train state, and where its arrays go: `TrainState.describe`.
+      step: which one; None: the newest.
 
     Returns:
       The train state, the loader's state and the trainer's log.
@@ -115,7 +144,7 @@ class Checkpointer:
     Raises:
       UserError: the checkpoint holds other parameters than this run trains.
     """
-    step = self.latest_step
+    step = self.latest_step if step is None else step
     assert step is not None
     path = self.folder / str(step)
     self._check_same_parameters(step, like)

@@ -39,6 +39,7 @@ from internvl_jax.data.pipeline import TrainLoader
 from internvl_jax.data.show import show_batch
 from internvl_jax.data.tally import untaught_samples
 from internvl_jax.data.tokenize import ChatTokenizer
+from internvl_jax.due import best_of
 from internvl_jax.errors import UserError
 from internvl_jax.eval.scoring import Evaluation, make_evaluation
 from internvl_jax.hf import config as layouts
@@ -114,7 +115,12 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
     check_held_out(config, source, chat)
 
   log_parameters(setup)
-  checkpointer = Checkpointer(output_folder(config), keep=config.training.save_total_limit)
+  log = open_log(config, setup, loader)
+  checkpointer = Checkpointer(
+    output_folder(config),
+    keep=config.training.save_total_limit,
+    spare=log.best_step if config.training.load_best_model_at_end else None,
+  )
   resumes = checkpointer.latest_step is not None
   # A checkpoint has what trains: there is no room for it twice. Preferences need it as it was at the start, too.
   params = read_weights(config, setup, watchdog, all_of_it=not resumes or pairs is not None)
@@ -122,7 +128,6 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
     pairs.prepare(params, loader, resumes=resumes)
   frozen = {path: value for path, value in params.items() if path not in setup.trainable}
   frozen |= reference_copies(config, source, params, setup.trainable)
-  log = open_log(config, setup, loader)
   if resumes:
     del params
     state, loader = go_on(config.training, setup, checkpointer, make_loader, log, watchdog)
@@ -156,10 +161,15 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
   if distributed.is_first():
     tell(untaught)
   loader.close()
-  checkpointer.close()
   if int(state.step) < loader.total_steps:
+    checkpointer.close()
     logging.warning("Stopped; the same command goes on from step %d", int(state.step))
     return
+  best = log.best_step(checkpointer.steps)
+  if best is not None and best != loader.total_steps:
+    del state  # There is no room for it twice.
+    state = best_state(setup, checkpointer, best, watchdog)
+  checkpointer.close()
   log.write_train_results(num_samples=loader.num_samples)
   params = {path: value for path, value in {**frozen, **state.params}.items() if path in source.model.shapes}
   del state, frozen  # The optimizer's moments make room for the layers that the export brings together.
@@ -237,6 +247,13 @@ def go_on(
   return state, loader
 
 
+def best_state(setup: Setup, checkpointer: Checkpointer, step: int, watchdog: Watchdog) -> TrainState:
+  """The state of the checkpoint whose model has the best score."""
+  logging.info("The best model is that of step %d", step)
+  with watchdog.phase("restore"):
+    return checkpointer.restore(setup.describe_state(), step=step)[0]
+
+
 def open_log(config: TrainConfig, setup: Setup, loader: TrainLoader) -> RunLog:
   """The log of a run, which knows what a step needs and what the devices could do."""
   source, twice = setup.source, parts_run_twice(setup.objective)
@@ -250,6 +267,7 @@ def open_log(config: TrainConfig, setup: Setup, loader: TrainLoader) -> RunLog:
       peak=mfu.peak_flops(jax.devices()),
       devices=jax.local_devices(),
     ),
+    best=best_of(config.training, answers=config.eval.annotation is not None),
     writes=distributed.is_first(),
   )
 
