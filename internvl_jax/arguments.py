@@ -46,7 +46,7 @@ class ModelArguments:
   ps_version: Literal["v1", "v2"] = "v2"
   # Has no effect, and is told so: the tokenizers library is always used.
   use_fast_tokenizer: bool = False
-  # Chunked linear cross-entropy: the [rows, sequence, vocabulary] logits are never built.
+  # Accepted for compatibility: the [rows, sequence, vocabulary] logits are never built, with or without it.
   use_liger: bool = False
 
 

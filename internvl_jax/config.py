@@ -98,6 +98,7 @@ REFUSED: dict[str, str] = {
 
 ACCEPTED: dict[str, str] = {
   "model.use_fast_tokenizer": "the tokenizers library is always used",
+  "model.use_liger": "the loss is fused with the output embedding either way, and its numbers are the same",
   "training.optim": "AdamW is the optimizer under all names that CHOICES lets pass",
   "training.do_train": "training is what the command does, whatever it says",
   "training.remove_unused_columns": "batches hold only what the model reads",
