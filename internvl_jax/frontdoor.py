@@ -168,7 +168,8 @@ def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS
   if FLAG in flag_values and not _asks_for_help(args):
     args, _passed[:] = _without_foreign(args)
     # ml_collections looks for overrides by itself, in sys.argv; it has no public way to be told of others.
-    flag_values[FLAG]._sys_argv = args
+    flag: Any = flag_values[FLAG]
+    flag._sys_argv = args
     _check_overrides(args, has_default=flag_values[FLAG].default is not None)
     args, cleared = _split_cleared(args)
   try:
