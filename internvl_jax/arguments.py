@@ -124,11 +124,13 @@ class TrainingArguments:
   learning_rate: float = 5e-5
   # Decoupled weight decay, on what the reference's names make decay: not on biases and most norms (`optim.decays`).
   weight_decay: float = 0.0
+  # AdamW's: decay of the first moment, of the second, and what is added to the root of the second.
   adam_beta1: float = 0.9
   adam_beta2: float = 0.999
   adam_epsilon: float = 1e-8
   # Gradients are scaled down to this global norm; 0 turns clipping off.
   max_grad_norm: float = 1.0
+  # AdamW, under any of the names that PyTorch's kinds of it have.
   optim: str = "adamw_torch"
   # linear, cosine, constant, constant_with_warmup, cosine_with_restarts, cosine_with_min_lr, polynomial,
   # inverse_sqrt.
@@ -232,7 +234,7 @@ class PreferenceConfig:
   reference_cache_dir: str | None = None
   # A pair's answers share their prompt's tokens. Models with attention windows lay pairs out in full all the same.
   share_prompts: bool = True
-  # A meta file of held-out pairs, which are judged at the end of a run and, under eval_strategy="steps", during it.
+  # A meta file of held-out pairs, which are judged at the end of a run and, by eval_strategy, during it.
   eval_meta_path: str | None = None
 
   @property
@@ -313,7 +315,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class EvalConfig:
-  """Scoring by greedy answers: at the end of a run, and during it under eval_strategy="steps"."""
+  """Scoring by greedy answers: at the end of a run, and during it by eval_strategy."""
 
   # A jsonl of questions in the training format; its last answer is what is scored. None: no scoring.
   annotation: str | None = None
