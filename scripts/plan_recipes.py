@@ -143,7 +143,6 @@ def planned(entry: Entry) -> dict[str, Any]:
     written = Path(folder) / "found.json"
     command = [sys.executable, "-m", "internvl_jax.plan", f"--config={CONFIGS / entry.recipe}"]
     command += [f"--size={entry.size}", f"--topology={entry.topology}", f"--json={written}"]
-    command += ["--config.model.mlp_path=None", "--config.runtime.allow_other_template=True"]
     try:
       done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60 * _MINUTES.value)
     except subprocess.TimeoutExpired:

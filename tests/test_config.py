@@ -555,6 +555,8 @@ def test_hub_ids_pass_and_parts_may_take_the_models_place(config, tmp_path):
   config.model.vision_path = "OpenGVLab/InternViT-300M-448px-V2_5"
   config.model.llm_path = str(tmp_path / "model")
   config.model.mlp_path = str(tmp_path / "mlp.pth")
+  # Planning reads no weights.
+  assert not problems(config, "plan") and "no such file" in problems(config)[0]
   (tmp_path / "mlp.pth").write_text("")
   assert not problems(config)
   code = (
