@@ -46,7 +46,7 @@ class ModelArguments:
   ps_version: Literal["v1", "v2"] = "v2"
   # Has no effect, and is told so: the tokenizers library is always used.
   use_fast_tokenizer: bool = False
-  # Chunked linear cross-entropy: the [rows, sequence, vocabulary] logits are never built.
+  # Accepted for compatibility: the [rows, sequence, vocabulary] logits are never built, with or without it.
   use_liger: bool = False
 
 
@@ -124,11 +124,13 @@ class TrainingArguments:
   learning_rate: float = 5e-5
   # Decoupled weight decay, on what the reference's names make decay: not on biases and most norms (`optim.decays`).
   weight_decay: float = 0.0
+  # AdamW's: decay of the first moment, of the second, and what is added to the root of the second.
   adam_beta1: float = 0.9
   adam_beta2: float = 0.999
   adam_epsilon: float = 1e-8
   # Gradients are scaled down to this global norm; 0 turns clipping off.
   max_grad_norm: float = 1.0
+  # AdamW, under any of the names that PyTorch's kinds of it have.
   optim: str = "adamw_torch"
   # linear, cosine, constant, constant_with_warmup, cosine_with_restarts, cosine_with_min_lr, polynomial,
   # inverse_sqrt.
@@ -138,8 +140,10 @@ class TrainingArguments:
   # Steps of linear warm-up: warmup_steps if positive, else this share of all steps, rounded up.
   warmup_ratio: float = 0.0
   warmup_steps: int = 0
-  # Log every so many optimizer steps (and after the first, if asked).
-  logging_steps: int = 500
+  # When to log: "steps", "epoch", or "no" (after the last step only).
+  logging_strategy: str = "steps"
+  # Log every so many optimizer steps (and after the first, if asked); below 1, a share of all steps.
+  logging_steps: float = 500.0
   logging_first_step: bool = False
   # "tensorboard" or "none".
   report_to: str = "none"
@@ -147,15 +151,24 @@ class TrainingArguments:
   logging_dir: str | None = None
   # Hide the progress bar.
   disable_tqdm: bool = False
-  # When to write a resumable checkpoint: "no" or "steps".
+  # When to write a resumable checkpoint: "no", "steps" or "epoch".
   save_strategy: str = "steps"
-  save_steps: int = 500
-  # Keep the newest so many checkpoints; None keeps all.
+  # Save every so many optimizer steps; below 1, a share of all steps.
+  save_steps: float = 500.0
+  # Keep the newest so many checkpoints (and the best one, under load_best_model_at_end); None keeps all.
   save_total_limit: int | None = None
-  # When to score `eval.annotation`: "no" (at the end only) or "steps". Both spellings are read.
+  # When to score `eval.annotation`: "no" (at the end only), "steps" or "epoch". Both spellings are read.
   evaluation_strategy: str = "no"
   eval_strategy: str = "no"
-  eval_steps: int | None = None
+  # Score every so many optimizer steps; below 1, a share of all steps; unset: logging_steps.
+  eval_steps: float | None = None
+  # The final model is that of the checkpoint with the best score, in place of the last step's.
+  load_best_model_at_end: bool = False
+  # The score it goes by: "accuracy", "accuracy_GROUP", or of pairs "rewards/accuracies", "rewards/margins", ...;
+  # unset: accuracy, or the pairs' rewards/accuracies where no answers are scored.
+  metric_for_best_model: str | None = None
+  # Whether the greatest value is the best; unset: of all metrics but losses.
+  greater_is_better: bool | None = None
   # Seeds parameters, dropout and augmentation; data_seed, if set, the order of the data.
   seed: int = 42
   data_seed: int | None = None
@@ -221,7 +234,7 @@ class PreferenceConfig:
   reference_cache_dir: str | None = None
   # A pair's answers share their prompt's tokens. Models with attention windows lay pairs out in full all the same.
   share_prompts: bool = True
-  # A meta file of held-out pairs, which are judged at the end of a run and, under eval_strategy="steps", during it.
+  # A meta file of held-out pairs, which are judged at the end of a run and, by eval_strategy, during it.
   eval_meta_path: str | None = None
 
   @property
@@ -302,7 +315,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class EvalConfig:
-  """Scoring by greedy answers: at the end of a run, and during it under eval_strategy="steps"."""
+  """Scoring by greedy answers: at the end of a run, and during it by eval_strategy."""
 
   # A jsonl of questions in the training format; its last answer is what is scored. None: no scoring.
   annotation: str | None = None

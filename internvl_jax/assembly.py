@@ -447,7 +447,7 @@ def make_objective(
   }
   asked = config.preference
   if asked.loss_type is None:
-    return SupervisedFineTuning(**forward, fused_loss=config.model.use_liger)
+    return SupervisedFineTuning(**forward)
   return PreferenceOptimization(
     **forward,
     terms=preference_terms(asked),

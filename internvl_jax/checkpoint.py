@@ -15,6 +15,7 @@ import copy
 import dataclasses
 import itertools
 import json
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,22 +130,42 @@ class _Digests:
     """Nothing runs before it is waited for."""
 
 
+Spare = Callable[[Collection[int]], int | None]
+"""Which one of these steps is kept beside the newest ones."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _NewestAndOne:
+  """A preservation policy of Orbax's: the newest checkpoints, and one more."""
+
+  keep: int
+  spare: Spare
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    del context
+    steps = [info.step for info in checkpoints]
+    kept = {*sorted(steps)[-self.keep :], self.spare(steps)}
+    return [step in kept for step in steps]
+
+
 class Checkpointer:
   """Saves and restores a run under `output_dir/checkpoints/<step>`."""
 
-  def __init__(self, output_dir: str | Path, *, keep: int | None):
+  def __init__(self, output_dir: str | Path, *, keep: int | None, spare: Spare | None = None):
     """Opens (and makes) the folder.
 
     Args:
       output_dir: the run's directory.
       keep: how many of the newest checkpoints stay; None keeps all.
+      spare: names one more that stays; asked whenever older ones are deleted.
     """
     several = jax.process_count() > 1
     self.folder = Path(output_dir).absolute() / CHECKPOINTS
     self.folder.mkdir(parents=True, exist_ok=True)
     everyone = set(range(jax.process_count())) if several else None
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep,
+      max_to_keep=None if spare else keep,
+      preservation_policy=_NewestAndOne(keep, spare) if spare and keep else None,
       temporary_path_class=_Folder,
       # Otherwise it reads files of all checkpoints at once, before anything tells whether they are damaged.
       lightweight_initialize=True,
@@ -181,6 +202,11 @@ class Checkpointer:
     """Step of the newest complete checkpoint, or None; as `outputs.newest_checkpoint`, but the same on all hosts."""
     return self._manager.latest_step()
 
+  @property
+  def steps(self) -> list[int]:
+    """Steps of all complete checkpoints."""
+    return sorted(self._manager.all_steps())
+
   def save(self, state: TrainState, *, loader: dict[str, Any], trainer: dict[str, Any]) -> None:
     """Starts writing the state after its step; returns once everything is copied that the next step may change.
 
@@ -208,13 +234,14 @@ class Checkpointer:
     with self._explained():
       self._manager.save(step, args=ocp.args.Composite(**items), custom_metadata=_MARK)
 
-  def restore(self, like: TrainState) -> Restored:
-    """Reads the newest intact checkpoint onto the devices; a call that all processes make.
+  def restore(self, like: TrainState, *, step: int | None = None) -> Restored:
+    """Reads a checkpoint, by default the newest intact one, onto the devices; a call that all processes make.
 
     Damaged ones that are newer are named in the log and left where they are, until the run saves the same step.
 
     Args:
       like: shapes of a train state, and where its arrays go: `TrainState.describe`.
+      step: which one; None: the newest.
 
     Returns:
       The train state, the loader's state and the trainer's log.
@@ -222,7 +249,7 @@ class Checkpointer:
     Raises:
       UserError: no checkpoint is intact, or it holds other parameters than this run trains.
     """
-    steps = sorted({*self._steps, *self._manager.all_steps()}, reverse=True)
+    steps = sorted({*self._steps, *self._manager.all_steps()}, reverse=True) if step is None else [step]
     for step in steps:
       restored, damage = self._try(step, like)
       if restored is not None:

@@ -9,8 +9,10 @@ The rules are tables, a line a field:
     ACCEPTED   fields that are read from recipes and change nothing, and why
     CHOICES    strings with a fixed set of values        RANGES  the numbers' ranges
     PER_HOST   fields that hosts of a run may set each for itself, and why
+    INSTEAD_OF other values of such strings, and what does their work
 
-`internvl_jax.effects` has those of settings that have no effect beside others.
+`internvl_jax.effects` has those of settings that have no effect beside others, `internvl_jax.foreign` the arguments of
+scripts that no field has.
 """
 
 import dataclasses
@@ -19,6 +21,7 @@ import functools
 import json
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -103,6 +106,7 @@ REFUSED: dict[str, str] = {
 
 ACCEPTED: dict[str, str] = {
   "model.use_fast_tokenizer": "the tokenizers library is always used",
+  "model.use_liger": "the loss is fused with the output embedding either way, and its numbers are the same",
   "training.optim": "AdamW is the optimizer under all names that CHOICES lets pass",
   "training.do_train": "training is what the command does, whatever it says",
   "training.remove_unused_columns": "batches hold only what the model reads",
@@ -111,7 +115,7 @@ ACCEPTED: dict[str, str] = {
 
 CHOICES: dict[str, tuple[str, ...]] = {
   "data.loss_reduction": ("token", "sample", "square"),
-  "training.optim": ("adamw_torch", "adamw_torch_fused"),
+  "training.optim": ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_apex_fused"),
   "training.lr_scheduler_type": (
     "linear",
     "cosine",
@@ -123,26 +127,31 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "inverse_sqrt",
   ),
   "training.report_to": ("tensorboard", "none"),
-  "training.save_strategy": ("no", "steps"),
-  "training.evaluation_strategy": ("no", "steps"),
-  "training.eval_strategy": ("no", "steps"),
+  "training.logging_strategy": ("no", "steps", "epoch"),
+  "training.save_strategy": ("no", "steps", "epoch"),
+  "training.evaluation_strategy": ("no", "steps", "epoch"),
+  "training.eval_strategy": ("no", "steps", "epoch"),
   "runtime.attention": ("auto", "xla", "splash", "triton"),
   "runtime.experts": ("auto", "xla", "megablox", "triton"),
 }
 """Field -> the strings it takes (fields typed `Literal` say so themselves)."""
 
-FOREIGN: dict[str, str] = {
-  "split_annotations": "every host already reads only its share of the lines",
-  "use_custom_flash_attn": "runtime.attention names the attention backend",
-  "ddp_timeout": "runtime.hang_seconds tells where a run stands still, and a lost process ends the others",
-  "local_rank": "processes find their place by themselves (runtime.distributed)",
-  "per_device_eval_batch_size": "eval.batch_size is the number of questions answered at once",
-  "run_name": "the run is called as its training.output_dir",
-  "tf32": "float32 is computed as float32; use training.bf16=True to be faster",
-  "wandb_project": "training.report_to='tensorboard' writes what W&B can read (wandb sync, sync_tensorboard)",
-  "resume_from_checkpoint": "the same command resumes from the newest checkpoint in training.output_dir",
+INSTEAD_OF: dict[str, dict[str, str]] = {
+  "training.optim": {
+    r"adamw_(bnb|torch)_[48]bit|.*8bit.*|.*4bit.*": (
+      "moments are float32; mesh.fsdp (or training.deepspeed) shards them over the devices"
+    ),
+    r"paged_.*": "nothing is moved to the host's memory; mesh.fsdp shards the moments over the devices",
+    r".*": "the reference's recipes use AdamW, and so does this program: adamw_torch",
+  },
+  "training.report_to": {
+    r".*": "tensorboard (services such as W&B, MLflow and Comet read its files: wandb sync)",
+  },
+  "training.save_strategy": {
+    r"best": "save_strategy='steps' or 'epoch' with load_best_model_at_end=True keeps the best"
+  },
 }
-"""Names that launch scripts set and that no field has -> what takes their place."""
+"""Field -> what to say of values that Hugging Face's Trainer takes and this program does not, by what they look like."""
 
 PER_HOST: dict[str, str] = {
   "loader.cache_dir": "what a cache holds is made of the data, wherever it lies",
@@ -159,13 +168,14 @@ PER_HOST: dict[str, str] = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Range:
-  """The values a number may take: from `low` to `high`, or one of `also`."""
+  """The values a number may take: from `low` to `high`, or one of `also`; `whole_from_1`: a share, or a whole number."""
 
   low: float = -math.inf
   high: float = math.inf
   low_is_in: bool = True
   high_is_in: bool = True
   also: tuple[int, ...] = ()
+  whole_from_1: bool = False
 
   def holds(self, value: float) -> bool:
     """Whether `value` is inside; NaN and infinities never are."""
@@ -173,7 +183,8 @@ class Range:
       return True
     above = value >= self.low if self.low_is_in else value > self.low
     below = value <= self.high if self.high_is_in else value < self.high
-    return math.isfinite(value) and above and below
+    whole = not self.whole_from_1 or value < 1 or value == int(value)
+    return math.isfinite(value) and above and below and whole
 
   def __str__(self) -> str:
     """The range in words, to follow "must be"."""
@@ -183,6 +194,8 @@ class Range:
       bounds.append(f"{'at least' if self.low_is_in else 'above'} {self.low:g}")
     if math.isfinite(self.high):
       bounds.append(f"{'at most' if self.high_is_in else 'below'} {self.high:g}")
+    if self.whole_from_1:
+      return "a number of steps, or a share of all steps between 0 and 1"
     return " or ".join([*words, " and ".join(bounds) or "finite"])
 
 
@@ -192,6 +205,7 @@ _NOT_NEGATIVE = Range(low=0)
 _ABOVE_0 = Range(low=0, low_is_in=False)
 _SHARE = Range(low=0, high=1)
 _BELOW_1 = Range(low=0, high=1, high_is_in=False)
+_INTERVAL = Range(low=0, low_is_in=False, whole_from_1=True)
 _AXIS = Range(low=1, also=(-1,))
 # Seeds reach numpy as unsigned 32-bit integers.
 _SEED = Range(low=0, high=2**32 - 1)
@@ -227,10 +241,10 @@ RANGES: dict[str, Range] = {
   "training.max_grad_norm": _NOT_NEGATIVE,
   "training.warmup_ratio": _SHARE,
   "training.warmup_steps": _NOT_NEGATIVE,
-  "training.logging_steps": _POSITIVE,
-  "training.save_steps": _POSITIVE,
+  "training.logging_steps": _INTERVAL,
+  "training.save_steps": _INTERVAL,
   "training.save_total_limit": _POSITIVE,
-  "training.eval_steps": _POSITIVE,
+  "training.eval_steps": _INTERVAL,
   "training.seed": _SEED,
   "training.data_seed": _SEED,
   "training.dataloader_num_workers": _NOT_NEGATIVE,
@@ -388,7 +402,9 @@ def _range_problems(config: TrainConfig) -> Iterator[str]:
       yield f"{path}={value!r} must be {allowed}"
   for path, choices in CHOICES.items():
     if (value := get(config, path)) not in choices:
-      yield f"{path}={value!r} must be one of {', '.join(choices)}{suggest(value, choices)}"
+      instead = [words for form, words in INSTEAD_OF.get(path, {}).items() if re.fullmatch(form, value)]
+      why = f"; {instead[0]}" if instead else suggest(value, choices)
+      yield f"{path}={value!r} must be one of {', '.join(choices)}{why}"
 
 
 def _model_problems(config: TrainConfig) -> Iterator[str]:
@@ -497,10 +513,46 @@ def _evaluation_problems(config: TrainConfig) -> Iterator[str]:
       f"training.eval_strategy={training.eval_strategy!r} contradicts "
       f"training.evaluation_strategy={training.evaluation_strategy!r}; set one of the two spellings"
     )
-  if "steps" in strategies and config.eval.annotation is None and config.preference.eval_meta_path is None:
+  has_nothing = config.eval.annotation is None and config.preference.eval_meta_path is None
+  if strategies and has_nothing:
     yield (
-      "training.eval_strategy='steps' has nothing to score while eval.annotation=None; "
+      f"training.eval_strategy={min(strategies)!r} has nothing to score while eval.annotation=None; "
       "name a jsonl there (of preference pairs, a meta file in preference.eval_meta_path) or set the strategy to 'no'"
+    )
+  if training.load_best_model_at_end and len(strategies) < 2 and not (strategies and has_nothing):
+    yield from _best_model_problems(config, min(strategies, default="no"))
+
+
+def _best_model_problems(config: TrainConfig, strategy: str) -> Iterator[str]:
+  """What keeps the best step from being known, and from being there; `strategy` is when the model is scored."""
+  training, setting = config.training, "training.load_best_model_at_end=True"
+  if strategy == "no":
+    yield f"{setting} needs scores to go by; set training.eval_strategy to 'steps' or 'epoch'"
+    return
+  if training.save_strategy != strategy:
+    yield (
+      f"{setting}: training.save_strategy={training.save_strategy!r} must be training.eval_strategy={strategy!r}, so "
+      "that what is scored is saved"
+    )
+  every = training.eval_steps or training.logging_steps
+  turns = training.save_steps / every
+  if strategy == "steps" and abs(turns - round(turns)) > 1e-6:
+    yield (
+      f"{setting}: training.save_steps={training.save_steps:g} must be a multiple of training.eval_steps={every:g}, so "
+      "that what is saved is scored"
+    )
+  metric = (training.metric_for_best_model or "").removeprefix("eval_")
+  known = []
+  if config.eval.annotation:
+    known += ["accuracy", *(["accuracy_GROUP"] if config.eval.group_field else [])]
+  if config.preference.eval_meta_path:
+    known += ["rewards/accuracies", "rewards/margins", "rewards/chosen", "logps/chosen"]
+  is_group = metric.startswith("accuracy_") and "accuracy_GROUP" in known
+  is_of_pairs = metric.startswith(("rewards/", "logps/")) and "rewards/margins" in known
+  if metric and metric not in known and not is_group and not is_of_pairs:
+    yield (
+      f"training.metric_for_best_model={training.metric_for_best_model!r} is no score of this run; it has "
+      f"{', '.join(known)}"
     )
 
 
@@ -543,7 +595,7 @@ def _path_problems(config: TrainConfig, command: Command) -> Iterator[str]:
   for path in ("model.model_name_or_path", *PARTS):
     if get(config, path):
       yield from _model_path_problems(path, get(config, path))
-  if config.model.mlp_path:
+  if config.model.mlp_path and command != "plan":  # which reads no weights
     yield from _projector_path_problems(config.model.mlp_path)
   files = {"data.meta_path": config.data.meta_path if "data.meta_path" in required else None}
   if command in ("train", "doctor"):

@@ -63,6 +63,8 @@ ONLY_WITH: dict[str, tuple[str, ...]] = {
   "eval.max_new_tokens": ("eval.annotation",),
   "eval.limit": ("eval.annotation",),
   "runtime.remat_policy": _REMAT,
+  "training.metric_for_best_model": ("training.load_best_model_at_end",),
+  "training.greater_is_better": ("training.load_best_model_at_end",),
 }
 """Field -> the switches of which one must be on."""
 
@@ -80,8 +82,14 @@ def _frozen_vit(value: Values) -> bool:
   return value("model.freeze_backbone") and not thawed
 
 
-def _scores_during_the_run(value: Values) -> bool:
+def _scores_by_steps(value: Values) -> bool:
   return "steps" in (value("training.eval_strategy"), value("training.evaluation_strategy"))
+
+
+def _logs_and_scores_otherwise(value: Values) -> bool:
+  # Where no interval is set for scores, it is that of the log.
+  stands_in = _scores_by_steps(value) and value("training.eval_steps") is None
+  return value("training.logging_strategy") != "steps" and not stands_in
 
 
 def _losses(value: Values) -> list[str]:
@@ -133,10 +141,20 @@ IDLE: dict[str, tuple[Idle, ...]] = {
     Idle(lambda value: value("training.warmup_steps") > 0, "with training.warmup_steps above 0"),
   ),
   "training.warmup_steps": (_CONSTANT,),
-  "training.save_steps": (_NOT_SAVED,),
+  "training.logging_steps": (Idle(_logs_and_scores_otherwise, "without training.logging_strategy='steps'"),),
+  "training.logging_first_step": (
+    Idle(
+      lambda value: value("training.logging_strategy") == "steps" and value("training.logging_steps") == 1,
+      "with training.logging_steps=1: every step is logged",
+    ),
+  ),
+  "training.save_steps": (
+    _NOT_SAVED,
+    Idle(lambda value: value("training.save_strategy") == "epoch", "with training.save_strategy='epoch'"),
+  ),
   "training.save_total_limit": (_NOT_SAVED,),
   "training.eval_steps": (
-    Idle(lambda value: not _scores_during_the_run(value), "without training.eval_strategy='steps'"),
+    Idle(lambda value: not _scores_by_steps(value), "without training.eval_strategy='steps'"),
   ),
   "training.logging_dir": (
     Idle(
@@ -168,6 +186,7 @@ ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
   "preference.share_prompts": (False,),
   **dict.fromkeys(_WEIGHTS, (0.0,)),
   "training.save_total_limit": (None,),
+  "training.greater_is_better": (False,),
   "loader.max_bad_fraction": (0.0,),
 }
 """Field -> values that switch off what is off already."""

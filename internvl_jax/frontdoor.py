@@ -34,9 +34,10 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from internvl_jax.config import FIELDS, FOREIGN, LEAVES, TrainConfig, idle_settings, suggest, type_name
+from internvl_jax.config import FIELDS, LEAVES, TrainConfig, idle_settings, suggest, type_name
 from internvl_jax.environment import set_environment
 from internvl_jax.errors import UserError, redacted
+from internvl_jax.foreign import FOREIGN, answer
 from internvl_jax.usage import usage
 
 FLAG = "config"
@@ -107,9 +108,13 @@ def run_app(main: Callable[[list[str]], Any]) -> None:
   app.run(guarded, flags_parser=guarded_parse)
 
 
+_passed: list[str] = []
+"""What is to be said of arguments on the command line that no field has and that were accepted."""
+
+
 def warn_idle(config: TrainConfig) -> None:
   """Logs the settings that ask for what will not happen, a line each."""
-  for line in idle_settings(config):
+  for line in [*_passed, *idle_settings(config)]:
     logging.warning("%s", line)
 
 
@@ -161,6 +166,10 @@ def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS
   args = flag_values.read_flags_from_files(list(argv), force_gnu=False)
   cleared: list[str] = []
   if FLAG in flag_values and not _asks_for_help(args):
+    args, _passed[:] = _without_foreign(args)
+    # ml_collections looks for overrides by itself, in sys.argv; it has no public way to be told of others.
+    flag: Any = flag_values[FLAG]
+    flag._sys_argv = args
     _check_overrides(args, has_default=flag_values[FLAG].default is not None)
     args, cleared = _split_cleared(args)
   try:
@@ -181,6 +190,23 @@ def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS
 
 def _asks_for_help(args: Sequence[str]) -> bool:
   return any(re.match(r"--?help(short|full|xml)?\b", arg) for arg in args)
+
+
+def _without_foreign(args: Sequence[str]) -> tuple[list[str], list[str]]:
+  """The arguments less those that no field has and that are accepted, and what is to be said of these."""
+  kept, remarks = [], []
+  for arg in args:
+    match = _OVERRIDE.fullmatch(arg)
+    path = match[2] if match else ""
+    name = path.rpartition(".")[2]
+    accepted, why = False, ""
+    if match and path not in FIELDS and name in FOREIGN:
+      accepted, why = answer(name, match[3] or ("false" if match[1] else "true"))
+    if not accepted:
+      kept.append(arg)
+    elif why:
+      remarks.append(f"{path}={match[3] if match else ''} has no effect: {why}")
+  return kept, remarks
 
 
 def _check_overrides(args: Sequence[str], *, has_default: bool) -> None:

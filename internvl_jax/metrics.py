@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from internvl_jax.arguments import TrainingArguments
 from internvl_jax.batch import BatchCounts
+from internvl_jax.due import Best, Due
 from internvl_jax.mfu import UsefulFlops
-from internvl_jax.outputs import write_json
+from internvl_jax.outputs import CHECKPOINTS, write_json
 
 _TEXTS = {
   "loss": "loss {:.4f}",
@@ -147,6 +148,7 @@ class RunLog:
     total_steps: int,
     epoch_of: Callable[[int], float],
     gauges: Gauges,
+    best: Best | None = None,
     writes: bool = True,
   ):
     """Opens the writers that `training.report_to` asks for.
@@ -157,12 +159,15 @@ class RunLog:
       total_steps: length of the run.
       epoch_of: passes over the data after that many steps.
       gauges: what rates are made of.
+      best: what the best model is known by; None where it is not looked for.
       writes: whether this is the one process of the run that writes; the others only keep the history.
     """
     self._training = training
     self._output_dir = output_dir
     self._total_steps = total_steps
     self.epoch = epoch_of
+    self._due = Due(training=training, total_steps=total_steps, epoch_of=epoch_of)
+    self._best = best
     self._gauges = gauges
     self._writes = writes
     self._window = _Window()
@@ -215,8 +220,7 @@ class RunLog:
       self._window.add_times(metrics.counts, times, self._gauges.useful)
     assert self._bar is not None
     self._bar.update()
-    due = step % self._training.logging_steps == 0 or step == self._total_steps
-    if due or (step == 1 and self._training.logging_first_step):
+    if self._due.logs(step):
       self._write(step, float(metrics.grad_norm), next_rate)
 
   def _write(self, step: int, grad_norm: float, learning_rate: float) -> None:
@@ -258,6 +262,15 @@ class RunLog:
         if key != "step":
           self._writer.add_scalar(f"{prefix}/{key.removeprefix('eval_')}", value, entry["step"])
 
+  def is_scored(self, step: int) -> bool:
+    """Whether the history has scores of the model after that step."""
+    return any(entry["step"] == step and "learning_rate" not in entry for entry in self.history)
+
+  def best_step(self, among: Collection[int]) -> int | None:
+    """The one of these steps whose model has the best score; None where it is not looked for, or none was scored."""
+    found = self._best.of(self.history, among) if self._best else None
+    return found[0] if found else None
+
   @property
   def skipped_steps(self) -> int:
     """Steps of the whole run that changed nothing, those before a restart included."""
@@ -286,21 +299,24 @@ class RunLog:
     """Writes trainer_state.json in Hugging Face's schema, with the data's counters beside it."""
     if not self._writes:
       return
-    training = self._training
+    training, due = self._training, self._due
+    saved = {entry["step"] for entry in self.history if due.saves(entry["step"])} | {self._total_steps}
+    best = self._best.of(self.history, saved) if self._best else None
     state = {
-      "best_metric": None,
-      "best_model_checkpoint": None,
+      "best_global_step": best[0] if best else None,
+      "best_metric": best[1] if best else None,
+      "best_model_checkpoint": str(self._output_dir / CHECKPOINTS / str(best[0])) if best else None,
       "epoch": self.epoch(step),
-      "eval_steps": training.eval_steps,
+      "eval_steps": None if training.eval_steps is None else due.eval_steps,
       "global_step": step,
       "is_hyper_param_search": False,
       "is_local_process_zero": True,
       "is_world_process_zero": True,
       "log_history": self.history,
-      "logging_steps": training.logging_steps,
+      "logging_steps": due.logging_steps,
       "max_steps": self._total_steps,
       "num_train_epochs": math.ceil(self.epoch(self._total_steps)),
-      "save_steps": training.save_steps,
+      "save_steps": due.save_steps,
       "train_batch_size": training.per_device_train_batch_size,
       "data": data_counters,
     }

@@ -45,7 +45,7 @@ class ForwardPass:
     shards: data shards D, whose rows balance their routers' load apart.
     all_gather: see `normalized_weights`.
     router_loss_coef: weight of the routers' load-balancing loss; 0 is off.
-    fused_loss: logits are made in chunks and never together.
+    fused_loss: logits are made in chunks and never together; False is the plain way, to check it by.
   """
 
   model: ModelDef[InternVL]

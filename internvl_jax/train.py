@@ -9,7 +9,7 @@ a model that stands alone. docs/training.md describes what else it leaves there.
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from internvl_jax.data.pipeline import TrainLoader
 from internvl_jax.data.show import show_batch
 from internvl_jax.data.tally import untaught_samples
 from internvl_jax.data.tokenize import ChatTokenizer
+from internvl_jax.due import best_of
 from internvl_jax.errors import UserError
 from internvl_jax.eval.scoring import Evaluation, make_evaluation
 from internvl_jax.hf import config as layouts
@@ -137,7 +138,15 @@ def _run(config: TrainConfig, watchdog: Watchdog, beginning: Beginning) -> None:
   # A checkpoint has what trains: there is no room for it twice. Preferences need it as it was at the start, too.
   params = read_weights(config, setup, watchdog, all_of_it=not resumes or pairs is not None)
   begin_output(config, beginning)
-  checkpointer = Checkpointer(output_folder(config), keep=config.training.save_total_limit)
+
+  def best_of(steps: Collection[int]) -> int | None:
+    return log.best_step(steps)  # The log is opened once nothing speaks against going on.
+
+  checkpointer = Checkpointer(
+    output_folder(config),
+    keep=config.training.save_total_limit,
+    spare=best_of if config.training.load_best_model_at_end else None,
+  )
   if pairs is not None:
     pairs.prepare(params, loader, resumes=resumes)
   frozen = {path: value for path, value in params.items() if path not in setup.trainable}
@@ -179,10 +188,15 @@ def _run(config: TrainConfig, watchdog: Watchdog, beginning: Beginning) -> None:
   if distributed.is_first():
     tell(untaught)
   loader.close()
-  checkpointer.close()
   if int(state.step) < loader.total_steps:
+    checkpointer.close()
     logging.warning("Stopped; the same command goes on from step %d", int(state.step))
     return
+  best = log.best_step(checkpointer.steps)
+  if best is not None and best != loader.total_steps:
+    del state  # There is no room for it twice.
+    state = best_state(setup, checkpointer, best, watchdog)
+  checkpointer.close()
   log.write_train_results(num_samples=loader.num_samples)
   params = {path: value for path, value in {**frozen, **state.params}.items() if path in source.model.shapes}
   del state, frozen  # The optimizer's moments make room for the layers that the export brings together.
@@ -267,6 +281,13 @@ def go_on(
   return state, loader, log_state
 
 
+def best_state(setup: Setup, checkpointer: Checkpointer, step: int, watchdog: Watchdog) -> TrainState:
+  """The state of the checkpoint whose model has the best score."""
+  logging.info("The best model is that of step %d", step)
+  with watchdog.phase("restore"):
+    return checkpointer.restore(setup.describe_state(), step=step)[0]
+
+
 def open_log(config: TrainConfig, setup: Setup, loader: TrainLoader) -> RunLog:
   """The log of a run, which knows what a step needs and what the devices could do."""
   source, twice = setup.source, parts_run_twice(setup.objective)
@@ -280,6 +301,7 @@ def open_log(config: TrainConfig, setup: Setup, loader: TrainLoader) -> RunLog:
       peak=mfu.peak_flops(jax.devices()),
       devices=jax.local_devices(),
     ),
+    best=best_of(config.training, answers=config.eval.annotation is not None),
     writes=distributed.is_first(),
   )
 

@@ -19,6 +19,7 @@ from internvl_jax.arguments import RuntimeConfig, TrainingArguments
 from internvl_jax.batch import Batch
 from internvl_jax.checkpoint import Checkpointer
 from internvl_jax.compiler import compile_program
+from internvl_jax.due import Due
 from internvl_jax.errors import UserError
 from internvl_jax.metrics import RunLog, StepClock, Trace
 from internvl_jax.optim import Schedule
@@ -159,6 +160,7 @@ class Trainer:
   check: Callable[[dict[str, jax.Array], Any], None] | None = None
 
   def __post_init__(self):
+    self._due = Due(training=self.training, total_steps=self.total_steps, epoch_of=self.log.epoch)
     self._clock = StepClock()
     self._in_flight: _InFlight | None = None
     self._steps_are_long = False
@@ -185,6 +187,8 @@ class Trainer:
     self._waiter.shutdown()
     taken = int(state.step)
     in_vain = taken == self.total_steps and 0 < taken <= self.log.skipped_steps
+    if taken == self.total_steps and self.training.load_best_model_at_end and not in_vain:
+      self._score_the_last(state, frozen, taken)
     if taken < self.total_steps or (self.training.save_strategy != "no" and not in_vain):
       self._save(state, taken)
     with self.watchdog.phase("save", taken):
@@ -253,27 +257,27 @@ class Trainer:
     if self.asked_to_stop(step):
       logging.warning("Asked to stop: saving after step %d of %d", step, self.total_steps)
       return True
-    evaluates, saves = self._evaluates_at(step), self._saves_at(step)
+    evaluates, saves = self.evaluate is not None and self._due.scores(step), self._due.saves(step)
     if not (evaluates or saves):
       return False
     self._finish_step()
     if evaluates:
-      assert self.evaluate is not None
-      with self.watchdog.phase("eval", step):
-        scores = self.evaluate({**frozen, **state.params}, step)
-      self.log.record({**scores, "epoch": self.log.epoch(step), "step": step})
+      self._score(state, frozen, step)
     if saves:
       self._save(state, step)
     self._clock.restart(time.perf_counter())
     return False
 
-  def _saves_at(self, step: int) -> bool:
-    return self.training.save_strategy == "steps" and step % self.training.save_steps == 0
+  def _score(self, state: TrainState, frozen: dict[str, jax.Array], step: int) -> None:
+    assert self.evaluate is not None
+    with self.watchdog.phase("eval", step):
+      scores = self.evaluate({**frozen, **state.params}, step)
+    self.log.record({**scores, "epoch": self.log.epoch(step), "step": step})
 
-  def _evaluates_at(self, step: int) -> bool:
-    every = self.training.eval_steps or self.training.logging_steps
-    asked = "steps" in (self.training.eval_strategy, self.training.evaluation_strategy)
-    return asked and self.evaluate is not None and step % every == 0
+  def _score_the_last(self, state: TrainState, frozen: dict[str, jax.Array], step: int) -> None:
+    """Scores the last step among those that the best model is looked for, unless a run before its restart did."""
+    if self.evaluate is not None and self._due.scores(step) and not self.log.is_scored(step):
+      self._score(state, frozen, step)
 
   def _save(self, state: TrainState, step: int) -> None:
     with self.watchdog.phase("save", step):

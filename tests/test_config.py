@@ -20,7 +20,6 @@ from internvl_jax.config import (
   ACCEPTED,
   CHOICES,
   FIELDS,
-  FOREIGN,
   LEAVES,
   RANGES,
   REFUSED,
@@ -30,6 +29,7 @@ from internvl_jax.config import (
   validate,
 )
 from internvl_jax.errors import UserError
+from internvl_jax.foreign import FOREIGN
 from internvl_jax.usage import field_comments
 
 ROOT = Path(__file__).parent.parent
@@ -186,7 +186,8 @@ def parse(folder, *overrides, recipe=RECIPE, arg=""):
     ("training.data_seed=7", 7),
     ("training.data_seed=None", None),
     ("training.save_total_limit=None", None),
-    ("training.eval_steps=10", 10),
+    ("training.eval_steps=10", 10.0),
+    ("training.save_steps=0.1", 0.1),
     ('training.lr_scheduler_kwargs={"min_lr_rate": 0.1}', '{"min_lr_rate": 0.1}'),
     ("preference.rpo_alpha=1", 1.0),
     ("preference.rpo_alpha=None", None),
@@ -240,7 +241,7 @@ def test_override_forms_of_absl(tmp_path):
     ),
     ("--config.learning_rate=1", "did you mean training.learning_rate?"),
     ("--config.trainig.seed=1", "did you mean training.seed?"),
-    ("--config.data.split_annotations=True", "every host already reads"),
+    ("--config.training.save_only_model=True", "there is no such field; a checkpoint is there to go on from"),
     ("--config.model=x", "is a group of fields"),
     ("--config.training.seed=ten", "--config.training.seed=ten must be int"),
     ("--config.training.seed=None", "--config.training.seed=None must be int"),
@@ -450,7 +451,7 @@ def test_every_choice_refuses(config, path):
   [
     ("model.ps_version", "v3", "'v1' or 'v2'"),
     ("training.learning_rate", "1e-5", "float"),
-    ("training.save_steps", 100.0, "int"),
+    ("training.max_steps", 100.0, "int"),
     ("training.seed", True, "int"),
     ("loader.sequence_buckets", [64], "tuple of int"),
     ("loader.sequence_buckets", (64.0,), "tuple of int"),
@@ -554,6 +555,8 @@ def test_hub_ids_pass_and_parts_may_take_the_models_place(config, tmp_path):
   config.model.vision_path = "OpenGVLab/InternViT-300M-448px-V2_5"
   config.model.llm_path = str(tmp_path / "model")
   config.model.mlp_path = str(tmp_path / "mlp.pth")
+  # Planning reads no weights.
+  assert not problems(config, "plan") and "no such file" in problems(config)[0]
   (tmp_path / "mlp.pth").write_text("")
   assert not problems(config)
   code = (

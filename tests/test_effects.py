@@ -25,6 +25,8 @@ MAKES_IDLE = {
   "training.warmup_steps": {"training.lr_scheduler_type": "constant"},
   "training.save_steps": {"training.save_strategy": "no"},
   "training.save_total_limit": {"training.save_strategy": "no"},
+  "training.logging_steps": {"training.logging_strategy": "epoch"},
+  "training.logging_first_step": {"training.logging_steps": 1},
   "training.eval_steps": {},
   "training.logging_dir": {},
   "loader.max_bad_fraction": {},

@@ -207,8 +207,23 @@ def test_use_fast_tokenizer():
   assert "the tokenizers library is always used" in idle_settings(run_of(use_fast_tokenizer=True))[0]
 
 
-def test_use_liger():
-  assert [set_up(use_liger=flag).objective.fused_loss for flag in (False, True)] == [False, True]
+@pytest.mark.parametrize("flag", [False, True])
+def test_use_liger(flag):
+  """The numbers are the same with and without it, so no run builds the logits of all tokens."""
+  assert idle_settings(run_of(use_liger=flag)) == []
+  objective = set_up(use_liger=flag).objective
+  hidden = jax.ShapeDtypeStruct((1, 4096, 64), np.float32)
+  batch = SFTBatch(*[None] * len(SFTBatch._fields))._replace(
+    targets=jax.ShapeDtypeStruct((1, 4096), np.int32), loss_weight=jax.ShapeDtypeStruct((1, 4096), np.float32)
+  )
+
+  def loss(params, hidden, batch):
+    model = objective.model.bind(params)
+    return objective._language_loss(model, hidden, batch, batch.loss_weight)
+
+  program = str(jax.make_jaxpr(jax.value_and_grad(loss, argnums=1))(objective.model.shapes, hidden, batch))
+  vocabulary = source_of().config.text.vocab_size
+  assert f"[1024,{vocabulary}]" in program and f"4096,{vocabulary}]" not in program
 
 
 # --- DataTrainingArguments ----------------------------------------------------------------------------------

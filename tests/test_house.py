@@ -30,8 +30,8 @@ LAYERS = (
   ("models", "losses", "data"),
   ("parallel",),
   ("batch", "trees", "flops", "compiler", "lease"),
-  ("outputs", "effects"),
-  ("arguments", "chips", "digests", "errors", "watchdog"),
+  ("outputs", "effects", "due"),
+  ("arguments", "chips", "digests", "errors", "foreign", "watchdog"),
   ("environment",),
 )
 
@@ -45,7 +45,7 @@ ONLY = {
   # Checkpoint formats and the models they fill; data comes with a tokenizer in hand.
   "hf": {"models", "parallel", "batch", "trees", "outputs", "arguments", "errors"},
   # Only front doors see the whole configuration; below them a room gets its leaf.
-  "frontdoor": {"usage", "config", "arguments", "environment", "errors"},
+  "frontdoor": {"usage", "config", "arguments", "environment", "errors", "foreign"},
   "usage": {"config"},
 }
 

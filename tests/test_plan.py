@@ -29,7 +29,6 @@ MESH = {"data": 1, "fsdp": 4, "tensor": 2}
 def tiny_config(tmp_path, **mesh):
   config = curve_config(tmp_path / "out")
   config.mesh = MeshConfig(**(mesh or MESH))
-  config.model.use_liger = True
   config.data.max_seq_length = 256
   return config
 
@@ -81,6 +80,45 @@ def test_what_does_not_fit_is_said_with_a_remedy(planned):
   assert "--hbm" in report.verdict(dataclasses.replace(found, limit=None, fits=None))
   text = report.render(found)
   assert "LLM" in text and "does not fit" in text
+
+
+SHARD, ROWS, RECOMPUTE = (
+  "mesh.data=1, mesh.fsdp=-1",
+  "per_device_train_batch_size=1",
+  "model.grad_checkpoint=True",
+)
+
+
+@pytest.mark.parametrize(
+  ("changes", "said", "unsaid"),
+  [
+    # All is sharded and recomputed: what is left is the micro-batch.
+    ({"mesh": {"fsdp": 16}, "rows": 4, "remat": "full"}, [ROWS, "accumulation_steps=8 "], [SHARD, RECOMPUTE]),
+    ({"mesh": {"data": 8, "fsdp": 2}, "rows": 1, "remat": "full"}, [SHARD, "mesh.tensor"], [ROWS, RECOMPUTE]),
+    ({"mesh": {"fsdp": 16}, "rows": 2, "remat": None}, [RECOMPUTE, ROWS], [SHARD]),
+    ({"mesh": {"fsdp": 16}, "rows": 1, "remat": "dots"}, ["runtime.remat_policy=full"], [SHARD, ROWS]),
+    ({"mesh": {"tensor": 16}, "rows": 1, "remat": "full"}, ["more devices"], [SHARD, ROWS, "mesh.tensor"]),
+    (
+      {"mesh": {"fsdp": 16}, "rows": 4, "remat": None, "state": 3},
+      ["more devices"],
+      [SHARD, ROWS, RECOMPUTE],
+    ),
+  ],
+)
+def test_what_is_advised_is_not_done_yet(planned, changes, said, unsaid):
+  _, found = planned
+  found = dataclasses.replace(
+    found,
+    chips=16,
+    mesh=dict.fromkeys(found.mesh, 1) | changes["mesh"],
+    batch={**found.batch, "rows": changes["rows"], "accumulation": 2},
+    execution={**found.execution, "remat": changes["remat"]},
+    memory={**found.memory, "optimizer state": changes.get("state", 0) * report.GIB},
+    limit=report.GIB,
+  )
+  words = " or ".join(report.advice(found))
+  assert [part for part in said if part not in words] == []
+  assert [part for part in unsaid if part in words] == []
 
 
 def test_operations_are_those_of_the_model(planned):

@@ -13,8 +13,9 @@ import pytest
 
 from internvl_jax import config as config_lib
 from internvl_jax import frontdoor
-from internvl_jax.config import FIELDS, FOREIGN
+from internvl_jax.config import FIELDS
 from internvl_jax.errors import UserError
+from internvl_jax.foreign import FOREIGN
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"

@@ -80,9 +80,22 @@ def make_log(tmp_path, training, total, peak=None):
   return RunLog(training, tmp_path, total_steps=total, epoch_of=lambda step: step / total, gauges=gauges)
 
 
-def run(tmp_path, *, loader=None, steps=(), limit=10, stop_at=None, peak=None, total=6, **training):
+def run(
+  tmp_path,
+  *,
+  loader=None,
+  steps=(),
+  limit=10,
+  stop_at=None,
+  peak=None,
+  total=6,
+  evaluate=None,
+  history=(),
+  **training,
+):
   training = TrainingArguments(logging_steps=2, disable_tqdm=True, **training)
   log = make_log(tmp_path, training, total, peak)
+  log.history = list(history)
   saves = Saves()
   trainer = Trainer(
     training=training,
@@ -97,9 +110,10 @@ def run(tmp_path, *, loader=None, steps=(), limit=10, stop_at=None, peak=None, t
     total_steps=total,
     show=str,
     asked_to_stop=lambda step: step == stop_at,
+    evaluate=evaluate,
   )
   with log:
-    trainer.run(TrainState(jnp.int32(0), {}, {}), {})
+    trainer.run(TrainState(jnp.int32(total if history else 0), {}, {}), {})
   log.write_train_results(num_samples=30)
   log.tell_skipped()
   return log.history, saves.saved
@@ -238,3 +252,29 @@ def test_the_clock_tells_waiting_from_computing():
   clock.restart(20)
   fresh = clock.times(fetched_in=1, dispatched=21, done=22)
   assert (fresh.whole, fresh.data, fresh.compute) == (2, 1, 1)
+
+
+BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+
+
+def scored(history):
+  return {entry["step"]: entry["eval_accuracy"] for entry in history if "eval_accuracy" in entry}
+
+
+def test_the_last_step_is_scored_where_the_best_is_looked_for(tmp_path):
+  evaluate = lambda params, step: {"eval_accuracy": 1 / step}  # noqa: E731
+  history, saved = run(tmp_path, evaluate=evaluate, **BEST)
+  assert scored(history) == {2: 1 / 2, 4: 1 / 4, 6: 1 / 6}
+  # Before it is saved, so that a run which is restarted then does not do it again.
+  assert scored(saved[6][1]["log_history"]) == scored(history)
+  again, _ = run(tmp_path, evaluate=pytest.fail, history=history, **BEST)
+  assert again == history
+  history, _ = run(tmp_path, evaluate=evaluate, **BEST | {"load_best_model_at_end": False})
+  assert list(scored(history)) == [2, 4]
+
+
+def test_shares_of_the_run_are_written_as_steps(tmp_path):
+  _, saved = run(tmp_path, save_steps=0.34, eval_steps=0.5)
+  assert list(saved) == [3, 6]
+  state = json.loads((tmp_path / "trainer_state.json").read_text())
+  assert (state["save_steps"], state["eval_steps"], state["logging_steps"]) == (3, 3, 2)

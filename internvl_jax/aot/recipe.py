@@ -13,7 +13,6 @@ def get_config(arg: str = "") -> TrainConfig:
   if arg not in ("", "lora", "mpo"):
     raise ValueError(f"no variant {arg!r}; there are lora and mpo")
   config = TrainConfig()
-  config.model.use_liger = True
   config.data.use_packed_ds = True
   config.training.bf16 = True
   config.training.per_device_train_batch_size = 1

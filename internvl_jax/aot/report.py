@@ -299,10 +299,31 @@ def verdict(report: Report) -> str:
   excess = report.total - report.limit
   # Refused below the limit: what there is would have to lie in one piece.
   why = f"{excess / GIB:.2f} GiB too much" if excess > 0 else f"the compiler says: {report.refusal}"
-  return (
-    f"does not fit: {used} of {limit} a device, {why}; spread it further (mesh.fsdp, mesh.tensor, mesh.sequence), "
-    "recompute more (model.grad_checkpoint=True), or look for a slice with --search"
+  return f"does not fit: {used} of {limit} a device, {why}; {' or '.join(advice(report))}"
+
+
+def advice(report: Report) -> list[str]:
+  """What would take less memory and is not done yet, the cheapest first, in words that follow "or"."""
+  mesh, batch, remat = report.mesh, report.batch, report.execution["remat"]
+  found = (
+    ["shard weights and moments over all devices (mesh.data=1, mesh.fsdp=-1)"] if mesh["data"] > 1 else []
   )
+  more = "take more devices (--search looks for the fewest)"
+  kept = ("parameters that train", "frozen parameters", "optimizer state")
+  if report.limit is not None and sum(report.memory[part] for part in kept) > report.limit:
+    return [*found, more]  # However rows are cut, these stay as large.
+  if remat is None:
+    found.append("recompute layers (model.grad_checkpoint=True)")
+  elif remat != "full":
+    found.append("recompute more (runtime.remat_policy=full)")
+  if batch["rows"] > 1:
+    found.append(
+      "take one row at a time (training.per_device_train_batch_size=1, and training.gradient_accumulation_steps="
+      f"{batch['accumulation'] * batch['rows']} for the same batch)"
+    )
+  elif mesh["tensor"] * mesh["sequence"] < report.chips:
+    found.append("let devices share a row (mesh.tensor or mesh.sequence)")
+  return [*found, more]
 
 
 def render(report: Report) -> str:

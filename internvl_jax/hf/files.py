@@ -121,18 +121,26 @@ _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safete
 _LEFTOVERS = re.compile(r"(optimizer|scheduler|rng_state|training_args|scaler).*")
 
 
-def weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
+PICKLES = (".bin", ".pth")
+"""What torch.save's files are called."""
+
+
+def weight_files(path: Path, *, pickles: bool = False) -> tuple[list[Path], dict[str, str]]:
   """The safetensors files of a folder, or one file; and by tensor the file that an index names, if there is one.
+
+  Args:
+    path: a folder or a file.
+    pickles: a file may be one of torch.save's.
 
   Raises:
     UserError: no weights, only pickled weights, or files that are not one model's.
   """
   if path.is_file():
-    if path.suffix != ".safetensors":
+    if path.suffix != ".safetensors" and not (pickles and path.suffix in PICKLES):
       raise UserError(f"{path.parent}: {_pickle_advice([path.name])}")
     return [path], {}
   found = sorted(p.name for p in path.glob("*.safetensors") if p.name != ADAPTER)
-  pickles = sorted(
+  pickled = sorted(
     p.name
     for pattern in ("*.bin", "*.pth", "*.pt")
     for p in path.glob(pattern)
@@ -147,9 +155,9 @@ def weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
       "folder of its own and name that to open both, or delete it"
     )
   if not names:
-    raise UserError(f"{path}: no *.safetensors weights" + (f"; {_pickle_advice(pickles)}" if pickles else ""))
+    raise UserError(f"{path}: no *.safetensors weights" + (f"; {_pickle_advice(pickled)}" if pickled else ""))
   _check_siblings(path, names, found, indexed=bool(where))
-  ignored = [name for name in (*found, *pickles) if name not in names]
+  ignored = [name for name in (*found, *pickled) if name not in names]
   if ignored:
     logging.info("%s: read %s; not read: %s", path, listed(names), listed(ignored))
   return [path / name for name in names], where
@@ -225,9 +233,15 @@ def _pickle_advice(names: Sequence[str]) -> str:
   """Why pickles are not read, and the command that converts all of them."""
   several = len(names) > 1
   kind = "pickles, which can run code and are" if several else "a pickle, which can run code and is"
+  return f"{', '.join(names)} {'are' if several else 'is'} {kind} never read; {convert_command(names)}"
+
+
+def convert_command(names: Sequence[str]) -> str:
+  """How to make safetensors of pickles, beginning with "where torch is installed"."""
+  several = len(names) > 1
   files = " ".join(f"'{name}'" for name in names)
   return (
-    f"{', '.join(names)} {'are' if several else 'is'} {kind} never read; where torch is installed and you trust "
+    f"where torch is installed and you trust "
     f"{'them' if several else 'it'}, convert {'all of them' if several else 'it'}, in this folder, with: "
     'python -c "import sys, torch, safetensors.torch as s; [s.save_file({k: v.contiguous().clone() for k, v in '
     "torch.load(f, map_location='cpu', weights_only=True).items()}, f.rpartition('.')[0] + '.safetensors') "

@@ -326,7 +326,7 @@ def add_projector(checkpoint: Checkpoint, layout: Layout, path: str) -> None:
   ]
   patterns = [(r"^(?!mlp1\.)", "mlp1.")]
   patterns += [(rf"^mlp1\.{old}\.", f"{new}.") for old, new in zip("013", names, strict=True)]
-  projector = weights.open_checkpoint(path, Rename(tuple(patterns)))
+  projector = weights.open_checkpoint(path, Rename(tuple(patterns)), pickles=True)
   _check_kind(projector, {})
   prefix = names[0].split(".", 1)[0] + "."
   checkpoint.drop([name for name in checkpoint.shapes if name.startswith(prefix)])

@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 from internvl_jax.errors import UserError
 from internvl_jax.hf import dtypes, files
 from internvl_jax.hf.files import INDEX
+from internvl_jax.hf.pickled import PickledTensors
 from internvl_jax.hf.tables import Index, Row
 from internvl_jax.outputs import write_json
 from internvl_jax.parallel import distributed
@@ -56,15 +57,17 @@ class Checkpoint:
     self._handles: dict[str, tuple[Any, str]] = {}
 
   def add_file(self, path: Path, rename: "Rename") -> None:
-    """Adds the tensors of a safetensors file.
+    """Adds the tensors of a safetensors file, or of one of torch.save's.
 
     Raises:
       UserError: a damaged file, or a tensor that is there already.
     """
-    _check_beginning(path)
+    is_pickle = path.suffix in files.PICKLES
+    if not is_pickle:
+      _check_beginning(path)
     try:
       # The handle maps the file into memory: pages are read when a tensor is.
-      handle = safe_open(path, framework="np")
+      handle = PickledTensors(path) if is_pickle else safe_open(path, framework="np")
       keys = handle.keys()
       if len(keys) > MOST_TENSORS:
         raise UserError(f"{path}: names {len(keys):,} tensors, more than any InternVL has; take another file")
@@ -143,15 +146,20 @@ class Rename:
     return self.prefix + key
 
 
-def open_checkpoint(path: str | Path, rename: Rename = Rename()) -> Checkpoint:
+def open_checkpoint(path: str | Path, rename: Rename = Rename(), *, pickles: bool = False) -> Checkpoint:
   """The tensors of a folder's safetensors files, or of one file.
+
+  Args:
+    path: a folder or a file.
+    rename: from its keys to the tables'.
+    pickles: a file may be one of torch.save's.
 
   Raises:
     UserError: no weights, only pickled weights, a damaged file, files of two models, or an index that names what is
       not there.
   """
   checkpoint = Checkpoint()
-  paths, where = files.weight_files(Path(path))
+  paths, where = files.weight_files(Path(path), pickles=pickles)
   for file in paths:
     checkpoint.add_file(file, rename)
   for key, name in where.items():

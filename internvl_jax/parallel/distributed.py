@@ -209,8 +209,7 @@ def exchanged(name: str, text: str, *, seconds: int) -> list[str]:
   key = f"internvl_jax:{name}:"
   store.key_value_set(f"{key}{jax.process_index()}", f"={text}")  # Never empty.
   texts = [
-    store.blocking_key_value_get(f"{key}{process}", seconds * 1000)
-    for process in range(jax.process_count())
+    store.blocking_key_value_get(f"{key}{process}", seconds * 1000) for process in range(jax.process_count())
   ]
   return [text.removeprefix("=") for text in texts]
 
