@@ -6,9 +6,10 @@ The command starts a run, or goes on with it from its newest checkpoint; at the 
 a model that stands alone. docs/training.md describes what else it leaves there.
 """
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from absl import logging
 from transformers import PreTrainedTokenizerBase
 
-from internvl_jax import frontdoor, mfu, optim
+from internvl_jax import frontdoor, mfu, optim, signals
 from internvl_jax.adapters import merge_and_check
 from internvl_jax.arguments import TrainingArguments
 from internvl_jax.assembly import (
@@ -63,15 +64,19 @@ or to a slow disk."""
 _CONFIG = frontdoor.define_config_flag()
 
 
-def main(argv: Sequence[str]) -> None:
-  """Checks the config, then trains, saves and scores."""
+def main(argv: Sequence[str]) -> int:
+  """Checks the config, then trains, saves and scores; returns the exit code."""
   del argv
   frontdoor.set_up_logging()
-  train(_CONFIG.value)
+  return 0 if train(_CONFIG.value) else signals.STOPPED
 
 
-def train(config: TrainConfig) -> None:
-  """A whole run, from its config to the model in its output directory; on every process of the run alike."""
+def train(config: TrainConfig) -> bool:
+  """A whole run, from its config to the model in its output directory; on every process of the run alike.
+
+  Returns:
+    Whether the model is there: not where the run was told to stop.
+  """
   validate(config)
   with distributed.joined(config.runtime.distributed, frontdoor.report):
     if jax.process_count() > 1:
@@ -79,10 +84,10 @@ def train(config: TrainConfig) -> None:
     if distributed.is_first():
       frontdoor.warn_idle(config)
     with Watchdog(distributed.host_name(), config.runtime.hang_seconds) as watchdog:
-      _run(config, watchdog)
+      return _run(config, watchdog)
 
 
-def _run(config: TrainConfig, watchdog: Watchdog) -> None:
+def _run(config: TrainConfig, watchdog: Watchdog) -> bool:
   prepare_output_dir(config, watchdog)
   set_up_jax(config)
   with watchdog.phase("model"):
@@ -134,7 +139,8 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
     write_json(output_folder(config) / CONFIG_FILE, to_json(config))
   evaluation = make_evaluation(config.eval, config.data, source, chat, setup.how)
   traced = config.runtime.profile_steps if distributed.is_first() else ()
-  with log, distributed.StopSignal() as asked_to_stop:
+  asked_to_stop = distributed.StopSignal()
+  with log, asked_to_stop, closed_after_error(loader, checkpointer):
     trainer = Trainer(
       training=config.training,
       runtime=config.runtime,
@@ -148,28 +154,50 @@ def _run(config: TrainConfig, watchdog: Watchdog) -> None:
       total_steps=loader.total_steps,
       show=lambda batch: show_batch(batch, chat),
       asked_to_stop=asked_to_stop,
+      worth_saving=asked_to_stop.listen,
       evaluate=joint_metrics(evaluation, pairs),
       check=pairs.check if pairs else None,
     )
     state = trainer.run(state, frozen)
+  saved = checkpointer.latest_step == int(state.step)
   untaught = untaught_samples(loader.counters())
   if distributed.is_first():
     tell(untaught)
   loader.close()
   checkpointer.close()
-  if int(state.step) < loader.total_steps:
+  stops = int(state.step) < loader.total_steps
+  if stops or (saved and asked_to_stop.received and jax.process_count() == 1):
+    distributed.barrier("the run is stopped", seconds=distributed.JOIN_SECONDS)
     logging.warning("Stopped; the same command goes on from step %d", int(state.step))
-    return
+    return False
   log.write_train_results(num_samples=loader.num_samples)
   params = {path: value for path, value in {**frozen, **state.params}.items() if path in source.model.shapes}
   del state, frozen  # The optimizer's moments make room for the layers that the export brings together.
-  with watchdog.phase("export"):
+  with watchdog.phase("export"), contextlib.nullcontext() if saved else asked_to_stop:
+    if not saved:
+      asked_to_stop.listen()  # The model is all that is kept of this run.
     if pairs is not None and (judged := pairs.metrics(params)) and distributed.is_first():
       write_json(output_folder(config) / "preference_results.json", judged)
       logging.info("Held-out pairs: %s", judged)
     finish(config, source, tokenizer, chat, looked_at, params, evaluation)
     distributed.barrier("the model is saved", seconds=EXPORT_SECONDS)
   log.tell_skipped()
+  return True
+
+
+@contextlib.contextmanager
+def closed_after_error(loader: TrainLoader, checkpointer: Checkpointer) -> Iterator[None]:
+  """Where the body fails, ends the workers and completes the checkpoint that is being written; the error goes on."""
+  try:
+    yield
+  except Exception:
+    loader.close()
+    if jax.process_count() == 1:  # Others would be waited for, and may be what failed.
+      try:
+        checkpointer.close()
+      except Exception as later:
+        logging.debug("The checkpoint under way failed, too: %s", later)
+    raise
 
 
 def tell(*lines: str | None) -> None:

@@ -86,13 +86,12 @@ class CompiledSteps:
     batch: Batch = inputs[2]
     A, R, S = batch.rows.input_ids.shape
     start = time.perf_counter()
+    shape = "%d x %d rows of %d tokens and %d tiles a shard" % (A, R, S, batch.rows.tiles.shape[2])
+    hint = "" if self._programs else "; the first time takes a minute or two"
+    logging.info("Compiling the step for %s%s", shape, hint)
     lowered = jax.jit(self.step.__call__, donate_argnums=0).lower(*inputs)
     program = compile_program(lowered, self.mesh.devices.flat[0].platform, self.xla_options)
-    logging.info(
-      "Compiled the step for %d x %d rows of %d tokens and %d tiles a shard in %.1f s",
-      *(A, R, S, batch.rows.tiles.shape[2]),
-      time.perf_counter() - start,
-    )
+    logging.info("Compiled the step for %s in %.1f s", shape, time.perf_counter() - start)
     # Collectives wait for their other side for half a minute only, and compilers are not equally fast everywhere.
     distributed.barrier(f"program {len(self._programs)} is compiled", seconds=COMPILE_SECONDS)
     return program
@@ -139,6 +138,7 @@ class Trainer:
     total_steps: steps of the whole run.
     show: function of a batch -> text for the log, to see what the model is taught.
     asked_to_stop: function of the steps taken -> whether to save and stop here; the same answer on all hosts.
+    worth_saving: is called once a step was taken: what stops the run from now on is answered by `asked_to_stop`.
     evaluate: function (parameters, step) -> metrics to log, or None.
     check: is called with the parameters and the first batch of a run that begins, and raises if something is wrong.
   """
@@ -155,6 +155,7 @@ class Trainer:
   total_steps: int
   show: Callable[[Batch], str]
   asked_to_stop: Callable[[int], bool]
+  worth_saving: Callable[[], None] = lambda: None
   evaluate: Callable[[dict[str, jax.Array], int], dict[str, float]] | None = None
   check: Callable[[dict[str, jax.Array], Any], None] | None = None
 
@@ -180,6 +181,8 @@ class Trainer:
       if step > first and self._between_steps(state, frozen, step):
         break
       state = self._take_step(state, frozen, step, show=step == first)
+      if step == first:
+        self.worth_saving()
     self._finish_step()
     self.trace.stop()
     self._waiter.shutdown()
@@ -251,7 +254,6 @@ class Trainer:
     """Evaluates and saves where it is time to; returns whether to stop."""
     self.checkpointer.check()
     if self.asked_to_stop(step):
-      logging.warning("Asked to stop: saving after step %d of %d", step, self.total_steps)
       return True
     evaluates, saves = self._evaluates_at(step), self._saves_at(step)
     if not (evaluates or saves):
