@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 STOPPED = 75
 """Exit code of a command that was told to stop: EX_TEMPFAIL of sysexits.h, "try again later"."""
@@ -84,6 +85,9 @@ def watch() -> None:
   if _watch.thread is not None or threading.current_thread() is not threading.main_thread():
     return
   kinds = [kind for kind in _KINDS if signal.getsignal(kind) is not signal.SIG_IGN]
+  for kind in kinds:
+    # Of one that a library has unblocked.
+    signal.signal(kind, lambda number, _: _watch.receive(number))
   signal.pthread_sigmask(signal.SIG_BLOCK, kinds)
   _watch.thread = threading.Thread(target=_wait, args=(kinds,), name="signals", daemon=True)
   _watch.thread.start()
@@ -135,17 +139,27 @@ def end_as_told() -> None:
     _watch.end()
 
 
-def leave(code: int, last_words: Callable[[], None] = lambda: None) -> None:
+_leaving = threading.Lock()
+
+
+def leave(code: int, last_words: Callable[[], None] = lambda: None) -> NoReturn:
   """Ends the process at once, after its workers: nothing is written after the last words, nothing waits for others.
 
-  Python's own way out would join threads that wait for other hosts or decode on, each with a word to say.
+  Python's own way out would join threads that wait for other hosts or decode on, each with a word to say. Where another
+  thread is at it already, that one's words are the last.
   """
+  _leaving.acquire()
+  sys.stdout.flush()
+  sys.stderr.flush()
+  # Those who miss the workers would complain.
+  stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+  os.dup2(nowhere, 2)
   for worker in multiprocessing.active_children():
     worker.kill()
   cleaner = threading.Thread(target=_clean, daemon=True)
   cleaner.start()
   cleaner.join(_CLEAN_SECONDS)
-  sys.stdout.flush()
+  os.dup2(stderr, 2)
   last_words()
   sys.stderr.flush()
   os._exit(code)

@@ -86,7 +86,7 @@ class CompiledSteps:
     batch: Batch = inputs[2]
     A, R, S = batch.rows.input_ids.shape
     start = time.perf_counter()
-    shape = "%d x %d rows of %d tokens and %d tiles a shard" % (A, R, S, batch.rows.tiles.shape[2])
+    shape = f"{A} x {R} rows of {S} tokens and {batch.rows.tiles.shape[2]} tiles a shard"
     hint = "" if self._programs else "; the first time takes a minute or two"
     logging.info("Compiling the step for %s%s", shape, hint)
     lowered = jax.jit(self.step.__call__, donate_argnums=0).lower(*inputs)

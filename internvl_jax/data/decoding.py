@@ -18,7 +18,7 @@ from internvl_jax.data.plan import Order, Places
 from internvl_jax.data.pool import SharedSlots, SharedTiles, TilePool, keep_freed_memory
 from internvl_jax.data.rows import PlannedRows
 from internvl_jax.data.sample import Sample
-from internvl_jax.data.workers import DIED, end_with_parent
+from internvl_jax.data.workers import DIED, end_with_parent, prepare_for_workers
 
 _EVENTS = {UNREADABLE: "unreadable", OVER_LONG: "over_long", UNSUPERVISED: "fully_masked"}
 
@@ -138,6 +138,7 @@ class DecodedAhead:
     keep_freed_memory()
     self._shared: SharedSlots | None = None
     if workers:
+      prepare_for_workers()
       # Each worker's queue, what it is making and what it made last; and the batches that the trainer holds.
       slots, micro_bytes = workers * (prefetch + 2) + 2, source.max_tiles * 3 * source.tile_size**2
       self._shared = SharedSlots.create(slots, micro_bytes)

@@ -5,8 +5,10 @@ import concurrent.futures.process
 import itertools
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 from internvl_jax.data.errors import DataError
@@ -30,6 +32,7 @@ def map_items(function: Callable[[T], R], items: Sequence[T], workers: int) -> I
     for item in items:
       yield item, function(item)
     return
+  prepare_for_workers()
   # Workers are started afresh: a forked copy of a process with JAX's threads may hang.
   context = multiprocessing.get_context("spawn")
   pool = concurrent.futures.ProcessPoolExecutor(
@@ -59,6 +62,16 @@ DIED = (
   "python -m internvl_jax.doctor"
 )
 """What to tell the user where a worker has ended by itself."""
+
+
+def prepare_for_workers() -> None:
+  """Starts Python's tracker of what processes share, which leaves Ctrl-C and SIGTERM unblocked in this thread.
+
+  Workers inherit which signals are blocked: those that a command has blocked are for itself alone.
+  """
+  blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+  resource_tracker.ensure_running()
+  signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def end_with_parent() -> None:
