@@ -3,8 +3,10 @@
 import os
 import sys
 
-# transformers advises on every import to install PyTorch, which is not needed for its tokenizers.
+# Of transformers only tokenizers are used. It advises on every import to install PyTorch, and warns of model types that it
+# does not know, as InternVL's is.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 __version__ = "0.1.0"
 

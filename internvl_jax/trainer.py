@@ -34,6 +34,12 @@ LONG_STEP_SECONDS = 5.0
 """Beside a step of so long, the moment in which the devices wait for the host is nothing."""
 
 
+UNMOVED_STEPS = 20
+"""So many steps in a row that leave something as it is are no chance: also of small batches, of mixed data."""
+
+_OF_IMAGES = ("vision_model", "mlp1")
+
+
 class Loader(Protocol):
   """Where batches come from; see `data.pipeline.TrainLoader`."""
 
@@ -121,6 +127,38 @@ class _InFlight:
   result: concurrent.futures.Future[tuple[StepMetrics, float]]
 
 
+@dataclasses.dataclass
+class Unmoved:
+  """Notices what trains by the settings and gets no gradient by the data; each is told once.
+
+  Attributes:
+    parts: of the model, that have parameters that train.
+    patience: steps in a row.
+  """
+
+  parts: set[str]
+  patience: int
+  _without_gradient: int = 0
+  _without_image: int = 0
+
+  def add(self, metrics: StepMetrics) -> str | None:
+    """Takes in a step; returns what to tell."""
+    self._without_gradient = 0 if float(metrics.grad_norm) else self._without_gradient + 1
+    self._without_image = 0 if float(metrics.counts.image_tokens) else self._without_image + 1
+    if self._without_gradient == self.patience:
+      return (
+        f"the gradient was zero in {self.patience} steps in a row, so nothing is learned: see which parameters train, in "
+        "the table above, and whether these samples have anything to do with them"
+      )
+    idle = [part for part in _OF_IMAGES if part in self.parts]
+    if self._without_image == self.patience and idle:
+      return (
+        f"{self.patience} steps in a row had no image, and {' and '.join(idle)} learn from images alone: mix data with "
+        "images in, or freeze (model.freeze_backbone, model.freeze_mlp)"
+      )
+    return None
+
+
 @dataclasses.dataclass(kw_only=True)
 class Trainer:
   """Runs optimizer steps until the last one, or until it is told to stop.
@@ -163,6 +201,7 @@ class Trainer:
     self._clock = StepClock()
     self._in_flight: _InFlight | None = None
     self._steps_are_long = False
+    self._unmoved = Unmoved(set(), UNMOVED_STEPS)
     # One thread that waits for the devices: when they are through is known without holding up the loop.
     self._waiter = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="step")
 
@@ -174,6 +213,8 @@ class Trainer:
     """
     first = int(state.step)
     self.log.start(first)
+    parts = {path.partition(".")[0] for path in state.params}
+    self._unmoved = Unmoved(parts, min(UNMOVED_STEPS, self.total_steps))
     self._clock.restart(time.perf_counter())
     for step in range(first, self.total_steps):
       if self._steps_are_long:
@@ -236,6 +277,9 @@ class Trainer:
     self.trace.after(flight.step + 1)
     taken = flight.step + 1
     self.log.add(taken, metrics, next_rate=self.schedule(taken), times=times if flight.timed else None)
+    told = self._unmoved.add(metrics)
+    if told is not None and distributed.is_first():
+      logging.warning("step %d: %s", taken, told)
     if metrics.skipped:
       self._remark_skipped(flight.step, metrics)
 
