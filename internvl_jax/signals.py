@@ -34,7 +34,7 @@ _LAUNCHED = (
 _PASSED_ON_SECONDS = 2.0
 
 # Finalizers of queues take a lock that a worker which was killed may hold.
-_CLEAN_SECONDS = 2.0
+_CLEAN_SECONDS = 4.0
 
 
 class _Watch:
@@ -169,7 +169,7 @@ def _clean() -> None:
   for function in reversed(_watch.endings):
     function()
   # Takes the names of semaphores and of shared memory out of /dev/shm; else a helper of Python's does so, with a warning.
-  multiprocessing.util._run_finalizers(0)
+  multiprocessing.util._run_finalizers(0)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def write_line(level: str, text: str) -> None:

@@ -152,41 +152,42 @@ def _leave(code: int) -> None:
 
 _STOPPED_KEY = "internvl_jax:stopped"
 
-_TELL_SECONDS = 1.0
-"""How long a process that was told to stop goes on after it has told the others, since process 0 carries the news."""
+_ASK_SECONDS = 1.0
+"""How often a process asks whether another one was stopped. Process 0, which carries the news, ends after twice as long:
+JAX aborts those whose process 0 is gone."""
 
 
-def _stop_with_others() -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def _stop_with_others() -> Iterator[None]:
   """In the body, all processes are stopped where one of them is that has nothing to save."""
   from jax._src.distributed import global_state  # JAX has no public way to leave a word for others.
 
   client = global_state.client
   if client is None or not signals.is_watching():
-    return contextlib.nullcontext()
-  told = threading.Event()
-
-  def listen() -> None:
-    while True:
-      try:
-        client.blocking_key_value_get(_STOPPED_KEY, 3600 * 1000)
-      except jax.errors.JaxRuntimeError as error:
-        if "DEADLINE_EXCEEDED" in str(error):
-          continue
-        return  # Process 0 is gone, or this one has left: others tell of it.
-      told.set()
-      signals.end_as_told()
+    yield
+    return
+  over = threading.Event()
 
   def tell() -> None:
-    if told.is_set():
-      return
-    with contextlib.suppress(
-      jax.errors.JaxRuntimeError
-    ):  # Another one has said so, or nobody is left to hear it.
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # Another one has said so, or nobody hears it.
       client.key_value_set(_STOPPED_KEY, "")
-    time.sleep(_TELL_SECONDS)
+    if is_first():
+      time.sleep(2 * _ASK_SECONDS)
 
-  threading.Thread(target=listen, name="stopped", daemon=True).start()
-  return signals.cleaned_up(tell)
+  def ask() -> None:
+    while not over.wait(_ASK_SECONDS):
+      with contextlib.suppress(jax.errors.JaxRuntimeError):  # It is not there, or process 0 is gone.
+        client.key_value_try_get(_STOPPED_KEY)
+        signals.end_as_told()
+
+  asker = threading.Thread(target=ask, name="stopped", daemon=True)
+  asker.start()
+  try:
+    with signals.cleaned_up(tell):
+      yield
+  finally:
+    over.set()
+    asker.join()  # A thread that is in JAX's client when Python ends would abort the process.
 
 
 # --- Acting together ----------------------------------------------------------------------------------------
