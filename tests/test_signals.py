@@ -52,8 +52,11 @@ def assert_gone(leader, seconds=5):
 
 
 def children_of(parent):
-  """The numbers of the processes that a process has started."""
-  return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+  """The numbers of the processes that a process has started, on whichever thread."""
+  found = set()
+  for task in Path(f"/proc/{parent}/task").iterdir():
+    found |= set(map(int, (task / "children").read_text().split()))
+  return sorted(found)
 
 
 def group_of(leader):
