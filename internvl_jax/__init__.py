@@ -1,8 +1,18 @@
 """InternVL's multimodal training framework, on JAX."""
 
 import os
+import sys
 
-# transformers advises on every import to install PyTorch, which is not needed for its tokenizers.
+# Of transformers only tokenizers are used. It advises on every import to install PyTorch, and warns of model types that it
+# does not know, as InternVL's is.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 __version__ = "0.1.0"
+
+# Python's name for a module that it is about to run (`python -m`). What a command imports takes seconds, in which it can
+# be interrupted, too; and all its threads have to inherit which signals are blocked.
+if sys.argv[:1] == ["-m"]:
+  from internvl_jax import signals
+
+  signals.watch()

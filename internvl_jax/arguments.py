@@ -21,20 +21,25 @@ class ModelArguments:
   # The whole model (ViT, projector and LLM): a checkpoint folder in either layout, a PEFT adapter's folder, or a hub
   # id.
   model_name_or_path: str | None = None
-  # Checkpoints of the parts, for building a new model (stage 1); mlp_path may also replace a whole model's.
+  # Checkpoint of the ViT, for building a new model (stage 1).
   vision_path: str | None = None
+  # Checkpoint of the language model, for building a new model.
   llm_path: str | None = None
+  # Checkpoint of the projector, of a new model or in place of a whole model's own.
   mlp_path: str | None = None
-  # Parts that do not train: no gradient, no optimizer state, no backward pass.
+  # The language model does not train: no gradient, no optimizer state, no backward pass.
   freeze_llm: bool = False
+  # The ViT does not train.
   freeze_backbone: bool = False
+  # The projector does not train.
   freeze_mlp: bool = False
   # Train the ViT layers from this index on (negative: counted from the end) under a frozen backbone.
   unfreeze_vit_layers: int = 0
   # Which of the ViT's n+1 hidden states feeds the projector; later layers are not run.
   vision_select_layer: int = -1
-  # LoRA rank for the ViT and for the LLM; 0 is off.
+  # Rank of LoRA adapters for the ViT, which is frozen; 0 is off.
   use_backbone_lora: int = 0
+  # Rank of LoRA adapters for the language model, which is frozen; 0 is off.
   use_llm_lora: int = 0
   # Train the output embedding although the LLM is frozen.
   unfreeze_lm_head: bool = False
@@ -72,11 +77,13 @@ class DataTrainingArguments:
   dynamic_image_size: bool = False
   # Add a tile with the whole image when it was cut into more than one.
   use_thumbnail: bool = False
-  # Fewest and most tiles of one image's grid (the thumbnail comes on top).
+  # Fewest tiles of one image's grid (the thumbnail comes on top).
   min_dynamic_patch: int = 1
+  # Most tiles of one image's grid; several images of a line share it.
   max_dynamic_patch: int = 12
-  # Fewest and most frames taken from a video.
+  # Fewest frames taken from a video.
   min_num_frame: int = 8
+  # Most frames taken from a video.
   max_num_frame: int = 32
   # Mean and standard deviation of the pixels.
   normalize_type: Literal["imagenet", "clip", "siglip"] = "imagenet"
@@ -124,9 +131,11 @@ class TrainingArguments:
   learning_rate: float = 5e-5
   # Decoupled weight decay, on what the reference's names make decay: not on biases and most norms (`optim.decays`).
   weight_decay: float = 0.0
-  # AdamW's: decay of the first moment, of the second, and what is added to the root of the second.
+  # Decay of AdamW's mean of gradients, for each step.
   adam_beta1: float = 0.9
+  # Decay of AdamW's mean of squared gradients.
   adam_beta2: float = 0.999
+  # Is added to the root of AdamW's mean of squared gradients.
   adam_epsilon: float = 1e-8
   # Gradients are scaled down to this global norm; 0 turns clipping off.
   max_grad_norm: float = 1.0
@@ -137,13 +146,15 @@ class TrainingArguments:
   lr_scheduler_type: str = "linear"
   # Arguments of the schedule, as JSON: '{"min_lr_rate": 0.1}'.
   lr_scheduler_kwargs: str | None = None
-  # Steps of linear warm-up: warmup_steps if positive, else this share of all steps, rounded up.
+  # Share of all steps, rounded up, in which the learning rate rises linearly; of no meaning beside warmup_steps.
   warmup_ratio: float = 0.0
+  # Steps in which the learning rate rises linearly; 0 leaves it to warmup_ratio.
   warmup_steps: int = 0
   # When to log: "steps", "epoch", or "no" (after the last step only).
   logging_strategy: str = "steps"
   # Log every so many optimizer steps (and after the first, if asked); below 1, a share of all steps.
   logging_steps: float = 500.0
+  # Log after the first step, too.
   logging_first_step: bool = False
   # "tensorboard" or "none".
   report_to: str = "none"
@@ -159,6 +170,7 @@ class TrainingArguments:
   save_total_limit: int | None = None
   # When to score `eval.annotation`: "no" (at the end only), "steps" or "epoch". Both spellings are read.
   evaluation_strategy: str = "no"
+  # The same as evaluation_strategy, under its newer name.
   eval_strategy: str = "no"
   # Score every so many optimizer steps; below 1, a share of all steps; unset: logging_steps.
   eval_steps: float | None = None
@@ -169,8 +181,9 @@ class TrainingArguments:
   metric_for_best_model: str | None = None
   # Whether the greatest value is the best; unset: of all metrics but losses.
   greater_is_better: bool | None = None
-  # Seeds parameters, dropout and augmentation; data_seed, if set, the order of the data.
+  # Seeds parameters, dropout and augmentation, and the order of the data where data_seed does not.
   seed: int = 42
+  # Seeds the order of the data; None: seed does.
   data_seed: int | None = None
   # Compute in bfloat16; what trains keeps float32 master weights.
   bf16: bool = False
@@ -212,20 +225,31 @@ class PreferenceConfig:
 
   # One loss or a comma list, e.g. "sigmoid,bco_pair"; None trains by supervised fine-tuning.
   loss_type: str | None = None
+  # How closely the policy is held to the reference: the larger, the closer.
   beta: float = 0.1
+  # Probability that a pair's answers are the wrong way round, for the losses that take one into account.
   label_smoothing: float = 0.0
   # Weight of the chosen answers' cross-entropy.
   rpo_alpha: float | None = None
-  # Weights of the terms of a comma list.
+  # Weight of "sigmoid" in a comma list.
   sigmoid_loss_weight: float = 1.0
+  # Weight of "hinge" in a comma list.
   hinge_loss_weight: float = 1.0
+  # Weight of "ipo" in a comma list.
   ipo_loss_weight: float = 1.0
+  # Weight of "bco_pair" in a comma list.
   bco_pair_loss_weight: float = 1.0
+  # Weight of "sppo_hard" in a comma list.
   sppo_hard_loss_weight: float = 1.0
+  # Weight of "nca_pair" in a comma list.
   nca_pair_loss_weight: float = 1.0
+  # Weight of "robust" in a comma list.
   robust_loss_weight: float = 1.0
+  # Weight of "aot" in a comma list.
   aot_loss_weight: float = 1.0
+  # Weight of "aot_pair" in a comma list.
   aot_pair_loss_weight: float = 1.0
+  # Weight of "exo_pair" in a comma list.
   exo_pair_loss_weight: float = 1.0
   # Compute the reference policy's log-probabilities once, before training, and keep them on disk; otherwise the
   # reference is held in memory beside the policy.
@@ -265,11 +289,14 @@ class LoRAConfig:
 
   # Scale numerator; None is twice the rank, as in the reference.
   alpha: float | None = None
+  # Share of the adapters' inputs that is dropped in training.
   dropout: float = 0.05
   # Regular expressions that end the adapted linear maps' paths in a layer ("q_proj", r"self_attn\.\w+"); empty
   # is the reference's choice: the projections of attention and of the feed-forward.
   targets: tuple[str, ...] = ()
+  # Train the magnitude of each adapted map's columns apart from their direction (DoRA).
   use_dora: bool = False
+  # Scale adapters by alpha / sqrt(rank) in place of alpha / rank (rsLoRA).
   use_rslora: bool = False
 
 
@@ -323,8 +350,9 @@ class EvalConfig:
   root: str = ""
   # Name of the line's field by which scores are also reported; None: the total only.
   group_field: str | None = None
-  # Questions answered at once, and the longest answer in tokens.
+  # Questions answered at once.
   batch_size: int = 64
+  # Longest answer in tokens.
   max_new_tokens: int = 64
   # Score the first so many questions only; None: all.
   limit: int | None = None

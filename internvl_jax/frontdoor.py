@@ -34,6 +34,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from tqdm import tqdm
 
+from internvl_jax import signals
 from internvl_jax.config import FIELDS, LEAVES, TrainConfig, idle_settings, suggest, type_name
 from internvl_jax.environment import set_environment
 from internvl_jax.errors import UserError, redacted
@@ -82,17 +83,17 @@ def run_app(main: Callable[[list[str]], Any]) -> None:
 
   A `UserError`, a path that cannot be opened and a full disk become a line on stderr and exit code 1
   (`--verbosity=1` shows where they came from), and so does a wrong command line. Any other exception is a bug and
-  keeps its traceback.
+  keeps its traceback. Whatever it is comes last, after the end of worker processes and of threads. Ctrl-C and SIGTERM
+  end a command in a line with exit code 75, see `signals`.
   """
+  signals.watch()
   set_environment()
   sys.excepthook = _print_traceback
 
   def guarded(argv: list[str]) -> Any:
     try:
       return main(argv)
-    except (UserError, OSError) as error:
-      if explain(error) is None:
-        raise
+    except Exception as error:
       _exit_with(error)
 
   def guarded_parse(argv: Sequence[str]) -> list[str]:
@@ -308,6 +309,9 @@ def _print_traceback(
 
 
 def _exit_with(error: Exception) -> typing.NoReturn:
+  if signals.is_watching():
+    logging.flush()
+    signals.leave(1, lambda: report(error))
   report(error)
   sys.exit(1)
 

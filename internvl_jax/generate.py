@@ -3,16 +3,18 @@
 python -m internvl_jax.generate --model DIR --image cat.jpg --question "What is on the mat?"
 """
 
+import os
 from collections.abc import Sequence
 
 from absl import flags, logging
 
 from internvl_jax import frontdoor
-from internvl_jax.data.errors import Where
+from internvl_jax.data.errors import Typed
 from internvl_jax.data.files import absolute
 from internvl_jax.data.fitting import Limits
 from internvl_jax.data.meta import DatasetSpec
 from internvl_jax.data.sample import SampleMaker
+from internvl_jax.errors import UserError
 from internvl_jax.eval.decoding import GreedyDecoder, Prompt
 from internvl_jax.eval.scoring import prompt_ids
 from internvl_jax.inference import open_for_inference
@@ -43,6 +45,8 @@ def main(argv: Sequence[str]) -> None:
   """Prints the answer."""
   del argv
   frontdoor.set_up_logging()
+  if _IMAGE.value and os.path.isdir(_IMAGE.value):
+    raise UserError(f"--image={_IMAGE.value}: is a folder; name an image in it")
   opened = open_for_inference(_MODEL.value, bf16=_BF16.value, devices=_DEVICES.value)
   turns = [{"from": "human", "value": _QUESTION.value}, {"from": "gpt", "value": "?"}]
   if _SYSTEM.value is not None:
@@ -56,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
     tokens_per_tile=opened.source.config.tokens_per_tile,
     limits=Limits(opened.data.max_seq_length, policy="error"),
   )
-  sample = maker.make(record, Where("question", "the command line", 1, "--image"))
+  sample = maker.make(record, Typed("question", "the command line", 1, "--image"))
   decoder = GreedyDecoder(
     model=opened.source.model,
     how=opened.how,

@@ -1,6 +1,7 @@
 """What a run tells about itself: the log history, TensorBoard, the progress bar and throughput."""
 
 import dataclasses
+import datetime
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -175,6 +176,9 @@ class RunLog:
     self.history: list[dict[str, Any]] = []
     self.skipped_in_a_row = 0
     self._started = 0, time.perf_counter()
+    # Of the steps whose time says something: not of those that a program was compiled for.
+    self._timed_steps, self._timed_seconds = 0, 0.0
+    self._last_loss = ""
     board = training.logging_dir or str(output_dir / "tensorboard")
     self._writer = SummaryWriter(board) if writes and training.report_to == "tensorboard" else None
 
@@ -197,6 +201,8 @@ class RunLog:
       disable=self._training.disable_tqdm or not self._writes,
       dynamic_ncols=True,
       mininterval=0.5,
+      # Its own guess of what is left would count the compilation as a step.
+      bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
     )
 
   def add(self, step: int, metrics: Any, *, next_rate: float, times: StepTimes | None) -> None:
@@ -218,7 +224,10 @@ class RunLog:
       self.skipped_in_a_row = 0
     if times is not None:
       self._window.add_times(metrics.counts, times, self._gauges.useful)
+      self._timed_steps, self._timed_seconds = self._timed_steps + 1, self._timed_seconds + times.whole
     assert self._bar is not None
+    told = [text for text in (self._left(step), self._last_loss) if text]
+    self._bar.set_postfix_str(", ".join(told), refresh=False)
     self._bar.update()
     if self._due.logs(step):
       self._write(step, float(metrics.grad_norm), next_rate)
@@ -238,10 +247,16 @@ class RunLog:
     }
     entry = {key: value for key, value in entry.items() if value is not None}
     self.record(entry)
-    assert self._bar is not None
-    self._bar.set_postfix_str(f"loss {entry.get('loss', math.nan):.4f}")
+    self._last_loss = f"loss {entry.get('loss', math.nan):.4f}"
     if self._writes:
       logging.info("%s", self._line(entry))
+
+  def _left(self, step: int) -> str:
+    """How long the rest of the run takes at the speed so far, without evaluations and saves; "" while not known."""
+    if not self._timed_steps or step >= self._total_steps:
+      return ""
+    seconds = (self._total_steps - step) * self._timed_seconds / self._timed_steps
+    return f"{datetime.timedelta(seconds=round(seconds))} left"
 
   def _line(self, entry: dict[str, Any]) -> str:
     """An entry as a line of the log."""
@@ -251,6 +266,8 @@ class RunLog:
         parts.append(text.format(entry[key]))
     if "peak_memory_bytes" in entry:
       parts.append(f"{entry['peak_memory_bytes'] / 2**30:.1f} GiB at most")
+    if left := self._left(entry["step"]):
+      parts.append(left)
     return ", ".join(parts)
 
   def record(self, entry: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from absl import logging
 from transformers import PreTrainedTokenizerBase
 
-from internvl_jax import facts, frontdoor, lease, mfu, optim
+from internvl_jax import facts, frontdoor, lease, mfu, optim, signals
 from internvl_jax.adapters import merge_and_check
 from internvl_jax.arguments import TrainingArguments
 from internvl_jax.assembly import (
@@ -67,15 +67,19 @@ or to a slow disk."""
 _CONFIG = frontdoor.define_config_flag()
 
 
-def main(argv: Sequence[str]) -> None:
-  """Checks the config, then trains, saves and scores."""
+def main(argv: Sequence[str]) -> int:
+  """Checks the config, then trains, saves and scores; returns the exit code."""
   del argv
   frontdoor.set_up_logging()
-  train(_CONFIG.value)
+  return 0 if train(_CONFIG.value) else signals.STOPPED
 
 
-def train(config: TrainConfig) -> None:
-  """A whole run, from its config to the model in its output directory; on every process of the run alike."""
+def train(config: TrainConfig) -> bool:
+  """A whole run, from its config to the model in its output directory; on every process of the run alike.
+
+  Returns:
+    Whether the model is there: not where the run was told to stop.
+  """
   with distributed.joined(config.runtime.distributed, frontdoor.report):
     if jax.process_count() > 1:
       frontdoor.set_up_logging(process=jax.process_index())
@@ -88,7 +92,7 @@ def train(config: TrainConfig) -> None:
       Watchdog(distributed.host_name(), config.runtime.hang_seconds) as watchdog,
       output_dir_held(config, watchdog) as beginning,
     ):
-      _run(config, watchdog, beginning)
+      return _run(config, watchdog, beginning)
 
 
 def shared_start(config: TrainConfig) -> dict[str, Any]:
@@ -103,7 +107,7 @@ def shared_files(config: TrainConfig, source: Source, loader: TrainLoader) -> di
   return {**loader.shared_facts(), **scored, **facts.weights(source)}
 
 
-def _run(config: TrainConfig, watchdog: Watchdog, beginning: Beginning) -> None:
+def _run(config: TrainConfig, watchdog: Watchdog, beginning: Beginning) -> bool:
   set_up_jax(config)
   with watchdog.phase("model"):
     source, tokenizer = open_model(config)
@@ -166,7 +170,8 @@ def _run(config: TrainConfig, watchdog: Watchdog, beginning: Beginning) -> None:
       write_config(output_folder(config), to_json(config))
   evaluation = make_evaluation(config.eval, config.data, source, chat, setup.how)
   traced = config.runtime.profile_steps if distributed.is_first() else ()
-  with log, distributed.StopSignal() as asked_to_stop:
+  asked_to_stop = distributed.StopSignal()
+  with log, asked_to_stop, closed_after_error(loader, checkpointer):
     trainer = Trainer(
       training=config.training,
       runtime=config.runtime,
@@ -180,18 +185,22 @@ def _run(config: TrainConfig, watchdog: Watchdog, beginning: Beginning) -> None:
       total_steps=loader.total_steps,
       show=lambda batch: show_batch(batch, chat),
       asked_to_stop=asked_to_stop,
+      worth_saving=asked_to_stop.listen,
       evaluate=joint_metrics(evaluation, pairs),
       check=pairs.check if pairs else None,
     )
     state = trainer.run(state, frozen)
+  saved = checkpointer.latest_step == int(state.step)
   untaught = untaught_samples(loader.counters())
   if distributed.is_first():
     tell(untaught)
   loader.close()
-  if int(state.step) < loader.total_steps:
+  stops = int(state.step) < loader.total_steps
+  if stops or (saved and asked_to_stop.received and jax.process_count() == 1):
     checkpointer.close()
+    distributed.barrier("the run is stopped", seconds=distributed.JOIN_SECONDS)
     logging.warning("Stopped; the same command goes on from step %d", int(state.step))
-    return
+    return False
   best = log.best_step(checkpointer.steps)
   if best is not None and best != loader.total_steps:
     del state  # There is no room for it twice.
@@ -200,13 +209,31 @@ def _run(config: TrainConfig, watchdog: Watchdog, beginning: Beginning) -> None:
   log.write_train_results(num_samples=loader.num_samples)
   params = {path: value for path, value in {**frozen, **state.params}.items() if path in source.model.shapes}
   del state, frozen  # The optimizer's moments make room for the layers that the export brings together.
-  with watchdog.phase("export"):
+  with watchdog.phase("export"), contextlib.nullcontext() if saved else asked_to_stop:
+    if not saved:
+      asked_to_stop.listen()  # The model is all that is kept of this run.
     if pairs is not None and (judged := pairs.metrics(params)) and distributed.is_first():
       write_json(output_folder(config) / "preference_results.json", judged)
       logging.info("Held-out pairs: %s", judged)
     finish(config, source, tokenizer, chat, looked_at, params, evaluation)
     distributed.barrier("the model is saved", seconds=EXPORT_SECONDS)
   log.tell_skipped()
+  return True
+
+
+@contextlib.contextmanager
+def closed_after_error(loader: TrainLoader, checkpointer: Checkpointer) -> Iterator[None]:
+  """Where the body fails, ends the workers and completes the checkpoint that is being written; the error goes on."""
+  try:
+    yield
+  except Exception:
+    loader.close()
+    if jax.process_count() == 1:  # Others would be waited for, and may be what failed.
+      try:
+        checkpointer.close()
+      except Exception as later:
+        logging.debug("The checkpoint under way failed, too: %s", later)
+    raise
 
 
 def tell(*lines: str | None) -> None:
@@ -371,7 +398,9 @@ def output_dir_held(config: TrainConfig, watchdog: Watchdog) -> Iterator[Beginni
   with contextlib.ExitStack() as stack:
     beginning: Beginning = "new"
     if distributed.is_first():
-      stack.enter_context(lease.held(lease.Folder(folder), name))
+      place = lease.Folder(folder)
+      stack.enter_context(signals.cleaned_up(place.release))
+      stack.enter_context(lease.held(place, name))
       beginning = check_output_dir(config.training)
     with watchdog.phase("barrier"):
       distributed.barrier("the output directory is prepared", seconds=distributed.JOIN_SECONDS)

@@ -35,6 +35,12 @@ LONG_STEP_SECONDS = 5.0
 """Beside a step of so long, the moment in which the devices wait for the host is nothing."""
 
 
+UNMOVED_STEPS = 20
+"""So many steps in a row that leave something as it is are no chance: also of small batches, of mixed data."""
+
+_OF_IMAGES = ("vision_model", "mlp1")
+
+
 class Loader(Protocol):
   """Where batches come from; see `data.pipeline.TrainLoader`."""
 
@@ -87,13 +93,12 @@ class CompiledSteps:
     batch: Batch = inputs[2]
     A, R, S = batch.rows.input_ids.shape
     start = time.perf_counter()
+    shape = f"{A} x {R} rows of {S} tokens and {batch.rows.tiles.shape[2]} tiles a shard"
+    hint = "" if self._programs else "; the first time takes a minute or two"
+    logging.info("Compiling the step for %s%s", shape, hint)
     lowered = jax.jit(self.step.__call__, donate_argnums=0).lower(*inputs)
     program = compile_program(lowered, self.mesh.devices.flat[0].platform, self.xla_options)
-    logging.info(
-      "Compiled the step for %d x %d rows of %d tokens and %d tiles a shard in %.1f s",
-      *(A, R, S, batch.rows.tiles.shape[2]),
-      time.perf_counter() - start,
-    )
+    logging.info("Compiled the step for %s in %.1f s", shape, time.perf_counter() - start)
     # Collectives wait for their other side for half a minute only, and compilers are not equally fast everywhere.
     distributed.barrier(f"program {len(self._programs)} is compiled", seconds=COMPILE_SECONDS)
     return program
@@ -123,6 +128,38 @@ class _InFlight:
   result: concurrent.futures.Future[tuple[StepMetrics, float]]
 
 
+@dataclasses.dataclass
+class Unmoved:
+  """Notices what trains by the settings and gets no gradient by the data; each is told once.
+
+  Attributes:
+    parts: of the model, that have parameters that train.
+    patience: steps in a row.
+  """
+
+  parts: set[str]
+  patience: int
+  _without_gradient: int = 0
+  _without_image: int = 0
+
+  def add(self, metrics: StepMetrics) -> str | None:
+    """Takes in a step; returns what to tell."""
+    self._without_gradient = 0 if float(metrics.grad_norm) else self._without_gradient + 1
+    self._without_image = 0 if float(metrics.counts.image_tokens) else self._without_image + 1
+    if self._without_gradient == self.patience:
+      return (
+        f"the gradient was zero in {self.patience} steps in a row, so nothing is learned: see which parameters train, in "
+        "the table above, and whether these samples have anything to do with them"
+      )
+    idle = [part for part in _OF_IMAGES if part in self.parts]
+    if self._without_image == self.patience and idle:
+      return (
+        f"{self.patience} steps in a row had no image, and {' and '.join(idle)} learn from images alone: mix data with "
+        "images in, or freeze (model.freeze_backbone, model.freeze_mlp)"
+      )
+    return None
+
+
 @dataclasses.dataclass(kw_only=True)
 class Trainer:
   """Runs optimizer steps until the last one, or until it is told to stop.
@@ -140,6 +177,7 @@ class Trainer:
     total_steps: steps of the whole run.
     show: function of a batch -> text for the log, to see what the model is taught.
     asked_to_stop: function of the steps taken -> whether to save and stop here; the same answer on all hosts.
+    worth_saving: is called once a step was taken: what stops the run from now on is answered by `asked_to_stop`.
     evaluate: function (parameters, step) -> metrics to log, or None.
     check: is called with the parameters and the first batch of a run that begins, and raises if something is wrong.
   """
@@ -156,6 +194,7 @@ class Trainer:
   total_steps: int
   show: Callable[[Batch], str]
   asked_to_stop: Callable[[int], bool]
+  worth_saving: Callable[[], None] = lambda: None
   evaluate: Callable[[dict[str, jax.Array], int], dict[str, float]] | None = None
   check: Callable[[dict[str, jax.Array], Any], None] | None = None
 
@@ -164,6 +203,7 @@ class Trainer:
     self._clock = StepClock()
     self._in_flight: _InFlight | None = None
     self._steps_are_long = False
+    self._unmoved = Unmoved(set(), UNMOVED_STEPS)
     # One thread that waits for the devices: when they are through is known without holding up the loop.
     self._waiter = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="step")
 
@@ -175,6 +215,8 @@ class Trainer:
     """
     first = int(state.step)
     self.log.start(first)
+    parts = {path.partition(".")[0] for path in state.params}
+    self._unmoved = Unmoved(parts, min(UNMOVED_STEPS, self.total_steps))
     self._clock.restart(time.perf_counter())
     for step in range(first, self.total_steps):
       if self._steps_are_long:
@@ -182,6 +224,8 @@ class Trainer:
       if step > first and self._between_steps(state, frozen, step):
         break
       state = self._take_step(state, frozen, step, show=step == first)
+      if step == first:
+        self.worth_saving()
     self._finish_step()
     self.trace.stop()
     self._waiter.shutdown()
@@ -237,6 +281,9 @@ class Trainer:
     self.trace.after(flight.step + 1)
     taken = flight.step + 1
     self.log.add(taken, metrics, next_rate=self.schedule(taken), times=times if flight.timed else None)
+    told = self._unmoved.add(metrics)
+    if told is not None and distributed.is_first():
+      logging.warning("step %d: %s", taken, told)
     if metrics.skipped:
       self._remark_skipped(flight.step, metrics)
 
@@ -255,7 +302,6 @@ class Trainer:
     """Evaluates and saves where it is time to; returns whether to stop."""
     self.checkpointer.check()
     if self.asked_to_stop(step):
-      logging.warning("Asked to stop: saving after step %d of %d", step, self.total_steps)
       return True
     evaluates, saves = self.evaluate is not None and self._due.scores(step), self._due.saves(step)
     if not (evaluates or saves):

@@ -683,4 +683,5 @@ def test_help_lists_a_commands_own_flags_and_all_fields(command):
 def test_every_field_is_commented():
   for leaf in LEAVES.values():
     comments = field_comments(leaf)
+    assert len(set(comments.values())) == len(comments), "fields share a comment"
     assert [field.name for field in dataclasses.fields(leaf) if not comments.get(field.name)] == []

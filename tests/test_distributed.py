@@ -267,6 +267,7 @@ def test_one_that_meets_nobody_says_so():
 def test_one_alone_opens_no_port_and_stops_when_told():
   with joined("auto", pytest.fail), StopSignal() as asked_to_stop:
     assert not jax.distributed.is_initialized()
+    asked_to_stop.listen()
     assert not asked_to_stop(1)
     os.kill(os.getpid(), signal.SIGTERM)
     assert asked_to_stop(2)

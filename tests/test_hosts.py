@@ -36,7 +36,7 @@ def test_two_processes_stop_together_and_one_goes_on(world, straight):
   start = time.monotonic()
   # One is told; both stop.
   job.processes[1].send_signal(signal.SIGTERM)
-  assert job.wait(60) == [0, 0], job.log()
+  assert job.wait(60) == [75, 75], job.log()
   assert time.monotonic() - start < 60
   taken = newest_checkpoint(str(job.out))
   assert taken is not None and 3 < taken < 24
@@ -63,6 +63,22 @@ def test_the_first_of_two_processes_dies_and_one_goes_on(world, straight):
   assert alone.wait() == [0], alone.log()
   assert "Resuming from the checkpoint of step" in alone.log()
   assert_same_curve(history(alone.out), history(straight), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["Data:", "Compiling the step"])
+def test_one_that_is_stopped_before_the_first_step_stops_all(world, text):
+  job = Job(world, *SAVING, out="early", processes=2)
+  job.wait_for(text)
+  for process in job.processes:
+    process.send_signal(signal.SIGINT)  # As a terminal does.
+  assert job.wait(60) == [75, 75], job.log() + job.log(1)
+  for i in (0, 1):
+    assert job.log(i).splitlines()[-1].endswith("W Stopped; the same command goes on"), job.log(i)
+  job = Job(world, *SAVING, out="early", processes=2)
+  job.wait_for(text)
+  job.processes[1].send_signal(signal.SIGTERM)
+  assert job.wait(60) == [75, 75], job.log() + job.log(1)
 
 
 @pytest.mark.slow
@@ -138,13 +154,13 @@ def test_one_of_four_processes_dies_and_one_or_two_go_on(world, straight):
     np.testing.assert_allclose(ours[name], value, atol=1e-4, err_msg=name)
 
 
-def test_sigterm_in_the_middle_of_a_step_loses_none(world, straight):
+def test_ctrl_c_in_the_middle_of_a_step_loses_none(world, straight):
   job = Job(world, *SAVING, "runtime.profile_steps=(2,3)", out="alone", step_seconds=1.0)
   job.wait_for("step 4/24")
   time.sleep(0.3)
   start = time.monotonic()
-  job.processes[0].send_signal(signal.SIGTERM)
-  assert job.wait(60) == [0], job.log()
+  job.processes[0].send_signal(signal.SIGINT)
+  assert job.wait(60) == [75], job.log()
   assert time.monotonic() - start < 60
   taken = newest_checkpoint(str(job.out))
   assert taken is not None and f"Stopped; the same command goes on from step {taken}" in job.log()

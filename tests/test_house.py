@@ -32,7 +32,7 @@ LAYERS = (
   ("batch", "trees", "flops", "compiler", "lease"),
   ("outputs", "effects", "due"),
   ("arguments", "chips", "digests", "errors", "foreign", "watchdog"),
-  ("environment",),
+  ("environment", "signals"),
 )
 
 # Room -> rooms of its own layer that it may import.
@@ -45,7 +45,7 @@ ONLY = {
   # Checkpoint formats and the models they fill; data comes with a tokenizer in hand.
   "hf": {"models", "parallel", "batch", "trees", "outputs", "arguments", "errors"},
   # Only front doors see the whole configuration; below them a room gets its leaf.
-  "frontdoor": {"usage", "config", "arguments", "environment", "errors", "foreign"},
+  "frontdoor": {"usage", "config", "arguments", "environment", "errors", "foreign", "signals"},
   "usage": {"config"},
 }
 

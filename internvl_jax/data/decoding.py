@@ -4,8 +4,6 @@ import dataclasses
 import functools
 import os
 import shutil
-import threading
-import time
 from typing import Any, cast
 
 import grain
@@ -20,14 +18,13 @@ from internvl_jax.data.plan import Order, Places
 from internvl_jax.data.pool import SharedSlots, SharedTiles, TilePool, keep_freed_memory
 from internvl_jax.data.rows import PlannedRows
 from internvl_jax.data.sample import Sample
+from internvl_jax.data.workers import DIED, end_with_parent, prepare_for_workers
 
 _EVENTS = {UNREADABLE: "unreadable", OVER_LONG: "over_long", UNSUPERVISED: "fully_masked"}
 
-# How often a worker looks whether its parent is still there.
-_PARENT_SECONDS = 5.0
-
 # Arrays below this size travel through the pipe: making a shared-memory block costs more than copying them.
 _SHARED_MEMORY_MIN_BYTES = 1 << 18
+_NEVER = 1 << 62
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,17 +138,24 @@ class DecodedAhead:
     keep_freed_memory()
     self._shared: SharedSlots | None = None
     if workers:
+      prepare_for_workers()
       # Each worker's queue, what it is making and what it made last; and the batches that the trainer holds.
       slots, micro_bytes = workers * (prefetch + 2) + 2, source.max_tiles * 3 * source.tile_size**2
       self._shared = SharedSlots.create(slots, micro_bytes)
       source = dataclasses.replace(source, shared=self._shared)
-      # What finds no slot travels through shared memory of its own.
-      self._iterator = iter(_by_processes(source, workers, prefetch, slots * micro_bytes))
+      # What finds no slot goes through pipes: blocks in /dev/shm have names, which a killed process leaves there.
+      threshold = _shared_memory_threshold(slots * micro_bytes) if self._shared is None else _NEVER
+      self._iterator = iter(_by_processes(source, workers, prefetch, threshold))
     else:
       self._iterator = iter(_by_threads(source, prefetch))
 
   def __next__(self) -> batching.MicroBatch:
-    micro = next(self._iterator)
+    try:
+      micro = next(self._iterator)
+    except RuntimeError as error:
+      if "terminated unexpectedly" not in str(error):  # Grain's words.
+        raise
+      raise DataError(DIED) from error
     if isinstance(micro.tiles, SharedTiles):
       assert self._shared is not None
       return micro._replace(tiles=self._shared.open(micro.tiles))
@@ -170,7 +174,7 @@ def _by_threads(source: MicroBatchSource, prefetch: int) -> grain.IterDataset:
   return dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
 
 
-def _by_processes(source: MicroBatchSource, workers: int, prefetch: int, in_flight: int) -> grain.IterDataset:
+def _by_processes(source: MicroBatchSource, workers: int, prefetch: int, threshold: int) -> grain.IterDataset:
   if not flags.FLAGS.is_parsed():
     # Grain's process prefetch reads absl flags of its own, which only `app.run` parses; in a test, a notebook or
     # another program their defaults are right.
@@ -178,7 +182,7 @@ def _by_processes(source: MicroBatchSource, workers: int, prefetch: int, in_flig
   dataset = grain.MapDataset.source(cast(Any, source))
   # A worker decodes one micro-batch at a time: threads within it would only contend for the interpreter lock.
   iterable = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-  options = grain.experimental.DatasetOptions(min_shm_size=_shared_memory_threshold(in_flight))
+  options = grain.experimental.DatasetOptions(min_shm_size=threshold)
   iterable = grain.experimental.WithOptionsIterDataset(iterable, options)
   return iterable.mp_prefetch(
     grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch), _start_worker
@@ -188,14 +192,7 @@ def _by_processes(source: MicroBatchSource, workers: int, prefetch: int, in_flig
 def _start_worker(index: int, count: int) -> None:
   del index, count
   keep_freed_memory()
-  threading.Thread(target=_end_with, args=(os.getppid(),), name="parent", daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-  """Ends this process soon after its parent: one that was killed could not end it, and it would decode no more."""
-  while os.getppid() == parent:
-    time.sleep(_PARENT_SECONDS)
-  os._exit(1)
+  end_with_parent()
 
 
 def _shared_memory_threshold(in_flight: int) -> int:
@@ -205,4 +202,4 @@ def _shared_memory_threshold(in_flight: int) -> int:
     free = shutil.disk_usage("/dev/shm").free
   except OSError:  # a system without it
     free = 0
-  return _SHARED_MEMORY_MIN_BYTES if in_flight < free else 1 << 62
+  return _SHARED_MEMORY_MIN_BYTES if in_flight < free else _NEVER

@@ -51,6 +51,17 @@ class Where(NamedTuple):
     return (kind or DataError)(f"{self}: {cause}")
 
 
+class Typed(Where):
+  """A sample from the command line: it has no file and no line that could be deleted. `root` is the flag it came by."""
+
+  def __str__(self) -> str:
+    return self.root
+
+  def error(self, cause: str, kind: type[DataError] | None = None) -> DataError:
+    """Returns the error that blames the flag."""
+    return super().error(re.sub(r"(; | or )delete the line$", "", cause), kind)
+
+
 def shown(value: Any, write: Callable[[Any], str] = str) -> str:
   """Returns what a message shows of a value of the data: its beginning, in quotes where it is written as `str` does."""
   try:

@@ -40,6 +40,8 @@ from internvl_jax.data.tokenize import ChatTokenizer
 _REASONS = 5
 # What the states of earlier versions do not say: it was 0.
 _ADDED = ("preference", "share_prompts")
+# Batches at the start that may have nothing to learn from, where bad samples are dropped.
+_UNTAUGHT = 10
 # Steps of which the samples can still be told: devices are a step or two behind.
 _REMEMBERED = 8
 
@@ -164,7 +166,7 @@ class TrainLoader:
     )
     self._handed: dict[int, list[plans.Places]] = {}
     self._iterator: DecodedAhead | None = None
-    self._closed = False
+    self._closed, self._taught = False, False
     if state is not None:
       self._restore(state)
 
@@ -178,7 +180,7 @@ class TrainLoader:
 
     Raises:
       StopIteration: after `total_steps`.
-      DataError: a sample is lost that may not be, too many are, or the first batch has nothing to learn from.
+      DataError: a sample is lost that may not be, too many are, or the first batches have nothing to learn from.
     """
     if self._closed:
       raise RuntimeError("the loader is closed")
@@ -379,7 +381,7 @@ class TrainLoader:
     """Counts what became of the micro-batches' samples.
 
     Raises:
-      DataError: a sample was lost that may not be, too many were, or the first batch supervises nothing.
+      DataError: a sample was lost that may not be, too many were, or the first batches supervise nothing.
     """
     for micro in micro_batches:
       tally.add(micro)
@@ -388,19 +390,16 @@ class TrainLoader:
       _log_losses(self._tally, tally)
     if tally.untaught.bit_length() > self._tally.untaught.bit_length():
       logging.warning("Samples without a supervised token on this host: %s", tally.describe())
-    if self.next_step:
-      return
-    taught = sum(
-      int((~micro.happened("fully_masked") & (micro.lengths > 0)).sum()) for micro in micro_batches
-    )
-    if not self._all_sum(np.array([taught], np.int64))[0]:
-      longest = max(int(micro.lengths.max(initial=0)) for micro in micro_batches)
-      answers = "" if self._preference else "that the conversations have 'gpt' turns and "
-      raise DataError(
-        f"no token is supervised in the first batch: {self.global_batch} rows of samples of up to {longest} tokens; "
-        f"check {answers}that data.max_seq_length reaches the answers"
-        + (f"; the first that was lost: {tally.offenders[0]}" if tally.offenders else "")
-      )
+    if not self._taught:
+      self._check_taught(micro_batches, tally)
+
+  def _check_taught(self, micro_batches: list[batching.MicroBatch], tally: Tally) -> None:
+    """Ends a run whose first batches supervise nothing; under on_bad_sample="drop" the first one may be bad by chance."""
+    taught = sum((~micro.happened("fully_masked") & (micro.lengths > 0)).sum() for micro in micro_batches)
+    self._taught = bool(self._all_sum(np.array([taught], np.int64))[0])
+    seen, patience = self.next_step + 1, 1 if self._loader.on_bad_sample == "error" else _UNTAUGHT
+    if not self._taught and seen >= min(patience, self.total_steps):
+      raise tally.nothing_taught(micro_batches, seen, self.global_batch, preference=self._preference)
 
   def _plan_fingerprint(self) -> dict[str, int]:
     """Returns what must be equal for a step number to mean the same samples."""
@@ -438,6 +437,7 @@ class TrainLoader:
         )
     self._tally.restore(state["counters"])
     self.next_step = int(state["next_step"])
+    self._taught = self.next_step >= _UNTAUGHT
     if self._packing is not None:
       try:
         self._stream = RowStream(self._order, self._mixture.size_of, self._packing, state["rows"])

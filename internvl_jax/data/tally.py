@@ -129,6 +129,26 @@ class Tally:
         f"{judged}; the first: {' | '.join(self.offenders)}"
       )
 
+  def nothing_taught(
+    self, micro_batches: Sequence[MicroBatch], seen: int, rows: int, *, preference: bool
+  ) -> DataError:
+    """Returns the error of a run that has had nothing to learn from.
+
+    Args:
+      micro_batches: of the last batch.
+      seen: batches so far.
+      rows: of a batch.
+      preference: the lines are pairs.
+    """
+    longest = max(int(micro.lengths.max(initial=0)) for micro in micro_batches)
+    answers = "" if preference else "that the conversations have 'gpt' turns and "
+    which = "the first batch" if seen == 1 else f"the first {seen} batches, the last of them"
+    return DataError(
+      f"no token is supervised in {which}: {rows} rows of samples of up to {longest} tokens; "
+      f"check {answers}that data.max_seq_length reaches the answers"
+      + (f"; the first that was lost: {self.offenders[0]}" if self.offenders else "")
+    )
+
   def _tell(self, notes: Iterable[Note]) -> None:
     """Logs the first note of each kind of a dataset."""
     for note in notes:

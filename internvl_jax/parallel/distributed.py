@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from internvl_jax import signals
 from internvl_jax.errors import UserError
 from internvl_jax.parallel.launchers import Place, find_place
 
@@ -53,7 +55,8 @@ def joined(setting: str, report: Callable[[BaseException], None]) -> Iterator[No
     return
   _join(place)
   try:
-    yield
+    with _stop_with_others():
+      yield
   except BaseException as error:
     if jax.process_count() == 1 or (isinstance(error, SystemExit) and not error.code):
       raise
@@ -158,9 +161,47 @@ def _absence(place: Place) -> str:
 def _leave(code: int) -> None:
   """Ends the process at once: no exit handler, which would wait for the others."""
   logging.flush()
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(code)
+  signals.leave(code)
+
+
+_STOPPED_KEY = "internvl_jax:stopped"
+
+_ASK_SECONDS = 1.0
+"""How often a process asks whether another one was stopped. Process 0, which carries the news, ends after twice as long:
+JAX aborts those whose process 0 is gone."""
+
+
+@contextlib.contextmanager
+def _stop_with_others() -> Iterator[None]:
+  """In the body, all processes are stopped where one of them is that has nothing to save."""
+  from jax._src.distributed import global_state  # JAX has no public way to leave a word for others.
+
+  client = global_state.client
+  if client is None or not signals.is_watching():
+    yield
+    return
+  over = threading.Event()
+
+  def tell() -> None:
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # Another one has said so, or nobody hears it.
+      client.key_value_set(_STOPPED_KEY, "")
+    if is_first():
+      time.sleep(2 * _ASK_SECONDS)
+
+  def ask() -> None:
+    while not over.wait(_ASK_SECONDS):
+      with contextlib.suppress(jax.errors.JaxRuntimeError):  # It is not there, or process 0 is gone.
+        client.key_value_try_get(_STOPPED_KEY)
+        signals.end_as_told()
+
+  asker = threading.Thread(target=ask, name="stopped", daemon=True)
+  asker.start()
+  try:
+    with signals.cleaned_up(tell):
+      yield
+  finally:
+    over.set()
+    asker.join()  # A thread that is in JAX's client when Python ends would abort the process.
 
 
 # --- Acting together ----------------------------------------------------------------------------------------
@@ -259,34 +300,49 @@ def host_name() -> str:
 
 
 class StopSignal:
-  """Whether this run was told to end soon: by SIGTERM, which is also how clusters announce a preemption.
+  """Whether this run was told to end soon: by Ctrl-C, or by SIGTERM, which is also how clusters announce a preemption.
 
-  Use it as a context manager around the loop. Where there are several processes, one of them being told is enough;
-  JAX then names a step at which all of them learn of it.
+  Use it as a context manager, in which `listen` says from when on there is something to save; until then and outside of
+  it, a signal ends the process. Where there are several processes, one of them being told is enough; JAX then names a
+  step at which all of them learn of it.
+
+  Attributes:
+    received: whether this process was told.
   """
 
   def __init__(self):
     """A signal that nobody listens for yet."""
-    self._received = False
-    self._before: Any = None
+    self.received = False
+    self._stack = contextlib.ExitStack()
 
   def __enter__(self) -> "StopSignal":
-    # JAX's own handler is in place where processes have joined.
-    if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-      self._before = signal.signal(signal.SIGTERM, self._receive)
     return self
 
-  def __exit__(self, *_: object) -> None:
-    if self._before is not None:
-      signal.signal(signal.SIGTERM, self._before)
+  def listen(self) -> None:
+    """Takes a signal as a request from now on."""
+    if signals.is_watching():
+      self._stack.enter_context(signals.listening(self._receive))
+    # JAX's own handler is in place where processes have joined.
+    elif jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+      self._stack.callback(
+        signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, lambda *_: self._receive())
+      )
 
-  def _receive(self, *_: object) -> None:
-    self._received = True
+  def __exit__(self, *_: object) -> None:
+    self._stack.close()
+
+  def _receive(self) -> None:
+    self.received = True
+    if jax.process_count() > 1:
+      # JAX's handler notes it, and tells the other processes.
+      signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+      signal.raise_signal(signal.SIGTERM)
+      signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 
   def __call__(self, step: int) -> bool:
     """Whether to stop at this step; to be asked at every step, by all processes alike."""
     if jax.process_count() == 1:
-      return self._received
+      return self.received
     return multihost_utils.reached_preemption_sync_point(step)
 
 

@@ -4,11 +4,12 @@
 #   scripts/launch/local.sh 2 --config my_recipe.py [--config.leaf.field=value ...]
 #
 # GPUs that CUDA_VISIBLE_DEVICES names are shared out evenly. On CPUs, JAX_NUM_CPU_DEVICES sets the devices of each
-# process. Logs of all but the first go to $LOG_DIR (launch_logs). Ctrl-C and SIGTERM reach all processes.
+# process. Logs of all but the first go to $LOG_DIR (launch_logs). Ctrl-C and SIGTERM reach all processes. Ends
+# with 0 if all did, with 75 if they were told to stop, else with 1.
 set -euo pipefail
 
 if [[ $# -lt 2 || ! "$1" =~ ^[1-9][0-9]*$ ]]; then
-  sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 processes="$1"
@@ -42,7 +43,9 @@ for rank in "${!pids[@]}"; do
     code=0
     wait "$pid" || code=$?
   done
-  if ((code != 0)); then
+  if ((code == 75)); then
+    status=$((status ? status : 75))
+  elif ((code != 0)); then
     echo "process $rank ended with exit code $code; see $logs" >&2
     status=1
   fi

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# One process of a run under a scheduler that starts again what fails: ends with 0 only once the model is there.
+# One process of a run under a scheduler that starts again what fails: ends as the run does, with 0 only once the model is
+# there, and with 75 where the run was told to stop.
 #
 #   scripts/launch/supervised.sh --config my_recipe.py [--config.leaf.field=value ...]
 #
-# A run that was told to stop saves, and this ends with 75. As a container's first process it passes SIGTERM on,
-# which a plain shell does not.
+# As a container's first process it passes SIGTERM on, which a plain shell does not.
 set -uo pipefail
 
 python="${PYTHON:-python}"
@@ -19,7 +19,4 @@ while kill -0 "$pid" 2>/dev/null; do
   code=0
   wait "$pid" || code="$?"
 done
-if ((code != 0)); then
-  exit "$code"
-fi
-exec "$python" "$(dirname "${BASH_SOURCE[0]}")/is_finished.py" "$@"
+exit "$code"

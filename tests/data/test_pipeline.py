@@ -12,6 +12,7 @@ import pytest
 
 from data_toys import arguments, turns, write_dataset, write_jsonl
 from internvl_jax.arguments import LoaderConfig, TrainingArguments
+from internvl_jax.batch import IGNORE_INDEX
 from internvl_jax.data import pipeline
 from internvl_jax.data.batching import EVENTS
 from internvl_jax.data.errors import DataError
@@ -180,6 +181,29 @@ def test_first_batch_without_a_supervised_token(tokenizer, tmp_path):
   with pytest.raises(
     DataError, match="no token is supervised in the first batch: 4 rows of samples of up to"
   ):
+    next(loader)
+  loader.close()
+
+
+def test_a_first_batch_that_is_bad_does_not_end_a_run_that_drops(tokenizer, tmp_path):
+  lines = [{"conversations": turns("hi", "hello")} for _ in range(44)]
+  for first in ({"image": "gone.png", "conversations": turns("hi", "hello")}, {"conversations": turns("hi")}):
+    write_jsonl(tmp_path / "text.jsonl", [first] * 4 + lines)
+    (tmp_path / "meta.json").write_text(json.dumps({"text": {"root": "", "annotation": "text.jsonl"}}))
+    settings = {"shuffle": False, "on_bad_sample": "drop", "max_bad_fraction": 0.2}
+    loader = make_loader(tmp_path / "meta.json", tokenizer, loader=settings, max_steps=3)
+    taught = [int((batch.targets != IGNORE_INDEX).sum()) for batch in all_batches(loader)]
+    assert taught[0] == 0 and min(taught[1:]) > 0
+    loader.close()
+
+
+def test_first_batches_without_a_supervised_token_end_a_run_that_drops(tokenizer, tmp_path):
+  write_jsonl(tmp_path / "text.jsonl", [{"conversations": turns("hi")}] * 4)
+  (tmp_path / "meta.json").write_text(json.dumps({"text": {"root": "", "annotation": "text.jsonl"}}))
+  loader = make_loader(tmp_path / "meta.json", tokenizer, loader={"on_bad_sample": "drop"}, max_steps=20)
+  for _ in range(9):
+    next(loader)
+  with pytest.raises(DataError, match="no token is supervised in the first 10 batches"):
     next(loader)
   loader.close()
 
