@@ -7,6 +7,7 @@ Ctrl-C reaches every process of a terminal.
 
 import contextlib
 import multiprocessing
+import multiprocessing.resource_tracker
 import multiprocessing.util
 import os
 import signal
@@ -159,6 +160,8 @@ def leave(code: int, last_words: Callable[[], None] = lambda: None) -> NoReturn:
   cleaner = threading.Thread(target=_clean, daemon=True)
   cleaner.start()
   cleaner.join(_CLEAN_SECONDS)
+  if not cleaner.is_alive():
+    _dismiss_tracker()
   os.dup2(stderr, 2)
   last_words()
   sys.stderr.flush()
@@ -170,6 +173,15 @@ def _clean() -> None:
     function()
   # Takes the names of semaphores and of shared memory out of /dev/shm; else a helper of Python's does so, with a warning.
   multiprocessing.util._run_finalizers(0)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _dismiss_tracker() -> None:
+  """Ends Python's helper, which would complain of a name that another thread is at taking away."""
+  tracker = multiprocessing.resource_tracker._resource_tracker
+  pid = getattr(tracker, "_pid", None)
+  if pid is not None:
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(pid, signal.SIGKILL)
 
 
 def write_line(level: str, text: str) -> None:

@@ -1,6 +1,7 @@
 """What every test needs before JAX starts."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 # Tokenizers warn when a process that used their threads forks, as data workers do.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# A shell lets what it runs in the background ignore Ctrl-C, and so would all that tests start and stop.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Set by `scripts/test.sh --parity`: what is compared with must be there, where tests would else be skipped.
 if os.environ.get("INTERNVL_JAX_PARITY"):
