@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from internvl_jax.data import files
-from internvl_jax.data.digests import Digests, digests_of, first_difference
 from internvl_jax.data.errors import DataError
 from internvl_jax.data.jsonl import JsonlFile
+from internvl_jax.data.line_digests import Digests, digests_of, first_difference
 from internvl_jax.data.meta import read_meta
 from internvl_jax.data.mixture import Dataset, Mixture
 from internvl_jax.errors import redacted

@@ -7,10 +7,10 @@ import pytest
 
 from data_toys import arguments, write_dataset
 from internvl_jax.arguments import LoaderConfig, TrainingArguments
-from internvl_jax.data import digests
-from internvl_jax.data.digests import digests_of, first_difference
+from internvl_jax.data import line_digests
 from internvl_jax.data.errors import DataError
 from internvl_jax.data.jsonl import JsonlFile
+from internvl_jax.data.line_digests import digests_of, first_difference
 from internvl_jax.data.pipeline import TrainLoader
 
 
@@ -27,7 +27,7 @@ def found_in(then, file, lines):
 
 @pytest.mark.parametrize(("most", "place"), [(1024, (4, 5)), (4, (4, 8)), (1, (0, 11))])
 def test_the_first_line_that_differs_is_found(tmp_path, monkeypatch, most, place):
-  monkeypatch.setattr(digests, "MOST_BLOCKS", most)
+  monkeypatch.setattr(line_digests, "MOST_BLOCKS", most)
   texts = [f"number {i:02}" for i in range(11)]
   path = tmp_path / "a.jsonl"
   then = digests_of(write(path, texts), 11, None)
