@@ -1,6 +1,8 @@
 """What the user got wrong, apart from what we did; and what no message may repeat."""
 
+import difflib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 # `user:password@` or `token@` of a URL. A password may have an unescaped `@`, and in the second form a `/`, too; what
@@ -57,3 +59,10 @@ class UserError(ValueError):
 
   def __init__(self, *args: Any):
     super().__init__(*(redacted(arg) if isinstance(arg, str) else arg for arg in args))
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+  """Returns `; did you mean 'x'?` for the nearest of the known names, else the list of them."""
+  known = sorted(known)
+  near = difflib.get_close_matches(name, known, n=1)
+  return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"

@@ -58,3 +58,7 @@ def as_before():
 def pytest_addoption(parser):
   parser.addoption("--fuzz-seed", type=int, default=0, help="of the inputs of tests/fuzz")
   parser.addoption("--fuzz-only", type=int, help="the number of the one input of tests/fuzz to run")
+
+
+# Fixtures of all tests that need a bucket; pytest finds them by name here.
+from buckets import bucket, store  # noqa: E402, F401

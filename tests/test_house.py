@@ -31,6 +31,7 @@ LAYERS = (
   ("parallel",),
   ("batch", "trees", "flops", "compiler", "lease"),
   ("outputs", "effects", "due"),
+  ("storage",),
   ("arguments", "chips", "digests", "errors", "foreign", "watchdog"),
   ("environment", "signals"),
 )
@@ -41,9 +42,9 @@ ALSO = {"checkpoint": {"state"}, "optim": {"state"}, "serving": {"inference"}}
 # Room -> all it may import, where that is less than the layers below it.
 ONLY = {
   # Numpy, in worker processes: nothing that brings JAX along.
-  "data": {"batch", "arguments", "errors"},
+  "data": {"batch", "arguments", "errors", "storage"},
   # Checkpoint formats and the models they fill; data comes with a tokenizer in hand.
-  "hf": {"models", "parallel", "batch", "trees", "outputs", "arguments", "errors"},
+  "hf": {"models", "parallel", "batch", "trees", "outputs", "storage", "arguments", "errors"},
   # Only front doors see the whole configuration; below them a room gets its leaf.
   "frontdoor": {"usage", "config", "arguments", "environment", "errors", "foreign", "signals"},
   "usage": {"config"},

@@ -1,8 +1,7 @@
 """What the data room raises: one line that names the file, the line, the cause and the remedy."""
 
-import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from internvl_jax.errors import UserError
@@ -71,10 +70,3 @@ def shown(value: Any, write: Callable[[Any], str] = str) -> str:
   except ValueError:  # Python writes no integer of more than 4,300 digits.
     return f"a {type(value).__name__} with a number of thousands of digits"
   return repr(text) if write is str else text
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-  """Returns `; did you mean 'x'?` for the nearest of the known names, else the list of them."""
-  known = sorted(known)
-  near = difflib.get_close_matches(name, known, n=1)
-  return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"

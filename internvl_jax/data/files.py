@@ -25,11 +25,11 @@ from typing import Any, BinaryIO, NamedTuple
 
 from absl import logging
 
-from internvl_jax.data import remote
 from internvl_jax.data.cache import cache_errors_named, locked
 from internvl_jax.data.errors import Where
-from internvl_jax.data.remote import FetchError
 from internvl_jax.errors import redacted
+from internvl_jax.storage import remote
+from internvl_jax.storage.remote import FetchError
 
 BLOCK_BYTES = 1 << 16
 """Bytes of a remote file that are fetched at a time where only its header is wanted."""

@@ -15,9 +15,10 @@ from PIL import Image, PngImagePlugin
 
 from internvl_jax.batch import PIXEL_STATISTICS
 from internvl_jax.data import content, depth, files, notes, tiling
-from internvl_jax.data.errors import DataError, Where, did_you_mean
+from internvl_jax.data.errors import DataError, Where
 from internvl_jax.data.notes import Note, note
 from internvl_jax.data.pool import TilePool
+from internvl_jax.errors import did_you_mean
 
 # Qualities of the JPEG augmentation, both included (the set that the reference draws from).
 JPEG_QUALITY = (75, 100)

@@ -11,9 +11,9 @@ import pathlib
 from typing import Any
 
 from internvl_jax.data import files, formats
-from internvl_jax.data.errors import DataError, did_you_mean
+from internvl_jax.data.errors import DataError
 from internvl_jax.data.tiling import MOST_TILES
-from internvl_jax.errors import redacted
+from internvl_jax.errors import did_you_mean, redacted
 
 _REQUIRED = ("root", "annotation")
 _TYPES: dict[str, tuple[type, ...]] = {

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from internvl_jax.data.errors import DataError, did_you_mean
+from internvl_jax.data.errors import DataError
+from internvl_jax.errors import did_you_mean
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

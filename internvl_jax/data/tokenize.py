@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from internvl_jax.batch import IGNORE_INDEX
-from internvl_jax.data.errors import DataError, Where, did_you_mean, shown
+from internvl_jax.data.errors import DataError, Where, shown
 from internvl_jax.data.templates import Template, get_template
+from internvl_jax.errors import did_you_mean
 
 IMAGE_PLACEHOLDER = "<image>"
 _ROLES = ("system", "human", "gpt")

@@ -16,12 +16,13 @@ from PIL import Image
 
 from data_toys import WHERE, arguments, turns, write_dataset, write_jsonl
 from internvl_jax.arguments import LoaderConfig, TrainingArguments
-from internvl_jax.data import files, images, remote, video
+from internvl_jax.data import files, images, video
 from internvl_jax.data.errors import DataError
 from internvl_jax.data.jsonl import JsonlFile
 from internvl_jax.data.meta import read_meta
 from internvl_jax.data.mixture import Mixture
 from internvl_jax.data.pipeline import TrainLoader
+from internvl_jax.storage import remote
 from test_video import write_folder, write_gif, write_video
 from web_toys import object_store, web_server
 

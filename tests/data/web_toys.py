@@ -13,7 +13,7 @@ import urllib.parse
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry
 
-from internvl_jax.data import remote
+from internvl_jax.storage import remote
 
 
 class WebServer(http.server.ThreadingHTTPServer):

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 import fsspec
 import fsspec.config
 
-from internvl_jax.data.errors import did_you_mean
+from internvl_jax.errors import did_you_mean
 
 T = TypeVar("T")
 

@@ -1,0 +1,236 @@
+"""Paths of what a run writes: of a folder of this machine, or of a bucket.
+
+`path_of` gives for a name either Python's own `Path`, or a `BucketPath`, which has the same methods as far as they are
+used here. Who writes a file as a whole, and needs no part of it to change, need not know which one it has.
+"""
+
+import base64
+import contextlib
+import fnmatch
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from internvl_jax.storage import remote
+
+SCHEMES = ("gs", "s3")
+"""Object stores that a run can write to. Each object is there as a whole or not at all, and is seen at once by all."""
+
+
+class Stat(NamedTuple):
+  """What a store knows of an object.
+
+  Attributes:
+    st_size: bytes, by the name that `os.stat` has for it.
+    checksum: "md5=" and what the store has computed of the content, in hexadecimal digits; or "etag=" and what changes
+      with the content, but may have another value for the same content elsewhere; or empty.
+  """
+
+  st_size: int
+  checksum: str
+
+
+class BucketPath:
+  """The path of an object, or of all those whose names begin with it and a slash: a folder, that needs not be made.
+
+  It is no `os.PathLike`: what knows nothing of buckets refuses it, and makes no folder called "gs:".
+  """
+
+  def __init__(self, url: str):
+    """Looks nothing up.
+
+    Args:
+      url: `gs://bucket/name` or `s3://bucket/name`.
+    """
+    scheme, _, rest = url.partition("://")
+    self._scheme, self._path = scheme.lower(), PurePosixPath(rest)
+
+  def __str__(self) -> str:
+    return f"{self._scheme}://{self._path}"
+
+  def __repr__(self) -> str:
+    return f"BucketPath({str(self)!r})"
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, BucketPath) and str(self) == str(other)
+
+  def __hash__(self) -> int:
+    return hash(str(self))
+
+  def __truediv__(self, name: str) -> "BucketPath":
+    return BucketPath(f"{self._scheme}://{self._path / name}")
+
+  @property
+  def name(self) -> str:
+    """Its last part."""
+    return self._path.name
+
+  @property
+  def suffix(self) -> str:
+    """The end of its last part, from the last dot on."""
+    return self._path.suffix
+
+  @property
+  def parent(self) -> "BucketPath":
+    """The folder that it is in; of a bucket, the bucket."""
+    up = self._path.parent
+    return self if up == PurePosixPath(".") else BucketPath(f"{self._scheme}://{up}")
+
+  def relative_to(self, folder: "BucketPath") -> PurePosixPath:
+    """What follows a folder's path in this one."""
+    return self._path.relative_to(folder._path)
+
+  def absolute(self) -> "BucketPath":
+    """Itself."""
+    return self
+
+  def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
+    """Does nothing: folders are there where there are objects in them."""
+    del parents, exist_ok
+
+  def exists(self) -> bool:
+    """Whether there is such an object, or one below it."""
+    return self._info() is not None
+
+  def is_dir(self) -> bool:
+    """Whether there is an object below it."""
+    info = self._info()
+    return info is not None and info["type"] == "directory"
+
+  def is_file(self) -> bool:
+    """Whether there is such an object."""
+    info = self._info()
+    return info is not None and info["type"] != "directory"
+
+  def is_symlink(self) -> bool:
+    """There are none."""
+    return False
+
+  def stat(self) -> Stat:
+    """What the store knows of the object.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    return _stat(remote.ask(str(self), lambda system: system.info(str(self))))
+
+  def iterdir(self) -> Iterator["BucketPath"]:
+    """What is directly in it; nothing where it is not there."""
+    with contextlib.suppress(FileNotFoundError):
+      entries = remote.ask(str(self), lambda system: system.ls(str(self), detail=True))
+      mine = str(self._path)
+      names = {entry["name"].rstrip("/") for entry in entries} - {mine}
+      yield from (self / name.rpartition("/")[2] for name in sorted(names))
+
+  def glob(self, pattern: str) -> Iterator["BucketPath"]:
+    """What is directly in it and has such a name."""
+    return (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
+
+  def read_bytes(self) -> bytes:
+    """The whole content."""
+    return remote.ask(str(self), lambda system: system.cat_file(str(self)))
+
+  def read_range(self, start: int, end: int) -> bytes:
+    """A part of the content."""
+    return remote.ask(str(self), lambda system: system.cat_file(str(self), start=start, end=end))
+
+  def read_text(self, encoding: str = "utf-8") -> str:
+    """The whole content as text."""
+    return self.read_bytes().decode(encoding)
+
+  def write_bytes(self, content: bytes) -> None:
+    """Makes the object, or replaces it."""
+    remote.ask(str(self), lambda system: system.pipe_file(str(self), content))
+
+  def write_text(self, content: str, encoding: str = "utf-8") -> None:
+    """Makes the object, or replaces it."""
+    self.write_bytes(content.encode(encoding))
+
+  def unlink(self, missing_ok: bool = False) -> None:
+    """Deletes the object."""
+    try:
+      remote.ask(str(self), lambda system: system.rm_file(str(self)))
+    except FileNotFoundError:
+      if not missing_ok:
+        raise
+
+  def _info(self) -> dict[str, Any] | None:
+    try:
+      return remote.ask(str(self), lambda system: system.info(str(self)))
+    except FileNotFoundError:
+      return None
+
+
+AnyPath = Path | BucketPath
+"""A path on this machine or in a bucket."""
+
+
+def is_bucket(name: str | os.PathLike[str] | BucketPath) -> bool:
+  """Whether a name is a URL of one of `SCHEMES`."""
+  return remote.scheme(str(name)) in SCHEMES
+
+
+def path_of(name: str | AnyPath) -> AnyPath:
+  """The path that a setting names."""
+  if not isinstance(name, str):
+    return name
+  return BucketPath(name) if is_bucket(name) else Path(name)
+
+
+def objects(folder: BucketPath) -> dict[str, Stat]:
+  """All objects of a folder and its folders, by their names in it, in one listing."""
+  found = remote.ask(str(folder), lambda system: system.find(str(folder), detail=True))
+  start = len(str(folder).partition("://")[2]) + 1
+  return {name[start:]: _stat(info) for name, info in found.items() if name[start:]}
+
+
+def remove_tree(folder: AnyPath) -> None:
+  """Deletes a folder and all that is in it."""
+  if isinstance(folder, Path):
+    shutil.rmtree(folder)
+    return
+  for name in objects(folder):
+    (folder / name).unlink(missing_ok=True)
+
+
+def put(source: Path, target: BucketPath) -> None:
+  """Copies a file of this machine to a bucket; large ones go in parts."""
+  remote.ask(str(target), lambda system: system.put_file(str(source), str(target)))
+
+
+def write_whole(path: AnyPath, content: bytes) -> None:
+  """Writes a file that is there complete or not at all."""
+  if isinstance(path, BucketPath):
+    path.write_bytes(content)
+    return
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_bytes(content)
+  temporary.replace(path)
+
+
+@contextlib.contextmanager
+def filled(folder: AnyPath) -> Iterator[Path]:
+  """A folder of this machine to write to, whose files are in `folder` at the end: the same one where that is here.
+
+  For libraries that know no buckets. Nothing is sent where the body fails.
+  """
+  if isinstance(folder, Path):
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+    return
+  with tempfile.TemporaryDirectory() as name:
+    yield (local := Path(name))
+    for path in sorted(local.rglob("*")):
+      if path.is_file():
+        put(path, folder / path.relative_to(local).as_posix())
+
+
+def _stat(info: dict[str, Any]) -> Stat:
+  size = int(info.get("size") or 0)
+  if md5 := info.get("md5Hash"):  # GCS; not of objects composed of others.
+    return Stat(size, f"md5={base64.b64decode(md5).hex()}")
+  etag = str(info.get("etag") or info.get("ETag") or "").strip('"')
+  return Stat(size, f"etag={etag}" if etag else "")
