@@ -54,6 +54,18 @@ _PASSING = {
 _PASSING_ERRNO = {errno.EBUSY, getattr(errno, "EREMOTEIO", errno.EIO)}
 _PASSING_STATUS = {408, 425, 429}
 
+# Packages whose errors are a store's, and what TensorStore's errors begin with.
+_STORES = {"aiohttp", "aiobotocore", "botocore", "gcsfs", "google", "requests", "s3fs"}
+_STATUS = re.compile(
+  r"\b(PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED)\b"
+)
+_DENIED = "check the credentials, and who may read and write there"
+_REMEDIES = {
+  "PERMISSION_DENIED": _DENIED,
+  "UNAUTHENTICATED": _DENIED,
+  **dict.fromkeys(("UNAVAILABLE", "DEADLINE_EXCEEDED"), "try again later"),
+}
+
 # One a process for each scheme: each has connections of its own.
 _systems: dict[Any, Any] = {}
 _random = random.Random()
@@ -173,6 +185,26 @@ async def _web_client(*, headers: Any = None, **options: Any) -> Any:
   )
 
 
+def reason(error: BaseException) -> str | None:
+  """Returns why a store refused and what to do; None where an error is of something else.
+
+  For errors of libraries that speak to stores by themselves: Orbax and TensorStore, beside those of fsspec.
+  """
+  seen: set[int] = set()
+  found: BaseException | None = error
+  while found is not None and id(found) not in seen:
+    seen.add(id(found))
+    if isinstance(found, FetchError):
+      return str(found)
+    if isinstance(found, Exception) and (isinstance(found, OSError) or _packages(found) & _STORES):
+      return _explain(_behind(found))
+    if status := _STATUS.search(str(found)):
+      remedy = _REMEDIES.get(status[0], "check the address and the credentials")
+      return f"{' '.join(str(found).split())[:300]}; {remedy}"
+    found = found.__cause__ or found.__context__
+  return None
+
+
 # --- Errors -------------------------------------------------------------------------------------------------
 
 
@@ -196,6 +228,10 @@ def _passes(error: BaseException | None) -> bool:
   code = _code(error) or 0
   known = isinstance(error, ConnectionError | TimeoutError) or bool(kinds & _PASSING)
   return known or code in _PASSING_STATUS or code >= 500 or getattr(error, "errno", None) in _PASSING_ERRNO
+
+
+def _packages(error: BaseException) -> set[str]:
+  return {package for package, _ in _kinds(error)}
 
 
 def _kinds(error: BaseException | None) -> set[tuple[str, str]]:
@@ -225,7 +261,7 @@ def _explain(error: Exception) -> str:
   reason = _reason(error)
   # gcsfs says Forbidden without a type or a number that tells.
   if isinstance(error, PermissionError) or _code(error) in (401, 403) or str(error).startswith("Forbidden"):
-    return f"permission denied ({reason}); check the credentials, and who may read it"
+    return f"permission denied ({reason}); {_DENIED}"
   if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
     return f"{reason}; {OTHER_FOLDER}"
   return f"{reason}; check the address and the credentials"
