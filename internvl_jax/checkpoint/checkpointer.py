@@ -84,9 +84,9 @@ class Checkpointer:
       "loader": ocp.JsonCheckpointHandler(),
       "trainer": ocp.JsonCheckpointHandler(),
     }
-    self._manager = Manager(opened(self.folder), options=options, item_handlers=handlers)
     if isinstance(self.folder, BucketPath) and distributed.is_first():
       commit_whole(self.folder)
+    self._manager = Manager(opened(self.folder), options=options, item_handlers=handlers)
     self._steps, complete = self._listed()
     self._manager.forget(set(self._manager.all_steps()) - set(complete))
 

@@ -92,7 +92,8 @@ def commit_whole(folder: BucketPath) -> None:
     if not is_complete(found) and (found / digests.FILE).exists() and not digests.find_damage(found):
       logging.info("%s: is whole by its digests, and gets the %s that it lacks", found, COMMIT_FILE)
       for part in [*(path for path in found.iterdir() if path.is_dir()), found]:
-        (part / COMMIT_FILE).write_text("")
+        if not is_complete(part):
+          (part / COMMIT_FILE).write_text("")
 
 
 def _write_digests(folder: Path) -> None:
@@ -135,12 +136,28 @@ def _driver(path: Any) -> dict[str, Any]:
   if scheme != "s3":
     return _driver_of_gcs(path)
   bucket, _, name = rest.partition("/")
-  spec = {"driver": "s3", "bucket": bucket, "path": name}
+  spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": name}
+  if kind := _s3_credentials():
+    spec["aws_credentials"] = {"type": kind}
   if endpoint := _s3_endpoint():
     # Of a store that is not Amazon's, the region cannot be asked for.
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
     spec |= {"endpoint": endpoint, "aws_region": region}
   return spec
+
+
+def _s3_credentials() -> str | None:
+  """Where the keys are, if that is known: TensorStore would complain, at every save, of all the places where none are."""
+  named = os.environ.keys()
+  if {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= named:
+    return "environment"
+  files = ("AWS_CONFIG_FILE", "~/.aws/config"), ("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")
+  if "AWS_WEB_IDENTITY_TOKEN_FILE" in named or any(
+    os.path.exists(os.path.expanduser(os.environ.get(name, usual))) for name, usual in files
+  ):
+    return None
+  in_container = {"AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI"} & named
+  return "ecs" if in_container else "imds"
 
 
 def _s3_endpoint() -> str | None:
