@@ -158,7 +158,8 @@ class BucketPath:
 
   def write_bytes(self, content: bytes) -> None:
     """Makes the object, or replaces it."""
-    self._ask(lambda system: system.pipe_file(str(self), content))
+    with _bucket_is_there(self):
+      self._ask(lambda system: system.pipe_file(str(self), content))
 
   def write_text(self, content: str, encoding: str = "utf-8") -> None:
     """Makes the object, or replaces it."""
@@ -216,7 +217,8 @@ def remove_tree(folder: AnyPath) -> None:
 
 def put(source: Path, target: BucketPath) -> None:
   """Copies a file of this machine to a bucket; large ones go in parts."""
-  _ask(target, lambda system: system.put_file(str(source), str(target)))
+  with _bucket_is_there(target):
+    _ask(target, lambda system: system.put_file(str(source), str(target)))
 
 
 def write_whole(path: AnyPath, content: bytes) -> None:
@@ -252,6 +254,16 @@ def _ask(path: BucketPath, request: Callable[[Any], T]) -> T:
     return remote.ask(str(path), request)
   except FetchError as error:
     raise BucketError(f"{path}: {error}", may_pass=error.may_pass) from error
+
+
+@contextlib.contextmanager
+def _bucket_is_there(path: BucketPath) -> Iterator[None]:
+  """Tells what a store means that finds nothing where something is to be written."""
+  try:
+    yield
+  except FileNotFoundError as error:
+    bucket = "/".join(str(path).split("/")[:3])
+    raise BucketError(f"{path}: there is no bucket {bucket}; make it, or mend the name") from error
 
 
 class Mirror:

@@ -54,17 +54,13 @@ _PASSING = {
 _PASSING_ERRNO = {errno.EBUSY, getattr(errno, "EREMOTEIO", errno.EIO)}
 _PASSING_STATUS = {408, 425, 429}
 
-# Packages whose errors are a store's, and what TensorStore's errors begin with.
+# Packages whose errors are a store's, and what TensorStore's errors hold.
 _STORES = {"aiohttp", "aiobotocore", "botocore", "gcsfs", "google", "requests", "s3fs"}
-_STATUS = re.compile(
+_TENSORSTORE = re.compile(
   r"\b(PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED)\b"
+  r"|\[http_response_code='(?P<code>\d+)'\]"
 )
 _DENIED = "check the credentials, and who may read and write there"
-_REMEDIES = {
-  "PERMISSION_DENIED": _DENIED,
-  "UNAUTHENTICATED": _DENIED,
-  **dict.fromkeys(("UNAVAILABLE", "DEADLINE_EXCEEDED"), "try again later"),
-}
 
 # One a process for each scheme: each has connections of its own.
 _systems: dict[Any, Any] = {}
@@ -198,11 +194,25 @@ def reason(error: BaseException) -> str | None:
       return str(found)
     if isinstance(found, Exception) and (isinstance(found, OSError) or _packages(found) & _STORES):
       return _explain(_behind(found))
-    if status := _STATUS.search(str(found)):
-      remedy = _REMEDIES.get(status[0], "check the address and the credentials")
-      return f"{' '.join(str(found).split())[:300]}; {remedy}"
+    if _TENSORSTORE.search(str(found)):
+      return _explain_tensorstore(str(found))
     found = found.__cause__ or found.__context__
   return None
+
+
+def _explain_tensorstore(text: str) -> str:
+  """Returns the cause and the remedy of an error of TensorStore's, which has made requests again where that may help."""
+  codes = [int(found["code"]) for found in _TENSORSTORE.finditer(text) if found["code"]]
+  reason = " ".join(
+    re.sub(
+      r"\s*\[(http_response_\w+|tensorstore_spec|source locations?)=.*", "", text, flags=re.DOTALL
+    ).split()
+  )[:300]
+  if 404 in codes:
+    return f"{reason}; is the bucket there?"
+  if set(codes) & {400, 401, 403} or re.search("PERMISSION_DENIED|UNAUTHENTICATED", text):
+    return f"{reason}; {_DENIED}"
+  return f"{reason}; try again later, and check the network"
 
 
 # --- Errors -------------------------------------------------------------------------------------------------
