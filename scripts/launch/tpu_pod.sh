@@ -4,16 +4,18 @@
 #
 #   export TPU=my-slice ZONE=us-central2-b
 #   scripts/launch/tpu_pod.sh setup                     installs this checkout on all hosts
-#   scripts/launch/tpu_pod.sh start --config R.py ...   starts training in the background, on all hosts
+#   scripts/launch/tpu_pod.sh start --config R.py --config.training.output_dir=gs://my-bucket/run1 ...
+#                                                       starts training in the background, on all hosts
 #   scripts/launch/tpu_pod.sh log                       follows the first host's log; `log N` host N's
 #   scripts/launch/tpu_pod.sh stop                      asks the run to save and end
 #
-# PROJECT names another project than gcloud's own. Recipe, data and training.output_dir are paths that all hosts see.
+# PROJECT names another project than gcloud's own. The hosts share no disk: training.output_dir is in a bucket, and so may
+# data and model be; the recipe is part of the checkout.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 usage() {
-  sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+  sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
   exit 2
 }
 
@@ -34,7 +36,7 @@ case "${1:-}" in
     on all 'set -e
       mkdir -p internvl_jax && tar -xzf internvl_jax.tar.gz -C internvl_jax
       python3 -m venv internvl_jax/.venv || { sudo apt-get install -y python3-venv && python3 -m venv internvl_jax/.venv; }
-      internvl_jax/.venv/bin/pip install --quiet -e "internvl_jax[tpu]"'
+      internvl_jax/.venv/bin/pip install --quiet -e "internvl_jax[tpu,remote]"'
     ;;
   start)
     shift
