@@ -314,6 +314,9 @@ class LoaderConfig:
   on_over_length: Literal["error", "drop", "shrink_tiles", "truncate"] = "truncate"
   # Abort once a larger share of the samples read so far was lost; those that on_over_length="drop" drops not counted.
   max_bad_fraction: float = 0.01
+  # Abort once a larger share of the samples read so far had no supervised token: nothing is learned from them. 1.0 never
+  # does, as the reference.
+  max_untaught_fraction: float = 0.5
   # Lengths that rows are padded to; empty: max_seq_length halved down to 256. The last one must hold
   # max_seq_length.
   sequence_buckets: tuple[int, ...] = ()

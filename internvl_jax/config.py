@@ -261,6 +261,7 @@ RANGES: dict[str, Range] = {
   "lora.alpha": _ABOVE_0,
   "lora.dropout": _BELOW_1,
   "loader.max_bad_fraction": _SHARE,
+  "loader.max_untaught_fraction": _SHARE,
   "loader.sequence_buckets": _POSITIVE,
   # A pool without tiles is what a batch of text needs.
   "loader.tile_buckets": _NOT_NEGATIVE,

@@ -387,8 +387,8 @@ def test_a_sound_configuration_passes_and_is_left_alone(config):
     ({"loss_type": ""}, "preference.loss_type='': there is no loss ''"),
     ({"loss_type": "sigmoid", "sigmoid_loss_weight": 0.0}, "sigmoid_loss_weight=0 optimises nothing"),
     (
-      {"loss_type": "sigmoid", "precompute_reference": True, "reference_cache_dir": "gs://a/b"},
-      "'gs://a/b': must be a folder; mount the bucket",
+      {"loss_type": "sigmoid", "precompute_reference": True, "reference_cache_dir": "hdfs://a/b"},
+      "'hdfs://a/b': runs write to folders, gs:// and s3:// only",
     ),
     ({"loss_type": "ipo,sigmoid,ipo"}, "names 'ipo' 2 times; name it once, with preference.ipo_loss_weight"),
   ],
@@ -596,11 +596,13 @@ def test_remote_paths_are_left_to_who_opens_them(config):
   assert not problems(config)
 
 
-def test_a_remote_output_directory_is_refused(config):
-  config.training.output_dir = "gs://bucket/out"
+def test_an_output_directory_on_a_web_server_is_refused(config):
+  config.training.output_dir = "s3://bucket/out"
+  assert not problems(config)
+  config.training.output_dir = "https://host/out"
   (line,) = problems(config)
   assert line.startswith(
-    "training.output_dir='gs://bucket/out': runs write to folders only; mount the bucket"
+    "training.output_dir='https://host/out': runs write to folders, gs:// and s3:// only"
   )
 
 

@@ -392,6 +392,8 @@ class TrainLoader:
       logging.warning("Samples without a supervised token on this host: %s", tally.describe())
     if not self._taught:
       self._check_taught(micro_batches, tally)
+    elif tally.untaught > self._tally.untaught:
+      tally.judge_untaught()
 
   def _check_taught(self, micro_batches: list[batching.MicroBatch], tally: Tally) -> None:
     """Ends a run whose first batches supervise nothing; under on_bad_sample="drop" the first one may be bad by chance."""

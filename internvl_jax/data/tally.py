@@ -117,17 +117,35 @@ class Tally:
     Raises:
       DataError: more than loader.max_bad_fraction were lost, with the first of them.
     """
-    # What the plan passed over is known of all samples; of the rest, this host has seen its share.
-    counts = (self.planned + self._hosts * self.read).sum(0)
-    bad, total = int(counts[COUNTERS.index("unreadable")]), int(counts[0])
+    counts, judged = self._judged()
+    bad, total = counts["unreadable"], counts["samples"]
     if self._loader.on_over_length != "drop":
-      bad += int(counts[COUNTERS.index("over_long")])
-    judged = max(total, min(self._epoch, _FEWEST_JUDGED))
+      bad += counts["over_long"]
     if bad > self._loader.max_bad_fraction * judged:
       raise DataError(
         f"{bad} of {total} samples were lost, more than loader.max_bad_fraction={self._loader.max_bad_fraction} of "
         f"{judged}; the first: {' | '.join(self.offenders)}"
       )
+
+  def judge_untaught(self) -> None:
+    """Ends the run where too many samples had nothing to learn.
+
+    Raises:
+      DataError: more than loader.max_untaught_fraction had no supervised token.
+    """
+    counts, judged = self._judged()
+    if counts["fully_masked"] > self._loader.max_untaught_fraction * judged:
+      raise DataError(
+        f"{counts['fully_masked']} of {counts['samples']} samples had no supervised token, more than "
+        f"loader.max_untaught_fraction={self._loader.max_untaught_fraction} of {judged}; check that data.max_seq_length reaches "
+        "the answers and that turns of 'gpt' hold them: python -m internvl_jax.doctor names the lines"
+      )
+
+  def _judged(self) -> tuple[dict[str, int], int]:
+    """Returns the counters of all hosts, as far as this one can tell, and of how many samples a share is taken."""
+    # What the plan passed over is known of all samples; of the rest, this host has seen its share.
+    counts = (self.planned + self._hosts * self.read).sum(0).tolist()
+    return dict(zip(COUNTERS, counts, strict=True)), max(counts[0], min(self._epoch, _FEWEST_JUDGED))
 
   def nothing_taught(
     self, micro_batches: Sequence[MicroBatch], seen: int, rows: int, *, preference: bool

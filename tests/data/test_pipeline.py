@@ -174,6 +174,20 @@ def test_truncated_and_fully_masked_samples_are_counted_and_said(tokenizer, tmp_
   assert line == "Samples without a supervised token on this host: text: 1 truncated, 2 fully masked of 4"
 
 
+def test_too_many_samples_without_a_supervised_token_abort(tokenizer, tmp_path):
+  records = [{"conversations": turns("hi", *(["hello"] if i % 4 == 0 else []))} for i in range(12)]
+  write_jsonl(tmp_path / "text.jsonl", records)
+  (tmp_path / "meta.json").write_text(json.dumps({"text": {"root": "", "annotation": "text.jsonl"}}))
+  loader = make_loader(tmp_path / "meta.json", tokenizer, loader={"shuffle": False})
+  next(loader)
+  next(loader)
+  with pytest.raises(DataError, match=r"9 of 12 samples had no supervised token, more than .*=0\.5 of 12"):
+    next(loader)
+  loader.close()
+  allowed = {"shuffle": False, "max_untaught_fraction": 0.75}
+  all_batches(make_loader(tmp_path / "meta.json", tokenizer, loader=allowed, max_steps=3))
+
+
 def test_first_batch_without_a_supervised_token(tokenizer, tmp_path):
   write_jsonl(tmp_path / "text.jsonl", [{"conversations": turns("hi")}] * 4)
   (tmp_path / "meta.json").write_text(json.dumps({"text": {"root": "", "annotation": "text.jsonl"}}))
