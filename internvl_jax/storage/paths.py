@@ -187,6 +187,21 @@ def objects(folder: BucketPath) -> dict[str, Stat]:
   return {name[start:]: _stat(info) for name, info in found.items() if name[start:]}
 
 
+def files_in(folder: BucketPath) -> dict[str, Stat]:
+  """The objects that are directly in a folder, by their names, in one listing; none where the folder is not there."""
+  try:
+    entries = remote.ask(str(folder), lambda system: system.ls(str(folder), detail=True))
+  except FileNotFoundError:
+    return {}
+  start = str(folder).partition("://")[2] + "/"
+  return {
+    entry["name"][len(start) :]: _stat(entry)
+    for entry in entries
+    # A store may list what is called as the folder, but is an object.
+    if entry["type"] != "directory" and entry["name"].startswith(start) and entry["name"] != start
+  }
+
+
 def remove_tree(folder: AnyPath) -> None:
   """Deletes a folder and all that is in it."""
   if isinstance(folder, Path):

@@ -54,6 +54,10 @@ _PASSING = {
 _PASSING_ERRNO = {errno.EBUSY, getattr(errno, "EREMOTEIO", errno.EIO)}
 _PASSING_STATUS = {408, 425, 429}
 
+# gcsfs would ask for the kind of a bucket before every request as long as it gets no answer, which needs a permission of
+# its own, and warn of it each time. Buckets of the zonal kind need it: who has one sets this to "true".
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+
 # One a process for each scheme: each has connections of its own.
 _systems: dict[Any, Any] = {}
 _random = random.Random()
