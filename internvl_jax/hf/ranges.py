@@ -24,8 +24,7 @@ import numpy as np
 from internvl_jax.errors import UserError
 from internvl_jax.hf import files
 from internvl_jax.storage.paths import BucketPath
-from internvl_jax.storage.remote import FetchError
-from internvl_jax.storage.snapshots import Pointer
+from internvl_jax.storage.snapshots import Pointer, explained
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -162,12 +161,9 @@ def _request(pointer: Pointer, start: int, end: int) -> bytes:
   Raises:
     UserError: they cannot be had.
   """
-  try:
-    found = BucketPath(pointer.url).read_range(start, end)
-  except FileNotFoundError:
-    raise UserError(f"{pointer.url}: is no longer there; copy it there again") from None
-  except FetchError as error:
-    raise UserError(f"{pointer.url}: {error}") from error
+  url = BucketPath(pointer.url)
+  with explained(url):
+    found = url.read_range(start, end)
   if len(found) != end - start:
     raise UserError(_changed(pointer))
   return found
@@ -206,12 +202,9 @@ def check_unchanged(pointers: Iterable[Pointer]) -> None:
   """
 
   def check(pointer: Pointer) -> None:
-    try:
-      stat = BucketPath(pointer.url).stat()
-    except FileNotFoundError:
-      raise UserError(_changed(pointer)) from None
-    except FetchError as error:
-      raise UserError(f"{pointer.url}: {error}") from error
+    url = BucketPath(pointer.url)
+    with explained(url):
+      stat = url.stat()
     if (stat.st_size, stat.checksum) != (pointer.size, pointer.checksum):
       raise UserError(_changed(pointer))
 
@@ -270,7 +263,9 @@ def _parse(header: bytes, begin: int, size: int) -> dict[str, _Tensor]:
   for name, tensor in sorted(tensors.items(), key=lambda item: item[1][2:]):
     width = np.dtype(_DTYPES[tensor.dtype]).itemsize if tensor.dtype in _DTYPES else None
     if tensor.start != at or (width is not None and tensor.end - at != width * math.prod(tensor.shape)):
-      raise ValueError(f"{files.shown(name)} does not follow what is before it, or is not as long as its shape")
+      raise ValueError(
+        f"{files.shown(name)} does not follow what is before it, or is not as long as its shape"
+      )
     at = tensor.end
   if at != size:
     raise ValueError(f"its tensors end at byte {at:,}, and the file at {size:,}")

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from internvl_jax.errors import UserError
 from internvl_jax.storage import remote
 
 SCHEMES = ("gs", "s3")
@@ -241,6 +242,35 @@ def filled(folder: AnyPath) -> Iterator[Path]:
     for path in sorted(local.rglob("*")):
       if path.is_file():
         put(path, folder / path.relative_to(local).as_posix())
+
+
+@contextlib.contextmanager
+def filled_file(path: AnyPath) -> Iterator[Path]:
+  """A file of this machine to write, which is at `path` at the end: the same one where that is here.
+
+  Writers may give its name another ending.
+  """
+  if isinstance(path, Path):
+    yield path
+    return
+  with tempfile.TemporaryDirectory() as name:
+    yield Path(name) / path.name
+    for local in sorted(Path(name).iterdir()):
+      put(local, path.parent / local.name)
+
+
+def output_path(name: str, setting: str) -> AnyPath:
+  """The path that a setting names for what is written.
+
+  Raises:
+    UserError: it is a URL that nothing is written to.
+  """
+  if remote.scheme(name) and not is_bucket(name):
+    known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+    raise UserError(
+      f"{setting}={name}: nothing is written there; name a path of this machine, or of a bucket ({known})"
+    )
+  return path_of(name)
 
 
 def _stat(info: dict[str, Any]) -> Stat:

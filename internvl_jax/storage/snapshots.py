@@ -69,9 +69,7 @@ def url_of(folder: Path) -> BucketPath | None:
   return _urls.get(str(folder))
 
 
-def snapshot(
-  url: BucketPath, *, brought: Sequence[str], pointed: Sequence[str], most_bytes: int
-) -> Path:
+def snapshot(url: BucketPath, *, brought: Sequence[str], pointed: Sequence[str], most_bytes: int) -> Path:
   """The folder of this machine that stands for a folder of a bucket as it is now, or its file for a single object.
 
   Args:
@@ -83,7 +81,7 @@ def snapshot(
   Raises:
     UserError: nothing is there, it cannot be read, or the cache cannot be written.
   """
-  with _explained(url):
+  with explained(url):
     found = files_in(url)
     single = not found and url.is_file()
     if single:
@@ -92,9 +90,7 @@ def snapshot(
     raise UserError(f"{url}: nothing is there; mend the URL, or copy the files there")
   folder = url.parent if single else url
   copied = {
-    name: stat
-    for name, stat in sorted(found.items())
-    if _fits(name, brought) and stat.st_size <= most_bytes
+    name: stat for name, stat in sorted(found.items()) if _fits(name, brought) and stat.st_size <= most_bytes
   }
   pointers = {
     name: Pointer(str(folder / name), stat.st_size, stat.checksum)
@@ -134,7 +130,7 @@ def _make(
     with _cache_errors_named():
       temporary.mkdir(parents=True)
     for name, stat in copied.items():
-      with _explained(folder / name):
+      with explained(folder / name):
         content = (folder / name).read_bytes()
       if len(content) != stat.st_size:
         raise UserError(
@@ -159,14 +155,15 @@ def _rename(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explained(url: BucketPath) -> Iterator[None]:
-  """Turns what a store says into a line."""
+def explained(url: BucketPath) -> Iterator[None]:
+  """Turns what a store says of an object that was there into a line."""
   try:
     yield
   except FileNotFoundError:
     raise UserError(f"{url}: is no longer there; copy it there again") from None
   except remote.FetchError as error:
-    raise UserError(f"{url}: {error}") from error
+    line = str(error)
+    raise UserError(line if line.startswith(str(url)) else f"{url}: {line}") from error
 
 
 @contextlib.contextmanager
