@@ -1,6 +1,7 @@
 """Requests to the file systems of URLs: time-outs, what is tried again, and what is said of what fails."""
 
 import errno
+import logging
 import os
 import random
 import re
@@ -57,6 +58,10 @@ _PASSING_STATUS = {408, 425, 429}
 # gcsfs would ask for the kind of a bucket before every request as long as it gets no answer, which needs a permission of
 # its own, and warn of it each time. Buckets of the zonal kind need it: who has one sets this to "true".
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+
+# At INFO, these tell where they found credentials.
+for _logger in ("aiobotocore", "botocore"):
+  logging.getLogger(_logger).setLevel(logging.WARNING)
 
 # One a process for each scheme: each has connections of its own.
 _systems: dict[Any, Any] = {}

@@ -141,6 +141,8 @@ def _make(
     with _cache_errors_named():
       for name, pointer in pointers.items():
         (temporary / name).write_bytes(_MARK + json.dumps(pointer).encode())
+      for path in temporary.iterdir():
+        os.utime(path, (0, 0))  # Which of them is newer, nobody is to guess from when they came here.
       _rename(temporary, place)
   finally:
     shutil.rmtree(temporary, ignore_errors=True)

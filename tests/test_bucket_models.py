@@ -1,0 +1,427 @@
+"""Checkpoints in a bucket are those of a folder: the same parameters, the same errors, and no byte that nobody needs."""
+
+import concurrent.futures
+import json
+import os
+import re
+import shutil
+import struct
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from damage import edit_config, load
+from safetensors.numpy import load_file, save_file
+
+from internvl_jax import facts
+from internvl_jax.config import TrainConfig, problems
+from internvl_jax.errors import UserError
+from internvl_jax.hf import files, hub, peft, ranges, vocabulary, weights
+from internvl_jax.hf.model import Changes, Source, open_parts, open_source, with_projector
+from internvl_jax.models.lora import LoRASpec, adapter_paths
+from internvl_jax.storage import remote, snapshots
+from internvl_jax.storage.paths import BucketPath, put
+from internvl_jax.storage.remote import FetchError
+from toy import CURVE
+
+MODEL = CURVE / "init"
+SINGLE = "model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+  """A folder of caches of the test's own."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  return tmp_path / "cache" / "internvl_jax" / "models"
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """A copy of a good checkpoint, in two files."""
+  copy = shutil.copytree(MODEL, tmp_path / "model")
+  split(copy)
+  return copy
+
+
+def split(folder: Path) -> None:
+  """Makes two files of a checkpoint's one."""
+  tensors = load_file(folder / SINGLE)
+  weights.save(folder, tensors.items(), shard_bytes=sum(t.nbytes for t in tensors.values()) * 2 // 3)
+  assert len(list(folder.glob("*.safetensors"))) == 2
+
+
+def send(folder: Path, url: str) -> str:
+  """Copies a folder to a bucket."""
+  for path in folder.iterdir():
+    put(path, BucketPath(url) / path.name)
+  return url
+
+
+def read(source: Source) -> dict[str, jax.Array]:
+  """All parameters of a source."""
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return source.load(source.model.shapes, dict.fromkeys(source.model.shapes, place))
+
+
+def same(ours: dict, theirs: dict) -> bool:
+  return ours.keys() == theirs.keys() and all(np.array_equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_parameters_and_tokenizer_are_those_of_the_folder(bucket, folder, cache):
+  url = send(folder, f"{bucket}/models/toy")
+  assert same(load(url), load(MODEL))  # pyright: ignore[reportArgumentType]
+  assert vocabulary.open_tokenizer(url).get_vocab() == vocabulary.open_tokenizer(MODEL).get_vocab()
+  (here,) = cache.iterdir()
+  assert sum(path.stat().st_size for path in here.glob("*.safetensors")) < 1000, "weights were copied"
+  assert (here / "tokenizer.json").read_bytes() == (MODEL / "tokenizer.json").read_bytes()
+
+
+def test_layers_are_read_when_they_are_asked_for(bucket, folder):
+  lazy = open_source(send(folder, f"{bucket}/m")).lazy(np.dtype(np.float32))  # pyright: ignore[reportArgumentType]
+  assert same(lazy, load(MODEL))
+
+
+@pytest.mark.parametrize("name", ["mlp.safetensors", pytest.param("mlp.pth", marks=pytest.mark.torch)])
+def test_a_projector(bucket, tmp_path, name):
+  """A file of safetensors is read by ranges; a pickle, which has checksums within, is copied."""
+  numbers = {
+    key.removeprefix("mlp1."): value + 1
+    for key, value in load_file(MODEL / SINGLE).items()
+    if key.startswith("mlp1.")
+  }
+  if name.endswith(".pth"):
+    torch = pytest.importorskip("torch")
+    torch.save({key: torch.tensor(value) for key, value in numbers.items()}, tmp_path / name)
+  else:
+    save_file(numbers, tmp_path / name)
+  put(tmp_path / name, BucketPath(bucket) / name)
+  found = read(with_projector(open_source(MODEL), f"{bucket}/{name}"))
+  np.testing.assert_array_equal(found["mlp1.linear_1.bias"], numbers["1.bias"])
+
+
+def test_a_whole_model_in_place_of_its_parts(bucket):
+  url = send(MODEL, f"{bucket}/init")
+  changes = Changes(image_size=28, downsample_ratio=0.5, ps_version="v2")
+  with pytest.raises(UserError, match=f"^{url}: a whole InternVL checkpoint"):
+    open_parts(vision_path=url, llm_path=url, mlp_path=None, changes=changes)
+
+
+@pytest.mark.parametrize("base", ["../base", "{bucket}/base"])
+def test_adapters_beside_their_base_model(bucket, tmp_path, base):
+  send(MODEL, f"{bucket}/base")
+  source = open_source(MODEL, Changes(text_lora=LoRASpec(rank=2, alpha=4.0)))
+  params = read(source)
+  adapters = {path: value + 1 for path, value in params.items() if path in adapter_paths(params)}
+  peft.save_adapter(
+    tmp_path / "a", adapters, source.specs, source.layout, source.table, base=base.format(bucket=bucket)
+  )
+  assert same(load(send(tmp_path / "a", f"{bucket}/adapter")), params | adapters)  # pyright: ignore[reportArgumentType]
+
+
+# --- What is fetched ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fetched(monkeypatch):
+  """The ranges that were fetched: URL, first byte and number of bytes."""
+  found, read = [], BucketPath.read_range
+
+  def counted(self, start, end):
+    content = read(self, start, end)
+    found.append((str(self), start, len(content)))
+    return content
+
+  monkeypatch.setattr(BucketPath, "read_range", counted)
+  return found
+
+
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+def test_each_host_fetches_what_its_devices_hold(bucket, folder, fetched, monkeypatch, axis):
+  """Of two hosts, each fetches its half of every matrix, also where that is a part of each row, and no byte beside."""
+  source = open_source(send(folder, f"{bucket}/m"))
+  assert source.checkpoint is not None
+  monkeypatch.setattr(weights, "_spans_hosts", lambda sharding: True)
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("host",))
+  for host in range(2):
+    del fetched[:]
+    held = 0
+    for path, leaf in source.model.shapes.items():
+      names = weights.names_of(path, leaf.shape, source.table)
+      sharding = _halved(mesh, names, leaf, axis)
+      # What is transformed otherwise than by turning it is read whole: of this model, the kernel of patches.
+      is_whole = names.row.transform.part is None
+      held += 4 * np.prod(leaf.shape if is_whole else sharding.shard_shape(leaf.shape))
+      index = weights._rows_of_files(names, leaf, sharding).devices_indices_map(leaf.shape)
+      weights._read_shard(source.checkpoint, names, leaf, index[jax.devices()[host]])
+    assert (
+      sum(count for *_, count in fetched)
+      == held
+      < 0.65 * 4 * sum(np.prod(leaf.shape) for leaf in source.model.shapes.values())
+    )
+
+
+def _halved(mesh, names, leaf, axis):
+  """A parameter's matrices in two: parts of each row of the file, or of its rows."""
+  parts: list = [None] * len(leaf.shape)
+  matrix = [i for i in range(names.lead, len(leaf.shape)) if leaf.shape[i] % 2 == 0]
+  if len(matrix) > 1:
+    parts[matrix[-1] if axis == "rows" else matrix[0]] = "host"
+  return jax.sharding.NamedSharding(mesh, jax.P(*parts))
+
+
+def test_requests_are_few_and_of_what_is_asked_for(bucket, tmp_path, fetched, monkeypatch):
+  monkeypatch.setattr(ranges, "PART_BYTES", 1000)
+  monkeypatch.setattr(ranges, "FIRST_BYTES", 100)
+  tensors = {
+    "a": np.arange(1200, dtype="f4").reshape(3, 20, 20),
+    "b": np.arange(6, dtype="u1"),
+    "c": np.float64(7),
+  }
+  tensors = {name: np.asarray(value) for name, value in tensors.items()} | {"d": np.empty((0, 3), "f2")}
+  save_file(tensors, tmp_path / "x.safetensors")
+  put(tmp_path / "x.safetensors", BucketPath(bucket) / "x.safetensors")
+  checkpoint = weights.open_checkpoint(hub.resolve_weights(f"{bucket}/x.safetensors"))
+  assert len(fetched) == 2, "a header is read once, by two requests"
+  weights.open_checkpoint(hub.resolve_weights(f"{bucket}/x.safetensors"))
+  assert len(fetched) == 2, "a header was read again"
+  for index, requests, numbers in (
+    (None, 5, 1200),
+    ((slice(1, 2),), 2, 400),
+    ((slice(2, 3), slice(0, 5)), 1, 100),
+    ((slice(1, 2), slice(4, 6), slice(3, 9)), 1, 26),
+    ((slice(0, 0),), 0, 0),
+  ):
+    del fetched[:]
+    part = checkpoint.read("a", index)
+    np.testing.assert_array_equal(part, tensors["a"][index or ()])
+    assert part.flags.c_contiguous
+    assert (len(fetched), sum(count for *_, count in fetched)) == (requests, 4 * numbers)
+  for name in "bcd":
+    np.testing.assert_array_equal(checkpoint.read(name), tensors[name])
+
+
+def test_what_is_ahead_is_in_order_and_within_bounds():
+  running, most = [0], [0]
+
+  def work(i):
+    running[0] += 1
+    most[0] = max(most[0], running[0])
+    if i == 7:
+      raise ValueError("7")
+    running[0] -= 1
+    return i
+
+  assert list(ranges.ahead(work, range(7), 3)) == list(range(7)) and most[0] <= 3
+  with pytest.raises(ValueError, match="7"):
+    list(ranges.ahead(work, range(20), 3))
+
+
+def test_hosts_compare_what_the_store_knows(bucket, fetched):
+  url = send(MODEL, f"{bucket}/m")
+  first = facts.weights(open_source(url))
+  del fetched[:]
+  assert facts.weights(open_source(url)) == first and not fetched
+  assert "the content of m/model.safetensors" in first
+  changed = (MODEL / SINGLE).read_bytes()
+  (BucketPath(url) / SINGLE).write_bytes(changed[:-1] + bytes([changed[-1] ^ 1]))
+  other = facts.weights(open_source(url))
+  assert [name for name in first if first[name] != other[name]] == ["the content of m/model.safetensors"]
+
+
+# --- What changes, and what is at the same time -------------------------------------------------------------
+
+
+def test_a_bucket_that_changes_is_seen(bucket, folder, cache):
+  url = send(folder, f"{bucket}/m")
+  before = hub.resolve(url)
+  assert hub.resolve(url) == before
+  edit_config(folder, template="phi3-chat")
+  send(folder, url)
+  assert open_source(url).raw["template"] == "phi3-chat" and hub.resolve(url) != before
+
+
+def test_a_file_that_is_written_anew_while_it_is_read(bucket, folder, monkeypatch):
+  url = send(folder, f"{bucket}/m")
+  source = open_source(url)
+  name = next(folder.glob("*.safetensors")).name
+  content = (folder / name).read_bytes()
+  (BucketPath(url) / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+  with pytest.raises(UserError, match=f"^{url}/{name}: was written anew while it was read"):
+    read(source)
+
+
+def test_several_at_once_and_one_that_fails(bucket, cache, monkeypatch):
+  url, read = send(MODEL, f"{bucket}/m"), BucketPath.read_bytes
+
+  def fails(self):
+    raise FetchError("the cable was pulled")
+
+  monkeypatch.setattr(BucketPath, "read_bytes", fails)
+  with pytest.raises(UserError, match=rf"^{url}/\w+\.json: the cable was pulled"):
+    hub.resolve(url)
+  assert not list(cache.iterdir())
+  monkeypatch.setattr(BucketPath, "read_bytes", read)
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    (found,) = set(pool.map(hub.resolve, [url] * 4))
+  assert list(cache.iterdir()) == [found] and (found / "config.json").is_file()
+
+
+# --- What is refused ----------------------------------------------------------------------------------------
+
+
+def cut(folder):
+  os.truncate(folder / SINGLE, 5000)
+
+
+def lengthen(folder):
+  with (folder / SINGLE).open("ab") as file:
+    file.write(bytes(7))
+
+
+def replaced(content):
+  return lambda folder: (folder / SINGLE).write_bytes(content)
+
+
+def index(folder, name):
+  (folder / files.INDEX).write_text(json.dumps({"weight_map": {"mlp1.0.weight": name}}))
+
+
+DAMAGE = {
+  "cut": cut,
+  "longer": lengthen,
+  "empty": replaced(b""),
+  "short": replaced(b"1234"),
+  "lfs": replaced(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
+  "huge header": replaced(struct.pack("<Q", files.HEADER_BYTES + 1) + bytes(files.HEADER_BYTES + 2)),
+  "endless header": replaced(struct.pack("<Q", 2**60) + b"{}"),
+  "no tensors": replaced(struct.pack("<Q", 2) + b"{}"),
+  "no header": replaced(struct.pack("<Q", 10) + b'{"a":[[[[}' + bytes(9)),
+  "no entry": replaced(struct.pack("<Q", 8) + b'{"a":3}' + b" "),
+  "missing shard": lambda folder: index(folder, "model-00002-of-00002.safetensors"),
+  "another index": lambda folder: (index(folder, "x.safetensors"), save_file({}, folder / "x.safetensors")),
+  "adapter": lambda folder: save_file({"x": np.zeros(1, "f4")}, folder / files.ADAPTER),
+  "pickles": lambda folder: (folder / SINGLE).rename(folder / "pytorch_model.bin"),
+  "no weights": lambda folder: (folder / SINGLE).unlink(),
+  "no config": lambda folder: (folder / "config.json").unlink(),
+  "no json": lambda folder: (folder / "config.json").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_told_as_of_a_folder(bucket, tmp_path, name):
+  folder = shutil.copytree(MODEL, tmp_path / "m")
+  DAMAGE[name](folder)
+  lines = []
+  for where in (str(folder), send(folder, f"{bucket}/m")):
+    with pytest.raises(UserError) as error:
+      load(where)  # pyright: ignore[reportArgumentType]
+    lines.append(re.sub(r"(damaged or truncated safetensors file) \(.*\)", r"\1", str(error.value)))
+  assert lines[1] == re.sub(r" \(by its time, .* is newer\)", "", lines[0]).replace(
+    str(folder), f"{bucket}/m"
+  )
+  assert len(lines[1].splitlines()) == 1
+
+
+def test_a_header_whose_tensors_do_not_fill_the_file(bucket):
+  for entries in (
+    {"a": ("F32", [2], [0, 4])},
+    {"a": ("F32", [1], [4, 8])},
+    {"a": ("F32", [1], [0, 4]), "b": ("F32", [1], [0, 4])},
+    {"a": ("F32", [-1], [0, 4])},
+    {"a": ("F32", [1], [0, 4, 4])},
+  ):
+    header = json.dumps(
+      {
+        name: dict(zip(("dtype", "shape", "data_offsets"), entry, strict=True))
+        for name, entry in entries.items()
+      }
+    ).encode()
+    path = BucketPath(bucket) / SINGLE
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(
+      UserError, match=rf"^{path}: damaged or truncated safetensors file \(.*\); download"
+    ) as error:
+      weights.open_checkpoint(hub.resolve_weights(str(path)))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_what_is_not_there(bucket, folder):
+  for url in (f"{bucket}/none", f"{bucket.partition(':')[0]}://no-such-bucket-anywhere/m"):
+    with pytest.raises(UserError, match=rf"^{url}: nothing is there; ") as error:
+      open_source(url)
+    assert len(str(error.value).splitlines()) == 1
+  send(folder, f"{bucket}/m")
+  with pytest.raises(UserError, match="is a file; give the folder"):
+    open_source(f"{bucket}/m/config.json")
+  put(folder / "config.json", BucketPath(f"{bucket}/run/checkpoints/100/state.json"))
+  with pytest.raises(UserError, match=f"{bucket}/run/checkpoints/100: what a run goes on from, not a model"):
+    open_source(f"{bucket}/run/checkpoints/100")
+  source = open_source(f"{bucket}/m")
+  for path in BucketPath(f"{bucket}/m").glob("*.safetensors"):
+    path.unlink()
+  with pytest.raises(UserError, match=rf"{bucket}/m/model-0000\d-of-00002.safetensors: is no longer there"):
+    read(source)
+
+
+@pytest.mark.parametrize("at", ["ls", "cat_file", "info"])
+def test_what_a_store_denies_names_url_and_remedy(bucket, monkeypatch, at):
+  url = send(MODEL, f"{bucket}/m")
+  # After the load it is asked whether the files are still those that were read.
+  opened = open_source(url) if at == "info" else None
+
+  def denied(*args, **kwargs):
+    raise PermissionError("Access Denied")
+
+  monkeypatch.setattr(remote.file_system(url), at, denied)
+  with pytest.raises(UserError) as error:
+    read(opened or open_source(url))
+  assert re.match(rf"{url}[\w/.]*: permission denied \(.*\); check the credentials", str(error.value))
+  assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_cache_that_cannot_be_written(bucket, tmp_path, monkeypatch):
+  (tmp_path / "file").write_text("")
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+  with pytest.raises(UserError, match=r"/file/internvl_jax: cannot hold .*; set XDG_CACHE_HOME"):
+    hub.resolve(send(MODEL, f"{bucket}/m"))
+
+
+@pytest.mark.parametrize("scheme", ["http", "gcs", "hf"])
+def test_other_schemes_are_refused(scheme):
+  name = f"{scheme}://host/m"
+  for opened in (hub.resolve, hub.resolve_weights):
+    with pytest.raises(UserError, match=rf"no checkpoint is read from {scheme}://; .*gs://, s3://"):
+      opened(name)
+  config = TrainConfig()
+  config.model.model_name_or_path = config.model.mlp_path = name
+  found = [line for line in problems(config, "doctor") if "no checkpoint is read" in line]
+  assert [line.partition("=")[0] for line in found] == ["model.model_name_or_path", "model.mlp_path"]
+
+
+def test_settings_that_must_be_folders():
+  config = TrainConfig()
+  config.model.model_name_or_path = config.model.mlp_path = "gs://bucket/m"
+  config.data.meta_path = "s3://bucket/meta.json"
+  assert not problems(config, "doctor")
+  config.runtime.compilation_cache_dir = config.training.logging_dir = "gs://bucket/x"
+  assert not problems(config, "doctor")
+  config.loader.cache_dir = "gs://bucket/x"
+  (line,) = problems(config, "doctor")
+  assert line.startswith(
+    "loader.cache_dir='gs://bucket/x': must be a folder of this machine: what it holds is mapped"
+  )
+  config.loader.cache_dir = None
+  config.runtime.compilation_cache_dir = config.training.logging_dir = "http://host/x"
+  found = problems(config, "doctor")
+  assert [line.partition("=")[0] for line in found] == [
+    "training.logging_dir",
+    "runtime.compilation_cache_dir",
+  ]
+
+
+def test_messages_name_what_the_user_named(bucket):
+  url = send(MODEL, f"{bucket}/m")
+  here = hub.resolve(url)
+  assert str(UserError(f"{here / 'config.json'}: x")) == f"{url}/config.json: x"
+  assert str(snapshots.url_of(here)) == url and snapshots.url_of(MODEL) is None
