@@ -679,9 +679,9 @@ def _projector_path_problems(name: str) -> Iterator[str]:
 
 
 def _unread(name: str) -> Iterator[str]:
-  from internvl_jax.hf.hub import unknown_scheme
+  from internvl_jax.hf.hub import unread_url
 
-  if line := unknown_scheme(name):
+  if line := unread_url(name):
     yield line
 
 

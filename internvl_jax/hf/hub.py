@@ -37,9 +37,11 @@ def is_elsewhere(name: str) -> bool:
   return is_bucket(name) or is_hub_id(name)
 
 
-def unknown_scheme(name: str) -> str | None:
+def unread_url(name: str) -> str | None:
   """Why a URL names no checkpoint, whatever is there; None if it is a bucket's, or no URL."""
   scheme = remote.scheme(name)
+  if scheme in SCHEMES and not re.match(r"\w+://[^/\s]+(/|$)", name):
+    return f"{name!r}: names no bucket; write {scheme}://bucket/folder"
   if not scheme or scheme in SCHEMES:
     return None
   return (
@@ -60,6 +62,8 @@ def resolve(name: str, *, with_weights: bool = True) -> Path:
   Raises:
     UserError: no such folder, and not a hub id or one that cannot be fetched.
   """
+  if problem := unread_url(name):
+    raise UserError(problem)
   if is_bucket(name):
     folder = _of_bucket(BucketPath(name))
     if folder.is_file():
@@ -67,8 +71,6 @@ def resolve(name: str, *, with_weights: bool = True) -> Path:
     return folder
   if os.path.isdir(name):
     return Path(name)
-  if problem := unknown_scheme(name):
-    raise UserError(problem)
   if not is_hub_id(name):
     raise UserError(f"{name!r}: no such folder; give a checkpoint's folder or its hub id, org/name")
   # Imported here: who only asks `is_hub_id` should not wait for an HTTP client.
@@ -114,7 +116,7 @@ def resolve_weights(name: str) -> Path:
   Raises:
     UserError: it is a URL, and nothing is there.
   """
-  if problem := unknown_scheme(name):
+  if problem := unread_url(name):
     raise UserError(problem)
   return _of_bucket(BucketPath(name)) if is_bucket(name) else Path(name)
 

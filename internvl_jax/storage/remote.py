@@ -59,9 +59,13 @@ _PASSING_STATUS = {408, 425, 429}
 # its own, and warn of it each time. Buckets of the zonal kind need it: who has one sets this to "true".
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
-# At INFO, these tell where they found credentials.
-for _logger in ("aiobotocore", "botocore"):
-  logging.getLogger(_logger).setLevel(logging.WARNING)
+# The first two tell where they found credentials, the third every error with its traceback before it raises it.
+for _logger, _level in (
+  ("aiobotocore", logging.WARNING),
+  ("botocore", logging.WARNING),
+  ("gcsfs", logging.CRITICAL),
+):
+  logging.getLogger(_logger).setLevel(_level)
 
 # One a process for each scheme: each has connections of its own.
 _systems: dict[Any, Any] = {}
@@ -138,6 +142,7 @@ def file_system(url: str) -> Any:
     raise FetchError(f"unknown scheme {name!r}{did_you_mean(name, _KNOWN)}") from error
   try:
     told = kind._get_kwargs_from_urls(url)  # A host or an account, where file systems are many.
+    told.pop("version_aware", None)  # gcsfs: the folder "frames #1" would be the version 1 of "frames ".
   except ValueError as error:  # of half a bracket, say
     raise FetchError(f"not a URL: {error}; correct it") from error
   key = (os.getpid(), name, repr(sorted(told.items())))
