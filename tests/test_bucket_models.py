@@ -19,7 +19,9 @@ from internvl_jax import facts
 from internvl_jax.config import TrainConfig, problems
 from internvl_jax.errors import UserError
 from internvl_jax.hf import files, hub, peft, ranges, vocabulary, weights
+from internvl_jax.hf.arrangement import reading_sharding
 from internvl_jax.hf.model import Changes, Source, open_parts, open_source, with_projector
+from internvl_jax.hf.tables import Transform
 from internvl_jax.models.lora import LoRASpec, adapter_paths
 from internvl_jax.storage import remote, snapshots
 from internvl_jax.storage.paths import BucketPath, put
@@ -157,28 +159,61 @@ def fetched(monkeypatch):
 
 @one_store
 @pytest.mark.parametrize("axis", ["rows", "columns"])
-def test_each_host_fetches_what_its_devices_hold(bucket, folder, fetched, monkeypatch, axis):
+def test_each_host_fetches_what_its_devices_hold(bucket, folder, fetched, axis):
   """Of two hosts, each fetches its half of every matrix, also where that is a part of each row, and no byte beside."""
   source = open_source(send(folder, f"{bucket}/m"))
   assert source.checkpoint is not None
-  monkeypatch.setattr(weights, "_spans_hosts", lambda sharding: True)
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("host",))
   for host in range(2):
     del fetched[:]
     held = 0
     for path, leaf in source.model.shapes.items():
       names = weights.names_of(path, leaf.shape, source.table)
-      sharding = _halved(mesh, names, leaf, axis)
+      sharding, transform = _halved(mesh, names, leaf, axis), names.row.transform
       # What is transformed otherwise than by turning it is read whole: of this model, the kernel of patches.
-      is_whole = names.row.transform.part is None
-      held += 4 * np.prod(leaf.shape if is_whole else sharding.shard_shape(leaf.shape))
-      index = weights._rows_of_files(names, leaf, sharding).devices_indices_map(leaf.shape)
-      weights._read_shard(source.checkpoint, names, leaf, index[jax.devices()[host]])
+      held += 4 * np.prod(leaf.shape if transform.part is None else sharding.shard_shape(leaf.shape))
+      first = reading_sharding(transform, names.lead, leaf.shape, sharding, far=True)
+      index = first.devices_indices_map(leaf.shape)[jax.devices()[host]]
+      weights._read_shard(source.checkpoint, names, leaf, index)
     assert (
       sum(count for *_, count in fetched)
       == held
       < 0.65 * 4 * sum(np.prod(leaf.shape) for leaf in source.model.shapes.values())
     )
+
+
+@one_store
+def test_devices_of_a_host_fetch_nothing_twice(bucket, folder, fetched):
+  """Also where each of them holds a part of every row of the files."""
+  source = open_source(send(folder, f"{bucket}/m"))
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("x",))
+  place = {path: jax.sharding.NamedSharding(mesh, jax.P()) for path in source.model.shapes}
+  paths = {f"language_model.model.layers.0:3.mlp.{name}_proj.kernel" for name in ("gate", "down")}
+  place |= {path: jax.sharding.NamedSharding(mesh, jax.P(None, "x")) for path in paths}
+  del fetched[:]
+  found = source.load(source.model.shapes, place, paths=paths)
+  assert sum(count for *_, count in fetched) == sum(4 * found[path].size for path in paths)
+  whole = load(MODEL)
+  for path in paths:
+    np.testing.assert_array_equal(found[path], whole[path])
+    assert found[path].sharding == place[path]
+
+
+def test_tensors_that_are_read_whole_are_divided_by_layers_or_experts():
+  mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
+  whole = Transform(lambda tensors, shape: tensors[0], lambda value: [value])
+  for shape, lead, spec, wanted in (
+    ((12, 16, 8, 8), 2, jax.P(None, None, "x"), (12, 2, 8, 8)),
+    ((12, 16, 8), 1, jax.P(None, "x"), (3, 16, 8)),
+    ((12, 16, 8), 1, jax.P(), (12, 16, 8)),
+    ((16, 12, 8), 1, jax.P("x"), (2, 12, 8)),
+    ((9, 16, 8), 1, jax.P(None, "x"), (9, 2, 8)),
+    ((16, 8), 0, jax.P("x"), (2, 8)),
+  ):
+    sharding = jax.sharding.NamedSharding(mesh, spec)
+    found = reading_sharding(whole, lead, shape, sharding, far=True)
+    assert found.shard_shape(shape) == wanted
+    assert reading_sharding(whole, lead, shape, sharding, far=False) is sharding
 
 
 def _halved(mesh, names, leaf, axis):

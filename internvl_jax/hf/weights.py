@@ -6,7 +6,6 @@ that does not fit is reported together, with shapes, before any number is read.
 
 import dataclasses
 import itertools
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -20,6 +19,7 @@ from safetensors.numpy import save_file
 
 from internvl_jax.errors import UserError
 from internvl_jax.hf import dtypes, files
+from internvl_jax.hf.arrangement import reading_sharding
 from internvl_jax.hf.files import INDEX
 from internvl_jax.hf.pickled import PickledTensors
 from internvl_jax.hf.ranges import AHEAD_BYTES, PARTS, RangedTensors, ahead, check_unchanged, read_headers
@@ -249,9 +249,15 @@ def load(
   names = {path: names_of(path, leaf.shape, table) for path, leaf in shapes.items()}
   _check(checkpoint, names, shapes)
   wanted = {path: leaf for path, leaf in shapes.items() if paths is None or path in paths}
-  rows = {path: _rows_of_files(names[path], leaf, place[path]) for path, leaf in wanted.items()}
+  pointers = checkpoint.pointers
+  rows = {
+    path: reading_sharding(
+      names[path].row.transform, names[path].lead, leaf.shape, place[path], far=bool(pointers)
+    )
+    for path, leaf in wanted.items()
+  }
   params = {path: _fill(checkpoint, names[path], leaf, rows[path]) for path, leaf in wanted.items()}
-  check_unchanged(checkpoint.pointers)
+  check_unchanged(pointers)
   moved = [path for path in wanted if rows[path] is not place[path]]
   if moved:
     # Devices wait for each other less long than hosts take to read.
@@ -259,37 +265,6 @@ def load(
   for path in moved:
     params[path] = jax.jit(lambda x: x, out_shardings=place[path])(params[path])
   return params
-
-
-def _rows_of_files(
-  names: Names, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
-) -> jax.sharding.Sharding:
-  """How a parameter is first read: as `sharding` says, unless that is a part of every row of a tensor for each host.
-
-  A file holds tensors row by row. Hosts that want a few numbers of every row read all of its pages: the whole
-  checkpoint, on each of them.
-  """
-  part, lead = names.row.transform.part, names.lead
-  inner = len(leaf.shape) - lead
-  if part is None or inner < 2 or not _spans_hosts(sharding):
-    return sharding
-  assert isinstance(sharding, jax.sharding.NamedSharding)
-  # Which of our axes is the tensor's first, and which its last.
-  places: Any = part(tuple(slice(axis) for axis in range(inner)))
-  row, column = lead + places[0].stop, lead + places[-1].stop
-  if sharding.shard_shape(leaf.shape)[column] == leaf.shape[column]:
-    return sharding
-  assert isinstance(sharding.mesh, jax.sharding.Mesh)
-  devices = sharding.mesh.devices
-  parts = math.gcd(leaf.shape[row], devices.size)
-  mesh = jax.sharding.Mesh(devices.reshape(parts, -1), ("rows", "copies"))
-  return jax.sharding.NamedSharding(
-    mesh, jax.P(*("rows" if axis == row else None for axis in range(len(leaf.shape))))
-  )
-
-
-def _spans_hosts(sharding: jax.sharding.Sharding) -> bool:
-  return not sharding.is_fully_addressable
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
