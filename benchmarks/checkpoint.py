@@ -21,9 +21,10 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
-from internvl_jax import checkpoint, digests
+from internvl_jax import digests
 from internvl_jax.arguments import MeshConfig
-from internvl_jax.checkpoint import Checkpointer
+from internvl_jax.checkpoint import folders, manager
+from internvl_jax.checkpoint.checkpointer import Checkpointer
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.parallel import rules
 from internvl_jax.state import TrainState
@@ -49,8 +50,8 @@ def timed_save(folder: Path, state: TrainState, *, with_digests: bool) -> tuple[
     []
     if with_digests
     else [
-      mock.patch.object(checkpoint, "_Folder", ocp.path.atomicity.AtomicRenameTemporaryPath),
-      mock.patch.object(checkpoint._Digests, "result", return_value=None),
+      mock.patch.object(folders, "_DiskFolder", ocp.path.atomicity.AtomicRenameTemporaryPath),
+      mock.patch.object(manager._Digests, "result", return_value=None),
     ]
   )
   for patch in patches:

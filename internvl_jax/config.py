@@ -617,8 +617,8 @@ def _path_problems(config: TrainConfig, command: Command) -> Iterator[str]:
   if command in ("train", "doctor") and config.eval.annotation and (root := config.eval.root):
     if not _is_remote(root) and not os.path.isdir(root):
       yield f"eval.root={root!r}: no such folder"
-  if (cache := config.preference.reference_cache_dir) and _is_remote(cache):
-    yield f"preference.reference_cache_dir={cache!r}: must be a folder; mount the bucket, and name the folder"
+  if (cache := config.preference.reference_cache_dir) and _is_remote(cache) and not is_bucket(cache):
+    yield f"preference.reference_cache_dir={cache!r}: runs write to folders, gs:// and s3:// only; name one of these"
   if "training.output_dir" in required and config.training.output_dir:
     yield from _output_path_problems(config)
 
@@ -695,18 +695,15 @@ def _is_hub_id(name: str) -> bool:
 def _output_path_problems(config: TrainConfig) -> Iterator[str]:
   output = config.training.output_dir
   assert output is not None
-  if _is_remote(output):
-    yield (
-      f"training.output_dir={output!r}: runs write to folders only; mount the bucket, or a file system that all hosts "
-      "share, and name the folder"
-    )
+  if _is_remote(output) and not is_bucket(output):
+    yield f"training.output_dir={output!r}: runs write to folders, gs:// and s3:// only; name one of these"
     return
-  if os.path.exists(output) and not os.path.isdir(output):
+  if not is_bucket(output) and os.path.exists(output) and not os.path.isdir(output):
     yield f"training.output_dir={output!r} is a file; name a folder"
   for path in ("model.model_name_or_path", *PARTS, "model.mlp_path"):
     name = get(config, path)
     folder = os.path.dirname(name) if name and name.endswith(PROJECTOR_SUFFIXES) else name
-    if folder and not _is_remote(folder) and would_write_over(folder, output):
+    if folder and _is_remote(folder) == _is_remote(output) and would_write_over(folder, output):
       yield (
         f"{path}={name!r} is where training.output_dir={output!r} would be written; "
         "write to a folder of its own"

@@ -5,7 +5,7 @@ is seen on one machine, and by network file systems that pass locks on. And a he
 runs, and its counter goes up every `BEAT_SECONDS`. Of a run on another machine, where no lock is seen, nothing but the
 counter tells; whoever comes watches it for `WATCH_SECONDS`. Clocks of machines are not compared.
 
-`Place` is all that a lease needs of where it lies; `Folder` is one on a file system.
+`Place` is all that a lease needs of where it lies; `Folder` is one on a file system, `Bucket` one in an object store.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from absl import logging
 
 from internvl_jax.errors import UserError
 from internvl_jax.outputs import LEASE_FILE
+from internvl_jax.storage.paths import AnyPath, BucketPath
 
 BEAT_SECONDS = 5
 WATCH_SECONDS = 20
@@ -41,6 +42,7 @@ class Holder(NamedTuple):
     process: its number there.
     since: when it began, in seconds since 1970.
     beat: how often it was renewed.
+    space: tells in which of the machine's containers its number counts.
   """
 
   token: str
@@ -49,6 +51,7 @@ class Holder(NamedTuple):
   process: int
   since: float
   beat: int = 0
+  space: str = ""
 
   def __str__(self) -> str:
     began = datetime.datetime.fromtimestamp(self.since, datetime.UTC)
@@ -138,6 +141,42 @@ class Folder:
         folder.rmdir()
 
 
+class Bucket:
+  """The place of a lease in a bucket, where there are no locks."""
+
+  def __init__(self, folder: BucketPath):
+    """Nothing is written before `write`."""
+    self._path = folder / LEASE_FILE
+    self._mine = False
+
+  def lock(self) -> bool | None:
+    """See `Place`."""
+    return None
+
+  def read(self) -> Holder | None:
+    """See `Place`."""
+    try:
+      return Holder(**json.loads(self._path.read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+      return None
+
+  def write(self, holder: Holder) -> None:
+    """See `Place`."""
+    self._mine = True
+    self._path.write_text(json.dumps(holder._asdict()))
+
+  def release(self) -> None:
+    """See `Place`."""
+    if self._mine:
+      self._mine = False
+      self._path.unlink(missing_ok=True)
+
+
+def place_in(folder: AnyPath) -> Place:
+  """The place of a lease in a folder."""
+  return Bucket(folder) if isinstance(folder, BucketPath) else Folder(folder)
+
+
 @contextlib.contextmanager
 def held(
   place: Place,
@@ -158,6 +197,8 @@ def held(
   try:
     try:
       me = _take(place, name, wait)
+    except UserError:  # A bucket's, which says all.
+      raise
     except OSError as error:
       raise UserError(
         f"{name} cannot be written to ({error.strerror or error}); name another folder"
@@ -177,11 +218,10 @@ def held(
 def _take(place: Place, name: str, wait: Callable[[float], Any]) -> Holder:
   locked = place.lock()
   found = place.read()
-  me = Holder(uuid.uuid4().hex, socket.gethostname(), _boot(), os.getpid(), time.time())
+  me = Holder(uuid.uuid4().hex, socket.gethostname(), _boot(), os.getpid(), time.time(), space=_space())
   if locked is False:
     raise _in_use(name, found)
-  # A lock that was had on the machine of the holder says that it is dead.
-  if found is not None and not (locked and found.boot == me.boot):
+  if found is not None and not _is_dead(found, me, locked=bool(locked)):
     logging.info("%s was left by %s, or is in use; looking for %d s", name, found, WATCH_SECONDS)
     wait(WATCH_SECONDS)
     if (now := place.read()) is not None and now != found:
@@ -193,6 +233,14 @@ def _take(place: Place, name: str, wait: Callable[[float], Any]) -> Holder:
     if (now := place.read()) is None or now.token != me.token:
       raise _in_use(name, now)
   return me
+
+
+def _is_dead(holder: Holder, me: Holder, *, locked: bool) -> bool:
+  """Whether it is certain, without watching, that nobody has the lease any more."""
+  if holder.boot != me.boot:
+    return False
+  # A lock that was had on the machine of the holder says so.
+  return locked or (holder.space == me.space != "" and not os.path.exists(f"/proc/{holder.process}"))
 
 
 def _in_use(name: str, holder: Holder | None) -> UserError:
@@ -218,3 +266,10 @@ def _boot() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
   except OSError:
     return socket.gethostname()
+
+
+def _space() -> str:
+  try:
+    return os.readlink("/proc/self/ns/pid")
+  except OSError:
+    return ""

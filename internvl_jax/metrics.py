@@ -1,11 +1,11 @@
 """What a run tells about itself: the log history, TensorBoard, the progress bar and throughput."""
 
+import contextlib
 import dataclasses
 import datetime
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +19,8 @@ from internvl_jax.batch import BatchCounts
 from internvl_jax.due import Best, Due
 from internvl_jax.mfu import UsefulFlops
 from internvl_jax.outputs import CHECKPOINTS, write_json
+from internvl_jax.storage import paths
+from internvl_jax.storage.paths import AnyPath, Mirror, path_of
 
 _TEXTS = {
   "loss": "loss {:.4f}",
@@ -144,7 +146,7 @@ class RunLog:
   def __init__(
     self,
     training: TrainingArguments,
-    output_dir: Path,
+    output_dir: AnyPath,
     *,
     total_steps: int,
     epoch_of: Callable[[int], float],
@@ -179,8 +181,8 @@ class RunLog:
     # Of the steps whose time says something: not of those that a program was compiled for.
     self._timed_steps, self._timed_seconds = 0, 0.0
     self._last_loss = ""
-    board = training.logging_dir or str(output_dir / "tensorboard")
-    self._writer = SummaryWriter(board) if writes and training.report_to == "tensorboard" else None
+    board = path_of(training.logging_dir) if training.logging_dir else output_dir / "tensorboard"
+    self._board = Board(board) if writes and training.report_to == "tensorboard" else None
 
   def __enter__(self) -> "RunLog":
     return self
@@ -188,8 +190,8 @@ class RunLog:
   def __exit__(self, *_: object) -> None:
     if self._bar is not None:
       self._bar.close()
-    if self._writer is not None:
-      self._writer.close()
+    if self._board is not None:
+      self._board.close()
 
   def start(self, step: int) -> None:
     """Begins (or goes on) at that step and shows the bar."""
@@ -273,11 +275,8 @@ class RunLog:
   def record(self, entry: dict[str, Any]) -> None:
     """Appends an entry to the history and to TensorBoard."""
     self.history.append(entry)
-    if self._writer is not None:
-      prefix = "eval" if any(key.startswith("eval_") for key in entry) else "train"
-      for key, value in entry.items():
-        if key != "step":
-          self._writer.add_scalar(f"{prefix}/{key.removeprefix('eval_')}", value, entry["step"])
+    if self._board is not None:
+      self._board.add(entry)
 
   def is_scored(self, step: int) -> bool:
     """Whether the history has scores of the model after that step."""
@@ -390,10 +389,35 @@ class RunLog:
     return total / steps if steps else None
 
 
+class Board:
+  """TensorBoard's files; those for a bucket are kept here, too, and sent again when they have grown."""
+
+  def __init__(self, folder: AnyPath):
+    """Opens a file; each start of a run has one of its own."""
+    self._stack = contextlib.ExitStack()
+    self._mirror = self._stack.enter_context(Mirror.of(folder))
+    self._writer = SummaryWriter(str(self._mirror.folder))
+
+  def add(self, entry: dict[str, Any]) -> None:
+    """Writes an entry of the history."""
+    prefix = "eval" if any(key.startswith("eval_") for key in entry) else "train"
+    for key, value in entry.items():
+      if key != "step":
+        self._writer.add_scalar(f"{prefix}/{key.removeprefix('eval_')}", value, entry["step"])
+    if self._mirror.is_due():
+      self._writer.flush()
+      self._mirror.send()
+
+  def close(self) -> None:
+    """Writes what is left."""
+    self._writer.close()
+    self._stack.close()
+
+
 class Trace:
   """An XProf trace of some steps, for TensorBoard's profile plugin."""
 
-  def __init__(self, folder: Path, steps: Sequence[int]):
+  def __init__(self, folder: AnyPath, steps: Sequence[int]):
     """Sets it up.
 
     Args:
@@ -403,11 +427,12 @@ class Trace:
     self._folder = folder
     self._first, self._last = steps or (0, 0)
     self._running = False
+    self._stack = contextlib.ExitStack()
 
   def before(self, step: int) -> None:
     """The step is about to be handed to the devices."""
     if self._first <= step <= self._last and not self._running:
-      jax.profiler.start_trace(str(self._folder))
+      jax.profiler.start_trace(str(self._stack.enter_context(paths.filled(self._folder))))
       self._running = True
 
   def after(self, step: int) -> None:
@@ -420,4 +445,5 @@ class Trace:
     if self._running:
       jax.profiler.stop_trace()
       self._running = False
+      self._stack.close()
       logging.info("Wrote a trace to %s", self._folder)

@@ -1,4 +1,4 @@
-"""A run's output directory: what it holds, and whether a run begins there, goes on or begins anew."""
+"""A run's output directory, a folder or in a bucket: what it holds, and whether a run begins there, goes on or begins anew."""
 
 import contextlib
 import fnmatch
@@ -7,12 +7,13 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 from internvl_jax import digests
 from internvl_jax.arguments import TrainingArguments
 from internvl_jax.errors import UserError
+from internvl_jax.storage import paths, remote
+from internvl_jax.storage.paths import AnyPath, BucketPath, path_of
 
 # What file systems say, through libraries that know no errno, when they cannot take any more.
 _DISK_ERRORS = re.compile(
@@ -24,6 +25,9 @@ CONFIG_FILE = "train_config.json"
 
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints to resume from."""
+
+COMMIT_FILE = "commit_success.txt"
+"""Says of a checkpoint in a bucket, where nothing can be renamed, that all of it is there; Orbax's name for it."""
 
 LEASE_FILE = "run.lease"
 """Who writes there: it is there as long as a run is, and no run's output."""
@@ -71,19 +75,17 @@ RUN_MARKS = (CONFIG_FILE, "trainer_state.json", CHECKPOINTS)
 """One of these tells a run's output from, say, a downloaded model; the first of them is written first."""
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: AnyPath, value: Any) -> None:
   """Writes JSON, complete or not at all."""
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-  temporary.replace(path)
+  paths.write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def write_config(folder: Path, config: dict[str, Any]) -> None:
+def write_config(folder: AnyPath, config: dict[str, Any]) -> None:
   """Writes what a run is made with."""
   write_json(folder / CONFIG_FILE, config)
 
 
-def begin_run(folder: Path, beginning: Beginning, config: dict[str, Any]) -> None:
+def begin_run(folder: AnyPath, beginning: Beginning, config: dict[str, Any]) -> None:
   """Begins a run that does not go on: deletes what an earlier one left, if it may, and marks the folder as this one's."""
   if beginning == "overwrite":
     clear_output_dir(str(folder))
@@ -92,8 +94,8 @@ def begin_run(folder: Path, beginning: Beginning, config: dict[str, Any]) -> Non
 
 
 @contextlib.contextmanager
-def explained(folder: Path, what: str, remedy: Callable[[], str]) -> Iterator[None]:
-  """Turns a full disk, which libraries report in many ways, into a line.
+def explained(folder: AnyPath, what: str, remedy: Callable[[], str]) -> Iterator[None]:
+  """Turns a full disk, and a bucket that takes nothing, which libraries report in many ways, into a line.
 
   Args:
     folder: where `what` is written.
@@ -101,15 +103,17 @@ def explained(folder: Path, what: str, remedy: Callable[[], str]) -> Iterator[No
     remedy: gives the end of the line: what there is, and what to do.
 
   Raises:
-    UserError: the disk is full, or takes nothing for another reason.
+    UserError: the disk is full, or it or the bucket takes nothing for another reason.
   """
   try:
     yield
   except UserError:
     raise
   except Exception as error:
+    if isinstance(folder, BucketPath) and (reason := remote.reason(error)) is not None:
+      raise UserError(f"{folder}: {what} could not be written ({reason}); {remedy()}") from error
     found = _DISK_ERRORS.search(str(error))
-    if found is None:
+    if found is None or isinstance(folder, BucketPath):
       raise
     free = shutil.disk_usage(folder).free / 2**30
     raise UserError(
@@ -119,10 +123,15 @@ def explained(folder: Path, what: str, remedy: Callable[[], str]) -> Iterator[No
 
 def would_write_over(model: str, output_dir: str) -> bool:
   """Whether a run would write over the weights it starts from, or delete them to start anew."""
-  model, output_dir = os.path.realpath(model), os.path.realpath(output_dir)
+  model, output_dir = _real(model), _real(output_dir)
   return model == output_dir or any(
     (model + os.sep).startswith(os.path.join(output_dir, folder, "")) for folder in RUN_FOLDERS
   )
+
+
+def _real(name: str) -> str:
+  """A path by which two names of one folder are known."""
+  return str(path_of(name)) if paths.is_bucket(name) else os.path.realpath(name)
 
 
 def check_output_dir(training: TrainingArguments) -> Beginning:
@@ -136,7 +145,7 @@ def check_output_dir(training: TrainingArguments) -> Beginning:
     UserError: the directory is not empty, and neither resuming nor overwriting is right.
   """
   assert training.output_dir is not None, "validate() comes first"
-  folder = Path(training.output_dir)
+  folder = path_of(training.output_dir)
   present = (
     {entry.name for entry in folder.iterdir()} - {*KEPT_FOLDERS, LEASE_FILE} if folder.exists() else set()
   )
@@ -161,7 +170,7 @@ def check_output_dir(training: TrainingArguments) -> Beginning:
   return "overwrite"
 
 
-def _stopped_early(folder: Path, present: set[str]) -> bool:
+def _stopped_early(folder: AnyPath, present: set[str]) -> bool:
   """Whether a run began here, and left neither a model nor anything that is not a run's."""
   ours = {entry.name for entry in _run_outputs(folder)}
   has_model = any(fnmatch.fnmatch(name, "model*.safetensors") for name in present)
@@ -173,25 +182,27 @@ def newest_checkpoint(output_dir: str) -> int | None:
 
   Complete is not intact: whether its files are what was written is found out when it is restored.
   """
-  root = Path(output_dir) / CHECKPOINTS
+  root = path_of(output_dir) / CHECKPOINTS
   return next((step for step in checkpoint_steps(output_dir) if is_complete(root / str(step))), None)
 
 
 def checkpoint_steps(output_dir: str) -> list[int]:
   """The steps of all folders that have the name of a checkpoint and something in them, newest first."""
-  root = Path(output_dir) / CHECKPOINTS
+  root = path_of(output_dir) / CHECKPOINTS
   if not root.exists():
     return []
   steps = (entry for entry in root.iterdir() if re.fullmatch("0|[1-9][0-9]*", entry.name) and entry.is_dir())
   return sorted((int(entry.name) for entry in steps if any(entry.iterdir())), reverse=True)
 
 
-def is_complete(checkpoint: Path) -> bool:
+def is_complete(checkpoint: AnyPath) -> bool:
   """Whether a checkpoint was once written to its end.
 
-  It is written under a temporary name and renamed then, so that one of the two files which say what it holds tells so;
-  the other one may have been lost since.
+  On a disk it is written under a temporary name and renamed then, so that one of the two files which say what it holds
+  tells so; the other one may have been lost since. In a bucket, `COMMIT_FILE` is the last that is written.
   """
+  if isinstance(checkpoint, BucketPath):
+    return (checkpoint / COMMIT_FILE).exists()
   return any((checkpoint / name).exists() for name in ("_CHECKPOINT_METADATA", digests.FILE))
 
 
@@ -200,17 +211,17 @@ def clear_output_dir(output_dir: str) -> list[str]:
 
   For one process of a run, after `check_output_dir` said "overwrite" to all of them.
   """
-  deleted = _run_outputs(Path(output_dir))
+  deleted = _run_outputs(path_of(output_dir))
   for entry in deleted:
     if entry.is_dir() and not entry.is_symlink():  # What a link points to may be anybody's.
-      shutil.rmtree(entry)
+      paths.remove_tree(entry)
     else:
       entry.unlink()
   return sorted(entry.name for entry in deleted)
 
 
-def _run_outputs(folder: Path) -> list[Path]:
-  files = [
+def _run_outputs(folder: AnyPath) -> list[AnyPath]:
+  files: list[AnyPath] = [
     entry for entry in folder.iterdir() if any(fnmatch.fnmatch(entry.name, name) for name in RUN_FILES)
   ]
   return files + [folder / name for name in RUN_FOLDERS if (folder / name).exists()]

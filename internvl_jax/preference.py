@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from internvl_jax.objectives import PreferenceOptimization
 from internvl_jax.outputs import write_json
 from internvl_jax.parallel import distributed
 from internvl_jax.reference import PairEvaluation, PairScorer, ReferenceLogProbs, check_start, checksum
+from internvl_jax.storage.paths import path_of
 from internvl_jax.trees import select
 from internvl_jax.watchdog import Watchdog
 
@@ -51,8 +51,10 @@ class PreferenceRun:
     self.lookup: ReferenceLogProbs | None = None
     if config.preference.precompute_reference:
       assert config.training.output_dir is not None
-      folder = config.preference.reference_cache_dir or Path(config.training.output_dir) / "reference_logps"
-      self.lookup = ReferenceLogProbs(Path(folder))
+      folder = (
+        config.preference.reference_cache_dir or path_of(config.training.output_dir) / "reference_logps"
+      )
+      self.lookup = ReferenceLogProbs(path_of(folder))
 
   def prepare(self, params: Mapping[str, jax.Array], loader: TrainLoader, *, resumes: bool) -> None:
     """Computes what the reference says, by the policy that has not taken a step, where that is asked for.
@@ -110,7 +112,7 @@ class PreferenceRun:
     Raises:
       UserError: it has another.
     """
-    path = Path(self._config.training.output_dir or "") / "reference.json"
+    path = path_of(self._config.training.output_dir or "") / "reference.json"
     reference = select(params, set(self._source.without_fresh_adapters().shapes))
     now = checksum(reference, self._objective.how.dtype)
     if resumes and distributed.first_says(path.exists()):

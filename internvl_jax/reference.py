@@ -10,6 +10,7 @@ pass over the data; a folder keeps them together with what they depend on:
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -28,6 +29,7 @@ from internvl_jax.errors import UserError
 from internvl_jax.objectives import PreferenceOptimization
 from internvl_jax.outputs import write_json
 from internvl_jax.parallel import distributed, rules
+from internvl_jax.storage.paths import AnyPath, write_whole
 from internvl_jax.watchdog import Watchdog
 
 _KEY, _LOGPS = "key.json", "logps.npy"
@@ -88,9 +90,9 @@ class PairScorer:
 
 
 class ReferenceLogProbs:
-  """The reference's log-probabilities in a folder that all hosts see."""
+  """The reference's log-probabilities in a folder that all hosts see, or in a bucket."""
 
-  def __init__(self, folder: Path):
+  def __init__(self, folder: AnyPath):
     """Names the folder; nothing is read before `open_or_make`."""
     self.folder = folder
     self._logps: np.ndarray | None = None
@@ -133,11 +135,8 @@ class ReferenceLogProbs:
       logps = compute()
       if distributed.is_first():
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Another run may have the older file open.
-        temporary = self.folder / f"{_LOGPS}.tmp"
-        with temporary.open("wb") as file:
-          np.save(file, logps)
-        temporary.replace(self.folder / _LOGPS)
+        np.save(content := io.BytesIO(), logps)
+        write_whole(self.folder / _LOGPS, content.getvalue())
         write_json(self.folder / _KEY, dict(key))
       logging.info("Reference log-probabilities of %d pairs: written to %s", len(logps), self.folder)
       distributed.barrier("the reference's log-probabilities are written", seconds=WAIT_SECONDS)
@@ -154,7 +153,9 @@ class ReferenceLogProbs:
   def _open(self, samples: int) -> np.ndarray:
     path = self.folder / _LOGPS
     try:
-      logps = np.load(path, mmap_mode="r")
+      logps = (
+        np.load(path, mmap_mode="r") if isinstance(path, Path) else np.load(io.BytesIO(path.read_bytes()))
+      )
     except (OSError, ValueError, EOFError) as error:
       raise UserError(f"{path}: damaged or missing ({error}); {_ANEW}") from None
     if logps.shape != (samples, 2):

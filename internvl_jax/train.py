@@ -10,7 +10,6 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,7 +33,7 @@ from internvl_jax.assembly import (
   set_up_jax,
   shares_prompts,
 )
-from internvl_jax.checkpoint import Checkpointer
+from internvl_jax.checkpoint.checkpointer import Checkpointer
 from internvl_jax.config import TrainConfig, problems, shared_settings, to_json, validate
 from internvl_jax.data.fingerprint import files_digest
 from internvl_jax.data.pipeline import TrainLoader
@@ -57,6 +56,7 @@ from internvl_jax.preference import PreferenceRun
 from internvl_jax.serving import Export
 from internvl_jax.state import TrainState
 from internvl_jax.stated import recorded_settings
+from internvl_jax.storage.paths import AnyPath, path_of
 from internvl_jax.trainer import CompiledSteps, Trainer
 from internvl_jax.watchdog import Watchdog
 
@@ -379,10 +379,10 @@ def host_shards(mesh: jax.sharding.Mesh) -> dict[str, Any]:
   }
 
 
-def output_folder(config: TrainConfig) -> Path:
+def output_folder(config: TrainConfig) -> AnyPath:
   """The run's directory, which `validate` has made sure is named."""
   assert config.training.output_dir is not None
-  return Path(config.training.output_dir)
+  return path_of(config.training.output_dir)
 
 
 @contextlib.contextmanager
@@ -398,7 +398,7 @@ def output_dir_held(config: TrainConfig, watchdog: Watchdog) -> Iterator[Beginni
   with contextlib.ExitStack() as stack:
     beginning: Beginning = "new"
     if distributed.is_first():
-      place = lease.Folder(folder)
+      place = lease.place_in(folder)
       stack.enter_context(signals.cleaned_up(place.release))
       stack.enter_context(lease.held(place, name))
       beginning = check_output_dir(config.training)
@@ -406,8 +406,8 @@ def output_dir_held(config: TrainConfig, watchdog: Watchdog) -> Iterator[Beginni
       distributed.barrier("the output directory is prepared", seconds=distributed.JOIN_SECONDS)
     if not (folder / LEASE_FILE).exists():
       raise UserError(
-        f"{name}: {distributed.host_name()} does not see what process 0 wrote there; name a folder of a file system that "
-        "all hosts share"
+        f"{name}: {distributed.host_name()} does not see what process 0 wrote there; name a bucket (gs://, s3://), or a "
+        "folder of a file system that all hosts share"
       )
     yield beginning
 
@@ -461,7 +461,7 @@ def finish(
 
 
 def save_adapters(
-  config: TrainConfig, source: Source, params: dict[str, jax.Array], output_dir: Path
+  config: TrainConfig, source: Source, params: dict[str, jax.Array], output_dir: AnyPath
 ) -> None:
   """Writes the adapters, if any, in PEFT's form, for the base model in the layout that it has, if it has a form."""
   name = config.model.model_name_or_path

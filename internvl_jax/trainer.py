@@ -17,7 +17,7 @@ from absl import logging
 
 from internvl_jax.arguments import RuntimeConfig, TrainingArguments
 from internvl_jax.batch import Batch
-from internvl_jax.checkpoint import Checkpointer
+from internvl_jax.checkpoint.checkpointer import Checkpointer
 from internvl_jax.compiler import compile_program
 from internvl_jax.due import Due
 from internvl_jax.errors import UserError

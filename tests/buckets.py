@@ -7,6 +7,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,7 @@ from internvl_jax.storage.paths import BucketPath
 
 _SERVERS = {
   "s3": ("-m", "moto.server", "-H", "127.0.0.1", "-p"),
-  "gs": ("-m", "gcp_storage_emulator", "start", "--host=127.0.0.1", "--in-memory", "--port"),
+  "gs": (str(Path(__file__).parent / "gcs_emulator.py"),),
 }
 
 
@@ -29,6 +30,9 @@ def _environment(scheme: str, address: str) -> dict[str, str]:
     "STORAGE_EMULATOR_HOST": address,
     "TENSORSTORE_GCS_HTTP_URL": address,
     "GOOGLE_AUTH_TOKEN_FOR_TESTING": "testing",
+    "NO_GCE_CHECK": "true",
+    # gcsfs would ask another service, by gRPC, what kind of bucket it is.
+    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
   }
 
 
@@ -42,7 +46,7 @@ def emulator(scheme: str) -> Iterator[dict[str, str]]:
   server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
   try:
     _wait_for(port, server)
-    yield {**_environment(scheme, f"http://127.0.0.1:{port}"), "no_proxy": "127.0.0.1"}
+    yield _environment(scheme, f"http://127.0.0.1:{port}")
   finally:
     server.kill()
     server.wait()

@@ -16,7 +16,7 @@ import optax
 
 from harness import on_one_device
 from internvl_jax import frontdoor
-from internvl_jax.checkpoint import Checkpointer
+from internvl_jax.checkpoint.checkpointer import Checkpointer
 from internvl_jax.state import TrainState
 
 

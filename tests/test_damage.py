@@ -14,9 +14,10 @@ import optax
 import pytest
 
 from harness import on_one_device
-from internvl_jax import checkpoint, digests
+from internvl_jax import digests
 from internvl_jax.arguments import TrainingArguments
-from internvl_jax.checkpoint import Checkpointer
+from internvl_jax.checkpoint import folders, manager
+from internvl_jax.checkpoint.checkpointer import Checkpointer
 from internvl_jax.errors import UserError
 from internvl_jax.hf import weights
 from internvl_jax.outputs import check_output_dir, explained, newest_checkpoint
@@ -151,7 +152,7 @@ def test_a_disk_that_fails_after_the_check_is_a_line(out, monkeypatch):
   def fail(*args, **kwargs):
     raise ValueError("DATA_LOSS: Error reading\n[source locations]")
 
-  monkeypatch.setattr(checkpoint._Manager, "restore", fail)
+  monkeypatch.setattr(manager.Manager, "restore", fail)
   reader = Checkpointer(out, keep=None)
   with pytest.raises(
     UserError, match=r"checkpoints/2: cannot be read: DATA_LOSS: Error reading \[source"
@@ -258,7 +259,7 @@ def test_digests_of_other_processes_are_taken_over(tmp_path):
   for name in ("ocdbt.process_1/x", "_METADATA"):
     (state / name).write_text(name)
   digests.write(state, {"ocdbt.process_1/x": ("0" * 8, 17)}, "digests-process_1.txt")
-  checkpoint._write_digests(tmp_path)
+  folders._write_digests(tmp_path)
   found = digests.read(tmp_path)
   assert found["state/ocdbt.process_1/x"] == ("0" * 8, 17)
   assert found["state/_METADATA"] == digests.of_files(state, ["_METADATA"])["_METADATA"]

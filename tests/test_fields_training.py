@@ -14,7 +14,7 @@ from test_fields import run_of, source_of
 
 from internvl_jax import assembly, optim
 from internvl_jax.arguments import DataTrainingArguments, LoaderConfig, TrainingArguments
-from internvl_jax.checkpoint import Checkpointer
+from internvl_jax.checkpoint.checkpointer import Checkpointer
 from internvl_jax.config import ACCEPTED, CHOICES, idle_settings, problems
 from internvl_jax.data import decoding
 from internvl_jax.data.pipeline import TrainLoader

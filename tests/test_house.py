@@ -31,8 +31,9 @@ LAYERS = (
   ("parallel",),
   ("batch", "trees", "flops", "compiler", "lease"),
   ("outputs", "effects", "due"),
+  ("digests",),
   ("storage",),
-  ("arguments", "chips", "digests", "errors", "foreign", "watchdog"),
+  ("arguments", "chips", "errors", "foreign", "watchdog"),
   ("environment", "signals"),
 )
 

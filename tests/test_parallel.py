@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh
 from harness import Harness, reshape_batch
 from internvl_jax.arguments import MeshConfig
 from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, SFTBatch
-from internvl_jax.checkpoint import Checkpointer
+from internvl_jax.checkpoint.checkpointer import Checkpointer
 from internvl_jax.errors import UserError
 from internvl_jax.losses import spread
 from internvl_jax.models.attention import xla

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from harness import on_one_device
-from internvl_jax.checkpoint import Checkpointer
+from internvl_jax.checkpoint.checkpointer import Checkpointer
 from internvl_jax.errors import UserError
 from internvl_jax.state import TrainState
 

@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,6 +24,7 @@ from internvl_jax.hf.model import Source
 from internvl_jax.models.internvl import Execution
 from internvl_jax.outputs import write_json
 from internvl_jax.parallel.distributed import is_first
+from internvl_jax.storage.paths import AnyPath, path_of, write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,14 +142,12 @@ class Evaluation:
       f"eval_accuracy_{name}": float(group["accuracy"]) for name, group in scores.by_group.items()
     }
 
-  def write(self, scores: Scores, folder: str | Path) -> None:
+  def write(self, scores: Scores, folder: str | AnyPath) -> None:
     """Writes eval_results.json and predictions.jsonl."""
-    folder = Path(folder)
+    folder = path_of(folder)
     write_json(folder / "eval_results.json", scores.summary())
-    with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
-      file.writelines(
-        json.dumps(redacted_json(line), ensure_ascii=False) + "\n" for line in scores.predictions
-      )
+    lines = (json.dumps(redacted_json(line), ensure_ascii=False) + "\n" for line in scores.predictions)
+    write_whole(folder / "predictions.jsonl", "".join(lines).encode())
 
   def _groups(self) -> Iterator[list[Question]]:
     """The questions in batches, read as they are needed."""

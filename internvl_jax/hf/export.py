@@ -20,6 +20,7 @@ from internvl_jax.hf.model import Source
 from internvl_jax.hf.tokenizer import save_for_processor, save_tokenizer
 from internvl_jax.models.internvl import InternVLConfig
 from internvl_jax.outputs import explained, write_json
+from internvl_jax.storage.paths import AnyPath, filled, path_of
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 
@@ -46,7 +47,7 @@ class Serving:
 
 
 def save_model(
-  target: str | Path,
+  target: str | AnyPath,
   source: Source,
   params: Mapping[str, Any],
   *,
@@ -66,7 +67,7 @@ def save_model(
   the folder.
 
   Args:
-    target: the folder; made if missing, other files in it stay.
+    target: the folder, or one of a bucket; made if missing, other files in it stay.
     source: where the model came from, its adapters merged (`adapters.merge_and_check`).
     params: all parameters by path, as arrays or to be read when they are written (`Source.lazy`).
     layout: of the files written.
@@ -80,9 +81,9 @@ def save_model(
     writes: False for a process that only helps another one to read `params`, whose shards lie on several hosts.
 
   Raises:
-    UserError: the layout has no form for the model, or the disk is full.
+    UserError: the layout has no form for the model, the disk is full, or the bucket refuses.
   """
-  target = Path(target)
+  target = path_of(target)
   # Everything that can be refused comes before the first file.
   table = layout.table(config_io.family_of(source.raw), source.config)
   if IMAGE_TOKEN not in tokenizer.get_vocab():
@@ -106,21 +107,22 @@ def save_model(
   if not writes:
     collections.deque(tensors, maxlen=0)
     return
-  target.mkdir(parents=True, exist_ok=True)
+  sizes = weights.tensor_bytes(params, table, np.dtype(dtype))
   with explained(target, "the model", lambda: "make room and start the same command again"):
-    weights.save(target, tensors)
-    write_json(target / "config.json", config)
-    write_json(target / "generation_config.json", generation)
-    if layout is config_io.HF:
-      assert serving is not None
-      save_processor(target, source.folder, source.config, tokenizer, normalize_type, config, serving)
-      return
-    save_tokenizer(tokenizer, source.folder, target)
-    if source.layout is config_io.HF and serving is not None:
-      _replace_chat_template(target, serving.chat_template)
-    write_json(target / "preprocessor_config.json", _clip_preprocessor(source.config, normalize_type))
-    for file in (code or source.folder).glob("*.py"):
-      shutil.copyfile(file, target / file.name)
+    weights.save(target, tensors, files_in_all=weights.count_files(sizes))
+    with filled(target) as folder:
+      write_json(folder / "config.json", config)
+      write_json(folder / "generation_config.json", generation)
+      if layout is config_io.HF:
+        assert serving is not None
+        save_processor(folder, source.folder, source.config, tokenizer, normalize_type, config, serving)
+        return
+      save_tokenizer(tokenizer, source.folder, folder)
+      if source.layout is config_io.HF and serving is not None:
+        _replace_chat_template(folder, serving.chat_template)
+      write_json(folder / "preprocessor_config.json", _clip_preprocessor(source.config, normalize_type))
+      for file in (code or source.folder).glob("*.py"):
+        shutil.copyfile(file, folder / file.name)
 
 
 def auto_map(folder: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from internvl_jax.hf.tables import Row
 from internvl_jax.hf.weights import Checkpoint, Rename
 from internvl_jax.models.lora import MARK, LoRASpec, adapter_paths
 from internvl_jax.outputs import explained, write_json
+from internvl_jax.storage.paths import AnyPath, filled, path_of
 from internvl_jax.storage.snapshots import url_of
 from internvl_jax.trees import LAYER_RANGE, part_of, select
 
@@ -190,7 +191,7 @@ def formless(paths: Iterable[str], table: Sequence[Row]) -> list[str]:
 
 
 def save_adapter(
-  folder: str | Path,
+  folder: str | AnyPath,
   params: Mapping[str, Any],
   specs: Mapping[str, LoRASpec],
   layout: Layout,
@@ -213,7 +214,7 @@ def save_adapter(
   Raises:
     UserError: the layout has no form for an adapter (it splits a projection that ours fuses).
   """
-  folder = Path(folder)
+  folder = path_of(folder)
   adapters = select(params, adapter_paths(params))
   tensors = {
     f"base_model.model.{layout.module(key)}": tensor
@@ -221,14 +222,16 @@ def save_adapter(
   }
   if not writes:
     return
-  folder.mkdir(parents=True, exist_ok=True)
-  with explained(folder, "the adapter", lambda: "make room and start the same command again"):
-    weights.write_file(tensors, folder / WEIGHTS)
   modules = sorted({re.sub(r"\.lora_\w+(\.weight)?$", "", key) for key in tensors})
   config = _adapter_config(
     specs, [module.removeprefix("base_model.model.") for module in modules], layout, base
   )
-  write_json(folder / CONFIG, config)
+  with (
+    explained(folder, "the adapter", lambda: "make room and start the same command again"),
+    filled(folder) as local,
+  ):
+    weights.write_file(tensors, local / WEIGHTS)
+    write_json(local / CONFIG, config)
 
 
 def _adapter_config(

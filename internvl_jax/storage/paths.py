@@ -10,15 +10,25 @@ import fnmatch
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+from absl import logging
 
 from internvl_jax.errors import UserError
 from internvl_jax.storage import remote
+from internvl_jax.storage.remote import FetchError
+
+T = TypeVar("T")
 
 SCHEMES = ("gs", "s3")
 """Object stores that a run can write to. Each object is there as a whole or not at all, and is seen at once by all."""
+
+
+MIRROR_SECONDS = 60
+"""How often files that grow are sent: an object is replaced as a whole."""
 
 
 class Stat(NamedTuple):
@@ -32,6 +42,10 @@ class Stat(NamedTuple):
 
   st_size: int
   checksum: str
+
+
+class BucketError(FetchError, UserError):
+  """A bucket refused; the message is a line that says which object, why, and what to do."""
 
 
 class BucketPath:
@@ -116,12 +130,12 @@ class BucketPath:
     Raises:
       FileNotFoundError: there is none.
     """
-    return _stat(remote.ask(str(self), lambda system: system.info(str(self))))
+    return _stat(self._ask(lambda system: system.info(str(self))))
 
   def iterdir(self) -> Iterator["BucketPath"]:
     """What is directly in it; nothing where it is not there."""
     with contextlib.suppress(FileNotFoundError):
-      entries = remote.ask(str(self), lambda system: system.ls(str(self), detail=True))
+      entries = self._ask(lambda system: system.ls(str(self), detail=True))
       mine = str(self._path)
       names = {entry["name"].rstrip("/") for entry in entries} - {mine}
       yield from (self / name.rpartition("/")[2] for name in sorted(names))
@@ -132,11 +146,11 @@ class BucketPath:
 
   def read_bytes(self) -> bytes:
     """The whole content."""
-    return remote.ask(str(self), lambda system: system.cat_file(str(self)))
+    return self._ask(lambda system: system.cat_file(str(self)))
 
   def read_range(self, start: int, end: int) -> bytes:
     """A part of the content."""
-    return remote.ask(str(self), lambda system: system.cat_file(str(self), start=start, end=end))
+    return self._ask(lambda system: system.cat_file(str(self), start=start, end=end))
 
   def read_text(self, encoding: str = "utf-8") -> str:
     """The whole content as text."""
@@ -144,7 +158,7 @@ class BucketPath:
 
   def write_bytes(self, content: bytes) -> None:
     """Makes the object, or replaces it."""
-    remote.ask(str(self), lambda system: system.pipe_file(str(self), content))
+    self._ask(lambda system: system.pipe_file(str(self), content))
 
   def write_text(self, content: str, encoding: str = "utf-8") -> None:
     """Makes the object, or replaces it."""
@@ -153,14 +167,17 @@ class BucketPath:
   def unlink(self, missing_ok: bool = False) -> None:
     """Deletes the object."""
     try:
-      remote.ask(str(self), lambda system: system.rm_file(str(self)))
+      self._ask(lambda system: system.rm_file(str(self)))
     except FileNotFoundError:
       if not missing_ok:
         raise
 
+  def _ask(self, request: Callable[[Any], T]) -> T:
+    return _ask(self, request)
+
   def _info(self) -> dict[str, Any] | None:
     try:
-      return remote.ask(str(self), lambda system: system.info(str(self)))
+      return self._ask(lambda system: system.info(str(self)))
     except FileNotFoundError:
       return None
 
@@ -183,7 +200,7 @@ def path_of(name: str | AnyPath) -> AnyPath:
 
 def objects(folder: BucketPath) -> dict[str, Stat]:
   """All objects of a folder and its folders, by their names in it, in one listing."""
-  found = remote.ask(str(folder), lambda system: system.find(str(folder), detail=True))
+  found = _ask(folder, lambda system: system.find(str(folder), detail=True))
   start = len(str(folder).partition("://")[2]) + 1
   return {name[start:]: _stat(info) for name, info in found.items() if name[start:]}
 
@@ -214,7 +231,7 @@ def remove_tree(folder: AnyPath) -> None:
 
 def put(source: Path, target: BucketPath) -> None:
   """Copies a file of this machine to a bucket; large ones go in parts."""
-  remote.ask(str(target), lambda system: system.put_file(str(source), str(target)))
+  _ask(target, lambda system: system.put_file(str(source), str(target)))
 
 
 def write_whole(path: AnyPath, content: bytes) -> None:
@@ -242,6 +259,61 @@ def filled(folder: AnyPath) -> Iterator[Path]:
     for path in sorted(local.rglob("*")):
       if path.is_file():
         put(path, folder / path.relative_to(local).as_posix())
+
+
+def _ask(path: BucketPath, request: Callable[[Any], T]) -> T:
+  """See `remote.ask`; errors say what was wanted."""
+  try:
+    return remote.ask(str(path), request)
+  except FetchError as error:
+    raise BucketError(f"{path}: {error}", may_pass=error.may_pass) from error
+
+
+class Mirror:
+  """A folder of this machine that files are added to, and the folder of a bucket that they are sent to now and then.
+
+  For libraries that append to files, which objects do not allow.
+  """
+
+  def __init__(self, local: Path, target: BucketPath | None):
+    """A mirror of `local`; without a target, there is nothing to send."""
+    self.folder = local
+    self._target = target
+    self._sent: dict[Path, tuple[int, int]] = {}
+    self._next = 0.0
+
+  @classmethod
+  @contextlib.contextmanager
+  def of(cls, folder: AnyPath) -> "Iterator[Mirror]":
+    """A mirror of `folder`, which is the same one where that is here; all is sent at the end."""
+    if isinstance(folder, Path):
+      yield cls(folder, None)
+      return
+    with tempfile.TemporaryDirectory() as name:
+      mirror = cls(Path(name), folder)
+      try:
+        yield mirror
+      finally:
+        mirror.send()
+
+  def is_due(self) -> bool:
+    """Whether files were not sent for `MIRROR_SECONDS`."""
+    return self._target is not None and time.monotonic() >= self._next
+
+  def send(self) -> None:
+    """Sends what has changed. A bucket that refuses is told of, and does not end a run: it is tried again."""
+    if self._target is None:
+      return
+    self._next = time.monotonic() + MIRROR_SECONDS
+    for path in sorted(self.folder.rglob("*")):
+      state = path.stat().st_size, path.stat().st_mtime_ns
+      if path.is_file() and self._sent.get(path) != state:
+        try:
+          put(path, self._target / path.relative_to(self.folder).as_posix())
+        except BucketError as error:
+          logging.warning("%s", error)
+          return
+        self._sent[path] = state
 
 
 @contextlib.contextmanager

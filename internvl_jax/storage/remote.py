@@ -55,6 +55,17 @@ _PASSING = {
 _PASSING_ERRNO = {errno.EBUSY, getattr(errno, "EREMOTEIO", errno.EIO)}
 _PASSING_STATUS = {408, 425, 429}
 
+# Packages whose errors are a store's, and what TensorStore's errors begin with.
+_STORES = {"aiohttp", "aiobotocore", "botocore", "gcsfs", "google", "requests", "s3fs"}
+_STATUS = re.compile(
+  r"\b(PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED)\b"
+)
+_DENIED = "check the credentials, and who may read and write there"
+_REMEDIES = {
+  "PERMISSION_DENIED": _DENIED,
+  "UNAUTHENTICATED": _DENIED,
+  **dict.fromkeys(("UNAVAILABLE", "DEADLINE_EXCEEDED"), "try again later"),
+}
 # gcsfs would ask for the kind of a bucket before every request as long as it gets no answer, which needs a permission of
 # its own, and warn of it each time. Buckets of the zonal kind need it: who has one sets this to "true".
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
@@ -187,6 +198,26 @@ async def _web_client(*, headers: Any = None, **options: Any) -> Any:
   )
 
 
+def reason(error: BaseException) -> str | None:
+  """Returns why a store refused and what to do; None where an error is of something else.
+
+  For errors of libraries that speak to stores by themselves: Orbax and TensorStore, beside those of fsspec.
+  """
+  seen: set[int] = set()
+  found: BaseException | None = error
+  while found is not None and id(found) not in seen:
+    seen.add(id(found))
+    if isinstance(found, FetchError):
+      return str(found)
+    if isinstance(found, Exception) and (isinstance(found, OSError) or _packages(found) & _STORES):
+      return _explain(_behind(found))
+    if status := _STATUS.search(str(found)):
+      remedy = _REMEDIES.get(status[0], "check the address and the credentials")
+      return f"{' '.join(str(found).split())[:300]}; {remedy}"
+    found = found.__cause__ or found.__context__
+  return None
+
+
 # --- Errors -------------------------------------------------------------------------------------------------
 
 
@@ -210,6 +241,10 @@ def _passes(error: BaseException | None) -> bool:
   code = _code(error) or 0
   known = isinstance(error, ConnectionError | TimeoutError) or bool(kinds & _PASSING)
   return known or code in _PASSING_STATUS or code >= 500 or getattr(error, "errno", None) in _PASSING_ERRNO
+
+
+def _packages(error: BaseException) -> set[str]:
+  return {package for package, _ in _kinds(error)}
 
 
 def _kinds(error: BaseException | None) -> set[tuple[str, str]]:
@@ -239,7 +274,7 @@ def _explain(error: Exception) -> str:
   reason = _reason(error)
   # gcsfs says Forbidden without a type or a number that tells.
   if isinstance(error, PermissionError) or _code(error) in (401, 403) or str(error).startswith("Forbidden"):
-    return f"permission denied ({reason}); check the credentials, and who may read it"
+    return f"permission denied ({reason}); {_DENIED}"
   if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
     return f"{reason}; {OTHER_FOLDER}"
   return f"{reason}; check the address and the credentials"

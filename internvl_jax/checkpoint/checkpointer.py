@@ -5,18 +5,14 @@ log. Frozen weights are read again from where they came from. All processes of a
 each what its devices hold.
 
 Before a checkpoint gets its name, digests of its files are put beside them: each process computes those of the numbers that
-it wrote, the first one the rest, all of it in Orbax's threads, while training goes on. Before one is restored, each process
+it wrote, the first one the rest, all of it in Orbax's threads, while training goes on; a bucket knows them by itself. Before one is restored, each process
 compares a share of the files, and all of them choose the newest that is as it was written.
 """
 
-import asyncio
 import contextlib
 import copy
-import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,10 +20,20 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from internvl_jax import digests
+from internvl_jax.checkpoint.folders import METADATA, class_of_folders, commit_whole, opened
+from internvl_jax.checkpoint.manager import (
+  Manager,
+  NewestAndOne,
+  Spare,
+  StateHandler,
+  StateRestore,
+  StateSave,
+)
 from internvl_jax.errors import UserError
 from internvl_jax.outputs import CHECKPOINTS, checkpoint_steps, explained, is_complete, newest_checkpoint
 from internvl_jax.parallel import distributed
 from internvl_jax.state import TrainState
+from internvl_jax.storage.paths import AnyPath, BucketPath, path_of
 
 VERIFY_SECONDS = 3600
 """How long processes wait for the last one to read its share of a checkpoint: 1 TB over 64 hosts, from a slow disk."""
@@ -42,116 +48,10 @@ Restored = tuple[TrainState, dict[str, Any], dict[str, Any]]
 """The train state, the loader's state and the trainer's log."""
 
 
-class _Manager(ocp.CheckpointManager):
-  """Orbax's, without its own look at preemption notices.
-
-  It would ask JAX in between the trainer's questions, and from another thread with the number of an older step;
-  the hosts might then agree to stop at a step that has passed.
-  """
-
-  def reached_preemption(self, step: int) -> bool:
-    del step
-    return False
-
-  def forget(self, steps: set[int]) -> None:
-    """Leaves checkpoints where they are, as if they were not there.
-
-    Orbax saves no step before its latest one, and counts it among those that are kept.
-    """
-    self._checkpoints.delete_if(lambda info: info.step in steps)
-
-
-class _Folder(ocp.path.atomicity.AtomicRenameTemporaryPath):
-  """A checkpoint's folder under way, or that of a part of one."""
-
-  async def finalize(self) -> None:
-    """Gives the folder its name, once everything is in it: for a checkpoint, the digests of all files, too."""
-    final = self.get_final()
-    if not final.name.isdecimal():
-      await super().finalize()
-      return
-    # Orbax writes a file or two at the very end, so the folder gets another temporary name before.
-    self._final_path = final.parent / f"{self.get().name}-whole"
-    await super().finalize()
-    await asyncio.to_thread(_write_digests, Path(self._final_path))
-    self._final_path.rename(final)
-    self._final_path = final
-
-
-def _write_digests(folder: Path) -> None:
-  """Writes the digests of a checkpoint; those that processes have computed are taken over."""
-  known = {}
-  for part in folder.glob("*/digests-*.txt"):
-    found = digests.read(part.parent, part.name) or {}
-    known |= {f"{part.parent.name}/{name}": value for name, value in found.items()}
-    part.unlink()
-  names = digests.files_in(folder)
-  known = {name: known[name] for name in names if name in known}
-  others = [name for name in names if name not in known]
-  digests.write(folder, known | digests.of_files(folder, others, sync=True))
-
-
-class _StateHandler(ocp.StandardCheckpointHandler):
-  """Orbax's, which also computes digests of the numbers that this process writes."""
-
-  async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> list[Any]:
-    futures = await super().async_save(directory, *args, **kwargs)
-    return [*(futures or []), _Digests(directory)]
-
-
-@ocp.args.register_with_handler(_StateHandler, for_save=True)
-@dataclasses.dataclass
-class _StateSave(ocp.args.StandardSave):
-  """Orbax's, for `_StateHandler`."""
-
-
-@ocp.args.register_with_handler(_StateHandler, for_restore=True)
-@dataclasses.dataclass
-class _StateRestore(ocp.args.StandardRestore):
-  """Orbax's, for `_StateHandler`."""
-
-
-class _Digests:
-  """What Orbax's thread waits for after the numbers are written; it writes their digests then."""
-
-  def __init__(self, directory: Any):
-    """Takes Orbax's folder of the state, which may not be made yet."""
-    self._directory = directory
-
-  def result(self, timeout: float | None = None) -> None:
-    """Reads what this process has written, which is still in memory, and no file that Orbax may write again."""
-    del timeout
-    folder = Path(getattr(self._directory, "path", self._directory))
-    process = f"process_{jax.process_index()}"
-    mine = [file.relative_to(folder).as_posix() for file in (folder / f"ocdbt.{process}" / "d").glob("*")]
-    digests.write(folder, digests.of_files(folder, mine, sync=True), f"digests-{process}.txt")
-
-  def cancel(self) -> None:
-    """Nothing runs before it is waited for."""
-
-
-Spare = Callable[[Collection[int]], int | None]
-"""Which one of these steps is kept beside the newest ones."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _NewestAndOne:
-  """A preservation policy of Orbax's: the newest checkpoints, and one more."""
-
-  keep: int
-  spare: Spare
-
-  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-    del context
-    steps = [info.step for info in checkpoints]
-    kept = {*sorted(steps)[-self.keep :], self.spare(steps)}
-    return [step in kept for step in steps]
-
-
 class Checkpointer:
   """Saves and restores a run under `output_dir/checkpoints/<step>`."""
 
-  def __init__(self, output_dir: str | Path, *, keep: int | None, spare: Spare | None = None):
+  def __init__(self, output_dir: str | AnyPath, *, keep: int | None, spare: Spare | None = None):
     """Opens (and makes) the folder.
 
     Args:
@@ -160,13 +60,13 @@ class Checkpointer:
       spare: names one more that stays; asked whenever older ones are deleted.
     """
     several = jax.process_count() > 1
-    self.folder = Path(output_dir).absolute() / CHECKPOINTS
+    self.folder = path_of(output_dir).absolute() / CHECKPOINTS
     self.folder.mkdir(parents=True, exist_ok=True)
     everyone = set(range(jax.process_count())) if several else None
     options = ocp.CheckpointManagerOptions(
       max_to_keep=None if spare else keep,
-      preservation_policy=_NewestAndOne(keep, spare) if spare and keep else None,
-      temporary_path_class=_Folder,
+      preservation_policy=NewestAndOne(keep, spare) if spare and keep else None,
+      temporary_path_class=class_of_folders(self.folder),
       # Otherwise it reads files of all checkpoints at once, before anything tells whether they are damaged.
       lightweight_initialize=True,
       enable_async_checkpointing=True,
@@ -180,11 +80,13 @@ class Checkpointer:
       multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=everyone),
     )
     handlers = {
-      "state": _StateHandler(),
+      "state": StateHandler(),
       "loader": ocp.JsonCheckpointHandler(),
       "trainer": ocp.JsonCheckpointHandler(),
     }
-    self._manager = _Manager(self.folder, options=options, item_handlers=handlers)
+    if isinstance(self.folder, BucketPath) and distributed.is_first():
+      commit_whole(self.folder)
+    self._manager = Manager(opened(self.folder), options=options, item_handlers=handlers)
     self._steps, complete = self._listed()
     self._manager.forget(set(self._manager.all_steps()) - set(complete))
 
@@ -225,7 +127,7 @@ class Checkpointer:
     if step in self._manager.all_steps():
       return
     items = {
-      "state": _StateSave(_as_tree(state)),
+      "state": StateSave(_as_tree(state)),
       # Orbax copies arrays at once, but reads JSON values when its thread comes to write them: the log would by then
       # have the entries of later steps, which a run that goes on would write a second time.
       "loader": ocp.args.JsonSave(copy.deepcopy(loader)),
@@ -299,7 +201,7 @@ class Checkpointer:
     restored = self._manager.restore(
       step,
       args=ocp.args.Composite(
-        state=_StateRestore(abstract),
+        state=StateRestore(abstract),
         loader=ocp.args.JsonRestore(),
         trainer=ocp.args.JsonRestore(),
       ),
@@ -353,18 +255,21 @@ class Checkpointer:
     return explained(self.folder, "the checkpoint", self._what_stands)
 
   def _what_stands(self) -> str:
-    newest = newest_checkpoint(str(self.folder.parent))
+    # A bucket that takes nothing is not asked what it has.
+    in_bucket = isinstance(self.folder, BucketPath)
+    newest = self._manager.latest_step() if in_bucket else newest_checkpoint(str(self.folder.parent))
     stands = "no checkpoint is complete" if newest is None else f"that of step {newest} is complete and kept"
-    return f"{stands}. Make room, or lower training.save_total_limit, and start the same command again"
+    room = "S" if in_bucket else "Make room, or lower training.save_total_limit, and s"
+    return f"{stands}. {room}tart the same command again"
 
   def close(self) -> None:
     """Waits, then lets go of the folder."""
     self._manager.close()
 
 
-def _lost(checkpoint: Path) -> str:
+def _lost(checkpoint: AnyPath) -> str:
   """Why a checkpoint without digests should have some; empty if it should not: it is of an earlier version."""
-  name = "_CHECKPOINT_METADATA"
+  name = METADATA
   try:
     metadata = json.loads((checkpoint / name).read_text(encoding="utf-8"))
     had_some = bool(metadata.get("custom_metadata"))
