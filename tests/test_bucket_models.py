@@ -1,6 +1,7 @@
 """Checkpoints in a bucket are those of a folder: the same parameters, the same errors, and no byte that nobody needs."""
 
 import concurrent.futures
+import dataclasses
 import json
 import os
 import re
@@ -18,9 +19,10 @@ from safetensors.numpy import load_file, save_file
 from internvl_jax import facts
 from internvl_jax.config import TrainConfig, problems
 from internvl_jax.errors import UserError
+from internvl_jax.hf import config as config_io
 from internvl_jax.hf import files, hub, peft, ranges, vocabulary, weights
 from internvl_jax.hf.arrangement import reading_sharding
-from internvl_jax.hf.model import Changes, Source, open_parts, open_source, with_projector
+from internvl_jax.hf.model import Changes, Source, base_name, open_parts, open_source, with_projector
 from internvl_jax.hf.tables import Transform
 from internvl_jax.models.lora import LoRASpec, adapter_paths
 from internvl_jax.storage import remote, snapshots
@@ -53,12 +55,18 @@ def folder(tmp_path):
 
 @pytest.fixture(scope="module")
 def shared_bucket(store):
-  """A bucket for many tests, each of which has a folder of its own."""
+  """A bucket for many tests."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(remote, "_systems", {})
     url = f"{store}://models-{uuid.uuid4().hex[:12]}"
     remote.ask(url, lambda system: system.mkdir(url))
     yield url
+
+
+@pytest.fixture
+def room(shared_bucket):
+  """A folder of the test's own in that bucket."""
+  return f"{shared_bucket}/{uuid.uuid4().hex[:12]}"
 
 
 def split(folder: Path) -> None:
@@ -73,6 +81,11 @@ def send(folder: Path, url: str) -> str:
   for path in folder.iterdir():
     put(path, BucketPath(url) / path.name)
   return url
+
+
+def opened(url: str) -> weights.Checkpoint:
+  """The tensors of a folder of a bucket."""
+  return weights.open_checkpoint(hub.resolve(url))
 
 
 def read(source: Source) -> dict[str, jax.Array]:
@@ -95,14 +108,14 @@ def test_parameters_and_tokenizer_are_those_of_the_folder(bucket, folder, cache)
 
 
 @one_store
-def test_layers_are_read_when_they_are_asked_for(bucket, folder):
-  lazy = open_source(send(folder, f"{bucket}/m")).lazy(np.dtype(np.float32))  # pyright: ignore[reportArgumentType]
+def test_layers_are_read_when_they_are_asked_for(room, folder):
+  lazy = open_source(send(folder, f"{room}/m")).lazy(np.dtype(np.float32))  # pyright: ignore[reportArgumentType]
   assert same(lazy, load(MODEL))
 
 
 @one_store
 @pytest.mark.parametrize("name", ["mlp.safetensors", pytest.param("mlp.pth", marks=pytest.mark.torch)])
-def test_a_projector(bucket, tmp_path, name):
+def test_a_projector(room, tmp_path, name):
   """A file of safetensors is read by ranges; a pickle, which has checksums within, is copied."""
   numbers = {
     key.removeprefix("mlp1."): value + 1
@@ -114,30 +127,40 @@ def test_a_projector(bucket, tmp_path, name):
     torch.save({key: torch.tensor(value) for key, value in numbers.items()}, tmp_path / name)
   else:
     save_file(numbers, tmp_path / name)
-  put(tmp_path / name, BucketPath(bucket) / name)
-  found = read(with_projector(open_source(MODEL), f"{bucket}/{name}"))
+  put(tmp_path / name, BucketPath(room) / name)
+  found = read(with_projector(open_source(MODEL), f"{room}/{name}"))
   np.testing.assert_array_equal(found["mlp1.linear_1.bias"], numbers["1.bias"])
 
 
 @one_store
-def test_a_whole_model_in_place_of_its_parts(bucket):
-  url = send(MODEL, f"{bucket}/init")
+def test_a_whole_model_in_place_of_its_parts(room):
+  url = send(MODEL, f"{room}/init")
   changes = Changes(image_size=28, downsample_ratio=0.5, ps_version="v2")
   with pytest.raises(UserError, match=f"^{url}: a whole InternVL checkpoint"):
     open_parts(vision_path=url, llm_path=url, mlp_path=None, changes=changes)
 
 
 @one_store
-@pytest.mark.parametrize("base", ["../base", "{bucket}/base"])
-def test_adapters_beside_their_base_model(bucket, tmp_path, base):
-  send(MODEL, f"{bucket}/base")
+def test_adapters_beside_their_base_model(room, tmp_path):
+  send(MODEL, f"{room}/base")
   source = open_source(MODEL, Changes(text_lora=LoRASpec(rank=2, alpha=4.0)))
-  params = read(source)
-  adapters = {path: value + 1 for path, value in params.items() if path in adapter_paths(params)}
-  peft.save_adapter(
-    tmp_path / "a", adapters, source.specs, source.layout, source.table, base=base.format(bucket=bucket)
-  )
-  assert same(load(send(tmp_path / "a", f"{bucket}/adapter")), params | adapters)  # pyright: ignore[reportArgumentType]
+  shapes = {path: source.model.shapes[path].shape for path in adapter_paths(source.model.shapes)}
+  adapters = {path: np.arange(np.prod(shape), dtype="f4").reshape(shape) for path, shape in shapes.items()}
+  peft.save_adapter(tmp_path / "a", adapters, source.specs, source.layout, source.table, base="../base")
+  assert same(load(send(tmp_path / "a", f"{room}/adapter")), load(MODEL) | adapters)  # pyright: ignore[reportArgumentType]
+
+
+@one_store
+@pytest.mark.parametrize("base", ["./../base", "{bucket}/base", "org/name", "s3://other/base"])
+def test_the_base_model_that_an_adapter_names(room, base):
+  send(MODEL, f"{room}/base")
+  config = {"peft_type": "LORA", "base_model_name_or_path": base.format(bucket=room)}
+  (BucketPath(room) / "adapter" / peft.CONFIG).write_text(json.dumps(config))
+  if base.startswith("s3://other"):
+    with pytest.raises(UserError, match="s3://other/base: nothing is there"):
+      base_name(f"{room}/adapter")
+    return
+  assert base_name(f"{room}/adapter") == (base if base == "org/name" else f"{room}/base")
 
 
 # --- What is fetched ----------------------------------------------------------------------------------------
@@ -158,10 +181,9 @@ def fetched(monkeypatch):
 
 
 @one_store
-@pytest.mark.parametrize("axis", ["rows", "columns"])
-def test_each_host_fetches_what_its_devices_hold(bucket, folder, fetched, axis):
-  """Of two hosts, each fetches its half of every matrix, also where that is a part of each row, and no byte beside."""
-  source = open_source(send(folder, f"{bucket}/m"))
+def test_each_host_fetches_what_its_devices_hold(room, folder, fetched):
+  """Of two hosts with a part of each row, each fetches its half of every matrix and no byte beside."""
+  source = open_source(send(folder, f"{room}/m"))
   assert source.checkpoint is not None
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("host",))
   for host in range(2):
@@ -169,7 +191,7 @@ def test_each_host_fetches_what_its_devices_hold(bucket, folder, fetched, axis):
     held = 0
     for path, leaf in source.model.shapes.items():
       names = weights.names_of(path, leaf.shape, source.table)
-      sharding, transform = _halved(mesh, names, leaf, axis), names.row.transform
+      sharding, transform = _halved(mesh, names, leaf), names.row.transform
       # What is transformed otherwise than by turning it is read whole: of this model, the kernel of patches.
       held += 4 * np.prod(leaf.shape if transform.part is None else sharding.shard_shape(leaf.shape))
       first = reading_sharding(transform, names.lead, leaf.shape, sharding, far=True)
@@ -183,9 +205,9 @@ def test_each_host_fetches_what_its_devices_hold(bucket, folder, fetched, axis):
 
 
 @one_store
-def test_devices_of_a_host_fetch_nothing_twice(bucket, folder, fetched):
+def test_devices_of_a_host_fetch_nothing_twice(room, folder, fetched):
   """Also where each of them holds a part of every row of the files."""
-  source = open_source(send(folder, f"{bucket}/m"))
+  source = open_source(send(folder, f"{room}/m"))
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("x",))
   place = {path: jax.sharding.NamedSharding(mesh, jax.P()) for path in source.model.shapes}
   paths = {f"language_model.model.layers.0:3.mlp.{name}_proj.kernel" for name in ("gate", "down")}
@@ -216,17 +238,17 @@ def test_tensors_that_are_read_whole_are_divided_by_layers_or_experts():
     assert reading_sharding(whole, lead, shape, sharding, far=False) is sharding
 
 
-def _halved(mesh, names, leaf, axis):
-  """A parameter's matrices in two: parts of each row of the file, or of its rows."""
+def _halved(mesh, names, leaf):
+  """A parameter's matrices in two, across the rows of the file."""
   parts: list = [None] * len(leaf.shape)
   matrix = [i for i in range(names.lead, len(leaf.shape)) if leaf.shape[i] % 2 == 0]
   if len(matrix) > 1:
-    parts[matrix[-1] if axis == "rows" else matrix[0]] = "host"
+    parts[matrix[0]] = "host"
   return jax.sharding.NamedSharding(mesh, jax.P(*parts))
 
 
 @one_store
-def test_requests_are_few_and_of_what_is_asked_for(bucket, tmp_path, fetched, monkeypatch):
+def test_requests_are_few_and_of_what_is_asked_for(room, tmp_path, fetched, monkeypatch):
   monkeypatch.setattr(ranges, "PART_BYTES", 1000)
   monkeypatch.setattr(ranges, "FIRST_BYTES", 100)
   tensors = {
@@ -236,10 +258,10 @@ def test_requests_are_few_and_of_what_is_asked_for(bucket, tmp_path, fetched, mo
   }
   tensors = {name: np.asarray(value) for name, value in tensors.items()} | {"d": np.empty((0, 3), "f2")}
   save_file(tensors, tmp_path / "x.safetensors")
-  put(tmp_path / "x.safetensors", BucketPath(bucket) / "x.safetensors")
-  checkpoint = weights.open_checkpoint(hub.resolve_weights(f"{bucket}/x.safetensors"))
+  put(tmp_path / "x.safetensors", BucketPath(room) / "x.safetensors")
+  checkpoint = weights.open_checkpoint(hub.resolve_weights(f"{room}/x.safetensors"))
   assert len(fetched) == 2, "a header is read once, by two requests"
-  weights.open_checkpoint(hub.resolve_weights(f"{bucket}/x.safetensors"))
+  weights.open_checkpoint(hub.resolve_weights(f"{room}/x.safetensors"))
   assert len(fetched) == 2, "a header was read again"
   for index, requests, numbers in (
     (None, 5, 1200),
@@ -275,13 +297,14 @@ def test_what_is_ahead_is_in_order_and_within_bounds():
 
 def test_hosts_compare_what_the_store_knows(bucket, fetched):
   url = send(MODEL, f"{bucket}/m")
-  first = facts.weights(open_source(url))
+  source = open_source(url)
+  first = facts.weights(source)
   del fetched[:]
-  assert facts.weights(open_source(url)) == first and not fetched
+  assert facts.weights(dataclasses.replace(source, checkpoint=opened(url))) == first and not fetched
   assert "the content of m/model.safetensors" in first
   changed = (MODEL / SINGLE).read_bytes()
   (BucketPath(url) / SINGLE).write_bytes(changed[:-1] + bytes([changed[-1] ^ 1]))
-  other = facts.weights(open_source(url))
+  other = facts.weights(dataclasses.replace(source, checkpoint=opened(url)))
   assert [name for name in first if first[name] != other[name]] == ["the content of m/model.safetensors"]
 
 
@@ -294,11 +317,12 @@ def test_a_bucket_that_changes_is_seen(bucket, folder, cache):
   assert hub.resolve(url) == before
   edit_config(folder, template="phi3-chat")
   send(folder, url)
-  assert open_source(url).raw["template"] == "phi3-chat" and hub.resolve(url) != before
+  assert config_io.read_config(hub.resolve(url))["template"] == "phi3-chat" and hub.resolve(url) != before
 
 
-def test_a_file_that_is_written_anew_while_it_is_read(bucket, folder, monkeypatch):
-  url = send(folder, f"{bucket}/m")
+@one_store
+def test_a_file_that_is_written_anew_while_it_is_read(room, folder):
+  url = send(folder, room)
   source = open_source(url)
   name = next(folder.glob("*.safetensors")).name
   content = (folder / name).read_bytes()
@@ -308,8 +332,8 @@ def test_a_file_that_is_written_anew_while_it_is_read(bucket, folder, monkeypatc
 
 
 @one_store
-def test_several_at_once_and_one_that_fails(bucket, cache, monkeypatch):
-  url, read = send(MODEL, f"{bucket}/m"), BucketPath.read_bytes
+def test_several_at_once_and_one_that_fails(room, cache, monkeypatch):
+  url, read = send(MODEL, f"{room}/m"), BucketPath.read_bytes
 
   def fails(self):
     raise FetchError("the cable was pulled")
@@ -367,10 +391,10 @@ DAMAGE = {
 
 @one_store
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damage_is_told_as_of_a_folder(shared_bucket, tmp_path, name):
+def test_damage_is_told_as_of_a_folder(room, tmp_path, name):
   folder = shutil.copytree(MODEL, tmp_path / "m")
   DAMAGE[name](folder)
-  url, lines = f"{shared_bucket}/{name.replace(' ', '-')}", []
+  url, lines = f"{room}/{name.replace(' ', '-')}", []
   for where in (str(folder), send(folder, url)):
     with pytest.raises(UserError) as error:
       load(where)  # pyright: ignore[reportArgumentType]
@@ -380,7 +404,7 @@ def test_damage_is_told_as_of_a_folder(shared_bucket, tmp_path, name):
 
 
 @one_store
-def test_a_header_whose_tensors_do_not_fill_the_file(shared_bucket):
+def test_a_header_whose_tensors_do_not_fill_the_file(room):
   for entries in (
     {"a": ("F32", [2], [0, 4])},
     {"a": ("F32", [1], [4, 8])},
@@ -394,7 +418,7 @@ def test_a_header_whose_tensors_do_not_fill_the_file(shared_bucket):
         for name, entry in entries.items()
       }
     ).encode()
-    path = BucketPath(shared_bucket) / SINGLE
+    path = BucketPath(room) / SINGLE
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
     with pytest.raises(
       UserError, match=rf"^{path}: damaged or truncated safetensors file \(.*\); download"
@@ -414,35 +438,35 @@ def test_what_is_not_there(bucket, folder):
   put(folder / "config.json", BucketPath(f"{bucket}/run/checkpoints/100/state.json"))
   with pytest.raises(UserError, match=f"{bucket}/run/checkpoints/100: what a run goes on from, not a model"):
     open_source(f"{bucket}/run/checkpoints/100")
-  source = open_source(f"{bucket}/m")
+  checkpoint = opened(f"{bucket}/m")
   for path in BucketPath(f"{bucket}/m").glob("*.safetensors"):
     path.unlink()
   with pytest.raises(UserError, match=rf"{bucket}/m/model-0000\d-of-00002.safetensors: is no longer there"):
-    read(source)
+    checkpoint.read("mlp1.1.bias")
 
 
 @pytest.mark.parametrize("at", ["ls", "cat_file", "info"])
 def test_what_a_store_denies_names_url_and_remedy(bucket, monkeypatch, at):
   url = send(MODEL, f"{bucket}/m")
-  # After the load it is asked whether the files are still those that were read.
-  opened = open_source(url) if at == "info" else None
+  pointers = opened(url).pointers if at == "info" else None
 
   def denied(*args, **kwargs):
     raise PermissionError("Access Denied")
 
   monkeypatch.setattr(remote.file_system(url), at, denied)
   with pytest.raises(UserError) as error:
-    read(opened or open_source(url))
+    # After the load it is asked whether the files are still those that were read.
+    ranges.check_unchanged(pointers) if pointers else opened(url)
   assert re.match(rf"{url}[\w/.]*: permission denied \(.*\); check the credentials", str(error.value))
   assert len(str(error.value).splitlines()) == 1
 
 
 @one_store
-def test_a_cache_that_cannot_be_written(bucket, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written(room, tmp_path, monkeypatch):
   (tmp_path / "file").write_text("")
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
   with pytest.raises(UserError, match=r"/file/internvl_jax: cannot hold .*; set XDG_CACHE_HOME"):
-    hub.resolve(send(MODEL, f"{bucket}/m"))
+    hub.resolve(send(MODEL, f"{room}/m"))
 
 
 @pytest.mark.parametrize("name", ["http://host/m", "gcs://bucket/m", "hf://org/name", "gs://", "s3:///m"])
@@ -479,8 +503,8 @@ def test_settings_that_must_be_folders():
 
 
 @one_store
-def test_messages_name_what_the_user_named(bucket):
-  url = send(MODEL, f"{bucket}/m")
+def test_messages_name_what_the_user_named(room):
+  url = send(MODEL, f"{room}/m")
   here = hub.resolve(url)
   assert str(UserError(f"{here / 'config.json'}: x")) == f"{url}/config.json: x"
   assert str(snapshots.url_of(here)) == url and snapshots.url_of(MODEL) is None

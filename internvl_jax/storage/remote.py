@@ -70,11 +70,12 @@ _REMEDIES = {
 # its own, and warn of it each time. Buckets of the zonal kind need it: who has one sets this to "true".
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
-# The first two tell where they found credentials, the third every error with its traceback before it raises it.
+# These tell where they found credentials and where they found none, and every error with its traceback before it is raised.
 for _logger, _level in (
   ("aiobotocore", logging.WARNING),
   ("botocore", logging.WARNING),
   ("gcsfs", logging.CRITICAL),
+  ("google.auth", logging.ERROR),
 ):
   logging.getLogger(_logger).setLevel(_level)
 
