@@ -18,8 +18,8 @@ from typing import Literal
 class ModelArguments:
   """Which weights to start from and which parts of the model train (the reference's 17 fields)."""
 
-  # The whole model (ViT, projector and LLM): a checkpoint folder in either layout, a PEFT adapter's folder, or a hub
-  # id.
+  # The whole model (ViT, projector and LLM): a checkpoint folder in either layout, a PEFT adapter's folder, the URL of
+  # one in a bucket (gs://, s3://), or a hub id.
   model_name_or_path: str | None = None
   # Checkpoint of the ViT, for building a new model (stage 1).
   vision_path: str | None = None
@@ -325,8 +325,8 @@ class LoaderConfig:
   tile_buckets: tuple[int, ...] = ()
   # Micro-batches made ahead by each worker.
   prefetch: int = 4
-  # Folder of the indexes of lines and sizes, and of copies of remote annotation files; None: internvl_jax in the
-  # user's cache folder.
+  # Folder of the indexes of lines and sizes, and of copies of remote annotation files, on a disk of this machine; None:
+  # internvl_jax in the user's cache folder.
   cache_dir: str | None = None
 
 
@@ -401,7 +401,7 @@ class RuntimeConfig:
   profile_steps: tuple[int, ...] = ()
   # Options of XLA, "xla_…=value" each, that go before what the program sets for the platform and before XLA_FLAGS.
   xla_options: tuple[str, ...] = ()
-  # Folder of compiled programs, reused by later runs; None: compile anew.
+  # Folder of compiled programs, reused by later runs, also one of a bucket (gs://, s3://); None: compile anew.
   compilation_cache_dir: str | None = None
 
 

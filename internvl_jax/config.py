@@ -289,6 +289,14 @@ REQUIRED: dict[Command, tuple[str, ...]] = {
 PARTS = ("model.vision_path", "model.llm_path")
 """Checkpoints that together take the place of model.model_name_or_path."""
 
+ON_DISK: dict[str, str] = {
+  "loader.cache_dir": "what it holds is mapped into memory; leave it out for a folder in the user's cache folder",
+}
+"""Field -> why it names a folder of this machine, and no bucket's."""
+
+WRITTEN = ("training.logging_dir", "runtime.compilation_cache_dir")
+"""Fields that name a folder to write to, of this machine or of a bucket."""
+
 PROJECTOR_SUFFIXES = (".safetensors", ".pth", ".bin")
 """Forms of the file that model.mlp_path names."""
 
@@ -594,6 +602,7 @@ def _path_problems(config: TrainConfig, command: Command) -> Iterator[str]:
     if not get(config, path) and not (path == "model.model_name_or_path" and _has_parts(config)):
       yield f"{path}={get(config, path)!r} must be set: --config.{path}=..."
   yield from _parts_problems(config)
+  yield from _url_problems(config)
   for path in ("model.model_name_or_path", *PARTS):
     if get(config, path):
       yield from _model_path_problems(path, get(config, path))
@@ -613,6 +622,16 @@ def _path_problems(config: TrainConfig, command: Command) -> Iterator[str]:
     yield f"preference.reference_cache_dir={cache!r}: runs write to folders, gs:// and s3:// only; name one of these"
   if "training.output_dir" in required and config.training.output_dir:
     yield from _output_path_problems(config)
+
+
+def _url_problems(config: TrainConfig) -> Iterator[str]:
+  """URLs where a folder is wanted, of which libraries would make one called "gs:"."""
+  for path, why in ON_DISK.items():
+    if (name := get(config, path)) and _is_remote(name):
+      yield f"{path}={name!r}: must be a folder of this machine: {why}"
+  for path in WRITTEN:
+    if (name := get(config, path)) and _is_remote(name) and not is_bucket(name):
+      yield f"{path}={name!r}: nothing is written there; name a folder, or one of a bucket (gs://, s3://)"
 
 
 def _has_parts(config: TrainConfig) -> bool:
@@ -639,6 +658,7 @@ def _parts_problems(config: TrainConfig) -> Iterator[str]:
 
 def _model_path_problems(path: str, name: str) -> Iterator[str]:
   if _is_remote(name):
+    yield from (f"{path}={line}" for line in _unread(name))
     return
   if not os.path.isdir(name):
     if not _is_hub_id(name):
@@ -648,12 +668,22 @@ def _model_path_problems(path: str, name: str) -> Iterator[str]:
 
 
 def _projector_path_problems(name: str) -> Iterator[str]:
-  if _is_remote(name) or os.path.isdir(name):
+  if _is_remote(name):
+    yield from (f"model.mlp_path={line}" for line in _unread(name))
+    return
+  if os.path.isdir(name):
     return
   if not os.path.isfile(name):
     yield f"model.mlp_path={name!r}: no such file or folder"
   elif not name.endswith(PROJECTOR_SUFFIXES):
     yield f"model.mlp_path={name!r} must end in {', '.join(PROJECTOR_SUFFIXES)}, or be a folder"
+
+
+def _unread(name: str) -> Iterator[str]:
+  from internvl_jax.hf.hub import unread_url
+
+  if line := unread_url(name):
+    yield line
 
 
 def _is_hub_id(name: str) -> bool:

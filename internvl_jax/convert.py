@@ -3,14 +3,13 @@
   python -m internvl_jax.convert --src DIR --dst DIR --layout internvl|hf [--lora merge|peft] [--dtype bfloat16|float32]
       [--code DIR]
 
-The source may have either layout, LoRA adapters as the reference stores them, or be a PEFT adapter's folder or a
-hub id. `--lora merge` adds adapters into the weights and checks that logits stay; `--lora peft` writes the base
+The source may have either layout, LoRA adapters as the reference stores them, or be a PEFT adapter's folder, a hub id
+or the URL of a folder in a bucket (gs://, s3://), where DST may be, too. `--lora merge` adds adapters into the weights and checks that logits stay; `--lora peft` writes the base
 model, and the adapters to DST/adapter in PEFT's form. Without adapters the weights pass through tensor by tensor,
 so that models larger than the memory can be converted.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,8 +31,9 @@ from internvl_jax.models.lora import adapter_paths
 from internvl_jax.parallel import rules
 from internvl_jax.parallel.mesh import make_mesh
 from internvl_jax.stated import Stated, read_stated, recorded_settings
+from internvl_jax.storage.paths import AnyPath, output_path
 
-_SRC = flags.DEFINE_string("src", None, "Checkpoint folder or hub id.", required=True)
+_SRC = flags.DEFINE_string("src", None, "Checkpoint folder, hub id or a bucket's URL.", required=True)
 _DST = flags.DEFINE_string("dst", None, "Folder to write; it must be new or empty.", required=True)
 _LAYOUT = flags.DEFINE_enum("layout", None, ["internvl", "hf"], "Names and config to write.", required=True)
 _LORA = flags.DEFINE_enum("lora", "merge", ["merge", "peft"], "What becomes of adapters.")
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
   dtype = {"auto": None, "bfloat16": jnp.bfloat16, "float32": jnp.float32}[_DTYPE.value]
   convert(
     _SRC.value,
-    Path(_DST.value),
+    output_path(_DST.value, "--dst"),
     layouts.layout_named(_LAYOUT.value),
     lora=_LORA.value,
     dtype=dtype,
@@ -64,13 +64,13 @@ def main(argv: Sequence[str]) -> None:
 
 
 def convert(
-  src: str, dst: Path, layout: Layout, *, lora: str, dtype: Any = None, code: str | None = None
+  src: str, dst: AnyPath, layout: Layout, *, lora: str, dtype: Any = None, code: str | None = None
 ) -> None:
   """Writes the checkpoint `src` to `dst`.
 
   Args:
-    src: a folder or hub id.
-    dst: a folder that is new or empty.
+    src: a folder, a hub id or a bucket's URL.
+    dst: a folder that is new or empty, here or of a bucket.
     layout: of what is written.
     lora: "merge" or "peft".
     dtype: of the weights written; None is bfloat16 where all of the source is, else float32.
@@ -159,7 +159,7 @@ def _check_adapters(source: Source, layout: Layout) -> None:
     )
 
 
-def _save_adapters(folder: Path, source: Source, layout: Layout, *, base: str) -> None:
+def _save_adapters(folder: AnyPath, source: Source, layout: Layout, *, base: str) -> None:
   adapters = source.lazy(jnp.float32, adapter_paths(source.model.shapes))
   table = layout.table(layouts.family_of(source.raw), source.config)
   peft.save_adapter(folder, adapters, source.specs, layout, table, base=base)

@@ -30,6 +30,7 @@ from internvl_jax.data.rows import packable
 from internvl_jax.data.show import as_json, show_sample
 from internvl_jax.data.tokenize import ChatTokenizer
 from internvl_jax.errors import UserError
+from internvl_jax.storage.paths import filled_file, output_path
 
 _CONFIG = frontdoor.define_config_flag()
 _SHOW = flags.DEFINE_integer(
@@ -147,9 +148,11 @@ def write_outputs(mixture: Mixture, chat: ChatTokenizer, reports: Sequence[Datas
     except DataError as error:
       print(f"not shown: {error}")
   if _DUMP.value:
-    dump(mixture, Path(_DUMP.value))
+    with filled_file(output_path(_DUMP.value, "--dump")) as path:
+      dump(mixture, path)
   if _PICTURE.value:
-    draw(reports, Path(_PICTURE.value))
+    with filled_file(output_path(_PICTURE.value, "--picture")) as path:
+      draw(reports, path)
 
 
 def dump(mixture: Mixture, path: Path) -> None:

@@ -28,12 +28,24 @@ _QUERY = re.compile(
 )
 
 
+_called: dict[str, str] = {}
+
+
+def call(path: str, name: str) -> None:
+  """Lets messages name a folder by what the user named: the URL of which it is a copy."""
+  _called[path] = name
+
+
 def redacted(text: str) -> str:
   """Masks passwords, tokens and signatures of the URLs in a text; the rest, hosts and paths, stays.
 
   >>> redacted("https://me:secret@host/a.png?token=abc&size=3")
   'https://***@host/a.png?token=***&size=3'
+
+  Folders have the names that `call` gave them.
   """
+  for path, name in _called.items():
+    text = text.replace(path, name)
   if "://" in text:
     text = _USER.sub(lambda found: found["scheme"] + ("***@" if found[0].endswith("@") else "***"), text)
   # Of a relative path, which a URL is the root of, the query alone may be quoted.

@@ -9,7 +9,6 @@ Writes eval_results.json (accuracy, also by the lines' field --group_field) and 
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags, logging
 
@@ -18,8 +17,9 @@ from internvl_jax.arguments import EvalConfig
 from internvl_jax.errors import UserError
 from internvl_jax.eval.scoring import make_evaluation
 from internvl_jax.inference import open_for_inference
+from internvl_jax.storage.paths import AnyPath, filled, is_bucket, output_path
 
-_MODEL = flags.DEFINE_string("model", None, "Checkpoint folder or hub id.", required=True)
+_MODEL = flags.DEFINE_string("model", None, "Checkpoint folder, hub id or a bucket's URL.", required=True)
 _ANNOTATION = flags.DEFINE_string("annotation", None, "The jsonl of questions.", required=True)
 _ROOT = flags.DEFINE_string("root", "", "Prefix of the image paths.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for the results; the model's folder if unset.")
@@ -58,21 +58,22 @@ def main(argv: Sequence[str]) -> None:
   assert evaluation is not None
   evaluation.check()
   scores = evaluation.run(opened.params)
-  evaluation.write(scores, output)
+  with filled(output) as folder:
+    evaluation.write(scores, folder)
   print(json.dumps(scores.summary(), indent=2))
 
 
-def output_folder() -> Path:
+def output_folder() -> AnyPath:
   """Where the results go, which is made; before anything is computed.
 
   Raises:
     UserError: it cannot be told, or is no folder.
   """
-  if _OUTPUT.value is None and not os.path.isdir(_MODEL.value):
+  if _OUTPUT.value is None and not (is_bucket(_MODEL.value) or os.path.isdir(_MODEL.value)):
     raise UserError(
       f"--output is missing: --model={_MODEL.value} is no folder here to write into; name a folder for the results"
     )
-  output = Path(_OUTPUT.value or _MODEL.value)
+  output = output_path(_OUTPUT.value or _MODEL.value, "--output")
   if output.exists() and not output.is_dir():
     raise UserError(f"--output={output}: is a file; name a folder")
   output.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_jax.hf.model import Source
+from internvl_jax.storage.snapshots import url_of
 
 PACKAGES = (
   *(
@@ -53,7 +54,7 @@ def weights(source: Source) -> dict[str, Any]:
   """The config of a checkpoint, and of each of its files size and digest; no more than the config where none is read.
 
   A digest is of the header, which says what tensors there are, and of the numbers: of all of a small file, of parts of
-  a large one.
+  a large one; of a file in a bucket, of size and checksum as the store knows them.
 
   Raises:
     OSError: a file cannot be read.
@@ -62,7 +63,8 @@ def weights(source: Source) -> dict[str, Any]:
   facts: dict[str, Any] = {"the model's config.json": config}
   if source.checkpoint is not None:
     for path in sorted(set(source.checkpoint.where.values())):
-      facts[f"the content of {path.parent.name}/{path.name}"] = _content(path)
+      folder = url_of(path.parent) or path.parent
+      facts[f"the content of {folder.name}/{path.name}"] = _content(path)
   return facts
 
 

@@ -145,11 +145,8 @@ def set_up_logging(process: int | None = None) -> None:
     return record.levelno >= stdlib_logging.WARNING or not follows
 
   handler.addFilter(is_heard)
-  # JAX would tell where it opens its port, after us; the clients of buckets, where they found what. gcsfs warns of a kind
-  # of bucket that it could not ask for, each time, and goes on: what is refused is an error.
-  for name in ("jax", "aiobotocore", "botocore", "fsspec", "google"):
-    stdlib_logging.getLogger(name).setLevel(stdlib_logging.WARNING)
-  stdlib_logging.getLogger("gcsfs").setLevel(stdlib_logging.ERROR)
+  # JAX would tell where it opens its port, after us.
+  stdlib_logging.getLogger("jax").setLevel(stdlib_logging.WARNING)
   logger = logging.get_absl_logger()
   logger.handlers, logger.propagate = [handler], False
 

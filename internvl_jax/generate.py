@@ -19,7 +19,7 @@ from internvl_jax.eval.decoding import GreedyDecoder, Prompt
 from internvl_jax.eval.scoring import prompt_ids
 from internvl_jax.inference import open_for_inference
 
-_MODEL = flags.DEFINE_string("model", None, "Checkpoint folder.", required=True)
+_MODEL = flags.DEFINE_string("model", None, "Checkpoint folder, hub id or a bucket's URL.", required=True)
 _QUESTION = flags.DEFINE_string("question", None, "What to ask.", required=True)
 _IMAGE = flags.DEFINE_string(
   "image", None, "The image asked about, a path or a URL; none for a question without one."

@@ -16,7 +16,6 @@ max_seq_length and max_dynamic_patch), or --tokens and --tiles a row. docs/scale
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -30,8 +29,11 @@ from internvl_jax.aot.search import as_json, search, summary
 from internvl_jax.aot.target import Target, open_target
 from internvl_jax.assembly import set_up_jax
 from internvl_jax.config import TrainConfig, validate
+from internvl_jax.errors import UserError
 from internvl_jax.hf import published
 from internvl_jax.outputs import write_json
+from internvl_jax.storage import remote
+from internvl_jax.storage.paths import filled_file, output_path
 
 _CONFIG = frontdoor.define_config_flag(default=recipe.__file__)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Devices to plan for, e.g. v5e:4x4.", required=True)
@@ -72,12 +74,16 @@ _DUMP = flags.DEFINE_string(
 def main(argv: Sequence[str]) -> None:
   """Plans or searches, and writes what was found."""
   del argv
+  if _DUMP.value is not None and remote.scheme(_DUMP.value):
+    raise UserError(f"--dump={_DUMP.value}: compilers write to folders of this machine only; name one")
+  written = None if _JSON.value is None else output_path(_JSON.value, "--json")
   config = configuration()
   shape = batch_shape(config, tokens=_TOKENS.value, tiles=_TILES.value)
   limit = None if _HBM.value is None else round(_HBM.value * reports.GIB)
   found = look(config, shape, limit) if _SEARCH.value else compile_for(config, shape, limit)
-  if _JSON.value is not None:
-    write_json(Path(_JSON.value), found)
+  if written is not None:
+    with filled_file(written) as path:
+      write_json(path, found)
 
 
 def compile_for(config: TrainConfig, shape: BatchShape, limit: int | None) -> dict[str, Any]:

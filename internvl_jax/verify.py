@@ -34,11 +34,12 @@ from internvl_jax.hf.model import Source, open_source
 from internvl_jax.losses import lm
 from internvl_jax.models.functional import ModelDef
 from internvl_jax.models.internvl import Execution, InternVL
+from internvl_jax.storage.paths import filled_file, output_path
 
 _REQUIRED = ("pixel_values", "input_ids", "labels", "attention_mask", "image_token_id")
 _OUTPUTS = ("logits", "loss", "loss_square", "features", "vit_last_hidden", "grad_norm")
 
-_MODEL = flags.DEFINE_string("model", None, "Checkpoint folder or hub id.", required=True)
+_MODEL = flags.DEFINE_string("model", None, "Checkpoint folder, hub id or a bucket's URL.", required=True)
 _INPUTS = flags.DEFINE_string("inputs", None, "The .npz of arrays to run on.")
 _OUTPUTS_FILE = flags.DEFINE_string("outputs", None, "The .npz to write.")
 _AGAINST = flags.DEFINE_string("against", None, "Another checkpoint, to compare with.")
@@ -55,12 +56,14 @@ def main(argv: Sequence[str]) -> None:
     raise UserError(
       "--inputs is needed: an .npz of arrays to run on (or --against, to compare two checkpoints)"
     )
+  output = None if _OUTPUTS_FILE.value is None else output_path(_OUTPUTS_FILE.value, "--outputs")
   if _INPUTS.value is not None and _OUTPUTS_FILE.value is None and _AGAINST.value is None:
     raise UserError("--outputs is needed: the .npz to write")
   inputs = None if _INPUTS.value is None else read_inputs(_INPUTS.value)
   outputs = compute(_MODEL.value, inputs)
-  if _OUTPUTS_FILE.value is not None:
-    np.savez(_OUTPUTS_FILE.value, allow_pickle=False, **outputs)
+  if output is not None:
+    with filled_file(output) as path:
+      np.savez(path, allow_pickle=False, **outputs)
   if inputs is not None:
     report(outputs, inputs)
   if _AGAINST.value is not None:

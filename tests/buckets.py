@@ -31,8 +31,6 @@ def _environment(scheme: str, address: str) -> dict[str, str]:
     "TENSORSTORE_GCS_HTTP_URL": address,
     "GOOGLE_AUTH_TOKEN_FOR_TESTING": "testing",
     "NO_GCE_CHECK": "true",
-    # gcsfs would ask another service, by gRPC, what kind of bucket it is.
-    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
   }
 
 

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 from internvl_jax.arguments import MeshConfig
 from internvl_jax.eval.decoding import GreedyDecoder, Prompt
 from internvl_jax.eval.scoring import Question, score
+from internvl_jax.hf import arrangement, weights
 from internvl_jax.hf import config as layouts
-from internvl_jax.hf import weights
 from internvl_jax.hf.export import save_model
 from internvl_jax.hf.model import Changes, open_source
 from internvl_jax.hf.tokenizer import load_tokenizer
@@ -133,7 +133,7 @@ def test_several_hosts_read_rows_that_lie_together(opened, monkeypatch):
     return value
 
   monkeypatch.setattr(weights.Checkpoint, "read", spy)
-  monkeypatch.setattr(weights, "_spans_hosts", lambda sharding: True)
+  monkeypatch.setattr(arrangement, "_spans_hosts", lambda sharding: True)
   sharded = source.load(source.model.shapes, place)
   for path, value in params.items():
     assert sharded[path].sharding.is_equivalent_to(place[path], value.ndim), path

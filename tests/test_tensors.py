@@ -198,7 +198,7 @@ def test_an_index_that_names_a_tensor_its_file_lacks(folder):
     (struct.pack("<Q", 2) + b"{}", "holds no tensors"),
     (struct.pack("<Q", 10) + b'{"a":[[[[}' + bytes(9), "damaged"),
     (
-      struct.pack("<Q", weights.HEADER_BYTES + 1) + bytes(weights.HEADER_BYTES + 2),
+      struct.pack("<Q", files.HEADER_BYTES + 1) + bytes(files.HEADER_BYTES + 2),
       "a header of 33,554,433 bytes",
     ),
   ],

@@ -30,6 +30,7 @@ from internvl_jax.data.errors import Where
 from internvl_jax.errors import redacted
 from internvl_jax.storage import remote
 from internvl_jax.storage.remote import FetchError
+from internvl_jax.storage.snapshots import default_cache
 
 BLOCK_BYTES = 1 << 16
 """Bytes of a remote file that are fetched at a time where only its header is wanted."""
@@ -143,11 +144,6 @@ def _climbs(path: str) -> bool:
     if depth < 0:
       return True
   return False
-
-
-def default_cache() -> str:
-  """Returns the folder of caches where none is named."""
-  return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "internvl_jax")
 
 
 # --- Reading ------------------------------------------------------------------------------------------------

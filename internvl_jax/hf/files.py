@@ -9,6 +9,7 @@ from typing import Any
 from absl import logging
 
 from internvl_jax.errors import UserError
+from internvl_jax.storage.snapshots import url_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -19,6 +20,9 @@ JSON_BYTES = 2**27
 
 DEPTH = 64
 """Deepest nesting of a JSON file; what writes it again goes down by recursion."""
+
+HEADER_BYTES = 2**25
+"""Longest header of a safetensors file, read whole before anything else: some 150 bytes a tensor."""
 
 # What files begin with that are saved under the name of another kind.
 _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
@@ -46,6 +50,11 @@ def what_it_is(path: Path) -> str | None:
       head = file.read(64)
   except OSError as error:
     raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+  return what_begins(head)
+
+
+def what_begins(head: bytes) -> str | None:
+  """`what_it_is` of a file with these first 64 bytes."""
   if not head:
     return "empty; download it again"
   # A safetensors file begins with the length of its header and the header's brace.
@@ -76,7 +85,7 @@ def read_json(path: Path) -> dict[str, Any]:
       )
     found = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
-    if path.parent.parent.name == "checkpoints":
+    if (url_of(path.parent) or path.parent).parent.name == "checkpoints":
       raise UserError(
         f"{path.parent}: what a run goes on from, not a model; docs/training.md tells how to make a model of it"
       ) from None

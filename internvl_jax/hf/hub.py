@@ -1,16 +1,27 @@
-"""Checkpoints named by their id on the Hugging Face hub, brought to a folder of this machine."""
+"""Checkpoints named by their id on the Hugging Face hub or by their URL in a bucket, as folders of this machine."""
 
 import os
 import re
 from pathlib import Path
 
 from internvl_jax.errors import UserError
+from internvl_jax.hf.files import JSON_BYTES, PICKLES
+from internvl_jax.storage import remote
+from internvl_jax.storage.paths import SCHEMES, BucketPath, is_bucket
+from internvl_jax.storage.snapshots import snapshot
 
 _NAME = r"[A-Za-z0-9_](?:[\w.-]*\w)?"
 _HUB_ID = re.compile(rf"(?P<id>{_NAME}/{_NAME})(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 
 _WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")
 """Config, weights, tokenizer; Python files only so that an export can carry them on, they are never run."""
+
+_SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
+_LARGE = ("*.safetensors", "*.bin", "*.pth", "*.pt")
+"""What is brought of a bucket, and what is read there; pickles are only told of."""
+
+_PICKLE_BYTES = 2**30
+"""Largest pickle that is copied: the projector of the largest model has 350 MB."""
 
 _LOCAL_REMEDY = "download it elsewhere and give its folder"
 
@@ -21,17 +32,43 @@ def is_hub_id(name: str) -> bool:
   return found is not None and not re.search(r"--|\.\.|\.git$", found["id"])
 
 
+def is_elsewhere(name: str) -> bool:
+  """Whether a name has the form of a hub id or of a bucket's URL; looks nothing up."""
+  return is_bucket(name) or is_hub_id(name)
+
+
+def unread_url(name: str) -> str | None:
+  """Why a URL names no checkpoint, whatever is there; None if it is a bucket's, or no URL."""
+  scheme = remote.scheme(name)
+  if scheme in SCHEMES and not re.match(r"\w+://[^/\s]+(/|$)", name):
+    return f"{name!r}: names no bucket; write {scheme}://bucket/folder"
+  if not scheme or scheme in SCHEMES:
+    return None
+  return (
+    f"{name!r}: no checkpoint is read from {scheme}://; give a folder, a hub id (org/name), or the URL of a bucket "
+    f"({', '.join(f'{known}://' for known in SCHEMES)})"
+  )
+
+
 def resolve(name: str, *, with_weights: bool = True) -> Path:
   """The folder of a checkpoint.
 
   Args:
-    name: a folder, taken as it is, or else a hub id, `org/name` or `org/name@revision`. Its files are fetched
-      to the hub's cache (the environment's HF_HOME says where) unless they are there.
+    name: a folder, taken as it is; or the URL of one in a bucket, of which small files are brought and weights are
+      pointers (see `snapshots`); or a hub id, `org/name` or `org/name@revision`. Its files are fetched to the hub's
+      cache (the environment's HF_HOME says where) unless they are there.
     with_weights: False does not fetch the weights.
 
   Raises:
     UserError: no such folder, and not a hub id or one that cannot be fetched.
   """
+  if problem := unread_url(name):
+    raise UserError(problem)
+  if is_bucket(name):
+    folder = _of_bucket(BucketPath(name))
+    if folder.is_file():
+      raise UserError(f"{name!r}: is a file; give the folder that it is in")
+    return folder
   if os.path.isdir(name):
     return Path(name)
   if not is_hub_id(name):
@@ -71,6 +108,23 @@ def resolve(name: str, *, with_weights: bool = True) -> Path:
       f"{name!r}: could not be fetched from the hub ({_first_line(error)}); try again, or {_LOCAL_REMEDY}"
     ) from None
   return Path(folder)
+
+
+def resolve_weights(name: str) -> Path:
+  """The folder or file of weights without a config: a path, or a URL of a bucket, of which a pickle is copied whole.
+
+  Raises:
+    UserError: it is a URL, and nothing is there.
+  """
+  if problem := unread_url(name):
+    raise UserError(problem)
+  return _of_bucket(BucketPath(name)) if is_bucket(name) else Path(name)
+
+
+def _of_bucket(url: BucketPath) -> Path:
+  if url.suffix in PICKLES:
+    return snapshot(url, brought=("*",), pointed=(), most_bytes=_PICKLE_BYTES)
+  return snapshot(url, brought=_SMALL, pointed=_LARGE, most_bytes=JSON_BYTES)
 
 
 def _first_line(error: Exception) -> str:

@@ -20,6 +20,7 @@ from internvl_jax.hf.weights import Checkpoint, LazyParameter, Rename
 from internvl_jax.models import functional, lora
 from internvl_jax.models.internvl import InternVL, InternVLConfig
 from internvl_jax.models.lora import LoRASpec
+from internvl_jax.storage.paths import is_bucket
 from internvl_jax.trees import part_of, select
 
 _EMBEDDING = "language_model.model.embed_tokens.embedding"
@@ -204,11 +205,11 @@ def base_name(name: str | Path) -> str:
 def _base_of(folder: Path) -> str:
   """What names the base model of an adapter's folder."""
   base = peft.base_of(folder)
-  if not hub.is_hub_id(base) and not Path(base).is_dir():
+  if not hub.is_elsewhere(base) and not Path(base).is_dir():
     raise UserError(
       f"{folder / peft.CONFIG}: base_model_name_or_path={base!r} is no folder here; set it to where the base model is"
     )
-  if Path(base).is_dir() and peft.is_adapter(Path(base)):
+  if (Path(base).is_dir() or is_bucket(base)) and peft.is_adapter(hub.resolve(base)):
     raise UserError(
       f"{folder / peft.CONFIG}: base_model_name_or_path={base!r} is an adapter itself; merge that one first (python -m "
       "internvl_jax.convert --lora merge), and name the result"
@@ -217,7 +218,7 @@ def _base_of(folder: Path) -> str:
 
 
 def open_source(name: str | Path, changes: Changes = Changes(), *, with_weights: bool = True) -> Source:
-  """Looks at a checkpoint: a folder in either layout, a PEFT adapter's folder, or a hub id.
+  """Looks at a checkpoint: a folder in either layout, a PEFT adapter's folder, the URL of one in a bucket, or a hub id.
 
   Args:
     name: what to open.
@@ -326,7 +327,7 @@ def add_projector(checkpoint: Checkpoint, layout: Layout, path: str) -> None:
   ]
   patterns = [(r"^(?!mlp1\.)", "mlp1.")]
   patterns += [(rf"^mlp1\.{old}\.", f"{new}.") for old, new in zip("013", names, strict=True)]
-  projector = weights.open_checkpoint(path, Rename(tuple(patterns)), pickles=True)
+  projector = weights.open_checkpoint(hub.resolve_weights(path), Rename(tuple(patterns)), pickles=True)
   _check_kind(projector, {})
   prefix = names[0].split(".", 1)[0] + "."
   checkpoint.drop([name for name in checkpoint.shapes if name.startswith(prefix)])

@@ -21,6 +21,7 @@ from internvl_jax.hf.weights import Checkpoint, Rename
 from internvl_jax.models.lora import MARK, LoRASpec, adapter_paths
 from internvl_jax.outputs import explained, write_json
 from internvl_jax.storage.paths import AnyPath, filled, path_of
+from internvl_jax.storage.snapshots import url_of
 from internvl_jax.trees import LAYER_RANGE, part_of, select
 
 CONFIG, WEIGHTS = "adapter_config.json", ADAPTER
@@ -77,6 +78,8 @@ def is_adapter(folder: Path) -> bool:
 def base_of(folder: Path) -> str:
   """The base model that an adapter's config names; a relative path may start at the adapter's folder.
 
+  In a bucket, one that begins with "./" or "../" does.
+
   Raises:
     UserError: it names none.
   """
@@ -87,6 +90,10 @@ def base_of(folder: Path) -> str:
     raise UserError(
       f"{folder / CONFIG}: base_model_name_or_path is missing; set it to the base model's folder"
     )
+  if (url := url_of(folder)) and name.startswith(("./", "../")):
+    for part in name.split("/"):
+      url = url.parent if part == ".." else url / part
+    return str(url)
   beside = Path(os.path.normpath(folder / name))
   if beside.is_dir():
     return str(beside)

@@ -21,12 +21,15 @@ from safetensors.numpy import save_file
 
 from internvl_jax.errors import UserError
 from internvl_jax.hf import dtypes, files
+from internvl_jax.hf.arrangement import reading_sharding
 from internvl_jax.hf.files import INDEX
 from internvl_jax.hf.pickled import PickledTensors
+from internvl_jax.hf.ranges import AHEAD_BYTES, PARTS, RangedTensors, ahead, check_unchanged, read_headers
 from internvl_jax.hf.tables import Index, Row
 from internvl_jax.outputs import write_json
 from internvl_jax.parallel import distributed
 from internvl_jax.storage.paths import AnyPath, BucketPath, path_of, put
+from internvl_jax.storage.snapshots import Pointer, read_pointer
 from internvl_jax.trees import LAYER_RANGE
 
 SHARD_BYTES = 5 * 2**30
@@ -34,9 +37,6 @@ SHARD_BYTES = 5 * 2**30
 
 MOST_TENSORS = 100_000
 """Most tensors of a file: the largest published model, of 94 layers and 128 experts, has 37,000 in all."""
-
-HEADER_BYTES = 2**25
-"""Longest header of a file, read whole before anything else: some 150 bytes a tensor."""
 
 TOLD = 40
 """How many tensors that do not fit are told one by one."""
@@ -64,12 +64,8 @@ class Checkpoint:
     Raises:
       UserError: a damaged file, or a tensor that is there already.
     """
-    is_pickle = path.suffix in files.PICKLES
-    if not is_pickle:
-      _check_beginning(path)
     try:
-      # The handle maps the file into memory: pages are read when a tensor is.
-      handle = PickledTensors(path) if is_pickle else safe_open(path, framework="np")
+      handle = _open(path)
       keys = handle.keys()
       if len(keys) > MOST_TENSORS:
         raise UserError(f"{path}: names {len(keys):,} tensors, more than any InternVL has; take another file")
@@ -111,6 +107,12 @@ class Checkpoint:
     """The folders of its files, for messages."""
     return ", ".join(sorted({str(path.parent) for path in self.where.values()}))
 
+  @property
+  def pointers(self) -> set[Pointer]:
+    """The files of buckets that its tensors are in."""
+    handles = {id(handle): handle for handle, _ in self._handles.values()}
+    return {handle.pointer for handle in handles.values() if isinstance(handle, RangedTensors)}
+
   def key(self, name: str) -> str:
     """What the file calls a tensor."""
     return self._handles[name][1]
@@ -123,13 +125,24 @@ class Checkpoint:
     return handle.get_slice(key)[index]
 
 
+def _open(path: Path) -> Any:
+  """A file's tensors, of which numbers are read when they are asked for."""
+  if pointer := read_pointer(path):
+    return RangedTensors(pointer)
+  if path.suffix in files.PICKLES:
+    return PickledTensors(path)
+  _check_beginning(path)
+  # The handle maps the file into memory: pages are read when a tensor is.
+  return safe_open(path, framework="np")
+
+
 def _check_beginning(path: Path) -> None:
   """Refuses a file that is none of safetensors, or whose header would take minutes to read."""
   if found := files.what_it_is(path):
     raise UserError(f"{path}: {found}")
   with path.open("rb") as file:
     length = int.from_bytes(file.read(8), "little")
-  if HEADER_BYTES < length < path.stat().st_size:
+  if files.HEADER_BYTES < length < path.stat().st_size:
     raise UserError(
       f"{path}: has a header of {length:,} bytes, more than any InternVL needs; take another file"
     )
@@ -162,6 +175,7 @@ def open_checkpoint(path: str | Path, rename: Rename = Rename(), *, pickles: boo
   """
   checkpoint = Checkpoint()
   paths, where = files.weight_files(Path(path), pickles=pickles)
+  read_headers([pointer for file in paths if (pointer := read_pointer(file))])
   for file in paths:
     checkpoint.add_file(file, rename)
   for key, name in where.items():
@@ -238,8 +252,15 @@ def load(
   names = {path: names_of(path, leaf.shape, table) for path, leaf in shapes.items()}
   _check(checkpoint, names, shapes)
   wanted = {path: leaf for path, leaf in shapes.items() if paths is None or path in paths}
-  rows = {path: _rows_of_files(names[path], leaf, place[path]) for path, leaf in wanted.items()}
+  pointers = checkpoint.pointers
+  rows = {
+    path: reading_sharding(
+      names[path].row.transform, names[path].lead, leaf.shape, place[path], far=bool(pointers)
+    )
+    for path, leaf in wanted.items()
+  }
   params = {path: _fill(checkpoint, names[path], leaf, rows[path]) for path, leaf in wanted.items()}
+  check_unchanged(pointers)
   moved = [path for path in wanted if rows[path] is not place[path]]
   if moved:
     # Devices wait for each other less long than hosts take to read.
@@ -247,37 +268,6 @@ def load(
   for path in moved:
     params[path] = jax.jit(lambda x: x, out_shardings=place[path])(params[path])
   return params
-
-
-def _rows_of_files(
-  names: Names, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
-) -> jax.sharding.Sharding:
-  """How a parameter is first read: as `sharding` says, unless that is a part of every row of a tensor for each host.
-
-  A file holds tensors row by row. Hosts that want a few numbers of every row read all of its pages: the whole
-  checkpoint, on each of them.
-  """
-  part, lead = names.row.transform.part, names.lead
-  inner = len(leaf.shape) - lead
-  if part is None or inner < 2 or not _spans_hosts(sharding):
-    return sharding
-  assert isinstance(sharding, jax.sharding.NamedSharding)
-  # Which of our axes is the tensor's first, and which its last.
-  places: Any = part(tuple(slice(axis) for axis in range(inner)))
-  row, column = lead + places[0].stop, lead + places[-1].stop
-  if sharding.shard_shape(leaf.shape)[column] == leaf.shape[column]:
-    return sharding
-  assert isinstance(sharding.mesh, jax.sharding.Mesh)
-  devices = sharding.mesh.devices
-  parts = math.gcd(leaf.shape[row], devices.size)
-  mesh = jax.sharding.Mesh(devices.reshape(parts, -1), ("rows", "copies"))
-  return jax.sharding.NamedSharding(
-    mesh, jax.P(*("rows" if axis == row else None for axis in range(len(leaf.shape))))
-  )
-
-
-def _spans_hosts(sharding: jax.sharding.Sharding) -> bool:
-  return not sharding.is_fully_addressable
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -352,8 +342,11 @@ def _read_shard(checkpoint: Checkpoint, names: Names, leaf: jax.ShapeDtypeStruct
   with np.errstate(over="ignore", invalid="ignore"):  # What becomes infinite is told by name.
     first = read(cells[0])
     out = np.empty((len(cells), *first.shape), leaf.dtype)
-    for i, cell in enumerate(cells):
-      out[i] = read(cell) if i else first
+    # Of a bucket, where each of them waits, several at a time.
+    most = min(PARTS, AHEAD_BYTES // max(1, first.nbytes)) if checkpoint.pointers else 0
+    others = ahead(read, cells[1:], most) if most > 1 else map(read, cells[1:])
+    for i, (cell, layer) in enumerate(zip(cells, itertools.chain([first], others), strict=True)):
+      out[i] = layer
       # A layer at a time, while it is in the cache.
       if not dtypes.all_finite(out[i : i + 1]):
         _blame(checkpoint, cell, leaf.dtype)

@@ -8,11 +8,11 @@ overlap have nothing to act on, because XLA plans both; what would be computed d
 import difflib
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from internvl_jax.arguments import TrainingArguments
 from internvl_jax.errors import UserError
+from internvl_jax.storage.paths import path_of
 
 STAGES = {
   0: "nothing",
@@ -142,7 +142,7 @@ def problems(path: str, training: TrainingArguments) -> Iterator[str]:
 
 def _read(path: str) -> dict[str, Any]:
   try:
-    settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    settings = json.loads(path_of(path).read_text(encoding="utf-8"))
   except FileNotFoundError:
     raise UserError(f"training.deepspeed={path!r}: no such file") from None
   except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

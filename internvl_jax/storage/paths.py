@@ -206,6 +206,21 @@ def objects(folder: BucketPath) -> dict[str, Stat]:
   return {name[start:]: _stat(info) for name, info in found.items() if name[start:]}
 
 
+def files_in(folder: BucketPath) -> dict[str, Stat]:
+  """The objects that are directly in a folder, by their names, in one listing; none where the folder is not there."""
+  try:
+    entries = remote.ask(str(folder), lambda system: system.ls(str(folder), detail=True))
+  except FileNotFoundError:
+    return {}
+  start = str(folder).partition("://")[2] + "/"
+  return {
+    entry["name"][len(start) :]: _stat(entry)
+    for entry in entries
+    # A store may list what is called as the folder, but is an object.
+    if entry["type"] != "directory" and entry["name"].startswith(start) and entry["name"] != start
+  }
+
+
 def remove_tree(folder: AnyPath) -> None:
   """Deletes a folder and all that is in it."""
   if isinstance(folder, Path):
@@ -311,6 +326,35 @@ class Mirror:
           logging.warning("%s", error)
           return
         self._sent[path] = state
+
+
+@contextlib.contextmanager
+def filled_file(path: AnyPath) -> Iterator[Path]:
+  """A file of this machine to write, which is at `path` at the end: the same one where that is here.
+
+  Writers may give its name another ending.
+  """
+  if isinstance(path, Path):
+    yield path
+    return
+  with tempfile.TemporaryDirectory() as name:
+    yield Path(name) / path.name
+    for local in sorted(Path(name).iterdir()):
+      put(local, path.parent / local.name)
+
+
+def output_path(name: str, setting: str) -> AnyPath:
+  """The path that a setting names for what is written.
+
+  Raises:
+    UserError: it is a URL that nothing is written to.
+  """
+  if remote.scheme(name) and not is_bucket(name):
+    known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+    raise UserError(
+      f"{setting}={name}: nothing is written there; name a path of this machine, or of a bucket ({known})"
+    )
+  return path_of(name)
 
 
 def _stat(info: dict[str, Any]) -> Stat:

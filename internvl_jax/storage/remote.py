@@ -1,6 +1,7 @@
 """Requests to the file systems of URLs: time-outs, what is tried again, and what is said of what fails."""
 
 import errno
+import logging
 import os
 import random
 import re
@@ -61,6 +62,19 @@ _TENSORSTORE = re.compile(
   r"|\[http_response_code='(?P<code>\d+)'\]"
 )
 _DENIED = "check the credentials, and who may read and write there"
+# gcsfs would ask for the kind of a bucket before every request as long as it gets no answer, which needs a permission of
+# its own, and warn of it each time. Buckets of the zonal kind need it: who has one sets this to "true".
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+
+# These tell where they found credentials and where they found none, and every error with its traceback before it is raised.
+for _logger, _level in (
+  ("aiobotocore", logging.WARNING),
+  ("botocore", logging.WARNING),
+  ("fsspec", logging.WARNING),
+  ("gcsfs", logging.CRITICAL),
+  ("google.auth", logging.ERROR),
+):
+  logging.getLogger(_logger).setLevel(_level)
 
 # One a process for each scheme: each has connections of its own.
 _systems: dict[Any, Any] = {}
@@ -137,6 +151,7 @@ def file_system(url: str) -> Any:
     raise FetchError(f"unknown scheme {name!r}{did_you_mean(name, _KNOWN)}") from error
   try:
     told = kind._get_kwargs_from_urls(url)  # A host or an account, where file systems are many.
+    told.pop("version_aware", None)  # gcsfs: the folder "frames #1" would be the version 1 of "frames ".
   except ValueError as error:  # of half a bracket, say
     raise FetchError(f"not a URL: {error}; correct it") from error
   key = (os.getpid(), name, repr(sorted(told.items())))

@@ -23,6 +23,7 @@ from internvl_jax.data.meta import read_meta
 from internvl_jax.data.mixture import Mixture
 from internvl_jax.data.pipeline import TrainLoader
 from internvl_jax.storage import remote
+from internvl_jax.storage.paths import BucketPath, put
 from test_video import write_folder, write_gif, write_video
 from web_toys import object_store, web_server
 
@@ -91,6 +92,20 @@ def test_a_remote_mixture_gives_the_samples_of_the_local_one(
   tokenizer, tmp_path, data, web, no_copies, monkeypatch, kind
 ):
   root = {"http": web.url, "file": f"file://{data}"}.get(kind) or object_store(monkeypatch, kind, data)
+  check_samples(tokenizer, tmp_path, data, root)
+
+
+def test_a_mixture_in_a_bucket_gives_the_samples_of_the_local_one(
+  tokenizer, tmp_path, data, bucket, no_copies
+):
+  for path in data.rglob("*"):
+    if path.is_file():
+      put(path, BucketPath(bucket) / path.relative_to(data).as_posix())
+  check_samples(tokenizer, tmp_path, data, bucket)
+
+
+def check_samples(tokenizer, tmp_path, data, root):
+  """Compares all samples of `data` with those of its copy at the URL `root`."""
   mixtures = []
   for place in (str(data), root):
     settings = arguments(f"{place}/meta.json", min_num_frame=2, max_num_frame=6)
