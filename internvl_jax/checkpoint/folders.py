@@ -5,6 +5,7 @@ others are there. Its digests are the store's own: see `digests`.
 """
 
 import asyncio
+import functools
 import os
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from internvl_jax import digests
 from internvl_jax.outputs import COMMIT_FILE, checkpoint_steps, is_complete
+from internvl_jax.storage import remote
 from internvl_jax.storage.paths import AnyPath, BucketPath
 
 METADATA = "_CHECKPOINT_METADATA"
@@ -32,6 +34,7 @@ def opened(folder: AnyPath) -> epath.Path:
     for scheme in ("gs", "gcs", "s3"):
       fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
     _teach_s3()
+    gcs_utils.is_hierarchical_namespace_enabled = _has_folders
   return epath.Path(str(folder))
 
 
@@ -107,6 +110,28 @@ def _write_digests(folder: Path) -> None:
   known = {name: known[name] for name in names if name in known}
   others = [name for name in names if name not in known]
   digests.write(folder, known | digests.of_files(folder, others, sync=True))
+
+
+_ask_for_folders = gcs_utils.is_hierarchical_namespace_enabled
+
+
+def _has_folders(path: epath.Path) -> bool:
+  return str(path).startswith("gs://") and _bucket_has_folders(str(path).split("/")[2])
+
+
+@functools.cache
+def _bucket_has_folders(bucket: str) -> bool:
+  """Whether a bucket of GCS has folders of its own, which are to be deleted, too.
+
+  To ask needs a right (storage.buckets.get) that is not needed to write: without an answer, it is taken to have none.
+  """
+  try:
+    return _ask_for_folders(epath.Path(f"gs://{bucket}/"))
+  except Exception as error:
+    if (reason := remote.reason(error)) is None:
+      raise
+    logging.info("gs://%s: its kind cannot be asked for (%s); empty folders may stay", bucket, reason)
+    return False
 
 
 # --- Orbax and S3 -------------------------------------------------------------------------------------------
