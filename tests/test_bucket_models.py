@@ -410,6 +410,7 @@ def test_a_header_whose_tensors_do_not_fill_the_file(room):
     {"a": ("F32", [1], [4, 8])},
     {"a": ("F32", [1], [0, 4]), "b": ("F32", [1], [0, 4])},
     {"a": ("F32", [-1], [0, 4])},
+    {"a": ("F72", [1], [0, 4])},
     {"a": ("F32", [1], [0, 4, 4])},
   ):
     header = json.dumps(

@@ -32,13 +32,13 @@ U = TypeVar("U")
 FIRST_BYTES = 2**18
 """Read at once of a file's beginning: the header of a shard, mostly, which is then one request."""
 
-PART_BYTES = 2**24
+PART_BYTES = 2**23
 """Of a long run, read by one request."""
 
 PARTS = 16
 """Requests for numbers under way at the same time."""
 
-AHEAD_BYTES = 2**28
+AHEAD_BYTES = 2**27
 """Of tensors that are read ahead of those that are put into place."""
 
 _DTYPES: Mapping[str, Any] = {
@@ -58,6 +58,10 @@ _DTYPES: Mapping[str, Any] = {
   "F8_E4M3": ml_dtypes.float8_e4m3fn,
   "F8_E5M2": ml_dtypes.float8_e5m2,
 }
+
+
+_OTHER_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64")
+"""Of safetensors, too, but of nothing that is read."""
 
 
 class _Tensor(NamedTuple):
@@ -258,7 +262,10 @@ def _parse(header: bytes, begin: int, size: int) -> dict[str, _Tensor]:
     shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
     if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
       raise ValueError(f"the shape or the place of {files.shown(name)} is none")
-    tensors[name] = _Tensor(str(entry["dtype"]), shape, begin + start, begin + end)
+    dtype = entry["dtype"]
+    if dtype not in _DTYPES and dtype not in _OTHER_DTYPES:
+      raise ValueError(f"the type {files.shown(dtype)} of {files.shown(name)} is none")
+    tensors[name] = _Tensor(dtype, shape, begin + start, begin + end)
   at = begin
   for name, tensor in sorted(tensors.items(), key=lambda item: item[1][2:]):
     width = np.dtype(_DTYPES[tensor.dtype]).itemsize if tensor.dtype in _DTYPES else None

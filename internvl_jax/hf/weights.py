@@ -345,12 +345,14 @@ def _read_shard(checkpoint: Checkpoint, names: Names, leaf: jax.ShapeDtypeStruct
     # Of a bucket, where each of them waits, several at a time.
     most = min(PARTS, AHEAD_BYTES // max(1, first.nbytes)) if checkpoint.pointers else 0
     others = ahead(read, cells[1:], most) if most > 1 else map(read, cells[1:])
-    for i, (cell, layer) in enumerate(zip(cells, itertools.chain([first], others), strict=True)):
-      out[i] = layer
+    layers = itertools.chain([first], others)
+    del first
+    for i, cell in enumerate(cells):
+      out[i] = next(layers)
       # A layer at a time, while it is in the cache.
       if not dtypes.all_finite(out[i : i + 1]):
         _blame(checkpoint, cell, leaf.dtype)
-  return out.reshape(*keys.shape[:-1], *first.shape)
+  return out.reshape(*keys.shape[:-1], *out.shape[1:])
 
 
 def _blame(checkpoint: Checkpoint, cell: np.ndarray, dtype: Any) -> NoReturn:
