@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from internvl_jax.hf import weights
+from internvl_jax.hf import saving, weights
 from internvl_jax.hf.model import Source, open_source
 from toy import ASSETS
 
@@ -159,7 +159,7 @@ def write_checkpoint(case: str, folder: Path) -> Path:
   write_config(folder, config)
   write_tokenizer(folder, rows=config["text_config"]["vocab_size"])
   shapes = tensor_shapes(open_source(folder, with_weights=False))
-  weights.save(folder, ((key, tensor(key, shape)) for key, shape in shapes.items()))
+  saving.save(folder, ((key, tensor(key, shape)) for key, shape in shapes.items()))
   return folder
 
 
@@ -226,5 +226,5 @@ def tiles(side: int = _VISION["image_size"][0]) -> np.ndarray:
 
 def gradient_norms(source: Source, grads: dict[str, Any]) -> dict[str, float]:
   """The norm of the gradient of each of a checkpoint's tensors, by key."""
-  tensors = weights.tensors(grads, source.table, np.dtype(np.float32))
+  tensors = saving.tensors(grads, source.table, np.dtype(np.float32))
   return {key: float(np.linalg.norm(tensor.astype(np.float64))) for key, tensor in tensors}

@@ -27,7 +27,7 @@ from internvl_jax.data.tokenize import ChatTokenizer
 from internvl_jax.errors import UserError
 from internvl_jax.eval.decoding import GreedyDecoder, Prompt
 from internvl_jax.eval.scoring import prompt_ids
-from internvl_jax.hf import export, weights
+from internvl_jax.hf import export, saving
 from internvl_jax.hf.config import HF, INTERNVL
 from internvl_jax.hf.model import open_source
 from internvl_jax.hf.tokenizer import load_tokenizer
@@ -72,7 +72,7 @@ def published(folder: Path) -> Path:
   for file in tokenizer.iterdir():
     shutil.copyfile(file, start / file.name)
   shapes = families.tensor_shapes(open_source(start, with_weights=False))
-  weights.save(start, ((key, families.tensor(key, shape)) for key, shape in shapes.items()))
+  saving.save(start, ((key, families.tensor(key, shape)) for key, shape in shapes.items()))
   convert(str(start), folder / "internvl", INTERNVL, lora="merge")
   made = folder / "internvl"
   for file in tokenizer.iterdir():

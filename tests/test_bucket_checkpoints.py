@@ -17,7 +17,7 @@ from internvl_jax import digests, lease
 from internvl_jax.arguments import TrainingArguments
 from internvl_jax.checkpoint.checkpointer import Checkpointer
 from internvl_jax.errors import UserError
-from internvl_jax.hf import weights
+from internvl_jax.hf import saving
 from internvl_jax.hf.files import INDEX
 from internvl_jax.outputs import begin_run, check_output_dir, clear_output_dir
 from internvl_jax.storage import paths
@@ -169,11 +169,11 @@ def test_a_lease_of_a_process_that_was_killed_is_not_watched(bucket):
 
 def test_a_model_is_sent_file_by_file(bucket, tmp_path):
   tensors = {f"t{i}": np.full((4, 5), i, np.float32) for i in range(7)}
-  count = weights.count_files((tensor.nbytes for tensor in tensors.values()), 200)
+  count = saving.count_files((tensor.nbytes for tensor in tensors.values()), 200)
   (folder := BucketPath(f"{bucket}/model")).mkdir()
   (folder / "model-00001-of-00002.safetensors").write_text("an older one")
   for target in (tmp_path / "model", folder):
-    weights.save(target, tensors.items(), files_in_all=count, shard_bytes=200)
+    saving.save(target, tensors.items(), files_in_all=count, shard_bytes=200)
   local = sorted(path.name for path in (tmp_path / "model").iterdir())
   assert names_in(str(folder)) == local and len(local) == count + 1 == 5
   for name in local:

@@ -20,7 +20,7 @@ from internvl_jax import facts
 from internvl_jax.config import TrainConfig, problems
 from internvl_jax.errors import UserError
 from internvl_jax.hf import config as config_io
-from internvl_jax.hf import files, hub, peft, ranges, vocabulary, weights
+from internvl_jax.hf import files, hub, peft, ranges, saving, vocabulary, weights
 from internvl_jax.hf.arrangement import reading_sharding
 from internvl_jax.hf.model import Changes, Source, base_name, open_parts, open_source, with_projector
 from internvl_jax.hf.tables import Transform
@@ -72,7 +72,7 @@ def room(shared_bucket):
 def split(folder: Path) -> None:
   """Makes two files of a checkpoint's one."""
   tensors = load_file(folder / SINGLE)
-  weights.save(folder, tensors.items(), shard_bytes=sum(t.nbytes for t in tensors.values()) * 2 // 3)
+  saving.save(folder, tensors.items(), shard_bytes=sum(t.nbytes for t in tensors.values()) * 2 // 3)
   assert len(list(folder.glob("*.safetensors"))) == 2
 
 

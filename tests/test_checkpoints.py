@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from internvl_jax.arguments import MeshConfig
 from internvl_jax.eval.decoding import GreedyDecoder, Prompt
 from internvl_jax.eval.scoring import Question, score
-from internvl_jax.hf import arrangement, weights
+from internvl_jax.hf import arrangement, saving, weights
 from internvl_jax.hf import config as layouts
 from internvl_jax.hf.export import save_model
 from internvl_jax.hf.model import Changes, open_source
@@ -34,18 +34,18 @@ def opened():
   return load(CURVE / "init")
 
 
-@pytest.mark.parametrize("shard_bytes", [weights.SHARD_BYTES, 200_000])
+@pytest.mark.parametrize("shard_bytes", [saving.SHARD_BYTES, 200_000])
 def test_load_save_load_is_bit_identical(tmp_path, opened, shard_bytes):
   source, params = opened
-  tensors = weights.tensors(params, source.table, np.dtype("float32"))
-  weights.save(tmp_path, tensors, shard_bytes=shard_bytes)
+  tensors = saving.tensors(params, source.table, np.dtype("float32"))
+  saving.save(tmp_path, tensors, shard_bytes=shard_bytes)
   files = sorted(tmp_path.glob("*.safetensors"))
   saved = {key: value for path in files for key, value in load_file(path).items()}
   original = load_file(CURVE / "init/model.safetensors")
   assert saved.keys() == original.keys()
   for key, value in original.items():
     np.testing.assert_array_equal(saved[key], value, err_msg=key)
-  if shard_bytes < weights.SHARD_BYTES:
+  if shard_bytes < saving.SHARD_BYTES:
     assert len(files) > 3
     index = json.loads((tmp_path / weights.INDEX).read_text())
     assert index["weight_map"].keys() == original.keys()

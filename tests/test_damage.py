@@ -19,7 +19,7 @@ from internvl_jax.arguments import TrainingArguments
 from internvl_jax.checkpoint import folders, manager
 from internvl_jax.checkpoint.checkpointer import Checkpointer
 from internvl_jax.errors import UserError
-from internvl_jax.hf import weights
+from internvl_jax.hf import saving
 from internvl_jax.outputs import check_output_dir, explained, newest_checkpoint
 from internvl_jax.state import TrainState
 
@@ -282,13 +282,13 @@ def small_disk():
 def test_a_full_disk_leaves_the_model_that_was_there(tmp_path, small_disk):
   """And no file that takes room: neither the one under way, nor those before it."""
   small, large = np.ones(100, "f4"), np.ones(2**15, "f4")
-  weights.save(tmp_path, [("a", small)])
+  saving.save(tmp_path, [("a", small)])
   was = (tmp_path / "model.safetensors").read_bytes()
   with (
     pytest.raises(UserError, match=r"the model could not be written \(file too large; .* free\); make room"),
     explained(tmp_path, "the model", lambda: "make room"),
   ):
-    weights.save(tmp_path, [("a", small), ("b", large)], shard_bytes=small.nbytes)
+    saving.save(tmp_path, [("a", small), ("b", large)], shard_bytes=small.nbytes)
   assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
   assert (tmp_path / "model.safetensors").read_bytes() == was
 

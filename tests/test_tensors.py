@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from internvl_jax.errors import UserError
 from internvl_jax.hf import config as layouts
-from internvl_jax.hf import dtypes, files, weights
+from internvl_jax.hf import dtypes, files, saving, weights
 from internvl_jax.hf.model import Changes, add_projector, open_parts, open_source
 from toy import CURVE
 
@@ -314,7 +314,7 @@ def test_a_tensor_that_is_not_finite_is_named_when_it_is_read(folder, key, value
 
 def test_of_the_tensors_that_make_one_parameter_the_bad_one_is_named(folder):
   source = open_source(folder)
-  hf = weights.tensors(
+  hf = saving.tensors(
     {path: np.asarray(value) for path, value in load(folder).items()},
     layouts.HF.table(layouts.family_of(source.raw), source.config),
     np.dtype("f4"),

@@ -2,7 +2,7 @@
 
 name of a checkpoint --hub.py--> its folder
 config.json <--config.py, families.py--> InternVLConfig
-*.safetensors <--weights.py, by the two-way tables of tables.py--> flat parameters
+*.safetensors <--weights.py and saving.py, by the two-way tables of tables.py--> flat parameters
 adapter_model.safetensors <--peft.py--> adapters
 tokenizer files <--tokenizer.py, sentencepiece.py--> a transformers tokenizer
 model.py puts what is read together as a Source; export.py writes a folder that stands alone.

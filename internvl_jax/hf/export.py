@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from internvl_jax.batch import PIXEL_STATISTICS
 from internvl_jax.errors import UserError
 from internvl_jax.hf import config as config_io
-from internvl_jax.hf import entries, weights
+from internvl_jax.hf import entries, saving
 from internvl_jax.hf.config import Layout
 from internvl_jax.hf.model import Source
 from internvl_jax.hf.tokenizer import save_for_processor, save_tokenizer
@@ -103,13 +103,13 @@ def save_model(
   generation = generation_of(source.folder)
   if eos_token_id is not None:
     generation = {**generation, "eos_token_id": eos_token_id}
-  tensors = weights.tensors(params, table, np.dtype(dtype))
+  tensors = saving.tensors(params, table, np.dtype(dtype))
   if not writes:
     collections.deque(tensors, maxlen=0)
     return
-  sizes = weights.tensor_bytes(params, table, np.dtype(dtype))
+  sizes = saving.tensor_bytes(params, table, np.dtype(dtype))
   with explained(target, "the model", lambda: "make room and start the same command again"):
-    weights.save(target, tensors, files_in_all=weights.count_files(sizes))
+    saving.save(target, tensors, files_in_all=saving.count_files(sizes))
     with filled(target) as folder:
       write_json(folder / "config.json", config)
       write_json(folder / "generation_config.json", generation)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from internvl_jax.errors import UserError
-from internvl_jax.hf import dtypes, entries, hub, weights
+from internvl_jax.hf import dtypes, entries, hub, saving, weights
 from internvl_jax.hf.config import Layout
 from internvl_jax.hf.files import ADAPTER, read_json, shown
 from internvl_jax.hf.tables import Row
@@ -218,7 +218,7 @@ def save_adapter(
   adapters = select(params, adapter_paths(params))
   tensors = {
     f"base_model.model.{layout.module(key)}": tensor
-    for key, tensor in weights.tensors(adapters, table, np.dtype(np.float32))
+    for key, tensor in saving.tensors(adapters, table, np.dtype(np.float32))
   }
   if not writes:
     return
@@ -230,7 +230,7 @@ def save_adapter(
     explained(folder, "the adapter", lambda: "make room and start the same command again"),
     filled(folder) as local,
   ):
-    weights.write_file(tensors, local / WEIGHTS)
+    saving.write_file(tensors, local / WEIGHTS)
     write_json(local / CONFIG, config)
 
 
