@@ -29,6 +29,7 @@ from internvl_jax.assembly import (
   open_export,
   open_mesh,
   open_model,
+  processes,
   reference_copies,
   set_up,
   set_up_jax,
@@ -374,7 +375,7 @@ def host_shards(mesh: jax.sharding.Mesh) -> dict[str, Any]:
   return {
     "data_shards": shards,
     "my_shards": range(part * each, (part + 1) * each),
-    "alone": jax.process_count() == 1,
+    "hosts": processes(),
     "all_sum": functools.partial(distributed.sum_over, parts),
   }
 

@@ -29,6 +29,7 @@ from internvl_jax.data.fingerprint import (
   shared_facts,
 )
 from internvl_jax.data.grouping import GroupedPlan
+from internvl_jax.data.hosts import ALONE, Hosts
 from internvl_jax.data.mixture import Mixture
 from internvl_jax.data.packing import PackSettings, look_ahead_of
 from internvl_jax.data.rows import PlannedRows, RowStream, packable
@@ -76,7 +77,7 @@ class TrainLoader:
     tokens_per_tile: int,
     data_shards: int = 1,
     my_shards: range | None = None,
-    alone: bool = True,
+    hosts: Hosts = ALONE,
     all_sum: Callable[[np.ndarray], np.ndarray] = lambda counts: counts,
     state: dict[str, Any] | None = None,
     preference: bool = False,
@@ -93,7 +94,7 @@ class TrainLoader:
       tokens_per_tile: P, image tokens of one tile.
       data_shards: D, data-parallel devices of all hosts.
       my_shards: those whose rows this host feeds; None: all.
-      alone: whether no other host feeds shards, these or others.
+      hosts: the processes that make such a loader at the same time; each measures a part of the data for all.
       all_sum: adds an array over the hosts, each shard counted once. All hosts call it at the same time: in the
         first step, and in `counters` and `get_state`.
       state: of an earlier loader, to go on from; None: from the start.
@@ -120,7 +121,7 @@ class TrainLoader:
     self._image_token_id = tokenizer.image_token_id
     # Shapes are the same on all hosts only if they are known before anything is decoded.
     self._measured = (
-      data.use_packed_ds or training.group_by_length or len(my_shards) < data_shards or not alone
+      data.use_packed_ds or training.group_by_length or len(my_shards) < data_shards or hosts.count > 1
     )
     cache = loader.cache_dir or (default_cache() if self._measured else None)
     self._mixture = Mixture(
@@ -135,7 +136,7 @@ class TrainLoader:
     )
     if self._measured:
       assert cache is not None
-      self._mixture.index_sizes(cache, workers=os.cpu_count() or 1, quiet=training.disable_tqdm)
+      self._mixture.index_sizes(cache, workers=os.cpu_count() or 1, quiet=training.disable_tqdm, hosts=hosts)
     self._content, self._watched = content_of(self._mixture, cache), Watched(self._mixture)
     if state is not None:
       self._check_content(state)
