@@ -6,14 +6,14 @@ import shutil
 
 import numpy as np
 import pytest
+from thread_hosts import on_hosts
 
 from internvl_jax.data import pieces, shared_sizes, sizes
 from internvl_jax.data.errors import OverLengthError, SharedDataError
 from internvl_jax.data.fitting import Limits
-from internvl_jax.data.hosts import ALONE, packed, unpacked
+from internvl_jax.data.hosts import ALONE
 from internvl_jax.data.jsonl import JsonlFile
 from internvl_jax.data.sizes import Size
-from thread_hosts import on_hosts
 
 TOKENS = [*range(20, 43), 13, 50, 51, 13]
 """Blocks of four lines, the last one of three; lines of 13 tokens cannot be read."""
@@ -35,15 +35,13 @@ def write(folder, tokens=TOKENS):
 class Machine:
   """A host: what it measures is noted."""
 
-  def __init__(self, path, cache, *, tiles=0, readable=(), fails_at=None):
+  def __init__(self, path, cache, *, tiles=0, readable=()):
     self.path, self.cache, self.measured = path, cache, []
-    self.tiles, self.readable, self.fails_at = tiles, readable, fails_at
+    self.tiles, self.readable = tiles, readable
 
   def measure(self, file, line):
     record = file.read(line)
     self.measured.append(line)
-    if line == self.fails_at:
-      raise OSError("the disk is gone")
     if record["tokens"] == 13 and line not in self.readable:
       raise file.where(line).error("image not found: 13.jpg")
     return Size(record["tokens"], record["tiles"] + self.tiles * (record["tiles"] > 0), 1)
@@ -130,10 +128,10 @@ def cut(folder):
 
 
 PASTS = {
-  "empty": (shutil.rmtree, []),
-  "one flipped bit": (damage, []),
-  "cut": (cut, []),
-  "no key": (lambda folder: next(folder.glob("*/key.json")).unlink(), []),
+  "empty": shutil.rmtree,
+  "one flipped bit": damage,
+  "cut": cut,
+  "no key": lambda folder: next(folder.glob("*/key.json")).unlink(),
 }
 
 
@@ -142,15 +140,14 @@ def test_one_has_all_and_gives_it_to_others(tmp_path, past):
   path = write(tmp_path)
   wanted, files = alone(tmp_path, path)
   machines = [Machine(path, tmp_path / name) for name in "abc"]
-  spoil, measured = PASTS[past]
   build(machines, key={"a": 1})
   for machine in machines:
     machine.measured.clear()
-  spoil(tmp_path / "b")
-  spoil(tmp_path / "c")
+  for name in "bc":
+    PASTS[past](tmp_path / name)
   _, found = build(machines, key={"a": 1})
   assert_as_alone(machines, found, wanted, files)
-  assert sorted(line for machine in machines for line in machine.measured) == [*measured, 23, 26]
+  assert sorted(line for machine in machines for line in machine.measured) == [23, 26]
 
 
 def test_data_that_grew_on_hosts_that_know_different_parts(tmp_path):
@@ -251,9 +248,6 @@ def test_worker_processes_are_shared_by_those_of_one_machine(tmp_path, monkeypat
   path = write(tmp_path)
   build([Machine(path, tmp_path / name) for name in "ab"], workers=8)
   assert asked == [4, 4]
-  names = iter(["x", "y"] * 9)
-  monkeypatch.setattr(shared_sizes, "machine", lambda: next(names))
-  assert unpacked(packed({"a": [1]}, np.arange(3), np.arange(2)))[1] == np.array([0, 1, 2, 0, 1]).tobytes()
 
 
 @pytest.mark.parametrize("kept", [(), (0,), (1,), (0, 1)])
