@@ -2,7 +2,8 @@
 
 The loader is advanced only after a save, so that a checkpoint's loader state names the very next batch. The host
 is one step ahead of the devices: it hands them a step, then waits for the one before and logs it. Where steps are long
-it is not, since a run that is told to stop has to end all that it has handed over.
+it is not, since a run that is told to stop has to end all that it has handed over: it puts the next batch together while
+the devices work, but hands it over, and advances the loader, once they are through.
 """
 
 import concurrent.futures
@@ -45,6 +46,11 @@ class Loader(Protocol):
   """Where batches come from; see `data.pipeline.TrainLoader`."""
 
   def __next__(self) -> Batch: ...
+
+  def prefetch(self) -> None:
+    """Puts the next batch together; state and counters stay those before it, and an error is left to `__next__`."""
+    ...
+
   def get_state(self) -> dict[str, Any]: ...
   def counters(self) -> dict[str, Any]: ...
 
@@ -202,7 +208,7 @@ class Trainer:
     self._due = Due(training=self.training, total_steps=self.total_steps, epoch_of=self.log.epoch)
     self._clock = StepClock()
     self._in_flight: _InFlight | None = None
-    self._steps_are_long = False
+    self._steps_are_long, self._ahead_in = False, 0.0
     self._unmoved = Unmoved(set(), UNMOVED_STEPS)
     # One thread that waits for the devices: when they are through is known without holding up the loop.
     self._waiter = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="step")
@@ -220,6 +226,7 @@ class Trainer:
     self._clock.restart(time.perf_counter())
     for step in range(first, self.total_steps):
       if self._steps_are_long:
+        self._fetch_ahead(step)
         self._finish_step()
       if step > first and self._between_steps(state, frozen, step):
         break
@@ -246,6 +253,13 @@ class Trainer:
       )
     return state
 
+  def _fetch_ahead(self, step: int) -> None:
+    """Puts the next batch together while the devices work."""
+    start = time.perf_counter()
+    with self.watchdog.phase("data wait", step + 1):
+      self.loader.prefetch()
+    self._ahead_in = time.perf_counter() - start
+
   def _take_step(
     self, state: TrainState, frozen: dict[str, jax.Array], step: int, *, show: bool
   ) -> TrainState:
@@ -253,7 +267,7 @@ class Trainer:
     start = time.perf_counter()
     with self.watchdog.phase("data wait", step + 1):
       batch = next(self.loader)
-    fetched_in = time.perf_counter() - start
+    fetched_in, self._ahead_in = self._ahead_in + time.perf_counter() - start, 0.0
     if show:
       logging.info("First batch:\n%s", self.show(batch))
       if step == 0 and self.check is not None:

@@ -5,7 +5,7 @@ import hashlib
 import os
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tqdm
@@ -31,9 +31,8 @@ from internvl_jax.data.fingerprint import (
 from internvl_jax.data.grouping import GroupedPlan
 from internvl_jax.data.hosts import ALONE, Hosts
 from internvl_jax.data.mixture import Mixture
-from internvl_jax.data.packing import PackSettings, look_ahead_of
 from internvl_jax.data.rows import PlannedRows, RowStream, packable
-from internvl_jax.data.settings import check_settings
+from internvl_jax.data.settings import check_settings, longest_row, pack_settings, row_name, tile_sizes
 from internvl_jax.data.tally import Tally
 from internvl_jax.data.tokenize import ChatTokenizer
 
@@ -45,6 +44,22 @@ _ADDED = ("preference", "share_prompts")
 _UNTAUGHT = 10
 # Steps of which the samples can still be told: devices are a step or two behind.
 _REMEMBERED = 8
+
+
+class _Ready(NamedTuple):
+  """A batch that was put together.
+
+  Attributes:
+    batch: of this host.
+    tally: what will be counted once it is handed out.
+    rows: its samples, of all hosts.
+    before: the state of the packed rows before it.
+  """
+
+  batch: SFTBatch | PreferenceBatch
+  tally: Tally
+  rows: list[plans.Places]
+  before: dict[str, Any] | None
 
 
 class TrainLoader:
@@ -145,9 +160,9 @@ class TrainLoader:
     self._packing, self._stream = None, None
     # A pair's answers stand in one row, each behind the prompt, which need not be one that they can share.
     longest_sample = data.max_seq_length * (2 if preference else 1)
-    self.rows_per_epoch, longest_row = self.num_samples, longest_sample
+    self.rows_per_epoch = self.num_samples
     if data.use_packed_ds:
-      self._packing, longest_row = pack_settings(data), _longest_row(data, longest_sample)
+      self._packing = pack_settings(data)
       assert cache is not None
       self._stream = RowStream(self._order, self._mixture.size_of, self._packing)
       self.rows_per_epoch = self._count_rows(pathlib.Path(cache))
@@ -158,15 +173,16 @@ class TrainLoader:
       else plans.total_steps(self.rows_per_epoch, training.num_train_epochs, self.global_batch)
     )
     self.sequence_sizes = batching.sequence_buckets(
-      longest_row, loader.sequence_buckets, _row_name(data, preference=preference)
+      longest_row(data, longest_sample), loader.sequence_buckets, row_name(data, preference=preference)
     )
-    self._tile_sizes = _tile_sizes(data, loader, training.per_device_train_batch_size)
+    self._tile_sizes = tile_sizes(data, loader, training.per_device_train_batch_size)
     self.next_step = 0
     self._tally = Tally(
       self._mixture.names, loader, hosts=data_shards // len(my_shards), epoch=self.num_samples
     )
     self._handed: dict[int, list[plans.Places]] = {}
     self._iterator: DecodedAhead | None = None
+    self._ready: _Ready | None = None
     self._closed, self._taught = False, False
     if state is not None:
       self._restore(state)
@@ -187,6 +203,28 @@ class TrainLoader:
       raise RuntimeError("the loader is closed")
     if self.next_step >= self.total_steps:
       raise StopIteration
+    ready, self._ready = self._ready or self._make_ready(), None
+    self._tally = ready.tally
+    self._handed = {**self._handed, self.next_step: ready.rows}
+    self._handed.pop(self.next_step - _REMEMBERED, None)
+    self.next_step += 1
+    return ready.batch
+
+  def prefetch(self) -> None:
+    """Puts the next batch together, for `__next__` to hand out; state and counters stay those before it.
+
+    It asks nothing of other hosts, so each may call it when it likes: a batch that needs them is left to `__next__`. So
+    is what goes wrong, which that one meets again.
+    """
+    if self._ready is not None or not self._taught or self._closed or self.next_step >= self.total_steps:
+      return
+    try:
+      self._ready = self._make_ready()
+    except Exception as error:
+      logging.debug("The next batch cannot be put together: %s", error)
+
+  def _make_ready(self) -> _Ready:
+    """Decodes and assembles the next batch; after an error everything is as before."""
     if self._iterator is None:
       self._iterator = self._start()
     before = self._stream.get_state() if self._stream else None
@@ -195,17 +233,13 @@ class TrainLoader:
       tally = self._tally.copy()
       rows = self._take_rows(tally)
       self._count(micro_batches, tally)
+      return _Ready(self._assemble(micro_batches, self._room(rows)), tally, rows, before)
     except Exception:
       # Whoever goes on after the error must meet it again, not the batch after it.
       self._stop()
       if self._packing is not None:
         self._stream = RowStream(self._order, self._mixture.size_of, self._packing, before)
       raise
-    self._tally = tally
-    self._handed = {**self._handed, self.next_step: rows}
-    self._handed.pop(self.next_step - _REMEMBERED, None)
-    self.next_step += 1
-    return self._assemble(micro_batches, self._room(rows))
 
   def _assemble(
     self, micro_batches: list[batching.MicroBatch], at_least: tuple[int, int]
@@ -233,7 +267,9 @@ class TrainLoader:
     self._watched.tell()
     state = {"next_step": self.next_step, "counters": self.counters(), "plan": self._plan_fingerprint()}
     state["content"] = self._content
-    return state if self._stream is None else {**state, "rows": self._stream.get_state()}
+    if self._stream is None:
+      return state
+    return {**state, "rows": self._ready.before if self._ready else self._stream.get_state()}
 
   def counters(self) -> dict[str, dict[str, int]]:
     """Returns for each dataset what became of its samples in the batches handed out so far. See `all_sum`."""
@@ -465,33 +501,3 @@ def _log_fill(stats: packing.PackStats) -> None:
     "%d packed rows: %.1f %% of their tokens and %.1f %% of their tiles are filled, %.1f samples a row",
     *(stats.rows, 100 * stats.token_fill, 100 * stats.tile_fill, stats.samples_per_row),
   )
-
-
-def pack_settings(data: DataTrainingArguments) -> PackSettings:
-  """Returns the budgets of packed rows."""
-  return PackSettings(
-    max_tokens=data.max_packed_tokens,
-    max_tiles=data.num_images_expected,
-    look_ahead=look_ahead_of(data.max_buffer_size),
-    allow_overflow=data.allow_overflow,
-    over_long="drop",
-  )
-
-
-def _longest_row(data: DataTrainingArguments, longest_sample: int) -> int:
-  """Returns the most tokens of a packed row: with `allow_overflow` its last sample may lie across the border."""
-  return data.max_packed_tokens + (longest_sample if data.allow_overflow else 0)
-
-
-def _row_name(data: DataTrainingArguments, *, preference: bool) -> str:
-  """Returns what the longest row is named after."""
-  if data.use_packed_ds:
-    return "data.max_packed_tokens" + (" and a sample beyond it" if data.allow_overflow else "")
-  return "twice data.max_seq_length, for the two answers of a pair" if preference else "data.max_seq_length"
-
-
-def _tile_sizes(data: DataTrainingArguments, loader: LoaderConfig, rows: int) -> tuple[int, ...]:
-  """Returns the sizes of a shard's pool of tiles: the full budget of its rows alone in strict mode."""
-  if data.use_packed_ds and data.strict_mode:
-    return (data.num_images_expected * rows,)
-  return loader.tile_buckets

@@ -93,6 +93,43 @@ def test_a_hundred_batches_after_other_workers_and_hosts(meta, tokenizer, name):
   second.close()
 
 
+@pytest.mark.parametrize("name", ["packed", "plain"])
+def test_a_batch_that_is_ready_ahead_is_not_yet_handed_out(meta, tokenizer, name):
+  both = straight, ahead = [Hosts(meta, tokenizer, name, 1, max_steps=8).loaders[0] for _ in range(2)]
+  batches, states = [], []
+  for step in range(8):
+    ahead.prefetch()
+    assert ahead.get_state() == straight.get_state()
+    states.append(json.loads(json.dumps(ahead.get_state())))
+    batches.append(digest(next(straight)))
+    assert digest(next(ahead)) == batches[-1]
+    assert ahead.describe_batch(step) == straight.describe_batch(step)
+  ahead.prefetch()  # There is none.
+  assert ahead.get_state() == straight.get_state()
+  again = Hosts(meta, tokenizer, name, 1, max_steps=8, state=states[5]).loaders[0]
+  assert [digest(next(again)) for _ in range(3)] == batches[5:]
+  for loader in (*both, again):
+    loader.close()
+
+
+def test_what_goes_wrong_ahead_is_met_when_the_batch_is_due(meta, tokenizer, monkeypatch):
+  (loader,) = Hosts(meta, tokenizer, "packed", 1, max_steps=8).loaders
+  loader.prefetch()
+  assert loader._iterator is None  # The first one may need other hosts.
+  next(loader)
+  before = loader.get_state()
+  monkeypatch.setattr(loader, "_assemble", lambda *arguments: 1 / 0)
+  loader.prefetch()
+  assert loader.get_state() == before
+  with pytest.raises(ZeroDivisionError):
+    next(loader)
+  monkeypatch.undo()
+  assert loader.get_state() == before
+  loader.prefetch()
+  loader.close()
+  assert loader.get_state() == before
+
+
 def test_grouping_gives_the_same_samples_and_even_shards(meta, tokenizer):
   grouped = Hosts(meta, tokenizer, "grouped", 1, max_steps=20)
   plain = Hosts(meta, tokenizer, "plain", 1, max_steps=20)
