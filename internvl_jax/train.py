@@ -58,7 +58,7 @@ from internvl_jax.preference import PreferenceRun
 from internvl_jax.serving import Export
 from internvl_jax.state import TrainState
 from internvl_jax.stated import recorded_settings
-from internvl_jax.trainer import CompiledSteps, Trainer
+from internvl_jax.trainer import CompiledSteps, Trainer, idle_on_text
 from internvl_jax.watchdog import Watchdog
 
 OPEN_SECONDS = EXPORT_SECONDS = 3600
@@ -72,6 +72,7 @@ def main(argv: Sequence[str]) -> int:
   """Checks the config, then trains, saves and scores; returns the exit code."""
   del argv
   frontdoor.set_up_logging()
+  signals.set_last_line(signals.GOES_ON)
   return 0 if train(_CONFIG.value) else signals.STOPPED
 
 
@@ -133,8 +134,12 @@ def _run(config: TrainConfig, watchdog: Watchdog, beginning: Beginning) -> bool:
   make_loader = functools.partial(open_loader, config.data, config.training, config.loader, reference=lookup)
   # The data are looked at before the weights are read: mistakes are likelier there, and cheaper to find.
   loader = open_data(make_loader, setup.mesh, watchdog, functools.partial(shared_files, config, source))
+  text_only = not loader.has_images()
   if distributed.is_first():
-    tell(optim.warmup_remark(config.training, loader.total_steps))
+    tell(
+      optim.warmup_remark(config.training, loader.total_steps),
+      idle_on_text(setup.trainable) if text_only else None,
+    )
   with watchdog.phase("data"):
     check_held_out(config, source, chat)
 
@@ -166,7 +171,8 @@ def _run(config: TrainConfig, watchdog: Watchdog, beginning: Beginning) -> bool:
   # Nothing speaks against going on any more.
   log = open_log(config, setup, loader)
   if log_state is not None:
-    log.restore(log_state)
+    with read_from(checkpointer.folder, "trainer"):
+      log.restore(log_state)
     if distributed.is_first():
       write_config(output_folder(config), to_json(config))
   evaluation = make_evaluation(config.eval, config.data, source, chat, setup.how)
@@ -188,6 +194,7 @@ def _run(config: TrainConfig, watchdog: Watchdog, beginning: Beginning) -> bool:
       asked_to_stop=asked_to_stop,
       worth_saving=asked_to_stop.listen,
       evaluate=joint_metrics(evaluation, pairs),
+      text_only=text_only,
       check=pairs.check if pairs else None,
     )
     state = trainer.run(state, frozen)
@@ -303,10 +310,26 @@ def go_on(
   """
   with watchdog.phase("restore"):
     state, loader_state, log_state = checkpointer.restore(setup.describe_state())
-    loader = make_loader(state=loader_state)
+    folder = checkpointer.folder / str(int(state.step))
+    with read_from(folder, "loader"):
+      loader = make_loader(state=loader_state)
   check_length(training, int(state.step), loader.total_steps)
   logging.info("Resuming from the checkpoint of step %d", int(state.step))
   return state, loader, log_state
+
+
+@contextlib.contextmanager
+def read_from(folder: Path, item: str) -> Iterator[None]:
+  """Names an item of a checkpoint whose JSON is not what was written, where no digest has told that before."""
+  try:
+    yield
+  except UserError:
+    raise
+  except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    raise UserError(
+      f"{folder}: {item} is not what a run has written there ({type(error).__name__}: {error}); remove that folder to go "
+      "on from the one before"
+    ) from error
 
 
 def best_state(setup: Setup, checkpointer: Checkpointer, step: int, watchdog: Watchdog) -> TrainState:

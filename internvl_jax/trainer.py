@@ -9,7 +9,7 @@ the devices work, but hands it over, and advances the loader, once they are thro
 import concurrent.futures
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -159,11 +159,25 @@ class Unmoved:
       )
     idle = [part for part in _OF_IMAGES if part in self.parts]
     if self._without_image == self.patience and idle:
-      return (
-        f"{self.patience} steps in a row had no image, and {' and '.join(idle)} learn from images alone: mix data with "
-        "images in, or freeze (model.freeze_backbone, model.freeze_mlp)"
-      )
+      return _without_images(f"{self.patience} steps in a row had", idle)
     return None
+
+
+def idle_on_text(paths: Iterable[str]) -> str | None:
+  """What to tell at the start of a run whose data have no image; None if nothing that trains needs any.
+
+  Args:
+    paths: the parameters that train.
+  """
+  idle = [part for part in _OF_IMAGES if part in {path.partition(".")[0] for path in paths}]
+  return _without_images("the data have", idle) if idle else None
+
+
+def _without_images(what: str, idle: Sequence[str]) -> str:
+  return (
+    f"{what} no image, and {' and '.join(idle)} learn from images alone: mix data with images in, or freeze "
+    "(model.freeze_backbone, model.freeze_mlp)"
+  )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -185,6 +199,7 @@ class Trainer:
     asked_to_stop: function of the steps taken -> whether to save and stop here; the same answer on all hosts.
     worth_saving: is called once a step was taken: what stops the run from now on is answered by `asked_to_stop`.
     evaluate: function (parameters, step) -> metrics to log, or None.
+    text_only: no sample of the data has an image, which was told.
     check: is called with the parameters and the first batch of a run that begins, and raises if something is wrong.
   """
 
@@ -202,6 +217,7 @@ class Trainer:
   asked_to_stop: Callable[[int], bool]
   worth_saving: Callable[[], None] = lambda: None
   evaluate: Callable[[dict[str, jax.Array], int], dict[str, float]] | None = None
+  text_only: bool = False
   check: Callable[[dict[str, jax.Array], Any], None] | None = None
 
   def __post_init__(self):
@@ -221,7 +237,7 @@ class Trainer:
     """
     first = int(state.step)
     self.log.start(first)
-    parts = {path.partition(".")[0] for path in state.params}
+    parts = {path.partition(".")[0] for path in state.params} - (set(_OF_IMAGES) if self.text_only else set())
     self._unmoved = Unmoved(parts, min(UNMOVED_STEPS, self.total_steps))
     self._clock.restart(time.perf_counter())
     for step in range(first, self.total_steps):

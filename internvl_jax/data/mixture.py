@@ -187,6 +187,12 @@ class Dataset:
           return self.file.where(line)
     return None
 
+  def has_images(self) -> bool:
+    """Whether a line in use has an image or a video, or looks so where sizes are not indexed: no line is parsed."""
+    if self._sizes is not None:
+      return bool((self.records["tiles"] > 0).any())
+    return any(line < self.lines for text in (b'"image', b'"video') for line in self.file.containing(text))
+
   def key(self) -> dict[str, Any]:
     """Returns all that sizes depend on beside the lines, as JSON values."""
     maker, data = self.maker, self.maker.data

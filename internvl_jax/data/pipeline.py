@@ -301,6 +301,10 @@ class TrainLoader:
     """Returns the first dataset of which a sample may differ between epochs; None if none does."""
     return first_varying(self._mixture)
 
+  def has_images(self) -> bool:
+    """Returns whether any sample has an image or a video, as far as that can be told before it is read."""
+    return any(dataset.has_images() for dataset in self._mixture.datasets)
+
   def epoch_of(self, step: int) -> float:
     """Returns how many times the data have been seen after `step` optimizer steps."""
     return step * self.global_batch / self.rows_per_epoch

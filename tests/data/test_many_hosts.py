@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from test_packed import FRAMES, PACKED, write_mixture
 
-from data_toys import arguments
+from data_toys import arguments, write_jsonl
 from internvl_jax.arguments import LoaderConfig, TrainingArguments
 from internvl_jax.batch import SFTBatch
 from internvl_jax.data.errors import DataError
 from internvl_jax.data.pipeline import TrainLoader
+from internvl_jax.errors import UserError
+from internvl_jax.train import read_from
 
 SHARDS = 4
 SETTINGS = {
@@ -128,6 +130,45 @@ def test_what_goes_wrong_ahead_is_met_when_the_batch_is_due(meta, tokenizer, mon
   loader.prefetch()
   loader.close()
   assert loader.get_state() == before
+
+
+def spoilt(value, path=()):
+  """Copies of a JSON value with one entry each left out, or of another kind; with the place."""
+  if isinstance(value, dict):
+    for key, entry in value.items():
+      yield (*path, key, "left out"), {name: kept for name, kept in value.items() if name != key}
+      for place, changed in spoilt(entry, (*path, key)):
+        yield place, {**value, key: changed}
+  yield (*path, "of another kind"), "x" if isinstance(value, dict | list | int) else 7
+
+
+def test_a_state_that_was_changed_is_refused_in_a_line(meta, tokenizer):
+  """As those of checkpoints without digests may be; what is missing there since earlier versions may be missing."""
+  (loader,) = Hosts(meta, tokenizer, "packed", 1).loaders
+  next(loader)
+  state = json.loads(json.dumps(loader.get_state()))
+  loader.close()
+  told = []
+  for _, changed in spoilt(state):
+    try:
+      with read_from(meta.parent, "loader"):
+        Hosts(meta, tokenizer, "packed", 1, state=changed)
+    except UserError as error:
+      told.append(str(error))
+  assert len(told) > 20 and not any("\n" in text for text in told)
+
+
+def test_whether_there_are_images_is_known_before_any_is_read(meta, tokenizer, tmp_path):
+  for name in ("packed", "plain"):  # By their sizes, and by their lines.
+    assert Hosts(meta, tokenizer, name, 1).loaders[0].has_images()
+  folder = tmp_path / "text"
+  folder.mkdir()
+  talk = [{"from": "human", "value": 'which "colour"?'}, {"from": "gpt", "value": "red image video"}]
+  write_jsonl(folder / "text.jsonl", [{"conversations": talk}] * 9)
+  text = folder / "meta.json"
+  text.write_text(json.dumps({"text": {"root": "", "annotation": "text.jsonl"}}))
+  for name in ("packed", "plain"):
+    assert not Hosts(text, tokenizer, name, 1).loaders[0].has_images()
 
 
 def test_grouping_gives_the_same_samples_and_even_shards(meta, tokenizer):

@@ -1,7 +1,9 @@
 """Threads that stand for the processes of a run which exchange messages."""
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from internvl_jax.data.hosts import Hosts
 
@@ -27,7 +29,7 @@ class Exchange:
     return Hosts(me=me, count=len(self._parts), gather=gather)
 
 
-def on_hosts(count, work):
+def on_hosts(count: int, work: Callable[[Hosts], Any]) -> tuple[Exchange, list[Any]]:
   """Calls work(hosts) on so many; returns the exchange, and what each returned or raised."""
   exchange = Exchange(count)
 
