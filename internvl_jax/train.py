@@ -50,10 +50,19 @@ from internvl_jax.hf import export, peft
 from internvl_jax.hf.model import Source, base_name
 from internvl_jax.metrics import Gauges, RunLog, Trace
 from internvl_jax.objectives import PreferenceOptimization, SupervisedFineTuning
-from internvl_jax.outputs import LEASE_FILE, Beginning, begin_run, check_output_dir, write_config, write_json
+from internvl_jax.outputs import (
+  LEASE_FILE,
+  Beginning,
+  begin_run,
+  check_output_dir,
+  read_from,
+  write_config,
+  write_json,
+)
 from internvl_jax.parallel import distributed
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.parallel.agreement import agree
+from internvl_jax.parallel.replicas import check_replicas
 from internvl_jax.preference import PreferenceRun
 from internvl_jax.serving import Export
 from internvl_jax.state import TrainState
@@ -293,6 +302,7 @@ def read_weights(
       paths=None if all_of_it else setup.shapes.keys() - setup.trainable,
     )
     distributed.barrier("the weights are read", seconds=OPEN_SECONDS)
+    check_replicas(params, str(config.model.model_name_or_path or "model.vision_path and model.llm_path"))
   return params
 
 
@@ -316,20 +326,6 @@ def go_on(
   check_length(training, int(state.step), loader.total_steps)
   logging.info("Resuming from the checkpoint of step %d", int(state.step))
   return state, loader, log_state
-
-
-@contextlib.contextmanager
-def read_from(folder: Path, item: str) -> Iterator[None]:
-  """Names an item of a checkpoint whose JSON is not what was written, where no digest has told that before."""
-  try:
-    yield
-  except UserError:
-    raise
-  except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-    raise UserError(
-      f"{folder}: {item} is not what a run has written there ({type(error).__name__}: {error}); remove that folder to go "
-      "on from the one before"
-    ) from error
 
 
 def best_state(setup: Setup, checkpointer: Checkpointer, step: int, watchdog: Watchdog) -> TrainState:

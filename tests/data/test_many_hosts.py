@@ -13,7 +13,7 @@ from internvl_jax.batch import SFTBatch
 from internvl_jax.data.errors import DataError
 from internvl_jax.data.pipeline import TrainLoader
 from internvl_jax.errors import UserError
-from internvl_jax.train import read_from
+from internvl_jax.outputs import read_from
 
 SHARDS = 4
 SETTINGS = {
