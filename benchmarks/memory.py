@@ -2,7 +2,7 @@
 
   python benchmarks/memory.py [--steps 2000] [--every 100] [--workers 2] [--out memory] [-- --config=... overrides]
 
-Trains the smallest model that has all parts (that of the tests), or the recipe given after `--`, with worker processes,
+Trains the smallest model that has all parts (that of the tests), or the recipe that is given after `--`, with worker processes,
 checkpoints and an entry of the log every so many steps, and looks at its processes from outside at each entry. Prints a
 table, writes OUT.json, and OUT.png where matplotlib is installed.
 """
@@ -125,8 +125,10 @@ def watched(arguments: list[str], *, steps: int, every: int, workers: int) -> It
     "save_steps": max(1, steps // 8),
     "save_total_limit": 2,
   }
-  command = [sys.executable, "-m", "internvl_jax.train", *arguments]
-  command += [f"--config.training.{name}={value}" for name, value in settings.items()]
+  asked = [f"--config.training.{name}={value}" for name, value in settings.items()]
+  recipe = [argument for argument in arguments if argument.startswith("--config=")]
+  others = [argument for argument in arguments if argument not in recipe]
+  command = [sys.executable, "-m", "internvl_jax.train", *recipe, *asked, *others]
   path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
   environment = {"JAX_NUM_CPU_DEVICES": "1"} | os.environ | {"PYTHONPATH": path}
   process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace")
@@ -183,7 +185,9 @@ def main() -> None:
   names = [field.name for field in dataclasses.fields(Usage)]
   print("".join(f"{name:>13}" for name in names))
   with tempfile.TemporaryDirectory() as folder:
-    arguments = asked.arguments or toy(Path(folder))
+    arguments = asked.arguments
+    if not any(argument.startswith("--config=") for argument in arguments):
+      arguments = [*toy(Path(folder)), *arguments]
     for one in watched(arguments, steps=asked.steps, every=asked.every, workers=asked.workers):
       found.append(one)
       print("".join(f"{getattr(one, name):>13}" for name in names), flush=True)
