@@ -104,7 +104,7 @@ def _read(path: Path) -> str:
 def toy(folder: Path) -> list[str]:
   """The tests' smallest run, as arguments."""
   sys.path.insert(0, str(REPOSITORY / "tests"))
-  from hosts import make_world
+  from hosts import make_world  # pyright: ignore[reportMissingImports]
 
   world = make_world(folder / "world")
   out = ("training.output_dir", folder / "out"), ("mesh.data", 1), ("mesh.fsdp", 1)

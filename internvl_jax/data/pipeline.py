@@ -1,5 +1,6 @@
 """The loader: order -> rows -> workers that decode them -> padded batches, with counters and exact resume."""
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -50,7 +51,7 @@ class _Ready(NamedTuple):
   """A batch that was put together.
 
   Attributes:
-    batch: of this host.
+    batch: this host's.
     tally: what will be counted once it is handed out.
     rows: its samples, of all hosts.
     before: the state of the packed rows before it.
@@ -213,8 +214,7 @@ class TrainLoader:
   def prefetch(self) -> None:
     """Puts the next batch together, for `__next__` to hand out; state and counters stay those before it.
 
-    It asks nothing of other hosts, so each may call it when it likes: a batch that needs them is left to `__next__`. So
-    is what goes wrong, which that one meets again.
+    It asks nothing of other hosts: a batch that needs them is left to `__next__`, and so is what goes wrong.
     """
     if self._ready is not None or not self._taught or self._closed or self.next_step >= self.total_steps:
       return
@@ -378,7 +378,7 @@ class TrainLoader:
     sizes = packable(self._mixture.size_of(order), self._packing)
     key = hashlib.sha256(repr((packing.ALGORITHM, self._packing)).encode() + sizes.tobytes()).hexdigest()[:16]
     path = cache / f"rows-{key}.txt"
-    if path.exists():
+    with contextlib.suppress(FileNotFoundError, ValueError):  # Not there, or damaged.
       return int(path.read_text(encoding="ascii"))
     with tqdm.tqdm(total=len(sizes), desc="rows", unit="sample", disable=self._training.disable_tqdm) as bar:
       rows = packing.count_rows(sizes, self._packing, progress=bar.update)
@@ -428,7 +428,7 @@ class TrainLoader:
       tally.add(micro)
     if tally.lost > self._tally.lost:
       tally.judge()
-      _log_losses(self._tally, tally)
+      tally.tell_losses(self._tally)
     if tally.untaught.bit_length() > self._tally.untaught.bit_length():
       logging.warning("Samples without a supervised token on this host: %s", tally.describe())
     if not self._taught:
@@ -492,12 +492,6 @@ class TrainLoader:
 def _lengths(mixture: Mixture, indices: np.ndarray) -> np.ndarray:
   """Returns int64 [n]: tokens of samples, 0 for those that are lost."""
   return mixture.size_of(indices)[:, 0].clip(0)
-
-
-def _log_losses(before: Tally, now: Tally) -> None:
-  """Tells of losses whenever their number has doubled: each is counted, and a log should stay readable."""
-  if now.lost.bit_length() > before.lost.bit_length():
-    logging.warning("Lost samples on this host: %s. The first: %s", now.describe(), " | ".join(now.offenders))
 
 
 def _log_fill(stats: packing.PackStats) -> None:

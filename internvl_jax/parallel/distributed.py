@@ -277,7 +277,7 @@ def all_gather_bytes(data: bytes) -> list[bytes]:
     store.key_value_set_bytes(f"{key}/{me}/{i}", piece)
   # Never empty.
   store.key_value_set_bytes(f"{key}/head/{me}", len(pieces).to_bytes(4, "little") + (data if short else b""))
-  with _remarked(f"Waiting for other processes, whose part of the data takes longer ({number})"):
+  with _remarked("Waiting for other processes, whose part of the data takes longer"):
     barrier(f"gather {number}", seconds=_GATHER_SECONDS)
   if is_first() and number:  # All are here, so all have read what was there before.
     store.key_value_delete(f"internvl_jax:gather:{number - 1}")

@@ -83,7 +83,7 @@ def _checksum(part: jax.Array) -> int:
   layers = (part[i] for i in range(len(part))) if part.ndim > 1 else iter([part])
   total = 0
   for layer in layers:
-    total = zlib.crc32(np.ascontiguousarray(layer).reshape(-1).view(np.uint8), total)
+    total = zlib.crc32(np.ascontiguousarray(layer).reshape(-1).view(np.uint8).data, total)
   return total
 
 
