@@ -17,6 +17,7 @@ from toy import CURVE, REPOSITORY
 RECIPE = """
 import os, time
 from hosts import tiny_config
+from internvl_jax import trainer
 from internvl_jax.trainer import CompiledSteps
 
 step, seconds = CompiledSteps.__call__, float(os.environ.get("STEP_SECONDS", 0))
@@ -26,6 +27,7 @@ def slow(self, *args):
   return step(self, *args)
 
 CompiledSteps.__call__ = slow
+trainer.LONG_STEP_SECONDS = float(os.environ.get("LONG_STEP_SECONDS", trainer.LONG_STEP_SECONDS))
 
 if "HEADERS" in os.environ:  # A folder, where each process counts what it reads of images to measure them.
   from internvl_jax.data import images, sizes
