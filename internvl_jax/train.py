@@ -143,12 +143,11 @@ def _run(config: TrainConfig, watchdog: Watchdog, beginning: Beginning) -> bool:
   make_loader = functools.partial(open_loader, config.data, config.training, config.loader, reference=lookup)
   # The data are looked at before the weights are read: mistakes are likelier there, and cheaper to find.
   loader = open_data(make_loader, setup.mesh, watchdog, functools.partial(shared_files, config, source))
-  text_only = not loader.has_images()
+  without_images = idle_on_text(setup.trainable)
+  text_only = without_images is not None and not loader.has_images()
   if distributed.is_first():
-    tell(
-      optim.warmup_remark(config.training, loader.total_steps),
-      idle_on_text(setup.trainable) if text_only else None,
-    )
+    remark = optim.warmup_remark(config.training, loader.total_steps)
+    tell(remark, without_images if text_only else None)
   with watchdog.phase("data"):
     check_held_out(config, source, chat)
 

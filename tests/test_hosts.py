@@ -33,7 +33,9 @@ def straight(world):
 def test_two_processes_measure_half_stop_together_and_one_goes_on(world, straight, monkeypatch):
   (headers := world / "headers").mkdir()
   monkeypatch.setenv("HEADERS", str(headers))
-  monkeypatch.setenv("LONG_STEP_SECONDS", "0.1")  # So the next batch is ready, and not trained, where it stops.
+  monkeypatch.setenv(
+    "LONG_STEP_SECONDS", "0.1"
+  )  # So the next batch is ready, and not trained, where it stops.
   caches = {i: (f"loader.cache_dir={world}/cache{i}",) for i in range(2)}
   job = Job(world, *SAVING, "training.save_steps=1000", out="two", processes=2, step_seconds=0.3, only=caches)
   job.wait_for("step 3/24")

@@ -8,6 +8,7 @@ folder of the cache, one for each annotation file, tokenizer and setting that th
                           blocks.npy   checksums of every block: of the lines' bytes, 0 where not yet measured, and
                                        of the records
                           pieces-<hash>.npz  what is left of the longest under some limits (see `pieces`)
+                          hosts/       while several hosts build it together (see `shared_sizes`): who has this folder
 
 A block whose bytes are as they were keeps its sizes, so that an annotation file which grew, or of which a line was
 mended, is measured in part, and an interrupted build goes on. Lines that could not be read are tried again each time.
