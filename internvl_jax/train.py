@@ -143,11 +143,9 @@ def _run(config: TrainConfig, watchdog: Watchdog, beginning: Beginning) -> bool:
   make_loader = functools.partial(open_loader, config.data, config.training, config.loader, reference=lookup)
   # The data are looked at before the weights are read: mistakes are likelier there, and cheaper to find.
   loader = open_data(make_loader, setup.mesh, watchdog, functools.partial(shared_files, config, source))
-  without_images = idle_on_text(setup.trainable)
-  text_only = without_images is not None and not loader.has_images()
+  without_images = idle_on_text(setup.trainable, loader.has_images)
   if distributed.is_first():
-    remark = optim.warmup_remark(config.training, loader.total_steps)
-    tell(remark, without_images if text_only else None)
+    tell(optim.warmup_remark(config.training, loader.total_steps), without_images)
   with watchdog.phase("data"):
     check_held_out(config, source, chat)
 
@@ -202,7 +200,7 @@ def _run(config: TrainConfig, watchdog: Watchdog, beginning: Beginning) -> bool:
       asked_to_stop=asked_to_stop,
       worth_saving=asked_to_stop.listen,
       evaluate=joint_metrics(evaluation, pairs),
-      text_only=text_only,
+      text_only=without_images is not None,
       check=pairs.check if pairs else None,
     )
     state = trainer.run(state, frozen)

@@ -163,14 +163,15 @@ class Unmoved:
     return None
 
 
-def idle_on_text(paths: Iterable[str]) -> str | None:
+def idle_on_text(paths: Iterable[str], has_images: Callable[[], bool]) -> str | None:
   """What to tell at the start of a run whose data have no image; None if nothing that trains needs any.
 
   Args:
     paths: the parameters that train.
+    has_images: whether the data have any; asked only where something learns from them.
   """
   idle = [part for part in _OF_IMAGES if part in {path.partition(".")[0] for path in paths}]
-  return _without_images("the data have", idle) if idle else None
+  return _without_images("the data have", idle) if idle and not has_images() else None
 
 
 def _without_images(what: str, idle: Sequence[str]) -> str:
