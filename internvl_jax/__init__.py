@@ -16,3 +16,5 @@ if sys.argv[:1] == ["-m"]:
   from internvl_jax import signals
 
   signals.watch()
+  if f"{__name__}.train" in sys.orig_argv:
+    signals.set_last_line(signals.GOES_ON)

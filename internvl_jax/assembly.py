@@ -16,6 +16,7 @@ from internvl_jax.arguments import LoRAConfig, ModelArguments, PreferenceConfig
 from internvl_jax.config import TrainConfig, get
 from internvl_jax.data.examine import decode_all, examine
 from internvl_jax.data.files import default_cache
+from internvl_jax.data.hosts import Hosts
 from internvl_jax.data.mixture import Mixture
 from internvl_jax.data.preference import FRAME_NAME
 from internvl_jax.data.tokenize import ChatTokenizer
@@ -157,6 +158,11 @@ def lora_spec(config: LoRAConfig, rank: int) -> LoRASpec | None:
   )
 
 
+def processes() -> Hosts:
+  """The processes of the run, for those who open data."""
+  return Hosts(me=jax.process_index(), count=jax.process_count(), gather=distributed.all_gather_bytes)
+
+
 def held_out_problems(config: TrainConfig, source: Source, chat: ChatTokenizer) -> list[str]:
   """Why lines of `eval.annotation` and of `preference.eval_meta_path` cannot be used, one text each.
 
@@ -180,7 +186,7 @@ def held_out_problems(config: TrainConfig, source: Source, chat: ChatTokenizer) 
       preference=True,
       share_prompts=shares_prompts(config, source),
     )
-    mixture.index_sizes(cache, workers=workers, quiet=config.training.disable_tqdm)
+    mixture.index_sizes(cache, workers=workers, quiet=config.training.disable_tqdm, hosts=processes())
     found += [line for report in examine(mixture) for line in report.examples]
     found += decode_all(mixture, packed=config.data.use_packed_ds, workers=workers)
     mixture.close()

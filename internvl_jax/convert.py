@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 
-from internvl_jax import frontdoor, serving
+from internvl_jax import frontdoor, serving, signals
 from internvl_jax.adapters import merge_and_check, without_adapters
 from internvl_jax.arguments import MeshConfig
 from internvl_jax.data.tokenize import ChatTokenizer
@@ -108,6 +108,8 @@ def convert(
   if lora == "peft":
     _check_adapters(source, layout)
   base, params = _weights(source, lora, dtype)
+  anew = f"remove {dst}, which is not complete, and start the same command again"
+  signals.set_last_line(f"Stopped; {anew}")
   if lora == "peft":
     _save_adapters(dst / "adapter", source, layout, base=str(dst.absolute()))
   export.save_model(
@@ -122,6 +124,7 @@ def convert(
     eos_token_id=_stop_ids(stated, chat),
     settings=settings,
     code=looked_at.code,
+    remedy=f"make room, {anew}",
   )
   logging.info("Wrote %s in the layout %s", dst, layout.name)
 

@@ -67,7 +67,12 @@ class UserError(ValueError):
   Its message is all that the user sees, without a traceback: one line for each problem, saying what is wrong,
   with which values, and what to do about it. A bug of ours is any other exception and keeps its traceback. Secrets of
   URLs in it are masked.
+
+  Attributes:
+    everywhere: all processes of a run raise it, at the same time.
   """
+
+  everywhere = False
 
   def __init__(self, *args: Any):
     super().__init__(*(redacted(arg) if isinstance(arg, str) else arg for arg in args))

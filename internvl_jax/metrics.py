@@ -304,8 +304,10 @@ class RunLog:
 
   def restore(self, state: dict[str, Any]) -> None:
     """Goes on from a checkpoint's log; entries written after it are dropped."""
-    self.history = list(state["log_history"])
-    self._window.losses = list(state["pending"])
+    history = list(state["log_history"])
+    if not all(isinstance(entry["step"], int) for entry in history):
+      raise ValueError("an entry of its log has no step")
+    self.history, self._window.losses = history, list(map(float, state["pending"]))
     # Checkpoints of earlier versions do not have these.
     self._window.skipped = state.get("pending_skipped", 0)
     self._window.terms = {name: list(values) for name, values in state.get("pending_terms", {}).items()}

@@ -225,3 +225,17 @@ def _run_outputs(folder: AnyPath) -> list[AnyPath]:
     entry for entry in folder.iterdir() if any(fnmatch.fnmatch(entry.name, name) for name in RUN_FILES)
   ]
   return files + [folder / name for name in RUN_FOLDERS if (folder / name).exists()]
+
+
+@contextlib.contextmanager
+def read_from(folder: AnyPath, item: str) -> Iterator[None]:
+  """Names an item of a checkpoint whose JSON is not what was written, where no digest has told that before."""
+  try:
+    yield
+  except UserError:
+    raise
+  except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    raise UserError(
+      f"{folder}: {item} is not what a run has written there ({type(error).__name__}: {error}); remove that folder to go "
+      "on from the one before"
+    ) from error

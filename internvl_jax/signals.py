@@ -17,6 +17,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
+GOES_ON = "Stopped; the same command goes on"
+"""What a command says that keeps what it has done."""
+
 STOPPED = 75
 """Exit code of a command that was told to stop: EX_TEMPFAIL of sysexits.h, "try again later"."""
 
@@ -46,7 +49,7 @@ class _Watch:
     self.lock = threading.RLock()
     self.listener: Callable[[], None] | None = None
     self.first: tuple[float, int] | None = None
-    self.last_line = "Stopped; the same command goes on"
+    self.last_line = "Stopped; the same command starts again"
     self.endings: list[Callable[[], None]] = []
 
   def receive(self, kind: int) -> None:

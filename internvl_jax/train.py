@@ -28,6 +28,7 @@ from internvl_jax.assembly import (
   open_export,
   open_mesh,
   open_model,
+  processes,
   reference_copies,
   set_up,
   set_up_jax,
@@ -48,16 +49,25 @@ from internvl_jax.hf import export, peft
 from internvl_jax.hf.model import Source, base_name
 from internvl_jax.metrics import Gauges, RunLog, Trace
 from internvl_jax.objectives import PreferenceOptimization, SupervisedFineTuning
-from internvl_jax.outputs import LEASE_FILE, Beginning, begin_run, check_output_dir, write_config, write_json
+from internvl_jax.outputs import (
+  LEASE_FILE,
+  Beginning,
+  begin_run,
+  check_output_dir,
+  read_from,
+  write_config,
+  write_json,
+)
 from internvl_jax.parallel import distributed
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.parallel.agreement import agree
+from internvl_jax.parallel.replicas import check_replicas
 from internvl_jax.preference import PreferenceRun
 from internvl_jax.serving import Export
 from internvl_jax.state import TrainState
 from internvl_jax.stated import recorded_settings
 from internvl_jax.storage.paths import AnyPath, path_of
-from internvl_jax.trainer import CompiledSteps, Trainer
+from internvl_jax.trainer import CompiledSteps, Trainer, idle_on_text
 from internvl_jax.watchdog import Watchdog
 
 OPEN_SECONDS = EXPORT_SECONDS = 3600
@@ -71,6 +81,7 @@ def main(argv: Sequence[str]) -> int:
   """Checks the config, then trains, saves and scores; returns the exit code."""
   del argv
   frontdoor.set_up_logging()
+  signals.set_last_line(signals.GOES_ON)
   return 0 if train(_CONFIG.value) else signals.STOPPED
 
 
@@ -132,8 +143,9 @@ def _run(config: TrainConfig, watchdog: Watchdog, beginning: Beginning) -> bool:
   make_loader = functools.partial(open_loader, config.data, config.training, config.loader, reference=lookup)
   # The data are looked at before the weights are read: mistakes are likelier there, and cheaper to find.
   loader = open_data(make_loader, setup.mesh, watchdog, functools.partial(shared_files, config, source))
+  without_images = idle_on_text(setup.trainable, loader.has_images)
   if distributed.is_first():
-    tell(optim.warmup_remark(config.training, loader.total_steps))
+    tell(optim.warmup_remark(config.training, loader.total_steps), without_images)
   with watchdog.phase("data"):
     check_held_out(config, source, chat)
 
@@ -165,7 +177,8 @@ def _run(config: TrainConfig, watchdog: Watchdog, beginning: Beginning) -> bool:
   # Nothing speaks against going on any more.
   log = open_log(config, setup, loader)
   if log_state is not None:
-    log.restore(log_state)
+    with read_from(checkpointer.folder, "trainer"):
+      log.restore(log_state)
     if distributed.is_first():
       write_config(output_folder(config), to_json(config))
   evaluation = make_evaluation(config.eval, config.data, source, chat, setup.how)
@@ -187,6 +200,7 @@ def _run(config: TrainConfig, watchdog: Watchdog, beginning: Beginning) -> bool:
       asked_to_stop=asked_to_stop,
       worth_saving=asked_to_stop.listen,
       evaluate=joint_metrics(evaluation, pairs),
+      text_only=without_images is not None,
       check=pairs.check if pairs else None,
     )
     state = trainer.run(state, frozen)
@@ -285,6 +299,7 @@ def read_weights(
       paths=None if all_of_it else setup.shapes.keys() - setup.trainable,
     )
     distributed.barrier("the weights are read", seconds=OPEN_SECONDS)
+    check_replicas(params, str(config.model.model_name_or_path or "model.vision_path and model.llm_path"))
   return params
 
 
@@ -302,7 +317,9 @@ def go_on(
   """
   with watchdog.phase("restore"):
     state, loader_state, log_state = checkpointer.restore(setup.describe_state())
-    loader = make_loader(state=loader_state)
+    folder = checkpointer.folder / str(int(state.step))
+    with read_from(folder, "loader"):
+      loader = make_loader(state=loader_state)
   check_length(training, int(state.step), loader.total_steps)
   logging.info("Resuming from the checkpoint of step %d", int(state.step))
   return state, loader, log_state
@@ -374,7 +391,7 @@ def host_shards(mesh: jax.sharding.Mesh) -> dict[str, Any]:
   return {
     "data_shards": shards,
     "my_shards": range(part * each, (part + 1) * each),
-    "alone": jax.process_count() == 1,
+    "hosts": processes(),
     "all_sum": functools.partial(distributed.sum_over, parts),
   }
 

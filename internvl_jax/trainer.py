@@ -2,13 +2,14 @@
 
 The loader is advanced only after a save, so that a checkpoint's loader state names the very next batch. The host
 is one step ahead of the devices: it hands them a step, then waits for the one before and logs it. Where steps are long
-it is not, since a run that is told to stop has to end all that it has handed over.
+it is not, since a run that is told to stop has to end all that it has handed over: it puts the next batch together while
+the devices work, but hands it over, and advances the loader, once they are through.
 """
 
 import concurrent.futures
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -45,6 +46,11 @@ class Loader(Protocol):
   """Where batches come from; see `data.pipeline.TrainLoader`."""
 
   def __next__(self) -> Batch: ...
+
+  def prefetch(self) -> None:
+    """Puts the next batch together; state and counters stay those before it, and an error is left to `__next__`."""
+    ...
+
   def get_state(self) -> dict[str, Any]: ...
   def counters(self) -> dict[str, Any]: ...
 
@@ -153,11 +159,26 @@ class Unmoved:
       )
     idle = [part for part in _OF_IMAGES if part in self.parts]
     if self._without_image == self.patience and idle:
-      return (
-        f"{self.patience} steps in a row had no image, and {' and '.join(idle)} learn from images alone: mix data with "
-        "images in, or freeze (model.freeze_backbone, model.freeze_mlp)"
-      )
+      return _without_images(f"{self.patience} steps in a row had", idle)
     return None
+
+
+def idle_on_text(paths: Iterable[str], has_images: Callable[[], bool]) -> str | None:
+  """What to tell at the start of a run whose data have no image; None if nothing that trains needs any.
+
+  Args:
+    paths: the parameters that train.
+    has_images: whether the data have any; asked only where something learns from them.
+  """
+  idle = [part for part in _OF_IMAGES if part in {path.partition(".")[0] for path in paths}]
+  return _without_images("the data have", idle) if idle and not has_images() else None
+
+
+def _without_images(what: str, idle: Sequence[str]) -> str:
+  return (
+    f"{what} no image, and {' and '.join(idle)} learn from images alone: mix data with images in, or freeze "
+    "(model.freeze_backbone, model.freeze_mlp)"
+  )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -179,6 +200,7 @@ class Trainer:
     asked_to_stop: function of the steps taken -> whether to save and stop here; the same answer on all hosts.
     worth_saving: is called once a step was taken: what stops the run from now on is answered by `asked_to_stop`.
     evaluate: function (parameters, step) -> metrics to log, or None.
+    text_only: no sample of the data has an image, which was told.
     check: is called with the parameters and the first batch of a run that begins, and raises if something is wrong.
   """
 
@@ -196,13 +218,14 @@ class Trainer:
   asked_to_stop: Callable[[int], bool]
   worth_saving: Callable[[], None] = lambda: None
   evaluate: Callable[[dict[str, jax.Array], int], dict[str, float]] | None = None
+  text_only: bool = False
   check: Callable[[dict[str, jax.Array], Any], None] | None = None
 
   def __post_init__(self):
     self._due = Due(training=self.training, total_steps=self.total_steps, epoch_of=self.log.epoch)
     self._clock = StepClock()
     self._in_flight: _InFlight | None = None
-    self._steps_are_long = False
+    self._steps_are_long, self._ahead_in = False, 0.0
     self._unmoved = Unmoved(set(), UNMOVED_STEPS)
     # One thread that waits for the devices: when they are through is known without holding up the loop.
     self._waiter = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="step")
@@ -215,11 +238,12 @@ class Trainer:
     """
     first = int(state.step)
     self.log.start(first)
-    parts = {path.partition(".")[0] for path in state.params}
+    parts = {path.partition(".")[0] for path in state.params} - (set(_OF_IMAGES) if self.text_only else set())
     self._unmoved = Unmoved(parts, min(UNMOVED_STEPS, self.total_steps))
     self._clock.restart(time.perf_counter())
     for step in range(first, self.total_steps):
       if self._steps_are_long:
+        self._fetch_ahead(step)
         self._finish_step()
       if step > first and self._between_steps(state, frozen, step):
         break
@@ -246,6 +270,13 @@ class Trainer:
       )
     return state
 
+  def _fetch_ahead(self, step: int) -> None:
+    """Puts the next batch together while the devices work."""
+    start = time.perf_counter()
+    with self.watchdog.phase("data wait", step + 1):
+      self.loader.prefetch()
+    self._ahead_in = time.perf_counter() - start
+
   def _take_step(
     self, state: TrainState, frozen: dict[str, jax.Array], step: int, *, show: bool
   ) -> TrainState:
@@ -253,7 +284,7 @@ class Trainer:
     start = time.perf_counter()
     with self.watchdog.phase("data wait", step + 1):
       batch = next(self.loader)
-    fetched_in = time.perf_counter() - start
+    fetched_in, self._ahead_in = self._ahead_in + time.perf_counter() - start, 0.0
     if show:
       logging.info("First batch:\n%s", self.show(batch))
       if step == 0 and self.check is not None:

@@ -17,6 +17,7 @@ from toy import CURVE, REPOSITORY
 RECIPE = """
 import os, time
 from hosts import tiny_config
+from internvl_jax import trainer
 from internvl_jax.trainer import CompiledSteps
 
 step, seconds = CompiledSteps.__call__, float(os.environ.get("STEP_SECONDS", 0))
@@ -26,6 +27,28 @@ def slow(self, *args):
   return step(self, *args)
 
 CompiledSteps.__call__ = slow
+trainer.LONG_STEP_SECONDS = float(os.environ.get("LONG_STEP_SECONDS", trainer.LONG_STEP_SECONDS))
+
+if "HEADERS" in os.environ:  # A folder, where each process counts what it reads of images to measure them.
+  from internvl_jax.data import images, sizes
+
+  opened, measure = images._opened, sizes.MeasureLines.__call__
+  counted = os.path.join(os.environ["HEADERS"], os.environ.get("RANK", "0"))
+  sizes.BLOCK, os.cpu_count = 4, lambda: 1
+
+  def counting(source, where, *, header):
+    with open(counted, "a") as out:
+      out.write(".")
+    return opened(source, where, header=header)
+
+  def measuring(self, lines):
+    images._opened = counting
+    try:
+      return measure(self, lines)
+    finally:
+      images._opened = opened
+
+  sizes.MeasureLines.__call__ = measuring
 
 def get_config(folder):
   return tiny_config(folder)
@@ -57,7 +80,7 @@ def _line(i: int) -> dict:
   question = f"<image>\nwhat is {words[i % 3]}?" if i % 4 else "what is blue?"
   turns = [("system", "."), ("human", question), ("gpt", words[i % 2] * (1 + i % 3))]
   line = {"id": i, "conversations": [{"from": who, "value": text} for who, text in turns]}
-  return line if i % 4 == 0 else {**line, "image": f"images/{i % 10}.png", "width": 64, "height": 64}
+  return line if i % 4 == 0 else {**line, "image": f"images/{i % 10}.png"}
 
 
 def tiny_config(folder: str) -> TrainConfig:

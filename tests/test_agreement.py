@@ -6,6 +6,7 @@ import shutil
 import time
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -15,6 +16,8 @@ from internvl_jax import facts
 from internvl_jax.config import FIELDS, PER_HOST, TrainConfig, shared_settings
 from internvl_jax.hf.model import open_source
 from internvl_jax.parallel.agreement import Said, difference
+from internvl_jax.parallel.replicas import checksums
+from internvl_jax.parallel.replicas import difference as replicas_difference
 from toy import CURVE
 
 
@@ -109,6 +112,36 @@ def test_of_large_files_parts_are_compared(tmp_path, monkeypatch):
     path.write_bytes(changed)
     digests.add(facts.weights(source)[f"the content of {tmp_path.name}/a.safetensors"])
   assert len(digests) == 4
+
+
+def replicated(change):
+  """A parameter in two halves, each on two processes of two devices, of which one may hold another number."""
+  devices = np.array(jax.devices()[:4]).reshape(2, 2)
+  sharding = jax.NamedSharding(jax.sharding.Mesh(devices, ("data", "fsdp")), jax.P("fsdp"))
+  whole = np.arange(24, dtype=np.float32).reshape(4, 3, 2)
+  shards = []
+  for i, device in enumerate(devices.flat):
+    half = whole[2 * (i % 2) :][:2].copy()
+    half[1, 2, 1] += i == change
+    shards.append(jax.device_put(half, device))
+  return jax.make_array_from_single_device_arrays(whole.shape, sharding, shards)
+
+
+@pytest.mark.parametrize("change", [None, 0, 3])
+def test_what_several_processes_have_read_is_compared(change):
+  first = jax.devices()[0].id
+  alone = jax.device_put(np.ones(3, np.float32), jax.devices()[0])
+  params = {"a": replicated(change), "b": replicated(None).astype(jax.numpy.bfloat16), "c": alone}
+  said = [(f"h{i}", checksums(params, i, lambda device: (device.id - first) // 2)) for i in range(2)]
+  # What one process alone holds is nobody else's.
+  assert list(said[0][1]) == ["a[0:2, :, :]", "a[2:4, :, :]", "b[0:2, :, :]", "b[2:4, :, :]"]
+  line = replicas_difference(said, "my/model")
+  if change is None:
+    assert line is None
+  else:
+    half = "a[0:2, :, :]" if change == 0 else "a[2:4, :, :]"
+    assert line is not None and f"the checksum of {half} is " in line and "more differ" not in line
+    assert "on h0 (process 0), " in line and " on h1 (process 1); give all hosts" in line
 
 
 def ended(job):

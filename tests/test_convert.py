@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from internvl_jax import convert, signals
+from internvl_jax.hf import config as layouts
 from toy import ASSETS, CURVE
 
 INIT = CURVE / "init"
@@ -65,6 +67,17 @@ def test_another_model_is_told_apart(converted, tmp_path):
   save_file(tensors, tmp_path / "model.safetensors")
   done = run("verify", "--model", converted, "--against", tmp_path)
   assert done.returncode == 1 and "largest difference" in done.stdout
+
+
+def test_what_is_told_when_it_is_stopped(tmp_path, monkeypatch):
+  """Its folder is not written to again, so before the same command that has to go."""
+  monkeypatch.setattr(signals._watch, "last_line", signals._watch.last_line)
+  assert signals._watch.last_line == "Stopped; the same command starts again"
+  monkeypatch.setattr(convert.export, "save_model", lambda *args, remedy, **more: told.append(remedy))
+  told, dst = [], tmp_path / "new"
+  convert.convert(str(INIT), dst, layouts.layout_named("hf"), lora="merge")
+  anew = f"remove {dst}, which is not complete, and start the same command again"
+  assert signals._watch.last_line == f"Stopped; {anew}" and told == [f"make room, {anew}"]
 
 
 def test_mistakes(converted, tmp_path):

@@ -1,9 +1,11 @@
 """Processes find each other in the environment of every launcher, and end together."""
 
+import concurrent.futures
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -18,6 +20,57 @@ from internvl_jax.parallel.distributed import StopSignal, joined
 from internvl_jax.parallel.launchers import Place, find_place
 from internvl_jax.parallel.mesh import data_parts, make_mesh
 from toy import CURVE, REPOSITORY
+
+
+class Store:
+  """Stands for the coordinator's: what threads have put there, and where they have met."""
+
+  def __init__(self, count):
+    self.values, self.me = {}, threading.local()
+    self._barrier = threading.Barrier(count, timeout=30)
+
+  def wait_at_barrier(self, name, timeout):
+    self._barrier.wait()
+
+  def key_value_set_bytes(self, key, value):
+    assert key not in self.values and value and len(value) <= distributed._PIECE_BYTES
+    self.values[key] = value
+
+  def blocking_key_value_get_bytes(self, key, timeout):
+    return self.values[key]
+
+  def key_value_dir_get_bytes(self, folder):
+    return [(key, value) for key, value in self.values.items() if key.startswith(f"{folder}/")]
+
+  def key_value_delete(self, folder):
+    for key in [key for key in self.values if key.startswith(f"{folder}/")]:
+      del self.values[key]
+
+  def __next__(self):
+    self.me.calls += 1
+    return self.me.calls - 1
+
+
+def test_bytes_of_any_length_are_gathered_in_pieces(monkeypatch):
+  store = Store(3)
+  monkeypatch.setattr(distributed, "key_value_store", lambda: store)
+  monkeypatch.setattr(distributed, "_gathers", store)
+  monkeypatch.setattr(distributed, "_HEAD_BYTES", 4)
+  monkeypatch.setattr(distributed, "_PIECE_BYTES", 9)
+  monkeypatch.setattr(jax, "process_count", lambda: 3)
+  monkeypatch.setattr(jax, "process_index", lambda: store.me.number)
+  lengths = [(0, 4, 5), (18, 1, 100), (0, 0, 0), (3, 9, 10)]
+  parts = [[bytes([97 + i]) * length for i, length in enumerate(each)] for each in lengths]
+
+  def process(number):
+    store.me.number, store.me.calls = number, 0
+    return [distributed.all_gather_bytes(each[number]) for each in parts]
+
+  with concurrent.futures.ThreadPoolExecutor(3) as pool:
+    assert list(pool.map(process, range(3))) == [parts] * 3
+  # What all have read is not kept.
+  assert {key.split("/")[0].rpartition(":")[2] for key in store.values} == {"3"}
+
 
 TORCHRUN = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "34229", "RANK": "5", "WORLD_SIZE": "8"}
 OPEN_MPI = {

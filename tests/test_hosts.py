@@ -30,9 +30,22 @@ def straight(world):
   return job.out
 
 
-def test_two_processes_stop_together_and_one_goes_on(world, straight):
-  job = Job(world, *SAVING, "training.save_steps=1000", out="two", processes=2, step_seconds=0.3)
+def test_two_processes_measure_half_stop_together_and_one_goes_on(world, straight, monkeypatch):
+  (headers := world / "headers").mkdir()
+  monkeypatch.setenv("HEADERS", str(headers))
+  monkeypatch.setenv(
+    "LONG_STEP_SECONDS", "0.1"
+  )  # So the next batch is ready, and not trained, where it stops.
+  caches = {i: (f"loader.cache_dir={world}/cache{i}",) for i in range(2)}
+  job = Job(world, *SAVING, "training.save_steps=1000", out="two", processes=2, step_seconds=0.3, only=caches)
   job.wait_for("step 3/24")
+  # Of 30 lines 22 have an image, which lie in eight blocks.
+  counts = [len((headers / str(i)).read_text()) for i in range(2)]
+  assert sum(counts) == 22 and min(counts) >= 10, counts
+  indexes = [next((world / f"cache{i}").glob("*/sizes.npy")).parent for i in range(2)]
+  for name in ("sizes.npy", "blocks.npy"):
+    assert (indexes[0] / name).read_bytes() == (indexes[1] / name).read_bytes(), name
+  monkeypatch.delenv("HEADERS")
   start = time.monotonic()
   # One is told; both stop.
   job.processes[1].send_signal(signal.SIGTERM)

@@ -49,6 +49,9 @@ class Batches:
     self.taken += 1
     return self.taken - 1
 
+  def prefetch(self):
+    pass
+
   def get_state(self):
     return {"next_step": self.taken}
 
@@ -226,6 +229,61 @@ def finishes(order, finish):
       order.append("end")
 
   return watched
+
+
+class SlowBatches(Batches):
+  """Takes its time to put a batch together, once for each."""
+
+  def __init__(self, clock, seconds):
+    super().__init__()
+    self.clock, self.seconds, self.ready = clock, seconds, False
+
+  def prefetch(self):
+    self.clock.now += 0 if self.ready else self.seconds
+    self.ready = True
+
+  def __next__(self):
+    self.prefetch()
+    self.ready = False
+    return super().__next__()
+
+
+class TimedSteps(Steps):
+  """Devices that take 10 seconds for a step, one after another."""
+
+  def __init__(self, clock):
+    super().__init__()
+    self.clock, self.free, self.handed = clock, 0.0, []
+
+  def __call__(self, *args):
+    self.handed.append(self.clock.now)
+    self.free = max(self.clock.now, self.free) + 10
+    state, metrics = super().__call__(*args)
+    return state, (metrics, self.free)
+
+
+@pytest.mark.parametrize(("seconds", "whole", "data"), [(8, 10, 0), (13, 13, 3)])
+def test_the_next_batch_is_put_together_while_a_long_step_runs(tmp_path, monkeypatch, seconds, whole, data):
+  clock = SimpleNamespace(now=0.0)
+  monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+  monkeypatch.setattr(loop, "_read", lambda result: result)
+  finish = Trainer._finish_step
+
+  def waits(self):
+    if (flight := self._in_flight) is not None:
+      clock.now = max(clock.now, flight.result.result()[1])
+    finish(self)
+
+  monkeypatch.setattr(Trainer, "_finish_step", waits)
+  loader, steps = SlowBatches(clock, seconds), TimedSteps(clock)
+  history, saved = run(tmp_path, loader=loader, steps=steps, stop_at=5, save_strategy="no")
+  # Of the first two steps the second one is handed over ahead, since the first one was not timed yet.
+  assert np.diff(steps.handed)[2:].tolist() == [whole] * 2
+  entry = history[1]
+  assert (entry["step"], entry["data_seconds_per_step"]) == (4, pytest.approx(data))
+  # The batch that is ready is not trained: the checkpoint names it as the next one.
+  assert saved[5][0] == {"next_step": 5} and loader.taken == 5 and loader.ready
+  assert clock.now == pytest.approx(steps.handed[-1] + max(10, seconds))
 
 
 def test_every_entry_tells_how_fast_it_goes(tmp_path):

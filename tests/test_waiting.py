@@ -14,7 +14,7 @@ from internvl_jax.data.errors import DataError, Typed, Where
 from internvl_jax.data.images import open_image
 from internvl_jax.metrics import StepTimes
 from internvl_jax.step import StepMetrics
-from internvl_jax.trainer import Unmoved
+from internvl_jax.trainer import Unmoved, idle_on_text
 from toy import CURVE, REPOSITORY
 
 
@@ -47,6 +47,11 @@ def test_what_trains_and_gets_no_gradient_is_told_once():
   on_text = [unmoved.add(metrics(image_tokens=0)) for _ in range(4)]
   assert on_text[2].startswith("3 steps in a row had no image, and mlp1 learn") and not any(on_text[:2])
   assert not any(Unmoved({"language_model"}, 3).add(metrics(image_tokens=0)) for _ in range(4))
+
+  at_once = idle_on_text({"mlp1.fc1.kernel", "language_model.head"}, lambda: False)
+  assert at_once == on_text[2].replace("3 steps in a row had", "the data have")
+  assert idle_on_text({"mlp1.fc1.kernel"}, lambda: True) is None
+  assert idle_on_text({"language_model.head"}, pytest.fail) is None
 
   now_and_then = Unmoved({"mlp1"}, 3)
   assert not any(now_and_then.add(metrics(step % 3, 4 * (step % 2))) for step in range(12))

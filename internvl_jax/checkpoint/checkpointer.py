@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from internvl_jax import digests
-from internvl_jax.checkpoint.folders import METADATA, class_of_folders, commit_whole, opened
+from internvl_jax.checkpoint.folders import METADATA, class_of_folders, opened, settle
 from internvl_jax.checkpoint.manager import (
   Manager,
   NewestAndOne,
@@ -70,8 +70,8 @@ class Checkpointer:
       # Otherwise it reads files of all checkpoints at once, before anything tells whether they are damaged.
       lightweight_initialize=True,
       enable_async_checkpointing=True,
-      # What a killed run left half-written takes room, and is never read.
-      cleanup_tmp_directories=True,
+      # What a killed run left half-written takes room, and is never read. In a bucket, `settle` has seen to it.
+      cleanup_tmp_directories=not isinstance(self.folder, BucketPath),
       create=False,
       # Hosts may see a shared folder's newest entries at different times; one of them looks for all.
       single_host_load_and_broadcast=several,
@@ -85,7 +85,7 @@ class Checkpointer:
       "trainer": ocp.JsonCheckpointHandler(),
     }
     if isinstance(self.folder, BucketPath) and distributed.is_first():
-      commit_whole(self.folder)
+      settle(self.folder)
     self._manager = Manager(opened(self.folder), options=options, item_handlers=handlers)
     self._steps, complete = self._listed()
     self._manager.forget(set(self._manager.all_steps()) - set(complete))

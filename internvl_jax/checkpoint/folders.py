@@ -21,7 +21,7 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 from internvl_jax import digests
 from internvl_jax.outputs import COMMIT_FILE, checkpoint_steps, is_complete
 from internvl_jax.storage import remote
-from internvl_jax.storage.paths import AnyPath, BucketPath
+from internvl_jax.storage.paths import AnyPath, BucketPath, remove_tree
 
 METADATA = "_CHECKPOINT_METADATA"
 """Orbax's file of what a checkpoint is."""
@@ -85,18 +85,24 @@ def _write_object_digests(folder: BucketPath) -> None:
   digests.write(folder, digests.of_objects(folder))
 
 
-def commit_whole(folder: BucketPath) -> None:
-  """Says of checkpoints in a bucket that they are complete, where digests say so and nothing else does.
+def settle(folder: BucketPath) -> None:
+  """Completes or deletes the checkpoints of a bucket that lack their last object.
 
-  Such come from a disk, or a run was killed between the two objects. What Orbax does not know as complete, it deletes.
+  Complete are those that are whole by their digests: such come from a disk, or a run was killed between the two objects.
+  What else a killed run has left takes room, and is never read.
   """
   for step in checkpoint_steps(str(folder.parent)):
     found = folder / str(step)
-    if not is_complete(found) and (found / digests.FILE).exists() and not digests.find_damage(found):
-      logging.info("%s: is whole by its digests, and gets the %s that it lacks", found, COMMIT_FILE)
-      for part in [*(path for path in found.iterdir() if path.is_dir()), found]:
-        if not is_complete(part):
-          (part / COMMIT_FILE).write_text("")
+    if is_complete(found):
+      continue
+    if not (found / digests.FILE).exists() or digests.find_damage(found):
+      logging.info("%s: was not written to its end, and is deleted", found)
+      remove_tree(found)
+      continue
+    logging.info("%s: is whole by its digests, and gets the %s that it lacks", found, COMMIT_FILE)
+    for part in [*(path for path in found.iterdir() if path.is_dir()), found]:
+      if not is_complete(part):
+        (part / COMMIT_FILE).write_text("")
 
 
 def _write_digests(folder: Path) -> None:

@@ -19,6 +19,12 @@ class DataError(UserError):
     super().__init__(_LONG_WORD.sub(r"\1...\2", line))  # and then without the secrets of URLs
 
 
+class SharedDataError(DataError):
+  """What befell one process of a run that the others wait for: all of them raise it, in the same words."""
+
+  everywhere = True
+
+
 class OverLengthError(DataError):
   """A sample is longer than it may be, and cannot or must not be shortened."""
 

@@ -12,11 +12,13 @@ from internvl_jax.arguments import DataTrainingArguments
 from internvl_jax.data import files, images, sizes, video
 from internvl_jax.data.errors import DataError, Where
 from internvl_jax.data.fitting import Limits, Policy
+from internvl_jax.data.hosts import ALONE, Hosts
 from internvl_jax.data.jsonl import JsonlFile
 from internvl_jax.data.meta import DatasetSpec, read_meta
 from internvl_jax.data.pieces import Pieces, index_pieces, over_long
 from internvl_jax.data.pool import TilePool
 from internvl_jax.data.sample import Sample, SampleMaker, max_grid_tiles
+from internvl_jax.data.shared_sizes import index_sizes
 from internvl_jax.data.templates import Template
 from internvl_jax.data.tokenize import ChatTokenizer
 
@@ -93,14 +95,15 @@ class Dataset:
       pool=pool,
     )
 
-  def index(self, cache: str | os.PathLike[str], *, workers: int, quiet: bool) -> None:
+  def index(self, cache: str | os.PathLike[str], *, workers: int, quiet: bool, hosts: Hosts = ALONE) -> None:
     """Finds out how long every sample is, as far as the cache does not know it; see `Mixture.index_sizes`."""
     with _bar(len(self.file), f"sizes of {self.spec.name}", quiet) as bar:
-      self._sizes = sizes.index_sizes(
+      self._sizes = index_sizes(
         self.file,
         self._measure,
         self.key(),
         cache,
+        hosts,
         workers=workers,
         progress=bar.update,
         # Looking at files on another machine would cost every start a request each.
@@ -115,6 +118,7 @@ class Dataset:
         self._pieces_of,
         workers=workers,
         progress=bar.update,
+        hosts=hosts,
       )
     used = self._pieces.lines < self.lines
     further = np.maximum(self._pieces.counts - 1, 0) * used
@@ -182,6 +186,12 @@ class Dataset:
         if self.maker.has_video(self.file.read(line), self.file.where(line)):
           return self.file.where(line)
     return None
+
+  def has_images(self) -> bool:
+    """Whether a line in use has an image or a video, or looks so where sizes are not indexed: no line is parsed."""
+    if self._sizes is not None:
+      return bool((self.records["tiles"] > 0).any())
+    return any(line < self.lines for text in (b'"image', b'"video') for line in self.file.containing(text))
 
   def key(self) -> dict[str, Any]:
     """Returns all that sizes depend on beside the lines, as JSON values."""
@@ -322,7 +332,9 @@ class Mixture:
     dataset, sample = self._locate(index)
     return dataset.make(sample, np.random.default_rng((self.seed, epoch, index)), index, pool)
 
-  def index_sizes(self, cache: str | os.PathLike[str], *, workers: int, quiet: bool) -> None:
+  def index_sizes(
+    self, cache: str | os.PathLike[str], *, workers: int, quiet: bool, hosts: Hosts = ALONE
+  ) -> None:
     """Measures all samples, as far as the cache does not know their sizes; `size_of` then tells them.
 
     In packed rows this decides which samples are split, and so how many there are.
@@ -331,9 +343,10 @@ class Mixture:
       cache: folder of the index.
       workers: processes that measure.
       quiet: show no progress.
+      hosts: the processes that call this at the same time; each measures a part.
     """
     for dataset in self.datasets:
-      dataset.index(cache, workers=workers, quiet=quiet)
+      dataset.index(cache, workers=workers, quiet=quiet, hosts=hosts)
     self._count()
 
   def size_of(self, indices: np.ndarray) -> np.ndarray:

@@ -4,12 +4,14 @@ Only lines that exceed the limits are laid out again, so that a change of data.m
 over all data.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import pathlib
+import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ import numpy as np
 from internvl_jax.data.cache import cache_errors_named, locked, whole_file
 from internvl_jax.data.errors import DataError, OverLengthError, UnsupervisedError
 from internvl_jax.data.fitting import Limits
+from internvl_jax.data.hosts import ALONE, Hosts, packed, unpacked
 from internvl_jax.data.jsonl import JsonlFile
 from internvl_jax.data.sizes import Sizes
 from internvl_jax.data.workers import map_items
@@ -77,6 +80,7 @@ def index_pieces(
   *,
   workers: int,
   progress: Callable[[int], Any] = lambda lines: None,
+  hosts: Hosts = ALONE,
 ) -> Pieces:
   """Returns the pieces of a file's over-long lines: those that were kept for these limits, or found anew.
 
@@ -87,32 +91,72 @@ def index_pieces(
     pieces_of: lays a line out.
     workers: processes that do so.
     progress: told how many lines are done, as they are.
+    hosts: the processes that call this at the same time; each lays a part of the lines out.
   """
   lines = np.flatnonzero(over_long(sizes.records, limits))
   path = sizes.folder / f"pieces-{_key(sizes, lines, limits)}.npz"
-  with locked(sizes.folder):
-    if path.exists():
+  groups = [lines[i : i + _GROUP] for i in range(0, len(lines), _GROUP)]
+  with contextlib.ExitStack() as stack:
+    shares = hosts.count > 1
+    if not shares:  # Nobody waits for others with a lock in hand.
+      stack.enter_context(locked(sizes.folder))
+    kept = _kept(path)
+    if shares:
+      said = set(hosts.together(f"{path.stem[-16:]} {kept is not None}".encode))
+      shares = len({part.split()[0] for part in said}) == 1
+      # Where one lacks them, all of them lay out.
+      kept = kept if len(said) == 1 or not shares else None
+    if kept is not None:
       progress(len(lines))
-      return _load(path)
-    groups = [lines[i : i + _GROUP] for i in range(0, len(lines), _GROUP)]
-    found: dict[int, Sequence[tuple[int, int]]] = {}
-    lost: dict[int, tuple[int, str]] = {}
-    for group, (laid_out, left_out) in map_items(_LayOut(file, pieces_of), groups, workers):
-      found |= laid_out
-      lost |= left_out
-      progress(len(group))
-    every = [size for line in lines.tolist() for size in found.get(line, ())]
-    pieces = Pieces(
-      lines=lines,
-      counts=np.array([len(found.get(line, ())) for line in lines.tolist()], np.int64),
-      losses=np.array([lost.get(line, (UNREADABLE,))[0] for line in lines.tolist()], np.int64),
-      sizes=np.array(every, np.int64).reshape(-1, 2),
-      errors={line: message for line, (_, message) in lost.items()},
-    )
+      return kept
+    lay_out = _LayOut(file, pieces_of)
+    found, lost = _laid_out(lay_out, groups, workers, progress, hosts if shares else ALONE)
+    pieces = _pieces(lines, found, lost)
     # A file that could not be opened may be there the next time.
     if all(why != UNREADABLE for why, _ in lost.values()):
       _save(path, pieces)
   return pieces
+
+
+_Found = dict[int, Sequence[tuple[int, int]]]
+_Lost = dict[int, tuple[int, str]]
+
+
+def _laid_out(
+  lay_out: "_LayOut", groups: Sequence[np.ndarray], workers: int, progress: Callable[[int], Any], hosts: Hosts
+) -> tuple[_Found, _Lost]:
+  """Lays groups of lines out, each by one host: the pieces of lines, and why those are lost that are."""
+  found: _Found = {}
+  lost: _Lost = {}
+
+  def parts() -> Iterator[bytes]:
+    for group, (laid_out, left_out) in map_items(lay_out, groups[hosts.me :: hosts.count], workers):
+      found.update(laid_out)
+      lost.update(left_out)
+      progress(len(group))
+      if hosts.count > 1:
+        yield packed([[*laid_out.items()], [*left_out.items()]])
+
+  def take(theirs: Sequence[bytes]) -> None:
+    for part in theirs:
+      laid_out, left_out = unpacked(part)[0]
+      found.update(laid_out)
+      lost.update((line, tuple(loss)) for line, loss in left_out)
+      progress(len(laid_out) + len(left_out))
+
+  hosts.rounds(parts(), take)
+  return found, lost
+
+
+def _pieces(lines: np.ndarray, found: _Found, lost: _Lost) -> Pieces:
+  every = [size for line in lines.tolist() for size in found.get(line, ())]
+  return Pieces(
+    lines=lines,
+    counts=np.array([len(found.get(line, ())) for line in lines.tolist()], np.int64),
+    losses=np.array([lost.get(line, (UNREADABLE,))[0] for line in lines.tolist()], np.int64),
+    sizes=np.array(every, np.int64).reshape(-1, 2),
+    errors={line: message for line, (_, message) in lost.items()},
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +200,12 @@ def _save(path: pathlib.Path, pieces: Pieces) -> None:
     np.savez(file, errors=errors, **arrays)
 
 
-def _load(path: pathlib.Path) -> Pieces:
-  with np.load(path) as kept:
-    errors = json.loads(kept["errors"].tobytes())
-    arrays = {name: kept[name] for name in _ARRAYS}
-    return Pieces(**arrays, errors={int(line): message for line, message in errors.items()})
+def _kept(path: pathlib.Path) -> Pieces | None:
+  """The pieces that were kept; None if they are not there, or damaged."""
+  try:
+    with np.load(path) as kept:
+      errors = json.loads(kept["errors"].tobytes())
+      arrays = {name: kept[name] for name in _ARRAYS}
+      return Pieces(**arrays, errors={int(line): message for line, message in errors.items()})
+  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+    return None

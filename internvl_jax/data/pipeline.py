@@ -1,11 +1,12 @@
 """The loader: order -> rows -> workers that decode them -> padded batches, with counters and exact resume."""
 
+import contextlib
 import functools
 import hashlib
 import os
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tqdm
@@ -29,10 +30,10 @@ from internvl_jax.data.fingerprint import (
   shared_facts,
 )
 from internvl_jax.data.grouping import GroupedPlan
+from internvl_jax.data.hosts import ALONE, Hosts
 from internvl_jax.data.mixture import Mixture
-from internvl_jax.data.packing import PackSettings, look_ahead_of
 from internvl_jax.data.rows import PlannedRows, RowStream, packable
-from internvl_jax.data.settings import check_settings
+from internvl_jax.data.settings import check_settings, longest_row, pack_settings, row_name, tile_sizes
 from internvl_jax.data.tally import Tally
 from internvl_jax.data.tokenize import ChatTokenizer
 
@@ -44,6 +45,22 @@ _ADDED = ("preference", "share_prompts")
 _UNTAUGHT = 10
 # Steps of which the samples can still be told: devices are a step or two behind.
 _REMEMBERED = 8
+
+
+class _Ready(NamedTuple):
+  """A batch that was put together.
+
+  Attributes:
+    batch: this host's.
+    tally: what will be counted once it is handed out.
+    rows: its samples, of all hosts.
+    before: the state of the packed rows before it.
+  """
+
+  batch: SFTBatch | PreferenceBatch
+  tally: Tally
+  rows: list[plans.Places]
+  before: dict[str, Any] | None
 
 
 class TrainLoader:
@@ -76,7 +93,7 @@ class TrainLoader:
     tokens_per_tile: int,
     data_shards: int = 1,
     my_shards: range | None = None,
-    alone: bool = True,
+    hosts: Hosts = ALONE,
     all_sum: Callable[[np.ndarray], np.ndarray] = lambda counts: counts,
     state: dict[str, Any] | None = None,
     preference: bool = False,
@@ -93,7 +110,7 @@ class TrainLoader:
       tokens_per_tile: P, image tokens of one tile.
       data_shards: D, data-parallel devices of all hosts.
       my_shards: those whose rows this host feeds; None: all.
-      alone: whether no other host feeds shards, these or others.
+      hosts: the processes that make such a loader at the same time; each measures a part of the data for all.
       all_sum: adds an array over the hosts, each shard counted once. All hosts call it at the same time: in the
         first step, and in `counters` and `get_state`.
       state: of an earlier loader, to go on from; None: from the start.
@@ -120,7 +137,7 @@ class TrainLoader:
     self._image_token_id = tokenizer.image_token_id
     # Shapes are the same on all hosts only if they are known before anything is decoded.
     self._measured = (
-      data.use_packed_ds or training.group_by_length or len(my_shards) < data_shards or not alone
+      data.use_packed_ds or training.group_by_length or len(my_shards) < data_shards or hosts.count > 1
     )
     cache = loader.cache_dir or (default_cache() if self._measured else None)
     self._mixture = Mixture(
@@ -135,7 +152,7 @@ class TrainLoader:
     )
     if self._measured:
       assert cache is not None
-      self._mixture.index_sizes(cache, workers=os.cpu_count() or 1, quiet=training.disable_tqdm)
+      self._mixture.index_sizes(cache, workers=os.cpu_count() or 1, quiet=training.disable_tqdm, hosts=hosts)
     self._content, self._watched = content_of(self._mixture, cache), Watched(self._mixture)
     if state is not None:
       self._check_content(state)
@@ -144,9 +161,9 @@ class TrainLoader:
     self._packing, self._stream = None, None
     # A pair's answers stand in one row, each behind the prompt, which need not be one that they can share.
     longest_sample = data.max_seq_length * (2 if preference else 1)
-    self.rows_per_epoch, longest_row = self.num_samples, longest_sample
+    self.rows_per_epoch = self.num_samples
     if data.use_packed_ds:
-      self._packing, longest_row = pack_settings(data), _longest_row(data, longest_sample)
+      self._packing = pack_settings(data)
       assert cache is not None
       self._stream = RowStream(self._order, self._mixture.size_of, self._packing)
       self.rows_per_epoch = self._count_rows(pathlib.Path(cache))
@@ -157,15 +174,16 @@ class TrainLoader:
       else plans.total_steps(self.rows_per_epoch, training.num_train_epochs, self.global_batch)
     )
     self.sequence_sizes = batching.sequence_buckets(
-      longest_row, loader.sequence_buckets, _row_name(data, preference=preference)
+      longest_row(data, longest_sample), loader.sequence_buckets, row_name(data, preference=preference)
     )
-    self._tile_sizes = _tile_sizes(data, loader, training.per_device_train_batch_size)
+    self._tile_sizes = tile_sizes(data, loader, training.per_device_train_batch_size)
     self.next_step = 0
     self._tally = Tally(
       self._mixture.names, loader, hosts=data_shards // len(my_shards), epoch=self.num_samples
     )
     self._handed: dict[int, list[plans.Places]] = {}
     self._iterator: DecodedAhead | None = None
+    self._ready: _Ready | None = None
     self._closed, self._taught = False, False
     if state is not None:
       self._restore(state)
@@ -186,6 +204,27 @@ class TrainLoader:
       raise RuntimeError("the loader is closed")
     if self.next_step >= self.total_steps:
       raise StopIteration
+    ready, self._ready = self._ready or self._make_ready(), None
+    self._tally = ready.tally
+    self._handed = {**self._handed, self.next_step: ready.rows}
+    self._handed.pop(self.next_step - _REMEMBERED, None)
+    self.next_step += 1
+    return ready.batch
+
+  def prefetch(self) -> None:
+    """Puts the next batch together, for `__next__` to hand out; state and counters stay those before it.
+
+    It asks nothing of other hosts: a batch that needs them is left to `__next__`, and so is what goes wrong.
+    """
+    if self._ready is not None or not self._taught or self._closed or self.next_step >= self.total_steps:
+      return
+    try:
+      self._ready = self._make_ready()
+    except Exception as error:
+      logging.debug("The next batch cannot be put together: %s", error)
+
+  def _make_ready(self) -> _Ready:
+    """Decodes and assembles the next batch; after an error everything is as before."""
     if self._iterator is None:
       self._iterator = self._start()
     before = self._stream.get_state() if self._stream else None
@@ -194,17 +233,13 @@ class TrainLoader:
       tally = self._tally.copy()
       rows = self._take_rows(tally)
       self._count(micro_batches, tally)
+      return _Ready(self._assemble(micro_batches, self._room(rows)), tally, rows, before)
     except Exception:
       # Whoever goes on after the error must meet it again, not the batch after it.
       self._stop()
       if self._packing is not None:
         self._stream = RowStream(self._order, self._mixture.size_of, self._packing, before)
       raise
-    self._tally = tally
-    self._handed = {**self._handed, self.next_step: rows}
-    self._handed.pop(self.next_step - _REMEMBERED, None)
-    self.next_step += 1
-    return self._assemble(micro_batches, self._room(rows))
 
   def _assemble(
     self, micro_batches: list[batching.MicroBatch], at_least: tuple[int, int]
@@ -232,7 +267,9 @@ class TrainLoader:
     self._watched.tell()
     state = {"next_step": self.next_step, "counters": self.counters(), "plan": self._plan_fingerprint()}
     state["content"] = self._content
-    return state if self._stream is None else {**state, "rows": self._stream.get_state()}
+    if self._stream is None:
+      return state
+    return {**state, "rows": self._ready.before if self._ready else self._stream.get_state()}
 
   def counters(self) -> dict[str, dict[str, int]]:
     """Returns for each dataset what became of its samples in the batches handed out so far. See `all_sum`."""
@@ -263,6 +300,10 @@ class TrainLoader:
   def first_varying(self) -> Varying | None:
     """Returns the first dataset of which a sample may differ between epochs; None if none does."""
     return first_varying(self._mixture)
+
+  def has_images(self) -> bool:
+    """Returns whether any sample has an image or a video, as far as that can be told before it is read."""
+    return any(dataset.has_images() for dataset in self._mixture.datasets)
 
   def epoch_of(self, step: int) -> float:
     """Returns how many times the data have been seen after `step` optimizer steps."""
@@ -337,7 +378,7 @@ class TrainLoader:
     sizes = packable(self._mixture.size_of(order), self._packing)
     key = hashlib.sha256(repr((packing.ALGORITHM, self._packing)).encode() + sizes.tobytes()).hexdigest()[:16]
     path = cache / f"rows-{key}.txt"
-    if path.exists():
+    with contextlib.suppress(FileNotFoundError, ValueError):  # Not there, or damaged.
       return int(path.read_text(encoding="ascii"))
     with tqdm.tqdm(total=len(sizes), desc="rows", unit="sample", disable=self._training.disable_tqdm) as bar:
       rows = packing.count_rows(sizes, self._packing, progress=bar.update)
@@ -387,7 +428,7 @@ class TrainLoader:
       tally.add(micro)
     if tally.lost > self._tally.lost:
       tally.judge()
-      _log_losses(self._tally, tally)
+      tally.tell_losses(self._tally)
     if tally.untaught.bit_length() > self._tally.untaught.bit_length():
       logging.warning("Samples without a supervised token on this host: %s", tally.describe())
     if not self._taught:
@@ -455,44 +496,8 @@ def _lengths(mixture: Mixture, indices: np.ndarray) -> np.ndarray:
   return mixture.size_of(indices)[:, 0].clip(0)
 
 
-def _log_losses(before: Tally, now: Tally) -> None:
-  """Tells of losses whenever their number has doubled: each is counted, and a log should stay readable."""
-  if now.lost.bit_length() > before.lost.bit_length():
-    logging.warning("Lost samples on this host: %s. The first: %s", now.describe(), " | ".join(now.offenders))
-
-
 def _log_fill(stats: packing.PackStats) -> None:
   logging.info(
     "%d packed rows: %.1f %% of their tokens and %.1f %% of their tiles are filled, %.1f samples a row",
     *(stats.rows, 100 * stats.token_fill, 100 * stats.tile_fill, stats.samples_per_row),
   )
-
-
-def pack_settings(data: DataTrainingArguments) -> PackSettings:
-  """Returns the budgets of packed rows."""
-  return PackSettings(
-    max_tokens=data.max_packed_tokens,
-    max_tiles=data.num_images_expected,
-    look_ahead=look_ahead_of(data.max_buffer_size),
-    allow_overflow=data.allow_overflow,
-    over_long="drop",
-  )
-
-
-def _longest_row(data: DataTrainingArguments, longest_sample: int) -> int:
-  """Returns the most tokens of a packed row: with `allow_overflow` its last sample may lie across the border."""
-  return data.max_packed_tokens + (longest_sample if data.allow_overflow else 0)
-
-
-def _row_name(data: DataTrainingArguments, *, preference: bool) -> str:
-  """Returns what the longest row is named after."""
-  if data.use_packed_ds:
-    return "data.max_packed_tokens" + (" and a sample beyond it" if data.allow_overflow else "")
-  return "twice data.max_seq_length, for the two answers of a pair" if preference else "data.max_seq_length"
-
-
-def _tile_sizes(data: DataTrainingArguments, loader: LoaderConfig, rows: int) -> tuple[int, ...]:
-  """Returns the sizes of a shard's pool of tiles: the full budget of its rows alone in strict mode."""
-  if data.use_packed_ds and data.strict_mode:
-    return (data.num_images_expected * rows,)
-  return loader.tile_buckets

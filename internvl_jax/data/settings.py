@@ -1,10 +1,11 @@
-"""Settings of the loader that cannot work, refused before anything is read."""
+"""Settings of the loader: what cannot work is refused before anything is read, and what rows and pools they allow."""
 
 import typing
 
-from internvl_jax.arguments import LoaderConfig, TrainingArguments
+from internvl_jax.arguments import DataTrainingArguments, LoaderConfig, TrainingArguments
 from internvl_jax.data.errors import DataError
 from internvl_jax.data.fitting import Policy
+from internvl_jax.data.packing import PackSettings, look_ahead_of
 
 
 def check_settings(
@@ -54,3 +55,35 @@ def check_settings(
     raise DataError(
       f"this host's shards {my_shards} are not an equal part of {data_shards}; give every host as many"
     )
+
+
+def pack_settings(data: DataTrainingArguments) -> PackSettings:
+  """Returns the budgets of packed rows."""
+  return PackSettings(
+    max_tokens=data.max_packed_tokens,
+    max_tiles=data.num_images_expected,
+    look_ahead=look_ahead_of(data.max_buffer_size),
+    allow_overflow=data.allow_overflow,
+    over_long="drop",
+  )
+
+
+def longest_row(data: DataTrainingArguments, longest_sample: int) -> int:
+  """Returns the most tokens of a row: of a packed one with `allow_overflow` the last sample may lie across the border."""
+  if not data.use_packed_ds:
+    return longest_sample
+  return data.max_packed_tokens + (longest_sample if data.allow_overflow else 0)
+
+
+def row_name(data: DataTrainingArguments, *, preference: bool) -> str:
+  """Returns what the longest row is named after."""
+  if data.use_packed_ds:
+    return "data.max_packed_tokens" + (" and a sample beyond it" if data.allow_overflow else "")
+  return "twice data.max_seq_length, for the two answers of a pair" if preference else "data.max_seq_length"
+
+
+def tile_sizes(data: DataTrainingArguments, loader: LoaderConfig, rows: int) -> tuple[int, ...]:
+  """Returns the sizes of a shard's pool of tiles: the full budget of its rows alone in strict mode."""
+  if data.use_packed_ds and data.strict_mode:
+    return (data.num_images_expected * rows,)
+  return loader.tile_buckets

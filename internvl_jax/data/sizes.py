@@ -8,6 +8,7 @@ folder of the cache, one for each annotation file, tokenizer and setting that th
                           blocks.npy   checksums of every block: of the lines' bytes, 0 where not yet measured, and
                                        of the records
                           pieces-<hash>.npz  what is left of the longest under some limits (see `pieces`)
+                          hosts/       while several hosts build it together (see `shared_sizes`): who has this folder
 
 A block whose bytes are as they were keeps its sizes, so that an annotation file which grew, or of which a line was
 mended, is measured in part, and an interrupted build goes on. Lines that could not be read are tried again each time.
@@ -26,7 +27,7 @@ import os
 import pathlib
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -105,15 +106,15 @@ def index_sizes(
     probes: lines that are measured again although they are known. They are the same ones each time, so that all hosts
       come to the same sizes.
   """
-  folder = _folder(file, key, pathlib.Path(cache))
+  folder = index_folder(file, key, pathlib.Path(cache))
   with contextlib.ExitStack() as stack:
     with cache_errors_named(cache):
       folder.mkdir(parents=True, exist_ok=True)
       stack.enter_context(locked(folder))
-      index = _Index(folder, file, key)
+      index = Index(folder, file, key)
       missing = index.missing()
-    lines = _MeasureLines(file, measure)
-    if (line := _first_other(lines, index, missing, probes)) is not None:
+    lines = MeasureLines(file, measure)
+    if (line := first_other(lines, index, missing, probes)) is not None:
       logging.info(
         "%s: files were replaced since they were measured; all are measured again", file.where(line)
       )
@@ -134,7 +135,7 @@ def index_sizes(
       return index.sizes()
 
 
-def _first_other(lines: "_MeasureLines", index: "_Index", missing: list[int], probes: int) -> int | None:
+def first_other(lines: "MeasureLines", index: "Index", missing: list[int], probes: int) -> int | None:
   """Returns the first of a few lines that were measured and now have another size; None if there is none."""
   known = index.with_files(missing)
   for line in known[np.linspace(0, len(known) - 1, min(probes, len(known))).astype(np.int64)].tolist():
@@ -144,20 +145,31 @@ def _first_other(lines: "_MeasureLines", index: "_Index", missing: list[int], pr
   return None
 
 
-def _folder(file: JsonlFile, key: Mapping[str, Any], cache: pathlib.Path) -> pathlib.Path:
+def index_folder(file: JsonlFile, key: Mapping[str, Any], cache: pathlib.Path) -> pathlib.Path:
+  """Where the index of a file is kept."""
   text = json.dumps([files.identity(file.path), key], sort_keys=True)
   name = re.sub(r"\W+", "_", pathlib.Path(files.name(file.path)).stem)[:40]
   return cache / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-class _Index:
+class Index:
   """The files of one index."""
 
-  def __init__(self, folder: pathlib.Path, file: JsonlFile, key: Mapping[str, Any]):
-    self._folder, self._file, self._key = folder, file, key
-    self._records = _grown(folder / _RECORDS, SIZE, len(file))
-    self._marks = _grown(folder / "blocks.npy", _MARK, -(-len(file) // BLOCK))
+  def __init__(self, folder: pathlib.Path, file: JsonlFile, key: Mapping[str, Any], *, writes: bool = True):
+    """Opens it, or begins it.
+
+    Args:
+      folder: where it is.
+      file: the annotation file.
+      key: see `index_sizes`.
+      writes: what is stored goes to disk; else it stays in this process.
+    """
+    self._folder, self._file, self._key, self._writes = folder, file, key, writes
+    opened = _grown if writes else _copied
+    self._records = opened(folder / _RECORDS, SIZE, len(file))
+    self._marks = opened(folder / "blocks.npy", _MARK, -(-len(file) // BLOCK))
     self._errors: dict[int, str] = {}
+    self._lines: dict[int, int] = {}
 
   def missing(self) -> list[int]:
     """Blocks that are not measured, or of which the lines or the records have changed."""
@@ -167,18 +179,47 @@ class _Index:
       stale |= self._marks["lines"] != self._sums(self._file.checksum)
     return np.flatnonzero(stale).tolist()
 
+  def for_writing(self) -> "Index":
+    """The same index, of which what is stored from now on goes to disk."""
+    index = Index(self._folder, self._file, self._key)
+    index._lines = self._lines
+    return index
+
+  def count_lines(self, blocks: Iterable[int]) -> int:
+    """Lines of some blocks."""
+    return sum(map(self.length, blocks))
+
   def length(self, block: int) -> int:
     """Lines of a block."""
     return min(BLOCK, len(self._file) - block * BLOCK)
 
   def store(self, block: int, records: np.ndarray, errors: Mapping[int, str]) -> None:
     """Keeps what was measured of a block."""
-    first = block * BLOCK
+    self.store_all([(block, records)], errors)
+
+  def store_all(self, blocks: Iterable[tuple[int, np.ndarray]], errors: Mapping[int, str]) -> None:
+    """Keeps what was measured of several blocks, and writes it to disk at once."""
     self._errors |= errors
-    self._records[first : first + len(records)] = records
-    self._records.flush()
-    # Marked last: a build that is stopped here measures the block again.
-    self._mark(block)
+    blocks = list(blocks)
+    for block, records in blocks:
+      self._records[block * BLOCK : block * BLOCK + len(records)] = records
+    self._flush(self._records)
+    # Marked last: a build that is stopped here measures the blocks again.
+    for block, _ in blocks:
+      self._mark(block)
+    self._flush(self._marks)
+
+  def records_of(self, block: int) -> np.ndarray:
+    """What is known of a block's lines."""
+    return self._records[block * BLOCK : block * BLOCK + self.length(block)]
+
+  def marks(self, missing: list[int]) -> np.ndarray:
+    """Checksums uint32 [2, blocks], of the lines as they are and of what is known of them; 0 where blocks are missing."""
+    marks = np.stack([self._marks["lines"], np.maximum(self._marks["records"], 1)])
+    marks[1, missing] = 0
+    for block in missing:
+      marks[0, block] = self._lines_of(block)
+    return marks
 
   def unreadable(self, missing: list[int]) -> list[int]:
     """Lines that were measured and could not be read, outside of blocks that are missing."""
@@ -209,8 +250,9 @@ class _Index:
       self._errors[line] = error
     else:
       self._records[line] = record
-      self._records.flush()
+      self._flush(self._records)
       self._mark(line // BLOCK)
+      self._flush(self._marks)
 
   def finish(self) -> None:
     """Notes that all blocks are measured for the annotation file as it is."""
@@ -222,18 +264,37 @@ class _Index:
     """All sizes, read-only."""
     records = np.load(self._folder / _RECORDS, mmap_mode="r")
     if np.flatnonzero(records["tokens"] == 0).tolist() != sorted(self._errors):
-      raise DataError(
-        f"{self._folder}: another process wrote these sizes at the same time, because the file system has no locks; "
-        "start the run again, or set loader.cache_dir to a folder of this host"
-      )
+      raise self.written_by_others()
     return Sizes(self._folder, records, self._errors)
+
+  def written_by_others(self) -> DataError:
+    """The error of files that do not hold what this process has put there."""
+    return DataError(
+      f"{self._folder}: another process wrote these sizes at the same time, because the file system has no locks; "
+      "start the run again, or set loader.cache_dir to a folder of this host"
+    )
+
+  def is_written(self) -> bool:
+    """Whether the files hold what this process knows, whoever wrote them."""
+    records = np.load(self._folder / _RECORDS, mmap_mode="r")
+    sums = self._sums(lambda start, stop: zlib.crc32(records[start:stop]))
+    return records.shape == self._records.shape and bool((sums == self._marks["records"]).all())
 
   def _mark(self, block: int) -> None:
     self._file.check_unchanged()  # or else what was measured may not be what is summed up here
     first = block * BLOCK
-    stop = first + self.length(block)
-    self._marks[block] = self._file.checksum(first, stop), self._sum_records(first, stop)
-    self._marks.flush()
+    self._marks[block] = self._lines_of(block), self._sum_records(first, first + self.length(block))
+
+  def _lines_of(self, block: int) -> int:
+    """The checksum of a block's lines, which are those of the file as it was opened."""
+    if block not in self._lines:
+      self._lines[block] = self._file.checksum(block * BLOCK, block * BLOCK + self.length(block))
+    return self._lines[block]
+
+  def _flush(self, array: np.ndarray) -> None:
+    if self._writes:
+      assert isinstance(array, np.memmap)
+      array.flush()
 
   def _sum_records(self, start: int, stop: int) -> int:
     return zlib.crc32(self._records[start:stop])
@@ -250,10 +311,13 @@ class _Index:
       return None
 
 
-def _grown(path: pathlib.Path, dtype: np.dtype, length: int) -> Any:
-  """An array on disk of that length, with what it held before at its start, and else zeros."""
+def _copied(path: pathlib.Path, dtype: np.dtype, length: int, *, mode: Any = "c") -> Any:
+  """An array of that length with what one on disk holds at its start, and else zeros.
+
+  It is mapped into memory where it is of that length: with mode "c" changes stay in this process.
+  """
   try:
-    old = np.load(path, mmap_mode="r+")
+    old = np.load(path, mmap_mode=mode)
     if old.dtype == dtype and old.shape == (length,):
       return old
   except Exception:  # not there, or whatever numpy makes of a damaged header
@@ -261,6 +325,14 @@ def _grown(path: pathlib.Path, dtype: np.dtype, length: int) -> Any:
   new = np.zeros(length, dtype)
   if old.dtype == dtype and old.ndim == 1:
     new[: len(old)] = old[:length]
+  return new
+
+
+def _grown(path: pathlib.Path, dtype: np.dtype, length: int) -> Any:
+  """An array on disk of that length, with what it held before at its start, and else zeros."""
+  new = _copied(path, dtype, length, mode="r+")
+  if isinstance(new, np.memmap):
+    return new
   # Written, not only mapped into memory: on a full disk that would kill the process when it is first used.
   with whole_file(path) as file:
     np.save(file, new)
@@ -268,7 +340,7 @@ def _grown(path: pathlib.Path, dtype: np.dtype, length: int) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class _MeasureLines:
+class MeasureLines:
   """Measures the lines of a block."""
 
   file: JsonlFile

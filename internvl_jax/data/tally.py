@@ -61,6 +61,13 @@ class Tally:
     """Returns one line of what this host knows of."""
     return describe_counters(self.named(self.read))
 
+  def tell_losses(self, before: "Tally") -> None:
+    """Logs what is lost whenever its number has doubled: each is counted, and a log should stay readable."""
+    if self.lost.bit_length() > before.lost.bit_length():
+      logging.warning(
+        "Lost samples on this host: %s. The first: %s", self.describe(), " | ".join(self.offenders)
+      )
+
   def copy(self) -> "Tally":
     """Returns a tally that counts on its own."""
     other = copy.copy(self)

@@ -59,6 +59,7 @@ def save_model(
   eos_token_id: int | list[int] | None = None,
   settings: Mapping[str, Any] | None = None,
   code: Path | None = None,
+  remedy: str = "make room and start the same command again",
   writes: bool = True,
 ) -> None:
   """Writes a model that stands alone.
@@ -78,6 +79,7 @@ def save_model(
     eos_token_id: id that ends an answer; None keeps the source's.
     settings: entries of config.json that the run fixed, beside those of the model.
     code: a folder with the Python files of the internvl layout; None: the source's, if it has some.
+    remedy: what to do where the disk is full.
     writes: False for a process that only helps another one to read `params`, whose shards lie on several hosts.
 
   Raises:
@@ -108,7 +110,7 @@ def save_model(
     collections.deque(tensors, maxlen=0)
     return
   sizes = saving.tensor_bytes(params, table, np.dtype(dtype))
-  with explained(target, "the model", lambda: "make room and start the same command again"):
+  with explained(target, "the model", lambda: remedy):
     saving.save(target, tensors, files_in_all=saving.count_files(sizes))
     with filled(target) as folder:
       write_json(folder / "config.json", config)

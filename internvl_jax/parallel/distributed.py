@@ -6,6 +6,7 @@ A process that is alone (`launchers.find_place`) joins nobody: it opens no port 
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import re
 import signal
@@ -61,7 +62,7 @@ def joined(setting: str, report: Callable[[BaseException], None]) -> Iterator[No
     if jax.process_count() == 1 or (isinstance(error, SystemExit) and not error.code):
       raise
     report(_lost_peer(error) or error)
-    if isinstance(error, DisagreementError):
+    if isinstance(error, UserError) and error.everywhere:
       _wait_until_told()
     logging.error("Process %d of %d ends; the others follow", jax.process_index(), jax.process_count())
     _leave(1)
@@ -70,11 +71,13 @@ def joined(setting: str, report: Callable[[BaseException], None]) -> Iterator[No
 class DisagreementError(UserError):
   """Processes of a run have what must be equal, and differs: all of them raise it, in the same words."""
 
+  everywhere = True
+
 
 def _wait_until_told() -> None:
   """Lets all processes say why they end: once one has ended, JAX ends the others without a word of ours."""
   with contextlib.suppress(UserError):
-    barrier("the difference is told", seconds=_TOLD_SECONDS)
+    barrier("the error is told", seconds=_TOLD_SECONDS)
 
 
 def _lost_peer(error: BaseException) -> UserError | None:
@@ -253,6 +256,67 @@ def exchanged(name: str, text: str, *, seconds: int) -> list[str]:
     store.blocking_key_value_get(f"{key}{process}", seconds * 1000) for process in range(jax.process_count())
   ]
   return [text.removeprefix("=") for text in texts]
+
+
+def all_gather_bytes(data: bytes) -> list[bytes]:
+  """All-gathers bytes of any length, in the order of the processes, which all make the same calls in the same order.
+
+  By messages through the coordinator (1 MB takes 0.07 s), not over the devices, where nobody waits for long: here some may
+  come hours after others.
+
+  Raises:
+    UserError: not all of them came within a day. One that dies ends the others much sooner.
+  """
+  if jax.process_count() == 1:
+    return [data]
+  number, store = next(_gathers), key_value_store()
+  key, me = f"internvl_jax:gather:{number}", jax.process_index()
+  short = len(data) <= _HEAD_BYTES
+  pieces = [] if short else [data[i : i + _PIECE_BYTES] for i in range(0, len(data), _PIECE_BYTES)]
+  for i, piece in enumerate(pieces):
+    store.key_value_set_bytes(f"{key}/{me}/{i}", piece)
+  # Never empty.
+  store.key_value_set_bytes(f"{key}/head/{me}", len(pieces).to_bytes(4, "little") + (data if short else b""))
+  with _remarked("Waiting for other processes, whose part of the data takes longer"):
+    barrier(f"gather {number}", seconds=_GATHER_SECONDS)
+  if is_first() and number:  # All are here, so all have read what was there before.
+    store.key_value_delete(f"internvl_jax:gather:{number - 1}")
+  heads = {int(name.rpartition("/")[2]): head for name, head in store.key_value_dir_get_bytes(f"{key}/head")}
+  return [
+    _join_pieces(store, f"{key}/{process}", heads[process], data if process == me else None)
+    for process in range(jax.process_count())
+  ]
+
+
+_gathers = itertools.count()
+
+_HEAD_BYTES, _PIECE_BYTES = 1 << 14, 1 << 20
+
+_GATHER_SECONDS = 86400
+
+_REMARK_SECONDS = 60.0
+
+
+def _join_pieces(store: Any, key: str, head: bytes, mine: bytes | None) -> bytes:
+  if mine is not None:
+    return mine
+  pieces = int.from_bytes(head[:4], "little")
+  if not pieces:
+    return head[4:]
+  seconds = 600  # They are there.
+  return b"".join(store.blocking_key_value_get_bytes(f"{key}/{i}", seconds * 1000) for i in range(pieces))
+
+
+@contextlib.contextmanager
+def _remarked(text: str) -> Iterator[None]:
+  """Logs a line where the body takes more than a moment."""
+  late = threading.Timer(_REMARK_SECONDS, logging.info, [text])
+  late.daemon = True
+  late.start()
+  try:
+    yield
+  finally:
+    late.cancel()
 
 
 def first_says(value: bool) -> bool:

@@ -226,8 +226,8 @@ def remove_tree(folder: AnyPath) -> None:
   if isinstance(folder, Path):
     shutil.rmtree(folder)
     return
-  for name in objects(folder):
-    (folder / name).unlink(missing_ok=True)
+  with contextlib.suppress(FileNotFoundError):
+    _ask(folder, lambda system: system.rm(str(folder), recursive=True))
 
 
 def put(source: Path, target: BucketPath) -> None:

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from test_packed import FRAMES, PACKED, write_mixture
 
-from data_toys import arguments
+from data_toys import arguments, write_jsonl
 from internvl_jax.arguments import LoaderConfig, TrainingArguments
 from internvl_jax.batch import SFTBatch
 from internvl_jax.data.errors import DataError
 from internvl_jax.data.pipeline import TrainLoader
+from internvl_jax.errors import UserError
+from internvl_jax.outputs import read_from
 
 SHARDS = 4
 SETTINGS = {
@@ -91,6 +93,82 @@ def test_a_hundred_batches_after_other_workers_and_hosts(meta, tokenizer, name):
   assert found == expected
   assert second.state() == wanted
   second.close()
+
+
+@pytest.mark.parametrize("name", ["packed", "plain"])
+def test_a_batch_that_is_ready_ahead_is_not_yet_handed_out(meta, tokenizer, name):
+  both = straight, ahead = [Hosts(meta, tokenizer, name, 1, max_steps=8).loaders[0] for _ in range(2)]
+  batches, states = [], []
+  for step in range(8):
+    ahead.prefetch()
+    assert ahead.get_state() == straight.get_state()
+    states.append(json.loads(json.dumps(ahead.get_state())))
+    batches.append(digest(next(straight)))
+    assert digest(next(ahead)) == batches[-1]
+    assert ahead.describe_batch(step) == straight.describe_batch(step)
+  ahead.prefetch()  # There is none.
+  assert ahead.get_state() == straight.get_state()
+  again = Hosts(meta, tokenizer, name, 1, max_steps=8, state=states[5]).loaders[0]
+  assert [digest(next(again)) for _ in range(3)] == batches[5:]
+  for loader in (*both, again):
+    loader.close()
+
+
+def test_what_goes_wrong_ahead_is_met_when_the_batch_is_due(meta, tokenizer, monkeypatch):
+  (loader,) = Hosts(meta, tokenizer, "packed", 1, max_steps=8).loaders
+  loader.prefetch()
+  assert loader._iterator is None  # The first one may need other hosts.
+  next(loader)
+  before = loader.get_state()
+  monkeypatch.setattr(loader, "_assemble", lambda *arguments: 1 / 0)
+  loader.prefetch()
+  assert loader.get_state() == before
+  with pytest.raises(ZeroDivisionError):
+    next(loader)
+  monkeypatch.undo()
+  assert loader.get_state() == before
+  loader.prefetch()
+  loader.close()
+  assert loader.get_state() == before
+
+
+def spoilt(value, path=()):
+  """Copies of a JSON value with one entry each left out, or of another kind; with the place."""
+  if isinstance(value, dict):
+    for key, entry in value.items():
+      yield (*path, key, "left out"), {name: kept for name, kept in value.items() if name != key}
+      for place, changed in spoilt(entry, (*path, key)):
+        yield place, {**value, key: changed}
+  yield (*path, "of another kind"), "x" if isinstance(value, dict | list | int) else 7
+
+
+def test_a_state_that_was_changed_is_refused_in_a_line(meta, tokenizer):
+  """As those of checkpoints without digests may be; what is missing there since earlier versions may be missing."""
+  (loader,) = Hosts(meta, tokenizer, "packed", 1).loaders
+  next(loader)
+  state = json.loads(json.dumps(loader.get_state()))
+  loader.close()
+  told = []
+  for _, changed in spoilt(state):
+    try:
+      with read_from(meta.parent, "loader"):
+        Hosts(meta, tokenizer, "packed", 1, state=changed)
+    except UserError as error:
+      told.append(str(error))
+  assert len(told) > 20 and not any("\n" in text for text in told)
+
+
+def test_whether_there_are_images_is_known_before_any_is_read(meta, tokenizer, tmp_path):
+  for name in ("packed", "plain"):  # By their sizes, and by their lines.
+    assert Hosts(meta, tokenizer, name, 1).loaders[0].has_images()
+  folder = tmp_path / "text"
+  folder.mkdir()
+  talk = [{"from": "human", "value": 'which "colour"?'}, {"from": "gpt", "value": "red image video"}]
+  write_jsonl(folder / "text.jsonl", [{"conversations": talk}] * 9)
+  text = folder / "meta.json"
+  text.write_text(json.dumps({"text": {"root": "", "annotation": "text.jsonl"}}))
+  for name in ("packed", "plain"):
+    assert not Hosts(text, tokenizer, name, 1).loaders[0].has_images()
 
 
 def test_grouping_gives_the_same_samples_and_even_shards(meta, tokenizer):
