@@ -55,7 +55,14 @@ def test_complete_or_not_there(bucket):
   # As if killed between the digests and the last word: all is there.
   (newest / "commit_success.txt").unlink()
   assert restored(f"{bucket}/run") == 3
-  # And before its digests: it is not taken, and is taken away.
+  # A copy that is not whole stays, and is not taken.
+  state, metadata = newest / "state" / "_METADATA", (newest / "state" / "_METADATA").read_bytes()
+  for path in (newest / "commit_success.txt", state):
+    path.unlink()
+  assert restored(f"{bucket}/run") == 2 and newest.exists()
+  state.write_bytes(metadata)
+  assert restored(f"{bucket}/run") == 3
+  # Killed before its digests: it is taken away.
   for name in ("commit_success.txt", digests.FILE):
     (newest / name).unlink()
   assert restored(f"{bucket}/run") == 2

@@ -88,21 +88,24 @@ def _write_object_digests(folder: BucketPath) -> None:
 def settle(folder: BucketPath) -> None:
   """Completes or deletes the checkpoints of a bucket that lack their last object.
 
-  Complete are those that are whole by their digests: such come from a disk, or a run was killed between the two objects.
-  What else a killed run has left takes room, and is never read.
+  Those that are whole by their digests are complete: they come from a disk, or a run was killed between the two objects.
+  Those without digests were left by a killed run: they take room, and are never read.
   """
   for step in checkpoint_steps(str(folder.parent)):
     found = folder / str(step)
     if is_complete(found):
       continue
-    if not (found / digests.FILE).exists() or digests.find_damage(found):
+    damage = digests.find_damage(found)
+    if damage == digests.UNKNOWN:
       logging.info("%s: was not written to its end, and is deleted", found)
       remove_tree(found)
-      continue
-    logging.info("%s: is whole by its digests, and gets the %s that it lacks", found, COMMIT_FILE)
-    for part in [*(path for path in found.iterdir() if path.is_dir()), found]:
-      if not is_complete(part):
-        (part / COMMIT_FILE).write_text("")
+    elif damage:
+      logging.warning("%s: was not copied there as a whole (%s); it is left where it is", found, damage)
+    else:
+      logging.info("%s: is whole by its digests, and gets the %s that it lacks", found, COMMIT_FILE)
+      for part in [*(path for path in found.iterdir() if path.is_dir()), found]:
+        if not is_complete(part):
+          (part / COMMIT_FILE).write_text("")
 
 
 def _write_digests(folder: Path) -> None:
