@@ -7,18 +7,16 @@ a model that stands alone. docs/training.md describes what else it leaves there.
 """
 
 import contextlib
+import dataclasses
 import functools
-import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import logging
 from transformers import PreTrainedTokenizerBase
 
-from internvl_jax import facts, frontdoor, lease, mfu, optim, signals
-from internvl_jax.adapters import merge_and_check
+from internvl_jax import facts, frontdoor, mfu, optim, signals
 from internvl_jax.arguments import TrainingArguments
 from internvl_jax.assembly import (
   Setup,
@@ -44,16 +42,13 @@ from internvl_jax.data.tokenize import ChatTokenizer
 from internvl_jax.due import best_of
 from internvl_jax.errors import UserError
 from internvl_jax.eval.scoring import Evaluation, make_evaluation
-from internvl_jax.hf import config as layouts
-from internvl_jax.hf import export, peft
-from internvl_jax.hf.model import Source, base_name
+from internvl_jax.finish import finish
+from internvl_jax.hf.model import Source
 from internvl_jax.metrics import Gauges, RunLog, Trace
 from internvl_jax.objectives import PreferenceOptimization, SupervisedFineTuning
+from internvl_jax.output_dir import begin_output, output_dir_held, output_folder
 from internvl_jax.outputs import (
-  LEASE_FILE,
   Beginning,
-  begin_run,
-  check_output_dir,
   read_from,
   write_config,
   write_json,
@@ -65,8 +60,6 @@ from internvl_jax.parallel.replicas import check_replicas
 from internvl_jax.preference import PreferenceRun
 from internvl_jax.serving import Export
 from internvl_jax.state import TrainState
-from internvl_jax.stated import recorded_settings
-from internvl_jax.storage.paths import AnyPath, path_of
 from internvl_jax.trainer import CompiledSteps, Trainer, idle_on_text
 from internvl_jax.watchdog import Watchdog
 
@@ -120,117 +113,31 @@ def shared_files(config: TrainConfig, source: Source, loader: TrainLoader) -> di
 
 def _run(config: TrainConfig, watchdog: Watchdog, beginning: Beginning) -> bool:
   set_up_jax(config)
-  with watchdog.phase("model"):
-    source, tokenizer = open_model(config)
-  chat = ChatTokenizer(tokenizer, config.data.conv_style, rows=source.config.text.vocab_size)
-  looked_at = open_export(config, source, tokenizer, chat)
-  setup = set_up(config, source, open_mesh(config))
-  if distributed.is_first():
-    tell(*idle_on(config, source))
-
-  open_loader = functools.partial(
-    TrainLoader,
-    tokenizer=chat,
-    tokens_per_tile=source.config.tokens_per_tile,
-    preference=isinstance(setup.objective, PreferenceOptimization),
-    share_prompts=shares_prompts(config, source),
-    **host_shards(setup.mesh),
-  )
-  pairs = None
-  if isinstance(setup.objective, PreferenceOptimization):
-    pairs = PreferenceRun(config, source, setup.objective, setup.mesh, open_loader, watchdog)
-  lookup = pairs.lookup if pairs else None
-  make_loader = functools.partial(open_loader, config.data, config.training, config.loader, reference=lookup)
+  run = open_run(config, watchdog)
   # The data are looked at before the weights are read: mistakes are likelier there, and cheaper to find.
-  loader = open_data(make_loader, setup.mesh, watchdog, functools.partial(shared_files, config, source))
-  without_images = idle_on_text(setup.trainable, loader.has_images)
-  if distributed.is_first():
-    tell(optim.warmup_remark(config.training, loader.total_steps), without_images)
-  with watchdog.phase("data"):
-    check_held_out(config, source, chat)
-
-  log_parameters(setup)
-  resumes = distributed.first_says(beginning == "resume")
-  # A checkpoint has what trains: there is no room for it twice. Preferences need it as it was at the start, too.
-  params = read_weights(config, setup, watchdog, all_of_it=not resumes or pairs is not None)
-  begin_output(config, beginning)
-
-  def best_of(steps: Collection[int]) -> int | None:
-    return log.best_step(steps)  # The log is opened once nothing speaks against going on.
-
-  checkpointer = Checkpointer(
-    output_folder(config),
-    keep=config.training.save_total_limit,
-    spare=best_of if config.training.load_best_model_at_end else None,
-  )
-  if pairs is not None:
-    pairs.prepare(params, loader, resumes=resumes)
-  frozen = {path: value for path, value in params.items() if path not in setup.trainable}
-  frozen |= reference_copies(config, source, params, setup.trainable)
-  log_state = None
-  if resumes:
-    del params
-    state, loader, log_state = go_on(config.training, setup, checkpointer, make_loader, watchdog)
-  else:
-    state = setup.create_state(params)
-    del params
-  # Nothing speaks against going on any more.
-  log = open_log(config, setup, loader)
-  if log_state is not None:
-    with read_from(checkpointer.folder, "trainer"):
-      log.restore(log_state)
-    if distributed.is_first():
-      write_config(output_folder(config), to_json(config))
-  evaluation = make_evaluation(config.eval, config.data, source, chat, setup.how)
-  traced = config.runtime.profile_steps if distributed.is_first() else ()
+  loader, data = open_data(run)
+  checkpointer, log, progress = begin_or_go_on(run, data, loader, beginning)
+  del loader  # A run that goes on has another.
   asked_to_stop = distributed.StopSignal()
-  with log, asked_to_stop, closed_after_error(loader, checkpointer):
-    trainer = Trainer(
-      training=config.training,
-      runtime=config.runtime,
-      steps=CompiledSteps(setup.step, setup.mesh, xla_options=config.runtime.xla_options),
-      schedule=optim.make_schedule(config.training, loader.total_steps),
-      loader=loader,
-      checkpointer=checkpointer,
-      log=log,
-      watchdog=watchdog,
-      trace=Trace(output_folder(config) / "profile", traced),
-      total_steps=loader.total_steps,
-      show=lambda batch: show_batch(batch, chat),
-      asked_to_stop=asked_to_stop,
-      worth_saving=asked_to_stop.listen,
-      evaluate=joint_metrics(evaluation, pairs),
-      text_only=without_images is not None,
-      check=pairs.check if pairs else None,
-    )
-    state = trainer.run(state, frozen)
-  saved = checkpointer.latest_step == int(state.step)
-  untaught = untaught_samples(loader.counters())
-  if distributed.is_first():
-    tell(untaught)
-  loader.close()
-  stops = int(state.step) < loader.total_steps
-  if stops or (saved and asked_to_stop.received and jax.process_count() == 1):
+  with log, asked_to_stop, closed_after_error(progress.loader, checkpointer):
+    trainer = make_trainer(run, data, progress.loader, checkpointer, log, asked_to_stop)
+    progress.state = trainer.run(progress.state, progress.frozen)
+  saved = checkpointer.latest_step == int(progress.state.step)
+  tell(untaught_samples(progress.loader.counters()))
+  progress.loader.close()
+  if stops_here(progress, asked_to_stop, saved=saved):
     checkpointer.close()
     distributed.barrier("the run is stopped", seconds=distributed.JOIN_SECONDS)
-    logging.warning("Stopped; the same command goes on from step %d", int(state.step))
+    logging.warning("Stopped; the same command goes on from step %d", int(progress.state.step))
     return False
-  best = log.best_step(checkpointer.steps)
-  if best is not None and best != loader.total_steps:
-    del state  # There is no room for it twice.
-    state = best_state(setup, checkpointer, best, watchdog)
+  params = final_params(run, progress, checkpointer, log)
   checkpointer.close()
-  log.write_train_results(num_samples=loader.num_samples)
-  params = {path: value for path, value in {**frozen, **state.params}.items() if path in source.model.shapes}
-  del state, frozen  # The optimizer's moments make room for the layers that the export brings together.
+  log.write_train_results(num_samples=progress.loader.num_samples)
+  del progress  # The optimizer's moments make room for the layers that the export brings together.
   with watchdog.phase("export"), contextlib.nullcontext() if saved else asked_to_stop:
     if not saved:
       asked_to_stop.listen()  # The model is all that is kept of this run.
-    if pairs is not None and (judged := pairs.metrics(params)) and distributed.is_first():
-      write_json(output_folder(config) / "preference_results.json", judged)
-      logging.info("Held-out pairs: %s", judged)
-    finish(config, source, tokenizer, chat, looked_at, params, evaluation)
-    distributed.barrier("the model is saved", seconds=EXPORT_SECONDS)
+    write_results(run, data, params)
   log.tell_skipped()
   return True
 
@@ -251,40 +158,234 @@ def closed_after_error(loader: TrainLoader, checkpointer: Checkpointer) -> Itera
 
 
 def tell(*lines: str | None) -> None:
-  """Logs what the user did not ask for, a line each; None is nothing to tell."""
+  """Logs what the user did not ask for, a line each, once for all hosts; None is nothing to tell."""
   for line in lines:
-    if line is not None:
+    if line is not None and distributed.is_first():
       logging.warning("%s", line)
 
 
-def open_data(
-  make_loader: Callable[..., TrainLoader],
-  mesh: jax.sharding.Mesh,
-  watchdog: Watchdog,
-  shared: Callable[[TrainLoader], Mapping[str, Any]],
-) -> TrainLoader:
-  """The loader of a run at its start, on all hosts at once; tells what there is.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+  """What a run has opened before its data.
 
-  Args:
-    make_loader: makes it.
-    mesh: what its rows are sharded over.
-    watchdog: of the run.
-    shared: what must be equal on all hosts; see `agree`.
+  Attributes:
+    config: all of its settings.
+    watchdog: is told what it is at.
+    source: the model's checkpoint, looked at.
+    tokenizer: the checkpoint's.
+    chat: the same, as conversations are tokenised.
+    looked_at: how the final model will be asked.
+    setup: mesh, objective, optimizer and step.
+  """
+
+  config: TrainConfig
+  watchdog: Watchdog
+  source: Source
+  tokenizer: PreTrainedTokenizerBase
+  chat: ChatTokenizer
+  looked_at: Export
+  setup: Setup
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+  """What a run learns from.
+
+  Attributes:
+    make: makes its loader, at the first batch or at that which a `state` names.
+    pairs: what preferences need beside it; None without.
+    without_images: it has none, and is told so: see `idle_on_text`.
+    evaluation: answers that are scored during the run and at its end; None for none.
+  """
+
+  make: Callable[..., TrainLoader]
+  pairs: PreferenceRun | None
+  without_images: bool
+  evaluation: Evaluation | None
+
+
+@dataclasses.dataclass(kw_only=True)
+class Progress:
+  """Where a run is.
+
+  Attributes:
+    state: what trains, and its step.
+    frozen: the parameters that do not.
+    loader: before the batch that comes next.
+  """
+
+  state: TrainState
+  frozen: dict[str, jax.Array]
+  loader: TrainLoader
+
+
+def open_run(config: TrainConfig, watchdog: Watchdog) -> Run:
+  """Looks at the model, and sets up how it trains; reads no weights.
+
+  Raises:
+    UserError: it cannot train so.
+  """
+  with watchdog.phase("model"):
+    source, tokenizer = open_model(config)
+  chat = ChatTokenizer(tokenizer, config.data.conv_style, rows=source.config.text.vocab_size)
+  looked_at = open_export(config, source, tokenizer, chat)
+  setup = set_up(config, source, open_mesh(config))
+  tell(*idle_on(config, source))
+  return Run(
+    config=config,
+    watchdog=watchdog,
+    source=source,
+    tokenizer=tokenizer,
+    chat=chat,
+    looked_at=looked_at,
+    setup=setup,
+  )
+
+
+def open_data(run: Run) -> tuple[TrainLoader, Data]:
+  """The data of a run and their loader at the first batch, on all hosts at once; tells what there is.
 
   Raises:
     UserError: the data cannot be used, are not the same on all hosts, or their rows do not suit the mesh.
   """
+  config, source, setup, watchdog = run.config, run.source, run.setup, run.watchdog
+  open_loader = functools.partial(
+    TrainLoader,
+    tokenizer=run.chat,
+    tokens_per_tile=source.config.tokens_per_tile,
+    preference=isinstance(setup.objective, PreferenceOptimization),
+    share_prompts=shares_prompts(config, source),
+    **host_shards(setup.mesh),
+  )
+  pairs = None
+  if isinstance(setup.objective, PreferenceOptimization):
+    pairs = PreferenceRun(config, source, setup.objective, setup.mesh, open_loader, watchdog)
+  lookup = pairs.lookup if pairs else None
+  make = functools.partial(open_loader, config.data, config.training, config.loader, reference=lookup)
   with watchdog.phase("data"):
-    loader = make_loader()
-  meshes.check_lengths(loader.sequence_sizes, mesh)
+    loader = make()
+  meshes.check_lengths(loader.sequence_sizes, setup.mesh)
   logging.info("Data:\n%s", "\n".join(loader.describe()))
   logging.info(
     "%d steps of %d rows, %d to an epoch", loader.total_steps, loader.global_batch, loader.steps_per_epoch
   )
   # What follows talks over the devices, where nobody waits for long.
   with watchdog.phase("barrier"):
-    agree("the data are opened", lambda: shared(loader), seconds=OPEN_SECONDS)
-  return loader
+    agree("the data are opened", lambda: shared_files(config, source, loader), seconds=OPEN_SECONDS)
+  without_images = idle_on_text(setup.trainable, loader.has_images)
+  tell(optim.warmup_remark(config.training, loader.total_steps), without_images)
+  with watchdog.phase("data"):
+    check_held_out(config, source, run.chat)
+  return loader, Data(
+    make=make,
+    pairs=pairs,
+    without_images=without_images is not None,
+    evaluation=make_evaluation(config.eval, config.data, source, run.chat, setup.how),
+  )
+
+
+def begin_or_go_on(
+  run: Run, data: Data, loader: TrainLoader, beginning: Beginning
+) -> tuple[Checkpointer, RunLog, Progress]:
+  """The weights, and the state of the newest checkpoint where there is one; the output directory is begun.
+
+  Raises:
+    UserError: the weights cannot be read, or the checkpoint is of another run.
+  """
+  config, setup = run.config, run.setup
+  log_parameters(setup)
+  resumes = distributed.first_says(beginning == "resume")
+  # A checkpoint has what trains: there is no room for it twice. Preferences need it as it was at the start, too.
+  params = read_weights(config, setup, run.watchdog, all_of_it=not resumes or data.pairs is not None)
+  begin_output(config, beginning)
+
+  def best_of(steps: Collection[int]) -> int | None:
+    return log.best_step(steps)  # The log is opened once nothing speaks against going on.
+
+  checkpointer = Checkpointer(
+    output_folder(config),
+    keep=config.training.save_total_limit,
+    spare=best_of if config.training.load_best_model_at_end else None,
+  )
+  if data.pairs is not None:
+    data.pairs.prepare(params, loader, resumes=resumes)
+  frozen = {path: value for path, value in params.items() if path not in setup.trainable}
+  frozen |= reference_copies(config, run.source, params, setup.trainable)
+  log_state = None
+  if resumes:
+    del params
+    state, loader, log_state = go_on(run, checkpointer, data.make)
+  else:
+    state = setup.create_state(params)
+    del params
+  # Nothing speaks against going on any more.
+  log = open_log(config, setup, loader)
+  if log_state is not None:
+    with read_from(checkpointer.folder, "trainer"):
+      log.restore(log_state)
+    if distributed.is_first():
+      write_config(output_folder(config), to_json(config))
+  return checkpointer, log, Progress(state=state, frozen=frozen, loader=loader)
+
+
+def make_trainer(
+  run: Run,
+  data: Data,
+  loader: TrainLoader,
+  checkpointer: Checkpointer,
+  log: RunLog,
+  asked_to_stop: distributed.StopSignal,
+) -> Trainer:
+  """The loop of a run."""
+  config, setup, pairs = run.config, run.setup, data.pairs
+  traced = config.runtime.profile_steps if distributed.is_first() else ()
+  return Trainer(
+    training=config.training,
+    runtime=config.runtime,
+    steps=CompiledSteps(setup.step, setup.mesh, xla_options=config.runtime.xla_options),
+    schedule=optim.make_schedule(config.training, loader.total_steps),
+    loader=loader,
+    checkpointer=checkpointer,
+    log=log,
+    watchdog=run.watchdog,
+    trace=Trace(output_folder(config) / "profile", traced),
+    total_steps=loader.total_steps,
+    show=lambda batch: show_batch(batch, run.chat),
+    asked_to_stop=asked_to_stop,
+    worth_saving=asked_to_stop.listen,
+    evaluate=joint_metrics(data.evaluation, pairs),
+    text_only=data.without_images,
+    check=pairs.check if pairs else None,
+  )
+
+
+def stops_here(progress: Progress, asked_to_stop: distributed.StopSignal, *, saved: bool) -> bool:
+  """Whether a run ends before its model is written: the same command goes on."""
+  if int(progress.state.step) < progress.loader.total_steps:
+    return True
+  return saved and asked_to_stop.received and jax.process_count() == 1
+
+
+def final_params(
+  run: Run, progress: Progress, checkpointer: Checkpointer, log: RunLog
+) -> dict[str, jax.Array]:
+  """The parameters of the model that a run ends with: the last one's, or the best one's."""
+  best = log.best_step(checkpointer.steps)
+  if best is not None and best != progress.loader.total_steps:
+    del progress.state  # There is no room for it twice.
+    progress.state = best_state(run, checkpointer, best)
+  params = {**progress.frozen, **progress.state.params}
+  return {path: value for path, value in params.items() if path in run.source.model.shapes}
+
+
+def write_results(run: Run, data: Data, params: dict[str, jax.Array]) -> None:
+  """Writes how held-out pairs are judged, the final model, and how its answers score."""
+  judged = data.pairs.metrics(params) if data.pairs is not None else {}
+  if judged and distributed.is_first():
+    write_json(output_folder(run.config) / "preference_results.json", judged)
+    logging.info("Held-out pairs: %s", judged)
+  finish(run.config, run.source, run.tokenizer, run.chat, run.looked_at, params, data.evaluation)
+  distributed.barrier("the model is saved", seconds=EXPORT_SECONDS)
 
 
 def read_weights(
@@ -304,32 +405,27 @@ def read_weights(
 
 
 def go_on(
-  training: TrainingArguments,
-  setup: Setup,
-  checkpointer: Checkpointer,
-  make_loader: Callable[..., TrainLoader],
-  watchdog: Watchdog,
+  run: Run, checkpointer: Checkpointer, make_loader: Callable[..., TrainLoader]
 ) -> tuple[TrainState, TrainLoader, dict[str, Any]]:
   """The state of the newest checkpoint, the loader before the batch that comes next, and the log's state.
 
   Raises:
     UserError: the checkpoint is of another run.
   """
-  with watchdog.phase("restore"):
-    state, loader_state, log_state = checkpointer.restore(setup.describe_state())
-    folder = checkpointer.folder / str(int(state.step))
-    with read_from(folder, "loader"):
+  with run.watchdog.phase("restore"):
+    state, loader_state, log_state = checkpointer.restore(run.setup.describe_state())
+    with read_from(checkpointer.folder / str(int(state.step)), "loader"):
       loader = make_loader(state=loader_state)
-  check_length(training, int(state.step), loader.total_steps)
+  check_length(run.config.training, int(state.step), loader.total_steps)
   logging.info("Resuming from the checkpoint of step %d", int(state.step))
   return state, loader, log_state
 
 
-def best_state(setup: Setup, checkpointer: Checkpointer, step: int, watchdog: Watchdog) -> TrainState:
+def best_state(run: Run, checkpointer: Checkpointer, step: int) -> TrainState:
   """The state of the checkpoint whose model has the best score."""
   logging.info("The best model is that of step %d", step)
-  with watchdog.phase("restore"):
-    return checkpointer.restore(setup.describe_state(), step=step)[0]
+  with run.watchdog.phase("restore"):
+    return checkpointer.restore(run.setup.describe_state(), step=step)[0]
 
 
 def open_log(config: TrainConfig, setup: Setup, loader: TrainLoader) -> RunLog:
@@ -394,108 +490,6 @@ def host_shards(mesh: jax.sharding.Mesh) -> dict[str, Any]:
     "hosts": processes(),
     "all_sum": functools.partial(distributed.sum_over, parts),
   }
-
-
-def output_folder(config: TrainConfig) -> AnyPath:
-  """The run's directory, which `validate` has made sure is named."""
-  assert config.training.output_dir is not None
-  return path_of(config.training.output_dir)
-
-
-@contextlib.contextmanager
-def output_dir_held(config: TrainConfig, watchdog: Watchdog) -> Iterator[Beginning]:
-  """Keeps other runs out of the output directory; how this one begins there. Nothing in it is changed.
-
-  The first process does; the others wait for it.
-
-  Raises:
-    UserError: another run writes to the directory, it must not be written to, or not all hosts see it.
-  """
-  folder, name = output_folder(config), f"training.output_dir={config.training.output_dir!r}"
-  with contextlib.ExitStack() as stack:
-    beginning: Beginning = "new"
-    if distributed.is_first():
-      place = lease.place_in(folder)
-      stack.enter_context(signals.cleaned_up(place.release))
-      stack.enter_context(lease.held(place, name))
-      beginning = check_output_dir(config.training)
-    with watchdog.phase("barrier"):
-      distributed.barrier("the output directory is prepared", seconds=distributed.JOIN_SECONDS)
-    if not (folder / LEASE_FILE).exists():
-      raise UserError(
-        f"{name}: {distributed.host_name()} does not see what process 0 wrote there; name a bucket (gs://, s3://), or a "
-        "folder of a file system that all hosts share"
-      )
-    yield beginning
-
-
-def begin_output(config: TrainConfig, beginning: Beginning) -> None:
-  """Makes room for a new run where the config says so, and says what it is made with, once nothing speaks against it."""
-  if distributed.is_first() and beginning != "resume":
-    begin_run(output_folder(config), beginning, to_json(config))
-  distributed.barrier("the output directory is begun", seconds=distributed.JOIN_SECONDS)
-
-
-def finish(
-  config: TrainConfig,
-  source: Source,
-  tokenizer: PreTrainedTokenizerBase,
-  chat: ChatTokenizer,
-  looked_at: Export,
-  params: dict[str, jax.Array],
-  evaluation: Evaluation | None,
-) -> None:
-  """Writes the model that stands alone, and the adapters apart; scores it where the config says so.
-
-  All processes take part, since each has shards of the parameters; the first one writes.
-  """
-  output_dir = output_folder(config)
-  writes = distributed.is_first()
-  half = config.checkpoint.export_dtype == "bfloat16" or (
-    config.checkpoint.export_dtype == "auto" and config.training.bf16
-  )
-  save_adapters(config, source, params, output_dir)
-  merged, weights = merge_and_check(source, params, distributed.gathered)
-  export.save_model(
-    output_dir,
-    merged,
-    weights,
-    layout=layouts.layout_named(config.checkpoint.export_layout),
-    dtype=jnp.bfloat16 if half else jnp.float32,
-    tokenizer=tokenizer,
-    normalize_type=config.data.normalize_type,
-    serving=looked_at.serving,
-    eos_token_id=chat.stop_token_id,
-    settings=recorded_settings(config.data, chat.template),
-    code=looked_at.code,
-    writes=writes,
-  )
-  logging.info("Saved the model to %s", output_dir)
-  if evaluation is not None:
-    scores = evaluation.run(params)
-    if writes:
-      evaluation.write(scores, output_dir)
-
-
-def save_adapters(
-  config: TrainConfig, source: Source, params: dict[str, jax.Array], output_dir: AnyPath
-) -> None:
-  """Writes the adapters, if any, in PEFT's form, for the base model in the layout that it has, if it has a form."""
-  name = config.model.model_name_or_path
-  # What is not written was told before the first step.
-  if name is None or not source.specs or peft.formless(params, source.table):
-    return
-  base = base_name(name)
-  base = os.path.abspath(base) if os.path.isdir(base) else base
-  peft.save_adapter(
-    output_dir / "adapter",
-    distributed.gathered(params),
-    source.specs,
-    source.layout,
-    source.table,
-    base=base,
-    writes=distributed.is_first(),
-  )
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ FRONT_DOORS = ("train", "plan", "doctor", "convert", "verify", "evaluate", "gene
 LAYERS = (
   FRONT_DOORS,
   ("aot",),
-  ("preference",),
-  ("frontdoor", "assembly"),
+  ("preference", "finish"),
+  ("frontdoor", "assembly", "output_dir"),
   ("usage",),
   ("config",),
   ("trainer",),
@@ -59,7 +59,7 @@ def room_of(path: Path) -> str:
 def allowed(room: str) -> set[str]:
   (depth,) = [i for i, layer in enumerate(LAYERS) if room in layer]
   below = {name for layer in LAYERS[depth + 1 :] for name in layer}
-  if room not in (*FRONT_DOORS, "aot", "preference", "frontdoor", "assembly"):
+  if room not in (*FRONT_DOORS, "aot", "preference", "finish", "frontdoor", "assembly", "output_dir"):
     below -= {"config", "frontdoor"}
   if room == "config":
     below = below - {"trainer"}

@@ -1,0 +1,83 @@
+"""The end of a run: the model that stands alone, its adapters apart, and how its answers score."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from transformers import PreTrainedTokenizerBase
+
+from internvl_jax.adapters import merge_and_check
+from internvl_jax.config import TrainConfig
+from internvl_jax.data.tokenize import ChatTokenizer
+from internvl_jax.eval.scoring import Evaluation
+from internvl_jax.hf import config as layouts
+from internvl_jax.hf import export, peft
+from internvl_jax.hf.model import Source, base_name
+from internvl_jax.output_dir import output_folder
+from internvl_jax.parallel import distributed
+from internvl_jax.serving import Export
+from internvl_jax.stated import recorded_settings
+from internvl_jax.storage.paths import AnyPath
+
+
+def finish(
+  config: TrainConfig,
+  source: Source,
+  tokenizer: PreTrainedTokenizerBase,
+  chat: ChatTokenizer,
+  looked_at: Export,
+  params: dict[str, jax.Array],
+  evaluation: Evaluation | None,
+) -> None:
+  """Writes the model that stands alone, and the adapters apart; scores it where the config says so.
+
+  All processes take part, since each has shards of the parameters; the first one writes.
+  """
+  output_dir = output_folder(config)
+  writes = distributed.is_first()
+  half = config.checkpoint.export_dtype == "bfloat16" or (
+    config.checkpoint.export_dtype == "auto" and config.training.bf16
+  )
+  save_adapters(config, source, params, output_dir)
+  merged, weights = merge_and_check(source, params, distributed.gathered)
+  export.save_model(
+    output_dir,
+    merged,
+    weights,
+    layout=layouts.layout_named(config.checkpoint.export_layout),
+    dtype=jnp.bfloat16 if half else jnp.float32,
+    tokenizer=tokenizer,
+    normalize_type=config.data.normalize_type,
+    serving=looked_at.serving,
+    eos_token_id=chat.stop_token_id,
+    settings=recorded_settings(config.data, chat.template),
+    code=looked_at.code,
+    writes=writes,
+  )
+  logging.info("Saved the model to %s", output_dir)
+  if evaluation is not None:
+    scores = evaluation.run(params)
+    if writes:
+      evaluation.write(scores, output_dir)
+
+
+def save_adapters(
+  config: TrainConfig, source: Source, params: dict[str, jax.Array], output_dir: AnyPath
+) -> None:
+  """Writes the adapters, if any, in PEFT's form, for the base model in the layout that it has, if it has a form."""
+  name = config.model.model_name_or_path
+  # What is not written was told before the first step.
+  if name is None or not source.specs or peft.formless(params, source.table):
+    return
+  base = base_name(name)
+  base = os.path.abspath(base) if os.path.isdir(base) else base
+  peft.save_adapter(
+    output_dir / "adapter",
+    distributed.gathered(params),
+    source.specs,
+    source.layout,
+    source.table,
+    base=base,
+    writes=distributed.is_first(),
+  )
