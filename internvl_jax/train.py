@@ -113,7 +113,7 @@ def _run(config: TrainConfig, watchdog: Watchdog, beginning: Beginning) -> bool:
     source, tokenizer = open_model(config)
   chat = ChatTokenizer(tokenizer, config.data.conv_style, rows=source.config.text.vocab_size)
   looked_at = open_export(config, source, tokenizer, chat)
-  setup = set_up(config, source, open_mesh(config))
+  setup = set_up(config, source, open_mesh(config, model=source.model))
   if distributed.is_first():
     tell(*idle_on(config, source))
 

@@ -53,16 +53,23 @@ OPTIONS = {
   "qwen3_moe": {"router_loss_coef": 0.1},
   "gpt_oss": {"router_loss_coef": 0.1},
 }
+# Widths that eight devices do not divide, but four do.
+WIDTHS = dict.fromkeys(TEXTS, (16, 32)) | {f"{name}, odd": (20, 36) for name in TEXTS}
 
 
 def model(name):
+  widths, name = WIDTHS[name], name.removesuffix(", odd")
   vision = VisionConfig(
-    hidden_size=16, intermediate_size=32, num_layers=2, num_heads=1, patch_size=4, image_size=16
+    hidden_size=widths[0], intermediate_size=32, num_layers=2, num_heads=1, patch_size=4, image_size=16
   )
   text = DecoderConfig(
-    vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_layers=2, head_dim=4, **TEXTS[name]
+    vocab_size=VOCAB, hidden_size=widths[1], intermediate_size=32, num_layers=2, head_dim=4, **TEXTS[name]
   )
   return InternVLConfig(vision=vision, text=text)
+
+
+def options_of(name):
+  return OPTIONS.get(name.removesuffix(", odd"), {})
 
 
 def packed_batch(seed):
@@ -106,7 +113,7 @@ def run(harness, shards, accumulation=1):
 @functools.cache
 def one_device(name, *, shards=1, all_gather=True):
   """The steps on one device, whose rows may be counted as several devices'."""
-  harness = Harness(model(name), all_gather=all_gather, **OPTIONS.get(name, {}))
+  harness = Harness(model(name), all_gather=all_gather, **options_of(name))
   objective = dataclasses.replace(harness.step.objective, shards=shards)
   harness.step = dataclasses.replace(harness.step, objective=objective)
   return run(harness, shards)[0]
@@ -114,10 +121,10 @@ def one_device(name, *, shards=1, all_gather=True):
 
 def check(name, mesh, *, all_gather=True, accumulation=1, **options):
   """Compares the steps on a mesh with one device's, of one micro-batch; returns the harness and the program."""
-  harness = Harness(model(name), mesh=mesh, all_gather=all_gather, **OPTIONS.get(name, {}), **options)
+  harness = Harness(model(name), mesh=mesh, all_gather=all_gather, **options_of(name), **options)
   found, program = run(harness, harness.shards, accumulation)
   # What is normalised or balanced by data shard depends on their number, and on nothing else of the mesh.
-  by_shard = not all_gather or "router_loss_coef" in OPTIONS.get(name, {})
+  by_shard = not all_gather or "router_loss_coef" in options_of(name)
   expected = one_device(name, shards=harness.shards if by_shard else 1, all_gather=all_gather)
   np.testing.assert_allclose(found[:, 0], expected[:, 0], rtol=0, atol=1e-5)
   np.testing.assert_allclose(found[:, 1], expected[:, 1], rtol=1e-4)
@@ -156,6 +163,15 @@ def test_fsdp_collects_a_layer_at_a_time():
 )
 def test_meshes(mesh):
   check("dense", mesh)
+
+
+@pytest.mark.parametrize("gpus", [False, True])
+@pytest.mark.parametrize("name", ["dense", "qwen3_moe", "gpt_oss", "fused"])
+def test_widths_that_fsdp_does_not_divide(monkeypatch, name, gpus):
+  """Weights are spread over all devices, half of them along the other axis, and one layer is collected at a time."""
+  monkeypatch.setattr(rules, "_on_gpus", lambda: gpus)
+  harness, program = check(f"{name}, odd", {"fsdp": 8}, fsdp_groups=2)
+  assert harness.mesh.axis_sizes[:3] == (1, 2, 4)
 
 
 @pytest.mark.parametrize(

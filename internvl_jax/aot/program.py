@@ -128,7 +128,7 @@ def plan_step(
     UserError: the config, the model and the devices do not fit together.
   """
   source = describe_model(config) if source is None else source
-  mesh = open_mesh(config, target.devices)
+  mesh = open_mesh(config, target.devices, source.model)
   meshes.check_lengths([shape.tokens], mesh)
   setup = set_up(config, source, mesh, device=Device.of(target.devices[0]))
   preference = config.preference.loss_type is not None

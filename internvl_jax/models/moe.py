@@ -19,6 +19,7 @@ from flax import nnx
 
 from internvl_jax.models.grouped_matmul import grouped_matmul
 from internvl_jax.models.layers import Linear, make_param
+from internvl_jax.parallel.mesh import DATA_AXES
 from internvl_jax.parallel.rules import (
   ACTIVATIONS,
   MeshAxes,
@@ -28,6 +29,7 @@ from internvl_jax.parallel.rules import (
   mesh_in_scope,
   spec,
   weight_entries,
+  without,
 )
 
 
@@ -148,7 +150,9 @@ def grouped(
   stored = {name: weight_entries(axes[name], kernel.shape, mesh) for name, kernel in kernels.items()}
   experts = next(iter(stored.values()))[0]
   mlp = [set(stored[name][i]) for name in stored for i, axis in enumerate(axes[name]) if axis == "mlp"]
-  inner = tuple(axis for axis in mesh.axis_names if all(axis in entry for entry in mlp))
+  # The devices of the data axes have tokens of their own.
+  sharing = without(mesh.axis_names, DATA_AXES)
+  inner = tuple(axis for axis in sharing if all(axis in entry for entry in mlp))
   partial = (*experts, *inner)
 
   def local(x, chosen, weights, kernels, expert_part, inner_part):
