@@ -109,7 +109,9 @@ class Launch:
       UserError: the devices do not divide.
     """
     if self.devices % self.sharing:
-      raise UserError(f"devices={self.devices} does not divide by the {self.sharing} that share rows; add another devices")
+      raise UserError(
+        f"devices={self.devices} does not divide by the {self.sharing} that share rows; add another devices"
+      )
     return self.devices // self.sharing
 
   @property

@@ -131,7 +131,7 @@ def main(argv: Sequence[str]) -> None:
         found = planned(members[0]) | {"recipes": [entry.recipe for entry in members]}
         keep(path, name, found)
       if not found.get("fits", True) and "least" not in found:
-        keep(path, name, found | {"least": least(members[0])})
+        keep(path, name, found | {"least": least(members[0], found)})
   if not _LIST.value:
     print("\n".join(table(read(path))))
 
@@ -142,10 +142,15 @@ def keep(path: Path, name: str, found: dict[str, Any]) -> None:
   print(f"{name}: {words(found)}", flush=True)
 
 
-def least(entry: Entry) -> dict[str, Any] | None:
-  """The plan for the fewest hosts on which a recipe fits that does not fit on its script's, or None up to 64."""
+KEPT = ("parameters that train", "frozen parameters", "optimizer state")
+"""What all cards share."""
+
+
+def least(entry: Entry, there: dict[str, Any]) -> dict[str, Any] | None:
+  """The plan for the fewest hosts, up to 64, on which a recipe fits that does not fit on its script's; or None."""
+  kept = sum(there["memory"][part] for part in KEPT) * entry.hosts * entry.cards
   for hosts in (2**n for n in range(1, 7)):
-    if hosts > entry.hosts:
+    if hosts > entry.hosts and kept / (8 * hosts) < there["limit"]:
       recipe = f"{entry.recipe},devices={8 * hosts}"
       found = planned(dataclasses.replace(entry, recipe=recipe, hosts=hosts, cards=8))
       print(f"  {recipe}: {words(found)}", flush=True)

@@ -123,8 +123,12 @@ def warned(size, mesh):
 
 def test_what_stays_whole_is_told_in_one_line():
   (line,) = warned("2.5-78b", mesh_of(fsdp=3))
-  assert line.startswith("11 large parameter(s) (language_model.model.layers.0:80.self_attn.o_proj.kernel is 80x8192x8192)")
-  assert "take 281.39 GiB of each" in line and "(fsdp=3)" in line and "on 2 or 4 devices in place of 3" in line
+  assert line.startswith(
+    "11 large parameter(s) (language_model.model.layers.0:80.self_attn.o_proj.kernel is 80x8192x8192)"
+  )
+  assert (
+    "take 281.39 GiB of each" in line and "(fsdp=3)" in line and "on 2 or 4 devices in place of 3" in line
+  )
   assert not warned("2.5-78b", mesh_of(data=3))  # Copies are what `data` is for.
   assert not warned("2.5-78b", cut_for("2.5-78b", fsdp=512))
 

@@ -80,7 +80,9 @@ def test_what_the_log_of_a_run_warns_of_is_in_the_plan(planned, monkeypatch, tmp
   config.data.max_seq_length = 252
   odd = plan_step(config, open_target("cpu:7"), batch_shape(config, tiles=4), plan.source)
   assert len(odd.warnings) == 1 and "(fsdp=7)" in odd.warnings[0]
-  assert f"warning: {odd.warnings[0]}" in report.render(dataclasses.replace(found, warnings=list(odd.warnings)))
+  assert f"warning: {odd.warnings[0]}" in report.render(
+    dataclasses.replace(found, warnings=list(odd.warnings))
+  )
 
 
 def test_what_does_not_fit_is_said_with_a_remedy(planned):

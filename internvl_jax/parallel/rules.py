@@ -286,7 +286,9 @@ def weight_entries(axes: Names, shape: tuple[int, ...], mesh: Mesh | AbstractMes
   used: MeshAxes = ()
   entries = []
   for name, size in zip(axes, shape, strict=True):
-    entry = () if name is None or (is_vector and name not in SPLIT_IN_USE) else stored_over(name, size, mesh, used)
+    entry = (
+      () if name is None or (is_vector and name not in SPLIT_IN_USE) else stored_over(name, size, mesh, used)
+    )
     entries.append(entry)
     used += entry
   return entries if is_vector else _elsewhere(entries, axes, shape, mesh)
@@ -313,10 +315,12 @@ def _elsewhere(
   return entries
 
 
-def fsdp_groups(axes: Mapping[str, Names], shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> int:
-  """In how many groups the devices of `fsdp` hold least of the large weights (`cut_fsdp`); the fewest such, 1 if all divide.
+def fsdp_groups(
+  axes: Mapping[str, Names], shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh | AbstractMesh
+) -> int:
+  """In how many groups (`cut_fsdp`) the devices of `fsdp` hold least of the large weights, those of over 2^22 numbers.
 
-  Large are weights of more than 2^22 numbers: for the others, nothing is cut.
+  The fewest such groups: 1 where all of them divide.
   """
   large = {path: leaf.shape for path, leaf in shapes.items() if leaf.size > 2**22}
 
