@@ -19,7 +19,7 @@ from flax import nnx
 
 from internvl_jax.models.grouped_matmul import grouped_matmul
 from internvl_jax.models.layers import Linear, make_param
-from internvl_jax.parallel.mesh import DATA_AXES
+from internvl_jax.parallel.mesh import DATA_AXES, FSDP_OUTER
 from internvl_jax.parallel.rules import (
   ACTIVATIONS,
   MeshAxes,
@@ -188,8 +188,9 @@ def grouped(
 
 def _collect(kernel: jax.Array, stored: Sequence[MeshAxes], *, keep: MeshAxes) -> jax.Array:
   """A kernel's pieces on the other devices, but those along the axes to keep."""
-  for i, entry in enumerate(stored):
-    others = tuple(axis for axis in entry if axis not in keep)
+  # Over the groups of `fsdp` first, as `Product.used` does.
+  for i in sorted(range(len(stored)), key=lambda i: FSDP_OUTER not in stored[i]):
+    others = without(stored[i], keep)
     if others:
       kernel = all_gather(kernel, others, axis=i)
   return kernel

@@ -197,10 +197,16 @@ class Product:
     # Held where it is stored until it has the compute dtype: pieces would else travel in float32.
     w, split = self.stored(w), self._split(w.shape, mesh)
     rows, columns = weight_entries(self.axes, w.shape, mesh)
+    # Over the groups of `fsdp` first: between them, slow as it is, then only pieces of what a group holds travel.
+    apart = FSDP_OUTER in columns
     if _on_gpus() and columns and not split[1]:
       pieces = w.reshape(w.shape[0], _devices(columns, mesh), -1).swapaxes(0, 1)
       pieces = jax.lax.with_sharding_constraint(pieces, spec(columns, rows))
-      return _from_pieces(jax.lax.with_sharding_constraint(pieces, spec((), split[0])), axis=1)
+      pieces = jax.lax.with_sharding_constraint(pieces, spec((), rows if apart else split[0]))
+      w = _from_pieces(pieces, axis=1)
+      return jax.lax.with_sharding_constraint(w, spec(*split)) if apart else w
+    if apart:
+      w = jax.lax.with_sharding_constraint(w, spec(rows, without(columns, (FSDP_OUTER,))))
     return jax.lax.with_sharding_constraint(w, spec(*split))
 
   def inputs(self, x: jax.Array, w_shape: tuple[int, ...]) -> jax.Array:
