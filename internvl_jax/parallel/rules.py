@@ -364,11 +364,6 @@ class StateShardings:
   gradients: dict[str, NamedSharding]
   moments: dict[str, NamedSharding]
 
-  @property
-  def can_share(self) -> bool:
-    """Whether the mesh has axes that split parameters."""
-    return any(size > 1 for axis, size in self.mesh.shape.items() if axis != "data")
-
 
 def state_shardings(
   axes: Mapping[str, Names],
