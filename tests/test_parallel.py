@@ -317,13 +317,13 @@ def test_zero(stage):
 
 
 def test_a_checkpoint_goes_on_with_another_mesh(tmp_path):
-  """Fully sharded there, by ZeRO 1 over three axes here; from shapes alone, so that nothing is in memory twice."""
-  there = Harness(model("dense"), mesh={"fsdp": 8})
+  """Fully sharded there, on an axis that is cut; by ZeRO 1 over three axes here; nothing is in memory twice."""
+  there = Harness(model("dense, odd"), mesh={"fsdp": 8}, fsdp_groups=2)
   there.run(reshape_batch(packed_batch(0), accumulation=1, shards=8))
   writer = Checkpointer(tmp_path, keep=None)
   writer.save(there.state, loader={}, trainer={})
   writer.wait()
-  here = Harness(model("dense"), mesh={"data": 2, "sequence": 2, "tensor": 2}, zero_stage=1)
+  here = Harness(model("dense, odd"), mesh={"data": 2, "sequence": 2, "tensor": 2}, zero_stage=1)
   like = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), here.state
   )
