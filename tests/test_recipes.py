@@ -93,7 +93,10 @@ SET_BY_PROGRAM = {
 
 # Scripts whose rows do not fit on a card of 80 GB -> the cards that share them; as many times the micro-batches.
 SHARED = {
-  f"internvl3.0/2nd_finetune/internvl3_{size}_dynamic_res_2nd_finetune_full": 2 for size in ("14b", "78b")
+  **{
+    f"internvl3.0/2nd_finetune/internvl3_{size}_dynamic_res_2nd_finetune_full": 2 for size in ("14b", "78b")
+  },
+  "internvl3_5_qwen3/internvl3_5_241b_sft": 2,
 }
 
 PATHS = {
