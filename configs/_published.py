@@ -7,16 +7,18 @@ under the script's names and with its relative paths; tests/test_recipes.py comp
 - Weights, gradients and optimizer state are spread over all devices (`mesh.fsdp=-1`), whichever ZeRO file the
   script names: the numbers are the same, and memory is least. For the script's own sharding, give your file and the
   axis it acts on: --config.training.deepspeed=FILE.json --config.mesh.data=-1 --config.mesh.fsdp=1.
+- Where the script's rows do not fit on a card of 80 GB (docs/scale.md), two cards share them (`mesh.sequence=2`) and
+  take twice as many micro-batches: the rows of a step, and those that are averaged together, are the script's.
 - `training.overwrite_output_dir` stays False, where most scripts say True: with it, the restart of a run that was
   interrupted would delete its checkpoints and begin again.
 
 The argument is `size[,variant]`, and then, if wanted, the script's environment variables under these names:
 
-  devices=N      GPUS: the devices that split the batch. A run on another number is refused.
+  devices=N      GPUS: the devices. A run on another number is refused.
   batch=N        BATCH_SIZE: rows of an optimizer step, over all devices.
-  per_device=N   PER_DEVICE_BATCH_SIZE: rows that a device takes at once.
+  per_device=N   PER_DEVICE_BATCH_SIZE: rows that a device, or the two that share them, take at once.
 
-Steps of gradient accumulation follow from the three: batch / per_device / devices. Without `devices`, they are those
+Steps of gradient accumulation follow from the three: batch / per_device / devices, twice that where two share. Without `devices`, they are those
 for the script's number of devices, and the batch grows and shrinks with the devices that there are.
 """
 
@@ -92,11 +94,25 @@ MPO: Arguments = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-  """A script's GPUS, BATCH_SIZE and PER_DEVICE_BATCH_SIZE."""
+  """A script's GPUS, BATCH_SIZE and PER_DEVICE_BATCH_SIZE, and how many devices share the rows of one."""
 
   devices: int
   batch: int
   per_device: int = 1
+  sharing: int = 1
+
+  @property
+  def shards(self) -> int:
+    """Devices, or groups that share rows, which split the batch.
+
+    Raises:
+      UserError: the devices do not divide.
+    """
+    if self.devices % self.sharing:
+      raise UserError(
+        f"devices={self.devices} does not divide by the {self.sharing} that share rows; add another devices"
+      )
+    return self.devices // self.sharing
 
   @property
   def accumulation(self) -> int:
@@ -105,16 +121,17 @@ class Launch:
     Raises:
       UserError: the batch does not divide.
     """
-    rows = self.per_device * self.devices
+    rows = self.per_device * self.shards
     if self.batch % rows:
+      shared = f" by {self.sharing}" if self.sharing > 1 else ""
       raise UserError(
-        f"batch={self.batch} does not divide by per_device={self.per_device} times devices={self.devices}, {rows}; "
+        f"batch={self.batch} does not divide by per_device={self.per_device} times devices={self.devices}{shared}, {rows}; "
         f"add batch={-(-self.batch // rows) * rows} to the recipe's argument, or another per_device or devices"
       )
     return self.batch // rows
 
 
-_SIZES = tuple(field.name for field in dataclasses.fields(Launch))
+_SIZES = tuple(field.name for field in dataclasses.fields(Launch) if field.name != "sharing")
 
 
 # --- The argument -------------------------------------------------------------------------------------------
@@ -167,7 +184,8 @@ def build(choice: Choice, launch: Launch, *deltas: Arguments) -> TrainConfig:
   """The configuration of a launch with `ALL` and the deltas, of which later ones count."""
   launch = dataclasses.replace(launch, **choice.launch)
   config = TrainConfig()
-  config.mesh.data, config.mesh.fsdp = 1, choice.launch.get("devices", -1)
+  config.mesh.data, config.mesh.fsdp = 1, launch.shards if "devices" in choice.launch else -1
+  config.mesh.sequence = launch.sharing
   config.training.per_device_train_batch_size = launch.per_device
   config.training.gradient_accumulation_steps = launch.accumulation
   for delta in (ALL, *deltas):
@@ -185,6 +203,7 @@ class Finetuning:
   per_device: int = 4
   devices: int = 8
   lora_devices: int = 2
+  sharing: int = 1
 
   def launch(self, variant: str) -> Launch:
     """What the scripts run on."""
@@ -192,7 +211,7 @@ class Finetuning:
       return Launch(batch=512, per_device=self.per_device, devices=8)
     if variant == "lora":
       return Launch(batch=16, per_device=self.per_device, devices=self.lora_devices)
-    return Launch(batch=128, per_device=self.per_device, devices=self.devices)
+    return Launch(batch=128, per_device=self.per_device, devices=self.devices, sharing=self.sharing)
 
 
 def finetune(choice: Choice, size: Finetuning, script: str, generation: Arguments) -> TrainConfig:

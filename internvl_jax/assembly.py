@@ -37,6 +37,7 @@ from internvl_jax.hf.model import (
 from internvl_jax.hf.tokenizer import add_image_tokens, has_tokenizer, load_tokenizer
 from internvl_jax.losses.preference import LossSettings
 from internvl_jax.models.choice import choose_kernels
+from internvl_jax.models.functional import ModelDef
 from internvl_jax.models.internvl import Execution, InternVLConfig
 from internvl_jax.models.kernels import Device
 from internvl_jax.models.lora import DEFAULT_TARGETS, LoRASpec, adapter_paths
@@ -295,14 +296,23 @@ def adapter_notes(config: TrainConfig, source: Source) -> list[str]:
   return found
 
 
-def open_mesh(config: TrainConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-  """The devices, by default those at hand, as the config arranges them.
+def open_mesh(
+  config: TrainConfig, devices: Sequence[Any] | None = None, model: ModelDef | None = None
+) -> jax.sharding.Mesh:
+  """The devices, by default those at hand, as the config arranges them, and `fsdp` cut as the model's widths need it.
 
   Raises:
     UserError: they cannot be arranged so, or their compiler does not take `runtime.xla_options`.
   """
   stage = zero.read_stage(config.training.deepspeed)
   mesh = meshes.make_mesh(config.mesh, devices, zero_stage=stage)
+  groups = 1 if model is None else rules.fsdp_groups(model.axes, model.shapes, mesh)
+  if groups > 1:
+    whole, mesh = mesh.shape["fsdp"], meshes.cut_fsdp(mesh, groups)
+    logging.info(
+      "The model's widths do not divide by mesh.fsdp=%d: its devices stand as fsdp_outer=%d x fsdp=%d",
+      *(whole, groups, mesh.shape["fsdp"]),
+    )
   compiler.check_overrides(config.runtime.xla_options, mesh)
   if config.training.deepspeed:
     logging.info("ZeRO stage %d: %s spread over the data-parallel devices", stage, zero.STAGES[stage])

@@ -229,7 +229,7 @@ def open_run(config: TrainConfig, watchdog: Watchdog) -> Run:
     source, tokenizer = open_model(config)
   chat = ChatTokenizer(tokenizer, config.data.conv_style, rows=source.config.text.vocab_size)
   looked_at = open_export(config, source, tokenizer, chat)
-  setup = set_up(config, source, open_mesh(config))
+  setup = set_up(config, source, open_mesh(config, model=source.model))
   tell(*idle_on(config, source))
   return Run(
     config=config,

@@ -4,7 +4,8 @@
 
 Recipes that differ in nothing that a compiled step depends on are compiled once, each by `python -m internvl_jax.plan`:
 half a minute to minutes. Every outcome goes to the file of results at once, so that a run that was stopped goes on where
-it was; entries that failed are tried again. At the end, all that is there is printed as a table. It needs the extras
+it was; entries that failed are tried again. Of what does not fit, the least number of hosts that does, by powers of two,
+is looked for. At the end, all that is there is printed as a table. It needs the extras
 `plan-gpu` and `test`: which script a recipe is of, tests/test_recipes.py knows.
 """
 
@@ -97,7 +98,8 @@ def entry_of(script: str) -> Entry:
   config = load(recipe)
   training = config.training
   rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
-  devices = launch["BATCH_SIZE"] // rows if "BATCH_SIZE" in launch else launch["GPUS"]
+  shards = launch["BATCH_SIZE"] // rows if "BATCH_SIZE" in launch else launch["GPUS"]
+  devices = shards * config.mesh.sequence
   cards = min(devices, 8)
   return Entry(recipe, size_of(recipe), devices // cards, cards, config)
 
@@ -124,12 +126,37 @@ def main(argv: Sequence[str]) -> None:
     if _LIST.value:
       print(f"{members[0].size:<14}{members[0].topology:<16}{'  '.join(entry.recipe for entry in members)}")
     elif not only or any(entry.recipe.startswith(only) for entry in members):
-      if "error" in read(path).get(name, {"error": "not there"}):
+      found = read(path).get(name, {"error": "not there"})
+      if "error" in found:
         found = planned(members[0]) | {"recipes": [entry.recipe for entry in members]}
-        path.write_text(json.dumps(read(path) | {name: found}, indent=1) + "\n")
-        print(f"{name}: {words(found)}", flush=True)
+        keep(path, name, found)
+      if not found.get("fits", True) and "least" not in found:
+        keep(path, name, found | {"least": least(members[0], found)})
   if not _LIST.value:
     print("\n".join(table(read(path))))
+
+
+def keep(path: Path, name: str, found: dict[str, Any]) -> None:
+  """Writes a result and tells it."""
+  path.write_text(json.dumps(read(path) | {name: found}, indent=1) + "\n")
+  print(f"{name}: {words(found)}", flush=True)
+
+
+KEPT = ("parameters that train", "frozen parameters", "optimizer state")
+"""What all cards share."""
+
+
+def least(entry: Entry, there: dict[str, Any]) -> dict[str, Any] | None:
+  """The plan for the fewest hosts, up to 64, on which a recipe fits that does not fit on its script's; or None."""
+  kept = sum(there["memory"][part] for part in KEPT) * entry.hosts * entry.cards
+  for hosts in (2**n for n in range(1, 7)):
+    if hosts > entry.hosts and kept / (8 * hosts) < there["limit"]:
+      recipe = f"{entry.recipe},devices={8 * hosts}"
+      found = planned(dataclasses.replace(entry, recipe=recipe, hosts=hosts, cards=8))
+      print(f"  {recipe}: {words(found)}", flush=True)
+      if found.get("fits"):
+        return {name: found[name] for name in ("topology", "batch", "bytes", "seconds")}
+  return None
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -168,7 +195,15 @@ def words(found: dict[str, Any]) -> str:
   if "error" in found:
     return f"failed: {found['error']}"
   verdict = "fits" if found["fits"] else "does not fit"
-  return f"{verdict} {found['topology']}: {found['bytes'] / GIB:.1f} of {found['limit'] / GIB:.1f} GiB a card"
+  return f"{verdict} {found['topology']}: {found['bytes'] / GIB:.1f} of {found['limit'] / GIB:.1f} GiB a card{fewest(found)}"
+
+
+def fewest(found: dict[str, Any]) -> str:
+  """The least number of cards of what does not fit, and what it takes there."""
+  if "least" not in found:
+    return ""
+  there = found["least"]
+  return f"; {there['bytes'] / GIB:.1f} on {there['topology']}" if there else "; not on 64 hosts either"
 
 
 def table(results: dict[str, Any]) -> list[str]:
@@ -182,7 +217,7 @@ def table(results: dict[str, Any]) -> list[str]:
     batch, used = found["batch"], f"{found['bytes'] / GIB:.1f}"
     lines.append(
       f"| {names} | {found['topology']} | {batch['rows']} x {batch['tokens']} + {batch['tiles']} | "
-      f"{used if found['fits'] else f'**{used}**'} of {found['limit'] / GIB:.1f} |"
+      f"{used if found['fits'] else f'**{used}**'} of {found['limit'] / GIB:.1f}{fewest(found)} |"
     )
   return lines
 

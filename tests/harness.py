@@ -110,10 +110,12 @@ class Harness:
     router_loss_coef=0.0,
     training=None,
     zero_stage=0,
+    fsdp_groups=1,
   ):
     sizes = {"data": 1, **(mesh or {})}
     devices = jax.devices()[: np.prod(list(sizes.values()))]
     self.mesh = meshes.make_mesh(MeshConfig(**sizes), devices, zero_stage=zero_stage)
+    self.mesh = meshes.cut_fsdp(self.mesh, fsdp_groups) if fsdp_groups > 1 else self.mesh
     self.shards = meshes.data_parallel_size(self.mesh)
     self.model = functional.define(lambda rngs: InternVL(config, rngs=rngs))
     self.trainable = optim.trainable_paths(ModelArguments(**(freeze or {})), self.model.shapes)

@@ -53,16 +53,23 @@ OPTIONS = {
   "qwen3_moe": {"router_loss_coef": 0.1},
   "gpt_oss": {"router_loss_coef": 0.1},
 }
+# Widths that eight devices do not divide, but four do.
+WIDTHS = dict.fromkeys(TEXTS, (16, 32)) | {f"{name}, odd": (20, 36) for name in TEXTS}
 
 
 def model(name):
+  widths, name = WIDTHS[name], name.removesuffix(", odd")
   vision = VisionConfig(
-    hidden_size=16, intermediate_size=32, num_layers=2, num_heads=1, patch_size=4, image_size=16
+    hidden_size=widths[0], intermediate_size=32, num_layers=2, num_heads=1, patch_size=4, image_size=16
   )
   text = DecoderConfig(
-    vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_layers=2, head_dim=4, **TEXTS[name]
+    vocab_size=VOCAB, hidden_size=widths[1], intermediate_size=32, num_layers=2, head_dim=4, **TEXTS[name]
   )
   return InternVLConfig(vision=vision, text=text)
+
+
+def options_of(name):
+  return OPTIONS.get(name.removesuffix(", odd"), {})
 
 
 def packed_batch(seed):
@@ -106,7 +113,7 @@ def run(harness, shards, accumulation=1):
 @functools.cache
 def one_device(name, *, shards=1, all_gather=True):
   """The steps on one device, whose rows may be counted as several devices'."""
-  harness = Harness(model(name), all_gather=all_gather, **OPTIONS.get(name, {}))
+  harness = Harness(model(name), all_gather=all_gather, **options_of(name))
   objective = dataclasses.replace(harness.step.objective, shards=shards)
   harness.step = dataclasses.replace(harness.step, objective=objective)
   return run(harness, shards)[0]
@@ -114,10 +121,10 @@ def one_device(name, *, shards=1, all_gather=True):
 
 def check(name, mesh, *, all_gather=True, accumulation=1, **options):
   """Compares the steps on a mesh with one device's, of one micro-batch; returns the harness and the program."""
-  harness = Harness(model(name), mesh=mesh, all_gather=all_gather, **OPTIONS.get(name, {}), **options)
+  harness = Harness(model(name), mesh=mesh, all_gather=all_gather, **options_of(name), **options)
   found, program = run(harness, harness.shards, accumulation)
   # What is normalised or balanced by data shard depends on their number, and on nothing else of the mesh.
-  by_shard = not all_gather or "router_loss_coef" in OPTIONS.get(name, {})
+  by_shard = not all_gather or "router_loss_coef" in options_of(name)
   expected = one_device(name, shards=harness.shards if by_shard else 1, all_gather=all_gather)
   np.testing.assert_allclose(found[:, 0], expected[:, 0], rtol=0, atol=1e-5)
   np.testing.assert_allclose(found[:, 1], expected[:, 1], rtol=1e-4)
@@ -156,6 +163,27 @@ def test_fsdp_collects_a_layer_at_a_time():
 )
 def test_meshes(mesh):
   check("dense", mesh)
+
+
+@pytest.mark.parametrize(
+  ("name", "gpus"),
+  [
+    ("dense", True),
+    *(
+      pytest.param(name, gpus, marks=pytest.mark.slow)
+      for name in ("dense", "fused", "qwen3_moe", "gpt_oss")
+      for gpus in (False, True)
+      if (name, gpus) != ("dense", True)
+    ),
+  ],
+)
+def test_widths_that_fsdp_does_not_divide(monkeypatch, name, gpus):
+  """Weights of the layers are spread over all devices, two of which share what the width is not divided by."""
+  monkeypatch.setattr(rules, "_on_gpus", lambda: gpus)
+  harness, _ = check(f"{name}, odd", {"fsdp": 8}, fsdp_groups=2)
+  for path, leaf in harness.state.params.items():
+    if ".layers." in path and leaf.ndim > 2 and not path.endswith(("bias", "gate.kernel", "router.kernel")):
+      assert leaf.size == 8 * leaf.addressable_shards[0].data.size, path
 
 
 @pytest.mark.parametrize(
@@ -289,13 +317,13 @@ def test_zero(stage):
 
 
 def test_a_checkpoint_goes_on_with_another_mesh(tmp_path):
-  """Fully sharded there, by ZeRO 1 over three axes here; from shapes alone, so that nothing is in memory twice."""
-  there = Harness(model("dense"), mesh={"fsdp": 8})
+  """Fully sharded there, on an axis that is cut; by ZeRO 1 over three axes here; nothing is in memory twice."""
+  there = Harness(model("dense, odd"), mesh={"fsdp": 8}, fsdp_groups=2)
   there.run(reshape_batch(packed_batch(0), accumulation=1, shards=8))
   writer = Checkpointer(tmp_path, keep=None)
   writer.save(there.state, loader={}, trainer={})
   writer.wait()
-  here = Harness(model("dense"), mesh={"data": 2, "sequence": 2, "tensor": 2}, zero_stage=1)
+  here = Harness(model("dense, odd"), mesh={"data": 2, "sequence": 2, "tensor": 2}, zero_stage=1)
   like = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), here.state
   )
@@ -385,7 +413,10 @@ def test_the_table_of_parameters():
   up = 32 * 4096 * 14336 / 8 * 4 / 2**20
   assert f"{up:.2f}" in lines[2] and f"{2 * up:.2f}" in lines[2]
   (warning,) = placement_warnings(shapes, places)
-  assert warning.startswith("odd (4097x4099, 64 MiB) stays whole")
+  assert warning == (
+    "1 large parameter(s) (odd is 4097x4099) stay whole on every device and take 0.06 GiB of each with their gradients "
+    "and moments: their axes do not divide by the mesh (fsdp=4 tensor=2); make mesh.fsdp a power of two"
+  )
   assert not placement_warnings(
     shapes, rules.state_shardings(axes, shapes, (), jax.make_mesh((8, 1, 1, 1, 1), AXES))
   )

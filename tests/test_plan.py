@@ -20,6 +20,7 @@ from internvl_jax.batch import BatchCounts
 from internvl_jax.errors import UserError
 from internvl_jax.hf import published
 from internvl_jax.mfu import peak_flops, useful_flops
+from internvl_jax.parallel import table
 from internvl_jax.trees import count
 from toy import RECIPE, REPOSITORY, curve_config
 
@@ -69,6 +70,19 @@ def test_exchanges_are_found_by_axis(planned):
   # Weights are collected in every layer of both stacks, forward and backward.
   assert rows["all-gather", "fsdp"].count > 2 * 2 * 4
   assert all(sum(row.parts.values()) == row.bytes for row in found.exchanges)
+
+
+def test_what_the_log_of_a_run_warns_of_is_in_the_plan(planned, monkeypatch, tmp_path):
+  plan, found = planned
+  assert found.warnings == [] and "warning" not in report.render(found)
+  monkeypatch.setattr(table, "LARGE", 2**12)
+  config = tiny_config(tmp_path, data=1, fsdp=7)
+  config.data.max_seq_length = 252
+  odd = plan_step(config, open_target("cpu:7"), batch_shape(config, tiles=4), plan.source)
+  assert len(odd.warnings) == 1 and "(fsdp=7)" in odd.warnings[0]
+  assert f"warning: {odd.warnings[0]}" in report.render(
+    dataclasses.replace(found, warnings=list(odd.warnings))
+  )
 
 
 def test_what_does_not_fit_is_said_with_a_remedy(planned):

@@ -54,3 +54,29 @@ def test_the_table_says_what_does_not_fit(plan_recipes):
     "| `a:8b` | a100-80g:8 | 4 x 8192 + 7 | **128.0** of 64.0 |",
     "| `b:1b` | | | failed: no word |",
   ]
+
+
+def test_what_does_not_fit_is_planned_for_more_hosts(plan_recipes, entries, monkeypatch):
+  """Not for those whose cards cannot hold the state; the same recipe on more devices, until it fits."""
+  monkeypatch.setattr(plan_recipes, "_CARD", type("Flag", (), {"value": "a100-80g"}))
+  tried = []
+
+  def planned(entry):
+    tried.append((entry.recipe, entry.topology))
+    return {
+      "topology": entry.topology,
+      "batch": {},
+      "fits": entry.hosts == 16,
+      "bytes": 1,
+      "limit": 72,
+      "seconds": 1,
+    }
+
+  monkeypatch.setattr(plan_recipes, "planned", planned)
+  entry = entries["internvl3_5/sft.py:241b"]
+  memory = {"parameters that train": 112, "frozen parameters": 0, "optimizer state": 224, "gradients": 112}
+  found = plan_recipes.least(entry, {"memory": memory, "limit": 72})
+  assert tried == [(f"internvl3_5/sft.py:241b,devices={8 * n}", f"a100-80g:{n}x8") for n in (8, 16)]
+  assert found["topology"] == "a100-80g:16x8"
+  there = {"topology": "a100-80g:16x8", "bytes": 2**36}
+  assert plan_recipes.fewest({"least": there}) == "; 64.0 on a100-80g:16x8"

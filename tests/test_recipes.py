@@ -91,6 +91,14 @@ SET_BY_PROGRAM = {
   "rpo_alpha": "1",
 }
 
+# Scripts whose rows do not fit on a card of 80 GB -> the cards that share them; as many times the micro-batches.
+SHARED = {
+  **{
+    f"internvl3.0/2nd_finetune/internvl3_{size}_dynamic_res_2nd_finetune_full": 2 for size in ("14b", "78b")
+  },
+  "internvl3_5_qwen3/internvl3_5_241b_sft": 2,
+}
+
 PATHS = {
   path.split(".")[1]: path
   for path in FIELDS
@@ -154,7 +162,8 @@ def test_a_recipe_says_what_its_script_says(script):
   launch = SCRIPTS[script]["launch"]
   if arguments["gradient_accumulation_steps"] == "BATCH_SIZE / PER_DEVICE_BATCH_SIZE / GPUS":
     devices = launch.get("GPUS") or launch["NPROC_PER_NODE"]  # times the nodes, which are left open: one
-    steps, rest = divmod(launch["BATCH_SIZE"], launch["PER_DEVICE_BATCH_SIZE"] * devices)
+    shards = devices // SHARED.get(script, 1)
+    steps, rest = divmod(launch["BATCH_SIZE"], launch["PER_DEVICE_BATCH_SIZE"] * shards)
     assert not rest
     arguments["gradient_accumulation_steps"] = str(steps)
   if re.fullmatch(r"internvl3_5.*_mpo", script):
@@ -174,6 +183,7 @@ def test_a_recipe_says_what_its_script_says(script):
   assert {path: value for path, value in others.items() if value != FIELDS[path].default} == {
     "mesh.data": 1,
     "mesh.fsdp": -1,
+    **({"mesh.sequence": SHARED[script]} if script in SHARED else {}),
   }
 
 
@@ -287,6 +297,17 @@ def test_the_batch_is_kept_on_other_devices():
     assert config.training.per_device_train_batch_size == per_device
     assert config.training.gradient_accumulation_steps == steps
     assert (config.mesh.data, config.mesh.fsdp) == (1, fsdp)
+
+
+def test_the_batch_is_kept_where_devices_share_rows():
+  for arg, steps, fsdp in (("78b", 4, -1), ("78b,devices=64", 2, 32), ("78b,devices=32,per_device=1", 8, 16)):
+    config = load(f"internvl3/finetune.py:{arg}")
+    assert config.training.gradient_accumulation_steps == steps
+    assert (config.mesh.fsdp, config.mesh.sequence) == (fsdp, 2)
+  with pytest.raises(UserError, match="devices=33 does not divide by the 2 that share rows"):
+    load("internvl3/finetune.py:78b,devices=33")
+  with pytest.raises(UserError, match="per_device=2 times devices=24 by 2, 24; add batch=144"):
+    load("internvl3/finetune.py:78b,devices=24")
 
 
 def test_the_command_line_takes_a_recipe_from_any_folder(tmp_path):

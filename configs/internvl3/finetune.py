@@ -1,6 +1,7 @@
 """Fine-tunes InternVL3 on your own data: up to 12 tiles an image, ViT frozen.
 
-Reproduces shell/internvl3.0/2nd_finetune, on 8 GPUs (38b: 16, 78b: 32), 128 rows a step. There is no script for LoRA;
+Reproduces shell/internvl3.0/2nd_finetune, on 8 GPUs (38b: 16, 78b: 32), 128 rows a step; of 14b and 78b, two GPUs share rows.
+There is no script for LoRA;
 --config.model.use_llm_lora=16 --config.model.freeze_llm=True --config.model.freeze_mlp=True makes one.
 
   python -m internvl_jax.train --config configs/internvl3/finetune.py:8b --config.data.meta_path=my_meta.json
@@ -21,9 +22,9 @@ SIZES = {
   "2b": Finetuning("OpenGVLab/InternVL3-2B", {}),
   "8b": Finetuning("OpenGVLab/InternVL3-8B", {}),
   "9b": Finetuning("OpenGVLab/InternVL3-9B", {}),
-  "14b": Finetuning("OpenGVLab/InternVL3-14B", {"drop_path_rate": 0.1}),
+  "14b": Finetuning("OpenGVLab/InternVL3-14B", {"drop_path_rate": 0.1}, sharing=2),
   "38b": Finetuning("OpenGVLab/InternVL3-38B", {"drop_path_rate": 0.2}, per_device=2, devices=16),
-  "78b": Finetuning("OpenGVLab/InternVL3-78B", {"drop_path_rate": 0.4}, per_device=2, devices=32),
+  "78b": Finetuning("OpenGVLab/InternVL3-78B", {"drop_path_rate": 0.4}, per_device=2, devices=32, sharing=2),
 }
 CHOICES = tuple(SIZES)
 

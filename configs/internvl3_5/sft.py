@@ -2,7 +2,7 @@
 
 Reproduces internvl_chat_gpt_oss/shell/internvl3_5_qwen3/*_sft.sh and, for 20b, internvl3_5_gpt_oss/*_stage2_sft.sh: 512
 packed rows of 32768 tokens a step. The scripts leave the number of nodes open; here it is one, of 8 GPUs (`devices=64`
-for eight).
+for eight). Of 241b, two GPUs share rows.
 
   python -m internvl_jax.train --config configs/internvl3_5/sft.py:8b --config.data.meta_path=my_meta.json
 
@@ -47,7 +47,7 @@ def get_config(arg: str = "") -> TrainConfig:
   script = f"internvl3_5_{choice.size}_sft"
   return build(
     choice,
-    Launch(devices=8, batch=512),
+    Launch(devices=8, batch=512, sharing=2 if choice.size == "241b" else 1),
     PACKED,
     {
       "conv_style": "internvl2_5",

@@ -22,6 +22,7 @@ from internvl_jax.hf.model import Source
 from internvl_jax.models.kernels import Device
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.parallel import rules
+from internvl_jax.parallel.table import placement_warnings
 from internvl_jax.state import TrainState
 from internvl_jax.step import TrainStep
 
@@ -97,6 +98,7 @@ class StepPlan:
     shape: the batch's.
     state, frozen, batch: as the step takes them, without numbers.
     xla_options: `runtime.xla_options`.
+    warnings: what a run's log would warn of where the parameters lie.
   """
 
   source: Source
@@ -107,6 +109,7 @@ class StepPlan:
   frozen: dict[str, Any]
   batch: Batch
   xla_options: tuple[str, ...] = ()
+  warnings: tuple[str, ...] = ()
 
   @property
   def shards(self) -> int:
@@ -128,7 +131,7 @@ def plan_step(
     UserError: the config, the model and the devices do not fit together.
   """
   source = describe_model(config) if source is None else source
-  mesh = open_mesh(config, target.devices)
+  mesh = open_mesh(config, target.devices, source.model)
   meshes.check_lengths([shape.tokens], mesh)
   setup = set_up(config, source, mesh, device=Device.of(target.devices[0]))
   preference = config.preference.loss_type is not None
@@ -147,6 +150,7 @@ def plan_step(
     frozen=frozen,
     batch=batch,
     xla_options=config.runtime.xla_options,
+    warnings=tuple(placement_warnings(setup.shapes, setup.places)),
   )
 
 

@@ -79,6 +79,7 @@ class Report:
   Attributes:
     topology, chips, mesh: the devices and how they are arranged.
     batch: micro-batches, rows of a shard, tokens and tiles of a row, data shards.
+    warnings: lines on parameters that too few devices share.
     execution: dtype, attention, experts (None in a dense model) and remat.
     parameters, trainable: how many.
     memory: bytes by part, which add up to `total`.
@@ -102,6 +103,7 @@ class Report:
   chips: int
   mesh: dict[str, int]
   batch: dict[str, int]
+  warnings: list[str] = dataclasses.field(default_factory=list)
   execution: dict[str, Any]
   parameters: int
   trainable: int
@@ -153,6 +155,7 @@ def make_report(plan: StepPlan, compiled: Compiled, target: Target, *, limit: in
     chips=plan.mesh.size,
     mesh=dict(plan.mesh.shape),
     batch={**dataclasses.asdict(plan.shape), "shards": plan.shards},
+    warnings=list(plan.warnings),
     execution={
       "dtype": jax.numpy.dtype(how.dtype).name,
       "attention": how.kernels.attention,
@@ -348,6 +351,7 @@ def _head(report: Report) -> list[str]:
     f"computed in {how['dtype']}, attention {how['attention']}, "
     + (f"experts {how['experts']}, " if how["experts"] else "")
     + f"rematerialised: {how['remat'] or 'nothing'}",
+    *(f"warning: {line}" for line in report.warnings),
   ]
 
 

@@ -19,6 +19,7 @@ from flax import nnx
 
 from internvl_jax.models.grouped_matmul import grouped_matmul
 from internvl_jax.models.layers import Linear, make_param
+from internvl_jax.parallel.mesh import DATA_AXES, FSDP_OUTER
 from internvl_jax.parallel.rules import (
   ACTIVATIONS,
   MeshAxes,
@@ -28,6 +29,7 @@ from internvl_jax.parallel.rules import (
   mesh_in_scope,
   spec,
   weight_entries,
+  without,
 )
 
 
@@ -148,7 +150,9 @@ def grouped(
   stored = {name: weight_entries(axes[name], kernel.shape, mesh) for name, kernel in kernels.items()}
   experts = next(iter(stored.values()))[0]
   mlp = [set(stored[name][i]) for name in stored for i, axis in enumerate(axes[name]) if axis == "mlp"]
-  inner = tuple(axis for axis in mesh.axis_names if all(axis in entry for entry in mlp))
+  # The devices of the data axes have tokens of their own.
+  sharing = without(mesh.axis_names, DATA_AXES)
+  inner = tuple(axis for axis in sharing if all(axis in entry for entry in mlp))
   partial = (*experts, *inner)
 
   def local(x, chosen, weights, kernels, expert_part, inner_part):
@@ -184,8 +188,9 @@ def grouped(
 
 def _collect(kernel: jax.Array, stored: Sequence[MeshAxes], *, keep: MeshAxes) -> jax.Array:
   """A kernel's pieces on the other devices, but those along the axes to keep."""
-  for i, entry in enumerate(stored):
-    others = tuple(axis for axis in entry if axis not in keep)
+  # Over the groups of `fsdp` first, as `Product.used` does.
+  for i in sorted(range(len(stored)), key=lambda i: FSDP_OUTER not in stored[i]):
+    others = without(stored[i], keep)
     if others:
       kernel = all_gather(kernel, others, axis=i)
   return kernel

@@ -8,7 +8,7 @@ Letters: R rows, S tokens, V vocabulary, E width, D data shards, Q features of a
 import jax
 import jax.numpy as jnp
 
-from internvl_jax.parallel.rules import ACTIVATIONS, WEIGHTS, fit, mesh_in_scope, spec
+from internvl_jax.parallel.rules import ACTIVATIONS, fit, mesh_in_scope, spec, stored_over
 
 
 def embed(table: jax.Array, ids: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
@@ -20,7 +20,7 @@ def embed(table: jax.Array, ids: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
   mesh = mesh_in_scope()
   if mesh is None:
     return jnp.take(table, ids, axis=0).astype(dtype)
-  width = fit(WEIGHTS["table"], table.shape[1], mesh)
+  width = stored_over("table", table.shape[1], mesh)
   rows = fit(ACTIVATIONS["rows"], ids.shape[0], mesh)
   tokens = fit(ACTIVATIONS["tokens"], ids.shape[1], mesh)
   axis_of = {**dict.fromkeys(rows, 0), **dict.fromkeys(tokens, 1)}

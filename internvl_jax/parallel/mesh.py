@@ -3,6 +3,9 @@
 Axes, outermost first: `data` and `fsdp` split the batch (fsdp also splits weights and optimizer state),
 `expert`, `sequence` and `tensor` split the model. Their devices share rows: a row's tokens, and a pool's tiles, are
 spread over all three (`parallel.rules`).
+
+Where the widths of a model do not divide by `fsdp`, its devices stand on two axes, `fsdp_outer` and `fsdp`: a weight
+may take them apart, one for each of its own axes, or only one of them.
 """
 
 import math
@@ -12,13 +15,15 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from internvl_jax.arguments import MeshConfig
 from internvl_jax.errors import UserError
 
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
-DATA_AXES = ("data", "fsdp")
+FSDP_OUTER = "fsdp_outer"
+"""The axis before `fsdp` that `cut_fsdp` makes of a part of it; most meshes have none."""
+DATA_AXES = ("data", FSDP_OUTER, "fsdp")
 """Axes that split the batch."""
 
 
@@ -44,6 +49,20 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None, *, zero_
   if zero_stage == 3:
     shape |= {"data": 1, "fsdp": shape["data"] * shape["fsdp"]}
   return Mesh(_arrange(devices, list(shape.values())), AXES)
+
+
+def cut_fsdp(mesh: Mesh, outer: int) -> Mesh:
+  """The same devices in the same order, those of `fsdp` in so many groups: the axis `fsdp_outer` counts the groups."""
+  at = mesh.axis_names.index("fsdp")
+  shape = [*mesh.axis_sizes]
+  shape[at : at + 1] = outer, shape[at] // outer
+  names = (*mesh.axis_names[:at], FSDP_OUTER, *mesh.axis_names[at:])
+  return Mesh(mesh.devices.reshape(shape), names)
+
+
+def data_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+  """Those of `DATA_AXES` that the mesh has."""
+  return tuple(axis for axis in DATA_AXES if axis in mesh.shape)
 
 
 def _mesh_remedy(config: MeshConfig, devices: int, known: int) -> str:
@@ -97,7 +116,7 @@ def check_lengths(lengths: Sequence[int], mesh: Mesh) -> None:
 
 def data_parallel_size(mesh: Mesh) -> int:
   """Number of devices over which the batch is split: the shards that rows and tile pools are dealt to."""
-  return math.prod(mesh.shape[axis] for axis in DATA_AXES)
+  return math.prod(mesh.shape[axis] for axis in data_axes(mesh))
 
 
 def data_parts(mesh: Mesh) -> list[int]:

@@ -23,10 +23,12 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from internvl_jax.batch import Batch, PreferenceBatch, SFTBatch
-from internvl_jax.parallel.mesh import DATA_AXES, data_parts
+from internvl_jax.parallel.mesh import DATA_AXES, FSDP_OUTER, data_axes, data_parts
 
 MeshAxes: TypeAlias = tuple[str, ...]
 Names: TypeAlias = tuple[str | None, ...]
+
+_FSDP = ("fsdp", FSDP_OUTER)
 
 _SHARED = ("expert", "sequence")
 """Axes whose devices share rows, and that split no axis of a dense weight in use: they store it like `fsdp`."""
@@ -37,11 +39,11 @@ _SHARING = (*_SHARED, "tensor")
 WEIGHTS: dict[str, MeshAxes] = {
   "layers": (),
   "expert": ("expert",),
-  "embed": ("fsdp", *_SHARED),
-  "patch": ("fsdp", *_SHARED),
+  "embed": (*_FSDP, *_SHARED),
+  "patch": (*_FSDP, *_SHARED),
   # The token embeddings: their number is rarely a multiple of anything, so their width is split.
   "vocab": (),
-  "table": ("fsdp", *_SHARING),
+  "table": (*_FSDP, *_SHARING),
   # Split in use as well.
   "heads": ("tensor",),
   "kv_heads": ("tensor",),
@@ -55,6 +57,12 @@ WEIGHTS: dict[str, MeshAxes] = {
 
 SPLIT_IN_USE = frozenset({"heads", "kv_heads", "mlp"})
 """Axes of weights that products are computed in pieces of; the others are collected before."""
+
+_FOR_FSDP = frozenset({"embed", "table"})
+"""Axes of weights that `fsdp` should divide."""
+
+_INSTEAD = frozenset({"heads", "kv_heads", "mlp", "vision", "fused"})
+"""Axes of weights that take what of `fsdp` does not divide those."""
 
 ACTIVATIONS: dict[str, MeshAxes] = {
   "tiles": (*DATA_AXES, *_SHARING),
@@ -99,11 +107,16 @@ def fit(axes: Iterable[str], size: int, mesh: Mesh | AbstractMesh, used: Iterabl
   """Those of the mesh's axes that, taken in order, divide an axis of that size, apart from the `used` ones."""
   taken, used = [], set(used)
   for axis in axes:
-    devices = mesh.shape[axis]
+    devices = mesh.shape.get(axis, 1)
     if devices > 1 and axis not in used and size % devices == 0:
       taken.append(axis)
       size //= devices
   return tuple(taken)
+
+
+def without(entry: MeshAxes, others: Iterable[str]) -> MeshAxes:
+  """The axes of an entry that are not among the others."""
+  return tuple(axis for axis in entry if axis not in others)
 
 
 def spec(*entries: MeshAxes | None) -> PartitionSpec:
@@ -173,7 +186,7 @@ class Product:
       return dw
     # One axis of the mesh at first. Asked for pieces over several, XLA collects both factors of the product
     # rather than scattering the sum; what is left to sum is smaller by the first axis.
-    first = [entry[:1] for entry in weight_entries(self.axes, dw.shape, mesh)]
+    first = [_first(entry) for entry in weight_entries(self.axes, dw.shape, mesh)]
     return self.stored(jax.lax.with_sharding_constraint(dw, spec(*first)))
 
   def used(self, w: jax.Array) -> jax.Array:
@@ -184,10 +197,16 @@ class Product:
     # Held where it is stored until it has the compute dtype: pieces would else travel in float32.
     w, split = self.stored(w), self._split(w.shape, mesh)
     rows, columns = weight_entries(self.axes, w.shape, mesh)
+    # Over the groups of `fsdp` first: between them, slow as it is, then only pieces of what a group holds travel.
+    apart = FSDP_OUTER in columns
     if _on_gpus() and columns and not split[1]:
       pieces = w.reshape(w.shape[0], _devices(columns, mesh), -1).swapaxes(0, 1)
       pieces = jax.lax.with_sharding_constraint(pieces, spec(columns, rows))
-      return _from_pieces(jax.lax.with_sharding_constraint(pieces, spec((), split[0])), axis=1)
+      pieces = jax.lax.with_sharding_constraint(pieces, spec((), rows if apart else split[0]))
+      w = _from_pieces(pieces, axis=1)
+      return jax.lax.with_sharding_constraint(w, spec(*split)) if apart else w
+    if apart:
+      w = jax.lax.with_sharding_constraint(w, spec(rows, without(columns, (FSDP_OUTER,))))
     return jax.lax.with_sharding_constraint(w, spec(*split))
 
   def inputs(self, x: jax.Array, w_shape: tuple[int, ...]) -> jax.Array:
@@ -208,7 +227,8 @@ class Product:
 
   def _split(self, shape: tuple[int, ...], mesh: AbstractMesh) -> list[MeshAxes]:
     """Mesh axes that split D and F in use."""
-    entries = weight_entries(self.axes, shape, mesh)
+    # Devices that have other rows each need the whole axis.
+    entries = [without(entry, DATA_AXES) for entry in weight_entries(self.axes, shape, mesh)]
     return [
       entry if self.over == "tokens" and name in SPLIT_IN_USE and self._whole(entry, size, mesh) else ()
       for name, entry, size in zip(self.axes, entries, shape, strict=True)
@@ -224,6 +244,13 @@ class Product:
       for name, size in zip(leading, x.shape[:2], strict=True)
     ]
     return jax.lax.with_sharding_constraint(x, spec(*entries, last))
+
+
+def _first(entry: MeshAxes) -> MeshAxes:
+  """The axes of the mesh over which a gradient's axis is spread at first; both halves of `fsdp` are as one."""
+  if entry[:2] == (FSDP_OUTER, "fsdp"):
+    return entry[:2]
+  return without(entry, (FSDP_OUTER,))[:1]
 
 
 def all_gather(x: jax.Array, names: MeshAxes, *, axis: int) -> jax.Array:
@@ -251,7 +278,7 @@ def _from_pieces(pieces: jax.Array, *, axis: int) -> jax.Array:
 def weight_shardings(
   axes: Mapping[str, Names], shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh
 ) -> dict[str, NamedSharding]:
-  """The sharding of every parameter; an axis that the mesh axes do not divide stays whole."""
+  """The sharding of every parameter; what no axis of the mesh divides stays whole."""
   return {
     path: NamedSharding(mesh, spec(*weight_entries(axes[path], leaf.shape, mesh)))
     for path, leaf in shapes.items()
@@ -265,11 +292,54 @@ def weight_entries(axes: Names, shape: tuple[int, ...], mesh: Mesh | AbstractMes
   used: MeshAxes = ()
   entries = []
   for name, size in zip(axes, shape, strict=True):
-    stored = () if name is None or (is_vector and name not in SPLIT_IN_USE) else WEIGHTS[name]
-    entry = fit(stored, size, mesh, used)
+    entry = (
+      () if name is None or (is_vector and name not in SPLIT_IN_USE) else stored_over(name, size, mesh, used)
+    )
     entries.append(entry)
     used += entry
+  return entries if is_vector else _elsewhere(entries, axes, shape, mesh)
+
+
+def stored_over(name: str, size: int, mesh: Mesh | AbstractMesh, used: Iterable[str] = ()) -> MeshAxes:
+  """Mesh axes over which an axis of that name and size is stored, apart from the `used` ones."""
+  taken = fit(WEIGHTS[name], size, mesh, used)
+  # Pieces over both halves of `fsdp` lie as they would over the whole of it.
+  return tuple(sorted(taken, key=lambda axis: axis != FSDP_OUTER))
+
+
+def _elsewhere(
+  entries: list[MeshAxes], axes: Names, shape: tuple[int, ...], mesh: Mesh | AbstractMesh
+) -> list[MeshAxes]:
+  """Gives what of `fsdp` the weight's own axis for it has not taken to the first other one that it divides."""
+  if not any(name in _FOR_FSDP for name in axes):
+    return entries
+  used = {axis for entry in entries for axis in entry}
+  for i, (name, size) in enumerate(zip(axes, shape, strict=True)):
+    if name in _INSTEAD and (more := fit(_FSDP, size // _devices(entries[i], mesh), mesh, used)):
+      entries[i] += tuple(sorted(more, key=lambda axis: axis != FSDP_OUTER))
+      used |= set(more)
   return entries
+
+
+def fsdp_groups(
+  axes: Mapping[str, Names], shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh | AbstractMesh
+) -> int:
+  """In how many groups (`cut_fsdp`) the devices of `fsdp` hold least of the large weights, those of over 2^22 numbers.
+
+  The fewest such groups: 1 where all of them divide.
+  """
+  large = {path: leaf.shape for path, leaf in shapes.items() if leaf.size > 2**22}
+
+  def held(groups: int) -> int:
+    sizes = {**mesh.shape, FSDP_OUTER: groups, "fsdp": mesh.shape["fsdp"] // groups}
+    cut = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    return sum(
+      math.prod(shape) // math.prod(_devices(entry, cut) for entry in weight_entries(axes[path], shape, cut))
+      for path, shape in large.items()
+    )
+
+  size = mesh.shape["fsdp"]
+  return min((n for n in range(1, size + 1) if size % n == 0), key=held)
 
 
 def _devices(axes: MeshAxes, mesh: Mesh | AbstractMesh) -> int:
@@ -293,11 +363,6 @@ class StateShardings:
   params: dict[str, NamedSharding]
   gradients: dict[str, NamedSharding]
   moments: dict[str, NamedSharding]
-
-  @property
-  def can_share(self) -> bool:
-    """Whether the mesh has axes that split parameters."""
-    return any(size > 1 for axis, size in self.mesh.shape.items() if axis != "data")
 
 
 def state_shardings(
@@ -341,10 +406,11 @@ def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
   The tiles of a pool are spread over the devices that share it, too, where these take as many each: the pixels of a
   long row are the largest thing in a batch.
   """
-  rows = NamedSharding(mesh, PartitionSpec(None, DATA_AXES))
+  shards = data_axes(mesh)
+  rows = NamedSharding(mesh, PartitionSpec(None, shards))
   num_tiles = batch.rows.tiles.shape[2]
   evenly = num_tiles > 0 and num_tiles % _devices(_SHARING, mesh) == 0
-  tiles = NamedSharding(mesh, PartitionSpec(None, DATA_AXES, _SHARING if evenly else None))
+  tiles = NamedSharding(mesh, PartitionSpec(None, shards, _SHARING if evenly else None))
   places = SFTBatch(**dict.fromkeys(SFTBatch._fields, rows))._replace(tiles=tiles)
   return PreferenceBatch(places, rows, rows, rows, rows) if isinstance(batch, PreferenceBatch) else places
 

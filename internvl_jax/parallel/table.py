@@ -8,8 +8,10 @@ from jax.sharding import NamedSharding
 
 from internvl_jax.parallel.rules import StateShardings, bytes_per_device
 
-LARGE = 16 * 2**20
+LARGE = 2**26
 """Bytes from which on a parameter that no device shares is worth a warning."""
+
+GIB = 2**30
 
 
 def placement_table(shapes: Mapping[str, jax.ShapeDtypeStruct], places: StateShardings) -> list[str]:
@@ -35,16 +37,50 @@ def placement_table(shapes: Mapping[str, jax.ShapeDtypeStruct], places: StateSha
 
 
 def placement_warnings(shapes: Mapping[str, jax.ShapeDtypeStruct], places: StateShardings) -> list[str]:
-  """A line for each large parameter that every device holds whole although the mesh could share it."""
+  """A line on the large parameters that every device holds whole, one on those that too few share; none if all is well."""
+  devices = places.mesh.size // places.mesh.shape["data"]
+  pieces = {
+    path: leaf.size // math.prod(places.params[path].shard_shape(leaf.shape))
+    for path, leaf in shapes.items()
+    if leaf.size * leaf.dtype.itemsize >= LARGE
+  }
+  whole = {path: shapes[path] for path, n in pieces.items() if n == 1 < devices}
+  few = {path: shapes[path] for path, n in pieces.items() if 1 < n < devices}
+  extra = sum(_held(path, leaf, places) * (1 - pieces[path] / devices) for path, leaf in few.items())
   lines = []
-  for path, leaf in shapes.items():
-    size = math.prod(leaf.shape) * leaf.dtype.itemsize
-    if size >= LARGE and places.can_share and places.params[path].is_fully_replicated:
-      lines.append(
-        f"{path} ({'x'.join(map(str, leaf.shape))}, {size / 2**20:,.0f} MiB) stays whole on every device: no axis of "
-        "it divides by the mesh's; choose mesh sizes that are powers of two"
-      )
+  if whole:
+    held = sum(_held(path, leaf, places) for path, leaf in whole.items())
+    lines.append(
+      f"{_some(whole)} stay whole on every device and take {held / GIB:,.2f} GiB of each with their gradients and moments: "
+      f"{_remedy(places)}"
+    )
+  if extra >= GIB:
+    lines.append(
+      f"{_some(few)} are in fewer than {devices} pieces and take {extra / GIB:,.2f} GiB of each device, with their "
+      f"gradients and moments, that they would not in as many: {_remedy(places)}"
+    )
   return lines
+
+
+def _held(path: str, leaf: jax.ShapeDtypeStruct, places: StateShardings) -> int:
+  """Bytes of a device for a parameter, its gradient and its moments."""
+  gradient = bytes_per_device(leaf, places.gradients[path]) if path in places.gradients else 0
+  return bytes_per_device(leaf, places.params[path]) + gradient + _moment_bytes(path, leaf, places)
+
+
+def _some(found: Mapping[str, jax.ShapeDtypeStruct]) -> str:
+  largest = max(found, key=lambda path: found[path].size)
+  return f"{len(found)} large parameter(s) ({largest} is {'x'.join(map(str, found[largest].shape))})"
+
+
+def _remedy(places: StateShardings) -> str:
+  """Why, and what to do: widths are multiples of large powers of two, and rarely of other numbers."""
+  sizes = {axis: size for axis, size in places.mesh.shape.items() if size > 1 and axis != "data"}
+  mesh = " ".join(f"{axis}={size}" for axis, size in sizes.items())
+  devices = places.mesh.size
+  below = 2 ** (devices.bit_length() - 1)
+  instead = "" if below == devices else f", on {below} or {2 * below} devices in place of {devices}"
+  return f"their axes do not divide by the mesh ({mesh}); make mesh.fsdp a power of two{instead}"
 
 
 def describe_spec(sharding: NamedSharding) -> str:
