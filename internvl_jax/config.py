@@ -297,6 +297,12 @@ ON_DISK: dict[str, str] = {
 WRITTEN = ("training.logging_dir", "runtime.compilation_cache_dir")
 """Fields that name a folder to write to, of this machine or of a bucket."""
 
+_NAMED = (
+  *("model.model_name_or_path", *PARTS, "model.mlp_path", "data.meta_path", "eval.annotation", "eval.root"),
+  *("preference.eval_meta_path", "preference.reference_cache_dir", "training.output_dir", *WRITTEN, *ON_DISK),
+)
+"""Fields that name files or folders."""
+
 PROJECTOR_SUFFIXES = (".safetensors", ".pth", ".bin")
 """Forms of the file that model.mlp_path names."""
 
@@ -624,8 +630,15 @@ def _path_problems(config: TrainConfig, command: Command) -> Iterator[str]:
     yield from _output_path_problems(config)
 
 
+# A slash was lost, as shells and os.path.normpath do: the name of a folder called "gs:".
+_HALF_A_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)(.*)")
+
+
 def _url_problems(config: TrainConfig) -> Iterator[str]:
-  """URLs where a folder is wanted, of which libraries would make one called "gs:"."""
+  """URLs that are none, or stand where a folder is wanted, of which libraries would make one called "gs:"."""
+  for path in _NAMED:
+    if (name := get(config, path)) and (found := _HALF_A_URL.match(name)):
+      yield f"{path}={name!r} is no URL: did you mean {found[1]}://{found[2]}?"
   for path, why in ON_DISK.items():
     if (name := get(config, path)) and _is_remote(name):
       yield f"{path}={name!r}: must be a folder of this machine: {why}"
@@ -699,7 +712,9 @@ def _output_path_problems(config: TrainConfig) -> Iterator[str]:
   if _is_remote(output) and not is_bucket(output):
     yield f"training.output_dir={output!r}: runs write to folders, gs:// and s3:// only; name one of these"
     return
-  if not is_bucket(output) and os.path.exists(output) and not os.path.isdir(output):
+  if is_bucket(output):
+    yield from (f"training.output_dir={line}" for line in _unread(output))
+  elif os.path.exists(output) and not os.path.isdir(output):
     yield f"training.output_dir={output!r} is a file; name a folder"
   for path in ("model.model_name_or_path", *PARTS, "model.mlp_path"):
     name = get(config, path)

@@ -606,6 +606,20 @@ def test_an_output_directory_on_a_web_server_is_refused(config):
   )
 
 
+@pytest.mark.parametrize(
+  ("name", "told"),
+  [
+    ("s3://", "names no bucket; write s3://bucket/folder"),
+    ("gs:///run", "names no bucket; write gs://bucket/folder"),
+    ("gs:/bucket/run", "did you mean gs://bucket/run?"),
+  ],
+)
+def test_half_a_url_makes_no_folder_of_that_name(config, name, told):
+  config.training.output_dir = name
+  (line,) = problems(config)
+  assert line.startswith(f"training.output_dir={name!r}") and line.endswith(told)
+
+
 def test_each_command_needs_what_it_reads(config):
   config.training.output_dir = None
   assert problems(config, "doctor") == []
