@@ -15,19 +15,9 @@ from absl import flags
 
 from internvl_jax import config as config_lib
 from internvl_jax import frontdoor
+from internvl_jax.allowed import ACCEPTED, CHOICES, RANGES, REFUSED
 from internvl_jax.arguments import DataTrainingArguments, ModelArguments
-from internvl_jax.config import (
-  ACCEPTED,
-  CHOICES,
-  FIELDS,
-  LEAVES,
-  RANGES,
-  REFUSED,
-  TrainConfig,
-  problems,
-  to_json,
-  validate,
-)
+from internvl_jax.config import FIELDS, LEAVES, TrainConfig, problems, to_json, validate
 from internvl_jax.errors import UserError
 from internvl_jax.foreign import FOREIGN
 from internvl_jax.usage import field_comments

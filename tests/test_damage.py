@@ -14,6 +14,7 @@ import optax
 import pytest
 
 from harness import on_one_device
+from hosts import Job, history, make_world
 from internvl_jax import digests
 from internvl_jax.arguments import TrainingArguments
 from internvl_jax.checkpoint import folders, manager
@@ -111,6 +112,29 @@ def test_random_damage_is_seen_and_named(out, caplog, times):
     path.write_bytes(was)
   assert_restores(out, 2)
   assert not told(caplog)
+
+
+@pytest.mark.slow
+def test_whole_runs_go_on_from_the_intact_one(tmp_path):
+  """Whatever is damaged, they end as the run that nothing happened to, to the bit."""
+  world, rng = make_world(tmp_path), random.Random(0)
+  saving = ("training.save_strategy=steps", "training.save_steps=8", "training.max_steps=20")
+  straight = Job(world, *saving, out="straight")
+  assert straight.wait() == [0], straight.log()
+  shutil.rmtree(straight.out / "checkpoints/20")
+  kept = sorted(path for path in (straight.out / "checkpoints/16").rglob("*") if path.is_file())
+  for i, file in enumerate(rng.sample(kept, 12)):
+    out = tmp_path / f"damaged{i}"
+    shutil.copytree(straight.out, out)
+    path = out / file.relative_to(straight.out)
+    damaged = rng.choice([flip, cut, vanish])(bytearray(path.read_bytes()), rng)
+    path.unlink() if damaged is None else path.write_bytes(damaged)
+    job = Job(world, *saving, out=out.name)
+    assert job.wait() == [0] and "Traceback" not in job.log(), job.log()
+    assert f"checkpoints/16: damaged ({path.relative_to(out / 'checkpoints/16')}: " in job.log()
+    assert "Resuming from the checkpoint of step 8" in job.log()
+    assert history(out) == history(straight.out)
+    assert (out / "model.safetensors").read_bytes() == (straight.out / "model.safetensors").read_bytes()
 
 
 def test_where_none_is_intact_a_line_says_so(out):

@@ -13,9 +13,10 @@ import pytest
 from test_fields import run_of, source_of
 
 from internvl_jax import assembly, optim
+from internvl_jax.allowed import ACCEPTED, CHOICES
 from internvl_jax.arguments import DataTrainingArguments, LoaderConfig, TrainingArguments
 from internvl_jax.checkpoint.checkpointer import Checkpointer
-from internvl_jax.config import ACCEPTED, CHOICES, idle_settings, problems
+from internvl_jax.config import idle_settings, problems
 from internvl_jax.data import decoding
 from internvl_jax.data.pipeline import TrainLoader
 from internvl_jax.data.tokenize import ChatTokenizer

@@ -30,7 +30,7 @@ LAYERS = (
   ("models", "losses", "data"),
   ("parallel",),
   ("batch", "trees", "flops", "compiler", "lease"),
-  ("outputs", "effects", "due"),
+  ("outputs", "effects", "due", "allowed"),
   ("digests",),
   ("storage",),
   ("arguments", "chips", "errors", "foreign", "watchdog"),

@@ -4,7 +4,7 @@ import time
 import pytest
 
 from data_toys import ASSETS
-from internvl_jax.config import RANGES
+from internvl_jax.allowed import RANGES
 from internvl_jax.data import tiling
 
 GEOMETRY = json.loads((ASSETS / "geometry.json").read_text())
