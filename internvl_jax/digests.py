@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import functools
 import hashlib
+import mmap
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -44,13 +45,14 @@ def of_files(folder: AnyPath, names: Iterable[str], *, sync: bool = False) -> di
   Args:
     folder: where they are.
     names: of the files.
-    sync: also waits until they are on their disk, so that power may fail; of a folder of this machine.
+    sync: they were written a moment ago, on this machine: they are read where they lie in memory, which takes two thirds of
+      the time, and it is also waited until they are on their disk, so that power may fail.
   """
   sizes = {name: (folder / name).stat().st_size for name in names}
   pieces = [(folder / name, start) for name, size in sizes.items() for start in range(0, size, _PIECE)]
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
     synced = [pool.submit(_sync, folder / name) for name in sizes if sync]
-    found = pool.map(lambda piece: _crc(*piece), pieces)
+    found = pool.map(lambda piece: (_crc_in_memory if sync else _crc)(*piece), pieces)
     digests = {name: _joined(size, found) for name, size in sizes.items()}
     for future in synced:
       future.result()
@@ -73,6 +75,15 @@ def _crc(path: AnyPath, start: int) -> int:
     while start < end and (count := file.readinto(buffer)):
       crc, start = zlib.crc32(buffer[:count], crc), start + count
   return crc
+
+
+def _crc_in_memory(path: AnyPath, start: int) -> int:
+  """The CRC-32 of a piece of a file whose pages are in memory. Of others, a disk that fails would end the process."""
+  assert isinstance(path, Path)
+  with path.open("rb") as file:
+    length = min(_PIECE, os.fstat(file.fileno()).st_size - start)
+    with mmap.mmap(file.fileno(), length, offset=start, access=mmap.ACCESS_READ) as piece:
+      return zlib.crc32(piece)
 
 
 def _joined(size: int, crcs: Iterator[int]) -> Digest:

@@ -71,8 +71,9 @@ def test_another_model_is_told_apart(converted, tmp_path):
 
 def test_what_is_told_when_it_is_stopped(tmp_path, monkeypatch):
   """Its folder is not written to again, so before the same command that has to go."""
-  monkeypatch.setattr(signals._watch, "last_line", signals._watch.last_line)
-  assert signals._watch.last_line == "Stopped; the same command starts again"
+  usual = signals._Watch().last_line
+  monkeypatch.setattr(signals._watch, "last_line", usual)
+  assert usual == "Stopped; the same command starts again"
   monkeypatch.setattr(convert.export, "save_model", lambda *args, remedy, **more: told.append(remedy))
   told, dst = [], tmp_path / "new"
   convert.convert(str(INIT), dst, layouts.layout_named("hf"), lora="merge")
