@@ -68,6 +68,15 @@ def store(request) -> Iterator[str]:
     yield request.param
 
 
+one_store = pytest.mark.parametrize("store", ["s3"], indirect=True)
+"""For a test to which both stores are alike."""
+
+long_on_one = pytest.mark.parametrize(
+  "store", ["s3", pytest.param("gs", marks=pytest.mark.slow)], indirect=True
+)
+"""For a test that takes long: on the second store it is run by `-m slow`."""
+
+
 @pytest.fixture
 def bucket(store, monkeypatch) -> str:
   """The URL of a new, empty bucket."""

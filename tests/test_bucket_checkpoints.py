@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from buckets import names_in
+from buckets import names_in, one_store
 from saver import state_of
 
 from internvl_jax import digests, lease
@@ -106,6 +106,7 @@ def test_damage_is_named_and_the_one_before_is_taken(bucket, caplog):
   assert restored(f"{bucket}/run") == 2
 
 
+@one_store
 def test_copies_between_a_disk_and_a_bucket(bucket, tmp_path):
   save(tmp_path / "run", 1)
   for path in (tmp_path / "run").rglob("*"):
@@ -124,6 +125,7 @@ def test_copies_between_a_disk_and_a_bucket(bucket, tmp_path):
   assert restored(tmp_path / "run") == 1
 
 
+@one_store
 def test_a_run_begins_goes_on_and_begins_anew(bucket):
   training = TrainingArguments(output_dir=f"{bucket}/run")
   anew = TrainingArguments(output_dir=f"{bucket}/run", overwrite_output_dir=True)
@@ -140,6 +142,7 @@ def test_a_run_begins_goes_on_and_begins_anew(bucket):
     check_output_dir(training)
 
 
+@one_store
 def test_one_run_at_a_time(bucket, monkeypatch):
   folder, name = BucketPath(f"{bucket}/run"), "training.output_dir='it'"
   watched = []
@@ -160,6 +163,7 @@ def test_one_run_at_a_time(bucket, monkeypatch):
   assert names_in(str(folder)) == []
 
 
+@one_store
 def test_a_lease_of_a_process_that_was_killed_is_not_watched(bucket):
   folder = BucketPath(f"{bucket}/run")
   ended = subprocess.Popen([sys.executable, "-c", ""])
@@ -174,6 +178,7 @@ def test_a_lease_of_a_process_that_was_killed_is_not_watched(bucket):
   assert waited == [lease.BEAT_SECONDS]
 
 
+@one_store
 def test_a_model_is_sent_file_by_file(bucket, tmp_path):
   tensors = {f"t{i}": np.full((4, 5), i, np.float32) for i in range(7)}
   count = saving.count_files((tensor.nbytes for tensor in tensors.values()), 200)

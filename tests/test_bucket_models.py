@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from buckets import one_store
 from damage import edit_config, load
 from safetensors.numpy import load_file, save_file
 
@@ -32,7 +33,6 @@ from toy import CURVE
 
 MODEL = CURVE / "init"
 
-one_store = pytest.mark.parametrize("store", ["s3"], indirect=True)
 """For what does not depend on which store it is."""
 
 SINGLE = "model.safetensors"
