@@ -135,5 +135,7 @@ def test_the_heartbeat_goes_on_and_a_lost_lease_is_told(out, monkeypatch):
       time.sleep(0.01)
     assert Folder(out).read().beat >= 3 and not told.is_set()
     text = (out / "run.lease").read_text().replace(Folder(out).read().token, "theirs")
-    (out / "run.lease").write_text(text)
-    assert told.wait(10)
+    # A heartbeat that has looked already writes over it.
+    while not told.wait(0.1) and time.monotonic() < deadline:
+      (out / "run.lease").write_text(text)
+    assert told.is_set()
