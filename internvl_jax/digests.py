@@ -45,8 +45,8 @@ def of_files(folder: AnyPath, names: Iterable[str], *, sync: bool = False) -> di
   Args:
     folder: where they are.
     names: of the files.
-    sync: they were written a moment ago, on this machine: they are read where they lie in memory, which takes two thirds of
-      the time, and it is also waited until they are on their disk, so that power may fail.
+    sync: they were written a moment ago: they are read where they lie in memory, which takes two thirds of the time, and it
+      is also waited until they are on their disk, so that power may fail.
   """
   sizes = {name: (folder / name).stat().st_size for name in names}
   pieces = [(folder / name, start) for name, size in sizes.items() for start in range(0, size, _PIECE)]

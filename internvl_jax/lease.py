@@ -25,6 +25,7 @@ from absl import logging
 
 from internvl_jax.errors import UserError
 from internvl_jax.outputs import LEASE_FILE
+from internvl_jax.storage.machine import machine
 from internvl_jax.storage.paths import AnyPath, BucketPath
 
 BEAT_SECONDS = 5
@@ -218,7 +219,7 @@ def held(
 def _take(place: Place, name: str, wait: Callable[[float], Any]) -> Holder:
   locked = place.lock()
   found = place.read()
-  me = Holder(uuid.uuid4().hex, socket.gethostname(), _boot(), os.getpid(), time.time(), space=_space())
+  me = Holder(uuid.uuid4().hex, socket.gethostname(), machine(), os.getpid(), time.time(), space=_space())
   if locked is False:
     raise _in_use(name, found)
   if found is not None and not _is_dead(found, me, locked=bool(locked)):
@@ -259,13 +260,6 @@ def _beat(place: Place, name: str, me: Holder, stopped: threading.Event) -> None
       place.write(holder)
     except OSError as error:  # The disk is full, say: whoever saves will tell.
       logging.info("The lease could not be renewed: %s", error)
-
-
-def _boot() -> str:
-  try:
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-  except OSError:
-    return socket.gethostname()
 
 
 def _space() -> str:

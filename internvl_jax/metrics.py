@@ -19,7 +19,6 @@ from internvl_jax.batch import BatchCounts
 from internvl_jax.due import Best, Due
 from internvl_jax.mfu import UsefulFlops
 from internvl_jax.outputs import CHECKPOINTS, write_json
-from internvl_jax.storage import paths
 from internvl_jax.storage.paths import AnyPath, Mirror, path_of
 
 _TEXTS = {
@@ -434,7 +433,7 @@ class Trace:
   def before(self, step: int) -> None:
     """The step is about to be handed to the devices."""
     if self._first <= step <= self._last and not self._running:
-      jax.profiler.start_trace(str(self._stack.enter_context(paths.filled(self._folder))))
+      jax.profiler.start_trace(str(self._stack.enter_context(Mirror.of(self._folder)).folder))
       self._running = True
 
   def after(self, step: int) -> None:

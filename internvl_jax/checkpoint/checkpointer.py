@@ -5,8 +5,9 @@ log. Frozen weights are read again from where they came from. All processes of a
 each what its devices hold.
 
 Before a checkpoint gets its name, digests of its files are put beside them: each process computes those of the numbers that
-it wrote, the first one the rest, all of it in Orbax's threads, while training goes on; a bucket knows them by itself. Before one is restored, each process
-compares a share of the files, and all of them choose the newest that is as it was written.
+it wrote, the first one the rest, all of it in Orbax's threads, while training goes on; a bucket knows them by itself.
+Before one is restored, each process compares a share of the files, and all of them choose the newest that is as it was
+written.
 """
 
 import contextlib

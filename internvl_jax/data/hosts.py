@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import socket
 import time
 import uuid
 import zlib
@@ -89,14 +88,6 @@ def unpacked(part: bytes) -> tuple[Any, bytes]:
   """The JSON value, and the bytes of the arrays one after another."""
   text, _, rest = zlib.decompress(part).partition(b"\n")
   return json.loads(text), rest
-
-
-def machine() -> str:
-  """A name of this machine, the same for all of its processes and containers."""
-  try:
-    return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-  except OSError:
-    return socket.gethostname()
 
 
 class Sign:

@@ -23,10 +23,11 @@ from absl import logging
 
 from internvl_jax.data import sizes
 from internvl_jax.data.cache import cache_errors_named, locked
-from internvl_jax.data.hosts import Hosts, Sign, machine, packed, unpacked
+from internvl_jax.data.hosts import Hosts, Sign, packed, unpacked
 from internvl_jax.data.jsonl import JsonlFile
 from internvl_jax.data.sizes import SIZE, Index, Measure, MeasureLines, Sizes
 from internvl_jax.data.workers import map_items
+from internvl_jax.storage.machine import machine
 
 ROUND_SECONDS = 10.0
 """How long each host measures until it sends: what is lost where a host ends, and how often the others wait for it."""

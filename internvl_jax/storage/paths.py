@@ -5,6 +5,7 @@ used here. Who writes a file as a whole, and needs no part of it to change, need
 """
 
 import base64
+import concurrent.futures
 import contextlib
 import fnmatch
 import os
@@ -93,10 +94,6 @@ class BucketPath:
     """The folder that it is in; of a bucket, the bucket."""
     up = self._path.parent
     return self if up == PurePosixPath(".") else BucketPath(f"{self._scheme}://{up}")
-
-  def relative_to(self, folder: "BucketPath") -> PurePosixPath:
-    """What follows a folder's path in this one."""
-    return self._path.relative_to(folder._path)
 
   def absolute(self) -> "BucketPath":
     """Itself."""
@@ -293,6 +290,8 @@ class Mirror:
     self._target = target
     self._sent: dict[Path, tuple[int, int]] = {}
     self._next = 0.0
+    # Sent by a thread of its own: a run does not wait for its log.
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="mirror")
 
   @classmethod
   @contextlib.contextmanager
@@ -307,22 +306,26 @@ class Mirror:
         yield mirror
       finally:
         mirror.send()
+        mirror._thread.shutdown()
 
   def is_due(self) -> bool:
-    """Whether files were not sent for `MIRROR_SECONDS`."""
+    """Whether nothing was sent for `MIRROR_SECONDS`."""
     return self._target is not None and time.monotonic() >= self._next
 
   def send(self) -> None:
-    """Sends what has changed. A bucket that refuses is told of, and does not end a run: it is tried again."""
-    if self._target is None:
-      return
+    """Begins to send what has changed. A bucket that refuses is told of, and ends no run: it is tried again."""
     self._next = time.monotonic() + MIRROR_SECONDS
-    for path in sorted(self.folder.rglob("*")):
+    if self._target is not None:
+      self._thread.submit(self._send, self._target)
+
+  def _send(self, target: BucketPath) -> None:
+    for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
       state = path.stat().st_size, path.stat().st_mtime_ns
-      if path.is_file() and self._sent.get(path) != state:
+      if self._sent.get(path) != state:
         try:
-          put(path, self._target / path.relative_to(self.folder).as_posix())
-        except BucketError as error:
+          # As it is now: it may grow while it is sent.
+          (target / path.relative_to(self.folder).as_posix()).write_bytes(path.read_bytes())
+        except OSError as error:
           logging.warning("%s", error)
           return
         self._sent[path] = state
