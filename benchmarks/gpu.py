@@ -40,7 +40,7 @@ from absl import flags
 
 import gpu_report
 from gpu_results import Results
-from internvl_jax import frontdoor
+from internvl_jax import cli
 from internvl_jax.errors import UserError
 
 _OUT = flags.DEFINE_string("out", None, "Folder for the results.", required=True)
@@ -201,7 +201,7 @@ def driver() -> str | None:
 
 def environment(toy: bool, platforms: str | None = None) -> dict[str, str]:
   """The environment of a process that measures."""
-  paths = [str(REPOSITORY), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")]
+  paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
   found = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
   if toy or platforms:
     found |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
@@ -274,4 +274,4 @@ def run_here(unit: Unit, results: Results) -> None:
 
 
 if __name__ == "__main__":
-  frontdoor.run_app(main)
+  cli.run_app(main)

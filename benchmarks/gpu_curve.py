@@ -8,7 +8,7 @@ import numpy as np
 
 from gpu_results import Results
 from internvl_jax.errors import UserError
-from toy import log_history, train_command  # pyright: ignore[reportMissingImports]  # From tests/.
+from tests.support.toy import log_history, train_command  # pyright: ignore[reportMissingImports]  # From tests/.
 
 
 def measure(results: Results, unit: str, *, toy: bool) -> None:

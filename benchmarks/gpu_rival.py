@@ -13,7 +13,7 @@ import gpu_steps
 from gpu_results import Results
 from internvl_jax.batch import count
 from internvl_jax.errors import UserError
-from internvl_jax.hf.config import HF, written_config
+from internvl_jax.hf.model_config import HF, written_config
 
 SCRIPT = Path(__file__).with_name("gpu_torch.py")
 

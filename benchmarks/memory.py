@@ -103,8 +103,8 @@ def _read(path: Path) -> str:
 
 def toy(folder: Path) -> list[str]:
   """The tests' smallest run, as arguments."""
-  sys.path.insert(0, str(REPOSITORY / "tests"))
-  from hosts import make_world  # pyright: ignore[reportMissingImports]
+  sys.path.insert(0, str(REPOSITORY))
+  from tests.support.hosts import make_world  # pyright: ignore[reportMissingImports]
 
   world = make_world(folder / "world")
   out = ("training.output_dir", folder / "out"), ("mesh.data", 1), ("mesh.fsdp", 1)
@@ -129,7 +129,7 @@ def watched(arguments: list[str], *, steps: int, every: int, workers: int) -> It
   recipe = [argument for argument in arguments if argument.startswith("--config=")]
   others = [argument for argument in arguments if argument not in recipe]
   command = [sys.executable, "-m", "internvl_jax.train", *recipe, *asked, *others]
-  path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+  path = str(REPOSITORY)
   environment = {"JAX_NUM_CPU_DEVICES": "1"} | os.environ | {"PYTHONPATH": path}
   process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace")
   assert process.stderr is not None

@@ -14,15 +14,15 @@ from transformers import PreTrainedTokenizerBase
 from internvl_jax import compiler, optim, serving
 from internvl_jax.arguments import LoRAConfig, ModelArguments, PreferenceConfig
 from internvl_jax.config import TrainConfig, get
-from internvl_jax.data.examine import decode_all, examine
-from internvl_jax.data.files import default_cache
-from internvl_jax.data.hosts import Hosts
-from internvl_jax.data.mixture import Mixture
-from internvl_jax.data.preference import FRAME_NAME
-from internvl_jax.data.tokenize import ChatTokenizer
+from internvl_jax.data.load.inspection import decode_all, examine
+from internvl_jax.data.load.mixture import Mixture
+from internvl_jax.data.sample.preference import FRAME_NAME
+from internvl_jax.data.sample.tokenize import ChatTokenizer
+from internvl_jax.data.source.files import default_cache
+from internvl_jax.data.source.hosts import Hosts
 from internvl_jax.errors import UserError
 from internvl_jax.eval.questions import NAME, QuestionFile
-from internvl_jax.hf import config as layouts
+from internvl_jax.hf import model_config as layouts
 from internvl_jax.hf import peft, published, vocabulary
 from internvl_jax.hf.model import (
   EMBEDDINGS,
@@ -35,6 +35,7 @@ from internvl_jax.hf.model import (
   with_projector,
 )
 from internvl_jax.hf.tokenizer import add_image_tokens, has_tokenizer, load_tokenizer
+from internvl_jax.inference_settings import differences, read_stated
 from internvl_jax.losses.preference import LossSettings
 from internvl_jax.models.choice import choose_kernels
 from internvl_jax.models.functional import ModelDef
@@ -50,11 +51,10 @@ from internvl_jax.objectives import (
 )
 from internvl_jax.parallel import distributed, rules, zero
 from internvl_jax.parallel import mesh as meshes
-from internvl_jax.parallel.table import placement_table, placement_warnings
+from internvl_jax.parallel.placement_table import placement_table, placement_warnings
 from internvl_jax.serving import Export, ExportSettings
 from internvl_jax.state import TrainState, with_dtypes
 from internvl_jax.state import describe as describe_parts
-from internvl_jax.stated import differences, read_stated
 from internvl_jax.step import TrainStep
 from internvl_jax.trees import part_of, select
 

@@ -11,7 +11,7 @@ The rules are tables, a line a field:
     PER_HOST   fields that hosts of a run may set each for itself, and why
     INSTEAD_OF other values of such strings, and what does their work
 
-`internvl_jax.effects` has those of settings that have no effect beside others, `internvl_jax.foreign` the arguments of
+`internvl_jax.unused_settings` has those of settings that have no effect beside others, `internvl_jax.foreign` the arguments of
 scripts that no field has.
 """
 
@@ -26,8 +26,8 @@ import typing
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-from internvl_jax import effects
-from internvl_jax.allowed import CHOICES, INSTEAD_OF, RANGES, REFUSED
+from internvl_jax import unused_settings
+from internvl_jax.allowed_values import CHOICES, INSTEAD_OF, RANGES, REFUSED
 from internvl_jax.arguments import (
   PREFERENCE_LOSSES,
   CheckpointConfig,
@@ -240,9 +240,9 @@ def idle_settings(config: TrainConfig) -> list[str]:
   return [remark.line for remark in _remarks(config) if not remark.is_refused]
 
 
-def _remarks(config: TrainConfig) -> Iterator[effects.Remark]:
+def _remarks(config: TrainConfig) -> Iterator[unused_settings.Remark]:
   defaults = {path: field.default for path, field in FIELDS.items()}
-  return effects.remarks(functools.partial(get, config), defaults)
+  return unused_settings.remarks(functools.partial(get, config), defaults)
 
 
 def _range_problems(config: TrainConfig) -> Iterator[str]:
@@ -327,7 +327,7 @@ def _preference_problems(config: TrainConfig) -> Iterator[str]:
 
 def _template_problems(name: str) -> Iterator[str]:
   # Imported late: only this check needs the data room, and `--help` should not wait for it.
-  from internvl_jax.data.templates import get_template
+  from internvl_jax.data.sample.templates import get_template
 
   try:
     get_template(name)

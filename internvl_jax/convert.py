@@ -17,20 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 
-from internvl_jax import frontdoor, serving, signals
+from internvl_jax import cli, serving, signals
 from internvl_jax.adapters import merge_and_check, without_adapters
 from internvl_jax.arguments import MeshConfig
-from internvl_jax.data.tokenize import ChatTokenizer
+from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.errors import UserError
-from internvl_jax.hf import config as layouts
 from internvl_jax.hf import export, peft
-from internvl_jax.hf.config import Layout
+from internvl_jax.hf import model_config as layouts
 from internvl_jax.hf.model import Source, open_source
+from internvl_jax.hf.model_config import Layout
 from internvl_jax.hf.vocabulary import open_tokenizer
+from internvl_jax.inference_settings import Stated, read_stated, recorded_settings
 from internvl_jax.models.lora import adapter_paths
 from internvl_jax.parallel import rules
 from internvl_jax.parallel.mesh import make_mesh
-from internvl_jax.stated import Stated, read_stated, recorded_settings
 from internvl_jax.storage.paths import AnyPath, output_path
 
 _SRC = flags.DEFINE_string("src", None, "Checkpoint folder, hub id or a bucket's URL.", required=True)
@@ -51,7 +51,7 @@ _DTYPE = flags.DEFINE_enum(
 def main(argv: Sequence[str]) -> None:
   """Reads the flags and converts."""
   del argv
-  frontdoor.set_up_logging()
+  cli.set_up_logging()
   dtype = {"auto": None, "bfloat16": jnp.bfloat16, "float32": jnp.float32}[_DTYPE.value]
   convert(
     _SRC.value,
@@ -169,4 +169,4 @@ def _save_adapters(folder: AnyPath, source: Source, layout: Layout, *, base: str
 
 
 if __name__ == "__main__":
-  frontdoor.run_app(main)
+  cli.run_app(main)

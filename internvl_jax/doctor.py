@@ -19,20 +19,21 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from internvl_jax import assembly, frontdoor
+from internvl_jax import assembly, cli
 from internvl_jax.config import TrainConfig, validate
-from internvl_jax.data import packing, pipeline
-from internvl_jax.data.errors import DataError
-from internvl_jax.data.examine import DatasetReport, decode_all, describe_notes, examine
-from internvl_jax.data.mixture import Mixture
-from internvl_jax.data.notes import NotesShown
-from internvl_jax.data.rows import packable
-from internvl_jax.data.show import as_json, show_sample
-from internvl_jax.data.tokenize import ChatTokenizer
+from internvl_jax.data.load import loader as loaders
+from internvl_jax.data.load.inspection import DatasetReport, decode_all, describe_notes, examine
+from internvl_jax.data.load.mixture import Mixture
+from internvl_jax.data.load.show import as_json, show_sample
+from internvl_jax.data.sample.notes import NotesShown
+from internvl_jax.data.sample.tokenize import ChatTokenizer
+from internvl_jax.data.schedule import packing
+from internvl_jax.data.schedule.packed_rows import packable
+from internvl_jax.data.where import DataError
 from internvl_jax.errors import UserError
 from internvl_jax.storage.paths import filled_file, output_path
 
-_CONFIG = frontdoor.define_config_flag()
+_CONFIG = cli.define_config_flag()
 _SHOW = flags.DEFINE_integer(
   "show", 0, "Print so many samples, the supervised text between » and «.", lower_bound=0
 )
@@ -44,14 +45,14 @@ _DECODE = flags.DEFINE_bool("decode", True, "Decode images and videos, not only 
 def main(argv: Sequence[str]) -> None:
   """Examines, prints, and ends with 1 if something would be lost."""
   del argv
-  frontdoor.set_up_logging()
+  cli.set_up_logging()
   config: TrainConfig = _CONFIG.value
   validate(config, "doctor")
-  frontdoor.warn_idle(config)
+  cli.warn_idle(config)
   source, tokenizer = assembly.open_model(config, with_weights=False)
   chat = ChatTokenizer(tokenizer, config.data.conv_style, rows=source.config.text.vocab_size)
   assembly.open_export(config, source, tokenizer, chat)
-  cache = config.loader.cache_dir or pipeline.default_cache()
+  cache = config.loader.cache_dir or loaders.default_cache()
   mixture = Mixture(
     config.data,
     chat,
@@ -69,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
   print(table(reports))
   print(sizes(reports))
   if config.data.use_packed_ds:
-    print(fill(mixture, pipeline.pack_settings(config.data)))
+    print(fill(mixture, loaders.pack_settings(config.data)))
   for line in [*describe_notes(mixture, workers=os.cpu_count() or 1), *notes]:
     print(f"note: {line}")
   for line in [*(line for report in reports for line in report.examples), *damaged]:
@@ -191,4 +192,4 @@ def draw(reports: Sequence[DatasetReport], path: Path) -> None:
 
 
 if __name__ == "__main__":
-  frontdoor.run_app(main)
+  cli.run_app(main)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from absl import flags, logging
 
-from internvl_jax import frontdoor
+from internvl_jax import cli
 from internvl_jax.arguments import EvalConfig
 from internvl_jax.errors import UserError
 from internvl_jax.eval.scoring import make_evaluation
@@ -36,7 +36,7 @@ _DEVICES = flags.DEFINE_integer(
 def main(argv: Sequence[str]) -> None:
   """Answers, scores and writes."""
   del argv
-  frontdoor.set_up_logging()
+  cli.set_up_logging()
   output = output_folder()
   opened = open_for_inference(_MODEL.value, bf16=_BF16.value, devices=_DEVICES.value)
   config = EvalConfig(
@@ -81,4 +81,4 @@ def output_folder() -> AnyPath:
 
 
 if __name__ == "__main__":
-  frontdoor.run_app(main)
+  cli.run_app(main)

@@ -9,15 +9,15 @@ from transformers import PreTrainedTokenizerBase
 
 from internvl_jax.adapters import merge_and_check
 from internvl_jax.config import TrainConfig
-from internvl_jax.data.tokenize import ChatTokenizer
+from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.eval.scoring import Evaluation
-from internvl_jax.hf import config as layouts
 from internvl_jax.hf import export, peft
+from internvl_jax.hf import model_config as layouts
 from internvl_jax.hf.model import Source, base_name
+from internvl_jax.inference_settings import recorded_settings
 from internvl_jax.output_dir import output_folder
 from internvl_jax.parallel import distributed
 from internvl_jax.serving import Export
-from internvl_jax.stated import recorded_settings
 from internvl_jax.storage.paths import AnyPath
 
 

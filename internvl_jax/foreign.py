@@ -1,6 +1,6 @@
 """Arguments that launch scripts set and that no field has: the reference's, and those of Hugging Face's Trainer.
 
-One rule, that of `internvl_jax.effects`: a value that asks for what is so anyway (HARMLESS) is accepted; one that asks
+One rule, that of `internvl_jax.unused_settings`: a value that asks for what is so anyway (HARMLESS) is accepted; one that asks
 for what will not happen, and for no other result (PASSING: speed, messages), is said once in the log with what takes its
 place; all others are refused, with the same words.
 """

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 
 from absl import flags, logging
 
-from internvl_jax import frontdoor
-from internvl_jax.data.errors import Typed
-from internvl_jax.data.files import absolute
-from internvl_jax.data.fitting import Limits
-from internvl_jax.data.meta import DatasetSpec
-from internvl_jax.data.sample import SampleMaker
+from internvl_jax import cli
+from internvl_jax.data.sample.fitting import Limits
+from internvl_jax.data.sample.sample import SampleMaker
+from internvl_jax.data.source.files import absolute
+from internvl_jax.data.source.meta import DatasetSpec
+from internvl_jax.data.where import Typed
 from internvl_jax.errors import UserError
-from internvl_jax.eval.decoding import GreedyDecoder, Prompt
+from internvl_jax.eval.greedy import GreedyDecoder, Prompt
 from internvl_jax.eval.scoring import prompt_ids
 from internvl_jax.inference import open_for_inference
 
@@ -44,7 +44,7 @@ _LONGEST, _USUAL_LONGEST = 2048, 128
 def main(argv: Sequence[str]) -> None:
   """Prints the answer."""
   del argv
-  frontdoor.set_up_logging()
+  cli.set_up_logging()
   if _IMAGE.value and os.path.isdir(_IMAGE.value):
     raise UserError(f"--image={_IMAGE.value}: is a folder; name an image in it")
   opened = open_for_inference(_MODEL.value, bf16=_BF16.value, devices=_DEVICES.value)
@@ -77,4 +77,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  frontdoor.run_app(main)
+  cli.run_app(main)

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 from absl import logging
 
 from internvl_jax.arguments import DataTrainingArguments, MeshConfig
-from internvl_jax.data.tokenize import ChatTokenizer
+from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.errors import UserError
 from internvl_jax.hf.model import Source, open_source
 from internvl_jax.hf.vocabulary import open_tokenizer
+from internvl_jax.inference_settings import read_stated
 from internvl_jax.models.choice import choose_kernels
 from internvl_jax.models.internvl import Execution
 from internvl_jax.parallel import rules
 from internvl_jax.parallel.mesh import make_mesh
-from internvl_jax.stated import read_stated
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from internvl_jax.arguments import TrainingArguments
 from internvl_jax.batch import BatchCounts
-from internvl_jax.due import Best, Due
+from internvl_jax.intervals import Best, Due
 from internvl_jax.mfu import UsefulFlops
 from internvl_jax.outputs import CHECKPOINTS, write_json
 from internvl_jax.storage.paths import AnyPath, Mirror, path_of

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from internvl_jax.batch import IGNORE_INDEX, PreferenceBatch, SFTBatch
-from internvl_jax.losses import lm, preference, spread
+from internvl_jax.losses import lm, preference, vocab_parallel
 from internvl_jax.losses.preference import LossSettings, PairLogProbs, Running
 from internvl_jax.models.functional import ModelDef
 from internvl_jax.models.internvl import Execution, InternVL, normalize_tiles
@@ -296,7 +296,7 @@ class PreferenceOptimization(ForwardPass):
     if not self.fused_loss:
       return lm.token_losses(model.logits(hidden), rows.targets)
     with jax.named_scope("lm_head"):
-      return spread.linear_token_losses(hidden, model.language_model.output_embedding, rows.targets)
+      return vocab_parallel.linear_token_losses(hidden, model.language_model.output_embedding, rows.targets)
 
   def _weighted_losses(self, logps: PairLogProbs, lengths, weights, running):
     """The weighted sum of all kinds, and the sum of each."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from absl import flags
 
-from internvl_jax import frontdoor
+from internvl_jax import cli
 from internvl_jax.aot import recipe
 from internvl_jax.aot import report as reports
 from internvl_jax.aot.price import check_price, price
@@ -35,7 +35,7 @@ from internvl_jax.outputs import write_json
 from internvl_jax.storage import remote
 from internvl_jax.storage.paths import filled_file, output_path
 
-_CONFIG = frontdoor.define_config_flag(default=recipe.__file__)
+_CONFIG = cli.define_config_flag(default=recipe.__file__)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Devices to plan for, e.g. v5e:4x4.", required=True)
 _SIZE = flags.DEFINE_enum(
   "size", None, published.SIZES, "Published size, in place of model.model_name_or_path."
@@ -141,9 +141,9 @@ def configuration() -> TrainConfig:
     config.model.model_name_or_path = published.hub_id(_SIZE.value)
     config.model.vision_path = config.model.llm_path = None
   validate(config, "plan")
-  frontdoor.warn_idle(config)
+  cli.warn_idle(config)
   return config
 
 
 if __name__ == "__main__":
-  frontdoor.run_app(main)
+  cli.run_app(main)

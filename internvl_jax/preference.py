@@ -10,7 +10,7 @@ import jax
 
 from internvl_jax.batch import PreferenceBatch
 from internvl_jax.config import TrainConfig
-from internvl_jax.data.pipeline import TrainLoader
+from internvl_jax.data.load.loader import TrainLoader
 from internvl_jax.errors import UserError
 from internvl_jax.hf.model import Source
 from internvl_jax.objectives import PreferenceOptimization

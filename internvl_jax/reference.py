@@ -24,7 +24,7 @@ from absl import logging
 from tqdm import tqdm
 
 from internvl_jax.batch import PreferenceBatch
-from internvl_jax.data.pipeline import TrainLoader
+from internvl_jax.data.load.loader import TrainLoader
 from internvl_jax.errors import UserError
 from internvl_jax.objectives import PreferenceOptimization
 from internvl_jax.outputs import write_json

@@ -20,18 +20,24 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from internvl_jax.arguments import DataTrainingArguments
 from internvl_jax.batch import IGNORE_INDEX
-from internvl_jax.data import tiling
-from internvl_jax.data.errors import Where
-from internvl_jax.data.templates import Template
-from internvl_jax.data.tokenize import IMAGE_CONTEXT, IMAGE_END, IMAGE_PLACEHOLDER, IMAGE_START, ChatTokenizer
+from internvl_jax.data.sample import tiling
+from internvl_jax.data.sample.templates import Template
+from internvl_jax.data.sample.tokenize import (
+  IMAGE_CONTEXT,
+  IMAGE_END,
+  IMAGE_PLACEHOLDER,
+  IMAGE_START,
+  ChatTokenizer,
+)
+from internvl_jax.data.where import Where
 from internvl_jax.errors import UserError
-from internvl_jax.hf import config as layouts
 from internvl_jax.hf import export, hub
-from internvl_jax.hf.config import Layout
+from internvl_jax.hf import model_config as layouts
 from internvl_jax.hf.export import Serving
 from internvl_jax.hf.model import Source
+from internvl_jax.hf.model_config import Layout
 from internvl_jax.hf.tokenizer import spare_token
-from internvl_jax.stated import recorded_settings
+from internvl_jax.inference_settings import recorded_settings
 
 _VIDEO_PLACEHOLDER = "<video>"
 _FRAME_NAME = "Frame"  # of transformers' processor

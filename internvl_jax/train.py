@@ -16,7 +16,7 @@ import jax
 from absl import logging
 from transformers import PreTrainedTokenizerBase
 
-from internvl_jax import facts, frontdoor, mfu, optim, signals
+from internvl_jax import cli, consistency, mfu, optim, signals
 from internvl_jax.arguments import TrainingArguments
 from internvl_jax.assembly import (
   Setup,
@@ -34,16 +34,16 @@ from internvl_jax.assembly import (
 )
 from internvl_jax.checkpoint.checkpointer import Checkpointer
 from internvl_jax.config import TrainConfig, problems, shared_settings, to_json, validate
-from internvl_jax.data.fingerprint import files_digest
-from internvl_jax.data.pipeline import TrainLoader
-from internvl_jax.data.show import show_batch
-from internvl_jax.data.tally import untaught_samples
-from internvl_jax.data.tokenize import ChatTokenizer
-from internvl_jax.due import best_of
+from internvl_jax.data.load.counters import untaught_samples
+from internvl_jax.data.load.fingerprint import files_digest
+from internvl_jax.data.load.loader import TrainLoader
+from internvl_jax.data.load.show import show_batch
+from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.errors import UserError
 from internvl_jax.eval.scoring import Evaluation, make_evaluation
 from internvl_jax.finish import finish
 from internvl_jax.hf.model import Source
+from internvl_jax.intervals import best_of
 from internvl_jax.metrics import Gauges, RunLog, Trace
 from internvl_jax.objectives import PreferenceOptimization, SupervisedFineTuning
 from internvl_jax.output_dir import begin_output, output_dir_held, output_folder
@@ -67,13 +67,13 @@ OPEN_SECONDS = EXPORT_SECONDS = 3600
 """How long processes wait for the last one to read its weights, and for the first one to write the model: 150 GB from
 or to a slow disk."""
 
-_CONFIG = frontdoor.define_config_flag()
+_CONFIG = cli.define_config_flag()
 
 
 def main(argv: Sequence[str]) -> int:
   """Checks the config, then trains, saves and scores; returns the exit code."""
   del argv
-  frontdoor.set_up_logging()
+  cli.set_up_logging()
   signals.set_last_line(signals.GOES_ON)
   return 0 if train(_CONFIG.value) else signals.STOPPED
 
@@ -84,14 +84,14 @@ def train(config: TrainConfig) -> bool:
   Returns:
     Whether the model is there: not where the run was told to stop.
   """
-  with distributed.joined(config.runtime.distributed, frontdoor.report):
+  with distributed.joined(config.runtime.distributed, cli.report):
     if jax.process_count() > 1:
-      frontdoor.set_up_logging(process=jax.process_index())
+      cli.set_up_logging(process=jax.process_index())
     # Before `validate`, which would end one process and leave the others waiting for it.
     agree("the settings are read", lambda: shared_start(config), seconds=distributed.JOIN_SECONDS)
     validate(config)
     if distributed.is_first():
-      frontdoor.warn_idle(config)
+      cli.warn_idle(config)
     with (
       Watchdog(distributed.host_name(), config.runtime.hang_seconds) as watchdog,
       output_dir_held(config, watchdog) as beginning,
@@ -102,13 +102,13 @@ def train(config: TrainConfig) -> bool:
 def shared_start(config: TrainConfig) -> dict[str, Any]:
   """What must be equal on all hosts when they have joined: settings, what speaks against them, and programs."""
   against = {"what speaks against the configuration": problems(config) or "nothing"}
-  return {**shared_settings(config), **against, **facts.programs()}
+  return {**shared_settings(config), **against, **consistency.programs()}
 
 
 def shared_files(config: TrainConfig, source: Source, loader: TrainLoader) -> dict[str, Any]:
   """What must be equal on all hosts when the data are opened: lines, order, tokenizer, weights, what is scored."""
   scored = files_digest(config.eval.annotation, config.preference.eval_meta_path, config.loader.cache_dir)
-  return {**loader.shared_facts(), **scored, **facts.weights(source)}
+  return {**loader.shared_facts(), **scored, **consistency.weights(source)}
 
 
 def _run(config: TrainConfig, watchdog: Watchdog, beginning: Beginning) -> bool:
@@ -493,4 +493,4 @@ def host_shards(mesh: jax.sharding.Mesh) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-  frontdoor.run_app(main)
+  cli.run_app(main)

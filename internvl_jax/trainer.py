@@ -20,8 +20,8 @@ from internvl_jax.arguments import RuntimeConfig, TrainingArguments
 from internvl_jax.batch import Batch
 from internvl_jax.checkpoint.checkpointer import Checkpointer
 from internvl_jax.compiler import compile_program
-from internvl_jax.due import Due
 from internvl_jax.errors import UserError
+from internvl_jax.intervals import Due
 from internvl_jax.metrics import RunLog, StepClock, Trace
 from internvl_jax.optim import Schedule
 from internvl_jax.parallel import distributed, rules

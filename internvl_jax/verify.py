@@ -26,11 +26,11 @@ from absl import flags
 
 from internvl_jax.adapters import probe
 from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE
+from internvl_jax.cli import run_app
 from internvl_jax.errors import UserError
-from internvl_jax.frontdoor import run_app
 from internvl_jax.hf import vocabulary
-from internvl_jax.hf.config import HF
 from internvl_jax.hf.model import Source, open_source
+from internvl_jax.hf.model_config import HF
 from internvl_jax.losses import lm
 from internvl_jax.models.functional import ModelDef
 from internvl_jax.models.internvl import Execution, InternVL

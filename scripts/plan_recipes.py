@@ -1,6 +1,6 @@
 """Plans every published recipe, as shipped, for as many A100s of 80 GB as its launch script names.
 
-  python scripts/plan_recipes.py [--results docs/recipes.json] [--only internvl2_5/finetune] [--card a100-80g] [--list]
+  python scripts/plan_recipes.py [--results benchmarks/recipes.json] [--only internvl2_5/finetune] [--card a100-80g] [--list]
 
 Recipes that differ in nothing that a compiled step depends on are compiled once, each by `python -m internvl_jax.plan`:
 half a minute to minutes. Every outcome goes to the file of results at once, so that a run that was stopped goes on where
@@ -21,18 +21,17 @@ from typing import Any
 
 from absl import app, flags
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-
-from test_recipes import CONFIGS, SCRIPTS, load, recipe_of
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from internvl_jax.config import TrainConfig, to_json
 from internvl_jax.hf import published
+from tests.test_recipes import CONFIGS, SCRIPTS, load, recipe_of
 
 GIB = 2**30
 DOCS = Path(__file__).parents[1] / "docs"
 
 _RESULTS = flags.DEFINE_string(
-  "results", str(DOCS / "recipes.json"), "File of results; made if it is not there."
+  "results", str(DOCS.parent / "benchmarks" / "recipes.json"), "File of results; made if it is not there."
 )
 _ONLY = flags.DEFINE_list("only", [], "Recipes to plan, or what they begin with; none: all.")
 _CARD = flags.DEFINE_string("card", "a100-80g", "Kind of card.")

@@ -1,6 +1,6 @@
 """Fills the tables of docs/scale.md: what arrangements take, and the smallest slice or fewest cards for each size.
 
-  python scripts/plan_table.py [--results docs/scale.json] [--only 2.5-8b/full/h100,3-14b,named] [--print_only]
+  python scripts/plan_table.py [--results benchmarks/scale.json] [--only 2.5-8b/full/h100,3-14b,named] [--print_only]
 
 The named arrangements are compiled each by `python -m internvl_jax.plan`, at level O1. An entry of the other tables
 is a size, "full" or "lora", and a kind of chip or card ("h100", or "rtx4090:1" for one card alone), and is looked for
@@ -47,7 +47,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 GIB = 2**30
 
 _RESULTS = flags.DEFINE_string(
-  "results", str(DOCS / "scale.json"), "File of results; made if it is not there."
+  "results", str(DOCS.parent / "benchmarks" / "scale.json"), "File of results; made if it is not there."
 )
 _ONLY = flags.DEFINE_list("only", [], "Entries to look for, or what they begin with; none: all.")
 _KINDS = flags.DEFINE_list("kinds", [], "Kinds to look for; none: all.")

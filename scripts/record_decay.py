@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from transformers import InternVLForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import families
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from internvl_jax.batch import PIXEL_STATISTICS
-from toy import ASSETS
+from tests.support import families
+from tests.support.toy import ASSETS
 
 STEPS, RATE, DECAY = 16, 0.01, 0.5
 

@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 from transformers import InternVLForConditionalGeneration
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import families
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests.support import families
 
 
 def record(folder: Path) -> dict[str, np.ndarray]:

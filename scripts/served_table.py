@@ -9,8 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import served
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests.support import served
 
 PAGE = Path(__file__).parent.parent / "docs/checkpoints.md"
 MARKER = "<!-- served -->\n"

@@ -61,4 +61,4 @@ def pytest_addoption(parser):
 
 
 # Fixtures of all tests that need a bucket; pytest finds them by name here.
-from buckets import bucket, store  # noqa: E402, F401
+from tests.support.buckets import bucket, store  # noqa: E402, F401

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 from absl import flags
 
+from internvl_jax import cli
 from internvl_jax import config as config_lib
-from internvl_jax import frontdoor
-from internvl_jax.allowed import ACCEPTED, CHOICES, RANGES, REFUSED
+from internvl_jax.allowed_values import ACCEPTED, CHOICES, RANGES, REFUSED
 from internvl_jax.arguments import DataTrainingArguments, ModelArguments
 from internvl_jax.config import FIELDS, LEAVES, TrainConfig, problems, to_json, validate
 from internvl_jax.errors import UserError
 from internvl_jax.foreign import FOREIGN
-from internvl_jax.usage import field_comments
+from internvl_jax.help_text import field_comments
 
 ROOT = Path(__file__).parent.parent
 ASSETS = Path(__file__).parent / "assets"
@@ -156,8 +156,8 @@ def parse(folder, *overrides, recipe=RECIPE, arg=""):
   path.write_text(textwrap.dedent(recipe))
   argv = ["command", f"--config={path}{arg}", *overrides]
   values = flags.FlagValues()
-  holder = frontdoor.define_config_flag(values, argv)
-  assert frontdoor.parse_flags(argv, values) == ["command"]
+  holder = cli.define_config_flag(values, argv)
+  assert cli.parse_flags(argv, values) == ["command"]
   return holder.value
 
 
@@ -309,15 +309,15 @@ def test_a_bug_in_a_recipe_keeps_its_traceback(tmp_path):
 )
 def test_a_recipe_must_be_there(argv, message):
   values = flags.FlagValues()
-  frontdoor.define_config_flag(values, argv)
+  cli.define_config_flag(values, argv)
   with pytest.raises(UserError, match=message):
-    frontdoor.parse_flags(argv, values)
+    cli.parse_flags(argv, values)
 
 
 SCRIPT = """
-from internvl_jax import config, frontdoor
+from internvl_jax import cli, config
 from internvl_jax.errors import UserError
-CONFIG = frontdoor.define_config_flag()
+CONFIG = cli.define_config_flag()
 def main(_):
   c = CONFIG.value
   if c.training.seed == 1: raise UserError("first\\nsecond")
@@ -325,7 +325,7 @@ def main(_):
   if c.training.seed == 3: raise ValueError("bug")
   print(c.model.freeze_llm, c.model.mlp_path, c.loader.sequence_buckets)
 if __name__ == "__main__":
-  frontdoor.run_app(main)
+  cli.run_app(main)
 """
 
 
@@ -356,7 +356,7 @@ def test_a_command_ends_with_a_line_for_a_users_mistake_only(tmp_path, override,
 
 
 def test_reading_a_configuration_does_not_need_jax():
-  code = "import sys, internvl_jax.frontdoor; sys.exit('jax' in sys.modules)"
+  code = "import sys, internvl_jax.cli; sys.exit('jax' in sys.modules)"
   assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-import families
 from internvl_jax import assembly, optim
 from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, SFTBatch
 from internvl_jax.config import TrainConfig
@@ -14,7 +13,8 @@ from internvl_jax.hf import published
 from internvl_jax.hf.families import FAMILIES
 from internvl_jax.hf.model import describe, open_source
 from internvl_jax.hf.weights import names_of
-from toy import ASSETS
+from tests.support import families
+from tests.support.toy import ASSETS
 
 RECORDED = json.loads((ASSETS / "decay_llama.json").read_text())
 

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from internvl_jax.hf.tokenizer import load_tokenizer
-from toy import CURVE, REPOSITORY
+from tests.support.toy import CURVE, REPOSITORY
 
 RECIPE = """
-from toy import curve_config
+from tests.support.toy import curve_config
 
 def get_config(arg):
   config = curve_config("unused")

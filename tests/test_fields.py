@@ -16,10 +16,11 @@ from internvl_jax import assembly, optim
 from internvl_jax.arguments import DataTrainingArguments, LoaderConfig, ModelArguments, TrainingArguments
 from internvl_jax.batch import SFTBatch
 from internvl_jax.config import TrainConfig, idle_settings
-from internvl_jax.data import packing, pipeline
-from internvl_jax.data.mixture import Mixture
-from internvl_jax.data.plan import DrawnPlan
-from internvl_jax.data.tokenize import ChatTokenizer
+from internvl_jax.data.load import loader as loaders
+from internvl_jax.data.load.mixture import Mixture
+from internvl_jax.data.sample.tokenize import ChatTokenizer
+from internvl_jax.data.schedule import packing
+from internvl_jax.data.schedule.order import DrawnPlan
 from internvl_jax.hf import export
 from internvl_jax.hf.preprocessor import read_statistics
 from internvl_jax.hf.tokenizer import load_tokenizer
@@ -27,7 +28,7 @@ from internvl_jax.models.internvl import Execution, normalize_tiles
 from internvl_jax.models.lora import adapter_paths
 from internvl_jax.models.projector import pixel_shuffle
 from internvl_jax.trees import part_of
-from toy import ASSETS, CURVE, CURVE_INTERNLM2
+from tests.support.toy import ASSETS, CURVE, CURVE_INTERNLM2
 
 INIT = CURVE / "init"
 PLACE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -285,7 +286,7 @@ def loader_of(folder, tokenizer):
     chat = ChatTokenizer(tokenizer, data.conv_style)
     training = TrainingArguments(per_device_train_batch_size=2, num_train_epochs=1, disable_tqdm=True)
     loading = LoaderConfig(shuffle=False, cache_dir=str(folder / "cache"))
-    opened.append(pipeline.TrainLoader(data, training, loading, chat, tokens_per_tile=4))
+    opened.append(loaders.TrainLoader(data, training, loading, chat, tokens_per_tile=4))
     return opened[-1]
 
   yield make
@@ -422,7 +423,7 @@ def test_max_packed_tokens(loader_of):
 
 
 def test_max_buffer_size(folder):
-  settings = [pipeline.pack_settings(data_of(folder, **_PACKED, max_buffer_size=rows)) for rows in (1, 20)]
+  settings = [loaders.pack_settings(data_of(folder, **_PACKED, max_buffer_size=rows)) for rows in (1, 20)]
   assert [each.look_ahead for each in settings] == [13, 256]
   # The best companion of the first sample is the 40th: one open row does not see it, twenty do.
   sizes = [[900, 0], *[[400, 0]] * 38, [124, 0], *[[400, 0]] * 300]
@@ -432,7 +433,7 @@ def test_max_buffer_size(folder):
 
 def test_log_freq(loader_of, monkeypatch):
   told = []
-  monkeypatch.setattr(pipeline, "_log_fill", lambda stats: told.append(stats.rows))
+  monkeypatch.setattr(loaders, "_log_fill", lambda stats: told.append(stats.rows))
   loader = loader_of(**_PACKED, log_freq=2)
   next(loader)
   assert told == [2]
@@ -454,7 +455,7 @@ def test_replacement(loader_of):
 def test_allow_overflow(folder):
   sizes = [[600, 0], [600, 0], [600, 0]]
   rows = [
-    list(packing.pack(sizes, pipeline.pack_settings(data_of(folder, **_PACKED, allow_overflow=flag))))
+    list(packing.pack(sizes, loaders.pack_settings(data_of(folder, **_PACKED, allow_overflow=flag))))
     for flag in (False, True)
   ]
   assert [len(each) for each in rows] == [3, 2]

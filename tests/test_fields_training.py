@@ -10,22 +10,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_fields import run_of, source_of
 
 from internvl_jax import assembly, optim
-from internvl_jax.allowed import ACCEPTED, CHOICES
+from internvl_jax.allowed_values import ACCEPTED, CHOICES
 from internvl_jax.arguments import DataTrainingArguments, LoaderConfig, TrainingArguments
 from internvl_jax.checkpoint.checkpointer import Checkpointer
 from internvl_jax.config import idle_settings, problems
-from internvl_jax.data import decoding
-from internvl_jax.data.pipeline import TrainLoader
-from internvl_jax.data.tokenize import ChatTokenizer
-from internvl_jax.due import Best, Due, best_of, steps_of
+from internvl_jax.data.load import prefetch
+from internvl_jax.data.load.loader import TrainLoader
+from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.hf.tokenizer import load_tokenizer
+from internvl_jax.intervals import Best, Due, best_of, steps_of
 from internvl_jax.metrics import RunLog
 from internvl_jax.outputs import check_output_dir
 from internvl_jax.state import TrainState
-from toy import ASSETS
+from tests.support.toy import ASSETS
+from tests.test_fields import run_of, source_of
 
 
 def test_all_fields_are_here():
@@ -218,9 +218,9 @@ def test_data_seed(loader_of):
 def test_dataloader_num_workers(loader_of, monkeypatch):
   asked = []
   monkeypatch.setattr(
-    decoding.DecodedAhead, "__init__", lambda self, source, workers, ahead: asked.append(workers)
+    prefetch.DecodedAhead, "__init__", lambda self, source, workers, ahead: asked.append(workers)
   )
-  monkeypatch.setattr(decoding.DecodedAhead, "close", lambda self: None)
+  monkeypatch.setattr(prefetch.DecodedAhead, "close", lambda self: None)
   loader_of(dataloader_num_workers=3)._start()
   assert asked == [3]
 

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from harness import Harness, make_batch, toy
 from internvl_jax.flops import count_flops
 from internvl_jax.models import vit
 from internvl_jax.models.internvl import Execution
 from internvl_jax.models.lora import LoRASpec
+from tests.support.harness import Harness, make_batch, toy
 
 LAYERS, WIDTH = 24, 32
 

@@ -5,7 +5,7 @@ import re
 import pytest
 from absl import flags, logging
 
-from internvl_jax import frontdoor
+from internvl_jax import cli
 from internvl_jax.config import FIELDS
 from internvl_jax.errors import UserError
 from internvl_jax.foreign import FOREIGN, HARMLESS, PASSING, answer
@@ -59,8 +59,8 @@ def parse(tmp_path, *overrides):
   )
   argv = ["command", f"--config={recipe}", *(f"--{override}" for override in overrides)]
   values = flags.FlagValues()
-  holder = frontdoor.define_config_flag(values, argv)
-  frontdoor.parse_flags(argv, values)
+  holder = cli.define_config_flag(values, argv)
+  cli.parse_flags(argv, values)
   return holder.value
 
 
@@ -79,14 +79,14 @@ def test_what_is_so_anyway_is_accepted_in_silence(tmp_path):
     "config.training.data_seed=None",
   )
   assert config.training.learning_rate == 0.5
-  assert frontdoor._passed == []
+  assert cli._passed == []
 
 
 def test_what_changes_nothing_that_is_learned_is_said_once(tmp_path, caplog, monkeypatch):
   monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
   config = parse(tmp_path, "config.training.run_name=first", "config.data.split_annotations=True")
   with caplog.at_level("WARNING", logger="absl"):
-    frontdoor.warn_idle(config)
+    cli.warn_idle(config)
   assert caplog.messages == [
     "training.run_name=first has no effect: the run is called as its training.output_dir",
     "data.split_annotations=True has no effect: every host already reads only its share of the lines",

@@ -16,8 +16,8 @@ LAYERS = (
   FRONT_DOORS,
   ("aot",),
   ("preference", "finish"),
-  ("frontdoor", "assembly", "output_dir"),
-  ("usage",),
+  ("cli", "assembly", "output_dir"),
+  ("help_text",),
   ("config",),
   ("trainer",),
   ("step",),
@@ -25,12 +25,12 @@ LAYERS = (
   ("state", "checkpoint", "metrics", "optim", "objectives"),
   ("mfu",),
   ("eval", "inference", "adapters", "serving"),
-  ("stated", "facts"),
+  ("inference_settings", "consistency"),
   ("hf",),
   ("models", "losses", "data"),
   ("parallel",),
   ("batch", "trees", "flops", "compiler", "lease"),
-  ("outputs", "effects", "due", "allowed"),
+  ("outputs", "unused_settings", "intervals", "allowed_values"),
   ("digests",),
   ("storage",),
   ("arguments", "chips", "errors", "foreign", "watchdog"),
@@ -47,8 +47,8 @@ ONLY = {
   # Checkpoint formats and the models they fill; data comes with a tokenizer in hand.
   "hf": {"models", "parallel", "batch", "trees", "outputs", "storage", "arguments", "errors"},
   # Only front doors see the whole configuration; below them a room gets its leaf.
-  "frontdoor": {"usage", "config", "arguments", "environment", "errors", "foreign", "signals"},
-  "usage": {"config"},
+  "cli": {"help_text", "config", "arguments", "environment", "errors", "foreign", "signals"},
+  "help_text": {"config"},
 }
 
 
@@ -59,8 +59,8 @@ def room_of(path: Path) -> str:
 def allowed(room: str) -> set[str]:
   (depth,) = [i for i, layer in enumerate(LAYERS) if room in layer]
   below = {name for layer in LAYERS[depth + 1 :] for name in layer}
-  if room not in (*FRONT_DOORS, "aot", "preference", "finish", "frontdoor", "assembly", "output_dir"):
-    below -= {"config", "frontdoor"}
+  if room not in (*FRONT_DOORS, "aot", "preference", "finish", "cli", "assembly", "output_dir"):
+    below -= {"config", "cli"}
   if room == "config":
     below = below - {"trainer"}
   return {room} | ONLY.get(room, below | ALSO.get(room, set()))

@@ -12,7 +12,7 @@ import pytest
 from internvl_jax import lease
 from internvl_jax.errors import UserError
 from internvl_jax.lease import Folder, Holder, held
-from toy import REPOSITORY
+from tests.support.toy import REPOSITORY
 
 HOLDER = """
 import sys, time

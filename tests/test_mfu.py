@@ -6,13 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from harness import Harness, make_batch, toy
 from internvl_jax import mfu
 from internvl_jax.batch import count
 from internvl_jax.chips import GPUS, TPUS
 from internvl_jax.flops import count_flops
 from internvl_jax.models.lora import LoRASpec
 from internvl_jax.models.moe import MoEConfig
+from tests.support.harness import Harness, make_batch, toy
 
 EXPERTS = MoEConfig(num_experts=4, top_k=2, intermediate_size=96, normalize_top_k=True)
 

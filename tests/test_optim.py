@@ -13,7 +13,7 @@ from internvl_jax.errors import UserError
 from internvl_jax.hf.model import open_source
 from internvl_jax.hf.weights import names_of
 from internvl_jax.trees import first_match
-from toy import CURVE, CURVE_INTERNLM2
+from tests.support.toy import CURVE, CURVE_INTERNLM2
 
 
 @pytest.mark.parametrize("curve", [CURVE, CURVE_INTERNLM2], ids=lambda curve: curve.name)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from internvl_jax import cli
 from internvl_jax import config as config_lib
-from internvl_jax import frontdoor
 from internvl_jax.config import FIELDS
 from internvl_jax.errors import UserError
 from internvl_jax.foreign import FOREIGN
@@ -116,7 +116,7 @@ def recipe_of(script):
 
 
 def load(recipe):
-  return frontdoor.load_recipe(str(CONFIGS / recipe))
+  return cli.load_recipe(str(CONFIGS / recipe))
 
 
 def recipe_files():
@@ -124,7 +124,7 @@ def recipe_files():
 
 
 def choices_of(path):
-  return getattr(frontdoor._load_module(str(path)), "CHOICES", ("",))
+  return getattr(cli._load_module(str(path)), "CHOICES", ("",))
 
 
 def parsed(name, text):
@@ -225,13 +225,13 @@ def test_the_readme_names_every_recipe_with_its_sizes():
 def test_a_recipe_may_start_from_another(tmp_path):
   mine = tmp_path / "mine.py"
   mine.write_text(
-    "from internvl_jax.frontdoor import load_recipe\n"
+    "from internvl_jax.cli import load_recipe\n"
     "def get_config(arg=''):\n"
     f"  config = load_recipe({str(CONFIGS)!r} + '/internvl2_5/finetune.py:' + arg)\n"
     "  config.training.learning_rate = 1e-6\n"
     "  return config\n"
   )
-  config = frontdoor.load_recipe(f"{mine}:1b,lora")
+  config = cli.load_recipe(f"{mine}:1b,lora")
   assert config.model.use_llm_lora == 16
   assert config.training.learning_rate == 1e-6
 

@@ -4,24 +4,23 @@ import dataclasses
 import json
 
 import pytest
-import served
-import test_tokenizers
 from absl import logging
 from transformers import AutoTokenizer
 
-import families
 from internvl_jax import assembly, serving
 from internvl_jax.convert import convert
-from internvl_jax.data import tiling
-from internvl_jax.data.errors import Where
-from internvl_jax.data.templates import get_template
-from internvl_jax.data.tokenize import ChatTokenizer
+from internvl_jax.data.sample import tiling
+from internvl_jax.data.sample.templates import get_template
+from internvl_jax.data.sample.tokenize import ChatTokenizer
+from internvl_jax.data.where import Where
 from internvl_jax.errors import UserError
 from internvl_jax.hf import export
-from internvl_jax.hf.config import HF, INTERNVL
 from internvl_jax.hf.model import open_source
+from internvl_jax.hf.model_config import HF, INTERNVL
 from internvl_jax.hf.tokenizer import add_image_tokens, load_tokenizer, save_tokenizer
-from toy import CURVE, curve_config
+from tests.hf import test_tokenizers
+from tests.support import families, served
+from tests.support.toy import CURVE, curve_config
 
 TEMPLATES = served.TEMPLATES
 

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from harness import Harness, make_batch, reshape_batch, toy
 from internvl_jax.models import functional
 from internvl_jax.models.decoder import DecoderConfig
 from internvl_jax.models.gradients import matmul
@@ -15,6 +14,7 @@ from internvl_jax.models.moe import MoEConfig
 from internvl_jax.models.vit import VisionConfig
 from internvl_jax.objectives import normalized_weights
 from internvl_jax.parallel import rules
+from tests.support.harness import Harness, make_batch, reshape_batch, toy
 
 
 def test_accumulation_equals_one_large_batch():

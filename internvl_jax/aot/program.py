@@ -22,7 +22,7 @@ from internvl_jax.hf.model import Source
 from internvl_jax.models.kernels import Device
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.parallel import rules
-from internvl_jax.parallel.table import placement_warnings
+from internvl_jax.parallel.placement_table import placement_warnings
 from internvl_jax.state import TrainState
 from internvl_jax.step import TrainStep
 

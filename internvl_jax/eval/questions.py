@@ -4,14 +4,14 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from internvl_jax.arguments import DataTrainingArguments, EvalConfig
-from internvl_jax.data import records
-from internvl_jax.data.errors import DataError, OverLengthError
-from internvl_jax.data.fitting import Limits
-from internvl_jax.data.jsonl import JsonlFile
-from internvl_jax.data.meta import DatasetSpec
-from internvl_jax.data.sample import Sample, SampleMaker
-from internvl_jax.data.tokenize import ChatTokenizer
-from internvl_jax.data.workers import map_items
+from internvl_jax.data.sample import records
+from internvl_jax.data.sample.fitting import Limits
+from internvl_jax.data.sample.sample import Sample, SampleMaker
+from internvl_jax.data.sample.tokenize import ChatTokenizer
+from internvl_jax.data.source.jsonl import JsonlFile
+from internvl_jax.data.source.meta import DatasetSpec
+from internvl_jax.data.source.workers import map_items
+from internvl_jax.data.where import DataError, OverLengthError
 
 NAME = "eval.annotation"
 """What errors call the dataset: the setting that names it."""

@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from internvl_jax.arguments import DataTrainingArguments, EvalConfig
 from internvl_jax.batch import IGNORE_INDEX
-from internvl_jax.data.sample import Sample
-from internvl_jax.data.tokenize import ChatTokenizer
+from internvl_jax.data.sample.sample import Sample
+from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.errors import UserError, redacted_json
-from internvl_jax.eval.decoding import GreedyDecoder, Prompt
+from internvl_jax.eval.greedy import GreedyDecoder, Prompt
 from internvl_jax.eval.questions import Asked, QuestionFile
 from internvl_jax.hf.model import Source
 from internvl_jax.models.internvl import Execution

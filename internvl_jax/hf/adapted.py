@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from internvl_jax.errors import UserError
-from internvl_jax.hf import config as config_io
+from internvl_jax.hf import model_config as config_io
 from internvl_jax.hf import peft, weights
 from internvl_jax.hf.tables import Row
 from internvl_jax.hf.weights import Checkpoint

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from internvl_jax.hf import config as config_io
+from internvl_jax.hf import model_config as config_io
 
 
 class RenderError(Exception):

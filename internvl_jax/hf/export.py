@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from internvl_jax.batch import PIXEL_STATISTICS
 from internvl_jax.errors import UserError
-from internvl_jax.hf import config as config_io
 from internvl_jax.hf import entries, saving
-from internvl_jax.hf.config import Layout
+from internvl_jax.hf import model_config as config_io
 from internvl_jax.hf.model import Source
+from internvl_jax.hf.model_config import Layout
 from internvl_jax.hf.tokenizer import save_for_processor, save_tokenizer
 from internvl_jax.models.internvl import InternVLConfig
 from internvl_jax.outputs import explained, write_json

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_jax.errors import UserError
-from internvl_jax.hf import config as config_io
+from internvl_jax.hf import model_config as config_io
 
 FILE = "generation_config.json"
 

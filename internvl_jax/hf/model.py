@@ -13,8 +13,8 @@ from flax import nnx
 
 from internvl_jax.errors import UserError
 from internvl_jax.hf import adapted, dtypes, hub, peft, tables, weights
-from internvl_jax.hf import config as config_io
-from internvl_jax.hf.config import Layout
+from internvl_jax.hf import model_config as config_io
+from internvl_jax.hf.model_config import Layout
 from internvl_jax.hf.tables import Row, Transform
 from internvl_jax.hf.weights import Checkpoint, LazyParameter, Rename
 from internvl_jax.models import functional, lora

@@ -14,8 +14,8 @@ import numpy as np
 
 from internvl_jax.errors import UserError
 from internvl_jax.hf import dtypes, entries, hub, saving, weights
-from internvl_jax.hf.config import Layout
 from internvl_jax.hf.files import ADAPTER, read_json, shown
+from internvl_jax.hf.model_config import Layout
 from internvl_jax.hf.tables import Row
 from internvl_jax.hf.weights import Checkpoint, Rename
 from internvl_jax.models.lora import MARK, LoRASpec, adapter_paths

@@ -9,8 +9,8 @@ import numpy as np
 
 from internvl_jax.batch import PIXEL_STATISTICS
 from internvl_jax.errors import UserError
-from internvl_jax.hf import config as config_io
 from internvl_jax.hf import entries
+from internvl_jax.hf import model_config as config_io
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ from absl import logging
 from transformers import PreTrainedTokenizerBase
 
 from internvl_jax.errors import UserError
-from internvl_jax.hf import config as config_io
 from internvl_jax.hf import hub, peft, weights
+from internvl_jax.hf import model_config as config_io
 from internvl_jax.hf.model import base_folder
 from internvl_jax.hf.tokenizer import has_tokenizer, load_tokenizer, placeholder_tokens
 

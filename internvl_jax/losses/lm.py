@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from internvl_jax.batch import IGNORE_INDEX
-from internvl_jax.losses import spread
+from internvl_jax.losses import vocab_parallel
 from internvl_jax.parallel.rules import mesh_in_scope
 
 CHUNK = 1024
@@ -48,7 +48,7 @@ def chunked_linear_cross_entropy(
     weights: float32 [M] or [R, S], already normalised.
   """
   if mesh_in_scope() is not None:
-    return jnp.sum(spread.linear_token_losses(hidden, kernel, targets) * weights)
+    return jnp.sum(vocab_parallel.linear_token_losses(hidden, kernel, targets) * weights)
   hidden, targets, weights = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), weights.reshape(-1)
   M = hidden.shape[0]
   chunks = -(-M // CHUNK) if M > CHUNK else 1

@@ -19,8 +19,8 @@ from internvl_jax.models.layers import remat_by_name
 from internvl_jax.models.projector import Projector, pixel_shuffle
 from internvl_jax.models.quantized import quantize
 from internvl_jax.models.vit import VisionConfig, VisionTransformer
-from internvl_jax.parallel.lookup import take_features
 from internvl_jax.parallel.rules import Product, constrain
+from internvl_jax.parallel.sharded_gather import take_features
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from internvl_jax.models.gradients import PRODUCT, matmul, scale, shift
-from internvl_jax.parallel import lookup
+from internvl_jax.parallel import sharded_gather
 from internvl_jax.parallel.rules import Product
 
 Axes = tuple[str | None, ...]
@@ -101,7 +101,7 @@ class Embed(nnx.Module):
     self.embedding = make_param(jax.random.normal(rngs.params(), (vocab_size, dim)), ("vocab", "table"))
 
   def __call__(self, ids: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
-    return lookup.embed(self.embedding[...], ids, dtype=dtype)
+    return sharded_gather.embed(self.embedding[...], ids, dtype=dtype)
 
 
 class LayerStack(nnx.Module):

@@ -3,8 +3,8 @@
 import pytest
 import transformers
 
-from data_toys import ASSETS
-from internvl_jax.data.tokenize import ChatTokenizer
+from internvl_jax.data.sample.tokenize import ChatTokenizer
+from tests.support.data_toys import ASSETS
 
 
 @pytest.fixture(scope="session")

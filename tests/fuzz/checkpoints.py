@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-import odd
 from internvl_jax import inference
-from internvl_jax.data.tokenize import ChatTokenizer
+from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.hf import published
 from internvl_jax.hf.model import open_source
 from internvl_jax.hf.tokenizer import add_image_tokens, load_tokenizer
-from internvl_jax.stated import read_stated
-from toy import ASSETS
+from internvl_jax.inference_settings import read_stated
+from tests.fuzz import odd
+from tests.support.toy import ASSETS
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _PREPROCESSOR = {

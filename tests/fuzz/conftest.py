@@ -3,9 +3,9 @@
 import pytest
 import transformers
 
-import judge
-from internvl_jax.data.tokenize import ChatTokenizer
-from toy import ASSETS
+from internvl_jax.data.sample.tokenize import ChatTokenizer
+from tests.fuzz import judge
+from tests.support.toy import ASSETS
 
 
 @pytest.fixture(autouse=True)

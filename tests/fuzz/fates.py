@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from internvl_jax.arguments import DataTrainingArguments, LoaderConfig, TrainingArguments
-from internvl_jax.data import examine, pipeline, tally
-from internvl_jax.data.batching import MicroBatch
-from internvl_jax.data.mixture import Mixture
-from internvl_jax.data.pipeline import TrainLoader
+from internvl_jax.data.load import counters as counting
+from internvl_jax.data.load import inspection
+from internvl_jax.data.load import loader as loaders
+from internvl_jax.data.load.batching import MicroBatch
+from internvl_jax.data.load.loader import TrainLoader
+from internvl_jax.data.load.mixture import Mixture
 
 TRAINED = "trained"
 
@@ -96,22 +98,22 @@ def by_run(meta: Path, tokenizer: Any, **how: Any) -> tuple[dict[int, list[str]]
   """
   fates: dict[int, list[str]] = collections.defaultdict(list)
   with pytest.MonkeyPatch.context() as patch:
-    add, skip = tally.Tally.add, tally.Tally.add_skipped
+    add, skip = counting.Tally.add, counting.Tally.add_skipped
 
-    def added(self: tally.Tally, micro: MicroBatch) -> None:
+    def added(self: counting.Tally, micro: MicroBatch) -> None:
       for line, fate in _fates(micro, loader):
         fates[line].append(fate)
       add(self, micro)
 
-    def skipped(self: tally.Tally, event: str, datasets: np.ndarray, reasons: Any) -> None:
+    def skipped(self: counting.Tally, event: str, datasets: np.ndarray, reasons: Any) -> None:
       reasons = list(reasons)
       for reason in reasons:
         fates[line_of(reason)].append(reason)
       skip(self, event, datasets, reasons)
 
-    patch.setattr(tally.Tally, "add", added)
-    patch.setattr(tally.Tally, "add_skipped", skipped)
-    patch.setattr(pipeline, "_REASONS", _ALL)
+    patch.setattr(counting.Tally, "add", added)
+    patch.setattr(counting.Tally, "add_skipped", skipped)
+    patch.setattr(loaders, "_REASONS", _ALL)
     loader = open_loader(meta, tokenizer, **how)
     try:
       collections.deque(loader, maxlen=0)
@@ -139,10 +141,10 @@ def by_doctor(meta: Path, tokenizer: Any, **how: Any) -> dict[int, str]:
   mixture = open_mixture(meta, tokenizer, **how)
   try:
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(examine, "_NAMED", _ALL)
+      patch.setattr(inspection, "_NAMED", _ALL)
       mixture.index_sizes(meta.parent / "cache", workers=0, quiet=True)
-      reports = examine.examine(mixture)
-      damaged = list(examine.decode_all(mixture, packed=how.get("packed", False), workers=0))
+      reports = inspection.examine(mixture)
+      damaged = list(inspection.decode_all(mixture, packed=how.get("packed", False), workers=0))
   finally:
     mixture.close()
   named = [line for report in reports for line in report.examples]

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from internvl_jax import frontdoor
+from internvl_jax import cli
 
-PACKAGE = Path(frontdoor.__file__).parent
+PACKAGE = Path(cli.__file__).parent
 SECONDS = 20
 GIBIBYTES = 4
 
@@ -83,7 +83,7 @@ def ends_well(call: Callable[[], Any], seconds: float = SECONDS) -> BaseExceptio
   except (KeyboardInterrupt, SystemExit):
     raise
   except BaseException as error:
-    message = frontdoor.explain(error) if isinstance(error, Exception) else None
+    message = cli.explain(error) if isinstance(error, Exception) else None
     if message is None:
       return error
     return wrong_with(message)

@@ -8,7 +8,7 @@ import av
 import numpy as np
 from PIL import Image
 
-import odd
+from tests.fuzz import odd
 
 ASKED = [{"from": "human", "value": "what is it?"}, {"from": "gpt", "value": "a red circle"}]
 SHOWN = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a red circle"}]

@@ -12,7 +12,7 @@ import av
 import numpy as np
 from PIL import Image
 
-import odd
+from tests.fuzz import odd
 
 FOLDER = "a folder of images"
 

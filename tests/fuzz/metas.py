@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-import odd
+from tests.fuzz import odd
 
 BASES = (
   {"toy": {"root": ".", "annotation": "toy.jsonl"}},

@@ -5,8 +5,7 @@ import shutil
 
 import pytest
 
-import checkpoints
-import judge
+from tests.fuzz import checkpoints, judge
 
 
 @pytest.mark.parametrize("count", [16, pytest.param(300, marks=pytest.mark.slow)])

@@ -10,12 +10,7 @@ import shutil
 
 import pytest
 
-import fates
-import judge
-import lines
-import media
-import metas
-import odd
+from tests.fuzz import fates, judge, lines, media, metas, odd
 
 POLICIES = ("drop", "truncate", "shrink_tiles")
 

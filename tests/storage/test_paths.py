@@ -4,10 +4,10 @@ import contextlib
 import os
 
 import pytest
-from buckets import names_in
 
 from internvl_jax.storage import paths
 from internvl_jax.storage.paths import BucketPath, path_of
+from tests.support.buckets import names_in
 
 
 def test_a_name_is_a_path_of_this_machine_or_of_a_bucket():

@@ -1,0 +1,405 @@
+"""From samples to the padded batch of an optimizer step: pure numpy.
+
+Letters as in `internvl_jax.batch`: A micro-batches, R rows, S tokens of a row, D data shards, T tiles of a
+shard's pool, P tokens of a tile; and G samples of a micro-batch, one or, packed, several a row, each of J segments:
+one, or two of a preference pair.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, PreferenceBatch, SFTBatch, pairs_of_row
+from internvl_jax.data.sample.notes import Note
+from internvl_jax.data.sample.sample import Sample
+from internvl_jax.data.where import DataError
+
+EVENTS = ("unreadable", "truncated", "fully_masked", "over_long", "shrunk", "split")
+"""What may befall a sample: it could not be read; lost its end, or a piece without supervision; supervises nothing; is
+lost because it is too long; got fewer tiles or frames; is a second, third, ... piece."""
+
+_SHORTEST_BUCKET = 256
+
+ReferenceLookup = Callable[[np.ndarray], np.ndarray]
+"""Log-probabilities of the chosen and the rejected answer by the reference policy, float32 [n, 2], of the samples of
+the mixture with these indices, int64 [n]; NaN where they are not known."""
+
+
+class MicroBatch(NamedTuple):
+  """The samples of one micro-batch end to end, without padding: what travels from a worker process.
+
+  Attributes:
+    input_ids: int32 [sum of lengths].
+    labels: int32 [sum of lengths], not shifted.
+    lengths: int32 [G], tokens of each sample; 0 for one that was dropped.
+    segments: int32 [G, J], tokens of each segment; 0 likewise.
+    shared: int32 [G], tokens of each sample's first segment that its second follows as well; see `Sample`.
+    indices: int64 [G], index of each sample in the mixture; -1 for one that was dropped.
+    rows: int32 [G], the row that each sample stands in, ascending.
+    num_rows: R.
+    tiles: uint8 [sum of num_tiles or more, H, W, 3]: those of the samples, then room of any content. (Between processes
+      they may travel as `pool.SharedTiles`.)
+    num_tiles: int32 [G], tiles of each sample.
+    datasets: int32 [G], the dataset of each sample.
+    events: bool [G, EVENTS].
+    errors: messages of the samples that were lost; one for each of length 0.
+    notes: what one should know about how images were taken.
+  """
+
+  input_ids: np.ndarray
+  labels: np.ndarray
+  lengths: np.ndarray
+  segments: np.ndarray
+  shared: np.ndarray
+  indices: np.ndarray
+  rows: np.ndarray
+  num_rows: int
+  tiles: np.ndarray
+  num_tiles: np.ndarray
+  datasets: np.ndarray
+  events: np.ndarray
+  errors: tuple[str, ...]
+  notes: tuple[Note, ...] = ()
+
+  def happened(self, event: str) -> np.ndarray:
+    """Returns bool [G]: which samples it befell."""
+    return self.events[:, EVENTS.index(event)]
+
+
+class Lost(NamedTuple):
+  """The place of a sample that could not be made.
+
+  Attributes:
+    dataset: index of its dataset.
+    event: "unreadable", "over_long" or "fully_masked".
+    message: why, in one line.
+  """
+
+  dataset: int
+  event: str
+  message: str
+
+
+def pack_rows(
+  rows: Sequence[Sequence[Sample | Lost]],
+  *,
+  tiles: np.ndarray,
+  tokens_per_tile: int,
+  image_token_id: int,
+) -> MicroBatch:
+  """Joins the rows of a micro-batch.
+
+  Args:
+    rows: the samples of each row, in the order in which they stand there.
+    tiles: the tiles of all samples in this order, then room of any content.
+    tokens_per_tile: image tokens of one tile.
+    image_token_id: the id that stands at image tokens.
+
+  Raises:
+    DataError: the image tokens of a sample's segment are not its tiles times tokens_per_tile.
+  """
+  places = [place for row in rows for place in row]
+  samples = [place for place in places if isinstance(place, Sample)]
+  for sample in samples:
+    _check_image_tokens(sample, tokens_per_tile, image_token_id)
+  assert len(tiles) >= sum(len(s.tiles) for s in samples)
+  none = np.zeros(0, np.int32)
+  segments = [sample.lengths or (len(sample.input_ids),) for sample in samples]
+  read = [isinstance(place, Sample) for place in places]
+  return MicroBatch(
+    input_ids=np.concatenate([none, *(s.input_ids for s in samples)]),
+    labels=np.concatenate([none, *(s.labels for s in samples)]),
+    lengths=_scatter(read, [len(s.input_ids) for s in samples], np.int32),
+    segments=_scatter(read, segments or np.zeros((0, 1)), np.int32),
+    shared=_scatter(read, [s.shared for s in samples], np.int32),
+    indices=_scatter(read, [s.index for s in samples], np.int64, empty=-1),
+    rows=np.repeat(np.arange(len(rows), dtype=np.int32), [len(row) for row in rows]),
+    num_rows=len(rows),
+    tiles=tiles,
+    num_tiles=_scatter(read, [len(s.tiles) for s in samples], np.int32),
+    datasets=np.array([place.dataset for place in places], np.int32),
+    events=np.array([_events(place) for place in places], np.bool_).reshape(-1, len(EVENTS)),
+    errors=tuple(place.message for place in places if isinstance(place, Lost)),
+    notes=tuple(note for sample in samples for note in sample.notes),
+  )
+
+
+def _events(place: Sample | Lost) -> list[bool]:
+  if isinstance(place, Lost):
+    return [event == place.event for event in EVENTS]
+  return [False, place.truncated, place.fully_masked, False, place.shrunk, place.piece > 0]
+
+
+def _scatter(where: Sequence[bool], values: ArrayLike, dtype: type, empty: int = 0) -> np.ndarray:
+  """Returns [G, ...]: the values at the True places in order, `empty` elsewhere."""
+  values = np.asarray(values, dtype)
+  out = np.full((len(where), *values.shape[1:]), empty, dtype)
+  out[np.array(where, np.bool_)] = values
+  return out
+
+
+def _check_image_tokens(sample: Sample, tokens_per_tile: int, image_token_id: int) -> None:
+  for number, segment in enumerate(sample.segments()):
+    found = int((segment.input_ids == image_token_id).sum())
+    if found != (0 if number and sample.shared else len(sample.tiles) * tokens_per_tile):
+      raise sample.where.error(
+        f"{found} image tokens but {len(sample.tiles)} tiles of {tokens_per_tile} tokens = "
+        f"{len(sample.tiles) * tokens_per_tile}; the tokenizer and the images disagree"
+      )
+
+
+def check_planned(
+  sample: Sample, planned: np.ndarray, index_of: Callable[[int], str] = lambda index: ""
+) -> None:
+  """Refuses a sample that takes other room than was planned for it: its row might not hold it.
+
+  Args:
+    sample: as it was decoded.
+    planned: int64 [2], its tokens and tiles by the index of sizes.
+    index_of: returns the folder of that index for a sample of the mixture, "" where its line states its sizes itself.
+
+  Raises:
+    DataError: the numbers differ.
+  """
+  tokens, tiles = planned.tolist()
+  if (tokens, tiles) == (len(sample.input_ids), len(sample.tiles)):
+    return
+  found = f"it has {len(sample.input_ids)} tokens and {len(sample.tiles)} tiles, but {tokens} and {tiles} were planned: "
+  if index := index_of(sample.index):
+    raise sample.where.error(
+      f"{found}its files were replaced since they were measured; delete the cache of sizes, {index}, on every host "
+      "and start again"
+    )
+  raise sample.where.error(
+    f"{found}the image's size is not what the line says, or it was replaced; correct the line's width and height"
+  )
+
+
+def sequence_buckets(
+  max_length: int, buckets: Sequence[int] = (), name: str = "data.max_seq_length"
+) -> tuple[int, ...]:
+  """Returns the row lengths S in use, ascending.
+
+  Args:
+    max_length: longest row in tokens.
+    buckets: lengths set by the user; empty: max_length and its halves down to 256 tokens.
+    name: what max_length is, for errors.
+
+  Raises:
+    DataError: a length is not positive, or none holds the longest sample.
+  """
+  if buckets:
+    return _checked_buckets("sequence_buckets", buckets, max_length, name)
+  lengths = [max_length]
+  while lengths[-1] % 2 == 0 and lengths[-1] // 2 >= _SHORTEST_BUCKET:
+    lengths.append(lengths[-1] // 2)
+  return tuple(reversed(lengths))
+
+
+def tile_bucket(needed: int, buckets: Sequence[int] = ()) -> int:
+  """Returns the pool size T for so many tiles.
+
+  Args:
+    needed: tiles of the fullest pool; 0 stays 0 (a batch of text only).
+    buckets: sizes set by the user. Above them, and without them, the sizes are 1, 2, 3, 4, 6, 8, 12, 16, 24, ...
+  """
+  if not needed:
+    return 0
+  fitting = [size for size in buckets if size >= needed]
+  if fitting:
+    return min(fitting)
+  power = 1 << (needed - 1).bit_length()
+  return power * 3 // 4 if power >= 4 and needed <= power * 3 // 4 else power
+
+
+def _checked_buckets(name: str, buckets: Sequence[int], needed: int, what: str) -> tuple[int, ...]:
+  buckets = tuple(sorted(set(buckets)))
+  if buckets[0] < 1:
+    raise DataError(f"loader.{name}: sizes must be 1 or more, got {buckets[0]}")
+  if buckets[-1] < needed:
+    raise DataError(
+      f"loader.{name}: the largest, {buckets[-1]}, is below {what}, {needed}; add a bucket of {needed}"
+    )
+  return buckets
+
+
+def _bucket(needed: int, buckets: Sequence[int]) -> int:
+  return next(size for size in buckets if size >= needed)
+
+
+def assemble(
+  micro_batches: Sequence[MicroBatch],
+  *,
+  data_shards: int,
+  image_token_id: int,
+  sequence_sizes: Sequence[int],
+  tile_sizes: Sequence[int] = (),
+  loss_reduction: str = "token",
+  at_least: tuple[int, int] = (0, 0),
+) -> SFTBatch:
+  """Pads A micro-batches to the smallest buckets that hold them all.
+
+  Rows are dealt to shards in blocks of R/D, and a shard's pool holds its rows' tiles in order of the rows. So
+  the features of the pool stand in the order of the shard's image tokens, and `image_index` counts these; the second
+  segment of a pair counts again from where its first began. The samples' segments are those of the row, numbered from
+  1, each with positions of its own; those of a pair's second segment go on from the tokens that it shares.
+
+  Args:
+    micro_batches: A of them, each with R rows. The memory of a single one becomes the batch's.
+    data_shards: D; divides R.
+    image_token_id: the id that stands at image tokens.
+    sequence_sizes: the buckets for S, ascending.
+    tile_sizes: the user's buckets for T; see `tile_bucket`.
+    loss_reduction: weight of a token, n being the supervised tokens of its segment: "token" 1, "sample" 1/n,
+      "square" 1/sqrt(n).
+    at_least: tokens of a row and tiles of a pool that there must be room for, because other hosts have them.
+  """
+  accumulation, rows = len(micro_batches), micro_batches[0].num_rows
+  lengths = np.stack([_row_sums(micro, micro.lengths) for micro in micro_batches])  # [A, R]
+  num_tiles = np.stack([_row_sums(micro, micro.num_tiles) for micro in micro_batches])
+  length = _bucket(max(int(lengths.max()), at_least[0]), sequence_sizes)
+  by_shard = (accumulation, data_shards, rows // data_shards)
+  pool = tile_bucket(max(int(num_tiles.reshape(by_shard).sum(-1).max()), at_least[1]), tile_sizes)
+
+  real = np.arange(length) < lengths[:, :, None]  # [A, R, S]
+
+  def spread(ragged: list[np.ndarray], empty: int, dtype: type) -> np.ndarray:
+    """The samples' numbers, end to end, at the real places, which come in the same order."""
+    out = np.full(real.shape, empty, dtype)
+    out[real] = np.concatenate(ragged)
+    return out
+
+  input_ids = spread([micro.input_ids for micro in micro_batches], 0, np.int32)
+  labels = spread([_predictable(micro) for micro in micro_batches], IGNORE_INDEX, np.int32)
+  weights = spread([_token_weights(micro, loss_reduction) for micro in micro_batches], 0, np.float32)
+  targets = np.full_like(labels, IGNORE_INDEX)
+  targets[:, :, :-1] = labels[:, :, 1:]
+  loss_weight = np.zeros_like(weights)
+  loss_weight[:, :, :-1] = weights[:, :, 1:]
+  return SFTBatch(
+    input_ids=input_ids,
+    targets=targets,
+    loss_weight=np.where(targets != IGNORE_INDEX, loss_weight, np.float32(0)),
+    positions=spread([_positions(micro) for micro in micro_batches], 0, np.int32),
+    segment_ids=spread([_segment_ids(micro) for micro in micro_batches], 0, np.int32),
+    image_index=spread(
+      [_image_index(micro, image_token_id, data_shards) for micro in micro_batches], NO_IMAGE, np.int32
+    ),
+    tiles=_pools(micro_batches, num_tiles.reshape(by_shard).sum(-1), pool),
+  )
+
+
+def assemble_pairs(
+  micro_batches: Sequence[MicroBatch], *, reference: ReferenceLookup | None = None, **settings: Any
+) -> PreferenceBatch:
+  """Pads A micro-batches of preference pairs; a pair that was dropped takes no place of its row.
+
+  Args:
+    micro_batches: A of them, each with R rows of pairs.
+    reference: looks log-probabilities up; None: they are not known.
+    **settings: of `assemble`; every supervised token counts once.
+  """
+  rows = assemble(micro_batches, loss_reduction="token", **settings)
+  A, R, S = rows.input_ids.shape
+  pair_index = np.full((A, R, pairs_of_row(S)), -1, np.int32)
+  for of_rows, micro in zip(pair_index, micro_batches, strict=True):
+    present = micro.lengths > 0
+    places = micro.rows[present], _numbers(present, micro.rows)[present] - 1
+    of_rows[places] = micro.indices[present]
+  known = np.full((*pair_index.shape, 2), np.nan, np.float32)
+  if reference is not None:
+    known[pair_index >= 0] = reference(pair_index[pair_index >= 0].astype(np.int64))
+  shared = np.zeros((A, R, S), bool)
+  shared[rows.segment_ids > 0] = np.concatenate([_shared(micro) for micro in micro_batches])
+  return PreferenceBatch(rows, (pair_index >= 0).astype(np.float32), pair_index, known, shared)
+
+
+def _row_sums(micro: MicroBatch, values: np.ndarray) -> np.ndarray:
+  """Returns [R]: sums of the rows' samples from [G]."""
+  return np.bincount(micro.rows, values, micro.num_rows).astype(np.int64)
+
+
+def _numbers(present: np.ndarray, rows: np.ndarray) -> np.ndarray:
+  """Returns int32 [n]: the number within its row, from 1, of each that is present; one that is not takes none.
+
+  Args:
+    present: bool [n].
+    rows: int [n], ascending.
+  """
+  so_far = present.cumsum()
+  before = np.concatenate([[0], so_far])[np.searchsorted(rows, rows)]
+  return (so_far - before).astype(np.int32)
+
+
+def _segment_ids(micro: MicroBatch) -> np.ndarray:
+  """Returns int32 [sum of lengths]: the number of each token's segment within its row."""
+  lengths = micro.segments.ravel()
+  return np.repeat(_numbers(lengths > 0, micro.rows.repeat(micro.segments.shape[1])), lengths)
+
+
+def _offsets(segments: np.ndarray) -> np.ndarray:
+  """Returns int32 [sum of lengths]: 0, 1, ... within each segment."""
+  lengths = segments.ravel()
+  starts = lengths.cumsum() - lengths
+  return (np.arange(lengths.sum()) - np.repeat(starts, lengths)).astype(np.int32)
+
+
+def _positions(micro: MicroBatch) -> np.ndarray:
+  """Returns int32 [sum of lengths]: places within each segment, behind the tokens that it shares."""
+  before = np.zeros_like(micro.segments)
+  before[:, 1:] = micro.shared[:, None]
+  return _offsets(micro.segments) + before.ravel().repeat(micro.segments.ravel())
+
+
+def _shared(micro: MicroBatch) -> np.ndarray:
+  """Returns bool [sum of lengths]: the tokens of first segments that second ones share."""
+  until = np.zeros_like(micro.segments)
+  until[:, 0] = micro.shared
+  return _offsets(micro.segments) < until.ravel().repeat(micro.segments.ravel())
+
+
+def _predictable(micro: MicroBatch) -> np.ndarray:
+  """Returns the labels without those of first tokens, which nothing of their own segment could predict."""
+  labels = micro.labels.copy()
+  labels[_offsets(micro.segments) == 0] = IGNORE_INDEX
+  return labels
+
+
+def _token_weights(micro: MicroBatch, loss_reduction: str) -> np.ndarray:
+  """Returns float32 [sum of lengths]: the weight of each token's label."""
+  owner = np.repeat(np.arange(micro.segments.size), micro.segments.ravel())
+  count = np.bincount(owner, micro.labels != IGNORE_INDEX, micro.segments.size)
+  power = {"token": 0.0, "square": -0.5, "sample": -1.0}[loss_reduction]
+  return (np.maximum(count, 1.0) ** power).astype(np.float32)[owner]
+
+
+def _image_index(micro: MicroBatch, image_token_id: int, data_shards: int) -> np.ndarray:
+  """Returns int32 [sum of lengths]: which feature of its shard's pool stands at a token, or NO_IMAGE."""
+  is_image = micro.input_ids == image_token_id
+  before = np.concatenate([[0], is_image.cumsum(dtype=np.int32)])  # image tokens before each token
+  ends = micro.segments.cumsum().reshape(micro.segments.shape)
+  firsts = before[ends - micro.segments]  # [G, J]
+  # All segments of a sample show its tiles once; one that shares its prompt has no image tokens.
+  features = before[ends[:, 0]] - firsts[:, 0]
+  shards = micro.rows // (micro.num_rows // data_shards)
+  start = np.concatenate([[0], features.cumsum()])
+  first_features = start[:-1] - start[np.searchsorted(shards, shards)]
+  shift = (firsts - first_features[:, None]).ravel().astype(np.int32)
+  return np.where(is_image, before[:-1] - np.repeat(shift, micro.segments.ravel()), np.int32(NO_IMAGE))
+
+
+def _pools(micro_batches: Sequence[MicroBatch], used: np.ndarray, pool: int) -> np.ndarray:
+  """Returns uint8 [A, D, T, H, W, 3] from the tiles end to end and how many each shard uses, [A, D]."""
+  if used.size == 1 and len(micro_batches[0].tiles) >= pool:
+    # A whole batch already, but for what is not used; copying it would be the most of what this process does.
+    tiles = np.asarray(micro_batches[0].tiles)[:pool]
+    tiles[used.item() :] = 0
+    return tiles[None, None]
+  tiles = np.zeros((*used.shape, pool, *micro_batches[0].tiles.shape[1:]), np.uint8)
+  ends = used.cumsum(-1)
+  for a, micro in enumerate(micro_batches):
+    for d, (end, count) in enumerate(zip(ends[a], used[a], strict=True)):
+      tiles[a, d, :count] = micro.tiles[end - count : end]
+  return tiles

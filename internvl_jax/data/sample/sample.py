@@ -1,0 +1,490 @@
+"""One line of an annotation file becomes one sample of tokens and tiles: a conversation, or a pair of them."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from internvl_jax.arguments import DataTrainingArguments
+from internvl_jax.batch import IGNORE_INDEX
+from internvl_jax.data.sample import fitting, images, media, preference, records, tiling, video
+from internvl_jax.data.sample.fitting import Limits
+from internvl_jax.data.sample.notes import Note
+from internvl_jax.data.sample.pool import TilePool
+from internvl_jax.data.sample.tokenize import (
+  IMAGE_PLACEHOLDER,
+  Chat,
+  ChatTokenizer,
+  ChatTokens,
+  human_texts,
+  with_placeholder,
+)
+from internvl_jax.data.source import files
+from internvl_jax.data.source.meta import DatasetSpec
+from internvl_jax.data.source.sizes import Size
+from internvl_jax.data.where import Where
+
+VIDEO_PLACEHOLDER = "<video>"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+  """A decoded sample, or a piece of one, of n tokens and t tiles.
+
+  Its tokens are one segment of a row; those of a preference pair are two, the chosen answer's and the rejected one's,
+  each with the whole prompt, or the second without the tokens that both share. Every segment shows all tiles, or sees
+  those of the tokens it shares.
+
+  Attributes:
+    input_ids: int32 [n], of the segments end to end.
+    labels: int32 [n], not shifted, `IGNORE_INDEX` where not supervised.
+    tiles: uint8 [t, H, W, 3]; t is 0 for text only.
+    truncated: a part of the sample is in no piece.
+    shrunk: its images have fewer tiles, or its video fewer frames, than they would have if there were room.
+    piece: which piece of the sample it is, from 0.
+    where: the line it comes from.
+    dataset: index of its dataset in the mixture.
+    index: index of the sample in the mixture.
+    lengths: tokens of each segment; () stands for one of all tokens.
+    shared: how many tokens of a pair's first segment, from its first on, its second follows as well.
+    notes: what one should know about how its images were taken.
+  """
+
+  input_ids: np.ndarray
+  labels: np.ndarray
+  tiles: np.ndarray
+  truncated: bool = False
+  shrunk: bool = False
+  piece: int = 0
+  where: Where
+  dataset: int = 0
+  index: int = 0
+  lengths: tuple[int, ...] = ()
+  shared: int = 0
+  notes: tuple[Note, ...] = ()
+
+  def segments(self) -> list[ChatTokens]:
+    """Returns the tokens of each segment."""
+    if not self.lengths:
+      return [ChatTokens(self.input_ids, self.labels)]
+    cuts = np.cumsum(self.lengths)[:-1]
+    parts = zip(np.split(self.input_ids, cuts), np.split(self.labels, cuts), strict=True)
+    return [ChatTokens(*part) for part in parts]
+
+  def conversations(self) -> list[ChatTokens]:
+    """Returns the tokens of each segment, behind those that it shares."""
+    first, *others = self.segments()
+    whole = (
+      [np.concatenate([a[: self.shared], b]) for a, b in zip(first, part, strict=True)] for part in others
+    )
+    return [first, *(ChatTokens(*part) for part in whole)]
+
+  @property
+  def fully_masked(self) -> bool:
+    """A segment has no supervised token. Its first token has nothing before it that could predict it."""
+    return any(bool((part.labels[1:] == IGNORE_INDEX).all()) for part in self.segments())
+
+
+class _Shape(NamedTuple):
+  """What a sample would be at one size of its images.
+
+  Attributes:
+    chats: its conversation, or those of the chosen and the rejected answer.
+    tiles: of each image, or 1 of each frame.
+    limit: tiles of an image's grid at most, or the frames that are taken.
+  """
+
+  chats: tuple[Chat, ...]
+  tiles: list[int]
+  limit: int
+
+
+class _Plan(NamedTuple):
+  """What a sample will be, decided before its pixels are looked at.
+
+  Attributes:
+    shape: with its images at their size.
+    fits: what is left of each of its conversations, all in as many pieces and of the same images.
+    shrunk: its images are smaller than they would be if there were room.
+    shared: tokens that the second conversation has in common with the first and that stand in the first only.
+  """
+
+  shape: _Shape
+  fits: tuple[fitting.Fit, ...]
+  shrunk: bool
+  shared: int
+
+  def pieces(self) -> list[tuple[fitting.Piece, ...]]:
+    """Returns for each piece of the sample its part of every conversation."""
+    return list(zip(*(fit.pieces for fit in self.fits), strict=True))
+
+  def spans(self, parts: Sequence[fitting.Piece]) -> list[tuple[int, int]]:
+    """Returns for each conversation the first token of its segment in a piece, and the one after the last."""
+    return [(part.start + (self.shared if number else 0), part.stop) for number, part in enumerate(parts)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleMaker:
+  """Turns the parsed lines of a dataset into samples. It goes to worker processes.
+
+  Attributes:
+    spec: the dataset.
+    data: tile settings.
+    tokenizer: writes and tokenises conversations.
+    tokens_per_tile: image tokens of one tile.
+    limits: what is done about long samples.
+    preference: lines are preference pairs; see `data.preference`.
+    share_prompts: the tokens that the two conversations of a pair begin with stand once.
+  """
+
+  spec: DatasetSpec
+  data: DataTrainingArguments
+  tokenizer: ChatTokenizer
+  tokens_per_tile: int
+  limits: Limits
+  preference: bool = False
+  share_prompts: bool = False
+
+  def make(
+    self,
+    record: Any,
+    where: Where,
+    rng: np.random.Generator | None = None,
+    *,
+    frames: int | None = None,
+    piece: int = 0,
+    dataset: int = 0,
+    index: int = 0,
+    pool: TilePool | None = None,
+  ) -> Sample:
+    r"""Makes a sample: a pure function of its arguments and the image or video files.
+
+        {"image": "cat.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", ...}]}
+        -> input_ids [n], labels [n], tiles [t, H, W, 3] with t * tokens_per_tile image tokens in input_ids
+
+    The frames of a video are images of one tile each.
+
+    Args:
+      record: the parsed line.
+      where: where it stands, for errors.
+      rng: the sample's own generator; None: no augmentation, and a video's frames are not drawn (`iter_frames`).
+      frames: how many to take of a video; None: data.max_num_frame.
+      piece: which piece of a sample that was split; see `pieces`.
+      dataset: copied into the sample.
+      index: copied into the sample.
+      pool: the tiles are written to its end; None: to memory of their own.
+
+    Raises:
+      DataError: the line, its image or its video is wrong; `OverLengthError` where nothing of it is kept.
+    """
+    record = self._plain(record, where)
+    sources = functools.cache(lambda: self._sources(record, where))
+    plan = self._plan(record, where, frames or self.data.max_num_frame, sources)
+    pieces = plan.pieces()
+    if piece >= len(pieces):
+      raise where.error(
+        f"its piece {piece + 1} was planned, but it has {len(pieces)}: its images were replaced since they were "
+        "measured (delete the cache, loader.cache_dir), or the line's width and height are not theirs (correct them)"
+      )
+    parts = pieces[piece]
+    chosen = slice(parts[0].first_image, parts[0].end_image)
+    image_tokens = [count * self.tokens_per_tile for count in plan.shape.tiles]
+    tokens = [chat.expand(image_tokens) for chat in plan.shape.chats]
+    spans = plan.spans(parts)
+    noted: list[Note] = []
+    return Sample(
+      input_ids=_joined([t.input_ids[start:stop] for t, (start, stop) in zip(tokens, spans, strict=True)]),
+      labels=_joined([t.labels[start:stop] for t, (start, stop) in zip(tokens, spans, strict=True)]),
+      lengths=tuple(stop - start for start, stop in spans),
+      shared=plan.shared,
+      tiles=self._pixels(record, where, plan.shape.limit, sources(), chosen, rng, pool, noted),
+      truncated=not all(fit.complete for fit in plan.fits) and piece == len(pieces) - 1,
+      shrunk=plan.shrunk,
+      piece=piece,
+      where=where,
+      dataset=dataset,
+      index=index,
+      notes=tuple(noted),
+    )
+
+  def measure(self, record: Any, where: Where, frames: int) -> Size:
+    """Returns the sizes that a sample would have without limits, without looking at pixels.
+
+    An image's size is what the line says (`width` and `height`, or `width_list` and `height_list`), or else the
+    header of its file.
+
+    Args:
+      record: the parsed line.
+      where: where it stands, for errors.
+      frames: how many to take of a video.
+
+    Raises:
+      DataError: the line is wrong, or its image or video cannot be opened.
+    """
+    shape = next(self._shapes(self._plain(record, where), where, frames, None))
+    return Size(
+      tokens=sum(self._lengths(shape)) - self._shared(shape),
+      tiles=sum(shape.tiles),
+      # The first token has nothing before it that could predict it.
+      supervised=sum(int((chat.labels[1:] != IGNORE_INDEX).sum()) for chat in shape.chats),
+    )
+
+  def pieces(self, record: Any, where: Where, frames: int) -> list[tuple[int, int]]:
+    """Returns tokens and tiles of each piece that the limits leave of a sample, in order; see `measure`.
+
+    Raises:
+      DataError: as in `measure`; `OverLengthError` where nothing of it is kept.
+    """
+    plan = self._plan(self._plain(record, where), where, frames, None)
+    tiles = plan.shape.tiles
+    return [
+      (
+        sum(stop - start for start, stop in plan.spans(parts)),
+        sum(tiles[parts[0].first_image : parts[0].end_image]),
+      )
+      for parts in plan.pieces()
+    ]
+
+  def has_video(self, record: Any, where: Where) -> bool:
+    """Says whether a parsed line has a video.
+
+    Raises:
+      DataError: the line is wrong.
+    """
+    return media.video_of(self._plain(record, where), where) is not None
+
+  def states_sizes(self, record: Any, where: Where) -> bool:
+    """Says whether a parsed line states the sizes of all its images, so that none is opened to plan with.
+
+    Raises:
+      DataError: the line is wrong.
+    """
+    plain = self._plain(record, where)
+    paths = media.image_paths(plain, where)
+    return bool(paths) and media.stated_sizes(plain, len(paths)) is not None
+
+  def _plain(self, record: Any, where: Where) -> dict[str, Any]:
+    """Returns the line with our keys alone, and what is wrong about its texts said."""
+    plain = records.plain_record(record, where, is_pair=self.preference)
+    if self.preference:
+      preference.pair_of(plain, where)
+    return plain
+
+  def _sources(self, record: dict[str, Any], where: Where) -> list[images.Source]:
+    """Returns the files of the line's images."""
+    paths = [] if media.video_of(record, where) else media.image_paths(record, where)
+    return [images.fetched(files.join(self.spec.root, path, where), where) for path in paths]
+
+  def _plan(
+    self, record: Any, where: Where, frames: int, sources: Callable[[], list[images.Source]] | None
+  ) -> _Plan:
+    shapes = self._shapes(record, where, frames, sources)
+    full = shape = next(shapes)
+    if self.limits.policy == "shrink_tiles":
+      while not self.limits.hold_together(self._lengths(shape), sum(shape.tiles), self._shared(shape)):
+        if (smaller := next(shapes, None)) is None:
+          break
+        shape = smaller
+    settings = (shape.tiles, self.tokens_per_tile, self.limits, where)
+    if self.preference:
+      fits = fitting.fit_pair(shape.chats, *settings, shared=self._shared(shape))
+    else:
+      fits = (fitting.fit(shape.chats[0], *settings),)
+    return _Plan(shape, fits, shape.tiles != full.tiles, self._shared(shape))
+
+  def _lengths(self, shape: _Shape) -> list[int]:
+    image_tokens = [count * self.tokens_per_tile for count in shape.tiles]
+    return [chat.length(image_tokens) for chat in shape.chats]
+
+  def _shared(self, shape: _Shape) -> int:
+    """Returns how many tokens of the first conversation stand for those of the second, too."""
+    if not (self.preference and self.share_prompts):
+      return 0
+    # Conversations are cut within their answers only, so this is true of what the limits leave as well.
+    return preference.shared_tokens(shape.chats, [count * self.tokens_per_tile for count in shape.tiles])
+
+  def _shapes(
+    self, record: Any, where: Where, frames: int, sources: Callable[[], list[images.Source]] | None
+  ) -> Iterator[_Shape]:
+    """Yields what the sample is as the settings say, and then with ever smaller images or fewer frames.
+
+    Args:
+      record: the parsed line.
+      where: where it stands.
+      frames: wanted of a video.
+      sources: gives the images' files; None: they are as large as the line says they are, if it does.
+    """
+    if path := media.video_of(record, where):
+      yield from self._video_shapes(record, self._rooted(path, where), where, frames)
+      return
+    paths = media.image_paths(record, where)
+    # Before the files, which not every caller looks at: of several faults, the doctor and the run name the same.
+    chats = self._chats(record, len(paths), where)
+    pixels = media.stated_sizes(record, len(paths)) if sources is None else None
+    if pixels is None:
+      found = sources() if sources else [files.join(self.spec.root, path, where) for path in paths]
+      pixels = [images.image_size(source, where) for source in found]
+    least = self.data.min_dynamic_patch
+    most = max(least, max_grid_tiles(self.spec, self.data) // max(len(paths), 1))
+    for limit in range(most, min(least, most) - 1, -1):
+      yield _Shape(chats, [self._count_tiles(size, limit) for size in pixels], limit)
+
+  def _video_shapes(
+    self, record: dict[str, Any], path: video.Source, where: Where, wanted: int
+  ) -> Iterator[_Shape]:
+    options = {"min_num_frame": wanted, "max_num_frame": wanted, "rng": None, "clip": record.get("clip")}
+    count = video.planned_frames(path, where, **options)
+    yield _Shape(self._chats(record, count, where), [1] * count, wanted)
+    # No more frames than there is room for, the text around them not counted.
+    room = min(self.limits.tokens // self.tokens_per_tile, self.limits.row_tiles or count)
+    for fewer in range(min(count - 1, room), 0, -1):
+      yield _Shape(self._chats(record, fewer, where), [1] * fewer, fewer)
+
+  def _chats(self, record: dict[str, Any], num_images: int, where: Where) -> tuple[Chat, ...]:
+    """Returns the line's conversation, tokenised, or those of its chosen and its rejected answer."""
+    if not self.preference:
+      turns = _with_places(record["conversations"], record, num_images, where)
+      return (self.tokenizer.lay_out(turns, num_images, where),)
+    pair = preference.pair_of(record, where)
+    conversations = [
+      _with_places(turns, record, num_images, where, preference.FRAME_NAME) for turns in pair.conversations()
+    ]
+    preference.check_places(conversations[0][-2]["value"], num_images, where)
+    chats = tuple(self.tokenizer.lay_out(turns, num_images, where) for turns in conversations)
+    preference.check_chats(chats, where)
+    return chats
+
+  def _count_tiles(self, size: tuple[int, int], limit: int) -> int:
+    """Returns how many tiles an image (width, height) makes."""
+    data = self.data
+    if not data.dynamic_image_size:
+      return 1
+    return tiling.num_tiles(*size, data.min_dynamic_patch, limit, data.force_image_size, data.use_thumbnail)
+
+  def _pixels(
+    self,
+    record: dict[str, Any],
+    where: Where,
+    limit: int,
+    sources: Sequence[images.Source],
+    chosen: slice,
+    rng: np.random.Generator | None,
+    pool: TilePool | None,
+    noted: list[Note],
+  ) -> np.ndarray:
+    """Returns uint8 [tiles, H, W, 3] of the chosen images, or frames of the video, at the end of the pool."""
+    data = self.data
+    pool = pool or TilePool(data.force_image_size)
+    start = pool.used
+    augment = rng if self.spec.data_augment else None
+    settings: dict[str, Any] = {"tile_size": data.force_image_size, "pad_color": self._pad_color()}
+    settings |= {"rng": augment, "pool": pool}
+    if path := media.video_of(record, where):
+      frames = self._frames(self._rooted(path, where), record, where, limit, rng, noted)
+      settings |= {"dynamic": False, "min_tiles": 1, "max_tiles": 1, "use_thumbnail": False}
+      # Frame by frame: together, those of a large video would fill the memory.
+      for frame in itertools.islice(frames, chosen.start, chosen.stop):
+        images.image_tiles(frame, **settings)
+    else:
+      settings |= {"dynamic": data.dynamic_image_size, "use_thumbnail": data.use_thumbnail}
+      settings |= {"min_tiles": data.min_dynamic_patch, "max_tiles": limit}
+      for source in sources[chosen]:
+        images.image_tiles(images.open_image(source, where, noted), **settings)
+    return pool.since(start)
+
+  def _frames(
+    self,
+    path: video.Source,
+    record: dict[str, Any],
+    where: Where,
+    wanted: int,
+    rng: np.random.Generator | None,
+    noted: list[Note],
+  ) -> Iterator[Any]:
+    limits = {"min_num_frame": wanted, "max_num_frame": wanted}
+    return video.iter_frames(path, where, **limits, rng=rng, clip=record.get("clip"), noted=noted)
+
+  def _rooted(self, path: video.Source, where: Where) -> video.Source:
+    """Returns where a video, or each of its frames, lies."""
+    if isinstance(path, str):
+      return files.join(self.spec.root, path, where)
+    return tuple(files.join(self.spec.root, frame, where) for frame in path)
+
+  def _pad_color(self) -> tuple[int, int, int] | None:
+    pad = self.data.pad2square and not self.spec.data_augment
+    return images.mean_color(self.data.normalize_type) if pad else None
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+  return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _with_places(
+  conversations: Any, record: dict[str, Any], num_images: int, where: Where, frame_name: str = "Frame-"
+) -> Any:
+  """Returns the line's turns with a place for every image or frame, where the line may leave it out."""
+  if not isinstance(conversations, list):
+    return conversations  # The tokenizer says what is wrong about it.
+  if media.video_of(record, where):
+    return with_frames(conversations, num_images, where, frame_name)
+  if count := _videos_in(conversations):
+    raise where.error(
+      f"{count} {VIDEO_PLACEHOLDER} in the human turns but no video; name one in 'video', or take {VIDEO_PLACEHOLDER} out"
+    )
+  return with_placeholder(conversations) if num_images == 1 else conversations
+
+
+def _videos_in(conversations: list[Any]) -> int:
+  """Returns how often the human turns say `<video>`."""
+  return sum(
+    turn["value"].count(VIDEO_PLACEHOLDER)
+    for turn in conversations
+    if isinstance(turn, dict) and turn.get("from") == "human" and isinstance(turn.get("value"), str)
+  )
+
+
+def with_frames(
+  conversations: Sequence[Mapping[str, str]], num_frames: int, where: Where, frame_name: str = "Frame-"
+) -> list[Mapping[str, str]]:
+  r"""Returns the turns with a line for each frame where the first human one with `<video>` has it.
+
+  Where none has it, it is put with a line break before the first human turn, as `with_placeholder` does.
+
+      human "<video>\nWho?" with 2 frames -> human "Frame-1: <image>\nFrame-2: <image>\nWho?"
+
+  Args:
+    conversations: the turns; left as they are.
+    num_frames: of the video.
+    where: the line, for errors.
+    frame_name: what stands before a frame's number.
+
+  Raises:
+    DataError: the human turns have more than one `<video>`, or an `<image>`.
+  """
+  turns = list(conversations)
+  human = human_texts(turns)
+  if not human:
+    raise where.error(
+      f"the line has a video but no human turn with a text where {VIDEO_PLACEHOLDER} could stand; add one"
+    )
+  videos, stills = (
+    sum(text.count(mark) for text in human.values()) for mark in (VIDEO_PLACEHOLDER, IMAGE_PLACEHOLDER)
+  )
+  if videos > 1 or stills:
+    raise where.error(
+      f"{videos} {VIDEO_PLACEHOLDER} and {stills} {IMAGE_PLACEHOLDER} in the human turns but 1 video and no image; "
+      f"write {VIDEO_PLACEHOLDER} once or leave it out"
+    )
+  place = next((i for i, text in human.items() if VIDEO_PLACEHOLDER in text), min(human))
+  text = human[place] if videos else f"{VIDEO_PLACEHOLDER}\n{human[place]}"
+  frames = "\n".join(f"{frame_name}{number}: {IMAGE_PLACEHOLDER}" for number in range(1, num_frames + 1))
+  turns[place] = {**turns[place], "value": text.replace(VIDEO_PLACEHOLDER, frames)}
+  return turns
+
+
+def max_grid_tiles(spec: DatasetSpec, data: DataTrainingArguments) -> int:
+  """Returns the most tiles that the grid of one of the dataset's images may have."""
+  return data.max_dynamic_patch if spec.max_dynamic_patch is None else spec.max_dynamic_patch

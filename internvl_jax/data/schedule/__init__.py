@@ -1,0 +1,1 @@
+"""Which samples stand in which row of which batch: pure functions of their sizes."""

@@ -1,0 +1,152 @@
+"""The rows of a packed run, in order: which samples stand in each, planned from sizes alone."""
+
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from internvl_jax.data.sample.long_samples import OVER_LONG, UNREADABLE, UNSUPERVISED
+from internvl_jax.data.schedule import packing
+from internvl_jax.data.schedule.order import Order, Places
+
+# Places of the stream whose sizes are looked up at a time.
+_CHUNK = 1024
+# Rows planned for elements that nobody has asked for yet: those of other workers, which never will.
+_KEPT = 4096
+
+
+class SizeOf(Protocol):
+  """Sizes of samples of the mixture; `data.mixture.Mixture` has them."""
+
+  def __call__(self, indices: np.ndarray) -> np.ndarray:
+    """int64 [n, 2]: tokens and tiles, as they will stand in a row.
+
+    In place of tokens, UNREADABLE, OVER_LONG or UNSUPERVISED for what will not.
+    """
+    ...
+
+
+class Skipped(NamedTuple):
+  """Samples that were passed over because they are in no row: int64 indices in the mixture."""
+
+  unreadable: np.ndarray
+  over_long: np.ndarray
+  fully_masked: np.ndarray
+
+
+class RowStream:
+  """An endless stream of rows: a pure function of the plan, the sizes and the budgets.
+
+  No row holds samples of two epochs, so that each epoch has every sample once. The state is the packer's: a place
+  in the stream and the samples that wait.
+  """
+
+  def __init__(
+    self,
+    plan: Order,
+    size_of: SizeOf,
+    settings: packing.PackSettings,
+    state: dict[str, Any] | None = None,
+  ):
+    """Goes to the beginning, or to where `get_state` was called.
+
+    Args:
+      plan: the order of the samples.
+      size_of: their sizes.
+      settings: budgets; what fits no row is left out.
+      state: of an earlier stream.
+
+    Raises:
+      ValueError: the state is of other settings.
+    """
+    self._plan, self._size_of = plan, size_of
+    self._packer = packing.Packer(settings)
+    if state is not None:
+      self._packer.set_state(state)
+    self._rows: Any = iter(())
+
+  def __next__(self) -> Places:
+    """The samples of the next row, in the order of the stream."""
+    while True:
+      for positions in self._rows:
+        return self._plan.at(np.array(positions, np.int64))
+      self._rows = self._more()
+
+  def _more(self) -> Iterator[list[int]]:
+    """The rows that the next samples of the epoch decide, or the last ones of an epoch that is over."""
+    position = self._packer.position
+    into_epoch = position % self._plan.num_samples
+    if not into_epoch and self._packer.decided < position:
+      return self._packer.flush()
+    count = min(_CHUNK, self._plan.num_samples - into_epoch)
+    return self._packer.feed(self._sizes(position, count))
+
+  def get_state(self) -> dict[str, Any]:
+    """What the rows to come depend on, as JSON values."""
+    return self._packer.get_state()
+
+  @property
+  def decided(self) -> int:
+    """The place of the stream before which every sample is in a row or passed over."""
+    return self._packer.decided
+
+  @property
+  def stats(self) -> packing.PackStats:
+    """How full the rows are so far."""
+    return self._packer.stats
+
+  def skipped(self, start: int, stop: int) -> Skipped:
+    """What was passed over between two places of the stream."""
+    indices = self._plan.places(start, stop - start).indices
+    tokens = self._size_of(indices)[:, 0]
+    return Skipped(*(indices[tokens == why] for why in (UNREADABLE, OVER_LONG, UNSUPERVISED)))
+
+  def _sizes(self, start: int, count: int) -> np.ndarray:
+    return packable(self._size_of(self._plan.places(start, count).indices), self._packer.settings)
+
+
+def packable(sizes: np.ndarray, settings: packing.PackSettings) -> np.ndarray:
+  """Sizes for a packer, which leaves out what fits no row: so also what is lost already."""
+  sizes = np.array(sizes, np.int64)
+  sizes[sizes[:, 0] <= 0, 0] = settings.max_tokens + 1
+  return sizes
+
+
+class PlannedRows:
+  """Rows by the number of their micro-batch, for workers that take every so-many-th, or threads that race.
+
+  Each worker process plans all rows for itself, which takes far less than decoding its share of them.
+  """
+
+  def __init__(
+    self,
+    plan: Order,
+    size_of: SizeOf,
+    settings: packing.PackSettings,
+    state: dict[str, Any],
+    rows: int,
+  ):
+    """Begins with micro-batch 0 at `state`; a micro-batch has so many rows."""
+    self._arguments = (plan, size_of, settings, state, rows)
+    self._rows = rows
+    self._lock = threading.Lock()
+    self._begin()
+
+  def __getitem__(self, element: int) -> list[Places]:
+    with self._lock:
+      if element not in self._planned and element < self._next:
+        self._begin()
+      while element not in self._planned:
+        self._planned[self._next] = [next(self._stream) for _ in range(self._rows)]
+        self._next += 1
+        self._planned.pop(self._next - _KEPT, None)
+      return self._planned.pop(element)
+
+  def _begin(self) -> None:
+    self._stream = RowStream(*self._arguments[:4])
+    self._next = 0
+    self._planned: dict[int, list[Places]] = {}
+
+  def __reduce__(self) -> tuple:
+    return PlannedRows, self._arguments

@@ -1,0 +1,253 @@
+"""The mixture of datasets that a meta file describes."""
+
+import collections
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+from internvl_jax.data.sample.tiling import MOST_TILES
+from internvl_jax.data.source import files, formats
+from internvl_jax.data.where import DataError
+from internvl_jax.errors import did_you_mean, redacted
+
+_REQUIRED = ("root", "annotation")
+_TYPES: dict[str, tuple[type, ...]] = {
+  "root": (str,),
+  "annotation": (str,),
+  "data_augment": (bool,),
+  "repeat_time": (int, float),
+  "length": (int,),
+  "max_dynamic_patch": (int,),
+}
+# The first so many images and videos decide what a relative root is relative to. One would not do: it may be missing.
+_FILES_SOUGHT = 16
+_LINES_SEARCHED = 1000
+# Sees each line so often in an epoch, at most: beyond it numbers of samples overflow, and nobody means it.
+_MOST_REPEATS = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetSpec:
+  """One dataset of the mixture.
+
+  Attributes:
+    name: its key in the meta file.
+    root: folder or URL that image paths start from, "" for the working directory; already looked up.
+    annotation: path or URL of the jsonl file; already looked up.
+    repeat_time: below 1, the share of lines used; else how often every line is seen in an epoch.
+    data_augment: re-encode tiles as JPEG at a random quality.
+    max_dynamic_patch: tile limit of this dataset's images; None is the run's.
+    length: number of lines that the meta file states, for information; None if it states none.
+  """
+
+  name: str
+  root: str
+  annotation: str
+  repeat_time: float = 1
+  data_augment: bool = False
+  max_dynamic_patch: int | None = None
+  length: int | None = None
+
+  @property
+  def repeats(self) -> int:
+    """How often each used line is seen in an epoch."""
+    return max(1, int(self.repeat_time))
+
+  def lines_used(self, lines: int) -> int:
+    """Returns how many of the file's lines, from the first on, are used."""
+    return lines if self.repeat_time >= 1 else int(lines * self.repeat_time)
+
+
+def read_meta(
+  path: str | os.PathLike[str], *, cache: str | os.PathLike[str] | None = None
+) -> list[DatasetSpec]:
+  """Reads and checks a meta file: a JSON object with one entry for each dataset.
+
+      {"vqa": {"root": "images/", "annotation": "vqa.jsonl", "data_augment": false, "repeat_time": 1}}
+
+  A relative `annotation` is looked up from the working directory, then from the meta file's folder. A
+  relative `root` (the empty one too) likewise, where "there" means that the dataset's first image or video exists
+  under it: so a folder of data can be moved as a whole, and paths written for the reference keep working.
+
+  The meta file, an `annotation` and a `root` may be URLs. What is relative in a remote meta file is meant from its
+  folder; no image is looked for on another machine.
+
+  Args:
+    path: of the meta file, or its URL.
+    cache: folder of the copies of remote annotation files; None: `files.default_cache()`.
+
+  Raises:
+    DataError: the file is missing or is not JSON, or an entry is wrong.
+  """
+  path = os.fspath(path)
+  entries = _read_object(path)
+  if not entries:
+    raise DataError(f"{path}: the mixture is empty: 0 datasets; add an entry")
+  return [_spec(path, name, entry, cache) for name, entry in entries.items()]
+
+
+def _read_object(path: str) -> dict[str, Any]:
+  try:
+    text = files.read_bytes(path).decode("utf-8-sig")
+  except OSError as error:
+    raise DataError(f"{path}: the meta file cannot be read: {error}; check data.meta_path") from error
+  except UnicodeDecodeError as error:
+    raise DataError(f"{path}: not UTF-8: {error}; save the meta file as UTF-8") from error
+
+  def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # json keeps the last of two equal keys, which would lose a dataset in silence.
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+      twice = next(key for key, count in collections.Counter(key for key, _ in pairs).items() if count > 1)
+      raise DataError(f"{path}: key {twice!r} stands twice in one object; rename one of them")
+    return entries
+
+  try:
+    entries = json.loads(text, object_pairs_hook=unique)
+  except json.JSONDecodeError as error:
+    raise DataError(f"{path}:{error.lineno}: broken JSON at column {error.colno}: {error.msg}") from error
+  except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+    raise DataError(f"{path}: JSON that cannot be read: {error}; correct the meta file") from error
+  if not isinstance(entries, dict):
+    raise DataError(
+      f'{path}: expected a JSON object {{"name": {{"root": ..., "annotation": ...}}}}, got {_json_type(entries)}'
+    )
+  return entries
+
+
+def _spec(path: str, name: str, entry: Any, cache: str | os.PathLike[str] | None) -> DatasetSpec:
+  """Returns the checked dataset of one entry."""
+  blame = f"{path}: dataset {name!r}"
+  # It stands in tables, logs and JSON.
+  if not name or not name.isprintable():
+    raise DataError(f"{blame}: the name must be a text that can be printed; rename it")
+  if not isinstance(entry, dict):
+    raise DataError(f"{blame}: expected an object, got {_json_type(entry)}")
+  for key in entry:
+    if key not in _TYPES:
+      raise DataError(f"{blame}: unknown key {key!r}{did_you_mean(key, _TYPES)}")
+  for key in _REQUIRED:
+    if key not in entry:
+      raise DataError(f"{blame}: key {key!r} is missing; it needs {' and '.join(_REQUIRED)}")
+  values: dict[str, Any] = {
+    key: value for key, value in entry.items() if value is not None or key in _REQUIRED
+  }
+  for key, value in values.items():
+    _check_value(blame, key, value)
+  annotation = _find_annotation(path, blame, values["annotation"])
+  root = _find_root(path, blame, values["root"], annotation, cache)
+  values |= {"root": root, "annotation": annotation}
+  return DatasetSpec(name=redacted(name), **values)
+
+
+def _check_value(blame: str, key: str, value: Any) -> None:
+  kinds = _TYPES[key]
+  # bool is a subclass of int in Python, but `"repeat_time": true` is a mistake.
+  if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+    expected = (
+      "a number" if float in kinds else {str: "a string", bool: "true or false", int: "an integer"}[kinds[0]]
+    )
+    raise DataError(f"{blame}: {key!r} must be {expected}, got {json.dumps(value)[:80]}; correct it")
+  # The order matters: NaN is in no range, and only what is finite is an integer.
+  if key == "repeat_time" and not (0 < value <= _MOST_REPEATS and (value < 1 or value == math.floor(value))):
+    raise DataError(
+      f"{blame}: repeat_time must be a share between 0 and 1 or a whole number of repeats, got {_short(value)}; round it "
+      f"(it may be up to {_MOST_REPEATS})"
+    )
+  if key == "max_dynamic_patch" and not 1 <= value <= MOST_TILES:
+    bound = "1 or more" if value < 1 else f"{MOST_TILES} or less"
+    raise DataError(
+      f"{blame}: max_dynamic_patch must be {bound}, got {_short(value)}; the reference's runs have up to 12"
+    )
+  if key == "length" and value < 0:
+    raise DataError(
+      f"{blame}: length must be 0 or more, got {_short(value)}; give the number of lines or take it out"
+    )
+
+
+def _find_annotation(meta: str, blame: str, annotation: str) -> str:
+  if files.is_remote(annotation):
+    return annotation  # Whoever reads it says if it is not there.
+  folder = files.parent(meta)
+  if files.is_remote(meta):
+    return files.resolve(folder, annotation)
+  tried = list(dict.fromkeys((pathlib.Path(annotation), pathlib.Path(folder, annotation))))
+  for candidate in tried:
+    if os.path.isfile(candidate):
+      return str(candidate)
+  raise DataError(f"{blame}: annotation file not found; tried {' and '.join(str(t) for t in tried)}")
+
+
+def _find_root(
+  meta: str, blame: str, root: str, annotation: str, cache: str | os.PathLike[str] | None
+) -> str:
+  """Returns the root under which most of the first files are found, else the one nearest to that."""
+  folder = files.parent(meta)
+  whole = files.resolve(folder, root)
+  if files.is_remote(whole):
+    try:
+      files.check(whole)
+    except OSError as error:
+      raise DataError(f"{blame}: nothing can be read from root {whole!r}: {error}") from error
+    return whole
+  if os.path.isabs(root):
+    return str(pathlib.Path(root))
+  candidates = [pathlib.Path(root), pathlib.Path(folder, root)]
+  if first := _first_files(_local(annotation, blame, cache)):
+
+    def found(folder: pathlib.Path) -> int:
+      # Not pathlib's exists, which raises for a path that is too long.
+      return sum(os.path.exists(folder / file) for file in first)
+
+    # Stable: the first of equals. What is missing will be named when it is read; a folder that exists makes the
+    # better message.
+    candidates.sort(key=lambda folder: (-found(folder), not os.path.isdir(folder)))
+  return "" if candidates[0] == pathlib.Path() else str(candidates[0])
+
+
+def _local(annotation: str, blame: str, cache: str | os.PathLike[str] | None) -> str:
+  """Returns an annotation file that can be opened: of a remote one, the copy that its lines will be read from."""
+  if not files.is_remote(annotation):
+    return annotation
+  try:
+    return files.cached_copy(annotation, cache)
+  except OSError as error:
+    raise DataError(f"{blame}: the annotation file {annotation} cannot be read: {error}") from error
+
+
+def _first_files(annotation: str) -> list[str]:
+  """Returns the first paths of images and videos near the start of the file that are meant from the root."""
+  found: list[str] = []
+  # A file that cannot be read is named when its lines are looked for.
+  with contextlib.suppress(OSError), open(annotation, "rb") as lines:
+    if formats.recognised(lines) is not None:  # One line of it may be all of it.
+      return []
+    for line in itertools.islice(lines, _LINES_SEARCHED):
+      try:
+        record = json.loads(line)
+      except (ValueError, RecursionError):
+        continue  # a broken line is named, with its number, when it is read as a sample
+      record = record if isinstance(record, dict) else {}
+      for key in ("image", "images", "video", "videos"):
+        paths = record.get(key)
+        paths = paths if isinstance(paths, list) else [paths]
+        paths = [path for path in paths if isinstance(path, str) and path]
+        found += [path for path in paths if not files.is_remote(path) and not os.path.isabs(path)]
+      if len(found) >= _FILES_SOUGHT:
+        break
+  return found[:_FILES_SOUGHT]
+
+
+def _short(value: float) -> str:
+  text = str(value)
+  return text if len(text) <= 40 else f"{text[:20]}... ({len(text)} digits)"
+
+
+def _json_type(value: Any) -> str:
+  names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+  return names.get(type(value), "a number")

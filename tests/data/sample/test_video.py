@@ -1,0 +1,566 @@
+"""Frames of videos: which, how many, from whatever container, and what is said of files that are damaged."""
+
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import pathlib
+import pickle
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from internvl_jax.data.load.mixture import Mixture, limits_of
+from internvl_jax.data.sample import images, video, video_file
+from internvl_jax.data.sample.sample import SampleMaker
+from internvl_jax.data.source.meta import DatasetSpec
+from internvl_jax.data.where import DataError
+from tests.support.data_toys import ASSETS, WHERE, arguments, turns, write_jsonl
+
+FRAMES = 64
+X264 = "bframes=3:b-adapt=0:scenecut=0:keyint=20"
+
+
+def write_video(
+  path, numbers=range(FRAMES), *, codec="libx264", times=None, opts=None, rate=25, mux=None, **stream
+):
+  """Writes a video of grey frames that hold 3 bits of their number in each third.
+
+  Args:
+    path: of the file.
+    numbers: of the frames.
+    codec: an encoder; the test is skipped where FFmpeg lacks it.
+    times: of the frames, in milliseconds; None: `rate` frames a second.
+    opts: of the encoder.
+    rate: frames a second.
+    mux: options of the container.
+    stream: attributes of the stream.
+  """
+  if codec not in av.codecs_available:
+    pytest.skip(f"no encoder {codec}")
+  if codec == "libx264" and opts is None:
+    opts = {"x264-params": X264}
+  with av.open(str(path), "w", options=mux or {}) as container:
+    out = container.add_stream(codec, rate=rate, options=opts or {})
+    out.codec_context.thread_count = 1
+    out.width, out.height, out.pix_fmt, out.gop_size = 96, 32, "yuv420p", 20
+    if times is not None:
+      out.codec_context.time_base = Fraction(1, 1000)
+    for name, value in stream.items():
+      setattr(out.codec_context, name, value)
+    for i, number in enumerate(numbers):
+      frame = av.VideoFrame.from_image(picture(number))
+      frame.pts, frame.time_base = (i, Fraction(1, rate)) if times is None else (times[i], Fraction(1, 1000))
+      container.mux(out.encode(frame))
+    container.mux(out.encode(None))
+  return str(path)
+
+
+def picture(number):
+  levels = [30 * (number >> shift & 7) + 20 for shift in (6, 3, 0)]
+  return Image.fromarray(np.repeat(np.repeat(np.uint8([levels]), 32, 1), 32, 0)).convert("RGB")
+
+
+def number_in(image):
+  assert image.mode == "RGB"
+  pixels = np.asarray(image, np.float64)[8:24, :, 1]
+  levels = [round((pixels[:, left + 8 : left + 24].mean() - 20) / 30) for left in (0, 32, 64)]
+  return levels[0] * 64 + levels[1] * 8 + levels[2]
+
+
+def numbers_of(path, wanted, *, rng=None, clip=None):
+  frames = video.read_frames(str(path), WHERE, min_num_frame=wanted, max_num_frame=wanted, rng=rng, clip=clip)
+  return [number_in(frame) for frame in frames]
+
+
+def planned(path, wanted, *, clip=None):
+  limits = {"min_num_frame": wanted, "max_num_frame": wanted}
+  return video.planned_frames(str(path), WHERE, **limits, rng=None, clip=clip)
+
+
+def write_gif(path, count=12, **save):
+  pictures = [picture(number) for number in range(count)]
+  pictures[0].save(path, save_all=True, append_images=pictures[1:], **{"duration": 100} | save)
+  return path
+
+
+def write_folder(path, names):
+  path.mkdir()
+  for number, name in enumerate(names):
+    picture(number).save(path / name)
+  return path
+
+
+# --- Which frames -------------------------------------------------------------------------------------------
+
+
+def test_recorded_frame_indices():
+  recorded = json.loads((ASSETS / "frames.json").read_text())
+  assert len(recorded) == 6
+  for case, expected in recorded.items():
+    first, second, third, *rest = case.split(",")
+    if third == "middle":
+      assert video.frame_indices(int(second), int(first), "middle") == expected
+    else:
+      most = int(rest[0])
+      rate = float(first.removeprefix("fps"))
+      indices = video.frame_indices_at_rate(int(second), float(third), rate, most if most > 0 else None)
+      assert indices == expected
+
+
+def test_one_frame_from_each_interval():
+  rng = np.random.default_rng(0)
+  drawn = np.array([video.frame_indices(103, 8, rng) for _ in range(2000)])
+  edges = np.linspace(0, 103, 9).astype(int)
+  for column, low, high in zip(drawn.T, edges, edges[1:], strict=False):
+    assert set(column) == set(range(low, high))
+  assert video.frame_indices(5, 8, rng) == [0, 1, 2, 3, 4, 4, 4, 4]
+  assert video.frame_indices(8, 8, rng) == list(range(8))
+  assert video.frame_indices(1, 1, rng) == [0]
+
+
+def test_number_wanted_is_uniform_and_drawn_first():
+  drawn = [video.num_wanted(np.random.default_rng((0, i)), 4, 7) for i in range(400)]
+  assert set(drawn) == {4, 5, 6, 7} and min(map(drawn.count, set(drawn))) > 70
+  assert video.num_wanted(np.random.default_rng(0), 5, 5) == 5
+  assert video.num_wanted(None, 4, 7) == 7
+
+
+# --- Containers and codecs ----------------------------------------------------------------------------------
+
+KINDS = {
+  "b_frames.mp4": {},
+  "index_first.mp4": {"mux": {"movflags": "faststart"}},
+  "fragments.mp4": {"mux": {"movflags": "frag_keyframe+empty_moov"}},
+  "open_groups.mp4": {"opts": {"x264-params": X264 + ":open-gop=1"}},
+  "one_group.mp4": {"opts": {"x264-params": "bframes=3:b-adapt=0:scenecut=0:keyint=1000"}},
+  "b_frames.mkv": {},
+  "b_frames.avi": {},
+  "b_frames.ts": {},
+  "b_frames.flv": {},
+  "bare.h264": {},
+  "mpeg4.avi": {"codec": "mpeg4", "max_b_frames": 2, "bit_rate": 2_000_000},
+  "mpeg4.mov": {"codec": "mpeg4", "max_b_frames": 2, "bit_rate": 2_000_000},
+  "mpeg2.mpg": {"codec": "mpeg2video", "max_b_frames": 2, "bit_rate": 2_000_000},
+  "mjpeg.avi": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
+  "vp8.webm": {"codec": "libvpx", "opts": {"auto-alt-ref": "1", "lag-in-frames": "16", "b": "2M"}},
+  "vp9.webm": {
+    "codec": "libvpx-vp9",
+    "opts": {"auto-alt-ref": "1", "lag-in-frames": "16", "deadline": "realtime"},
+  },
+  "av1.mp4": {"codec": "libsvtav1", "opts": {"preset": "12"}},
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_frame_of_every_kind_of_file(tmp_path, name, monkeypatch):
+  path = write_video(tmp_path / name, **KINDS[name])
+  # The way round, decoding all from the start, would hide a wrong jump.
+  decoded, starts = video_file._decoded, []
+  monkeypatch.setattr(
+    video_file, "_decoded", lambda *a, jump: (starts.append(jump), decoded(*a, jump=jump))[1]
+  )
+  assert numbers_of(path, FRAMES) == list(range(FRAMES))
+  for wanted in (1, 2, 5, 9):
+    expected = video.frame_indices(FRAMES, wanted, "middle")
+    assert numbers_of(path, wanted) == expected
+    rng, again = np.random.default_rng(wanted), np.random.default_rng(wanted)
+    video.num_wanted(again, wanted, wanted)
+    assert numbers_of(path, wanted, rng=rng) == video.frame_indices(FRAMES, wanted, again)
+  assert all(starts)
+  scanned = video_file.scan(path, WHERE)
+  for number in (*range(0, FRAMES, 5), FRAMES - 1):
+    (image,) = video_file.pictures(scanned, [number], WHERE)
+    assert number_in(image) == number
+  assert all(starts)
+
+
+def test_only_groups_that_hold_wanted_frames_are_decoded(tmp_path, monkeypatch):
+  path = write_video(tmp_path / "a.mp4", range(200))
+  scanned = video_file.scan(path, WHERE)
+  assert scanned.keys.tolist() == list(range(0, 200, 20))
+  decoded = []
+  number = video_file.Video.number
+  monkeypatch.setattr(
+    video_file.Video, "number", lambda self, *a: decoded.append(number(self, *a)) or decoded[-1]
+  )
+  assert [number_in(image) for image in video_file.pictures(scanned, [3, 105, 107], WHERE)] == [3, 105, 107]
+  # B-frames hold a few back.
+  assert {3, 100, 107} <= set(decoded) <= {*range(10), *range(100, 115)}
+
+
+def test_a_key_frame_that_is_none_costs_time_and_no_frame(tmp_path):
+  path = write_video(tmp_path / "a.mp4", opts={"x264-params": "bframes=3:b-adapt=0:scenecut=0:keyint=1000"})
+  scanned = video_file.scan(path, WHERE)._replace(keys=np.arange(0, FRAMES, 7))
+  wanted = [2, 3, 30, 31, 45, FRAMES - 1]
+  assert [number_in(image) for image in video_file.pictures(scanned, wanted, WHERE)] == wanted
+
+
+def test_variable_frame_rate(tmp_path):
+  gaps = np.random.default_rng(0).integers(10, 90, FRAMES - 1)
+  times = [0, *np.cumsum(gaps).tolist()]
+  for name in ("a.mp4", "a.mkv"):
+    path = write_video(tmp_path / name, times=times)
+    assert numbers_of(path, 7) == video.frame_indices(FRAMES, 7, "middle")
+    # The frames on the screen from 0.5 to 1.5 seconds, whatever the average rate.
+    shown = [i for i in range(FRAMES - 1) if times[i + 1] > 500 and times[i] < 1500]
+    assert numbers_of(path, len(shown), clip=[0.5, 1.5]) == shown
+
+
+def test_what_the_header_says_is_not_believed(tmp_path):
+  path = write_video(tmp_path / "a.avi", codec="mjpeg", pix_fmt="yuvj420p")
+  content = bytearray((tmp_path / "a.avi").read_bytes())
+  at = content.index(b"avih") + 8 + 16  # dwTotalFrames
+  assert content[at] == FRAMES
+  content[at] = 200
+  at = content.index(b"strh") + 8 + 32  # dwLength
+  assert content[at] == FRAMES
+  content[at] = 200
+  (tmp_path / "a.avi").write_bytes(content)
+  with av.open(path) as container:
+    assert container.streams.video[0].frames == 200
+  assert numbers_of(path, 4) == video.frame_indices(FRAMES, 4, "middle")
+
+
+def test_fewer_frames_than_wanted(tmp_path):
+  path = write_video(tmp_path / "a.mp4", range(3))
+  assert numbers_of(path, 5) == [0, 1, 2, 2, 2] and planned(path, 5) == 5
+  gif = write_gif(tmp_path / "a.gif", 3)
+  assert numbers_of(gif, 5) == [0, 1, 2] and planned(gif, 5) == 3
+  folder = write_folder(tmp_path / "a", ["f_1.png", "f_2.png", "f_3.png"])
+  assert numbers_of(folder, 5) == [0, 1, 2] and planned(folder, 5) == 3
+
+
+def test_gif(tmp_path):
+  path = write_gif(tmp_path / "a.GIF")
+  assert numbers_of(path, 4) == video.frame_indices(12, 4, "middle") and planned(path, 4) == 4
+  # 0.1 s a frame.
+  assert numbers_of(path, 9, clip=[0.25, 0.6]) == [2, 3, 4, 5] and planned(path, 9, clip=[0.25, 0.6]) == 4
+  # What the web calls a gif is a video at times.
+  os.rename(write_video(tmp_path / "b.mp4"), tmp_path / "b.gif")
+  assert numbers_of(tmp_path / "b.gif", 3) == video.frame_indices(FRAMES, 3, "middle")
+
+
+def test_folder_of_images_in_natural_order(tmp_path):
+  names = [f"shot_{number}.{'jpg' if number % 2 else 'png'}" for number in range(8, 13)]
+  folder = write_folder(tmp_path / "clip", names)
+  (folder / "notes_1.txt").write_text("not a frame")
+  (folder / "._shot_9.jpg").write_text("left by a file manager")
+  for path in (folder, f"{folder}/"):
+    assert numbers_of(path, 9) == [0, 1, 2, 3, 4]
+    assert numbers_of(path, 2) == video.frame_indices(5, 2, "middle")
+  (folder / "shot_10.png").write_bytes(b"broken")
+  with pytest.raises(DataError, match=r"shot_10\.png cannot be decoded"):
+    numbers_of(folder, 9)
+
+
+# --- Clips --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "fragments.mp4", "a.avi", "a.ts"])
+def test_clip_of_a_file(tmp_path, name):
+  path = write_video(tmp_path / name, **KINDS.get(name, {}))  # 64 frames of 0.04 s
+  assert numbers_of(path, 10, clip=[0.4, 0.8]) == list(range(10, 20))
+  assert numbers_of(path, 3, clip=(0.41, 0.43)) == [10, 10, 10]
+  assert numbers_of(path, 4, clip=[2.4, 3]) == [60, 61, 62, 63]  # half a second past the end: rounded up
+  assert numbers_of(path, FRAMES, clip=[]) == list(range(FRAMES))
+
+
+@pytest.mark.parametrize(
+  ("clip", "message"),
+  [
+    ("0-3", "'clip' must be [start, end] in seconds, got '0-3'"),
+    ([1], "'clip' must be [start, end] in seconds, got '[1]'"),
+    ([0, True], "'clip' must be [start, end] in seconds"),
+    (["0", "3"], "'clip' must be [start, end] in seconds"),
+    (3, "'clip' must be [start, end] in seconds, got '3'"),
+    ([2, 1], "'clip' must have 0 <= start < end, got [2, 1]"),
+    ([1, 1], "0 <= start < end"),
+    ([-1, 1], "0 <= start < end"),
+    ([0, float("nan")], "0 <= start < end"),
+    ([3, 4], "'clip' [3, 4] is not inside video"),
+    ([1, 9], "which lasts 2.56 s"),
+  ],
+)
+def test_wrong_clips(tmp_path, clip, message):
+  path = write_video(tmp_path / "a.mp4")
+  with pytest.raises(DataError) as caught:
+    numbers_of(path, 4, clip=clip)
+  assert message in str(caught.value) and str(caught.value).startswith("toy.jsonl:3 (dataset 'toy'): ")
+  folder = write_folder(tmp_path / "folder", ["f_1.png"])
+  with pytest.raises(DataError, match="a folder of images has no seconds"):
+    planned(folder, 4, clip=[0, 1])
+
+
+# --- Damage -------------------------------------------------------------------------------------------------
+
+
+def message_of(path, wanted=8):
+  with pytest.raises(DataError) as caught:
+    numbers_of(path, wanted)
+  message = str(caught.value)
+  assert message.startswith("toy.jsonl:3 (dataset 'toy'): ") and "\n" not in message
+  assert os.path.basename(str(path).rstrip("/")) in message
+  return message
+
+
+def test_files_that_are_no_videos(tmp_path):
+  assert "video not found" in message_of(tmp_path / "gone.mp4")
+  assert "video not found" in message_of(f"{tmp_path}/gone/")
+  (tmp_path / "file.mp4").write_bytes(b"0")
+  assert "video not found" in message_of(f"{tmp_path}/file.mp4/")
+  (tmp_path / "empty.mp4").write_bytes(b"")
+  assert "is empty (0 bytes)" in message_of(tmp_path / "empty.mp4")
+  (tmp_path / "text.mp4").write_text("a line of text\n" * 100)
+  assert "is not a video: it is text; convert it to MP4 or delete" in message_of(tmp_path / "text.mp4")
+  picture(0).save(tmp_path / "picture.png")
+  assert "is not a video but png; put it under 'image'" in message_of(tmp_path / "picture.png")
+  (tmp_path / "playlist.m3u8").write_text("#EXTM3U\n#EXTINF:10,\nhttp://192.0.2.1/a.ts\n#EXT-X-ENDLIST\n")
+  message_of(tmp_path / "playlist.m3u8")  # at once, without a word to the network
+  os.mkfifo(tmp_path / "pipe.mp4")
+  assert "is not a file" in message_of(tmp_path / "pipe.mp4")
+  (tmp_path / "nothing").mkdir()
+  (tmp_path / "nothing" / "readme.txt").write_text("")
+  assert "is a folder without an image" in message_of(tmp_path / "nothing")
+
+
+def test_sound_without_a_picture(tmp_path):
+  with av.open(str(tmp_path / "a.mp4"), "w") as container:
+    sound = container.add_stream("aac", rate=16000, layout="mono")
+    frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+    frame.sample_rate, frame.pts = 16000, 0
+    container.mux(sound.encode(frame))
+    container.mux(sound.encode(None))
+  assert "has no video stream" in message_of(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize(
+  ("name", "message"),
+  [
+    ("b_frames.mp4", "ends early: its index (moov) is missing"),
+    ("index_first.mp4", "ends early: "),
+    ("fragments.mp4", "is damaged (InvalidDataError"),
+    ("b_frames.mkv", "bytes are there"),
+    ("vp9.webm", "bytes are there"),
+    ("b_frames.avi", "ends early: it is cut in its frame"),
+    ("b_frames.flv", "ends early: it is cut in its frame"),
+  ],
+)
+def test_a_file_that_ends_early(tmp_path, name, message):
+  path = write_video(tmp_path / name, **KINDS[name])
+  content = pathlib.Path(path).read_bytes()
+  pathlib.Path(path).write_bytes(content[: len(content) * 6 // 10])
+  assert message in message_of(path)
+
+
+def test_a_file_that_ends_between_two_frames(tmp_path):
+  path = write_video(tmp_path / "a.mp4", mux={"movflags": "faststart"})
+  with av.open(path) as container:
+    ends = [packet.pos + packet.size for packet in container.demux(video=0) if packet.size]
+  content = pathlib.Path(path).read_bytes()
+  pathlib.Path(path).write_bytes(content[: ends[39]])
+  assert f"ends early: 40 of {FRAMES} frames are there" in message_of(path)
+
+
+def test_a_stream_that_breaks_in_the_middle(tmp_path):
+  path = write_video(tmp_path / "a.mp4")
+  with av.open(path) as container:
+    packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+  content = bytearray(pathlib.Path(path).read_bytes())
+  for begin, size in packets[30:40]:
+    content[begin : begin + size] = b"\xff" * size
+  pathlib.Path(path).write_bytes(content)
+  message = message_of(path)
+  assert "breaks before frame 2" in message or "breaks before frame 3" in message
+  assert f"of {FRAMES} (InvalidDataError" in message and "of 8 wanted frames were decoded" in message
+  # The groups around it are whole.
+  assert numbers_of(path, 10, clip=[0, 0.4]) == list(range(10))
+  assert numbers_of(path, 10, clip=[2, 2.4]) == list(range(50, 60))
+
+
+def test_damaged_gif(tmp_path):
+  path = write_gif(tmp_path / "a.gif")
+  content = path.read_bytes()
+  path.write_bytes(content[:10])
+  message_of(path)
+  path.write_bytes(content[: len(content) // 2])
+  message_of(path, 12)
+  path.write_bytes(b"")
+  assert "is empty" in message_of(path)
+
+
+# --- Samples ------------------------------------------------------------------------------------------------
+
+P = 4
+
+
+def make(record, tokenizer, folder, *, rng=(0, 0, 0), spec=None, frames=None, **changes):
+  spec = spec or DatasetSpec(name="toy", root=str(folder), annotation="toy.jsonl")
+  settings = {"min_num_frame": 3, "max_num_frame": 6} | changes
+  data = arguments(folder / "meta.json", **settings)
+  maker = SampleMaker(
+    spec=spec, data=data, tokenizer=tokenizer, tokens_per_tile=P, limits=limits_of(data, "truncate")
+  )
+  generator = rng and np.random.default_rng(rng)
+  return maker.make(record, WHERE, generator, frames=frames)
+
+
+@pytest.mark.parametrize("question", ["<video>\nwhat?", "what?", "first <video>then"])
+def test_sample(tokenizer, tmp_path, question):
+  write_video(tmp_path / "a.mp4")
+  record = {"video": "a.mp4", "conversations": turns(question, "red")}
+  count = 5
+  sample = make(record, tokenizer, tmp_path, frames=count)
+  assert sample.tiles.shape == (count, 16, 16, 3) and sample.tiles.dtype == np.uint8
+  assert (sample.input_ids == tokenizer.image_token_id).sum() == count * P
+  rng = np.random.default_rng((0, 0, 0))
+  path = str(tmp_path / "a.mp4")
+  limits = {"min_num_frame": count, "max_num_frame": count}
+  frames = video.read_frames(path, WHERE, **limits, rng=rng)
+  resized = [np.asarray(frame.resize((16, 16), Image.Resampling.BICUBIC)) for frame in frames]
+  np.testing.assert_array_equal(sample.tiles, np.stack(resized))
+  assert video.planned_frames(path, WHERE, **limits, rng=np.random.default_rng((0, 0, 0))) == count
+  lines = "\n".join(f"Frame-{number}: <image>" for number in range(1, count + 1))
+  expected = {"<video>\nwhat?": f"{lines}\nwhat?", "what?": f"{lines}\nwhat?"}
+  text = expected.get(question, f"first {lines}then")
+  conversation = turns(text, "red")
+  other = tokenizer.encode(conversation, [P] * count, WHERE)
+  np.testing.assert_array_equal(sample.input_ids, other.input_ids)
+  np.testing.assert_array_equal(sample.labels, other.labels)
+  assert record["conversations"] == turns(question, "red")
+
+
+def test_placeholder_goes_to_the_first_human_turn(tokenizer, tmp_path):
+  write_video(tmp_path / "a.mp4")
+  chat = [{"from": "gpt", "value": "hi <video>"}, *turns("what?", "red", "where?", "here")]
+  sample = make({"video": "a.mp4", "conversations": chat}, tokenizer, tmp_path, max_num_frame=3)
+  assert "hi <video>" in tokenizer.decode(sample.input_ids) and len(sample.tiles) == 3
+  chat = turns("what?", "red", "<video>\nwhere?", "here")
+  sample = make({"video": "a.mp4", "conversations": chat}, tokenizer, tmp_path, max_num_frame=3)
+  assert tokenizer.decode(sample.input_ids).index("what?") < tokenizer.decode(sample.input_ids).index(
+    "Frame-1"
+  )
+
+
+def test_clip_gif_and_folder_samples(tokenizer, tmp_path):
+  write_gif(tmp_path / "a.gif", 4)
+  write_folder(tmp_path / "b", ["f_1.jpg", "f_2.jpg"])
+  write_video(tmp_path / "c.mp4")
+  for line, tiles in (
+    ({"video": "a.gif"}, 4),
+    ({"video": "b/"}, 2),
+    ({"video": "a.gif", "clip": [0, 0.2]}, 2),
+    ({"video": "c.mp4", "clip": [0, 0.08], "image": None}, 6),
+    ({"video": "", "image": None}, 0),
+    ({"video": None, "clip": None}, 0),
+  ):
+    record = {**line, "conversations": turns("what?", "red")}
+    assert len(make(record, tokenizer, tmp_path, min_num_frame=6).tiles) == tiles
+
+
+def test_a_sample_is_a_function_of_seed_epoch_and_index(tokenizer, tmp_path):
+  write_video(tmp_path / "a.mp4", range(200))
+  write_jsonl(tmp_path / "toy.jsonl", [{"video": "a.mp4", "conversations": turns("what?", "red")}] * 2)
+
+  def tiles(seed, epoch, index, **entry):
+    entry = {"root": str(tmp_path), "annotation": "toy.jsonl", **entry}
+    (tmp_path / "meta.json").write_text(json.dumps({"toy": entry}))
+    data = arguments(tmp_path / "meta.json", min_num_frame=3, max_num_frame=6)
+    mixture = Mixture(data, tokenizer, tokens_per_tile=P, seed=seed)
+    return mixture.decode(epoch, index).tiles
+
+  for augment in (False, True):
+    drawn = [
+      tiles(*key, data_augment=augment).tobytes() for key in ((1, 0, 0), (1, 1, 0), (2, 0, 0), (1, 0, 1))
+    ]
+    assert len(set(drawn)) == 4
+    assert tiles(1, 0, 0, data_augment=augment).tobytes() == drawn[0]
+
+
+def test_augmentation_of_frames(tokenizer, tmp_path):
+  folder = write_folder(tmp_path / "a", [])
+  rng = np.random.default_rng(0)
+  for number in range(6):
+    Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+  record = {"video": "a/", "conversations": turns("what?", "red")}
+  plain, augmented = (
+    make(record, tokenizer, tmp_path, spec=DatasetSpec(**toy, data_augment=augment))
+    for toy in [{"name": "toy", "root": str(tmp_path), "annotation": "toy.jsonl"}]
+    for augment in (False, True)
+  )
+  rng = np.random.default_rng((0, 0, 0))
+  video.frame_indices(6, 6, rng)
+  qualities = [int(rng.integers(75, 101)) for _ in plain.tiles]
+  for before, after, quality in zip(plain.tiles, augmented.tiles, qualities, strict=True):
+    encoded = images.jpeg_reencode(Image.fromarray(before), quality)
+    np.testing.assert_array_equal(after, np.asarray(encoded))
+    assert (before != after).any()
+
+
+def test_without_a_generator_the_middle_frames_of_the_largest_number(tokenizer, tmp_path):
+  write_video(tmp_path / "a.mp4")
+  record = {"video": "a.mp4", "conversations": turns("what?", "red")}
+  sample = make(record, tokenizer, tmp_path, rng=None)
+  assert len(sample.tiles) == 6
+  assert numbers_of(tmp_path / "a.mp4", 6) == video.frame_indices(FRAMES, 6, "middle")
+
+
+@pytest.mark.parametrize(
+  ("record", "message"),
+  [
+    (
+      {"video": ["a.mp4", "b.mp4"]},
+      "'video' lists 2 files, ['a.mp4', 'b.mp4'], that are not all images; write a line for each video",
+    ),
+    ({"video": 7}, "'video' must be one path or those of its frames, got '7'"),
+    ({"video": "a.mp4", "image": "a.png"}, "has both 'image' 'a.png' and 'video' 'a.mp4'; keep one"),
+    ({"video": "gone.mp4"}, "gone.mp4; check the dataset's root"),
+    (
+      {"video": "a.mp4", "conversations": turns("<video><video>", "b")},
+      "2 <video> and 0 <image> in the human turns",
+    ),
+    (
+      {"video": "a.mp4", "conversations": turns("<image>", "b")},
+      "0 <video> and 1 <image> in the human turns",
+    ),
+    ({"video": "a.mp4", "conversations": [{"from": "gpt", "value": "a"}]}, "no human turn"),
+    ({"video": "a.mp4", "conversations": "hello"}, "'conversations' must be a list"),
+    (
+      {"video": "a.mp4", "max_seq_length": 16},
+      "6 tiles exceed data.max_seq_length=16: 16 tokens are kept, without 6 of the images",
+    ),
+  ],
+)
+def test_wrong_lines_are_named(tokenizer, tmp_path, record, message):
+  write_video(tmp_path / "a.mp4", range(8))
+  record = {"conversations": turns("what?", "red"), **record}
+  changes = {"max_seq_length": record.pop("max_seq_length")} if "max_seq_length" in record else {}
+  with pytest.raises(DataError) as caught:
+    make(record, tokenizer, tmp_path, min_num_frame=6, **changes)
+  assert str(caught.value).startswith("toy.jsonl:3 (dataset 'toy'): ") and message in str(caught.value)
+  assert "\n" not in str(caught.value)
+
+
+def _decode(mixture, index):
+  return pickle.loads(mixture).decode(0, index).tiles.tobytes()
+
+
+def test_the_same_in_threads_and_in_worker_processes(tokenizer, tmp_path):
+  for number in range(4):
+    write_video(tmp_path / f"{number}.mp4", range(number, FRAMES))
+  lines = [{"video": f"{number}.mp4", "conversations": turns("what?", "red")} for number in range(4)]
+  write_jsonl(tmp_path / "toy.jsonl", lines)
+  (tmp_path / "meta.json").write_text(json.dumps({"toy": {"root": str(tmp_path), "annotation": "toy.jsonl"}}))
+  data = arguments(tmp_path / "meta.json", min_num_frame=3, max_num_frame=6)
+  mixture = Mixture(data, tokenizer, tokens_per_tile=P, seed=0)
+  expected = [mixture.decode(0, index).tiles.tobytes() for index in range(4)]
+  with concurrent.futures.ThreadPoolExecutor(4) as threads:
+    found = list(threads.map(lambda index: mixture.decode(0, index).tiles.tobytes(), [*range(4)] * 4))
+  assert found == expected * 4
+  copy = pickle.dumps(mixture)
+  context = multiprocessing.get_context("spawn")
+  with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as workers:
+    assert list(workers.map(_decode, [copy] * 4, range(4))) == expected
