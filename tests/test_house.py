@@ -1,6 +1,8 @@
-"""The package's rooms import downwards only."""
+"""The package's rooms import downwards only, and functions, signatures and files stay short."""
 
 import ast
+import graphlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -99,3 +101,104 @@ def test_every_room_has_one_place():
   names = [name for layer in LAYERS for name in layer]
   assert len(names) == len(set(names))
   assert set(ALSO) | set(ONLY) <= set(names)
+
+
+LONGEST_FUNCTION, LONGEST_FILE, MOST_PARAMETERS = 60, 450, 7
+
+# These lists only shrink.
+LONG_FUNCTIONS = {
+  "convert.py:convert",
+  "data/load/loader.py:__init__",
+  "data/sample/sample.py:make",
+  "hf/export.py:save_model",
+  "hf/export.py:save_processor",
+  "hf/tokenizer.py:save_tokenizer",
+  "models/moe.py:grouped",
+}
+LONG_FILES = {
+  "assembly.py",
+  "config.py",
+  "data/load/loader.py",
+  "data/sample/sample.py",
+  "hf/model.py",
+  "hf/model_config.py",
+  "parallel/distributed.py",
+  "train.py",
+}
+WIDE_FUNCTIONS = {
+  "data/load/loader.py:__init__": "",
+  "data/load/mixture.py:__init__": "",
+  "data/sample/images.py:image_tiles": "",
+  "data/sample/sample.py:_pixels": "",
+  "data/sample/sample.py:make": "",
+  "data/source/shared_sizes.py:index_sizes": "",
+  "hf/export.py:save_model": "",
+  "hf/model.py:_describe": "",
+  "losses/vocab_parallel.py:_local": "",
+  "models/attention/splash.py:_kernel": "",
+  "models/attention/splash.py:_on_device": "",
+  "models/attention/splash.py:_spread": "",
+  "models/attention/triton_kernels.py:backward_kv": "a kernel's pointers: Pallas passes each array by itself",
+  "models/attention/triton_kernels.py:backward_q": "a kernel's pointers: Pallas passes each array by itself",
+  "models/attention/triton_kernels.py:forward": "a kernel's pointers: Pallas passes each array by itself",
+  "models/decoder.py:__call__": "",
+  "models/grouped_matmul/triton.py:_by_row_kernel": "a kernel's pointers: Pallas passes each array by itself",
+}
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
+  """All functions of the package, those inside others included, each with the name that the lists above use."""
+  for path in (*FILES, PACKAGE / "__init__.py"):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+      if isinstance(node, ast.FunctionDef):
+        yield f"{path.relative_to(PACKAGE)}:{node.name}", node
+
+
+def parameters(node: ast.FunctionDef) -> list[str]:
+  """The parameters that a caller gives: `self` and `cls` are not among them."""
+  names = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args)]
+  return names[names[:1] in (["self"], ["cls"]) :] + [arg.arg for arg in node.args.kwonlyargs]
+
+
+def test_functions_are_short():
+  found = {name for name, node in functions() if node.end_lineno - node.lineno >= LONGEST_FUNCTION}
+  assert found <= LONG_FUNCTIONS
+
+
+def test_functions_have_few_parameters():
+  found = {name for name, node in functions() if len(parameters(node)) > MOST_PARAMETERS}
+  assert found <= set(WIDE_FUNCTIONS)
+
+
+def test_files_are_short():
+  lines = {str(path.relative_to(PACKAGE)): len(path.read_text("utf-8").splitlines()) for path in FILES}
+  assert {name for name, count in lines.items() if count > LONGEST_FILE} <= LONG_FILES
+
+
+def module_of(path: Path) -> str:
+  return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_modules(path: Path, modules: set[str]) -> set[str]:
+  """Modules of the package that a file imports, inside functions, too, and the packages that this executes."""
+  found = set()
+  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    if isinstance(node, ast.Import):
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom) and node.module:
+      # Of `from package import name` it is not visible whether the name is a module.
+      names = {f"{node.module}.{alias.name}" for alias in node.names}
+      found |= (names & modules) or {node.module}
+  own = module_of(path)
+  packages = {name.rpartition(".")[0] for name in found}
+  return {name for name in found | packages if name in modules and not f"{own}.".startswith(f"{name}.")}
+
+
+def test_no_import_is_circular():
+  paths = {module_of(path): path for path in FILES}
+  graph = {name: imported_modules(path, set(paths)) for name, path in paths.items()}
+  assert sum(map(len, graph.values())) > len(graph)  # The graph is not empty by a mistake of its own.
+  try:
+    graphlib.TopologicalSorter(graph).prepare()
+  except graphlib.CycleError as error:
+    pytest.fail(" -> ".join(error.args[1]))
