@@ -152,10 +152,11 @@ def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
   return (uniform * np.float32(3**0.5)).reshape(shape)
 
 
-def write_checkpoint(case: str, folder: Path) -> Path:
-  """Writes a case's config.json, tokenizer and weights to a new folder and returns it."""
+def write_checkpoint(case: str, folder: Path, **text: Any) -> Path:
+  """Writes a case's config.json, with other values of its text model, tokenizer and weights to a new folder."""
   folder.mkdir(parents=True)
   config = config_of(case)
+  config["text_config"] |= text
   write_config(folder, config)
   write_tokenizer(folder, rows=config["text_config"]["vocab_size"])
   shapes = tensor_shapes(open_source(folder, with_weights=False))
