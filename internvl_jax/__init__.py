@@ -8,7 +8,7 @@ import sys
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Python's name for a module that it is about to run (`python -m`). What a command imports takes seconds, in which it can
 # be interrupted, too; and all its threads have to inherit which signals are blocked.

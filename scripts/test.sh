@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The gate: lint, format, types, tests. Runs from any folder, in an environment of its own (.venv).
+# The gate: lint, format, types, docs, tests. Runs from any folder, in an environment of its own (.venv).
 #
 #   scripts/test.sh                      everything
 #   scripts/test.sh tests/test_x.py -x   everything, with these arguments for pytest
@@ -38,5 +38,7 @@ echo "== ruff format"
 ruff format --check .
 echo "== pyright"
 pyright --pythonpath "$venv/bin/python"
+echo "== docs"
+JAX_PLATFORMS=cpu sphinx-build -q -W --keep-going -b html docs docs/_build/html
 echo "== pytest"
 pytest -q "$@"
