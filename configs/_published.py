@@ -26,8 +26,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from internvl_jax.config import FIELDS, TrainConfig, suggest
-from internvl_jax.errors import UserError
+from internvl_jax.config import FIELDS, TrainConfig
+from internvl_jax.errors import UserError, suggest
 
 Arguments = Mapping[str, Any]
 """Values by the scripts' names: {"freeze_llm": True}."""

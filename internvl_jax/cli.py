@@ -35,9 +35,10 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from internvl_jax import signals
-from internvl_jax.config import FIELDS, LEAVES, TrainConfig, idle_settings, suggest, type_name
+from internvl_jax.config import FIELDS, LEAVES, TrainConfig, type_name
+from internvl_jax.config_checks import idle_settings
 from internvl_jax.environment import set_environment
-from internvl_jax.errors import UserError, redacted
+from internvl_jax.errors import UserError, redacted, suggest
 from internvl_jax.foreign import FOREIGN, answer
 from internvl_jax.help_text import usage
 

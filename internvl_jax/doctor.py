@@ -20,7 +20,8 @@ import tqdm
 from absl import flags
 
 from internvl_jax import assembly, cli
-from internvl_jax.config import TrainConfig, validate
+from internvl_jax.config import TrainConfig
+from internvl_jax.config_checks import validate
 from internvl_jax.data.load import loader as loaders
 from internvl_jax.data.load.inspection import DatasetReport, decode_all, describe_notes, examine
 from internvl_jax.data.load.mixture import Mixture

@@ -83,3 +83,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
   known = sorted(known)
   near = difflib.get_close_matches(name, known, n=1)
   return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+  """A message's tail that names the closest known name, or nothing if none is close."""
+  close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
+  return f"; did you mean {close[0]}?" if close else ""

@@ -28,7 +28,8 @@ from internvl_jax.aot.program import BatchShape, batch_shape, compile_step, plan
 from internvl_jax.aot.search import as_json, search, summary
 from internvl_jax.aot.target import Target, open_target
 from internvl_jax.assembly import set_up_jax
-from internvl_jax.config import TrainConfig, validate
+from internvl_jax.config import TrainConfig
+from internvl_jax.config_checks import validate
 from internvl_jax.errors import UserError
 from internvl_jax.hf import published
 from internvl_jax.outputs import write_json

@@ -33,7 +33,8 @@ from internvl_jax.assembly import (
   shares_prompts,
 )
 from internvl_jax.checkpoint.checkpointer import Checkpointer
-from internvl_jax.config import TrainConfig, problems, shared_settings, to_json, validate
+from internvl_jax.config import TrainConfig, shared_settings, to_json
+from internvl_jax.config_checks import problems, validate
 from internvl_jax.data.load.counters import untaught_samples
 from internvl_jax.data.load.fingerprint import files_digest
 from internvl_jax.data.load.loader import TrainLoader

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 from internvl_jax import assembly, optim
 from internvl_jax.arguments import DataTrainingArguments, LoaderConfig, ModelArguments, TrainingArguments
 from internvl_jax.batch import SFTBatch
-from internvl_jax.config import TrainConfig, idle_settings
+from internvl_jax.config import TrainConfig
+from internvl_jax.config_checks import idle_settings
 from internvl_jax.data.load import loader as loaders
 from internvl_jax.data.load.mixture import Mixture
 from internvl_jax.data.sample.tokenize import ChatTokenizer

@@ -15,7 +15,7 @@ from internvl_jax import assembly, optim
 from internvl_jax.allowed_values import ACCEPTED, CHOICES
 from internvl_jax.arguments import DataTrainingArguments, LoaderConfig, TrainingArguments
 from internvl_jax.checkpoint.checkpointer import Checkpointer
-from internvl_jax.config import idle_settings, problems
+from internvl_jax.config_checks import idle_settings, problems
 from internvl_jax.data.load import prefetch
 from internvl_jax.data.load.loader import TrainLoader
 from internvl_jax.data.sample.tokenize import ChatTokenizer

@@ -19,7 +19,8 @@ LAYERS = (
   ("aot",),
   ("preference", "finish"),
   ("cli", "assembly", "output_dir"),
-  ("help_text",),
+  ("help_text", "config_checks"),
+  ("config_paths",),
   ("config",),
   ("trainer",),
   ("step",),
@@ -49,8 +50,15 @@ ONLY = {
   # Checkpoint formats and the models they fill; data comes with a tokenizer in hand.
   "hf": {"models", "parallel", "batch", "trees", "outputs", "storage", "arguments", "errors"},
   # Only front doors see the whole configuration; below them a room gets its leaf.
-  "cli": {"help_text", "config", "arguments", "environment", "errors", "foreign", "signals"},
+  "cli": {"help_text", "config", "config_checks", "arguments", "environment", "errors", "foreign", "signals"},
   "help_text": {"config"},
+  # Read before anything heavy.
+  "config": {"arguments", "errors"},
+  "config_paths": {"config", "outputs", "storage", "hf"},
+  "config_checks": {
+    *("config", "config_paths", "unused_settings", "allowed_values", "arguments", "errors"),
+    *("parallel", "data"),
+  },
 }
 
 
@@ -62,9 +70,7 @@ def allowed(room: str) -> set[str]:
   (depth,) = [i for i, layer in enumerate(LAYERS) if room in layer]
   below = {name for layer in LAYERS[depth + 1 :] for name in layer}
   if room not in (*FRONT_DOORS, "aot", "preference", "finish", "cli", "assembly", "output_dir"):
-    below -= {"config", "cli"}
-  if room == "config":
-    below = below - {"trainer"}
+    below -= {"config", "config_checks", "config_paths", "cli"}
   return {room} | ONLY.get(room, below | ALSO.get(room, set()))
 
 
@@ -117,7 +123,6 @@ LONG_FUNCTIONS = {
 }
 LONG_FILES = {
   "assembly.py",
-  "config.py",
   "data/load/loader.py",
   "data/sample/sample.py",
   "hf/model.py",

@@ -14,6 +14,7 @@ import pytest
 from internvl_jax import cli
 from internvl_jax import config as config_lib
 from internvl_jax.config import FIELDS
+from internvl_jax.config_checks import problems
 from internvl_jax.errors import UserError
 from internvl_jax.foreign import FOREIGN
 
@@ -199,7 +200,7 @@ def test_a_recipe_passes_the_checks_once_its_files_are_there(script, tmp_path, m
     if path:
       Path(path).parent.mkdir(parents=True, exist_ok=True)
       Path(path).write_text("{}")
-  assert config_lib.problems(config, "train") == []
+  assert problems(config, "train") == []
 
 
 def test_stages_find_what_the_stages_before_wrote():

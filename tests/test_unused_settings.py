@@ -5,10 +5,10 @@ import re
 import pytest
 from absl import logging
 
-from internvl_jax import cli, optim
-from internvl_jax import config as config_lib
-from internvl_jax.arguments import TrainingArguments
-from internvl_jax.config import FIELDS, TrainConfig, idle_settings
+from internvl_jax import cli, config_checks, optim
+from internvl_jax.arguments import PREFERENCE_LOSSES, TrainingArguments
+from internvl_jax.config import FIELDS, TrainConfig, type_name
+from internvl_jax.config_checks import idle_settings
 from internvl_jax.data.load.counters import untaught_samples
 from internvl_jax.unused_settings import ASKS_NOTHING, IDLE, ONLY_WITH, REFUSED_IDLE
 from tests.test_recipes import SCRIPTS, load, recipe_of
@@ -46,7 +46,7 @@ def changed(**values):
 
 def other_value(path):
   """A sound value that asks for something, other than the field's default."""
-  default, kind = FIELDS[path].default, config_lib.type_name(FIELDS[path].type)
+  default, kind = FIELDS[path].default, type_name(FIELDS[path].type)
   if path == "data.loss_reduction":
     return "sample"
   if path in ("runtime.remat_policy", "data.strict_mode", "preference.share_prompts"):
@@ -84,16 +84,16 @@ def test_defaults_ask_for_nothing():
 def test_a_setting_without_its_switch_is_said_once(path):
   others = {"model.grad_checkpoint": False} if path == "runtime.remat_policy" else {}
   config = changed(**others, **{path: other_value(path)})
-  refused, said = list(config_lib._support_problems(config)), idle_settings(config)
+  refused, said = list(config_checks._support_problems(config)), idle_settings(config)
   assert len(refused) == (path in REFUSED_IDLE) and len(said) == (path not in REFUSED_IDLE)
   (line,) = refused + said
   assert line.startswith(f"{path}={other_value(path)!r} has no effect without {ONLY_WITH[path][0]}")
   switch = ONLY_WITH[path][0]
-  on = {"preference.loss_type": ",".join(config_lib.PREFERENCE_LOSSES)}.get(switch, True)
+  on = {"preference.loss_type": ",".join(PREFERENCE_LOSSES)}.get(switch, True)
   config = changed(**{path: other_value(path), switch: on})
   if path != "data.loss_reduction":
     assert not [line for line in idle_settings(config) if line.startswith(f"{path}=")]
-  assert not list(config_lib._support_problems(config))
+  assert not list(config_checks._support_problems(config))
 
 
 @pytest.mark.parametrize("path", IDLE)
@@ -101,14 +101,14 @@ def test_a_setting_that_another_one_silences_is_said_once(path):
   config = changed(**MAKES_IDLE[path], **{path: other_value(path)})
   (line,) = [line for line in idle_settings(config) if line.startswith(f"{path}=")]
   assert re.match(rf"{path}=\S+ has no effect( with|:| without| while)", line)
-  assert not list(config_lib._support_problems(config))
+  assert not list(config_checks._support_problems(config))
 
 
 @pytest.mark.parametrize(("path", "value"), [(path, v) for path, all_ in ASKS_NOTHING.items() for v in all_])
 def test_what_switches_off_what_is_off_is_accepted(path, value):
   config = changed(**MAKES_IDLE.get(path, {}), **{path: value})
   assert not [line for line in idle_settings(config) if path in line]
-  assert not list(config_lib._support_problems(config))
+  assert not list(config_checks._support_problems(config))
 
 
 def test_the_words_of_a_remark():
@@ -123,7 +123,7 @@ def test_the_words_of_a_remark():
 
 
 def test_another_way_to_learn_is_refused_with_the_way_out():
-  (line,) = config_lib._support_problems(changed(**{"lora.use_dora": True}))
+  (line,) = config_checks._support_problems(changed(**{"lora.use_dora": True}))
   assert (
     "without adapters; set model.use_llm_lora=16 or model.use_backbone_lora=16, or leave it at False" in line
   )

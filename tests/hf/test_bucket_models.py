@@ -16,7 +16,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from internvl_jax import consistency
-from internvl_jax.config import TrainConfig, problems
+from internvl_jax.config import TrainConfig
+from internvl_jax.config_checks import problems
 from internvl_jax.errors import UserError
 from internvl_jax.hf import files, hub, peft, ranges, saving, vocabulary, weights
 from internvl_jax.hf import model_config as config_io

@@ -1,0 +1,292 @@
+"""The checks of a configuration that come before anything heavy.
+
+`validate` refuses what cannot work, all of it at once, from nothing but the configuration and the file system: no JAX, no
+network, no weights.
+
+The rules are tables, a line a field:
+
+    REFUSED    fields that will never do anything here, and why
+    ACCEPTED   fields that are read from recipes and change nothing, and why
+    CHOICES    strings with a fixed set of values        RANGES  the numbers' ranges
+    INSTEAD_OF other values of such strings, and what does their work
+
+`internvl_jax.config_paths` checks the files and folders that fields name, `internvl_jax.unused_settings` has the settings that
+have no effect beside others, `internvl_jax.foreign` the arguments of scripts that no field has.
+"""
+
+import functools
+import json
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+from internvl_jax import unused_settings
+from internvl_jax.allowed_values import CHOICES, INSTEAD_OF, RANGES, REFUSED
+from internvl_jax.arguments import PREFERENCE_LOSSES, parse_distributed, parse_xla_option
+from internvl_jax.config import FIELDS, LEAVES, TrainConfig, get, is_changed, setting_text, type_name
+from internvl_jax.config_paths import Command, path_problems
+from internvl_jax.errors import UserError, suggest
+from internvl_jax.parallel import zero
+
+
+def validate(config: TrainConfig, command: Command = "train") -> None:
+  """Raises one `UserError` with every problem of the configuration, a line each; reads, changes nothing."""
+  found = problems(config, command)
+  if len(found) == 1:
+    raise UserError(found[0])
+  if found:
+    raise UserError("\n".join([f"{len(found)} problems in the configuration:", *found]))
+
+
+def problems(config: TrainConfig, command: Command = "train") -> list[str]:
+  """Every reason why `command` must not start with this configuration, one line each."""
+  mistyped = list(_type_problems(config))
+  if mistyped:  # The other checks calculate with the values.
+    return mistyped
+  checks: tuple[Callable[[TrainConfig], Iterator[str]], ...] = (
+    _support_problems,
+    _range_problems,
+    _model_problems,
+    _data_problems,
+    _preference_problems,
+    _schedule_problems,
+    _evaluation_problems,
+    _mesh_problems,
+    _runtime_problems,
+  )
+  found = [line for check in checks for line in check(config)]
+  return [*found, *path_problems(config, command)]
+
+
+def _is_a(value: Any, annotation: Any) -> bool:
+  origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+  if origin is Literal:
+    return value in args
+  if origin in (typing.Union, types.UnionType):
+    return any(_is_a(value, arg) for arg in args)
+  if origin is tuple:
+    return isinstance(value, tuple) and all(_is_a(entry, args[0]) for entry in value)
+  if annotation is float:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+  if annotation is int:
+    return isinstance(value, int) and not isinstance(value, bool)
+  return isinstance(value, annotation)
+
+
+def _type_problems(config: TrainConfig) -> Iterator[str]:
+  for name, leaf in LEAVES.items():
+    if not isinstance(getattr(config, name), leaf):
+      yield f"{name}={getattr(config, name)!r} must be a {leaf.__name__}"
+      return
+  for path, field in FIELDS.items():
+    value = get(config, path)
+    if not _is_a(value, field.type):
+      yield f"{path}={value!r} must be {type_name(field.type)}"
+
+
+def _support_problems(config: TrainConfig) -> Iterator[str]:
+  for path, reason in REFUSED.items():
+    if is_changed(config, path):
+      yield f"{setting_text(config, path)} is not supported: {reason}"
+  for remark in _remarks(config):
+    if remark.is_refused:
+      yield remark.line
+
+
+def idle_settings(config: TrainConfig) -> list[str]:
+  """A line for each setting that asks for what will not happen, for the log; see `unused_settings`."""
+  return [remark.line for remark in _remarks(config) if not remark.is_refused]
+
+
+def _remarks(config: TrainConfig) -> Iterator[unused_settings.Remark]:
+  defaults = {path: field.default for path, field in FIELDS.items()}
+  return unused_settings.remarks(functools.partial(get, config), defaults)
+
+
+def _range_problems(config: TrainConfig) -> Iterator[str]:
+  for path, allowed in RANGES.items():
+    value = get(config, path)
+    entries = value if isinstance(value, tuple) else (value,)
+    if not all(entry is None or allowed.holds(entry) for entry in entries):
+      yield f"{path}={value!r} must be {allowed}"
+  for path, choices in CHOICES.items():
+    if (value := get(config, path)) not in choices:
+      instead = [words for form, words in INSTEAD_OF.get(path, {}).items() if re.fullmatch(form, value)]
+      why = f"; {instead[0]}" if instead else suggest(value, choices)
+      yield f"{path}={value!r} must be one of {', '.join(choices)}{why}"
+
+
+def _model_problems(config: TrainConfig) -> Iterator[str]:
+  parts = ("model.freeze_backbone", "model.freeze_mlp", "model.freeze_llm")
+  thaw = (
+    "model.unfreeze_vit_layers",
+    "model.use_backbone_lora",
+    "model.use_llm_lora",
+    "model.unfreeze_lm_head",
+  )
+  if all(get(config, path) for path in parts) and not any(get(config, path) for path in thaw):
+    settings = ", ".join(setting_text(config, path) for path in parts)
+    yield f"{settings} leave nothing to train; set one of them to False"
+  if config.runtime.random_init and config.model.mlp_path:
+    yield (
+      f"{setting_text(config, 'model.mlp_path')} would not be read while runtime.random_init=True draws all weights; "
+      "set one of them to its default"
+    )
+  if config.training.bf16 and config.training.fp16:
+    yield "training.bf16=True contradicts training.fp16=True; set training.fp16 to False"
+
+
+def _data_problems(config: TrainConfig) -> Iterator[str]:
+  data, loader = config.data, config.loader
+  if data.dynamic_image_size and data.min_dynamic_patch > data.max_dynamic_patch:
+    yield (
+      f"data.min_dynamic_patch={data.min_dynamic_patch} is above "
+      f"data.max_dynamic_patch={data.max_dynamic_patch}; lower the one or raise the other"
+    )
+  if data.min_num_frame > data.max_num_frame:
+    yield (
+      f"data.min_num_frame={data.min_num_frame} is above "
+      f"data.max_num_frame={data.max_num_frame}; lower the one or raise the other"
+    )
+  for path in ("loader.sequence_buckets", "loader.tile_buckets"):
+    buckets = get(config, path)
+    if list(buckets) != sorted(set(buckets)):
+      yield f"{path}={buckets} must rise from entry to entry; use {tuple(sorted(set(buckets)))}"
+  # A pair's answers stand in one row.
+  answers = 1 if config.preference.loss_type is None or data.use_packed_ds else 2
+  if loader.sequence_buckets and max(loader.sequence_buckets) < answers * data.max_seq_length:
+    twice = "twice " if answers == 2 else ""
+    yield (
+      f"loader.sequence_buckets={loader.sequence_buckets} cannot hold {twice}data.max_seq_length="
+      f"{data.max_seq_length}; add a bucket of {answers * data.max_seq_length}"
+    )
+  yield from _template_problems(data.conv_style)
+
+
+def _preference_problems(config: TrainConfig) -> Iterator[str]:
+  preference = config.preference
+  if preference.loss_type is None:
+    return
+  kinds = preference.kinds
+  setting = f"preference.loss_type={preference.loss_type!r}"
+  unknown = [kind for kind in kinds if kind not in PREFERENCE_LOSSES]
+  for kind in unknown:
+    known = ", ".join(PREFERENCE_LOSSES)
+    yield f"{setting}: there is no loss {kind!r}; use {known}, or a list{suggest(kind, PREFERENCE_LOSSES)}"
+  if unknown:
+    return
+  if not any(get(config, f"preference.{kind}_loss_weight") for kind in kinds) and not preference.rpo_alpha:
+    weights = ", ".join(f"preference.{kind}_loss_weight=0" for kind in dict.fromkeys(kinds))
+    yield f"{setting} with {weights} optimises nothing; raise a weight, or set preference.rpo_alpha"
+  for kind in dict.fromkeys(kinds):
+    if kinds.count(kind) > 1:
+      yield f"{setting} names {kind!r} {kinds.count(kind)} times; name it once, with preference.{kind}_loss_weight"
+
+
+def _template_problems(name: str) -> Iterator[str]:
+  # Imported late: only this check needs the data room, and `--help` should not wait for it.
+  from internvl_jax.data.sample.templates import get_template
+
+  try:
+    get_template(name)
+  except ValueError as error:
+    yield str(error)
+
+
+def _schedule_problems(config: TrainConfig) -> Iterator[str]:
+  training = config.training
+  if 0 < training.max_steps < training.warmup_steps:
+    yield (
+      f"training.warmup_steps={training.warmup_steps} is above training.max_steps={training.max_steps}: "
+      "the learning rate would never peak; lower the one or raise the other"
+    )
+  if training.lr_scheduler_kwargs is not None and not _is_json_object(training.lr_scheduler_kwargs):
+    yield (
+      f"training.lr_scheduler_kwargs={training.lr_scheduler_kwargs!r} must be a JSON object, "
+      "such as '{\"min_lr_rate\": 0.1}'"
+    )
+
+
+def _is_json_object(text: str) -> bool:
+  try:
+    return isinstance(json.loads(text), dict)
+  except json.JSONDecodeError:
+    return False
+
+
+def _evaluation_problems(config: TrainConfig) -> Iterator[str]:
+  training = config.training
+  strategies = {training.eval_strategy, training.evaluation_strategy} - {"no"}
+  if len(strategies) > 1:
+    yield (
+      f"training.eval_strategy={training.eval_strategy!r} contradicts "
+      f"training.evaluation_strategy={training.evaluation_strategy!r}; set one of the two spellings"
+    )
+  has_nothing = config.eval.annotation is None and config.preference.eval_meta_path is None
+  if strategies and has_nothing:
+    yield (
+      f"training.eval_strategy={min(strategies)!r} has nothing to score while eval.annotation=None; "
+      "name a jsonl there (of preference pairs, a meta file in preference.eval_meta_path) or set the strategy to 'no'"
+    )
+  if training.load_best_model_at_end and len(strategies) < 2 and not (strategies and has_nothing):
+    yield from _best_model_problems(config, min(strategies, default="no"))
+
+
+def _best_model_problems(config: TrainConfig, strategy: str) -> Iterator[str]:
+  """What keeps the best step from being known, and from being there; `strategy` is when the model is scored."""
+  training, setting = config.training, "training.load_best_model_at_end=True"
+  if strategy == "no":
+    yield f"{setting} needs scores to go by; set training.eval_strategy to 'steps' or 'epoch'"
+    return
+  if training.save_strategy != strategy:
+    yield (
+      f"{setting}: training.save_strategy={training.save_strategy!r} must be training.eval_strategy={strategy!r}, so "
+      "that what is scored is saved"
+    )
+  every = training.eval_steps or training.logging_steps
+  turns = training.save_steps / every
+  if strategy == "steps" and abs(turns - round(turns)) > 1e-6:
+    yield (
+      f"{setting}: training.save_steps={training.save_steps:g} must be a multiple of training.eval_steps={every:g}, so "
+      "that what is saved is scored"
+    )
+  metric = (training.metric_for_best_model or "").removeprefix("eval_")
+  known = []
+  if config.eval.annotation:
+    known += ["accuracy", *(["accuracy_GROUP"] if config.eval.group_field else [])]
+  if config.preference.eval_meta_path:
+    known += ["rewards/accuracies", "rewards/margins", "rewards/chosen", "logps/chosen"]
+  is_group = metric.startswith("accuracy_") and "accuracy_GROUP" in known
+  is_of_pairs = metric.startswith(("rewards/", "logps/")) and "rewards/margins" in known
+  if metric and metric not in known and not is_group and not is_of_pairs:
+    yield (
+      f"training.metric_for_best_model={training.metric_for_best_model!r} is no score of this run; it has "
+      f"{', '.join(known)}"
+    )
+
+
+def _mesh_problems(config: TrainConfig) -> Iterator[str]:
+  rest = [path for path in FIELDS if path.startswith("mesh.") and get(config, path) == -1]
+  if len(rest) > 1:
+    settings = " and ".join(setting_text(config, path) for path in rest)
+    yield f"{settings} both ask for the remaining devices; give all but one a size"
+  if config.training.deepspeed:
+    yield from zero.problems(config.training.deepspeed, config.training)
+
+
+def _runtime_problems(config: TrainConfig) -> Iterator[str]:
+  setting, steps = config.runtime.distributed, config.runtime.profile_steps
+  if setting not in ("auto", "off") and parse_distributed(setting) is None:
+    yield (
+      f"runtime.distributed={setting!r} must be auto, off, or host:port,processes,process (10.0.0.2:8476,4,0 is the "
+      "first of four)"
+    )
+  if steps and (len(steps) != 2 or steps[0] > steps[1]):
+    yield f"runtime.profile_steps={steps} must be the first and the last step of the trace, such as (10, 12)"
+  for option in config.runtime.xla_options:
+    try:
+      parse_xla_option(option)
+    except ValueError:
+      yield f"runtime.xla_options: {option!r} must be xla_…=value, such as 'xla_gpu_enable_triton_gemm=false'"
