@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from internvl_jax.arguments import PREFERENCE_LOSSES
+from internvl_jax.arguments import MOST_TILES, PREFERENCE_LOSSES
 
 REFUSED: dict[str, str] = {
   "training.fp16": "float16 would need loss scaling; use training.bf16=True, which does not",
@@ -116,7 +116,7 @@ RANGES: dict[str, Range] = {
   "data.force_image_size": _POSITIVE,
   "data.down_sample_ratio": Range(low=0, high=1, low_is_in=False),
   "data.min_dynamic_patch": _POSITIVE,
-  "data.max_dynamic_patch": Range(low=1, high=4096),  # data.tiling.MOST_TILES
+  "data.max_dynamic_patch": Range(low=1, high=MOST_TILES),
   "data.min_num_frame": _POSITIVE,
   "data.max_num_frame": _POSITIVE,
   "data.num_images_expected": _POSITIVE,

@@ -55,6 +55,10 @@ class ModelArguments:
   use_liger: bool = False
 
 
+MOST_TILES = 4096
+"""Most tiles of an image's grid, a million tokens: all grids of up to so many are compared for each image."""
+
+
 @dataclasses.dataclass(kw_only=True, slots=True)
 class DataTrainingArguments:
   """Which data to read and how a sample becomes tokens and tiles (the reference's 24 fields)."""

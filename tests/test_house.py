@@ -99,6 +99,24 @@ def test_imports_go_down(path):
   assert imported_rooms(path) <= allowed(room)
 
 
+WINGS = ("load", "schedule", "sample", "source", "where")
+"""The wings of the data room: each imports itself and those behind it."""
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "data").rglob("*.py")), ids=lambda path: path.stem)
+def test_wings_of_the_data_import_downwards(path):
+  wing = path.relative_to(PACKAGE / "data").with_suffix("").parts[0]
+  if wing == "__init__":
+    assert not imported_rooms(path)
+    return
+  found = set()
+  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(f"{NAME}.data"):
+      parts = node.module.split(".")[2:]
+      found |= {parts[0]} if parts else {alias.name for alias in node.names}
+  assert found <= set(WINGS[WINGS.index(wing) :])
+
+
 def test_nothing_is_named_utils():
   assert not [path for path in PACKAGE.rglob("*") if "utils" in path.stem]
 

@@ -5,9 +5,6 @@ import itertools
 from collections.abc import Iterable
 from fractions import Fraction
 
-MOST_TILES = 4096
-"""Of an image's grid: a million tokens. All grids of so many are looked at for each image."""
-
 
 def grid(width: int, height: int, min_tiles: int, max_tiles: int, tile_size: int) -> tuple[int, int]:
   """Returns (columns, rows) of the grid whose aspect ratio is nearest to the image's.

@@ -10,7 +10,7 @@ import os
 import pathlib
 from typing import Any
 
-from internvl_jax.data.sample.tiling import MOST_TILES
+from internvl_jax.arguments import MOST_TILES
 from internvl_jax.data.source import files, formats
 from internvl_jax.data.where import DataError
 from internvl_jax.errors import did_you_mean, redacted
