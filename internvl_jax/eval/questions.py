@@ -8,8 +8,8 @@ from internvl_jax.data.sample import records
 from internvl_jax.data.sample.fitting import Limits
 from internvl_jax.data.sample.sample import Sample, SampleMaker
 from internvl_jax.data.sample.tokenize import ChatTokenizer
-from internvl_jax.data.source.jsonl import JsonlFile
 from internvl_jax.data.source.meta import DatasetSpec
+from internvl_jax.data.source.records import Records, open_records
 from internvl_jax.data.source.workers import map_items
 from internvl_jax.data.where import DataError, OverLengthError
 
@@ -39,12 +39,12 @@ class QuestionFile:
   """The questions of a jsonl in the training format. It goes to worker processes.
 
   Attributes:
-    file: the jsonl.
+    file: the questions.
     maker: makes samples of its lines.
     limit: lines that are asked, the first ones.
   """
 
-  file: JsonlFile
+  file: Records
   maker: SampleMaker
   limit: int
 
@@ -64,7 +64,7 @@ class QuestionFile:
       DataError: the file is missing, no jsonl or empty.
     """
     assert config.annotation is not None
-    file = JsonlFile(config.annotation, NAME, root="eval.root")
+    file = open_records(config.annotation, NAME, root="eval.root")
     maker = SampleMaker(
       spec=DatasetSpec(name=NAME, root=config.root, annotation=config.annotation),
       data=data,

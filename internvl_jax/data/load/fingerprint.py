@@ -11,9 +11,9 @@ from absl import logging
 
 from internvl_jax.data.load.mixture import Dataset, Mixture
 from internvl_jax.data.source import files
-from internvl_jax.data.source.jsonl import JsonlFile
 from internvl_jax.data.source.line_digests import Digests, digests_of, first_difference
 from internvl_jax.data.source.meta import read_meta
+from internvl_jax.data.source.records import Records, open_records
 from internvl_jax.data.where import DataError
 from internvl_jax.errors import redacted
 
@@ -187,7 +187,7 @@ class Watched:
         )
 
 
-def _stamp(file: JsonlFile) -> tuple | None:
+def _stamp(file: Records) -> tuple | None:
   # Without the last date, which a backup or a change of permissions moves, too.
   with contextlib.suppress(DataError):
     return file.stamp()[:-1]
@@ -212,7 +212,8 @@ def files_digest(
     specs = read_meta(meta_path, cache=cache)
     paths |= {f"dataset {spec.name!r} of preference.eval_meta_path": spec.annotation for spec in specs}
   return {
-    f"the content of {name}": JsonlFile(path, name, cache=cache).digest()[:16] for name, path in paths.items()
+    f"the content of {name}": open_records(path, name, cache=cache).digest()[:16]
+    for name, path in paths.items()
   }
 
 

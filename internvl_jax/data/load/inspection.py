@@ -12,7 +12,7 @@ from internvl_jax.data.sample import keys, records
 from internvl_jax.data.sample.long_samples import UNSUPERVISED
 from internvl_jax.data.sample.notes import Note
 from internvl_jax.data.sample.templates import Template
-from internvl_jax.data.source.jsonl import JsonlFile
+from internvl_jax.data.source.records import Records
 from internvl_jax.data.source.workers import map_items
 from internvl_jax.data.where import DataError
 
@@ -192,7 +192,7 @@ def _describe_note(note: str, lines: int, first: int, dataset: Dataset) -> str:
 class _CountNotes:
   """Counts what of a group of lines is not read: {note: (lines, the first)}."""
 
-  file: JsonlFile
+  file: Records
   is_pair: bool
   template: Template
 

@@ -18,8 +18,8 @@ from internvl_jax.data.sample.templates import Template
 from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.data.source import files, sizes
 from internvl_jax.data.source.hosts import ALONE, Hosts
-from internvl_jax.data.source.jsonl import JsonlFile
 from internvl_jax.data.source.meta import DatasetSpec, read_meta
+from internvl_jax.data.source.records import Records, open_records
 from internvl_jax.data.source.shared_sizes import index_sizes
 from internvl_jax.data.where import DataError, Where
 
@@ -43,7 +43,7 @@ class Dataset:
     maker: makes its samples.
   """
 
-  def __init__(self, spec: DatasetSpec, file: JsonlFile, maker: SampleMaker, number: int, seed: int):
+  def __init__(self, spec: DatasetSpec, file: Records, maker: SampleMaker, number: int, seed: int):
     """Makes the samples of a dataset.
 
     Args:
@@ -216,10 +216,10 @@ class Dataset:
     rng = np.random.default_rng((self._seed, self._number, line))
     return video.num_wanted(rng, data.min_num_frame, data.max_num_frame)
 
-  def _measure(self, file: JsonlFile, line: int) -> sizes.Size:
+  def _measure(self, file: Records, line: int) -> sizes.Size:
     return self.maker.measure(file.read(line), file.where(line), self._frames(line))
 
-  def _pieces_of(self, file: JsonlFile, line: int) -> Sequence[tuple[int, int]]:
+  def _pieces_of(self, file: Records, line: int) -> Sequence[tuple[int, int]]:
     return self.maker.pieces(file.read(line), file.where(line), self._frames(line))
 
 
@@ -285,7 +285,7 @@ class Mixture:
         preference=preference,
         share_prompts=share_prompts,
       )
-      file = JsonlFile(spec.annotation, spec.name, cache=cache)
+      file = open_records(spec.annotation, spec.name, key=spec.key, cache=cache)
       self.datasets.append(_checked(Dataset(spec, file, maker, number, seed), data))
     self._count()
 

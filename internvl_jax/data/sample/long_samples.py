@@ -19,7 +19,7 @@ import numpy as np
 from internvl_jax.data.sample.fitting import Limits
 from internvl_jax.data.source.cache import cache_errors_named, locked, whole_file
 from internvl_jax.data.source.hosts import ALONE, Hosts, packed, unpacked
-from internvl_jax.data.source.jsonl import JsonlFile
+from internvl_jax.data.source.records import Records
 from internvl_jax.data.source.sizes import Sizes
 from internvl_jax.data.source.workers import map_items
 from internvl_jax.data.where import DataError, OverLengthError, UnsupervisedError
@@ -30,7 +30,7 @@ UNREADABLE, OVER_LONG, UNSUPERVISED = 0, -1, -2
 # Lines that a worker lays out at a time.
 _GROUP = 256
 
-PiecesOf = Callable[[JsonlFile, int], Sequence[tuple[int, int]]]
+PiecesOf = Callable[[Records, int], Sequence[tuple[int, int]]]
 """Tokens and tiles of the pieces of a line; raises DataError. It goes to worker processes."""
 
 
@@ -73,7 +73,7 @@ def over_long(records: np.ndarray, limits: Limits) -> np.ndarray:
 
 
 def index_pieces(
-  file: JsonlFile,
+  file: Records,
   sizes: Sizes,
   limits: Limits,
   pieces_of: PiecesOf,
@@ -163,7 +163,7 @@ def _pieces(lines: np.ndarray, found: _Found, lost: _Lost) -> Pieces:
 class _LayOut:
   """Finds the pieces of a group of lines, and of those that are lost the kind of loss and the reason."""
 
-  file: JsonlFile
+  file: Records
   pieces_of: PiecesOf
 
   def __call__(self, lines: np.ndarray) -> tuple[dict[int, Any], dict[int, tuple[int, str]]]:

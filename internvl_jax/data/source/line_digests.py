@@ -12,7 +12,7 @@ import zlib
 from typing import NamedTuple
 
 from internvl_jax.data.source.cache import cache_errors_named, whole_file
-from internvl_jax.data.source.jsonl import JsonlFile
+from internvl_jax.data.source.records import Records
 
 MOST_BLOCKS = 1024
 """Digests of a file, at most: 16 kB in every checkpoint. Up to so many lines, each has its own."""
@@ -39,7 +39,7 @@ class Digests(NamedTuple):
     return hashlib.blake2b(self.text.encode(), digest_size=_HEX // 2).hexdigest()
 
 
-def digests_of(file: JsonlFile, lines: int, cache: str | os.PathLike[str] | None) -> Digests:
+def digests_of(file: Records, lines: int, cache: str | os.PathLike[str] | None) -> Digests:
   """Returns the digests of a file's first lines: from the cache, or of the file as it is.
 
   Args:
@@ -69,7 +69,7 @@ def digests_of(file: JsonlFile, lines: int, cache: str | os.PathLike[str] | None
   return found
 
 
-def first_difference(file: JsonlFile, then: Digests, now: Digests) -> range | None:
+def first_difference(file: Records, then: Digests, now: Digests) -> range | None:
   """Returns the lines, from 0, among which the first is that is not as it was; None if none is.
 
   Lines that only one of the two has are none of them, as long as those before are the same.
@@ -92,9 +92,9 @@ def first_difference(file: JsonlFile, then: Digests, now: Digests) -> range | No
   return None
 
 
-def _read(file: JsonlFile, lines: int, block: int) -> Digests:
+def _read(file: Records, lines: int, block: int) -> Digests:
   file.check_unchanged()
-  digests = [file.digest_lines(start, min(start + block, lines)) for start in range(0, lines, block)]
+  digests = [file.digest_records(start, min(start + block, lines)) for start in range(0, lines, block)]
   file.check_unchanged()
   file.close()  # A mixture may be of hundreds, and most of their lines are read by workers.
   return Digests(lines, block, "".join(digests))

@@ -1,24 +1,21 @@
 """The mixture of datasets that a meta file describes."""
 
 import collections
-import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import os
 import pathlib
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from internvl_jax.arguments import MOST_TILES
-from internvl_jax.data.source import files, formats
+from internvl_jax.data.source import files, records
 from internvl_jax.data.where import DataError
 from internvl_jax.errors import did_you_mean, redacted
 
-_REQUIRED = ("root", "annotation")
 _TYPES: dict[str, tuple[type, ...]] = {
   "root": (str,),
-  "annotation": (str,),
   "data_augment": (bool,),
   "repeat_time": (int, float),
   "length": (int,),
@@ -26,7 +23,6 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 # The first so many images and videos decide what a relative root is relative to. One would not do: it may be missing.
 _FILES_SOUGHT = 16
-_LINES_SEARCHED = 1000
 # Sees each line so often in an epoch, at most: beyond it numbers of samples overflow, and nobody means it.
 _MOST_REPEATS = 1_000_000
 
@@ -38,7 +34,8 @@ class DatasetSpec:
   Attributes:
     name: its key in the meta file.
     root: folder or URL that image paths start from, "" for the working directory; already looked up.
-    annotation: path or URL of the jsonl file; already looked up.
+    annotation: path or URL of the annotation file; already looked up.
+    key: under which the meta file names it; see `records.Kind`.
     repeat_time: below 1, the share of lines used; else how often every line is seen in an epoch.
     data_augment: re-encode tiles as JPEG at a random quality.
     max_dynamic_patch: tile limit of this dataset's images; None is the run's.
@@ -48,6 +45,7 @@ class DatasetSpec:
   name: str
   root: str
   annotation: str
+  key: str = "annotation"
   repeat_time: float = 1
   data_augment: bool = False
   max_dynamic_patch: int | None = None
@@ -128,25 +126,36 @@ def _spec(path: str, name: str, entry: Any, cache: str | os.PathLike[str] | None
     raise DataError(f"{blame}: the name must be a text that can be printed; rename it")
   if not isinstance(entry, dict):
     raise DataError(f"{blame}: expected an object, got {_json_type(entry)}")
-  for key in entry:
-    if key not in _TYPES:
-      raise DataError(f"{blame}: unknown key {key!r}{did_you_mean(key, _TYPES)}")
-  for key in _REQUIRED:
-    if key not in entry:
-      raise DataError(f"{blame}: key {key!r} is missing; it needs {' and '.join(_REQUIRED)}")
+  key = _key_of(blame, entry)
   values: dict[str, Any] = {
-    key: value for key, value in entry.items() if value is not None or key in _REQUIRED
+    name: value for name, value in entry.items() if value is not None or name in ("root", key)
   }
-  for key, value in values.items():
-    _check_value(blame, key, value)
-  annotation = _find_annotation(path, blame, values["annotation"])
-  root = _find_root(path, blame, values["root"], annotation, cache)
-  values |= {"root": root, "annotation": annotation}
-  return DatasetSpec(name=redacted(name), **values)
+  for setting, value in values.items():
+    _check_value(blame, setting, value)
+  annotation = _find_annotation(path, blame, values.pop(key))
+  first_records = records.kind_of(annotation, key).first_records
+  root = _find_root(path, blame, values.pop("root"), lambda: first_records(_local(annotation, blame, cache)))
+  return DatasetSpec(name=redacted(name), root=root, annotation=annotation, key=key, **values)
+
+
+def _key_of(blame: str, entry: dict[str, Any]) -> str:
+  """Finds the key under which an entry names its records, after a look at whether all keys are known."""
+  sources = records.keys()
+  known = (*_TYPES, *sources)
+  for key in entry:
+    if key not in known:
+      raise DataError(f"{blame}: unknown key {key!r}{did_you_mean(key, known)}")
+  named = [key for key in sources if key in entry]
+  if len(named) > 1:
+    raise DataError(f"{blame}: both {named[0]!r} and {named[1]!r} name its records; keep one")
+  for key in ("root", *(named or sources[:1])):
+    if key not in entry:
+      raise DataError(f"{blame}: key {key!r} is missing; it needs root and {' or '.join(sources)}")
+  return named[0]
 
 
 def _check_value(blame: str, key: str, value: Any) -> None:
-  kinds = _TYPES[key]
+  kinds = _TYPES.get(key, (str,))
   # bool is a subclass of int in Python, but `"repeat_time": true` is a mistake.
   if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
     expected = (
@@ -183,9 +192,7 @@ def _find_annotation(meta: str, blame: str, annotation: str) -> str:
   raise DataError(f"{blame}: annotation file not found; tried {' and '.join(str(t) for t in tried)}")
 
 
-def _find_root(
-  meta: str, blame: str, root: str, annotation: str, cache: str | os.PathLike[str] | None
-) -> str:
+def _find_root(meta: str, blame: str, root: str, first_records: Callable[[], Iterable[Any]]) -> str:
   """Returns the root under which most of the first files are found, else the one nearest to that."""
   folder = files.parent(meta)
   whole = files.resolve(folder, root)
@@ -198,7 +205,7 @@ def _find_root(
   if os.path.isabs(root):
     return str(pathlib.Path(root))
   candidates = [pathlib.Path(root), pathlib.Path(folder, root)]
-  if first := _first_files(_local(annotation, blame, cache)):
+  if first := _first_files(first_records()):
 
     def found(folder: pathlib.Path) -> int:
       # Not pathlib's exists, which raises for a path that is too long.
@@ -220,26 +227,18 @@ def _local(annotation: str, blame: str, cache: str | os.PathLike[str] | None) ->
     raise DataError(f"{blame}: the annotation file {annotation} cannot be read: {error}") from error
 
 
-def _first_files(annotation: str) -> list[str]:
-  """Returns the first paths of images and videos near the start of the file that are meant from the root."""
+def _first_files(first_records: Iterable[Any]) -> list[str]:
+  """Collects the first paths of images and videos that are meant from the root."""
   found: list[str] = []
-  # A file that cannot be read is named when its lines are looked for.
-  with contextlib.suppress(OSError), open(annotation, "rb") as lines:
-    if formats.recognised(lines) is not None:  # One line of it may be all of it.
-      return []
-    for line in itertools.islice(lines, _LINES_SEARCHED):
-      try:
-        record = json.loads(line)
-      except (ValueError, RecursionError):
-        continue  # a broken line is named, with its number, when it is read as a sample
-      record = record if isinstance(record, dict) else {}
-      for key in ("image", "images", "video", "videos"):
-        paths = record.get(key)
-        paths = paths if isinstance(paths, list) else [paths]
-        paths = [path for path in paths if isinstance(path, str) and path]
-        found += [path for path in paths if not files.is_remote(path) and not os.path.isabs(path)]
-      if len(found) >= _FILES_SOUGHT:
-        break
+  for record in first_records:
+    record = record if isinstance(record, dict) else {}
+    for key in ("image", "images", "video", "videos"):
+      paths = record.get(key)
+      paths = paths if isinstance(paths, list) else [paths]
+      paths = [path for path in paths if isinstance(path, str) and path]
+      found += [path for path in paths if not files.is_remote(path) and not os.path.isabs(path)]
+    if len(found) >= _FILES_SOUGHT:
+      break
   return found[:_FILES_SOUGHT]
 
 

@@ -24,7 +24,7 @@ from absl import logging
 from internvl_jax.data.source import sizes
 from internvl_jax.data.source.cache import cache_errors_named, locked
 from internvl_jax.data.source.hosts import Hosts, Sign, packed, unpacked
-from internvl_jax.data.source.jsonl import JsonlFile
+from internvl_jax.data.source.records import Records
 from internvl_jax.data.source.sizes import SIZE, Index, Measure, MeasureLines, Sizes
 from internvl_jax.data.source.workers import map_items
 from internvl_jax.storage.machine import machine
@@ -39,7 +39,7 @@ _ERROR_CHARACTERS = 500
 
 
 def index_sizes(
-  file: JsonlFile,
+  file: Records,
   measure: Measure,
   key: Mapping[str, Any],
   cache: str | os.PathLike[str],
@@ -90,7 +90,7 @@ class _Shared:
 
   def __init__(
     self,
-    file: JsonlFile,
+    file: Records,
     measure: Measure,
     key: Mapping[str, Any],
     cache: str | os.PathLike[str],

@@ -35,7 +35,7 @@ from absl import logging
 
 from internvl_jax.data.source import files
 from internvl_jax.data.source.cache import cache_errors_named, locked, whole_file
-from internvl_jax.data.source.jsonl import JsonlFile
+from internvl_jax.data.source.records import Records
 from internvl_jax.data.source.workers import map_items
 from internvl_jax.data.where import DataError
 
@@ -80,12 +80,12 @@ def _reopened(folder: pathlib.Path, errors: dict[int, str]) -> Sizes:
   return Sizes(folder, np.load(folder / _RECORDS, mmap_mode="r"), errors)
 
 
-Measure = Callable[[JsonlFile, int], Size]
+Measure = Callable[[Records, int], Size]
 """The size of a line; raises DataError where it cannot be read. It goes to worker processes."""
 
 
 def index_sizes(
-  file: JsonlFile,
+  file: Records,
   measure: Measure,
   key: Mapping[str, Any],
   cache: str | os.PathLike[str],
@@ -145,7 +145,7 @@ def first_other(lines: "MeasureLines", index: "Index", missing: list[int], probe
   return None
 
 
-def index_folder(file: JsonlFile, key: Mapping[str, Any], cache: pathlib.Path) -> pathlib.Path:
+def index_folder(file: Records, key: Mapping[str, Any], cache: pathlib.Path) -> pathlib.Path:
   """Where the index of a file is kept."""
   text = json.dumps([files.identity(file.path), key], sort_keys=True)
   name = re.sub(r"\W+", "_", pathlib.Path(files.name(file.path)).stem)[:40]
@@ -155,7 +155,7 @@ def index_folder(file: JsonlFile, key: Mapping[str, Any], cache: pathlib.Path) -
 class Index:
   """The files of one index."""
 
-  def __init__(self, folder: pathlib.Path, file: JsonlFile, key: Mapping[str, Any], *, writes: bool = True):
+  def __init__(self, folder: pathlib.Path, file: Records, key: Mapping[str, Any], *, writes: bool = True):
     """Opens it, or begins it.
 
     Args:
@@ -343,7 +343,7 @@ def _grown(path: pathlib.Path, dtype: np.dtype, length: int) -> Any:
 class MeasureLines:
   """Measures the lines of a block."""
 
-  file: JsonlFile
+  file: Records
   measure: Measure
 
   def __call__(self, lines: range) -> tuple[np.ndarray, dict[int, str]]:

@@ -43,9 +43,9 @@ def test_the_first_line_that_differs_is_found(tmp_path, monkeypatch, most, place
 def test_a_file_that_was_not_touched_is_not_read_again(tmp_path, monkeypatch):
   path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
   read = []
-  digest_lines = JsonlFile.digest_lines
+  digest_records = JsonlFile.digest_records
   monkeypatch.setattr(
-    JsonlFile, "digest_lines", lambda self, *lines: read.append(1) or digest_lines(self, *lines)
+    JsonlFile, "digest_records", lambda self, *lines: read.append(1) or digest_records(self, *lines)
   )
   first = digests_of(write(path, ["one", "two"]), 2, cache)
   assert len(read) == 2

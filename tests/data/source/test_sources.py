@@ -29,7 +29,7 @@ def test_lines_are_read_by_number(tmp_path):
 
 
 def test_lines_across_blocks(tmp_path, monkeypatch):
-  monkeypatch.setattr("internvl_jax.data.source.jsonl._BLOCK_BYTES", 7)
+  monkeypatch.setattr("internvl_jax.data.source.spans.BLOCK_BYTES", 7)
   records = [{"a": "x" * i} for i in range(20)]
   write_jsonl(tmp_path / "a.jsonl", records)
   lines = JsonlFile(tmp_path / "a.jsonl", "toy")
