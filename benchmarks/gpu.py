@@ -148,7 +148,7 @@ def wanted(units: Sequence[Unit], only: Sequence[str]) -> list[Unit]:
 # --- The machine --------------------------------------------------------------------------------------------
 
 _PROBE = (
-  "import jax, json; from internvl_jax import mfu; d = jax.devices()[:1]; "
+  "import jax, json; from internvl_jax.metrics import mfu; d = jax.devices()[:1]; "
   "print(json.dumps([d[0].platform, d[0].device_kind, mfu.peak_flops(d)]))"
 )
 

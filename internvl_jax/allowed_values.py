@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from internvl_jax.arguments import MOST_TILES, PREFERENCE_LOSSES
+from internvl_jax.metrics.writers import WRITERS
 
 REFUSED: dict[str, str] = {
   "training.fp16": "float16 would need loss scaling; use training.bf16=True, which does not",
@@ -32,7 +33,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "polynomial",
     "inverse_sqrt",
   ),
-  "training.report_to": ("tensorboard", "none"),
+  "training.report_to": (*WRITERS, "none"),
   "training.logging_strategy": ("no", "steps", "epoch"),
   "training.save_strategy": ("no", "steps", "epoch"),
   "training.evaluation_strategy": ("no", "steps", "epoch"),

@@ -16,7 +16,7 @@ import jax
 from absl import logging
 from transformers import PreTrainedTokenizerBase
 
-from internvl_jax import cli, consistency, mfu, optim, signals
+from internvl_jax import cli, consistency, optim, signals
 from internvl_jax.arguments import TrainingArguments
 from internvl_jax.assembly import (
   Setup,
@@ -32,6 +32,16 @@ from internvl_jax.assembly import (
   set_up_jax,
   shares_prompts,
 )
+from internvl_jax.callbacks import (
+  UNMOVED_STEPS,
+  Callback,
+  Check,
+  FirstBatch,
+  Profile,
+  SkippedSteps,
+  Unmoved,
+  idle_on_text,
+)
 from internvl_jax.checkpoint.checkpointer import Checkpointer
 from internvl_jax.config import TrainConfig, shared_settings, to_json
 from internvl_jax.config_checks import problems, validate
@@ -45,7 +55,11 @@ from internvl_jax.eval.scoring import Evaluation, make_evaluation
 from internvl_jax.finish import finish
 from internvl_jax.hf.model import Source
 from internvl_jax.intervals import best_of
-from internvl_jax.metrics import Gauges, RunLog, Trace
+from internvl_jax.metrics import mfu
+from internvl_jax.metrics.gauges import Gauges
+from internvl_jax.metrics.run_log import RunLog
+from internvl_jax.metrics.trace import Trace
+from internvl_jax.metrics.writers import open_writers
 from internvl_jax.objectives import PreferenceOptimization, SupervisedFineTuning
 from internvl_jax.output_dir import begin_output, output_dir_held, output_folder
 from internvl_jax.outputs import (
@@ -61,7 +75,7 @@ from internvl_jax.parallel.replicas import check_replicas
 from internvl_jax.preference import PreferenceRun
 from internvl_jax.serving import Export
 from internvl_jax.state import TrainState
-from internvl_jax.trainer import CompiledSteps, Trainer, idle_on_text
+from internvl_jax.trainer import CompiledSteps, Trainer
 from internvl_jax.watchdog import Watchdog
 
 OPEN_SECONDS = EXPORT_SECONDS = 3600
@@ -133,13 +147,13 @@ def _run(config: TrainConfig, watchdog: Watchdog, beginning: Beginning) -> bool:
     return False
   params = final_params(run, progress, checkpointer, log)
   checkpointer.close()
-  log.write_train_results(num_samples=progress.loader.num_samples)
+  log.save_results(num_samples=progress.loader.num_samples)
   del progress  # The optimizer's moments make room for the layers that the export brings together.
   with watchdog.phase("export"), contextlib.nullcontext() if saved else asked_to_stop:
     if not saved:
       asked_to_stop.listen()  # The model is all that is kept of this run.
     write_results(run, data, params)
-  log.tell_skipped()
+  tell(log.skipped_remark())
   return True
 
 
@@ -338,26 +352,35 @@ def make_trainer(
   asked_to_stop: distributed.StopSignal,
 ) -> Trainer:
   """The loop of a run."""
-  config, setup, pairs = run.config, run.setup, data.pairs
-  traced = config.runtime.profile_steps if distributed.is_first() else ()
+  config, setup = run.config, run.setup
   return Trainer(
     training=config.training,
-    runtime=config.runtime,
     steps=CompiledSteps(setup.step, setup.mesh, xla_options=config.runtime.xla_options),
     schedule=optim.make_schedule(config.training, loader.total_steps),
     loader=loader,
     checkpointer=checkpointer,
     log=log,
     watchdog=run.watchdog,
-    trace=Trace(output_folder(config) / "profile", traced),
-    total_steps=loader.total_steps,
-    show=lambda batch: show_batch(batch, run.chat),
-    asked_to_stop=asked_to_stop,
-    worth_saving=asked_to_stop.listen,
-    evaluate=joint_metrics(data.evaluation, pairs),
-    text_only=data.without_images,
-    check=pairs.check if pairs else None,
+    stop=asked_to_stop,
+    evaluate=joint_metrics(data.evaluation, data.pairs),
+    callbacks=make_callbacks(run, data, loader, log),
   )
+
+
+def make_callbacks(run: Run, data: Data, loader: TrainLoader, log: RunLog) -> list[Callback]:
+  """What watches the loop of a run."""
+  runtime = run.config.runtime
+  trained = {path.partition(".")[0] for path in run.setup.trainable}
+  # Of data without images it was told what learns from images alone.
+  told = {"vision_model", "mlp1"} if data.without_images else set()
+  traced = runtime.profile_steps if distributed.is_first() else ()
+  return [
+    FirstBatch(lambda batch: show_batch(batch, run.chat)),
+    *([Check(data.pairs.check)] if data.pairs is not None else []),
+    Profile(Trace(output_folder(run.config) / "profile", traced)),
+    Unmoved(trained - told, min(UNMOVED_STEPS, loader.total_steps)),
+    SkippedSteps(log, loader.describe_batch, limit=runtime.max_nonfinite_steps),
+  ]
 
 
 def stops_here(progress: Progress, asked_to_stop: distributed.StopSignal, *, saved: bool) -> bool:
@@ -432,9 +455,12 @@ def best_state(run: Run, checkpointer: Checkpointer, step: int) -> TrainState:
 def open_log(config: TrainConfig, setup: Setup, loader: TrainLoader) -> RunLog:
   """The log of a run, which knows what a step needs and what the devices could do."""
   source, twice = setup.source, parts_run_twice(setup.objective)
+  folder, writers = output_folder(config), []
+  if distributed.is_first():
+    writers = open_writers(config.training, folder, total_steps=loader.total_steps)
   return RunLog(
     config.training,
-    output_folder(config),
+    folder,
     total_steps=loader.total_steps,
     epoch_of=loader.epoch_of,
     gauges=Gauges(
@@ -443,7 +469,7 @@ def open_log(config: TrainConfig, setup: Setup, loader: TrainLoader) -> RunLog:
       devices=jax.local_devices(),
     ),
     best=best_of(config.training, answers=config.eval.annotation is not None),
-    writes=distributed.is_first(),
+    writers=writers,
   )
 
 

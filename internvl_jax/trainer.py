@@ -4,25 +4,28 @@ The loader is advanced only after a save, so that a checkpoint's loader state na
 is one step ahead of the devices: it hands them a step, then waits for the one before and logs it. Where steps are long
 it is not, since a run that is told to stop has to end all that it has handed over: it puts the next batch together while
 the devices work, but hands it over, and advances the loader, once they are through.
+What only watches the loop is a callback (callbacks.py).
 """
 
 import concurrent.futures
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 from absl import logging
 
-from internvl_jax.arguments import RuntimeConfig, TrainingArguments
+from internvl_jax.arguments import TrainingArguments
 from internvl_jax.batch import Batch
+from internvl_jax.callbacks import Callback
 from internvl_jax.checkpoint.checkpointer import Checkpointer
 from internvl_jax.compiler import compile_program
 from internvl_jax.errors import UserError
 from internvl_jax.intervals import Due
-from internvl_jax.metrics import RunLog, StepClock, Trace
+from internvl_jax.metrics.gauges import StepClock
+from internvl_jax.metrics.run_log import RunLog
 from internvl_jax.optim import Schedule
 from internvl_jax.parallel import distributed, rules
 from internvl_jax.state import TrainState
@@ -34,12 +37,6 @@ COMPILE_SECONDS = 1800
 
 LONG_STEP_SECONDS = 5.0
 """Beside a step of so long, the moment in which the devices wait for the host is nothing."""
-
-
-UNMOVED_STEPS = 20
-"""So many steps in a row that leave something as it is are no chance: also of small batches, of mixed data."""
-
-_OF_IMAGES = ("vision_model", "mlp1")
 
 
 class Loader(Protocol):
@@ -134,51 +131,16 @@ class _InFlight:
   result: concurrent.futures.Future[tuple[StepMetrics, float]]
 
 
-@dataclasses.dataclass
-class Unmoved:
-  """Notices what trains by the settings and gets no gradient by the data; each is told once.
+class Stop(Protocol):
+  """Tells the loop to stop early, for example because of a signal."""
 
-  Attributes:
-    parts: of the model, that have parameters that train.
-    patience: steps in a row.
-  """
+  def listen(self) -> None:
+    """A step was taken, so that there is something to save: from now on `__call__` answers what stops the run."""
+    ...
 
-  parts: set[str]
-  patience: int
-  _without_gradient: int = 0
-  _without_image: int = 0
-
-  def add(self, metrics: StepMetrics) -> str | None:
-    """Takes in a step; returns what to tell."""
-    self._without_gradient = 0 if float(metrics.grad_norm) else self._without_gradient + 1
-    self._without_image = 0 if float(metrics.counts.image_tokens) else self._without_image + 1
-    if self._without_gradient == self.patience:
-      return (
-        f"the gradient was zero in {self.patience} steps in a row, so nothing is learned: see which parameters train, in "
-        "the table above, and whether these samples have anything to do with them"
-      )
-    idle = [part for part in _OF_IMAGES if part in self.parts]
-    if self._without_image == self.patience and idle:
-      return _without_images(f"{self.patience} steps in a row had", idle)
-    return None
-
-
-def idle_on_text(paths: Iterable[str], has_images: Callable[[], bool]) -> str | None:
-  """What to tell at the start of a run whose data have no image; None if nothing that trains needs any.
-
-  Args:
-    paths: the parameters that train.
-    has_images: whether the data have any; asked only where something learns from them.
-  """
-  idle = [part for part in _OF_IMAGES if part in {path.partition(".")[0] for path in paths}]
-  return _without_images("the data have", idle) if idle and not has_images() else None
-
-
-def _without_images(what: str, idle: Sequence[str]) -> str:
-  return (
-    f"{what} no image, and {' and '.join(idle)} learn from images alone: mix data with images in, or freeze "
-    "(model.freeze_backbone, model.freeze_mlp)"
-  )
+  def __call__(self, step: int) -> bool:
+    """Whether to save and stop after `step` steps; the same answer on all hosts."""
+    ...
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -187,46 +149,34 @@ class Trainer:
 
   Attributes:
     training: when to save, evaluate and stop.
-    runtime: how many steps in a row may be skipped.
     steps: the compiled step.
     schedule: the learning rate.
     loader: batches of numpy arrays.
     checkpointer: where to save.
-    log: where metrics go.
+    log: where metrics go; it knows the length of the run.
     watchdog: is told what the loop does.
-    trace: records some steps.
-    total_steps: steps of the whole run.
-    show: function of a batch -> text for the log, to see what the model is taught.
-    asked_to_stop: function of the steps taken -> whether to save and stop here; the same answer on all hosts.
-    worth_saving: is called once a step was taken: what stops the run from now on is answered by `asked_to_stop`.
+    stop: whether to stop early.
     evaluate: function (parameters, step) -> metrics to log, or None.
-    text_only: no sample of the data has an image, which was told.
-    check: is called with the parameters and the first batch of a run that begins, and raises if something is wrong.
+    callbacks: are told what happens; in this order.
   """
 
   training: TrainingArguments
-  runtime: RuntimeConfig
   steps: CompiledSteps
   schedule: Schedule
   loader: Loader
   checkpointer: Checkpointer
   log: RunLog
   watchdog: Watchdog
-  trace: Trace
-  total_steps: int
-  show: Callable[[Batch], str]
-  asked_to_stop: Callable[[int], bool]
-  worth_saving: Callable[[], None] = lambda: None
+  stop: Stop
   evaluate: Callable[[dict[str, jax.Array], int], dict[str, float]] | None = None
-  text_only: bool = False
-  check: Callable[[dict[str, jax.Array], Any], None] | None = None
+  callbacks: Sequence[Callback] = ()
 
   def __post_init__(self):
-    self._due = Due(training=self.training, total_steps=self.total_steps, epoch_of=self.log.epoch)
+    self._total_steps = self.log.total_steps
+    self._due = Due(training=self.training, total_steps=self._total_steps, epoch_of=self.log.epoch)
     self._clock = StepClock()
     self._in_flight: _InFlight | None = None
     self._steps_are_long, self._ahead_in = False, 0.0
-    self._unmoved = Unmoved(set(), UNMOVED_STEPS)
     # One thread that waits for the devices: when they are through is known without holding up the loop.
     self._waiter = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="step")
 
@@ -234,41 +184,44 @@ class Trainer:
     """Trains from `state` to the last step, or to where it was told to stop; everything is saved by then.
 
     Raises:
-      UserError: too many steps in a row were skipped, or all of the run's, or a checkpoint could not be written.
+      UserError: all steps of the run were skipped, a callback ended it, or a checkpoint could not be written.
     """
     first = int(state.step)
     self.log.start(first)
-    parts = {path.partition(".")[0] for path in state.params} - (set(_OF_IMAGES) if self.text_only else set())
-    self._unmoved = Unmoved(parts, min(UNMOVED_STEPS, self.total_steps))
     self._clock.restart(time.perf_counter())
-    for step in range(first, self.total_steps):
+    for step in range(first, self._total_steps):
       if self._steps_are_long:
         self._fetch_ahead(step)
         self._finish_step()
       if step > first and self._between_steps(state, frozen, step):
         break
-      state = self._take_step(state, frozen, step, show=step == first)
+      state = self._take_step(state, frozen, step, is_first=step == first)
       if step == first:
-        self.worth_saving()
+        self.stop.listen()
     self._finish_step()
-    self.trace.stop()
     self._waiter.shutdown()
+    self._end(state, frozen)
+    return state
+
+  def _end(self, state: TrainState, frozen: dict[str, jax.Array]) -> None:
+    """Scores and saves the last step."""
     taken = int(state.step)
-    in_vain = taken == self.total_steps and 0 < taken <= self.log.skipped_steps
-    if taken == self.total_steps and self.training.load_best_model_at_end and not in_vain:
+    for callback in self.callbacks:
+      callback.end(taken)
+    in_vain = taken == self._total_steps and 0 < taken <= self.log.skipped_steps
+    if taken == self._total_steps and self.training.load_best_model_at_end and not in_vain:
       self._score_the_last(state, frozen, taken)
-    if taken < self.total_steps or (self.training.save_strategy != "no" and not in_vain):
+    if taken < self._total_steps or (self.training.save_strategy != "no" and not in_vain):
       self._save(state, taken)
     with self.watchdog.phase("save", taken):
       self.checkpointer.wait()
-    self.log.write_trainer_state(taken, self.loader.counters())
+    self.log.save_state(taken, self.loader.counters())
     if in_vain:
       raise UserError(
         f"nothing was trained and no model is written: loss or gradient was not finite in each of the {taken} steps; "
         "look at the samples that are named above and at training.learning_rate, then begin anew with "
         "training.overwrite_output_dir=True"
       )
-    return state
 
   def _fetch_ahead(self, step: int) -> None:
     """Puts the next batch together while the devices work."""
@@ -278,20 +231,20 @@ class Trainer:
     self._ahead_in = time.perf_counter() - start
 
   def _take_step(
-    self, state: TrainState, frozen: dict[str, jax.Array], step: int, *, show: bool
+    self, state: TrainState, frozen: dict[str, jax.Array], step: int, *, is_first: bool
   ) -> TrainState:
     """Hands the devices a step, and takes in the one before."""
     start = time.perf_counter()
     with self.watchdog.phase("data wait", step + 1):
       batch = next(self.loader)
     fetched_in, self._ahead_in = self._ahead_in + time.perf_counter() - start, 0.0
-    if show:
-      logging.info("First batch:\n%s", self.show(batch))
-      if step == 0 and self.check is not None:
-        with self.watchdog.phase("compile", 1):
-          self.check({**frozen, **state.params}, batch)
+    if is_first:
+      with self.watchdog.phase("compile", step + 1):
+        for callback in self.callbacks:
+          callback.first_batch(step, batch, {**frozen, **state.params})
     fresh = not self.steps.knows(batch)
-    self.trace.before(step + 1)
+    for callback in self.callbacks:
+      callback.before_step(step + 1)
     with self.watchdog.phase("compile" if fresh else "step", step + 1):
       dispatched = time.perf_counter()
       state, metrics = self.steps(state, frozen, batch, self.schedule(step))
@@ -309,30 +262,15 @@ class Trainer:
       metrics, done = flight.result.result()
     times = self._clock.times(fetched_in=flight.fetched_in, dispatched=flight.dispatched, done=done)
     self._steps_are_long = times is not None and times.compute >= LONG_STEP_SECONDS
-    self.trace.after(flight.step + 1)
     taken = flight.step + 1
     self.log.add(taken, metrics, next_rate=self.schedule(taken), times=times if flight.timed else None)
-    told = self._unmoved.add(metrics)
-    if told is not None and distributed.is_first():
-      logging.warning("step %d: %s", taken, told)
-    if metrics.skipped:
-      self._remark_skipped(flight.step, metrics)
-
-  def _remark_skipped(self, step: int, metrics: StepMetrics) -> None:
-    what = f"step {step + 1}: loss={metrics.loss}, grad_norm={metrics.grad_norm}: not finite"
-    samples = f"its samples: {self.loader.describe_batch(step)}"
-    if distributed.is_first():
-      logging.warning("%s, so it changed nothing; %s", what, samples)
-    if self.log.skipped_in_a_row >= self.runtime.max_nonfinite_steps:
-      raise UserError(
-        f"{what}, as in each of the last {self.log.skipped_in_a_row} steps (runtime.max_nonfinite_steps); lower "
-        f"training.learning_rate, or look at {samples}"
-      )
+    for callback in self.callbacks:
+      callback.after_step(taken, metrics)
 
   def _between_steps(self, state: TrainState, frozen: dict[str, jax.Array], step: int) -> bool:
     """Evaluates and saves where it is time to; returns whether to stop."""
     self.checkpointer.check()
-    if self.asked_to_stop(step):
+    if self.stop(step):
       return True
     evaluates, saves = self.evaluate is not None and self._due.scores(step), self._due.saves(step)
     if not (evaluates or saves):
@@ -359,7 +297,9 @@ class Trainer:
   def _save(self, state: TrainState, step: int) -> None:
     with self.watchdog.phase("save", step):
       self.checkpointer.save(state, loader=self.loader.get_state(), trainer=self.log.state())
-    self.log.write_trainer_state(step, self.loader.counters())
+    self.log.save_state(step, self.loader.counters())
+    for callback in self.callbacks:
+      callback.after_save(step)
 
 
 def _read(metrics: StepMetrics) -> tuple[StepMetrics, float]:

@@ -16,7 +16,7 @@ from absl import app, flags
 from internvl_jax import optim
 from internvl_jax.arguments import ModelArguments, TrainingArguments
 from internvl_jax.batch import SFTBatch
-from internvl_jax.flops import count_flops
+from internvl_jax.metrics.flops import count_flops
 from internvl_jax.models import functional
 from internvl_jax.models.decoder import DecoderConfig
 from internvl_jax.models.internvl import Execution, InternVL, InternVLConfig

@@ -21,7 +21,9 @@ from internvl_jax.data.load.loader import TrainLoader
 from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.hf.tokenizer import load_tokenizer
 from internvl_jax.intervals import Best, Due, best_of, steps_of
-from internvl_jax.metrics import RunLog
+from internvl_jax.metrics.run_log import RunLog
+from internvl_jax.metrics.writers import open_writers
+from internvl_jax.metrics.writers.console import ProgressBar
 from internvl_jax.outputs import check_output_dir
 from internvl_jax.state import TrainState
 from tests.support.toy import ASSETS
@@ -291,7 +293,15 @@ def test_overwrite_output_dir(tmp_path):
 
 def log_of(tmp_path, **settings):
   training = TrainingArguments(**settings)
-  return RunLog(training, tmp_path, total_steps=4, epoch_of=lambda step: step, gauges=SimpleNamespace())
+  writers = open_writers(training, tmp_path, total_steps=4)
+  return RunLog(
+    training,
+    tmp_path,
+    total_steps=4,
+    epoch_of=lambda step: step,
+    gauges=SimpleNamespace(),
+    writers=writers,
+  )
 
 
 def test_report_to(tmp_path):
@@ -311,7 +321,8 @@ def test_disable_tqdm(tmp_path):
   for flag in (False, True):
     with log_of(tmp_path, disable_tqdm=flag) as log:
       log.start(0)
-      assert log._bar.disable is flag
+      (bar,) = [writer.bar for writer in log._writers if isinstance(writer, ProgressBar)]
+      assert bar.disable is flag
 
 
 def test_save_total_limit(tmp_path):

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 
 from internvl_jax import trainer as loop
-from internvl_jax.arguments import RuntimeConfig, TrainingArguments
+from internvl_jax.arguments import TrainingArguments
 from internvl_jax.batch import BatchCounts
+from internvl_jax.callbacks import Callback, Check, SkippedSteps
 from internvl_jax.errors import UserError
-from internvl_jax.metrics import Gauges, RunLog, StepClock, Trace
-from internvl_jax.mfu import UsefulFlops
+from internvl_jax.metrics.gauges import Gauges, StepClock
+from internvl_jax.metrics.mfu import UsefulFlops
+from internvl_jax.metrics.run_log import RunLog
+from internvl_jax.metrics.writers import open_writers
 from internvl_jax.state import TrainState
 from internvl_jax.step import StepMetrics
 from internvl_jax.trainer import Trainer
@@ -80,7 +83,22 @@ class Saves:
 
 def make_log(tmp_path, training, total, peak=None):
   gauges = Gauges(USEFUL, peak, [SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 3 << 30})])
-  return RunLog(training, tmp_path, total_steps=total, epoch_of=lambda step: step / total, gauges=gauges)
+  writers = open_writers(training, tmp_path, total_steps=total)
+  epoch_of = lambda step: step / total  # noqa: E731
+  return RunLog(training, tmp_path, total_steps=total, epoch_of=epoch_of, gauges=gauges, writers=writers)
+
+
+class StopAt:
+  """Stops the loop after a step."""
+
+  def __init__(self, step):
+    self.step = step
+
+  def listen(self):
+    pass
+
+  def __call__(self, step):
+    return step == self.step
 
 
 def run(
@@ -94,31 +112,29 @@ def run(
   total=6,
   evaluate=None,
   history=(),
+  callbacks=(),
   **training,
 ):
   training = TrainingArguments(logging_steps=2, disable_tqdm=True, **training)
   log = make_log(tmp_path, training, total, peak)
   log.history = list(history)
   saves = Saves()
+  loader = loader or Batches()
   trainer = Trainer(
     training=training,
-    runtime=RuntimeConfig(max_nonfinite_steps=limit),
     steps=steps if isinstance(steps, Steps) else Steps(steps),
     schedule=lambda step: 0.5,
-    loader=loader or Batches(),
+    loader=loader,
     checkpointer=saves,
     log=log,
     watchdog=Watchdog("here", 600),
-    trace=Trace(tmp_path / "profile", ()),
-    total_steps=total,
-    show=str,
-    asked_to_stop=lambda step: step == stop_at,
+    stop=StopAt(stop_at),
     evaluate=evaluate,
+    callbacks=[*callbacks, SkippedSteps(log, loader.describe_batch, limit=limit)],
   )
   with log:
     trainer.run(TrainState(jnp.int32(total if history else 0), {}, {}), {})
-  log.write_train_results(num_samples=30)
-  log.tell_skipped()
+  log.save_results(num_samples=30)
   return log.history, saves.saved
 
 
@@ -143,11 +159,14 @@ def test_a_run_of_skipped_steps_alone_does_not_end_well(tmp_path):
   assert sum(entry["skipped_steps"] for entry in state["log_history"]) == 6
 
 
-def test_one_step_that_counts_is_a_run_and_the_others_are_told(tmp_path, caplog):
-  _, saved = run(tmp_path, steps=range(1, 6))
+def test_one_step_that_counts_is_a_run_and_the_others_are_told(tmp_path):
+  history, saved = run(tmp_path, steps=range(1, 6))
   assert list(saved) == [6]
   assert json.loads((tmp_path / "train_results.json").read_text())["skipped_steps"] == 5
-  (line,) = [record.getMessage() for record in caplog.records if "the other" in record.getMessage()]
+  log = make_log(tmp_path, TrainingArguments(), 6)
+  assert log.skipped_remark() is None
+  log.history = history
+  line = log.skipped_remark()
   assert line.startswith("5 of 6 steps were skipped") and line.endswith("what the other 1 made of it")
 
 
@@ -177,15 +196,15 @@ def test_the_results_are_those_of_all_steps(tmp_path):
   log = make_log(tmp_path, TrainingArguments(disable_tqdm=True), 5)
   log.history = [*history[:2], {"eval_accuracy": 0.5, "epoch": 0.8, "step": 4}, *history[2:]]
   log.start(5)
-  log.write_train_results(num_samples=30)
+  log.save_results(num_samples=30)
   assert json.loads(path.read_text()) == found  # What an earlier start wrote stays.
   path.unlink()
-  log.write_train_results(num_samples=30)
+  log.save_results(num_samples=30)
   assert json.loads(path.read_text()) == {
     key: found[key] for key in ("epoch", "train_loss", "train_samples", "skipped_steps")
   }
   log.start(4)
-  log.write_train_results(num_samples=30)
+  log.save_results(num_samples=30)
   again = json.loads(path.read_text())
   assert again["train_loss"] == found["train_loss"]
   assert again["train_samples_per_second"] == pytest.approx(6 / again["train_runtime"])
@@ -336,3 +355,41 @@ def test_shares_of_the_run_are_written_as_steps(tmp_path):
   assert list(saved) == [3, 6]
   state = json.loads((tmp_path / "trainer_state.json").read_text())
   assert (state["save_steps"], state["eval_steps"], state["logging_steps"]) == (3, 3, 2)
+
+
+class Watcher(Callback):
+  """Remembers what it was told."""
+
+  def __init__(self):
+    self.told = []
+
+  def first_batch(self, step, batch, params):
+    self.told.append(("first batch", step, batch))
+
+  def before_step(self, step):
+    self.told.append(("before", step))
+
+  def after_step(self, step, metrics):
+    self.told.append(("after", step, float(metrics.loss)))
+
+  def after_save(self, step):
+    self.told.append(("saved", step))
+
+  def end(self, step):
+    self.told.append(("end", step))
+
+
+def test_callbacks_are_told_what_the_loop_does(tmp_path):
+  """The host is a step ahead; before a save it waits for the step."""
+  watcher = Watcher()
+  run(tmp_path, total=3, save_steps=2, callbacks=[watcher])
+  before = [("first batch", 0, 0), ("before", 1), ("before", 2), ("after", 1, 0.0), ("after", 2, 1.0)]
+  assert watcher.told == [*before, ("saved", 2), ("before", 3), ("after", 3, 2.0), ("end", 3), ("saved", 3)]
+
+
+def test_parameters_are_checked_with_the_first_batch_of_a_new_run_alone():
+  checked = []
+  check = Check(lambda params, batch: checked.append((params, batch)))
+  check.first_batch(3, "batch", {})
+  check.first_batch(0, "batch", {"w": 1})
+  assert checked == [({"w": 1}, "batch")]

@@ -7,7 +7,7 @@ import jax
 
 from internvl_jax.aot.program import StepPlan
 from internvl_jax.batch import PreferenceBatch
-from internvl_jax.flops import Products, list_products
+from internvl_jax.metrics.flops import Products, list_products
 from internvl_jax.models.internvl import SCOPES
 from internvl_jax.models.kernels import Kernels
 from internvl_jax.objectives import ForwardPass

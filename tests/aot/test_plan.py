@@ -19,7 +19,7 @@ from internvl_jax.assembly import describe_model
 from internvl_jax.batch import BatchCounts
 from internvl_jax.errors import UserError
 from internvl_jax.hf import published
-from internvl_jax.mfu import peak_flops, useful_flops
+from internvl_jax.metrics.mfu import peak_flops, useful_flops
 from internvl_jax.parallel import placement_table
 from internvl_jax.trees import count
 from tests.support.toy import RECIPE, REPOSITORY, curve_config

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from internvl_jax.arguments import MeshConfig
-from internvl_jax.flops import count_flops
+from internvl_jax.metrics.flops import count_flops
 from internvl_jax.models.attention import BACKENDS, Mask, attention, triton, xla
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.parallel import rules

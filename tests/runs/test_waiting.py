@@ -9,11 +9,12 @@ import pytest
 
 from internvl_jax.arguments import TrainingArguments
 from internvl_jax.batch import BatchCounts
+from internvl_jax.callbacks import Unmoved, idle_on_text
 from internvl_jax.data.sample.images import open_image
 from internvl_jax.data.where import DataError, Typed, Where
-from internvl_jax.metrics import StepTimes
+from internvl_jax.metrics.gauges import StepTimes
+from internvl_jax.metrics.writers.console import ProgressBar
 from internvl_jax.step import StepMetrics
-from internvl_jax.trainer import Unmoved, idle_on_text
 from tests.support.toy import CURVE, REPOSITORY
 from tests.test_trainer import make_log
 
@@ -24,29 +25,30 @@ def metrics(grad_norm=1.0, image_tokens=4):
 
 
 def test_what_is_left_does_not_count_the_compilation(tmp_path, caplog):
+  caplog.set_level("INFO")
   log = make_log(tmp_path, TrainingArguments(logging_steps=1), 100)
-  said = []
-  log._line, line = lambda entry: said.append(line(entry)) or said[-1], log._line
+  (bar,) = [writer for writer in log._writers if isinstance(writer, ProgressBar)]
   with log:
     log.start(0)
     log.add(1, metrics(), next_rate=0.0, times=None)  # Compiled for.
     log.add(2, metrics(), next_rate=0.0, times=StepTimes(60.0, 0.0, 60.0))
     log.add(40, metrics(), next_rate=0.0, times=StepTimes(30.0, 0.0, 30.0))
-    assert log._bar.postfix == "0:45:00 left, loss 1.0000"
+    assert bar.bar.postfix == "0:45:00 left, loss 1.0000"
     log.add(100, metrics(), next_rate=0.0, times=StepTimes(30.0, 0.0, 30.0))
+  said = [text for record in caplog.records if (text := record.getMessage()).startswith("step ")]
   assert [text.rpartition(", ")[2] for text in said[1:3]] == ["1:38:00 left", "0:45:00 left"]
   assert "left" not in said[0] and "left" not in said[3]
 
 
 def test_what_trains_and_gets_no_gradient_is_told_once():
   unmoved = Unmoved({"mlp1"}, 3)
-  told = [unmoved.add(metrics(grad_norm=0.0)) for _ in range(5)]
+  told = [unmoved.remark(metrics(grad_norm=0.0)) for _ in range(5)]
   assert [bool(text) for text in told] == [False, False, True, False, False]
   assert "gradient was zero in 3 steps in a row" in told[2]
 
-  on_text = [unmoved.add(metrics(image_tokens=0)) for _ in range(4)]
+  on_text = [unmoved.remark(metrics(image_tokens=0)) for _ in range(4)]
   assert on_text[2].startswith("3 steps in a row had no image, and mlp1 learn") and not any(on_text[:2])
-  assert not any(Unmoved({"language_model"}, 3).add(metrics(image_tokens=0)) for _ in range(4))
+  assert not any(Unmoved({"language_model"}, 3).remark(metrics(image_tokens=0)) for _ in range(4))
 
   at_once = idle_on_text({"mlp1.fc1.kernel", "language_model.head"}, lambda: False)
   assert at_once == on_text[2].replace("3 steps in a row had", "the data have")
@@ -54,7 +56,7 @@ def test_what_trains_and_gets_no_gradient_is_told_once():
   assert idle_on_text({"language_model.head"}, pytest.fail) is None
 
   now_and_then = Unmoved({"mlp1"}, 3)
-  assert not any(now_and_then.add(metrics(step % 3, 4 * (step % 2))) for step in range(12))
+  assert not any(now_and_then.remark(metrics(step % 3, 4 * (step % 2))) for step in range(12))
 
 
 def test_an_image_from_the_command_line_has_no_line_to_delete(tmp_path):

@@ -19,10 +19,10 @@ from internvl_jax.assembly import (
   preference_terms,
 )
 from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, PreferenceBatch, SFTBatch
-from internvl_jax.flops import count_flops
 from internvl_jax.hf import published
 from internvl_jax.losses import preference
 from internvl_jax.losses.preference import LossSettings, PairLogProbs
+from internvl_jax.metrics.flops import count_flops
 from internvl_jax.models import functional
 from internvl_jax.models.internvl import Execution, InternVL, normalize_tiles
 from internvl_jax.models.kernels import Kernels

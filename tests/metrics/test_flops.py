@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from internvl_jax.flops import count_flops
+from internvl_jax.metrics.flops import count_flops
 from internvl_jax.models import vit
 from internvl_jax.models.internvl import Execution
 from internvl_jax.models.lora import LoRASpec

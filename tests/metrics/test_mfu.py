@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from internvl_jax import mfu
 from internvl_jax.batch import count
 from internvl_jax.chips import GPUS, TPUS
-from internvl_jax.flops import count_flops
+from internvl_jax.metrics import mfu
+from internvl_jax.metrics.flops import count_flops
 from internvl_jax.models.lora import LoRASpec
 from internvl_jax.models.moe import MoEConfig
 from tests.support.harness import Harness, make_batch, toy
