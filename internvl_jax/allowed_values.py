@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from internvl_jax.arguments import MOST_TILES, PREFERENCE_LOSSES
+from internvl_jax.arguments import LOSS_WEIGHTS, MOST_TILES
 from internvl_jax.metrics.writers import WRITERS
 
 REFUSED: dict[str, str] = {
@@ -146,7 +146,8 @@ RANGES: dict[str, Range] = {
   "preference.beta": _ABOVE_0,
   "preference.label_smoothing": Range(low=0, high=0.5, high_is_in=False),
   "preference.rpo_alpha": _NOT_NEGATIVE,
-  **{f"preference.{kind}_loss_weight": _NOT_NEGATIVE for kind in PREFERENCE_LOSSES},
+  "preference.loss_weights": _NOT_NEGATIVE,
+  **{f"preference.{name}": _NOT_NEGATIVE for name in LOSS_WEIGHTS.values()},
   "mesh.data": _AXIS,
   "mesh.fsdp": _AXIS,
   "mesh.expert": _AXIS,

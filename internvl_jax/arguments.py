@@ -205,24 +205,6 @@ class TrainingArguments:
   remove_unused_columns: bool = True
 
 
-PREFERENCE_LOSSES = (
-  "sigmoid",
-  "hinge",
-  "ipo",
-  "bco_pair",
-  "sppo_hard",
-  "nca_pair",
-  "robust",
-  "aot",
-  "aot_pair",
-  "exo_pair",
-)
-"""The losses that `PreferenceConfig.loss_type` names; see `losses.preference`."""
-
-SMOOTHED_LOSSES = frozenset({"sigmoid", "robust", "aot", "aot_pair", "exo_pair"})
-"""Those that label smoothing changes."""
-
-
 @dataclasses.dataclass(kw_only=True, slots=True)
 class PreferenceConfig:
   """Preference optimisation (MPO), under TRL's names."""
@@ -235,6 +217,8 @@ class PreferenceConfig:
   label_smoothing: float = 0.0
   # Weight of the chosen answers' cross-entropy.
   rpo_alpha: float | None = None
+  # Weights of the losses of `loss_type`, in its order; () takes the fields below, and 1 for a loss that has none.
+  loss_weights: tuple[float, ...] = ()
   # Weight of "sigmoid" in a comma list.
   sigmoid_loss_weight: float = 1.0
   # Weight of "hinge" in a comma list.
@@ -269,6 +253,24 @@ class PreferenceConfig:
   def kinds(self) -> tuple[str, ...]:
     """The losses of `loss_type`."""
     return () if self.loss_type is None else tuple(kind.strip() for kind in self.loss_type.split(","))
+
+  @property
+  def terms(self) -> tuple[tuple[str, float], ...]:
+    """The losses of `loss_type` with their weights."""
+    weights = self.loss_weights or tuple(
+      getattr(self, LOSS_WEIGHTS[kind]) if kind in LOSS_WEIGHTS else 1.0 for kind in self.kinds
+    )
+    return tuple(zip(self.kinds, weights, strict=True))
+
+
+_WEIGHT = "_loss_weight"
+
+LOSS_WEIGHTS: dict[str, str] = {
+  field.name.removesuffix(_WEIGHT): field.name
+  for field in dataclasses.fields(PreferenceConfig)
+  if field.name.endswith(_WEIGHT)
+}
+"""Preference loss -> its own weight's field in `PreferenceConfig`; TRL gives newer losses none."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

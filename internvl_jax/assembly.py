@@ -12,7 +12,7 @@ from absl import logging
 from transformers import PreTrainedTokenizerBase
 
 from internvl_jax import compiler, optim, serving
-from internvl_jax.arguments import LoRAConfig, ModelArguments, PreferenceConfig
+from internvl_jax.arguments import LoRAConfig, ModelArguments
 from internvl_jax.config import TrainConfig, get
 from internvl_jax.data.load.inspection import decode_all, examine
 from internvl_jax.data.load.mixture import Mixture
@@ -466,7 +466,7 @@ def make_objective(
     return SupervisedFineTuning(**forward)
   return PreferenceOptimization(
     **forward,
-    terms=preference_terms(asked),
+    terms=asked.terms,
     settings=LossSettings(asked.beta, asked.label_smoothing),
     rpo_alpha=asked.rpo_alpha,
     reference=None if asked.precompute_reference else reference_policy(config, source),
@@ -481,23 +481,6 @@ def shares_prompts(config: TrainConfig, source: Source) -> bool:
   """
   asked = config.preference
   return asked.loss_type is not None and asked.share_prompts and not any(source.config.text.windows)
-
-
-def preference_terms(config: PreferenceConfig) -> tuple[tuple[str, float], ...]:
-  """The losses that `loss_type` names, and their weights."""
-  weights = {
-    "sigmoid": config.sigmoid_loss_weight,
-    "hinge": config.hinge_loss_weight,
-    "ipo": config.ipo_loss_weight,
-    "bco_pair": config.bco_pair_loss_weight,
-    "sppo_hard": config.sppo_hard_loss_weight,
-    "nca_pair": config.nca_pair_loss_weight,
-    "robust": config.robust_loss_weight,
-    "aot": config.aot_loss_weight,
-    "aot_pair": config.aot_pair_loss_weight,
-    "exo_pair": config.exo_pair_loss_weight,
-  }
-  return tuple((kind, weights[kind]) for kind in config.kinds)
 
 
 def reference_policy(config: TrainConfig, source: Source) -> ReferencePolicy:

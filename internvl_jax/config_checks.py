@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from internvl_jax import unused_settings
 from internvl_jax.allowed_values import CHOICES, INSTEAD_OF, RANGES, REFUSED
-from internvl_jax.arguments import PREFERENCE_LOSSES, parse_distributed, parse_xla_option
+from internvl_jax.arguments import LOSS_WEIGHTS, PreferenceConfig, parse_distributed, parse_xla_option
 from internvl_jax.config import FIELDS, LEAVES, TrainConfig, get, is_changed, setting_text, type_name
 from internvl_jax.config_paths import Command, path_problems
 from internvl_jax.errors import UserError, suggest
@@ -169,20 +169,38 @@ def _preference_problems(config: TrainConfig) -> Iterator[str]:
   preference = config.preference
   if preference.loss_type is None:
     return
+  # Imported late: the table of losses brings JAX along, which `--help` should not wait for.
+  from internvl_jax.losses.preference import LOSSES
+
   kinds = preference.kinds
   setting = f"preference.loss_type={preference.loss_type!r}"
-  unknown = [kind for kind in kinds if kind not in PREFERENCE_LOSSES]
+  unknown = [kind for kind in kinds if kind not in LOSSES]
   for kind in unknown:
-    known = ", ".join(PREFERENCE_LOSSES)
-    yield f"{setting}: there is no loss {kind!r}; use {known}, or a list{suggest(kind, PREFERENCE_LOSSES)}"
-  if unknown:
+    yield f"{setting}: there is no loss {kind!r}; use {', '.join(LOSSES)}, or a list{suggest(kind, LOSSES)}"
+  if not unknown:
+    yield from _weight_problems(preference, setting)
+
+
+def _weight_problems(preference: PreferenceConfig, setting: str) -> Iterator[str]:
+  kinds, weights = preference.kinds, preference.loss_weights
+  if weights and len(weights) != len(kinds):
+    yield f"preference.loss_weights={weights} has {len(weights)} weights for the {len(kinds)} losses of {setting}; give one each"
     return
-  if not any(get(config, f"preference.{kind}_loss_weight") for kind in kinds) and not preference.rpo_alpha:
-    weights = ", ".join(f"preference.{kind}_loss_weight=0" for kind in dict.fromkeys(kinds))
-    yield f"{setting} with {weights} optimises nothing; raise a weight, or set preference.rpo_alpha"
+  own = {kind: f"preference.{LOSS_WEIGHTS[kind]}" for kind in dict.fromkeys(kinds) if kind in LOSS_WEIGHTS}
   for kind in dict.fromkeys(kinds):
     if kinds.count(kind) > 1:
-      yield f"{setting} names {kind!r} {kinds.count(kind)} times; name it once, with preference.{kind}_loss_weight"
+      where = own.get(kind, "preference.loss_weights")
+      yield f"{setting} names {kind!r} {kinds.count(kind)} times; name it once, with {where}"
+  if weights:
+    for kind, path in own.items():
+      value = getattr(preference, LOSS_WEIGHTS[kind])
+      if value != FIELDS[path].default:
+        yield f"{path}={value:g} beside preference.loss_weights={weights}; set one of the two"
+  if not any(weight for _, weight in preference.terms) and not preference.rpo_alpha:
+    zeros = (
+      f"preference.loss_weights={weights}" if weights else ", ".join(f"{path}=0" for path in own.values())
+    )
+    yield f"{setting} with {zeros} optimises nothing; raise a weight, or set preference.rpo_alpha"
 
 
 def _template_problems(name: str) -> Iterator[str]:

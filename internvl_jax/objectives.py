@@ -202,7 +202,7 @@ class PreferenceOptimization(ForwardPass):
   """A weighted sum of preference losses, and the chosen answers' cross-entropy: MPO (arXiv:2411.10442).
 
   Attributes:
-    terms: kinds of losses (`preference.KINDS`) and their weights.
+    terms: names of losses (`preference.LOSSES`) and their weights.
     settings: what the losses have in common.
     rpo_alpha: weight of the cross-entropy; None leaves it out.
     reference: the reference policy; None: its log-probabilities come with the batch.
@@ -300,19 +300,11 @@ class PreferenceOptimization(ForwardPass):
 
   def _weighted_losses(self, logps: PairLogProbs, lengths, weights, running):
     """The weighted sum of all kinds, and the sum of each."""
-    chosen, rejected = jnp.maximum(lengths[:, 0], 1.0), jnp.maximum(lengths[:, 1], 1.0)
-    # IPO is about the likelihood of a token.
-    means = PairLogProbs(
-      logps.chosen / chosen,
-      logps.rejected / rejected,
-      logps.reference_chosen / chosen,
-      logps.reference_rejected / rejected,
-    )
+    means = logps.per_token(lengths[:, 0], lengths[:, 1])
     total, terms = jnp.float32(0), {}
     for kind, factor in self.terms:
-      losses = preference.pair_losses(
-        kind, means if kind == "ipo" else logps, weights, self.settings, running
-      )
+      values = means if preference.LOSSES[kind].per_token else logps
+      losses = preference.pair_losses(kind, values, weights, self.settings, running)
       terms[f"losses/{kind}"] = jnp.sum(jnp.where(weights > 0, losses, 0.0) * weights)
       total += factor * terms[f"losses/{kind}"]
     return total, terms

@@ -18,7 +18,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from internvl_jax.arguments import PREFERENCE_LOSSES, SMOOTHED_LOSSES
+from internvl_jax.arguments import LOSS_WEIGHTS
 
 Values = Callable[[str], Any]
 """The value at a path such as "model.freeze_llm"."""
@@ -28,7 +28,7 @@ _DYNAMIC = ("data.dynamic_image_size",)
 _WITH_LORA = ("model.use_llm_lora", "model.use_backbone_lora")
 _PREFERENCE = ("preference.loss_type",)
 _REMAT = ("model.grad_checkpoint", "training.gradient_checkpointing")
-_WEIGHTS = tuple(f"preference.{kind}_loss_weight" for kind in PREFERENCE_LOSSES)
+_WEIGHTS = tuple(f"preference.{name}" for name in LOSS_WEIGHTS.values())
 
 ONLY_WITH: dict[str, tuple[str, ...]] = {
   "data.num_images_expected": _PACKED,
@@ -45,6 +45,7 @@ ONLY_WITH: dict[str, tuple[str, ...]] = {
   "preference.beta": _PREFERENCE,
   "preference.label_smoothing": _PREFERENCE,
   "preference.rpo_alpha": _PREFERENCE,
+  "preference.loss_weights": _PREFERENCE,
   **dict.fromkeys(_WEIGHTS, _PREFERENCE),
   "preference.precompute_reference": _PREFERENCE,
   "preference.reference_cache_dir": ("preference.precompute_reference",),
@@ -74,7 +75,7 @@ class Idle:
   """When a field has no effect, and why; the reason follows "has no effect"."""
 
   when: Callable[[Values], bool]
-  why: str
+  why: str | Callable[[], str]
 
 
 def _frozen_vit(value: Values) -> bool:
@@ -94,6 +95,13 @@ def _logs_and_scores_otherwise(value: Values) -> bool:
 
 def _losses(value: Values) -> list[str]:
   return [kind.strip() for kind in (value("preference.loss_type") or "").split(",")]
+
+
+def _smoothed_losses() -> list[str]:
+  # Imported late: the table of losses brings JAX along, which `--help` should not wait for.
+  from internvl_jax.losses.preference import smoothed
+
+  return smoothed()
 
 
 def _not_among(kind: str) -> Idle:
@@ -122,11 +130,11 @@ IDLE: dict[str, tuple[Idle, ...]] = {
   ),
   "preference.label_smoothing": (
     Idle(
-      lambda value: bool(value("preference.loss_type")) and not SMOOTHED_LOSSES & set(_losses(value)),
-      f"while preference.loss_type names none of {', '.join(sorted(SMOOTHED_LOSSES))}",
+      lambda value: bool(value("preference.loss_type")) and not {*_smoothed_losses()} & {*_losses(value)},
+      lambda: f"while preference.loss_type names none of {', '.join(_smoothed_losses())}",
     ),
   ),
-  **{path: (_not_among(kind),) for path, kind in zip(_WEIGHTS, PREFERENCE_LOSSES, strict=True)},
+  **{path: (_not_among(kind),) for path, kind in zip(_WEIGHTS, LOSS_WEIGHTS, strict=True)},
   "training.group_by_length": (
     Idle(
       lambda value: value("data.use_packed_ds"),
@@ -236,6 +244,6 @@ def _why_idle(value: Values, path: str) -> str | None:
   """Why a field has no effect; None if it has one."""
   for idle in IDLE.get(path, ()):
     if idle.when(value):
-      return idle.why
+      return idle.why if isinstance(idle.why, str) else idle.why()
   switches = ONLY_WITH.get(path, ())
   return f"without {' or '.join(switches)}" if switches and not any(map(value, switches)) else None

@@ -33,6 +33,12 @@ def test_a_sound_configuration_passes_and_is_left_alone(config):
       {"loss_type": "sigmoid", "precompute_reference": True, "reference_cache_dir": "hdfs://a/b"},
       "'hdfs://a/b': runs write to folders, gs:// and s3:// only",
     ),
+    ({"loss_type": "sigmoid,ipo", "loss_weights": (1.0,)}, "has 1 weights for the 2 losses of"),
+    ({"loss_type": "sigmoid", "loss_weights": (0.0,)}, "loss_weights=(0.0,) optimises nothing"),
+    (
+      {"loss_type": "ipo", "loss_weights": (1.0,), "ipo_loss_weight": 0.5},
+      "preference.ipo_loss_weight=0.5 beside preference.loss_weights=(1.0,); set one of the two",
+    ),
     ({"loss_type": "ipo,sigmoid,ipo"}, "names 'ipo' 2 times; name it once, with preference.ipo_loss_weight"),
   ],
 )

@@ -22,7 +22,7 @@ LAYERS = (
   ("help_text", "config_checks"),
   ("config_paths",),
   ("config",),
-  ("allowed_values",),
+  ("allowed_values", "unused_settings"),
   ("trainer",),
   ("callbacks",),
   ("step",),
@@ -34,7 +34,7 @@ LAYERS = (
   ("models", "losses", "data"),
   ("parallel",),
   ("batch", "trees", "compiler", "lease"),
-  ("outputs", "unused_settings", "intervals"),
+  ("outputs", "intervals"),
   ("digests",),
   ("storage",),
   ("arguments", "chips", "errors", "foreign", "watchdog"),
@@ -58,7 +58,7 @@ ONLY = {
   "config_paths": {"config", "outputs", "storage", "hf"},
   "config_checks": {
     *("config", "config_paths", "unused_settings", "allowed_values", "arguments", "errors"),
-    *("parallel", "data"),
+    *("parallel", "data", "losses"),
   },
 }
 

@@ -9,16 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from internvl_jax import config_checks
 from internvl_jax.aot import recipe
-from internvl_jax.arguments import PREFERENCE_LOSSES, MeshConfig, PreferenceConfig
+from internvl_jax.arguments import LOSS_WEIGHTS, MeshConfig, PreferenceConfig
 from internvl_jax.assembly import (
   describe_copies,
   describe_model,
   execution,
   make_objective,
-  preference_terms,
 )
 from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, PreferenceBatch, SFTBatch
+from internvl_jax.config import TrainConfig
 from internvl_jax.hf import published
 from internvl_jax.losses import preference
 from internvl_jax.losses.preference import LossSettings, PairLogProbs
@@ -61,14 +62,51 @@ def test_losses_are_trls_batch_after_batch(case, padding):
     np.testing.assert_allclose(settings.beta * logps.rejected_ratio[places], rejected, rtol=1e-5)
 
 
-def test_the_configuration_names_the_losses_there_are():
-  assert preference.KINDS == PREFERENCE_LOSSES
-  terms = preference_terms(PreferenceConfig(loss_type="ipo, bco_pair", ipo_loss_weight=0.8))
-  assert terms == (("ipo", 0.8), ("bco_pair", 1.0))
-  for kind in preference.KINDS:
-    assert preference_terms(PreferenceConfig(loss_type=kind, **{f"{kind}_loss_weight": 3.0})) == (
-      (kind, 3.0),
+def test_losses_of_a_configuration_have_its_weights():
+  assert set(LOSS_WEIGHTS) <= set(preference.LOSSES)
+  assert PreferenceConfig(loss_type="ipo, bco_pair", ipo_loss_weight=0.8).terms == (
+    ("ipo", 0.8),
+    ("bco_pair", 1.0),
+  )
+  assert PreferenceConfig(loss_type="ipo,sppo", loss_weights=(0.5, 2)).terms == (("ipo", 0.5), ("sppo", 2))
+  assert PreferenceConfig(loss_type="sppo").terms == (("sppo", 1.0),), "a loss without a field of its own"
+  for kind, name in LOSS_WEIGHTS.items():
+    assert PreferenceConfig(loss_type=kind, **{name: 3.0}).terms == ((kind, 3.0),)
+
+
+def test_a_new_loss_is_one_place(monkeypatch):
+  """A line in the table: its name is allowed, weighted, smoothed or not, and computed by the objective."""
+
+  def apo_zero(logps, weights, settings, running):
+    return (
+      1
+      - jax.nn.sigmoid(settings.beta * logps.chosen_ratio)
+      + jax.nn.sigmoid(settings.beta * logps.rejected_ratio)
     )
+
+  line = preference.PreferenceLoss(function=apo_zero, paper="2408.06266", per_token=True)
+  monkeypatch.setitem(preference.LOSSES, "apo_zero", line)
+  config = TrainConfig()
+  config.preference.loss_type, config.preference.loss_weights = "sigmoid,apo_zero", (0.75, 0.25)
+  assert list(config_checks._preference_problems(config)) == []
+  config.preference.label_smoothing = 0.1
+  assert not config_checks.idle_settings(config)
+  config.preference.loss_type, config.preference.loss_weights = "apo_zero", ()
+  (said,) = config_checks.idle_settings(config)
+  assert "label_smoothing" in said and "apo_zero" not in said
+  logps = PairLogProbs(*(jnp.array([x]) for x in (-2.0, -6.0, -4.0, -3.0)))
+  objective = PreferenceOptimization(
+    model=None,
+    how=None,
+    normalize_type="imagenet",
+    terms=(("apo_zero", 0.25),),
+    settings=LossSettings(0.5, 0.0),
+  )
+  total, terms = objective._weighted_losses(
+    logps, jnp.array([[2.0, 3.0]]), jnp.ones(1), preference.initial_running()
+  )
+  expected = 1 - 1 / (1 + np.exp(-0.5 * 1.0)) + 1 / (1 + np.exp(0.5 * 1.0))
+  np.testing.assert_allclose([total, terms["losses/apo_zero"]], [0.25 * expected, expected], rtol=1e-6)
 
 
 # --- The objective ------------------------------------------------------------------------------------------
