@@ -16,7 +16,7 @@ from internvl_jax.storage.paths import BucketPath
 
 _SERVERS = {
   "s3": ("-m", "moto.server", "-H", "127.0.0.1", "-p"),
-  "gs": (str(Path(__file__).parents[1] / "gcs_emulator.py"),),
+  "gs": (str(Path(__file__).parent / "gcs_emulator.py"),),
 }
 
 

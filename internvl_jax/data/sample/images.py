@@ -8,7 +8,7 @@ import io
 import os
 import stat
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -18,6 +18,7 @@ from internvl_jax.data.sample import content, depth, notes, tiling
 from internvl_jax.data.sample.notes import Note, note
 from internvl_jax.data.sample.pool import TilePool
 from internvl_jax.data.source import files
+from internvl_jax.data.source.media import Content, Media, name_of
 from internvl_jax.data.where import DataError, Where
 from internvl_jax.errors import did_you_mean
 
@@ -47,35 +48,19 @@ def normalization(normalize_type: str) -> tuple[np.ndarray, np.ndarray]:
   return np.asarray(mean, np.float32), np.asarray(std, np.float32)
 
 
-class Fetched(NamedTuple):
-  """A remote image file that is looked at more than once.
-
-  Attributes:
-    path: its URL.
-    content: its bytes.
-  """
-
-  path: str
-  content: bytes
-
-
-Source = str | Fetched
-"""An image file: its path or URL, or what was fetched from there."""
-
-
-def fetched(path: str, where: Where) -> Source:
-  """Returns the source of an image of which both the size and the pixels will be read: a remote one is fetched.
+def fetched(source: Media, where: Where) -> Media:
+  """Fetches a remote image, of which both the size and the pixels will be read; others stay as they are.
 
   Raises:
     DataError: it cannot be fetched.
   """
-  if not files.is_remote(path):
-    return path
-  with _named_errors(path, lambda: path, where):
-    return Fetched(path, files.read_bytes(path))
+  if not isinstance(source, str) or not files.is_remote(source):
+    return source
+  with _named_errors(source, lambda: source, where):
+    return Content(source, files.read_bytes(source))
 
 
-def open_image(source: Source, where: Where, noted: list[Note] | None = None) -> Image.Image:
+def open_image(source: Media, where: Where, noted: list[Note] | None = None) -> Image.Image:
   """Returns the decoded image as RGB, in the orientation in which it is stored.
 
   Values of more than 8 bits are scaled, see `depth`. Else it is what Pillow makes of it, as in the reference.
@@ -93,8 +78,8 @@ def open_image(source: Source, where: Where, noted: list[Note] | None = None) ->
     # Converting what is RGB already would copy it.
     whole, scaled = depth.to_rgb(image) if image.mode != "RGB" else (image, "")
     if noted is not None:
-      path = source if isinstance(source, str) else source.path
-      noted += [note(kind, where, f"image {path} {what}") for kind, what in _remarks(image, scaled)]
+      name = name_of(source)
+      noted += [note(kind, where, f"image {name} {what}") for kind, what in _remarks(image, scaled)]
     return whole
 
 
@@ -148,7 +133,7 @@ def _shows_through(image: Image.Image) -> bool:
   return any(count and alpha < 255 for count, alpha in zip(used, opacity, strict=False))
 
 
-def image_size(source: Source, where: Where) -> tuple[int, int]:
+def image_size(source: Media, where: Where) -> tuple[int, int]:
   """Returns (width, height) from an image's header. Of a remote image no more is fetched, where its format has one.
 
   Pillow reads all of a WebP or AVIF file before it tells its size.
@@ -161,17 +146,16 @@ def image_size(source: Source, where: Where) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _opened(source: Source, where: Where, *, header: bool) -> Iterator[Image.Image]:
+def _opened(source: Media, where: Where, *, header: bool) -> Iterator[Image.Image]:
   """An image that is open, with what goes wrong in the body named. With `header`, its pixels will not be read."""
-  path = source if isinstance(source, str) else source.path
-  if not files.is_remote(path):
-    _check_file(path, where)
-  opened: Any = path
-  with _named_errors(path, lambda: opened, where):
-    if isinstance(source, Fetched):
+  if isinstance(source, str) and not files.is_remote(source):
+    _check_file(source, where)
+  opened: Any = source
+  with _named_errors(source, lambda: opened, where):
+    if not isinstance(source, str):
       opened = io.BytesIO(source.content)
-    elif files.is_remote(path):
-      opened = files.open_file(path) if header else io.BytesIO(files.read_bytes(path))
+    elif files.is_remote(source):
+      opened = files.open_file(source) if header else io.BytesIO(files.read_bytes(source))
     with Image.open(opened) as image:
       if image.format == "EPS":
         raise OSError(
@@ -181,8 +165,9 @@ def _opened(source: Source, where: Where, *, header: bool) -> Iterator[Image.Ima
 
 
 @contextlib.contextmanager
-def _named_errors(path: str, opened: Callable[[], Any], where: Where) -> Iterator[None]:
+def _named_errors(source: Media, opened: Callable[[], Any], where: Where) -> Iterator[None]:
   """Names the image that cannot be fetched or decoded; `opened` tells what Pillow was given."""
+  path = name_of(source)
   try:
     yield
   except FileNotFoundError as error:
@@ -194,7 +179,7 @@ def _named_errors(path: str, opened: Callable[[], Any], where: Where) -> Iterato
   except Exception as error:
     # Pillow has no list of what its decoders raise for damaged files: RuntimeError from AVIF, NotImplementedError
     # from DDS, struct.error and others were seen.
-    if _is_empty(path):
+    if _is_empty(source):
       raise where.error(f"image {path} is empty (0 bytes); restore it or delete the line") from error
     if kind := _kind_of_file(path, opened()):
       what = f"cannot be decoded: it is {kind}; {content.remedy(kind, image=True)}"
@@ -232,9 +217,11 @@ def _kind_of_file(path: str, opened: Any) -> str | None:
     return None
 
 
-def _is_empty(path: str) -> bool:
+def _is_empty(source: Media) -> bool:
+  if not isinstance(source, str):
+    return not source.content
   try:
-    status = files.look(path)
+    status = files.look(source)
   except OSError:  # What went wrong with the content is the better message.
     return False
   return status.is_file and status.size == 0

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from internvl_jax.data.sample import video
+from internvl_jax.data.source.media import Media, is_media, name_of
 from internvl_jax.data.where import Where, shown
 
 # No image format has sides beyond 32 bits; Python's integers go on until they overflow a float.
@@ -27,8 +28,8 @@ def stated_sizes(record: Mapping[str, Any], num_images: int) -> list[tuple[int, 
   return sizes if whole and len(widths) == len(heights) == num_images else None
 
 
-def image_paths(record: dict[str, Any], where: Where) -> list[str]:
-  """Returns the paths of the line's images as written; none for text only.
+def image_paths(record: dict[str, Any], where: Where) -> list[Media]:
+  """Collects the line's images as written; none for text only.
 
   Raises:
     DataError: they are none.
@@ -36,13 +37,13 @@ def image_paths(record: dict[str, Any], where: Where) -> list[str]:
   image = record.get("image")
   paths = image if isinstance(image, list) else [] if image in (None, "") else [image]
   for path in paths:
-    if not isinstance(path, str) or not path:
+    if not is_media(path):
       raise where.error(f"'image' must be a path or a list of paths, got {shown(image)}")
   return paths
 
 
 def video_of(record: dict[str, Any], where: Where) -> video.Source | None:
-  """Returns the path of the line's video as written, or those of its frames; None without one.
+  """Finds the line's video as written, or its frames; None without one.
 
   Raises:
     DataError: it is none, or there are images beside it.
@@ -53,13 +54,13 @@ def video_of(record: dict[str, Any], where: Where) -> video.Source | None:
   if isinstance(path, list) and len(path) == 1:
     path = path[0]  # others list the videos of a line, and each as its path or those of its frames
   paths = path if isinstance(path, list) else [path]
-  if not paths or not all(isinstance(each, str) and each for each in paths):
+  if not paths or not all(map(is_media, paths)):
     raise where.error(f"'video' must be one path or those of its frames, got {shown(path)}")
   if record.get("image"):
     raise where.error(
       f"the line has both 'image' {shown(record['image'])} and 'video' {shown(path)}; keep one"
     )
-  if all(map(video.is_image_name, paths)):
+  if all(video.is_image_name(name_of(each)) for each in paths):
     return tuple(paths)
   if len(paths) > 1:
     raise where.error(

@@ -22,7 +22,7 @@ from internvl_jax.data.sample.tokenize import (
   human_texts,
   with_placeholder,
 )
-from internvl_jax.data.source import files
+from internvl_jax.data.source.media import Media, join
 from internvl_jax.data.source.meta import DatasetSpec
 from internvl_jax.data.source.sizes import Size
 from internvl_jax.data.where import Where
@@ -273,14 +273,12 @@ class SampleMaker:
       preference.pair_of(plain, where)
     return plain
 
-  def _sources(self, record: dict[str, Any], where: Where) -> list[images.Source]:
+  def _sources(self, record: dict[str, Any], where: Where) -> list[Media]:
     """Returns the files of the line's images."""
     paths = [] if media.video_of(record, where) else media.image_paths(record, where)
-    return [images.fetched(files.join(self.spec.root, path, where), where) for path in paths]
+    return [images.fetched(join(self.spec.root, path, where), where) for path in paths]
 
-  def _plan(
-    self, record: Any, where: Where, frames: int, sources: Callable[[], list[images.Source]] | None
-  ) -> _Plan:
+  def _plan(self, record: Any, where: Where, frames: int, sources: Callable[[], list[Media]] | None) -> _Plan:
     shapes = self._shapes(record, where, frames, sources)
     full = shape = next(shapes)
     if self.limits.policy == "shrink_tiles":
@@ -307,7 +305,7 @@ class SampleMaker:
     return preference.shared_tokens(shape.chats, [count * self.tokens_per_tile for count in shape.tiles])
 
   def _shapes(
-    self, record: Any, where: Where, frames: int, sources: Callable[[], list[images.Source]] | None
+    self, record: Any, where: Where, frames: int, sources: Callable[[], list[Media]] | None
   ) -> Iterator[_Shape]:
     """Yields what the sample is as the settings say, and then with ever smaller images or fewer frames.
 
@@ -325,7 +323,7 @@ class SampleMaker:
     chats = self._chats(record, len(paths), where)
     pixels = media.stated_sizes(record, len(paths)) if sources is None else None
     if pixels is None:
-      found = sources() if sources else [files.join(self.spec.root, path, where) for path in paths]
+      found = sources() if sources else [join(self.spec.root, path, where) for path in paths]
       pixels = [images.image_size(source, where) for source in found]
     least = self.data.min_dynamic_patch
     most = max(least, max_grid_tiles(self.spec, self.data) // max(len(paths), 1))
@@ -369,7 +367,7 @@ class SampleMaker:
     record: dict[str, Any],
     where: Where,
     limit: int,
-    sources: Sequence[images.Source],
+    sources: Sequence[Media],
     chosen: slice,
     rng: np.random.Generator | None,
     pool: TilePool | None,
@@ -409,9 +407,9 @@ class SampleMaker:
 
   def _rooted(self, path: video.Source, where: Where) -> video.Source:
     """Returns where a video, or each of its frames, lies."""
-    if isinstance(path, str):
-      return files.join(self.spec.root, path, where)
-    return tuple(files.join(self.spec.root, frame, where) for frame in path)
+    if isinstance(path, tuple):
+      return tuple(join(self.spec.root, frame, where) for frame in path)
+    return join(self.spec.root, path, where)
 
   def _pad_color(self) -> tuple[int, int, int] | None:
     pad = self.data.pad2square and not self.spec.data_augment

@@ -23,6 +23,7 @@ from PIL import Image
 from internvl_jax.data.sample import images, video_file
 from internvl_jax.data.sample.notes import Note
 from internvl_jax.data.source import files
+from internvl_jax.data.source.media import Media, name_of
 from internvl_jax.data.where import DataError, Where, shown
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
@@ -41,8 +42,8 @@ _GIF_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.Dec
 
 Sampling = np.random.Generator | Literal["middle"]
 
-Source = str | tuple[str, ...]
-"""A video: its path or URL; or those of its frames, in order."""
+Source = Media | tuple[Media, ...]
+"""A video: its path, its URL or its bytes; or those of its frames, in order."""
 
 
 def is_image_name(path: str) -> bool:
@@ -122,16 +123,16 @@ def planned_frames(
   wanted = num_wanted(rng, min_num_frame, max_num_frame)
   if isinstance(path, tuple):
     return min(wanted, len(_listed(path, where, span)))
-  found = _look(path, where)
+  found, name = _look(path, where), name_of(path)
   if found.is_folder:
-    return min(wanted, len(_folder_images(path, where, span)))
-  if not _named_gif(path):
+    return min(wanted, len(_folder_images(name, where, span)))
+  if not _named_gif(name):
     return wanted
-  with _local_copy(path, found, where) as copy, _all_errors_named(path, where):
+  with _local_copy(path, found, where) as copy, _all_errors_named(name, where):
     if not _is_gif(copy):
       return wanted
-    with _opened_gif(copy, path, where) as gif:
-      return min(wanted, len(_gif_range(gif, path, span, where)))
+    with _opened_gif(copy, name, where) as gif:
+      return min(wanted, len(_gif_range(gif, name, span, where)))
 
 
 def read_frames(
@@ -163,7 +164,7 @@ def iter_frames(
   One at a time, because 32 frames of a large video are most of a gigabyte.
 
   Args:
-    path: a video file, a gif, a folder of images or the images themselves; paths or URLs.
+    path: a video file, a gif, a folder of images or the images themselves; paths, URLs or bytes.
     where: the line that names it, for errors.
     min_num_frame: fewest frames wanted.
     max_num_frame: most frames wanted.
@@ -180,13 +181,13 @@ def iter_frames(
   if isinstance(path, tuple):
     yield from _image_frames(_listed(path, where, span), where, wanted, sampling, noted)
     return
-  found = _look(path, where)
+  found, name = _look(path, where), name_of(path)
   if found.is_folder:
-    yield from _image_frames(_folder_images(path, where, span), where, wanted, sampling, noted)
+    yield from _image_frames(_folder_images(name, where, span), where, wanted, sampling, noted)
     return
-  with _local_copy(path, found, where) as copy, _all_errors_named(path, where):
-    read = _gif_frames if _named_gif(path) and _is_gif(copy) else _file_frames
-    yield from read(copy, path, where, wanted, sampling, span)
+  with _local_copy(path, found, where) as copy, _all_errors_named(name, where):
+    read = _gif_frames if _named_gif(name) and _is_gif(copy) else _file_frames
+    yield from read(copy, name, where, wanted, sampling, span)
 
 
 def _file_frames(
@@ -248,26 +249,31 @@ def _frames_between(
   return range(first, max(stop, first + 1))
 
 
-def _look(path: str, where: Where) -> files.Status:
-  """Returns what a path leads to: a folder, or a file that has content."""
-  if path.endswith("/") and files.is_remote(path):
+def _look(media: Media, where: Where) -> files.Status:
+  """Finds out what a video is: a folder, or a file that has content."""
+  name = name_of(media)
+  if isinstance(media, str) and media.endswith("/") and files.is_remote(media):
     return files.Status(is_folder=True, is_file=False, size=None)
-  with _named_errors(path, where):
-    found = files.look(path)
+  with _named_errors(name, where):
+    if isinstance(media, str):
+      found = files.look(media)
+    else:
+      found = files.Status(is_folder=False, is_file=True, size=len(media.content))
   if not found.is_folder:
     if not found.is_file:  # opening a pipe would wait for ever
-      raise where.error(f"video {path} is not a file; name a video file or a folder of images")
+      raise where.error(f"video {name} is not a file; name a video file or a folder of images")
     if found.size == 0:
-      raise where.error(f"video {path} is empty (0 bytes); restore it or delete the line")
+      raise where.error(f"video {name} is empty (0 bytes); restore it or delete the line")
   return found
 
 
 @contextlib.contextmanager
-def _local_copy(path: str, found: files.Status, where: Where) -> Iterator[str]:
+def _local_copy(media: Media, found: files.Status, where: Where) -> Iterator[str]:
   """Gives a file on a local disk with the video's content, for the time of the `with`."""
+  content = None if isinstance(media, str) else media.content
   with contextlib.ExitStack() as stack:
-    with _named_errors(path, where):
-      copy = stack.enter_context(files.local_copy(path, found.size))
+    with _named_errors(name_of(media), where):
+      copy = stack.enter_context(files.local_copy(name_of(media), found.size, content))
     yield copy
 
 
@@ -312,13 +318,13 @@ def _is_gif(path: str) -> bool:
 
 
 def _image_frames(
-  paths: Sequence[str], where: Where, wanted: int, sampling: Sampling, noted: list[Note] | None
+  paths: Sequence[Media], where: Where, wanted: int, sampling: Sampling, noted: list[Note] | None
 ) -> Iterator[Image.Image]:
   for index in frame_indices(len(paths), min(wanted, len(paths)), sampling):
     yield images.open_image(paths[index], where, noted)
 
 
-def _listed(paths: tuple[str, ...], where: Where, span: tuple[float, float] | None) -> tuple[str, ...]:
+def _listed(paths: tuple[Media, ...], where: Where, span: tuple[float, float] | None) -> tuple[Media, ...]:
   if span is not None:
     raise where.error(
       f"'clip' [{span[0]:g}, {span[1]:g}] cuts a list of {len(paths)} images, which have no seconds; list the clip's "

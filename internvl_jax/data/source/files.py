@@ -192,16 +192,17 @@ def open_file(path: str) -> BinaryIO:
 
 
 @contextlib.contextmanager
-def local_copy(path: str, size: int | None = None) -> Iterator[str]:
+def local_copy(path: str, size: int | None = None, content: bytes | None = None) -> Iterator[str]:
   """Gives the path of a file with the same content and suffix on a local disk, for the time of the `with`.
 
-  A local file stands for itself. The copy of a remote one lies in the folder of temporary files (`TMPDIR`).
+  A local file stands for itself. Other copies lie in the folder of temporary files (`TMPDIR`).
 
   Args:
     path: the file.
     size: how many bytes it has, if that is known; the copy must have as many.
+    content: its bytes, where they are at hand; `path` is then no more than a name.
   """
-  if not is_remote(path):
+  if content is None and not is_remote(path):
     yield path
     return
   folder, end = tempfile.gettempdir(), suffix(path)
@@ -211,7 +212,10 @@ def local_copy(path: str, size: int | None = None) -> Iterator[str]:
   except OSError as error:
     raise FetchError(f"{folder} cannot hold a copy ({error}); {remote.OTHER_FOLDER}") from error
   try:
-    _download(path, copy, size)
+    if content is None:
+      _download(path, copy, size)
+    else:
+      pathlib.Path(copy).write_bytes(content)
     yield copy
   finally:
     _remove(copy)
