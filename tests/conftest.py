@@ -2,11 +2,10 @@
 
 import os
 import signal
-import subprocess
-import sys
-import tempfile
 
 import pytest
+
+from tests.support import compiling
 
 # Tests run on the CPU, as eight devices, so that meshes can be tried anywhere. Set before JAX is imported, and
 # only if unset: `JAX_PLATFORMS=cuda pytest -m gpu` runs the tests that need a GPU on one.
@@ -26,22 +25,10 @@ if os.environ.get("INTERNVL_JAX_PARITY"):
   import torchvision  # noqa: F401
 
 
-def _known(flags: str) -> bool:
-  """Whether this version of XLA knows the flags; it ends a process that gives it others."""
-  command = [sys.executable, "-c", "import jax; jax.devices()"]
-  environment = {**os.environ, "XLA_FLAGS": flags}
-  return subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0
-
-
-# Tests compile many small programs and run each a few times: little optimisation, where there is a choice the emitter
-# of kernels that takes a third of the other's time, and no program twice, also among the processes that tests start.
-if "XLA_FLAGS" not in os.environ:
-  quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-  quicker = f"{quick} --xla_cpu_use_fusion_emitters=false"
-  os.environ["XLA_FLAGS"] = quicker if _known(quicker) else quick
-_CACHE = tempfile.TemporaryDirectory(prefix="internvl_jax_test_")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+compiling.set_up()
+# Workers of the test runner find it tidy.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+  compiling.tidy()
 
 
 @pytest.fixture(autouse=True)

@@ -151,6 +151,40 @@ def test_skipped_steps_are_counted_and_leave_the_mean_alone(tmp_path, caplog):
   assert len(said) == 3 and "step 2: loss=nan" in said[0] and said[0].endswith("vqa.jsonl:10")
 
 
+def test_steps_between_two_entries_go_on_after_a_restart(tmp_path):
+  """The entry after a restart is that of a run without one: its losses, terms and skipped steps are of all its steps."""
+  training = TrainingArguments(logging_steps=3, disable_tqdm=True)
+
+  def add(log, steps):
+    log.start(steps[0] - 1)
+    for step in steps:
+      loss = jnp.float32(np.nan if step == 4 else step)
+      terms = {"margin": jnp.float32(10 * step)}
+      log.add(
+        step, StepMetrics(loss, jnp.float32(1), jnp.bool_(step == 4), COUNTS, terms), next_rate=1, times=None
+      )
+
+  def log_after(*parts):
+    state = None
+    for number, steps in enumerate(parts):
+      with make_log(tmp_path / f"{len(parts)}{number}", training, 6) as log:
+        if state is not None:
+          log.restore(state)
+        add(log, steps)
+        assert log.skipped_in_a_row == (steps[-1] == 4)
+        # What a checkpoint keeps is text.
+        state = json.loads(json.dumps(log.state()))
+    return log.history, log.skipped_steps
+
+  expected, skipped = log_after([1, 2, 3, 4, 5, 6])
+  assert [(entry["loss"], entry["margin"]) for entry in expected] == [
+    (2.0, 20.0),
+    (5.5, 55.0),
+  ] and skipped == 1
+  for cut in (2, 3, 4, 5):
+    assert log_after(range(1, cut + 1), range(cut + 1, 7)) == (expected, 1), cut
+
+
 def test_a_run_of_skipped_steps_alone_does_not_end_well(tmp_path):
   """Nor does it leave a checkpoint, from which the same command would go on to the end."""
   with pytest.raises(UserError, match=r"nothing was trained and no model is written: .* each of the 6 steps"):

@@ -65,6 +65,10 @@ class GreedyDecoder:
       answers += [self.cut(row) for row in tokens[: len(group)]]
     return answers
 
+  def choose(self, logits: jax.Array) -> jax.Array:
+    """The next token of each row, int [B], by its logits [B, V]."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
   def cut(self, row: np.ndarray) -> np.ndarray:
     """The token ids up to the first one that ends an answer."""
     ends = np.flatnonzero(np.isin(row, self.stop_ids))
@@ -117,7 +121,7 @@ class GreedyDecoder:
     cache = decoder.make_cache(B, S + self.max_new_tokens, self.how.dtype)
     run = functools.partial(decoder.extend, kernels=self.how.kernels)
     hidden, cache = run(x, cache, jnp.int32(0), positions=positions, segment_ids=segment_ids)
-    first = jnp.argmax(model.logits(hidden[:, -1:])[:, 0], axis=-1).astype(jnp.int32)
+    first = self.choose(model.logits(hidden[:, -1:])[:, 0])
     real = segment_ids.max(axis=1)
     stop_ids = jnp.array(self.stop_ids, jnp.int32)
 
@@ -133,7 +137,7 @@ class GreedyDecoder:
       hidden, cache = run(
         x, cache, S + i, positions=(positions[:, -1] + 1 + i)[:, None], segment_ids=real[:, None]
       )
-      token = jnp.argmax(model.logits(hidden[:, -1:])[:, 0], axis=-1).astype(jnp.int32)
+      token = self.choose(model.logits(hidden[:, -1:])[:, 0])
       return i + 1, token, cache, done, out
 
     out = jnp.full((B, self.max_new_tokens), self.stop_ids[0], jnp.int32)

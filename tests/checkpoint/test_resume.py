@@ -11,6 +11,7 @@ import pytest
 
 from internvl_jax.checkpoint.checkpointer import Checkpointer
 from internvl_jax.errors import UserError
+from internvl_jax.outputs import checkpoint_steps, newest_checkpoint
 from internvl_jax.state import TrainState
 from tests.support.harness import on_one_device
 
@@ -40,6 +41,29 @@ def test_save_and_restore(tmp_path):
   assert loader == {"next_step": 3} and trainer == {"log_history": [{"loss": 1.5}]}
   with pytest.raises(UserError, match=r"first: a\.0:3\.kernel is \(3, 2\) there, None here"):
     reader.restore(make_state(b=[0.0, 0.0]))
+  reader.close()
+
+
+def test_the_newest_is_restored_and_kept(tmp_path):
+  """Of steps whose names sort otherwise; the optimizer's numbers and the log are of the same step."""
+  state = make_state(b=[1.0, 2.0])
+  writer = Checkpointer(tmp_path, keep=2)
+  for step in (8, 9, 10):
+    later = jax.tree.map(lambda leaf, step=step: leaf + step, state)
+    writer.save(later, loader={"next_step": step}, trainer={"log_history": [{"step": step}]})
+    writer.wait()
+  assert writer.steps == [9, 10] and writer.latest_step == 10
+  writer.close()
+  assert newest_checkpoint(str(tmp_path)) == 10 and checkpoint_steps(str(tmp_path)) == [10, 9]
+
+  reader = Checkpointer(tmp_path, keep=2)
+  assert reader.latest_step == 10
+  restored, loader, trainer = reader.restore(state)
+  assert loader == {"next_step": 10} and trainer == {"log_history": [{"step": 10}]}
+  np.testing.assert_array_equal(restored.params["b"], [11, 12])
+  assert [int(leaf.max()) for leaf in jax.tree.leaves(restored.opt_state)] == [10] * 3
+  older, _, _ = reader.restore(state, step=9)
+  assert int(older.step) == 9
   reader.close()
 
 

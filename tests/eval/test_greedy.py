@@ -1,15 +1,20 @@
-"""Answers on a mesh are those of one device, and the cache is spread over it."""
+"""Greedy answers: their logits, where they end, and that a mesh changes neither them nor the size of its cache."""
+
+import functools
+from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from internvl_jax.arguments import MeshConfig
+from internvl_jax.batch import NO_IMAGE
 from internvl_jax.errors import UserError
 from internvl_jax.eval.greedy import GreedyDecoder, Prompt
 from internvl_jax.inference import open_for_inference
 from internvl_jax.models.functional import define
-from internvl_jax.models.internvl import Execution, InternVL
+from internvl_jax.models.internvl import Execution, InternVL, normalize_tiles
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.parallel import rules
 from tests.parallel.test_parallel import VOCAB, model
@@ -31,6 +36,93 @@ def prompts():
   return found
 
 
+@functools.cache
+def parts(name):
+  """A model and its parameters: large enough that what a token sees decides about the next."""
+  config = model(name)
+  definition = define(lambda rngs: InternVL(config, rngs=rngs))
+  rng = np.random.default_rng(1)
+  params = {path: rng.normal(size=leaf.shape).astype("f4") / 4 for path, leaf in definition.shapes.items()}
+  return definition, params
+
+
+def make_decoder(definition, kind=GreedyDecoder, stop_ids=(VOCAB,)):
+  return kind(
+    model=definition,
+    how=Execution(),
+    normalize_type="imagenet",
+    image_token_id=IMAGE,
+    stop_ids=stop_ids,
+    max_new_tokens=NEW,
+    batch_size=ROWS,
+  )
+
+
+class Recording(GreedyDecoder):
+  """Keeps the logits that each token was chosen by."""
+
+  logits: ClassVar[list] = []
+
+  def choose(self, logits):
+    jax.debug.callback(lambda value: self.logits.append(np.asarray(value)), logits, ordered=True)
+    return super().choose(logits)
+
+
+def all_logits(definition, params, rows):
+  """Logits [B, S, V] of whole rows of ids, padded on the right, and their tiles in order: what training computes."""
+  longest = max(map(len, rows))
+  ids = jnp.stack([jnp.pad(row, (0, longest - len(row))) for row in rows])
+  valid = jnp.arange(longest) < jnp.array([[len(row)] for row in rows])
+  is_image = (ids == IMAGE) & valid
+  index = jnp.where(is_image, (jnp.cumsum(is_image) - 1).reshape(ids.shape), NO_IMAGE)
+  tiles = jnp.concatenate([prompt.tiles for prompt in prompts()])
+
+  @jax.jit
+  def run(params):
+    model = definition.bind(params)
+    features = model.extract_features(normalize_tiles(tiles, "imagenet"), Execution())
+    x = model.embed(ids, index, features.reshape(1, -1, features.shape[-1]), Execution())
+    positions = jnp.broadcast_to(jnp.arange(longest), ids.shape)
+    hidden, _ = model.decode(x, Execution(), positions=positions, segment_ids=valid.astype("i4"))
+    return model.logits(hidden)
+
+  return np.asarray(run(params))
+
+
+def test_logits_are_those_of_the_whole_row_and_answers_end_at_their_stop_token():
+  """A cache, padding on the left and rows of other lengths beside it change no logit; each row is computed at once."""
+  definition, params = parts("dense")
+  params = jax.device_put(params, jax.devices()[0])
+  Recording.logits.clear()
+  answers = make_decoder(definition, Recording)(params, prompts())
+  found = np.stack(Recording.logits, axis=1)  # And those behind the last token.
+  assert {len(answer) for answer in answers} == {NEW} and found.shape == (ROWS, NEW + 1, VOCAB)
+  rows = [
+    np.concatenate([prompt.input_ids, answer]) for prompt, answer in zip(prompts(), answers, strict=True)
+  ]
+  for logits, expected, prompt in zip(found, all_logits(definition, params, rows), prompts(), strict=True):
+    expected = expected[len(prompt.input_ids) - 1 :][: NEW + 1]
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+  stop = int(answers[1][2])
+  stopped = make_decoder(definition, stop_ids=(VOCAB, stop))(params, prompts())
+  for answer, before in zip(stopped, answers, strict=True):
+    ends = np.flatnonzero(before == stop)
+    np.testing.assert_array_equal(answer, before[: ends[0]] if len(ends) else before)
+  assert len(stopped[1]) < NEW
+
+
+def test_what_is_said_of_answers():
+  decoder = make_decoder(None, stop_ids=(7, 9))
+  assert decoder.cut(np.array([3, 9, 4, 7])).tolist() == [3] and decoder.cut(np.array([3, 4])).tolist() == [
+    3,
+    4,
+  ]
+  lines = decoder.unusual_ends([np.zeros(0), np.ones(NEW), np.ones(NEW), np.ones(NEW - 1)])
+  assert [line[:6] for line in lines] == ["1 of 4", "2 of 4"]
+  assert decoder.unusual_ends([np.ones(2)]) == []
+
+
 @pytest.mark.parametrize(
   ("name", "axes"),
   [
@@ -41,18 +133,8 @@ def prompts():
 )
 def test_answers_on_a_mesh(name, axes):
   config = model(name)
-  definition = define(lambda rngs: InternVL(config, rngs=rngs))
-  rng = np.random.default_rng(1)
-  params = {path: rng.normal(size=leaf.shape).astype("f4") / 4 for path, leaf in definition.shapes.items()}
-  decoder = GreedyDecoder(
-    model=definition,
-    how=Execution(),
-    normalize_type="imagenet",
-    image_token_id=IMAGE,
-    stop_ids=(VOCAB,),
-    max_new_tokens=NEW,
-    batch_size=ROWS,
-  )
+  definition, params = parts(name)
+  decoder = make_decoder(definition)
   expected = decoder(jax.device_put(params, jax.devices()[0]), prompts())
   mesh = meshes.make_mesh(MeshConfig(**{"data": 1, **axes}), jax.devices()[: np.prod(list(axes.values()))])
   placed = jax.device_put(params, rules.weight_shardings(definition.axes, definition.shapes, mesh))

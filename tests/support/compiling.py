@@ -1,0 +1,98 @@
+"""How the tests' programs are compiled: quickly, each once, also from one run of the tests to the next."""
+
+import functools
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+CACHES = Path(__file__).parents[2] / ".cache" / "jax"
+"""Compiled programs of earlier runs of the tests: a folder for each kind of processor and version of JAX."""
+
+_MOST_BYTES = 2 << 30
+
+# Tests compile many small programs and run each a few times: little optimization, where there is a choice the emitter of
+# kernels that takes a third of the other's time.
+_QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+_QUICKER = f"{_QUICK} --xla_cpu_use_fusion_emitters=false"
+
+# Eight devices share few cores. XLA aborts the process where one of them has not come to a collective within 20 and then
+# another 40 seconds, as happens on a machine that has other work.
+_PATIENT = (
+  "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120 "
+  "--xla_cpu_collective_call_terminate_timeout_seconds=1200"
+)
+
+
+def set_up() -> None:
+  """Sets XLA's flags and the cache of compiled programs in the environment, as far as they are not set there.
+
+  To be called before JAX is imported; processes that tests start inherit both.
+  """
+  cache = Path(os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHES / _machine())))
+  cache.mkdir(parents=True, exist_ok=True)
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+  if "XLA_FLAGS" not in os.environ:
+    os.environ["XLA_FLAGS"] = _known_flags(cache)
+
+
+def tidy() -> None:
+  """Deletes entries of the cache that a killed process left half-written, and the oldest where they are too many.
+
+  To be called by one process, before the tests.
+  """
+  cache = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+  seen = cache / "checked"
+  since = seen.stat().st_mtime if seen.exists() else 0.0
+  files = sorted(cache.glob("*-cache"), key=lambda path: path.stat().st_mtime, reverse=True)
+  room = _MOST_BYTES
+  for path in files:
+    room -= path.stat().st_size
+    if room < 0 or (path.stat().st_mtime >= since and not _is_whole(path)):
+      path.unlink()
+  seen.touch()
+
+
+def _is_whole(entry: Path) -> bool:
+  """Whether an entry, which JAX compresses, has its end."""
+  data = entry.read_bytes()
+  if data and not data.startswith(b"\x78"):
+    return True  # By zstandard, where that is installed. JAX compiles again what it cannot read.
+  try:
+    zlib.decompress(data)
+  except zlib.error:
+    return False
+  return True
+
+
+@functools.cache
+def _machine() -> str:
+  """A name of what compiled programs depend on: the processor's instructions, and JAX's version."""
+  info = Path("/proc/cpuinfo")
+  lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
+  flags = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+  version = importlib.metadata.version("jaxlib")
+  return f"{version}-{hashlib.sha256(' '.join(flags).encode()).hexdigest()[:12]}"
+
+
+def _known_flags(cache: Path) -> str:
+  """The flags of those above that this version of XLA knows; it is asked once for each cache."""
+  asked = hashlib.sha256(f"{_QUICKER} {_PATIENT}".encode()).hexdigest()[:12]
+  noted = cache / f"flags-{asked}.txt"
+  if noted.exists() and (flags := noted.read_text()):
+    return flags
+  parts = (_QUICKER if _are_known(_QUICKER) else _QUICK, _PATIENT)
+  flags = " ".join(part for part in parts if _are_known(part))
+  noted.write_text(flags)
+  return flags
+
+
+def _are_known(flags: str) -> bool:
+  """Whether this version of XLA knows the flags; it ends a process that gives it others."""
+  command = [sys.executable, "-c", "import jax; jax.devices()"]
+  environment = {**os.environ, "XLA_FLAGS": flags}
+  return subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0
