@@ -34,7 +34,17 @@ LISTS = Path(__file__).parent / "mutants"
 NOTICED = 0.95
 
 # Imported once, before the processes that run tests are forked: it takes longer than most tests.
-_PRELOADED = ("numpy", "jax", "flax.nnx", "optax", "orbax.checkpoint", "grain", "transformers", "PIL", "pytest")
+_PRELOADED = (
+  "numpy",
+  "jax",
+  "flax.nnx",
+  "optax",
+  "orbax.checkpoint",
+  "grain",
+  "transformers",
+  "PIL",
+  "pytest",
+)
 
 _ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu",
@@ -259,7 +269,9 @@ def _parse() -> argparse.Namespace:
   parser.add_argument("--gate", action="store_true", help="against all tests of the gate")
   parser.add_argument("--limit", type=float, default=600, help="seconds that a run may take")
   parser.add_argument("--output", type=Path, help="JSON file of what was found")
-  parser.add_argument("--skip-unmutated", action="store_true", help="do not run the tests without a fault first")
+  parser.add_argument(
+    "--skip-unmutated", action="store_true", help="do not run the tests without a fault first"
+  )
   return parser.parse_args()
 
 
@@ -300,7 +312,9 @@ def main() -> int:
       print(f"without a fault: {len(every)} files pass, {whole.seconds:.0f} s", flush=True)
     for number, mutant in enumerate(chosen, 1):
       one = found[mutant.name] = tried(mutant, ["tests"] if arguments.gate else mutant.tests)
-      print(f"{number:3}/{len(chosen)} {one.seconds:5.0f} s  {mutant.name}: {one.by or 'NOT NOTICED'}", flush=True)
+      print(
+        f"{number:3}/{len(chosen)} {one.seconds:5.0f} s  {mutant.name}: {one.by or 'NOT NOTICED'}", flush=True
+      )
       if arguments.output:
         arguments.output.write_text(
           json.dumps({name: dataclasses.asdict(f) for name, f in found.items()}, indent=1)
