@@ -14,7 +14,7 @@ import gpu_rows
 from gpu_results import Results
 from gpu_timing import Timing
 from internvl_jax.aot import recipe
-from internvl_jax.assembly import Setup, describe_model, open_mesh, set_up, set_up_jax
+from internvl_jax.assembly import Setup, open_mesh, open_shapes, set_up, set_up_jax
 from internvl_jax.batch import SFTBatch, count
 from internvl_jax.compiler import compile_program
 from internvl_jax.config import TrainConfig
@@ -84,7 +84,7 @@ def prepare(case: Case, *, remat: str, pool: int | None) -> Ready:
   """Sets a case up on the first device, as far as shapes go; `pool` is the number of tiles, None the loader's."""
   config = case.config(remat)
   set_up_jax(config)
-  source = describe_model(config)
+  source = open_shapes(config)
   setup = set_up(config, source, open_mesh(config, jax.devices()[:1]))
   batch = gpu_rows.packed_batch(
     case.tokens,

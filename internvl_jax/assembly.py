@@ -29,9 +29,9 @@ from internvl_jax.hf.model import (
   Changes,
   Source,
   base_folder,
-  describe,
   open_parts,
   open_source,
+  source_of_config,
   with_projector,
 )
 from internvl_jax.hf.tokenizer import add_image_tokens, has_tokenizer, load_tokenizer
@@ -53,10 +53,9 @@ from internvl_jax.parallel import distributed, rules, zero
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.parallel.placement_table import placement_table, placement_warnings
 from internvl_jax.serving import Export, ExportSettings
-from internvl_jax.state import TrainState, with_dtypes
-from internvl_jax.state import describe as describe_parts
+from internvl_jax.state import TrainState, parameter_table, with_dtypes
 from internvl_jax.step import TrainStep
-from internvl_jax.trees import part_of, select
+from internvl_jax.trees import select, submodule_of
 
 _HELD_OUT_SHOWN = 5
 """Lines named in the message that refuses held-out data."""
@@ -101,14 +100,14 @@ def _open_tokenizer(config: TrainConfig, *, with_weights: bool) -> tuple[PreTrai
   if added:
     logging.info("Added %d image tokens to the tokenizer; it has %d tokens now", added, len(tokenizer))
   runtime = config.runtime
-  size, new_rows = vocabulary.fit(
-    tokenizer, folder, added=added, grow=runtime.grow_vocabulary, look=not runtime.random_init
+  size, new_rows = vocabulary.fit_embeddings(
+    tokenizer, folder, added=added, grow=runtime.grow_vocabulary, with_weights=not runtime.random_init
   )
   vocabulary.check_adapter(tokenizer, name)
   return tokenizer, dataclasses.replace(changes_of(config), vocab_size=size, new_tokens=new_rows)
 
 
-def describe_model(config: TrainConfig) -> Source:
+def open_shapes(config: TrainConfig) -> Source:
   """The model's shapes alone, from config.json and, where there is one, the tokenizer; no weights.
 
   A published size is not looked up on the hub: its shapes are known.
@@ -121,7 +120,7 @@ def describe_model(config: TrainConfig) -> Source:
   )
   size = published.size_of(name) if name and not os.path.isdir(name) else None
   if size is not None:
-    return describe(published.config_of(size), changes_of(config))
+    return source_of_config(published.config_of(size), changes_of(config))
   knows_tokens = has_tokenizer(base_folder(name or llm or "", with_weights=False))
   changes = _open_tokenizer(config, with_weights=False)[1] if knows_tokens else changes_of(config)
   if name:
@@ -289,7 +288,7 @@ def adapter_notes(config: TrainConfig, source: Source) -> list[str]:
     )
   others = optim.trainable_paths(config.model, source.model.shapes) - adapter_paths(source.model.shapes)
   if others:
-    parts = ", ".join(sorted({part_of(path) for path in others}))
+    parts = ", ".join(sorted({submodule_of(path) for path in others}))
     found.append(
       f"adapter/ holds the adapters alone; what else trains ({parts}) will be in the merged model only"
     )
@@ -357,10 +356,10 @@ class Setup:
     trained = select(params, self.trainable)
     return TrainState.create(trained, self.step.optimizer, self.places, self.objective.initial_running)
 
-  def describe_state(self) -> TrainState:
+  def abstract_state(self) -> TrainState:
     """The shapes of what `create_state` makes, and where they lie."""
     trained = select(self.shapes, self.trainable)
-    return TrainState.describe(trained, self.step.optimizer, self.places, self.objective.initial_running)
+    return TrainState.abstract(trained, self.step.optimizer, self.places, self.objective.initial_running)
 
 
 def set_up(
@@ -437,7 +436,7 @@ def log_parameters(setup: Setup) -> None:
     logging.info("Parameters:\n%s", "\n".join(placement_table(setup.shapes, setup.places)))
     for line in placement_warnings(setup.shapes, setup.places):
       logging.warning("%s", line)
-  logging.info("Model:\n%s", describe_parts(setup.shapes, setup.trainable))
+  logging.info("Model:\n%s", parameter_table(setup.shapes, setup.trainable))
   frozen = [path for path in EMBEDDINGS if path in setup.shapes and path not in setup.trainable]
   if setup.source.new_rows and frozen:
     logging.warning(
@@ -491,7 +490,7 @@ def reference_policy(config: TrainConfig, source: Source) -> ReferencePolicy:
   trainable = optim.trainable_paths(config.model, source.model.shapes)
   return ReferencePolicy(
     model=source.without_fresh_adapters(),
-    shares_features=not any(part_of(path) in ("vision_model", "mlp1") for path in trainable),
+    shares_features=not any(submodule_of(path) in ("vision_model", "mlp1") for path in trainable),
   )
 
 

@@ -55,7 +55,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
 }
 """Options by the platform of the devices that a program is for; what is not here was no better than XLA's own choice."""
 
-DESCRIBED: dict[str, tuple[Option, ...]] = {
+COMPILE_ONLY: dict[str, tuple[Option, ...]] = {
   "gpu": (
     Option(
       name="xla_gpu_enable_triton_gemm",
@@ -72,7 +72,7 @@ def compiler_options(
   platform: str,
   overrides: Sequence[str] = (),
   *,
-  described: bool = False,
+  compile_only: bool = False,
   environ: Mapping[str, str] = os.environ,
 ) -> dict[str, Value]:
   """Options for `lowered.compile(compiler_options=...)`.
@@ -80,10 +80,10 @@ def compiler_options(
   Args:
     platform: of the devices, as JAX calls it: "gpu", "tpu" or "cpu".
     overrides: `runtime.xla_options`, "name=value" each; they go before all else.
-    described: the devices are not there.
+    compile_only: the devices are not there.
     environ: where XLA_FLAGS is looked up; an option that it names is left to it.
   """
-  rows = OPTIONS.get(platform, ()) + (DESCRIBED.get(platform, ()) if described else ())
+  rows = OPTIONS.get(platform, ()) + (COMPILE_ONLY.get(platform, ()) if compile_only else ())
   taken = named_in_flags(environ)
   ours = {row.name: row.value for row in rows}
   if left := sorted(taken & ours.keys()):
@@ -116,19 +116,19 @@ _REFUSED = re.compile(
 
 
 def compile_program(
-  lowered: Any, platform: str, overrides: Sequence[str] = (), *, described: bool = False, **others: Value
+  lowered: Any, platform: str, overrides: Sequence[str] = (), *, compile_only: bool = False, **others: Value
 ) -> Any:
   """Compiles what was lowered; an option of ours that this XLA no longer knows is left out, with a line in the log.
 
   Args:
     lowered: what `jax.jit(...).lower(...)` returned.
-    platform, overrides, described: see `compiler_options`.
+    platform, overrides, compile_only: see `compiler_options`.
     **others: more options, such as where to dump.
 
   Raises:
     UserError: XLA does not know one of the overrides, or does not take its value.
   """
-  options = compiler_options(platform, overrides, described=described) | others
+  options = compiler_options(platform, overrides, compile_only=compile_only) | others
   asked = {parse_xla_option(text)[0]: text for text in overrides}
   while True:
     try:

@@ -53,7 +53,7 @@ def of_files(folder: AnyPath, names: Iterable[str], *, sync: bool = False) -> di
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
     synced = [pool.submit(_sync, folder / name) for name in sizes if sync]
     found = pool.map(lambda piece: (_crc_in_memory if sync else _crc)(*piece), pieces)
-    digests = {name: _joined(size, found) for name, size in sizes.items()}
+    digests = {name: _combined(size, found) for name, size in sizes.items()}
     for future in synced:
       future.result()
   return digests
@@ -86,7 +86,7 @@ def _crc_in_memory(path: AnyPath, start: int) -> int:
       return zlib.crc32(piece)
 
 
-def _joined(size: int, crcs: Iterator[int]) -> Digest:
+def _combined(size: int, crcs: Iterator[int]) -> Digest:
   """The digest of a file of that size from the CRC-32s of its pieces, which are taken from `crcs`."""
   crc = 0
   for start in range(0, size, _PIECE):

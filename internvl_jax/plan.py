@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
   config = configuration()
   shape = batch_shape(config, tokens=_TOKENS.value, tiles=_TILES.value)
   limit = None if _HBM.value is None else round(_HBM.value * reports.GIB)
-  found = look(config, shape, limit) if _SEARCH.value else compile_for(config, shape, limit)
+  found = search_devices(config, shape, limit) if _SEARCH.value else compile_for(config, shape, limit)
   if written is not None:
     with filled_file(written) as path:
       write_json(path, found)
@@ -101,7 +101,7 @@ def compile_for(config: TrainConfig, shape: BatchShape, limit: int | None) -> di
   return report.as_json() | tell_price(report, target)
 
 
-def look(config: TrainConfig, shape: BatchShape, limit: int | None) -> dict[str, Any]:
+def search_devices(config: TrainConfig, shape: BatchShape, limit: int | None) -> dict[str, Any]:
   """Looks for the fewest devices, prints what is tried and the best report; returns all of it as plain values."""
   set_up_jax(config)
   attempts = search(

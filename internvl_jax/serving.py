@@ -197,7 +197,7 @@ def _code_folder(settings: ExportSettings) -> Path | None:
     raise UserError(
       f"{settings.code_flag}={settings.code!r} has no effect in the hf layout, which needs no code; leave it out"
     )
-  folder = hub.resolve(settings.code, with_weights=False)
+  folder = hub.local_folder(settings.code, with_weights=False)
   export.auto_map(folder)
   return folder
 

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 
 from internvl_jax.models.functional import ModelDef
 from internvl_jax.parallel.rules import StateShardings, replicated
-from internvl_jax.trees import count, part_of
+from internvl_jax.trees import count, submodule_of
 
 
 @jax.tree_util.register_dataclass
@@ -55,7 +55,7 @@ class TrainState:
     return cls(step, params, opt_state, jax.jit(initial_running, out_shardings=replicated(places.mesh))())
 
   @classmethod
-  def describe(
+  def abstract(
     cls,
     params: Mapping[str, jax.ShapeDtypeStruct],
     optimizer: optax.GradientTransformation,
@@ -92,12 +92,12 @@ def with_dtypes(model: ModelDef, trainable: set[str], *, bf16: bool) -> dict[str
   }
 
 
-def describe(params: Mapping[str, Any], trainable: set[str]) -> str:
+def parameter_table(params: Mapping[str, Any], trainable: set[str]) -> str:
   """A table of the model's parts: parameters, those that train, bytes of optimizer state."""
   lines = [f"{'part':<16}{'parameters':>16}{'trainable':>16}{'optimizer bytes':>18}"]
-  parts = list(dict.fromkeys(part_of(path) for path in params))
+  parts = list(dict.fromkeys(submodule_of(path) for path in params))
   for part in [*parts, "total"]:
-    inside = {p: leaf for p, leaf in params.items() if part in (part_of(p), "total")}
+    inside = {p: leaf for p, leaf in params.items() if part in (submodule_of(p), "total")}
     training = count({p: leaf for p, leaf in inside.items() if p in trainable})
     moments = 2 * training * np.dtype(np.float32).itemsize
     lines.append(f"{part:<16}{count(inside):>16,}{training:>16,}{moments:>18,}")

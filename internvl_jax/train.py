@@ -99,7 +99,7 @@ def train(config: TrainConfig) -> bool:
   Returns:
     Whether the model is there: not where the run was told to stop.
   """
-  with distributed.joined(config.runtime.distributed, cli.report):
+  with distributed.initialized(config.runtime.distributed, cli.report):
     if jax.process_count() > 1:
       cli.set_up_logging(process=jax.process_index())
     # Before `validate`, which would end one process and leave the others waiting for it.
@@ -437,7 +437,7 @@ def go_on(
     UserError: the checkpoint is of another run.
   """
   with run.watchdog.phase("restore"):
-    state, loader_state, log_state = checkpointer.restore(run.setup.describe_state())
+    state, loader_state, log_state = checkpointer.restore(run.setup.abstract_state())
     with read_from(checkpointer.folder / str(int(state.step)), "loader"):
       loader = make_loader(state=loader_state)
   check_length(run.config.training, int(state.step), loader.total_steps)
@@ -449,7 +449,7 @@ def best_state(run: Run, checkpointer: Checkpointer, step: int) -> TrainState:
   """The state of the checkpoint whose model has the best score."""
   logging.info("The best model is that of step %d", step)
   with run.watchdog.phase("restore"):
-    return checkpointer.restore(run.setup.describe_state(), step=step)[0]
+    return checkpointer.restore(run.setup.abstract_state(), step=step)[0]
 
 
 def open_log(config: TrainConfig, setup: Setup, loader: TrainLoader) -> RunLog:

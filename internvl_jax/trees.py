@@ -57,6 +57,6 @@ def count(tree: Mapping[str, Any]) -> int:
   return sum(leaf.size for leaf in tree.values())
 
 
-def part_of(path: str) -> str:
+def submodule_of(path: str) -> str:
   """Which of the model's three parts a parameter belongs to: vision_model, mlp1 or language_model."""
   return path.split(".", 1)[0]

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from internvl_jax import compiler
 from internvl_jax.arguments import parse_xla_option
-from internvl_jax.compiler import DESCRIBED, OPTIONS, check_overrides, compile_program, compiler_options
+from internvl_jax.compiler import COMPILE_ONLY, OPTIONS, check_overrides, compile_program, compiler_options
 from internvl_jax.config import TrainConfig
 from internvl_jax.config_checks import problems
 from internvl_jax.environment import MEMORY_FRACTION, set_environment
@@ -21,7 +21,7 @@ from internvl_jax.errors import UserError
 from internvl_jax.trainer import CompiledSteps
 
 ROOT = Path(__file__).parent.parent
-ROWS = [row for table in (OPTIONS, DESCRIBED) for rows in table.values() for row in rows]
+ROWS = [row for table in (OPTIONS, COMPILE_ONLY) for rows in table.values() for row in rows]
 SCHEDULER = "xla_gpu_enable_latency_hiding_scheduler"
 
 
@@ -61,11 +61,11 @@ def test_this_xla_knows_every_option(row):
 def test_options_are_the_platforms():
   gpu = compiler_options("gpu", environ={})
   assert gpu == {row.name: row.value for row in OPTIONS["gpu"]}
-  assert compiler_options("gpu", described=True, environ={}) == gpu | {
+  assert compiler_options("gpu", compile_only=True, environ={}) == gpu | {
     "xla_gpu_enable_triton_gemm": False,
     "xla_gpu_autotune_level": 0,
   }
-  assert compiler_options("cpu", environ={}) == compiler_options("tpu", described=True, environ={}) == {}
+  assert compiler_options("cpu", environ={}) == compiler_options("tpu", compile_only=True, environ={}) == {}
 
 
 # --- Who has the last word ----------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def test_what_xla_flags_names_stays(heard):
 def test_xla_flags_may_name_a_file(tmp_path):
   file = tmp_path / "flags"
   file.write_text(f"--{SCHEDULER}=false\n--xla_gpu_autotune_level=2\n")
-  found = compiler_options("gpu", described=True, environ={"XLA_FLAGS": str(file)})
+  found = compiler_options("gpu", compile_only=True, environ={"XLA_FLAGS": str(file)})
   assert found.keys().isdisjoint({SCHEDULER, "xla_gpu_autotune_level"})
   assert "xla_gpu_enable_triton_gemm" in found
 
@@ -94,7 +94,7 @@ def test_overrides_go_before_the_table_and_xla_flags():
   overrides = (f"{SCHEDULER}=false", "xla_gpu_autotune_level=2", "xla_gpu_enable_command_buffer=")
   expected = {SCHEDULER: False, "xla_gpu_autotune_level": 2, "xla_gpu_enable_command_buffer": ""}
   for environ in ({}, {"XLA_FLAGS": f"--{SCHEDULER}=true"}):
-    found = compiler_options("gpu", overrides, described=True, environ=environ)
+    found = compiler_options("gpu", overrides, compile_only=True, environ=environ)
     assert found.items() >= expected.items()
   assert compiler_options("cpu", overrides, environ={}) == expected
 

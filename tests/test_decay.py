@@ -11,7 +11,7 @@ from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, SFTBatch
 from internvl_jax.config import TrainConfig
 from internvl_jax.hf import published
 from internvl_jax.hf.families import FAMILIES
-from internvl_jax.hf.model import describe, open_source
+from internvl_jax.hf.model import open_source, source_of_config
 from internvl_jax.hf.weights import names_of
 from tests.support import families
 from tests.support.toy import ASSETS
@@ -44,7 +44,7 @@ def test_every_family_is_in_the_table():
 
 @pytest.mark.parametrize("size", DECAYED_NORMS)
 def test_norms_that_decay(size):
-  source = describe(published.config_of(size))
+  source = source_of_config(published.config_of(size))
   family, expected = DECAYED_NORMS[size]
   assert source.raw["llm_config"]["model_type"] == family
   names = source.reference_names

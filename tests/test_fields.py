@@ -28,7 +28,7 @@ from internvl_jax.hf.tokenizer import load_tokenizer
 from internvl_jax.models.internvl import Execution, normalize_tiles
 from internvl_jax.models.lora import adapter_paths
 from internvl_jax.models.projector import pixel_shuffle
-from internvl_jax.trees import part_of
+from internvl_jax.trees import submodule_of
 from tests.support.toy import ASSETS, CURVE, CURVE_INTERNLM2
 
 INIT = CURVE / "init"
@@ -127,24 +127,24 @@ def test_mlp_path(parts):
 
 @pytest.mark.parametrize("flag", [False, True])
 def test_freeze_llm(flag):
-  assert ("language_model" in {part_of(path) for path in trainable(freeze_llm=flag)}) is not flag
+  assert ("language_model" in {submodule_of(path) for path in trainable(freeze_llm=flag)}) is not flag
 
 
 @pytest.mark.parametrize("flag", [False, True])
 def test_freeze_backbone(flag):
-  assert ("vision_model" in {part_of(path) for path in trainable(freeze_backbone=flag)}) is not flag
+  assert ("vision_model" in {submodule_of(path) for path in trainable(freeze_backbone=flag)}) is not flag
 
 
 @pytest.mark.parametrize("flag", [False, True])
 def test_freeze_mlp(flag):
-  assert ("mlp1" in {part_of(path) for path in trainable(freeze_mlp=flag)}) is not flag
+  assert ("mlp1" in {submodule_of(path) for path in trainable(freeze_mlp=flag)}) is not flag
 
 
 def test_unfreeze_vit_layers():
   thawed = {
     path
     for path in trainable(freeze_backbone=True, unfreeze_vit_layers=-1)
-    if part_of(path) == "vision_model"
+    if submodule_of(path) == "vision_model"
   }
   depth = source_of().config.vision.num_layers
   assert thawed and all(f".{depth - 1}:{depth}." in path for path in thawed)
@@ -160,24 +160,26 @@ def test_vision_select_layer():
 
 
 def test_use_backbone_lora():
-  assert {part_of(path) for path in adapter_paths(source_of(use_backbone_lora=4).model.shapes)} == {
+  assert {submodule_of(path) for path in adapter_paths(source_of(use_backbone_lora=4).model.shapes)} == {
     "vision_model"
   }
   assert source_of(use_backbone_lora=4).config.vision.lora.rank == 4
 
 
 def test_use_llm_lora():
-  assert {part_of(path) for path in adapter_paths(source_of(use_llm_lora=2).model.shapes)} == {
+  assert {submodule_of(path) for path in adapter_paths(source_of(use_llm_lora=2).model.shapes)} == {
     "language_model"
   }
-  assert {part_of(path) for path in trainable(use_llm_lora=2, freeze_backbone=True, freeze_mlp=True)} == {
-    "language_model"
-  }
+  assert {
+    submodule_of(path) for path in trainable(use_llm_lora=2, freeze_backbone=True, freeze_mlp=True)
+  } == {"language_model"}
 
 
 def test_unfreeze_lm_head():
   thawed = {
-    path for path in trainable(freeze_llm=True, unfreeze_lm_head=True) if part_of(path) == "language_model"
+    path
+    for path in trainable(freeze_llm=True, unfreeze_lm_head=True)
+    if submodule_of(path) == "language_model"
   }
   assert thawed == {"language_model.lm_head.kernel"}
 

@@ -138,7 +138,6 @@ LONG_FUNCTIONS = {
   "hf/export.py:save_model",
   "hf/export.py:save_processor",
   "hf/tokenizer.py:save_tokenizer",
-  "models/moe.py:grouped",
 }
 LONG_FILES = {
   "assembly.py",
@@ -157,7 +156,7 @@ WIDE_FUNCTIONS = {
   "data/sample/sample.py:make": "",
   "data/source/shared_sizes.py:index_sizes": "",
   "hf/export.py:save_model": "",
-  "hf/model.py:_describe": "",
+  "hf/model.py:_make_source": "",
   "losses/vocab_parallel.py:_local": "",
   "models/attention/splash.py:_kernel": "",
   "models/attention/splash.py:_on_device": "",

@@ -25,7 +25,7 @@ PARTS: Mapping[str, str] = {
 assert set(PARTS) == set(SCOPES)
 
 
-def part_of(scope: str) -> str:
+def part_of_scope(scope: str) -> str:
   """The part of the model that a scope of the traced program belongs to."""
   return next((name for key, name in PARTS.items() if key in scope), OTHER)
 
@@ -46,7 +46,7 @@ def model_flops(plan: StepPlan) -> dict[str, dict[str, int]]:
   found: dict[str, dict[str, float]] = {}
   tokens = plan.shape.tokens
   for product in _plain_products(plan):
-    phase, part = phase_of(product.scope), part_of(product.scope)
+    phase, part = phase_of(product.scope), part_of_scope(product.scope)
     if phase == "recomputed":
       continue
     share = (tokens + 1) / (2 * tokens) if product.batched and part == "LLM" else 1.0

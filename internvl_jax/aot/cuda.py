@@ -73,7 +73,7 @@ def _is_installed(module: str) -> bool:
     return False
 
 
-def describe_devices(card: Card, hosts: int, cards: int) -> list[Any]:
+def compile_only_devices(card: Card, hosts: int, cards: int) -> list[Any]:
   """Devices of so many hosts with so many cards each; call it before JAX's backends start.
 
   Raises:

@@ -13,7 +13,7 @@ import numpy as np
 
 from internvl_jax.aot import cuda
 from internvl_jax.aot.target import Target
-from internvl_jax.assembly import describe_copies, describe_model, open_mesh, set_up
+from internvl_jax.assembly import describe_copies, open_mesh, open_shapes, set_up
 from internvl_jax.batch import Batch, PreferenceBatch, SFTBatch, pairs_of_row
 from internvl_jax.compiler import compile_program
 from internvl_jax.config import TrainConfig
@@ -130,7 +130,7 @@ def plan_step(
   Raises:
     UserError: the config, the model and the devices do not fit together.
   """
-  source = describe_model(config) if source is None else source
+  source = open_shapes(config) if source is None else source
   mesh = open_mesh(config, target.devices, source.model)
   meshes.check_lengths([shape.tokens], mesh)
   setup = set_up(config, source, mesh, device=Device.of(target.devices[0]))
@@ -146,7 +146,7 @@ def plan_step(
     step=setup.step,
     mesh=mesh,
     shape=shape,
-    state=setup.describe_state(),
+    state=setup.abstract_state(),
     frozen=frozen,
     batch=batch,
     xla_options=config.runtime.xla_options,
@@ -201,7 +201,7 @@ def compile_step(
   # As `trainer.CompiledSteps` does it.
   lowered = jax.jit(plan.step.__call__, donate_argnums=0).lower(*plan.inputs)
   lowered_at = time.perf_counter()
-  if not target.described:
+  if not target.compile_only:
     compiled = compile_program(lowered, target.platform, plan.xla_options)
     seconds = time.perf_counter() - lowered_at
     return _result(compiled, compiled.as_text() or "", None, ("", ""), lowered_at - start, seconds)
@@ -213,7 +213,7 @@ def compile_step(
     try:
       # The text of a program compiled for v5p and v6e cannot be had otherwise.
       dumps = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
-      compiled = compile_program(lowered, target.platform, plan.xla_options, described=True, **dumps)
+      compiled = compile_program(lowered, target.platform, plan.xla_options, compile_only=True, **dumps)
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         if cuda.is_missing_tool(error):

@@ -238,7 +238,7 @@ def _origin(line: hlo.Instruction) -> str:
   scope = line.op_name
   if not scope:
     return re.sub(r"[.\d]+$", "", line.name)
-  return f"{costs.part_of(scope)}, {costs.phase_of(scope)}: {scope.rsplit('/', 1)[-1]}"
+  return f"{costs.part_of_scope(scope)}, {costs.phase_of(scope)}: {scope.rsplit('/', 1)[-1]}"
 
 
 def exchanges(found: list[collectives.Collective], plan: StepPlan, target: Target) -> list[Exchange]:
@@ -251,7 +251,7 @@ def exchanges(found: list[collectives.Collective], plan: StepPlan, target: Targe
   for (kind, axes, dtype), members in groups.items():
     parts: dict[str, int] = collections.defaultdict(int)
     for member in members:
-      parts[f"{costs.part_of(member.op_name)}, {costs.phase_of(member.op_name)}"] += (
+      parts[f"{costs.part_of_scope(member.op_name)}, {costs.phase_of(member.op_name)}"] += (
         member.runs * member.bytes
       )
     rows.append(

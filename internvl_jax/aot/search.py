@@ -20,13 +20,13 @@ from internvl_jax.aot.program import BatchShape, StepPlan, compile_step, plan_st
 from internvl_jax.aot.report import GIB, Report, arguments, make_report
 from internvl_jax.aot.target import Target, open_target, suggest
 from internvl_jax.arguments import MeshConfig
-from internvl_jax.assembly import describe_model
+from internvl_jax.assembly import open_shapes
 from internvl_jax.chips import GPUS, TPUS
 from internvl_jax.config import TrainConfig
 from internvl_jax.errors import UserError
 from internvl_jax.hf.model import Source
 from internvl_jax.objectives import ForwardPass
-from internvl_jax.trees import part_of
+from internvl_jax.trees import submodule_of
 
 _SHARES = (1, 2, 4, 8)
 """Chips that may share rows; beyond a host's worth of them, exchanges take over."""
@@ -118,18 +118,18 @@ def search(
   Returns:
     All attempts; the last is the answer if it fits, and otherwise nothing does.
   """
-  looking = _Search(
+  state = _Search(
     config=config,
     shape=shape,
-    source=describe_model(config),
+    source=open_shapes(config),
     limit=limit,
     level=optimization_level,
     tell=tell,
   )
   for target in map(open_target, slices(name)):
-    if any(looking.look(target, mesh) for mesh in meshes(config, len(target.devices))):
+    if any(state.fits(target, mesh) for mesh in meshes(config, len(target.devices))):
       break
-  return looking.attempts
+  return state.attempts
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -152,7 +152,7 @@ class _Search:
   attempts: list[Attempt] = dataclasses.field(default_factory=list)
   beyond: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
-  def look(self, target: Target, mesh: MeshConfig) -> bool:
+  def fits(self, target: Target, mesh: MeshConfig) -> bool:
     """Tries an arrangement, to recompute less first if there may be room for it; says whether it fits."""
     for remat in ("dots", "full"):
       plan = self._plan(target, mesh, remat)
@@ -247,7 +247,7 @@ def meshes(config: TrainConfig, chips: int) -> Iterator[MeshConfig]:
 
 
 def _has_experts(config: TrainConfig) -> bool:
-  return describe_model(config).config.text.experts is not None
+  return open_shapes(config).config.text.experts is not None
 
 
 def _changed(config: TrainConfig, mesh: MeshConfig, remat: str) -> TrainConfig:
@@ -279,7 +279,7 @@ def _saved(plan: StepPlan) -> int:
   total = 0
   if any(not path.startswith("language_model.lm_head") for path in plan.state.params):
     total += text.num_layers * tokens * text_width
-  if any(part_of(path) == "vision_model" for path in plan.state.params):
+  if any(submodule_of(path) == "vision_model" for path in plan.state.params):
     total += (vision.num_layers - (vision.split or 0)) * patches * vision_width
   return total * jax.numpy.dtype(how.dtype).itemsize
 

@@ -52,7 +52,7 @@ class Target:
     return self.devices[0].platform
 
   @property
-  def described(self) -> bool:
+  def compile_only(self) -> bool:
     """Whether the devices are only described, so that nothing can be put on them."""
     return bool(self.shape)
 
@@ -148,7 +148,7 @@ def _cards(name: str, card: Card, shape: tuple[int, ...]) -> Target:
   jax.config.update("jax_enable_compilation_cache", False)
   return Target(
     name=name,
-    devices=cuda.describe_devices(card, hosts, cards),
+    devices=cuda.compile_only_devices(card, hosts, cards),
     chip=card,
     memory=card.usable,
     shape=(hosts, cards),

@@ -143,7 +143,7 @@ class Checkpointer:
     Damaged ones that are newer are named in the log and left where they are, until the run saves the same step.
 
     Args:
-      like: shapes of a train state, and where its arrays go: `TrainState.describe`.
+      like: shapes of a train state, and where its arrays go: `TrainState.abstract`.
       step: which one; None: the newest.
 
     Returns:

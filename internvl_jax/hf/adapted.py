@@ -12,7 +12,7 @@ from internvl_jax.hf.tables import Row
 from internvl_jax.hf.weights import Checkpoint
 from internvl_jax.models import functional, lora
 from internvl_jax.models.lora import LoRASpec
-from internvl_jax.trees import LAYER_RANGE, part_of
+from internvl_jax.trees import LAYER_RANGE, submodule_of
 
 
 def recorded(raw: Mapping[str, Any], checkpoint: Checkpoint | None) -> dict[str, LoRASpec]:
@@ -46,7 +46,7 @@ def recorded(raw: Mapping[str, Any], checkpoint: Checkpoint | None) -> dict[str,
   return specs
 
 
-def joined(part: str, requested: LoRASpec | None, stored: LoRASpec | None) -> LoRASpec | None:
+def combined_spec(part: str, requested: LoRASpec | None, stored: LoRASpec | None) -> LoRASpec | None:
   """The adapters that a part gets: the checkpoint's go on, with the dropout asked for."""
   if requested is None or stored is None:
     return stored or requested
@@ -110,7 +110,7 @@ def check_places(checkpoint: Checkpoint, placed: Mapping[str, tuple[int, ...]], 
 
 def check_targets(model: functional.ModelDef, specs: Mapping[str, LoRASpec]) -> None:
   """Refuses targets that name no linear map: a part without adapters would train whole, or not at all."""
-  adapted = {(part_of(path), linear_map(path)) for path in lora.adapter_paths(model.shapes)}
+  adapted = {(submodule_of(path), linear_map(path)) for path in lora.adapter_paths(model.shapes)}
   maps = {part: sorted({linear_map(path) for path in model.shapes if is_map(path, part)}) for part in specs}
   for part, spec in specs.items():
     if not any(found == part for found, _ in adapted):
@@ -134,7 +134,7 @@ def linear_map(path: str) -> str:
 
 def is_map(path: str, part: str) -> bool:
   """Whether a parameter is the kernel of a linear map in the layers of a part."""
-  return part_of(path) == part and path.endswith(".kernel") and LAYER_RANGE.search(path) is not None
+  return submodule_of(path) == part and path.endswith(".kernel") and LAYER_RANGE.search(path) is not None
 
 
 _RANK = {"vision_model": "model.use_backbone_lora", "language_model": "model.use_llm_lora"}

@@ -237,7 +237,7 @@ def _internlm2(config: Config) -> DecoderConfig:
 
 
 def _internlm2_as_llama(config: DecoderConfig) -> list[Row]:
-  return tables.llama_from_grouped(
+  return tables.llama_from_grouped_heads(
     config.num_heads // config.num_kv_heads, config.num_kv_heads, config.head_dim
   )
 

@@ -50,7 +50,7 @@ def unread_url(name: str) -> str | None:
   )
 
 
-def resolve(name: str, *, with_weights: bool = True) -> Path:
+def local_folder(name: str, *, with_weights: bool = True) -> Path:
   """The folder of a checkpoint.
 
   Args:
@@ -110,7 +110,7 @@ def resolve(name: str, *, with_weights: bool = True) -> Path:
   return Path(folder)
 
 
-def resolve_weights(name: str) -> Path:
+def local_weights(name: str) -> Path:
   """The folder or file of weights without a config: a path, or a URL of a bucket, of which a pickle is copied whole.
 
   Raises:

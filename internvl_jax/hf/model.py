@@ -21,7 +21,7 @@ from internvl_jax.models import functional, lora
 from internvl_jax.models.internvl import InternVL, InternVLConfig
 from internvl_jax.models.lora import LoRASpec
 from internvl_jax.storage.paths import is_bucket
-from internvl_jax.trees import part_of, select
+from internvl_jax.trees import select, submodule_of
 
 _EMBEDDING = "language_model.model.embed_tokens.embedding"
 _HEAD = "language_model.lm_head.kernel"
@@ -111,7 +111,7 @@ class Source:
   @property
   def stored_config(self) -> InternVLConfig:
     """The model as the checkpoint has it: only with adapters that it brings."""
-    fresh = {part_of(path) for path in lora.adapter_paths(self.fresh)}
+    fresh = {submodule_of(path) for path in lora.adapter_paths(self.fresh)}
     vision, text = self.config.vision, self.config.text
     return dataclasses.replace(
       self.config,
@@ -188,8 +188,8 @@ def base_folder(name: str | Path, *, with_weights: bool = True) -> Path:
   Raises:
     UserError: no such checkpoint.
   """
-  folder = hub.resolve(str(name), with_weights=with_weights)
-  return hub.resolve(_base_of(folder), with_weights=with_weights) if peft.is_adapter(folder) else folder
+  folder = hub.local_folder(str(name), with_weights=with_weights)
+  return hub.local_folder(_base_of(folder), with_weights=with_weights) if peft.is_adapter(folder) else folder
 
 
 def base_name(name: str | Path) -> str:
@@ -198,7 +198,7 @@ def base_name(name: str | Path) -> str:
   Raises:
     UserError: no such checkpoint, or an adapter whose base is not there.
   """
-  folder = hub.resolve(str(name))
+  folder = hub.local_folder(str(name))
   return _base_of(folder) if peft.is_adapter(folder) else str(name)
 
 
@@ -209,7 +209,7 @@ def _base_of(folder: Path) -> str:
     raise UserError(
       f"{folder / peft.CONFIG}: base_model_name_or_path={base!r} is no folder here; set it to where the base model is"
     )
-  if (Path(base).is_dir() or is_bucket(base)) and peft.is_adapter(hub.resolve(base)):
+  if (Path(base).is_dir() or is_bucket(base)) and peft.is_adapter(hub.local_folder(base)):
     raise UserError(
       f"{folder / peft.CONFIG}: base_model_name_or_path={base!r} is an adapter itself; merge that one first (python -m "
       "internvl_jax.convert --lora merge), and name the result"
@@ -228,9 +228,9 @@ def open_source(name: str | Path, changes: Changes = Changes(), *, with_weights:
   Raises:
     UserError: no such checkpoint, or one that this program cannot run.
   """
-  given = hub.resolve(str(name), with_weights=with_weights)
+  given = hub.local_folder(str(name), with_weights=with_weights)
   is_adapter = peft.is_adapter(given)
-  folder = hub.resolve(_base_of(given), with_weights=with_weights) if is_adapter else given
+  folder = hub.local_folder(_base_of(given), with_weights=with_weights) if is_adapter else given
   raw = config_io.read_config(folder)
   layout = config_io.layout_of(raw)
   checkpoint = weights.open_checkpoint(folder, Rename(layout.renames)) if with_weights else None
@@ -241,7 +241,7 @@ def open_source(name: str | Path, changes: Changes = Changes(), *, with_weights:
   if given != folder and checkpoint is not None:
     table = layout.table(config_io.family_of(raw), config)
     stored |= peft.add_adapter(given, checkpoint, layout, table)
-  return _describe(folder, raw, config, checkpoint, changes, stored, set())
+  return _make_source(folder, raw, config, checkpoint, changes, stored, set())
 
 
 # What an InternVL3.5-Flash has beside the usual tensors.
@@ -260,13 +260,13 @@ def _check_kind(checkpoint: Checkpoint, raw: Mapping[str, Any]) -> None:
     config_io.refuse_flash(f"{checkpoint.where[flash[0]]}: holds the tensor {checkpoint.key(flash[0])}")
 
 
-def describe(raw: Mapping[str, Any], changes: Changes = Changes()) -> Source:
+def source_of_config(raw: Mapping[str, Any], changes: Changes = Changes()) -> Source:
   """The model that a config.json describes, of which there is no folder.
 
   Raises:
     UserError: a model that this program cannot run.
   """
-  return _describe(
+  return _make_source(
     Path(), raw, config_io.model_config(raw), None, changes, adapted.recorded(raw, None), set()
   )
 
@@ -288,7 +288,7 @@ def open_parts(
     UserError: a part is missing or of an unknown kind.
   """
   assert changes.image_size and changes.downsample_ratio and changes.ps_version
-  vision, llm = (hub.resolve(path, with_weights=with_weights) for path in (vision_path, llm_path))
+  vision, llm = (hub.local_folder(path, with_weights=with_weights) for path in (vision_path, llm_path))
   parts = {"vision_config": vision, "llm_config": llm}
   raw: dict[str, Any] = {
     "architectures": ["InternVLChatModel"],
@@ -314,7 +314,7 @@ def open_parts(
       fresh = {"mlp1"}
     else:
       add_projector(checkpoint, config_io.INTERNVL, mlp_path)
-  return _describe(llm, raw, config, checkpoint, changes, {}, fresh, untie=True)
+  return _make_source(llm, raw, config, checkpoint, changes, {}, fresh, untie=True)
 
 
 def add_projector(checkpoint: Checkpoint, layout: Layout, path: str) -> None:
@@ -327,7 +327,7 @@ def add_projector(checkpoint: Checkpoint, layout: Layout, path: str) -> None:
   ]
   patterns = [(r"^(?!mlp1\.)", "mlp1.")]
   patterns += [(rf"^mlp1\.{old}\.", f"{new}.") for old, new in zip("013", names, strict=True)]
-  projector = weights.open_checkpoint(hub.resolve_weights(path), Rename(tuple(patterns)), pickles=True)
+  projector = weights.open_checkpoint(hub.local_weights(path), Rename(tuple(patterns)), pickles=True)
   _check_kind(projector, {})
   prefix = names[0].split(".", 1)[0] + "."
   checkpoint.drop([name for name in checkpoint.shapes if name.startswith(prefix)])
@@ -341,7 +341,7 @@ def with_projector(source: Source, path: str) -> Source:
   return source
 
 
-def _describe(
+def _make_source(
   folder: Path,
   raw: Mapping[str, Any],
   config: InternVLConfig,
@@ -363,15 +363,15 @@ def _describe(
     table = _with_row(table, _HEAD, theirs=_row(table, _EMBEDDING).theirs)
     tied = False
   requested = {"vision_model": changes.vision_lora, "language_model": changes.text_lora}
-  specs = {part: adapted.joined(part, requested[part], stored.get(part)) for part in requested}
+  specs = {part: adapted.combined_spec(part, requested[part], stored.get(part)) for part in requested}
   config = _changed(config, changes, specs, tied=tied)
   if changes.new_tokens:
     table = _with_row(table, _EMBEDDING, transform=_grown(changes.new_tokens, is_output=False))
     table = _with_row(table, _HEAD, transform=_grown(changes.new_tokens, is_output=True))
   _check_select_layer(config)
   model = functional.define(lambda rngs: InternVL(config, rngs=rngs))
-  drawn = {path for path in model.shapes if part_of(path) in fresh}
-  drawn |= {path for path in lora.adapter_paths(model.shapes) if part_of(path) not in stored}
+  drawn = {path for path in model.shapes if submodule_of(path) in fresh}
+  drawn |= {path for path in lora.adapter_paths(model.shapes) if submodule_of(path) not in stored}
   if checkpoint is not None:
     placed = select(model.shapes, lora.adapter_paths(model.shapes) - drawn)
     adapted.check_places(checkpoint, {path: leaf.shape for path, leaf in placed.items()}, table)

@@ -22,7 +22,7 @@ from internvl_jax.models.lora import MARK, LoRASpec, adapter_paths
 from internvl_jax.outputs import explained, write_json
 from internvl_jax.storage.paths import AnyPath, filled, path_of
 from internvl_jax.storage.snapshots import url_of
-from internvl_jax.trees import LAYER_RANGE, part_of, select
+from internvl_jax.trees import LAYER_RANGE, select, submodule_of
 
 CONFIG, WEIGHTS = "adapter_config.json", ADAPTER
 
@@ -152,7 +152,7 @@ def _adapted(adapter: Checkpoint, table: Sequence[Row]) -> dict[str, list[tuple[
   for name, shape in adapter.shapes.items():
     if ours := rows.get(_LAYER.sub(r"\1{i}.", name)):
       path = ours.removesuffix(f"{MARK}a").split(_LAYERS)[-1]
-      found.setdefault(part_of(ours), []).append((path, name.removesuffix(".lora_A.weight"), shape[0]))
+      found.setdefault(submodule_of(ours), []).append((path, name.removesuffix(".lora_A.weight"), shape[0]))
   return found
 
 

@@ -83,7 +83,7 @@ def save(
   shards: list[list[str]] = []
   total = 0
   try:
-    for pending in _grouped(items, shard_bytes):
+    for pending in _split_by_bytes(items, shard_bytes):
       write_file(pending, folder / f"shard-{len(shards)}.tmp")
       shards.append(list(pending))
       total += sum(tensor.nbytes for tensor in pending.values())
@@ -94,7 +94,9 @@ def save(
   _publish(folder, shards, total)
 
 
-def _grouped(items: Iterable[tuple[str, np.ndarray]], file_bytes: int) -> Iterator[dict[str, np.ndarray]]:
+def _split_by_bytes(
+  items: Iterable[tuple[str, np.ndarray]], file_bytes: int
+) -> Iterator[dict[str, np.ndarray]]:
   """Tensors a file at a time. Each group is emptied when the next one is asked for."""
   pending: dict[str, np.ndarray] = {}
   size = 0
@@ -112,7 +114,7 @@ def _send(folder: BucketPath, items: Iterable[tuple[str, np.ndarray]], count: in
   """Writes a model to a bucket, file by file."""
   _remove_older(folder)
   names, shards, total = _file_names(count), [], 0
-  for name, pending in itertools.zip_longest(names, _grouped(items, file_bytes)):
+  for name, pending in itertools.zip_longest(names, _split_by_bytes(items, file_bytes)):
     with tempfile.TemporaryDirectory() as local:
       write_file(pending, Path(local) / name)
       put(Path(local) / name, folder / name)

@@ -47,7 +47,7 @@ POSITIONS = Transform(
 )
 
 
-def joined(*sizes: int) -> Transform:
+def concatenated(*sizes: int) -> Transform:
   """Tensors [size, ...] one after the other, as our last axis; those of two axes are transposed."""
   borders = list(np.cumsum(sizes[:-1]))
   return Transform(
@@ -56,7 +56,7 @@ def joined(*sizes: int) -> Transform:
   )
 
 
-def grouped(queries: int, groups: int, width: int) -> Transform:
+def grouped_query_heads(queries: int, groups: int, width: int) -> Transform:
   """Separate q, k, v [heads * width, D] as one map to `groups` times (`queries` q heads, k head, v head)."""
 
   def load(tensors: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
@@ -123,7 +123,7 @@ def linear(path: str, key: str | None = None) -> list[Row]:
   ]
 
 
-def joined_linear(path: str, keys: Sequence[str], transform: Transform) -> list[Row]:
+def concatenated_linear(path: str, keys: Sequence[str], transform: Transform) -> list[Row]:
   """Rows of our one linear map that the checkpoint holds as several; adapters have no such form."""
   return [
     Row(f"{path}.kernel", tuple(f"{key}.weight" for key in keys), transform),
@@ -174,7 +174,7 @@ def hf_vision(width: int) -> list[Row]:
     row(f"{_VIT}.position_embedding", f"{_HF_VIT}.position_embeddings", POSITIONS),
     row(f"{_VIT}.patch_kernel", f"{_HF_VIT}.patch_embeddings.projection.weight", CONV),
     row(f"{_VIT}.patch_bias", f"{_HF_VIT}.patch_embeddings.projection.bias"),
-    *joined_linear(f"{_LAYER}.attn.qkv", heads, joined(width, width, width)),
+    *concatenated_linear(f"{_LAYER}.attn.qkv", heads, concatenated(width, width, width)),
     *linear(f"{_LAYER}.attn.proj", f"{_HF_LAYER}.attention.projection_layer"),
     *linear(f"{_LAYER}.mlp.fc1", f"{_HF_LAYER}.mlp.fc1"),
     *linear(f"{_LAYER}.mlp.fc2", f"{_HF_LAYER}.mlp.fc2"),
@@ -266,8 +266,8 @@ INTERNLM2 = [
 ]
 
 
-def llama_from_grouped(queries: int, groups: int, width: int) -> list[Row]:
+def llama_from_grouped_heads(queries: int, groups: int, width: int) -> list[Row]:
   """InternLM2's parameters under LLaMA's names: its fused projection is taken apart."""
   heads = [f"{_ATTENTION}.{name}_proj" for name in "qkv"]
-  fused = joined_linear(f"{_ATTENTION}.qkv_proj", heads, grouped(queries, groups, width))
+  fused = concatenated_linear(f"{_ATTENTION}.qkv_proj", heads, grouped_query_heads(queries, groups, width))
   return [*fused, *(line for line in USUAL if not line.ours.startswith(f"{_ATTENTION}.qkv_proj"))]

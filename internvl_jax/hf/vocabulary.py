@@ -38,7 +38,7 @@ def open_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
   """
   folder = base_folder(name)
   tokenizer = load_tokenizer(folder)
-  fit(tokenizer, folder)
+  fit_embeddings(tokenizer, folder)
   check_adapter(tokenizer, name)
   return tokenizer
 
@@ -53,8 +53,13 @@ def check(name: str | Path) -> None:
     open_tokenizer(name)
 
 
-def fit(
-  tokenizer: PreTrainedTokenizerBase, folder: Path, *, added: int = 0, grow: bool = False, look: bool = True
+def fit_embeddings(
+  tokenizer: PreTrainedTokenizerBase,
+  folder: Path,
+  *,
+  added: int = 0,
+  grow: bool = False,
+  with_weights: bool = True,
 ) -> tuple[int | None, int]:
   """What the tables of embeddings of a checkpoint need for a tokenizer.
 
@@ -63,7 +68,7 @@ def fit(
     folder: the checkpoint's; where it has no weights, its config.json says how many rows there are.
     added: tokens that were just added to the tokenizer: for these rows are made.
     grow: whether rows are made for other tokens without one, too.
-    look: False does not look for weights, because none will be read.
+    with_weights: False does not look for weights, because none will be read.
 
   Returns:
     The rows that the tables must have, and how many of them, the last ones, are new; (None, 0) if they stay.
@@ -73,7 +78,7 @@ def fit(
   """
   ids = tokenizer.get_vocab()
   size = max(ids.values(), default=-1) + 1
-  rows = table_rows(folder, look=look)
+  rows = table_rows(folder, with_weights=with_weights)
   stored = min([n for name, n in rows.items() if name != CONFIG] or rows.values(), default=size)
   # Exports in the hf layout, ours too, name these without a row. In a text, `ChatTokenizer` refuses them.
   spared = placeholder_tokens(folder)
@@ -93,12 +98,12 @@ def fit(
   return (size, added) if added else (None, 0)
 
 
-def table_rows(folder: Path, *, look: bool = True) -> dict[str, int]:
+def table_rows(folder: Path, *, with_weights: bool = True) -> dict[str, int]:
   """Rows of a checkpoint's tables of embeddings, by who says so: a tensor's name, or "config.json".
 
   Args:
     folder: of a whole model or of a language model alone. What cannot be read there is left for those who need it.
-    look: whether to look at the weights, if there are any.
+    with_weights: whether to look at the weights, if there are any.
   """
   rows = {}
   if (folder / CONFIG).is_file():
@@ -106,7 +111,7 @@ def table_rows(folder: Path, *, look: bool = True) -> dict[str, int]:
     entry = next((raw[key] for key in ("llm_config", "text_config") if isinstance(raw.get(key), dict)), raw)
     if isinstance(found := entry.get("vocab_size"), int):
       rows[CONFIG] = found
-  if look and any(folder.glob("*.safetensors")):
+  if with_weights and any(folder.glob("*.safetensors")):
     try:
       shapes = weights.open_checkpoint(folder).shapes
     except UserError as error:
@@ -128,7 +133,7 @@ def check_adapter(tokenizer: PreTrainedTokenizerBase, name: str | Path) -> None:
   Raises:
     UserError: a token that is missing, or has another id.
   """
-  folder = hub.resolve(str(name))
+  folder = hub.local_folder(str(name))
   if not (peft.is_adapter(folder) and has_tokenizer(folder)):
     return
   base = tokenizer.get_vocab()

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from internvl_jax.batch import IGNORE_INDEX
-from internvl_jax.parallel.rules import ACTIVATIONS, MeshAxes, fit, mesh_in_scope, spec, stored_over
+from internvl_jax.parallel.rules import ACTIVATIONS, MeshAxes, dividing_axes, mesh_in_scope, spec, stored_over
 
 CHUNK_LOGITS = 2**25
 """Logits that exist at a time on a device (128 MiB); chunks are as wide as that allows."""
@@ -39,7 +39,7 @@ def linear_token_losses(hidden: jax.Array, kernel: jax.Array, targets: jax.Array
   if mesh is None:
     return _local(hidden, kernel, targets, jnp.arange(1), vocabulary=kernel.shape[1], collected=(), vocab=())
   (R, S, E), V = hidden.shape, kernel.shape[1]
-  rows, tokens = fit(ACTIVATIONS["rows"], R, mesh), fit(ACTIVATIONS["tokens"], S, mesh)
+  rows, tokens = dividing_axes(ACTIVATIONS["rows"], R, mesh), dividing_axes(ACTIVATIONS["tokens"], S, mesh)
   width = stored_over("table", E, mesh)
   vocab = tuple(axis for axis in ACTIVATIONS["vocab"] if axis in tokens and axis in width)
   collected = tuple(axis for axis in width if axis not in vocab)

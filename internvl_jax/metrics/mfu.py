@@ -13,7 +13,7 @@ from typing import Any
 from internvl_jax.batch import BatchCounts
 from internvl_jax.chips import PEAKS
 from internvl_jax.models.internvl import InternVLConfig
-from internvl_jax.trees import LAYER_RANGE, part_of
+from internvl_jax.trees import LAYER_RANGE, submodule_of
 
 _EMBEDDING = "language_model.model.embed_tokens.embedding"
 _MATRIX = re.compile(r"(kernel|\.experts\.\w+_proj|\.adapter\.[ab])$")
@@ -76,8 +76,8 @@ def useful_flops(
   costs = {"patches": 0.0, "vision_model": 0.0, "mlp1": 0.0, "language_model": 0.0}
   for path, leaf in shapes.items():
     if _MATRIX.search(path) and _runs(path, config):
-      passes = 1 + (path in trainable) + _passes_gradient(path, first) + (part_of(path) in twice)
-      part = "patches" if path.endswith("patch_kernel") else part_of(path)
+      passes = 1 + (path in trainable) + _passes_gradient(path, first) + (submodule_of(path) in twice)
+      part = "patches" if path.endswith("patch_kernel") else submodule_of(path)
       costs[part] += 2 * passes * leaf.size * _share(path, config)
   if config.text.tie_word_embeddings:
     passes = 1 + (_EMBEDDING in trainable) + (first < (4, 0)) + ("language_model" in twice)
@@ -108,7 +108,7 @@ def _vision_layers(config: InternVLConfig) -> int:
 
 def _stage(path: str) -> tuple[int, int]:
   """Where in the forward pass a parameter is used."""
-  span, part = LAYER_RANGE.search(path), part_of(path)
+  span, part = LAYER_RANGE.search(path), submodule_of(path)
   if part == "vision_model":
     return (1, int(span[1])) if span else (0, 0)
   if part == "mlp1" or ".embed_tokens." in path:
@@ -124,7 +124,7 @@ def _passes_gradient(path: str, first: tuple[int, int]) -> bool:
 
 def _runs(path: str, config: InternVLConfig) -> bool:
   span = LAYER_RANGE.search(path)
-  return span is None or part_of(path) != "vision_model" or int(span[1]) < _vision_layers(config)
+  return span is None or submodule_of(path) != "vision_model" or int(span[1]) < _vision_layers(config)
 
 
 def _share(path: str, config: InternVLConfig) -> float:

@@ -15,7 +15,7 @@ from flax import nnx
 
 from internvl_jax.models.grouped_matmul import grouped_matmul
 from internvl_jax.models.layers import Linear, make_param
-from internvl_jax.models.moe import fresh_experts, grouped, router_statistics
+from internvl_jax.models.moe import dispatch_to_experts, fresh_experts, router_statistics
 from internvl_jax.parallel.rules import Names
 
 
@@ -93,7 +93,7 @@ class GptOssExperts(nnx.Module):
       return y + _biases(kernels["down_proj_bias"], ids)
 
     kernels = {name: getattr(self, name)[...].astype(x.dtype) for name in self.AXES}
-    return grouped(x, chosen, weights, kernels=kernels, axes=self.AXES, apply=apply)
+    return dispatch_to_experts(x, chosen, weights, kernels=kernels, axes=self.AXES, apply=apply)
 
   def _activate(self, y: jax.Array) -> jax.Array:
     """From gates and ups in turns [..., 2F] to [..., F]. A gate has no lower limit."""

@@ -24,7 +24,7 @@ from flax import nnx
 
 from internvl_jax.models.gradients import matmul
 from internvl_jax.models.layers import Linear, make_param
-from internvl_jax.trees import part_of
+from internvl_jax.trees import submodule_of
 
 MARK = ".adapter."
 """What the path of every adapter parameter has in it, between its linear map and its own name."""
@@ -175,7 +175,7 @@ def merge(params: Mapping[str, Any], scale_of: Mapping[str, float]) -> dict[str,
 
   Args:
     params: all parameters by path.
-    scale_of: the adapters' scale by part of the model (`trees.part_of`).
+    scale_of: the adapters' scale by part of the model (`trees.submodule_of`).
   """
   merged = {path: value for path, value in params.items() if MARK not in path}
   for path in params:
@@ -187,7 +187,7 @@ def merge(params: Mapping[str, Any], scale_of: Mapping[str, float]) -> dict[str,
         a=params[path],
         b=params[f"{prefix}b"],
         magnitude=params.get(f"{prefix}magnitude"),
-        scale=scale_of[part_of(path)],
+        scale=scale_of[submodule_of(path)],
       )
   return merged
 

@@ -16,6 +16,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AbstractMesh
 
 from internvl_jax.models.grouped_matmul import grouped_matmul
 from internvl_jax.models.layers import Linear, make_param
@@ -25,7 +26,7 @@ from internvl_jax.parallel.rules import (
   MeshAxes,
   Names,
   all_gather,
-  fit,
+  dividing_axes,
   mesh_in_scope,
   spec,
   weight_entries,
@@ -103,7 +104,7 @@ class SwiGLUExperts(nnx.Module):
       return product(jax.nn.silu(gate) * up, kernels["down_proj"], sizes)
 
     kernels = {name: getattr(self, name)[...].astype(x.dtype) for name in self.AXES}
-    return grouped(x, chosen, weights, kernels=kernels, axes=self.AXES, apply=apply)
+    return dispatch_to_experts(x, chosen, weights, kernels=kernels, axes=self.AXES, apply=apply)
 
 
 def fresh_experts(rngs: nnx.Rngs, shape: tuple[int, int, int]) -> jax.Array:
@@ -116,7 +117,7 @@ Experts = Callable[[Mapping[str, jax.Array], jax.Array, jax.Array, jax.Array], j
 [M*k, D]."""
 
 
-def grouped(
+def dispatch_to_experts(
   x: jax.Array,
   chosen: jax.Array,
   weights: jax.Array,
@@ -146,7 +147,22 @@ def grouped(
   mesh = mesh_in_scope()
   if mesh is None:
     return _by_expert(x, chosen, weights, kernels, apply=apply)
-  rows, tokens = fit(ACTIVATIONS["rows"], x.shape[0], mesh), fit(ACTIVATIONS["tokens"], x.shape[1], mesh)
+  return _on_mesh(mesh, x, chosen, weights, kernels, axes=axes, apply=apply)
+
+
+def _on_mesh(
+  mesh: AbstractMesh,
+  x: jax.Array,
+  chosen: jax.Array,
+  weights: jax.Array,
+  kernels: Mapping[str, jax.Array],
+  *,
+  axes: Mapping[str, Names],
+  apply: Experts,
+) -> jax.Array:
+  """`dispatch_to_experts` on several devices."""
+  rows = dividing_axes(ACTIVATIONS["rows"], x.shape[0], mesh)
+  tokens = dividing_axes(ACTIVATIONS["tokens"], x.shape[1], mesh)
   stored = {name: weight_entries(axes[name], kernel.shape, mesh) for name, kernel in kernels.items()}
   experts = next(iter(stored.values()))[0]
   mlp = [set(stored[name][i]) for name in stored for i, axis in enumerate(axes[name]) if axis == "mlp"]

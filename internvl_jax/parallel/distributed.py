@@ -37,7 +37,7 @@ HEARTBEAT_SECONDS = 40
 
 
 @contextlib.contextmanager
-def joined(setting: str, report: Callable[[BaseException], None]) -> Iterator[None]:
+def initialized(setting: str, report: Callable[[BaseException], None]) -> Iterator[None]:
   """Joins the run's other processes, if there are any, before JAX looks for devices.
 
   A process that fails must not wait for the others, as it would when Python ends: they are waiting for it. It

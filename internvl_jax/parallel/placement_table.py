@@ -30,7 +30,7 @@ def placement_table(shapes: Mapping[str, jax.ShapeDtypeStruct], places: StateSha
     shape = "x".join(map(str, leaf.shape))
     lines.append(
       f"{path:<72}{shape:>22} {leaf.dtype.name:<9}{own / 2**20:>9.2f}{moments / 2**20:>9.2f}  "
-      f"{describe_spec(places.params[path])}"
+      f"{spec_text(places.params[path])}"
     )
   sums = f"{total['params'] / 2**20:>9.2f}{total['moments'] / 2**20:>9.2f}"
   return [*lines, f"{'a device holds':<72}{'':>22} {'':<9}{sums}"]
@@ -83,7 +83,7 @@ def _remedy(places: StateShardings) -> str:
   return f"their axes do not divide by the mesh ({mesh}); make mesh.fsdp a power of two{instead}"
 
 
-def describe_spec(sharding: NamedSharding) -> str:
+def spec_text(sharding: NamedSharding) -> str:
   """The axes of the mesh that split each axis of an array, e.g. "-, fsdp+sequence, tensor"; "whole" without any."""
   entries = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in sharding.spec]
   return ", ".join("+".join(entry) or "-" for entry in entries) if any(entries) else "whole"

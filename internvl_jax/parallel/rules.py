@@ -103,7 +103,9 @@ def mesh_in_scope() -> AbstractMesh | None:
   return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
 
 
-def fit(axes: Iterable[str], size: int, mesh: Mesh | AbstractMesh, used: Iterable[str] = ()) -> MeshAxes:
+def dividing_axes(
+  axes: Iterable[str], size: int, mesh: Mesh | AbstractMesh, used: Iterable[str] = ()
+) -> MeshAxes:
   """Those of the mesh's axes that, taken in order, divide an axis of that size, apart from the `used` ones."""
   taken, used = [], set(used)
   for axis in axes:
@@ -130,7 +132,7 @@ def activation_spec(names: Names, shape: tuple[int, ...], mesh: Mesh | AbstractM
   entries: list[MeshAxes] = [()] * len(names)
   for name, axes in ACTIVATIONS.items():
     for i in (i for i, found in enumerate(names) if found == name):
-      entries[i] = fit(axes, shape[i], mesh, used=(axis for entry in entries for axis in entry))
+      entries[i] = dividing_axes(axes, shape[i], mesh, used=(axis for entry in entries for axis in entry))
   return spec(*entries)
 
 
@@ -240,7 +242,7 @@ class Product:
   def _spread(self, x: jax.Array, last: MeshAxes, used: MeshAxes, mesh: AbstractMesh) -> jax.Array:
     leading: Names = ("rows", "tokens") if self.over == "tokens" else ("tiles", None)
     entries = [
-      fit(ACTIVATIONS[name], size, mesh, used=used) if name else ()
+      dividing_axes(ACTIVATIONS[name], size, mesh, used=used) if name else ()
       for name, size in zip(leading, x.shape[:2], strict=True)
     ]
     return jax.lax.with_sharding_constraint(x, spec(*entries, last))
@@ -302,7 +304,7 @@ def weight_entries(axes: Names, shape: tuple[int, ...], mesh: Mesh | AbstractMes
 
 def stored_over(name: str, size: int, mesh: Mesh | AbstractMesh, used: Iterable[str] = ()) -> MeshAxes:
   """Mesh axes over which an axis of that name and size is stored, apart from the `used` ones."""
-  taken = fit(WEIGHTS[name], size, mesh, used)
+  taken = dividing_axes(WEIGHTS[name], size, mesh, used)
   # Pieces over both halves of `fsdp` lie as they would over the whole of it.
   return tuple(sorted(taken, key=lambda axis: axis != FSDP_OUTER))
 
@@ -315,7 +317,7 @@ def _elsewhere(
     return entries
   used = {axis for entry in entries for axis in entry}
   for i, (name, size) in enumerate(zip(axes, shape, strict=True)):
-    if name in _INSTEAD and (more := fit(_FSDP, size // _devices(entries[i], mesh), mesh, used)):
+    if name in _INSTEAD and (more := dividing_axes(_FSDP, size // _devices(entries[i], mesh), mesh, used)):
       entries[i] += tuple(sorted(more, key=lambda axis: axis != FSDP_OUTER))
       used |= set(more)
   return entries
@@ -392,7 +394,7 @@ def _over_data(axes: Names, shape: tuple[int, ...], mesh: Mesh) -> list[MeshAxes
   """`weight_entries`, with `data` added to the first axis that it divides."""
   entries = weight_entries(axes, shape, mesh)
   for i, (name, size) in enumerate(zip(axes, shape, strict=True)):
-    if name != "layers" and (more := fit(("data",), size // _devices(entries[i], mesh), mesh)):
+    if name != "layers" and (more := dividing_axes(("data",), size // _devices(entries[i], mesh), mesh)):
       return [*entries[:i], (*entries[i], *more), *entries[i + 1 :]]
   return entries
 

@@ -8,7 +8,7 @@ Letters: R rows, S tokens, V vocabulary, E width, D data shards, Q features of a
 import jax
 import jax.numpy as jnp
 
-from internvl_jax.parallel.rules import ACTIVATIONS, fit, mesh_in_scope, spec, stored_over
+from internvl_jax.parallel.rules import ACTIVATIONS, dividing_axes, mesh_in_scope, spec, stored_over
 
 
 def embed(table: jax.Array, ids: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
@@ -21,8 +21,8 @@ def embed(table: jax.Array, ids: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
   if mesh is None:
     return jnp.take(table, ids, axis=0).astype(dtype)
   width = stored_over("table", table.shape[1], mesh)
-  rows = fit(ACTIVATIONS["rows"], ids.shape[0], mesh)
-  tokens = fit(ACTIVATIONS["tokens"], ids.shape[1], mesh)
+  rows = dividing_axes(ACTIVATIONS["rows"], ids.shape[0], mesh)
+  tokens = dividing_axes(ACTIVATIONS["tokens"], ids.shape[1], mesh)
   axis_of = {**dict.fromkeys(rows, 0), **dict.fromkeys(tokens, 1)}
 
   def local(table, ids):
@@ -54,9 +54,9 @@ def take_features(features: jax.Array, index: jax.Array) -> jax.Array:
   mesh = mesh_in_scope()
   if mesh is None:
     return _take(features, index)
-  rows = fit(ACTIVATIONS["rows"], features.shape[0], mesh)
-  pool = fit(ACTIVATIONS["tokens"], features.shape[1], mesh)
-  tokens = fit(ACTIVATIONS["tokens"], index.shape[1], mesh)
+  rows = dividing_axes(ACTIVATIONS["rows"], features.shape[0], mesh)
+  pool = dividing_axes(ACTIVATIONS["tokens"], features.shape[1], mesh)
+  tokens = dividing_axes(ACTIVATIONS["tokens"], index.shape[1], mesh)
 
   def local(features, index):
     if pool:

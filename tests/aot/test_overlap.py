@@ -11,7 +11,7 @@ from internvl_jax.aot.program import batch_shape, compile_step, plan_step
 from internvl_jax.aot.recipe import get_config
 from internvl_jax.aot.target import Target
 from internvl_jax.hf import published
-from internvl_jax.hf.model import Changes, describe
+from internvl_jax.hf.model import Changes, source_of_config
 
 # --- Reading a program --------------------------------------------------------------------------------------
 
@@ -139,7 +139,9 @@ def compiled_exchanges(target, *options):
   size = dict(published.config_of("2.5-8b"))
   size["llm_config"] = {**size["llm_config"], "num_hidden_layers": 4}
   size["vision_config"] = {**size["vision_config"], "num_hidden_layers": 4}
-  plan = plan_step(config, target, batch_shape(config, tokens=8192, tiles=40), describe(size, Changes()))
+  plan = plan_step(
+    config, target, batch_shape(config, tokens=8192, tiles=40), source_of_config(size, Changes())
+  )
   found = exchanges(hlo.parse(compile_step(plan, target).hlo))
   layers = [e for e in found if "language_model" in e.op_name and e.bytes > 2**20]
   return {kind: [e for e in layers if e.kind == kind] for kind in ("all-gather", "reduce-scatter")}

@@ -15,7 +15,7 @@ from internvl_jax.aot.program import batch_shape, compile_step, plan_step
 from internvl_jax.aot.recipe import get_config
 from internvl_jax.aot.target import open_target
 from internvl_jax.arguments import MeshConfig
-from internvl_jax.assembly import describe_model
+from internvl_jax.assembly import open_shapes
 from internvl_jax.batch import BatchCounts
 from internvl_jax.errors import UserError
 from internvl_jax.hf import published
@@ -242,7 +242,7 @@ BILLIONS = {
 def test_published_sizes_are_described_without_a_checkpoint(size):
   config = get_config()
   config.model.model_name_or_path = published.hub_id(size)
-  source = describe_model(config)
+  source = open_shapes(config)
   assert source.config.tokens_per_tile == 256
   assert set(source.reference_names) == set(source.model.shapes)
   if size in BILLIONS:

@@ -216,7 +216,7 @@ def step(a, b):
 
 a = jax.ShapeDtypeStruct((256, 64), jnp.bfloat16, sharding=NamedSharding(mesh, P("fsdp")))
 b = jax.ShapeDtypeStruct((64, 32), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
-compiled = jax.jit(step).lower(a, b).compile(compiler_options=dict(compiler_options("gpu", described=True)))
+compiled = jax.jit(step).lower(a, b).compile(compiler_options=dict(compiler_options("gpu", compile_only=True)))
 print("operations", operations.kernel_flops(hlo.parse(compiled.as_text())))
 """
 

@@ -81,7 +81,7 @@ def test_exchanges_of_a_program():
   # The compiler's own mesh has its devices in another order: 'b' runs over 0, 2, 4, 6.
   assert found["all-reduce"].groups[0] == (0, 2, 4, 6)
   scope = found["all-gather"].op_name
-  assert (costs.part_of(scope), costs.phase_of(scope)) == ("LLM", "backward")
+  assert (costs.part_of_scope(scope), costs.phase_of(scope)) == ("LLM", "backward")
 
 
 def test_operations_and_traffic_of_a_program():

@@ -86,7 +86,7 @@ def send(folder: Path, url: str) -> str:
 
 def opened(url: str) -> weights.Checkpoint:
   """The tensors of a folder of a bucket."""
-  return weights.open_checkpoint(hub.resolve(url))
+  return weights.open_checkpoint(hub.local_folder(url))
 
 
 def read(source: Source) -> dict[str, jax.Array]:
@@ -260,9 +260,9 @@ def test_requests_are_few_and_of_what_is_asked_for(room, tmp_path, fetched, monk
   tensors = {name: np.asarray(value) for name, value in tensors.items()} | {"d": np.empty((0, 3), "f2")}
   save_file(tensors, tmp_path / "x.safetensors")
   put(tmp_path / "x.safetensors", BucketPath(room) / "x.safetensors")
-  checkpoint = weights.open_checkpoint(hub.resolve_weights(f"{room}/x.safetensors"))
+  checkpoint = weights.open_checkpoint(hub.local_weights(f"{room}/x.safetensors"))
   assert len(fetched) == 2, "a header is read once, by two requests"
-  weights.open_checkpoint(hub.resolve_weights(f"{room}/x.safetensors"))
+  weights.open_checkpoint(hub.local_weights(f"{room}/x.safetensors"))
   assert len(fetched) == 2, "a header was read again"
   for index, requests, numbers in (
     (None, 5, 1200),
@@ -314,11 +314,14 @@ def test_hosts_compare_what_the_store_knows(bucket, fetched):
 
 def test_a_bucket_that_changes_is_seen(bucket, folder, cache):
   url = send(folder, f"{bucket}/m")
-  before = hub.resolve(url)
-  assert hub.resolve(url) == before
+  before = hub.local_folder(url)
+  assert hub.local_folder(url) == before
   edit_config(folder, template="phi3-chat")
   send(folder, url)
-  assert config_io.read_config(hub.resolve(url))["template"] == "phi3-chat" and hub.resolve(url) != before
+  assert (
+    config_io.read_config(hub.local_folder(url))["template"] == "phi3-chat"
+    and hub.local_folder(url) != before
+  )
 
 
 @one_store
@@ -341,11 +344,11 @@ def test_several_at_once_and_one_that_fails(room, cache, monkeypatch):
 
   monkeypatch.setattr(BucketPath, "read_bytes", fails)
   with pytest.raises(UserError, match=rf"^{url}/\w+\.json: the cable was pulled"):
-    hub.resolve(url)
+    hub.local_folder(url)
   assert not list(cache.iterdir())
   monkeypatch.setattr(BucketPath, "read_bytes", read)
   with concurrent.futures.ThreadPoolExecutor(4) as pool:
-    (found,) = set(pool.map(hub.resolve, [url] * 4))
+    (found,) = set(pool.map(hub.local_folder, [url] * 4))
   assert list(cache.iterdir()) == [found] and (found / "config.json").is_file()
 
 
@@ -425,7 +428,7 @@ def test_a_header_whose_tensors_do_not_fill_the_file(room):
     with pytest.raises(
       UserError, match=rf"^{path}: damaged or truncated safetensors file \(.*\); download"
     ) as error:
-      weights.open_checkpoint(hub.resolve_weights(str(path)))
+      weights.open_checkpoint(hub.local_weights(str(path)))
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -468,13 +471,13 @@ def test_a_cache_that_cannot_be_written(room, tmp_path, monkeypatch):
   (tmp_path / "file").write_text("")
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
   with pytest.raises(UserError, match=r"/file/internvl_jax: cannot hold .*; set XDG_CACHE_HOME"):
-    hub.resolve(send(MODEL, f"{room}/m"))
+    hub.local_folder(send(MODEL, f"{room}/m"))
 
 
 @pytest.mark.parametrize("name", ["http://host/m", "gcs://bucket/m", "hf://org/name", "gs://", "s3:///m"])
 def test_other_urls_are_refused(name):
   words = "(no checkpoint is read from |names no bucket; write )"
-  for opened in (hub.resolve, hub.resolve_weights):
+  for opened in (hub.local_folder, hub.local_weights):
     with pytest.raises(UserError, match=words + r"\w+://"):
       opened(name)
   config = TrainConfig()
@@ -507,6 +510,6 @@ def test_settings_that_must_be_folders():
 @one_store
 def test_messages_name_what_the_user_named(room):
   url = send(MODEL, f"{room}/m")
-  here = hub.resolve(url)
+  here = hub.local_folder(url)
   assert str(UserError(f"{here / 'config.json'}: x")) == f"{url}/config.json: x"
   assert str(snapshots.url_of(here)) == url and snapshots.url_of(MODEL) is None

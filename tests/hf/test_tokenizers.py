@@ -440,9 +440,9 @@ def test_a_folder_is_its_own_checkpoint(tmp_path, monkeypatch):
   monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
   (tmp_path / "org" / "name").mkdir(parents=True)
   monkeypatch.chdir(tmp_path)
-  assert hub.resolve("org/name") == Path("org/name")
+  assert hub.local_folder("org/name") == Path("org/name")
   with pytest.raises(UserError, match=r"'\./none': no such folder; give a checkpoint's folder or its hub id"):
-    hub.resolve("./none")
+    hub.local_folder("./none")
 
 
 def test_a_hub_id_is_fetched(tmp_path, monkeypatch):
@@ -453,7 +453,7 @@ def test_a_hub_id_is_fetched(tmp_path, monkeypatch):
     return str(tmp_path)
 
   monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-  assert hub.resolve("org/name@v1") == tmp_path
+  assert hub.local_folder("org/name@v1") == tmp_path
   assert (asked["repo_id"], asked["revision"]) == ("org/name", "v1")
   wanted = (
     "config.json",
@@ -469,7 +469,7 @@ def test_a_hub_id_is_fetched(tmp_path, monkeypatch):
     ignore_patterns=asked["ignore_patterns"],
   )
   assert list(kept) == list(wanted)
-  hub.resolve("org/name")
+  hub.local_folder("org/name")
   assert asked["revision"] is None
 
 
@@ -498,7 +498,7 @@ def test_a_hub_id_that_cannot_be_fetched(monkeypatch, error, message):
 
   monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
   with pytest.raises(UserError) as caught:
-    hub.resolve("org/name@v1")
+    hub.local_folder("org/name@v1")
   assert str(caught.value).startswith("'org/name@v1': ") and message in str(caught.value)
   assert "\n" not in str(caught.value)
 
@@ -508,7 +508,7 @@ def test_offline_is_one_line(tmp_path, monkeypatch):
   monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
   monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
   with pytest.raises(UserError, match="the hub cannot be reached") as caught:
-    hub.resolve("org/name")
+    hub.local_folder("org/name")
   assert "HF_HOME" in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -71,7 +71,7 @@ def config_of(folder, **runtime):
 DOORS = {
   "train": lambda folder: assembly.open_model(config_of(folder)),
   "doctor": lambda folder: assembly.open_model(config_of(folder), with_weights=False),
-  "plan": lambda folder: assembly.describe_model(config_of(folder)),
+  "plan": lambda folder: assembly.open_shapes(config_of(folder)),
   "convert": lambda folder: convert(str(folder), folder.parent / "written", layouts.HF, lora="merge"),
   "verify": lambda folder: verify.compute(str(folder), None),
   "evaluate and generate": lambda folder: open_for_inference(folder, bf16=False),
@@ -283,7 +283,7 @@ def test_the_doctor_grows_as_the_run_does(folder):
   shown_as_larger(folder)
   doctor, _ = assembly.open_model(config_of(folder, grow_vocabulary=True), with_weights=False)
   run, _ = assembly.open_model(config_of(folder, grow_vocabulary=True))
-  plan = assembly.describe_model(config_of(folder, grow_vocabulary=True))
+  plan = assembly.open_shapes(config_of(folder, grow_vocabulary=True))
   assert {source.config.text.vocab_size for source in (doctor, run, plan)} == {ROWS + 1}
   assert {source.new_rows for source in (doctor, run, plan)} == {1}
 

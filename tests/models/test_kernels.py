@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from internvl_jax.aot import recipe
-from internvl_jax.assembly import describe_model, execution
+from internvl_jax.assembly import execution, open_shapes
 from internvl_jax.errors import UserError
 from internvl_jax.hf import published
 from internvl_jax.models.attention import BACKENDS as ATTENTION
@@ -24,7 +24,7 @@ def of_size(size, device, **runtime):
   config.model.model_name_or_path = published.hub_id(size)
   for name, value in runtime.items():
     setattr(config.runtime, name, value)
-  return execution(config, describe_model(config).config, device).kernels
+  return execution(config, open_shapes(config).config, device).kernels
 
 
 @pytest.mark.parametrize(

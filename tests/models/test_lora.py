@@ -18,7 +18,7 @@ from internvl_jax.hf import model_config as layouts
 from internvl_jax.hf.model import Changes, open_source
 from internvl_jax.models import lora
 from internvl_jax.models.lora import LoRASpec
-from internvl_jax.trees import part_of
+from internvl_jax.trees import submodule_of
 from tests.support.harness import Harness, make_batch, toy
 from tests.support.toy import CURVE, CURVE_INTERNLM2
 
@@ -43,7 +43,9 @@ def test_after_one_step_every_b_has_moved_and_nothing_but_adapters(vision):
   frozen = {path: np.asarray(value) for path, value in harness.frozen.items()}
   harness.run(make_batch())
   assert before.keys() == lora.adapter_paths(harness.model.shapes)
-  assert {part_of(path) for path in before} == {"language_model"} | ({"vision_model"} if vision else set())
+  assert {submodule_of(path) for path in before} == {"language_model"} | (
+    {"vision_model"} if vision else set()
+  )
   for path, value in harness.state.params.items():
     if path.endswith(".b"):
       layers = np.abs(np.asarray(value)).max(axis=(1, 2))

@@ -324,14 +324,14 @@ def test_follows_the_recorded_curve(tmp_path, setting, unit):
 
 def compiled_for(card, name, cards=1):
   """The text of the tower's program, compiled for cards that are only described."""
-  mesh = make_mesh(MeshConfig(data=1, fsdp=cards), cuda.describe_devices(GPUS[card], 1, cards))
+  mesh = make_mesh(MeshConfig(data=1, fsdp=cards), cuda.compile_only_devices(GPUS[card], 1, cards))
   model = define(lambda rngs: Tower(name, rngs, width=1024))
   places = rules.weight_shardings(model.axes, model.shapes, mesh)
   params = {path: leaf.update(sharding=places[path]) for path, leaf in model.shapes.items()}
   rows = NamedSharding(mesh, PartitionSpec("fsdp"))
   x = jax.ShapeDtypeStruct((cards, 2048, 1024), jnp.bfloat16, sharding=rows)
   lowered = jax.jit(tower_loss(model, "full", mesh)).lower(params, x)
-  return lowered.compile(compiler_options=dict(compiler_options("gpu", described=True))).as_text()
+  return lowered.compile(compiler_options=dict(compiler_options("gpu", compile_only=True))).as_text()
 
 
 def library_products(text):

@@ -15,7 +15,7 @@ import pytest
 from internvl_jax.arguments import MeshConfig
 from internvl_jax.errors import UserError
 from internvl_jax.parallel import distributed
-from internvl_jax.parallel.distributed import StopSignal, joined
+from internvl_jax.parallel.distributed import StopSignal, initialized
 from internvl_jax.parallel.launchers import Place, find_place
 from internvl_jax.parallel.mesh import data_parts, make_mesh
 from tests.support.hosts import free_port
@@ -222,7 +222,7 @@ from internvl_jax.errors import UserError
 from internvl_jax.parallel import distributed
 
 distributed.JOIN_SECONDS, distributed.HEARTBEAT_SECONDS = int(sys.argv[2]), 10
-with distributed.joined(sys.argv[1], cli.report):
+with distributed.initialized(sys.argv[1], cli.report):
   print("joined", jax.process_index(), flush=True)
   if jax.process_index() == 1 and sys.argv[3] == "fail":
     raise UserError("the disk of this host is on fire")
@@ -242,7 +242,7 @@ from internvl_jax.hf.model import open_source
 from internvl_jax.parallel import distributed, rules
 from internvl_jax.parallel.mesh import make_mesh
 
-with distributed.joined(sys.argv[1], cli.report):
+with distributed.initialized(sys.argv[1], cli.report):
   source = open_source(sys.argv[2])
   shapes = source.model.shapes
   alone = source.load(shapes, dict.fromkeys(shapes, jax.sharding.SingleDeviceSharding(jax.local_devices()[0])))
@@ -318,7 +318,7 @@ def test_one_that_meets_nobody_says_so():
 
 
 def test_one_alone_opens_no_port_and_stops_when_told():
-  with joined("auto", pytest.fail), StopSignal() as asked_to_stop:
+  with initialized("auto", pytest.fail), StopSignal() as asked_to_stop:
     assert not jax.distributed.is_initialized()
     asked_to_stop.listen()
     assert not asked_to_stop(1)

@@ -7,7 +7,7 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh
 
-from internvl_jax.assembly import describe_model, open_mesh
+from internvl_jax.assembly import open_mesh, open_shapes
 from internvl_jax.config import TrainConfig
 from internvl_jax.hf import published
 from internvl_jax.parallel import placement_table, rules
@@ -32,7 +32,7 @@ FAMILIES = {
 def model_of(size):
   config = TrainConfig()
   config.model.model_name_or_path = published.hub_id(size)
-  model = describe_model(config).model
+  model = open_shapes(config).model
   return model.axes, with_dtypes(model, set(model.shapes), bf16=True)
 
 
@@ -111,7 +111,7 @@ def test_a_run_cuts_the_axis_and_says_so(caplog):
   config.model.model_name_or_path = published.hub_id("2.5-1b")
   config.mesh.data, config.mesh.fsdp = 1, -1
   with caplog.at_level("INFO"):
-    mesh = open_mesh(config, jax.devices()[:6], describe_model(config).model)
+    mesh = open_mesh(config, jax.devices()[:6], open_shapes(config).model)
   assert mesh.shape[FSDP_OUTER] * mesh.shape["fsdp"] == 6 and mesh.shape["data"] == 1
   assert f"mesh.fsdp=6: its devices stand as fsdp_outer={mesh.shape[FSDP_OUTER]} x" in caplog.text
 

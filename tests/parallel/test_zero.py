@@ -8,7 +8,7 @@ import pytest
 from internvl_jax import optim
 from internvl_jax.aot import recipe
 from internvl_jax.arguments import TrainingArguments
-from internvl_jax.assembly import describe_model, open_mesh, state_places
+from internvl_jax.assembly import open_mesh, open_shapes, state_places
 from internvl_jax.hf import published
 from internvl_jax.parallel import zero
 
@@ -148,7 +148,7 @@ def test_a_file_decides_where_a_models_state_lies(write, stage, parts):
   config.mesh.data, config.mesh.fsdp = -1, 1
   settings = {**PUBLISHED, "zero_optimization": {**PUBLISHED["zero_optimization"], "stage": stage}}
   config.training.deepspeed = write(settings)
-  source, mesh = describe_model(config), open_mesh(config, jax.devices())
+  source, mesh = open_shapes(config), open_mesh(config, jax.devices())
   trainable = optim.trainable_paths(config.model, source.model.shapes)
   shapes, places = state_places(config, source, trainable, mesh)
   path = "language_model.model.layers.0:24.mlp.gate_proj.kernel"

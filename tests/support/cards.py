@@ -20,12 +20,12 @@ from tests.support.toy import REPOSITORY
 
 def compile_for(card, function, shapes, **options):
   """The function, traced and compiled for one card; more options of XLA may be given."""
-  mesh = Mesh(np.array(cuda.describe_devices(GPUS[card], 1, 1)), ("device",))
+  mesh = Mesh(np.array(cuda.compile_only_devices(GPUS[card], 1, 1)), ("device",))
   place = NamedSharding(mesh, PartitionSpec())
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     lowered = jax.jit(function).lower(*shapes)
-  return lowered.compile(compiler_options={**compiler_options("gpu", described=True), **options})
+  return lowered.compile(compiler_options={**compiler_options("gpu", compile_only=True), **options})
 
 
 def has_compiler():

@@ -14,9 +14,9 @@ from internvl_jax.aot import recipe
 from internvl_jax.arguments import LOSS_WEIGHTS, MeshConfig, PreferenceConfig
 from internvl_jax.assembly import (
   describe_copies,
-  describe_model,
   execution,
   make_objective,
+  open_shapes,
 )
 from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, PreferenceBatch, SFTBatch
 from internvl_jax.config import TrainConfig
@@ -31,7 +31,7 @@ from internvl_jax.models.lora import MARK, LoRASpec
 from internvl_jax.objectives import COPIES, PreferenceOptimization, ReferencePolicy
 from internvl_jax.parallel import rules
 from internvl_jax.parallel.mesh import make_mesh
-from internvl_jax.trees import part_of
+from internvl_jax.trees import submodule_of
 from tests.support.harness import Harness, toy
 
 RECORDED = json.loads((Path(__file__).parents[1] / "assets" / "dpo_loss.json").read_text())
@@ -193,7 +193,7 @@ def make_step(
     else harness.model
   )
   assert set(bare.shapes) == set(plain)
-  shares = not any(part_of(path) in ("vision_model", "mlp1") for path in harness.trainable)
+  shares = not any(submodule_of(path) in ("vision_model", "mlp1") for path in harness.trainable)
   objective = PreferenceOptimization(
     model=harness.model,
     how=how or Execution(),
@@ -333,7 +333,7 @@ def test_the_configuration_reaches_the_objective():
   config.preference.beta, config.preference.label_smoothing, config.preference.rpo_alpha = 0.3, 0.05, 0.7
   config.preference.sigmoid_loss_weight = 0.8
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-  source = describe_model(config)
+  source = open_shapes(config)
   objective = make_objective(config, source, execution(config, source.config), mesh)
   assert objective.settings == LossSettings(0.3, 0.05) and objective.rpo_alpha == 0.7
   assert objective.terms == (("sigmoid", 0.8), ("bco_pair", 1.0)) and objective.reference is not None
@@ -344,7 +344,7 @@ def test_the_configuration_reaches_the_objective():
 def test_copies_round_what_the_policy_rounds_and_nothing_else():
   config = recipe.get_config("mpo")
   config.model.model_name_or_path = published.hub_id("3.5-30b-a3b")
-  source = describe_model(config)
+  source = open_shapes(config)
   trainable = set(source.model.shapes)
   copies = describe_copies(
     config, source, {p: leaf.update(sharding=None) for p, leaf in source.model.shapes.items()}, trainable

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from internvl_jax.models.attention.mask import Mask
-from internvl_jax.parallel.rules import ACTIVATIONS, MeshAxes, constrain, fit, mesh_in_scope, spec
+from internvl_jax.parallel.rules import ACTIVATIONS, MeshAxes, constrain, dividing_axes, mesh_in_scope, spec
 
 Over = Literal["rows", "tiles"]
 """What B counts, which says how it is sharded (`parallel.rules.ACTIVATIONS`)."""
@@ -43,9 +43,9 @@ class Layout:
   def of(cls, q: jax.Array, k: jax.Array, over: Over, mesh: AbstractMesh) -> "Layout":
     """The layout of q [B, T, N, H] and k [B, S, K, H] on a mesh."""
     (B, T, N, _), K = q.shape, k.shape[2]
-    rows = fit(ACTIVATIONS[over], B, mesh)
+    rows = dividing_axes(ACTIVATIONS[over], B, mesh)
     heads, repeats = _head_axes(N, K, rows, mesh)
-    queries = fit(ACTIVATIONS["tokens"], T, mesh, used=(*rows, *heads))
+    queries = dividing_axes(ACTIVATIONS["tokens"], T, mesh, used=(*rows, *heads))
     return cls(rows=rows, queries=queries, heads=heads, repeats=repeats)
 
   def repeat(self, x: jax.Array) -> jax.Array:
@@ -65,7 +65,7 @@ class Layout:
 
 def _head_axes(N: int, K: int, used: MeshAxes, mesh: AbstractMesh) -> tuple[MeshAxes, int]:
   """Mesh axes that split the heads, and how often keys and values are repeated so that they split alike."""
-  axes = fit(ACTIVATIONS["attention_heads"], N, mesh, used)
+  axes = dividing_axes(ACTIVATIONS["attention_heads"], N, mesh, used)
   while N % math.lcm(K, math.prod(mesh.shape[axis] for axis in axes)):
     axes = axes[:-1]
   return axes, math.lcm(K, math.prod(mesh.shape[axis] for axis in axes)) // K
