@@ -1,8 +1,8 @@
 """What the commands share: reading the command line, and turning a user's mistake into one line.
 
-A front door with a recipe looks like this:
+A command that takes a recipe looks like this:
 
-    _CONFIG = frontdoor.define_config_flag()
+    _CONFIG = cli.define_config_flag()
 
     def main(_):
       cfg = _CONFIG.value
@@ -10,18 +10,14 @@ A front door with a recipe looks like this:
       ...
 
     if __name__ == "__main__":
-      frontdoor.run_app(main)
+      cli.run_app(main)
 
-`--config F[:arg]` names a recipe, a Python file with `get_config(arg: str = "") -> TrainConfig`, and
+`--config RECIPE[:ARG]` names a recipe (see `internvl_jax.recipe_files`), and
 `--config.leaf.field=value` overrides a field; `None` clears a field that may be unset.
 """
 
-import difflib
 import errno
-import importlib.util
-import inspect
 import logging as stdlib_logging
-import os
 import re
 import sys
 import traceback
@@ -35,15 +31,13 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from internvl_jax import signals
-from internvl_jax.config import FIELDS, LEAVES, TrainConfig, type_name
+from internvl_jax.config import FIELDS, TrainConfig, type_name
 from internvl_jax.config_checks import idle_settings
 from internvl_jax.environment import set_environment
-from internvl_jax.errors import UserError, redacted, suggest
+from internvl_jax.errors import UserError, redacted
 from internvl_jax.foreign import FOREIGN, answer
 from internvl_jax.help_text import usage
-
-FLAG = "config"
-"""Name of the flag that takes the recipe."""
+from internvl_jax.recipe_files import FLAG, explain_unknown, load_recipe
 
 _OVERRIDE = re.compile(rf"--?(no)?{FLAG}\.([^=]+)(?:=(.*))?", re.DOTALL)
 _RECIPE = re.compile(rf"--?{FLAG}(=|$)")
@@ -69,7 +63,11 @@ def define_config_flag(
       config_flags.register_flag_parser_for_type(field.type, flags.EnumParser(choices))
   try:
     holder = config_flags.DEFINE_config_file(
-      FLAG, default, "Recipe: FILE.py or FILE.py:ARG.", flag_values=flag_values, sys_argv=argv
+      FLAG,
+      default,
+      "Recipe: NAME or FILE.py, with :ARG if it takes one.",
+      flag_values=flag_values,
+      sys_argv=argv,
     )
   except (
     flags.CantOpenFlagFileError
@@ -215,26 +213,11 @@ def _check_overrides(args: Sequence[str], *, has_default: bool) -> None:
   """Refuses overrides of fields that there are not, all at once, and overrides without a recipe."""
   if not has_default and not any(_RECIPE.match(arg) for arg in args):
     given = f" (there is {args[1]!r})" if len(args) > 1 and not _OVERRIDE.fullmatch(args[1]) else ""
-    raise UserError(f"--{FLAG} is missing{given}; name a recipe: --{FLAG} FILE.py or --{FLAG} FILE.py:ARG")
+    raise UserError(f"--{FLAG} is missing{given}; name a recipe: --{FLAG} NAME:ARG or --{FLAG} FILE.py:ARG")
   paths = [match[2] for arg in args[1:] if (match := _OVERRIDE.fullmatch(arg))]
   unknown = [path for path in paths if path not in FIELDS]
   if unknown:
     raise UserError("\n".join(explain_unknown(path) for path in unknown))
-
-
-def explain_unknown(path: str) -> str:
-  """Says, in a line, that no field has this path, and which one is probably meant."""
-  flag, name = f"--{FLAG}.{path}", path.rpartition(".")[2]
-  if path in LEAVES:
-    example = next(field for field in FIELDS if field.startswith(f"{path}."))
-    return f"{flag} is a group of fields; set one of them, e.g. --{FLAG}.{example}=..."
-  if name in FOREIGN:
-    return f"{flag}: there is no such field; {FOREIGN[name]}"
-  elsewhere = [field for field in FIELDS if field.rpartition(".")[2] == name]
-  close = difflib.get_close_matches(name, [field.rpartition(".")[2] for field in FIELDS], n=1, cutoff=0.75)
-  elsewhere += [field for field in FIELDS if close and field.rpartition(".")[2] == close[0]]
-  hint = f"; did you mean {elsewhere[0]}?" if elsewhere else ""
-  return f"{flag}: there is no such field{hint}"
 
 
 def _explain_unknown_flag(error: flags.UnrecognizedFlagError, flag_values: flags.FlagValues) -> str:
@@ -317,89 +300,10 @@ def _exit_with(error: Exception) -> typing.NoReturn:
   sys.exit(1)
 
 
-# --- Recipes ------------------------------------------------------------------------------------------------
-
-
-def load_recipe(spec: str) -> TrainConfig:
-  """Runs a recipe, given as "FILE.py" or "FILE.py:ARG", and returns its configuration.
-
-  Raises:
-    UserError: There is no such file, it has no usable `get_config`, it sets a field that there is not, or it
-      refuses its argument.
-  """
-  path, *arg = spec.split(":", 1)
-  get_config = getattr(_load_module(path), "get_config", None)
-  if not callable(get_config):
-    raise UserError(f"--{FLAG}={spec}: {path} has no function get_config(arg: str = '') -> TrainConfig")
-  _check_arity(get_config, spec, arg)
-  try:
-    config = get_config(*arg)
-  except (AttributeError, TypeError) as error:
-    raise _explain_recipe_error(error) from error
-  if not isinstance(config, TrainConfig):
-    raise UserError(
-      f"--{FLAG}={spec}: get_config returned {type(config).__name__}; it must return a TrainConfig"
-    )
-  return config
-
-
-def _load_module(path: str) -> types.ModuleType:
-  if not os.path.isfile(path):
-    raise UserError(f"--{FLAG}={path}: no such recipe file")
-  spec = importlib.util.spec_from_file_location("_recipe", path)
-  if spec is None or spec.loader is None:
-    raise UserError(f"--{FLAG}={path}: a recipe is a Python file, so its name must end in .py")
-  module = importlib.util.module_from_spec(spec)
-  sys.modules[spec.name] = module  # Dataclasses look their own module up.
-  try:
-    spec.loader.exec_module(module)
-  except (AttributeError, TypeError) as error:
-    raise _explain_recipe_error(error) from error
-  except SyntaxError as error:
-    where = f"{os.path.relpath(error.filename or path)}:{error.lineno}"
-    raise UserError(f"--{FLAG}={path}: {where}: {error.msg}") from error
-  except ImportError as error:
-    frame = next(
-      f for f in reversed(traceback.extract_tb(error.__traceback__)) if "importlib" not in f.filename
-    )
-    raise UserError(
-      f"--{FLAG}={path}: {os.path.relpath(frame.filename)}:{frame.lineno}: {error}; install it, or name its folder in "
-      "PYTHONPATH (a recipe that starts from a published one loads that: docs/training.md)"
-    ) from error
-  return module
-
-
-def _check_arity(get_config: Callable, spec: str, arg: list[str]) -> None:
-  try:
-    inspect.signature(get_config).bind(*arg)
-  except TypeError:
-    remedy = "leave out what follows the colon" if arg else "write FILE.py:ARG"
-    given = f"the argument {arg[0]!r}" if arg else "no argument"
-    raise UserError(f"--{FLAG}={spec}: its get_config does not take {given}; {remedy}") from None
-
-
-def _explain_recipe_error(error: AttributeError | TypeError) -> Exception:
-  """A `UserError` if the recipe named a field that a leaf has not; else a bug in the recipe, traceback kept."""
-  text = str(error)
-  match = re.match(r"'(\w+)' object has no attribute '(\w+)'", text) or re.match(
-    r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text
-  )
-  classes = {leaf.__name__: name for name, leaf in LEAVES.items()}
-  owner, field = match.groups() if match else ("", "")
-  frame = traceback.extract_tb(error.__traceback__)[-1]
-  where = f"{os.path.relpath(frame.filename)}:{frame.lineno}"
-  if owner in classes:
-    return UserError(f"{where}: {explain_unknown(f'{classes[owner]}.{field}').removeprefix(f'--{FLAG}.')}")
-  if owner == TrainConfig.__name__:
-    return UserError(f"{where}: TrainConfig has no group {field!r}{suggest(field, LEAVES)}")
-  # absl would take a TypeError for a wrong flag value and drop its traceback.
-  return RuntimeError(f"the recipe failed at {where}")
-
-
 class _RecipeParser(flags.ArgumentParser):
   """Reads the value of `--config`; ml_collections' own defers some errors and buries others in tracebacks."""
 
-  syntactic_help = "FILE.py or FILE.py:ARG"
+  syntactic_help = "NAME or FILE.py, with :ARG if it takes one"
 
   def parse(self, argument: str) -> TrainConfig:
     return load_recipe(argument)

@@ -19,7 +19,7 @@ LAYERS = (
   ("aot",),
   ("preference", "finish"),
   ("cli", "assembly", "output_dir"),
-  ("help_text", "config_checks"),
+  ("help_text", "config_checks", "recipes", "recipe_files"),
   ("config_paths",),
   ("config",),
   ("allowed_values", "unused_settings"),
@@ -51,9 +51,21 @@ ONLY = {
   # Checkpoint formats and the models they fill; data comes with a tokenizer in hand.
   "hf": {"models", "parallel", "batch", "trees", "outputs", "storage", "arguments", "errors"},
   # Only front doors see the whole configuration; below them a room gets its leaf.
-  "cli": {"help_text", "config", "config_checks", "arguments", "environment", "errors", "foreign", "signals"},
+  "cli": {
+    "help_text",
+    "recipe_files",
+    "config",
+    "config_checks",
+    "arguments",
+    "environment",
+    "errors",
+    "foreign",
+    "signals",
+  },
   "help_text": {"config"},
   # Read before anything heavy.
+  "recipes": {"config", "errors"},
+  "recipe_files": {"config", "errors", "foreign"},
   "config": {"arguments", "errors"},
   "config_paths": {"config", "outputs", "storage", "hf"},
   "config_checks": {

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from internvl_jax import cli
 from internvl_jax import config as config_lib
 from internvl_jax.config import FIELDS
 from internvl_jax.config_checks import problems
 from internvl_jax.errors import UserError
 from internvl_jax.foreign import FOREIGN
+from internvl_jax.recipe_files import load_module, load_recipe
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -117,7 +117,7 @@ def recipe_of(script):
 
 
 def load(recipe):
-  return cli.load_recipe(str(CONFIGS / recipe))
+  return load_recipe(str(CONFIGS / recipe))
 
 
 def recipe_files():
@@ -125,7 +125,7 @@ def recipe_files():
 
 
 def choices_of(path):
-  return getattr(cli._load_module(str(path)), "CHOICES", ("",))
+  return getattr(load_module(str(path)), "CHOICES", ("",))
 
 
 def parsed(name, text):
@@ -226,13 +226,13 @@ def test_the_readme_names_every_recipe_with_its_sizes():
 def test_a_recipe_may_start_from_another(tmp_path):
   mine = tmp_path / "mine.py"
   mine.write_text(
-    "from internvl_jax.cli import load_recipe\n"
+    "from internvl_jax.recipe_files import load_recipe\n"
     "def get_config(arg=''):\n"
     f"  config = load_recipe({str(CONFIGS)!r} + '/internvl2_5/finetune.py:' + arg)\n"
     "  config.training.learning_rate = 1e-6\n"
     "  return config\n"
   )
-  config = cli.load_recipe(f"{mine}:1b,lora")
+  config = load_recipe(f"{mine}:1b,lora")
   assert config.model.use_llm_lora == 16
   assert config.training.learning_rate == 1e-6
 

@@ -7,72 +7,51 @@ Reproduces shell/internvl1.5/*/*_pretrain.sh: 2048 rows a step on 128 GPUs (2b, 
 Sizes: 2b (Mini-InternVL, InternLM2-1.8B), 4b (Mini-InternVL, Phi-3), 26b (InternLM2-20B), 40b (Yi-34B).
 """
 
-import sys
-from pathlib import Path
-
 from internvl_jax.config import TrainConfig
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # A recipe is loaded by its path.
-from _published import Launch, build, choose
+from internvl_jax.recipes import choose, published
 
 SIZES = {
-  "2b": {
-    "vision_path": "./pretrained/InternViT-300M-448px",
-    "llm_path": "./pretrained/internlm2-chat-1_8b",
-    "conv_style": "internlm2-chat",
-    "drop_path_rate": 0.1,
-    "learning_rate": 2e-5,
-    "weight_decay": 0.01,
-  },
-  "4b": {
-    "vision_path": "./pretrained/InternViT-300M-448px",
-    "llm_path": "./pretrained/Phi-3-mini-128k-instruct",
-    "conv_style": "phi3-chat",
-    "freeze_backbone": True,
-    "learning_rate": 2e-4,
-  },
-  "26b": {
-    "vision_path": "./pretrained/InternViT-6B-448px-V1-5",
-    "llm_path": "./pretrained/internlm2-chat-20b",
-    "conv_style": "internlm2-chat",
-    "drop_path_rate": 0.2,
-    "learning_rate": 1e-5,
-  },
-  "40b": {
-    "vision_path": "./pretrained/InternViT-6B-448px-V1-5",
-    "mlp_path": "./pretrained/InternViT-6B-448px-V1-2/mlp_projector/hermes_2_yi_34b.pth",
-    "llm_path": "./pretrained/Nous-Hermes-2-Yi-34B",
-    "conv_style": "Hermes-2",
-    "freeze_backbone": True,
-    "learning_rate": 1e-4,
-  },
+  # size: ViT, language model, template, drop path, learning rate, weight decay, rows a device, GPUs
+  "2b": ("300M-448px", "internlm2-chat-1_8b", "internlm2-chat", 0.1, 2e-5, 0.01, 8, 128),
+  "4b": ("300M-448px", "Phi-3-mini-128k-instruct", "phi3-chat", 0.0, 2e-4, 0.05, 8, 128),
+  "26b": ("6B-448px-V1-5", "internlm2-chat-20b", "internlm2-chat", 0.2, 1e-5, 0.05, 4, 256),
+  "40b": ("6B-448px-V1-5", "Nous-Hermes-2-Yi-34B", "Hermes-2", 0.0, 1e-4, 0.05, 2, 256),
 }
-LAUNCHES = {
-  "2b": Launch(devices=128, batch=2048, per_device=8),
-  "4b": Launch(devices=128, batch=2048, per_device=8),
-  "26b": Launch(devices=256, batch=2048, per_device=4),
-  "40b": Launch(devices=256, batch=2048, per_device=2),
-}
-MODELS = {"2b": "internlm2_1_8b", "4b": "phi3_3_8b", "26b": "internlm2_20b", "40b": "hermes2_yi34b"}
+LANGUAGE_MODELS = {"2b": "internlm2_1_8b", "4b": "phi3_3_8b", "26b": "internlm2_20b", "40b": "hermes2_yi34b"}
 CHOICES = tuple(SIZES)
 
 
 def get_config(arg: str = "") -> TrainConfig:
-  """The recipe; `arg` is read by `_published.choose`, and stands for 26b if empty."""
+  """The recipe; `internvl_jax.recipes` says what `arg` may be, and it stands for 26b if empty."""
   choice = choose(arg, CHOICES, default="26b")
-  return build(
-    choice,
-    LAUNCHES[choice.size],
-    {
-      "dataloader_num_workers": 4,
-      "freeze_llm": True,
-      "max_seq_length": 4096,
-      "meta_path": "path/to/pretrain/data.json",
-      "num_train_epochs": 1,
-      "output_dir": f"work_dirs/internvl_chat_v1_5_{MODELS[choice.size]}_dynamic_res_pretrain",
-      "save_steps": 200,
-      "save_total_limit": 3,
-      "warmup_steps": 100,
-    },
-    SIZES[choice.size],
+  vit, llm, template, drop_path, rate, decay, per_device, gpus = SIZES[choice.size]
+  config = published(choice, batch=2048, devices=gpus, per_device=per_device)
+
+  config.model.vision_path = f"./pretrained/InternViT-{vit}"
+  config.model.llm_path = f"./pretrained/{llm}"
+  if choice.size == "40b":
+    config.model.mlp_path = "./pretrained/InternViT-6B-448px-V1-2/mlp_projector/hermes_2_yi_34b.pth"
+  config.model.freeze_backbone = choice.size in ("4b", "40b")  # The ViT.
+  config.model.freeze_llm = True
+  config.model.drop_path_rate = drop_path
+
+  config.data.meta_path = "path/to/pretrain/data.json"
+  config.data.conv_style = template
+  config.data.max_seq_length = 4096
+  config.data.dynamic_image_size = True
+  config.data.max_dynamic_patch = 12
+  config.data.use_thumbnail = True
+
+  config.training.output_dir = (
+    f"work_dirs/internvl_chat_v1_5_{LANGUAGE_MODELS[choice.size]}_dynamic_res_pretrain"
   )
+  config.training.bf16 = True
+  config.training.num_train_epochs = 1
+  config.training.learning_rate = rate
+  config.training.lr_scheduler_type = "cosine"
+  config.training.warmup_steps = 100
+  config.training.weight_decay = decay
+  config.training.dataloader_num_workers = 4
+  config.training.save_steps = 200
+  config.training.save_total_limit = 3
+  return config

@@ -8,36 +8,20 @@ Reproduces shell/internvl2.0/2nd_finetune: in full on 8 GPUs (40b: 16, 76b: 32),
 Sizes: 1b, 2b, 4b, 8b, 26b, 40b, 76b; each also with `lora`.
 """
 
-import sys
-from pathlib import Path
-
 from internvl_jax.config import TrainConfig
+from internvl_jax.recipes import choose, published
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # A recipe is loaded by its path.
-from _published import Finetuning, choose, finetune
-
-SMALL = {"drop_path_rate": 0.1, "learning_rate": 4e-5}
-LARGE = {"drop_path_rate": 0.4, "learning_rate": 2e-5}
 SIZES = {
-  "1b": Finetuning("./pretrained/InternVL2-1B", {**SMALL, "conv_style": "Hermes-2", "weight_decay": 0.01}),
-  "2b": Finetuning(
-    "./pretrained/InternVL2-2B", {**SMALL, "conv_style": "internlm2-chat", "weight_decay": 0.01}
-  ),
-  "4b": Finetuning("./pretrained/InternVL2-4B", {**SMALL, "conv_style": "phi3-chat", "weight_decay": 0.01}),
-  "8b": Finetuning("./pretrained/InternVL2-8B", {**SMALL, "conv_style": "internlm2-chat"}),
-  "26b": Finetuning("./pretrained/InternVL2-26B", {**LARGE, "conv_style": "internlm2-chat"}, per_device=2),
-  "40b": Finetuning(
-    "./pretrained/InternVL2-40B", {**LARGE, "conv_style": "Hermes-2"}, per_device=2, devices=16
-  ),
-  "76b": Finetuning(
-    "./pretrained/InternVL2-Llama3-76B",
-    {**LARGE, "conv_style": "internlm2-chat"},
-    per_device=1,
-    devices=32,
-    lora_devices=8,
-  ),
+  # size: model, template, drop path, learning rate, weight decay, rows a device, GPUs, GPUs of LoRA
+  "1b": ("InternVL2-1B", "Hermes-2", 0.1, 4e-5, 0.01, 4, 8, 2),
+  "2b": ("InternVL2-2B", "internlm2-chat", 0.1, 4e-5, 0.01, 4, 8, 2),
+  "4b": ("InternVL2-4B", "phi3-chat", 0.1, 4e-5, 0.01, 4, 8, 2),
+  "8b": ("InternVL2-8B", "internlm2-chat", 0.1, 4e-5, 0.05, 4, 8, 2),
+  "26b": ("InternVL2-26B", "internlm2-chat", 0.4, 2e-5, 0.05, 2, 8, 2),
+  "40b": ("InternVL2-40B", "Hermes-2", 0.4, 2e-5, 0.05, 2, 16, 2),
+  "76b": ("InternVL2-Llama3-76B", "internlm2-chat", 0.4, 2e-5, 0.05, 1, 32, 8),
 }
-MODELS = {
+LANGUAGE_MODELS = {
   "1b": "qwen2_0_5b",
   "2b": "internlm2_1_8b",
   "4b": "phi3_3_8b",
@@ -50,7 +34,38 @@ CHOICES = (*SIZES, *(f"{size},lora" for size in SIZES), "2b,lora_coco")
 
 
 def get_config(arg: str = "") -> TrainConfig:
-  """The recipe; `arg` is read by `_published.choose`, and stands for 8b if empty."""
+  """The recipe; `internvl_jax.recipes` says what `arg` may be, and it stands for 8b if empty."""
   choice = choose(arg, CHOICES, default="8b")
-  script = f"internvl_chat_v2_0/internvl2_{choice.size}_{MODELS[choice.size]}_dynamic_res"
-  return finetune(choice, SIZES[choice.size], script, {"max_dynamic_patch": 6, "max_seq_length": 4096})
+  model, template, drop_path, rate, decay, per_device, gpus, lora_gpus = SIZES[choice.size]
+  # variant: rows of a step, GPUs, rank of the adapters
+  variants = {"": (128, gpus, 0), "lora": (16, lora_gpus, 16), "lora_coco": (512, 8, 128)}
+  batch, devices, rank = variants[choice.variant]
+  config = published(choice, batch=batch, devices=devices, per_device=per_device)
+  script = f"internvl_chat_v2_0/internvl2_{choice.size}_{LANGUAGE_MODELS[choice.size]}_dynamic_res"
+
+  config.model.model_name_or_path = f"./pretrained/{model}"
+  config.model.freeze_backbone = True  # The ViT.
+  config.model.freeze_mlp = config.model.freeze_llm = rank > 0  # Of LoRA, the adapters alone train.
+  config.model.use_llm_lora = rank
+  config.model.drop_path_rate = 0.0 if rank else drop_path
+
+  data = "coco_caption" if choice.variant == "lora_coco" else "internvl_1_2_finetune_custom"
+  config.data.meta_path = f"./shell/data/{data}.json"
+  config.data.conv_style = template
+  config.data.max_seq_length = 4096
+  config.data.dynamic_image_size = True
+  config.data.max_dynamic_patch = 6
+  config.data.use_thumbnail = True
+
+  config.training.output_dir = f"work_dirs/{script}_2nd_finetune_{choice.variant or 'full'}"
+  config.training.bf16 = True
+  config.training.num_train_epochs = 1
+  config.training.learning_rate = rate
+  config.training.lr_scheduler_type = "cosine"
+  config.training.warmup_ratio = 0.03
+  config.training.weight_decay = decay
+  config.training.group_by_length = True
+  config.training.dataloader_num_workers = 4
+  config.training.save_steps = 200
+  config.training.save_total_limit = 1
+  return config

@@ -8,31 +8,55 @@ Reproduces shell/internvl2.5/2nd_finetune: in full on 8 GPUs (38b: 16, 78b: 32),
 Sizes: 1b, 2b, 4b, 8b, 26b, 38b, 78b; each also with `lora`.
 """
 
-import sys
-from pathlib import Path
-
 from internvl_jax.config import TrainConfig
+from internvl_jax.recipes import choose, published
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # A recipe is loaded by its path.
-from _published import Finetuning, choose, finetune
-
-SMALL = {"drop_path_rate": 0.1, "learning_rate": 4e-5}
-LARGE = {"drop_path_rate": 0.4, "learning_rate": 2e-5}
 SIZES = {
-  "1b": Finetuning("OpenGVLab/InternVL2_5-1B", {**SMALL, "weight_decay": 0.01}),
-  "2b": Finetuning("OpenGVLab/InternVL2_5-2B", {**SMALL, "weight_decay": 0.01}),
-  "4b": Finetuning("OpenGVLab/InternVL2_5-4B", {**SMALL, "weight_decay": 0.01}),
-  "8b": Finetuning("OpenGVLab/InternVL2_5-8B", SMALL),
-  "26b": Finetuning("OpenGVLab/InternVL2_5-26B", LARGE, per_device=2),
-  "38b": Finetuning("OpenGVLab/InternVL2_5-38B", LARGE, per_device=2, devices=16),
-  "78b": Finetuning("OpenGVLab/InternVL2_5-78B", LARGE, per_device=1, devices=32, lora_devices=8),
+  # size: drop path, learning rate, weight decay, rows a device, GPUs, GPUs of LoRA
+  "1b": (0.1, 4e-5, 0.01, 4, 8, 2),
+  "2b": (0.1, 4e-5, 0.01, 4, 8, 2),
+  "4b": (0.1, 4e-5, 0.01, 4, 8, 2),
+  "8b": (0.1, 4e-5, 0.05, 4, 8, 2),
+  "26b": (0.4, 2e-5, 0.05, 2, 8, 2),
+  "38b": (0.4, 2e-5, 0.05, 2, 16, 2),
+  "78b": (0.4, 2e-5, 0.05, 1, 32, 8),
 }
 CHOICES = (*SIZES, *(f"{size},lora" for size in SIZES), "2b,lora_coco")
 
 
 def get_config(arg: str = "") -> TrainConfig:
-  """The recipe; `arg` is read by `_published.choose`, and stands for 8b if empty."""
+  """The recipe; `internvl_jax.recipes` says what `arg` may be, and it stands for 8b if empty."""
   choice = choose(arg, CHOICES, default="8b")
+  drop_path, rate, decay, per_device, gpus, lora_gpus = SIZES[choice.size]
+  # variant: rows of a step, GPUs, rank of the adapters
+  variants = {"": (128, gpus, 0), "lora": (16, lora_gpus, 16), "lora_coco": (512, 8, 128)}
+  batch, devices, rank = variants[choice.variant]
+  config = published(choice, batch=batch, devices=devices, per_device=per_device)
   script = f"internvl_chat_v2_5/internvl2_5_{choice.size}_dynamic_res"
-  generation = {"conv_style": "internvl2_5", "max_dynamic_patch": 6, "max_seq_length": 8192}
-  return finetune(choice, SIZES[choice.size], script, generation)
+
+  config.model.model_name_or_path = f"OpenGVLab/InternVL2_5-{choice.size.upper()}"
+  config.model.freeze_backbone = True  # The ViT.
+  config.model.freeze_mlp = config.model.freeze_llm = rank > 0  # Of LoRA, the adapters alone train.
+  config.model.use_llm_lora = rank
+  config.model.drop_path_rate = 0.0 if rank else drop_path
+
+  data = "coco_caption" if choice.variant == "lora_coco" else "internvl_1_2_finetune_custom"
+  config.data.meta_path = f"./shell/data/{data}.json"
+  config.data.conv_style = "internvl2_5"
+  config.data.max_seq_length = 8192
+  config.data.dynamic_image_size = True
+  config.data.max_dynamic_patch = 6
+  config.data.use_thumbnail = True
+
+  config.training.output_dir = f"work_dirs/{script}_2nd_finetune_{choice.variant or 'full'}"
+  config.training.bf16 = True
+  config.training.num_train_epochs = 1
+  config.training.learning_rate = rate
+  config.training.lr_scheduler_type = "cosine"
+  config.training.warmup_ratio = 0.03
+  config.training.weight_decay = decay
+  config.training.group_by_length = True
+  config.training.dataloader_num_workers = 4
+  config.training.save_steps = 200
+  config.training.save_total_limit = 1
+  return config

@@ -8,40 +8,53 @@ lines with question, chosen and rejected answer.
 Sizes: 1b, 2b, 8b, 9b, 14b, 38b, 78b.
 """
 
-import sys
-from pathlib import Path
-
 from internvl_jax.config import TrainConfig
+from internvl_jax.recipes import choose, published
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # A recipe is loaded by its path.
-from _published import MPO, Launch, build, choose
-
-SMALL = {"drop_path_rate": 0.1, "max_seq_length": 12288, "save_strategy": "no"}
-LARGE = {"drop_path_rate": 0.4, "max_seq_length": 8192}
-SIZES = {"1b": SMALL, "2b": SMALL, "8b": SMALL, "9b": SMALL, "14b": SMALL, "38b": LARGE, "78b": LARGE}
+SIZES = {
+  # size: drop path, longest answer with its question, GPUs, when checkpoints are saved
+  "1b": (0.1, 12288, 256, "no"),
+  "2b": (0.1, 12288, 256, "no"),
+  "8b": (0.1, 12288, 256, "no"),
+  "9b": (0.1, 12288, 256, "no"),
+  "14b": (0.1, 12288, 256, "no"),
+  "38b": (0.4, 8192, 512, "steps"),
+  "78b": (0.4, 8192, 512, "steps"),
+}
 CHOICES = tuple(SIZES)
 
 
 def get_config(arg: str = "") -> TrainConfig:
-  """The recipe; `arg` is read by `_published.choose`, and stands for 8b if empty."""
+  """The recipe; `internvl_jax.recipes` says what `arg` may be, and it stands for 8b if empty."""
   choice = choose(arg, CHOICES, default="8b")
-  devices = 512 if choice.size in ("38b", "78b") else 256
-  return build(
-    choice,
-    Launch(devices=devices, batch=devices),
-    MPO,
-    {
-      "conv_style": "internvl2_5",
-      "dataloader_num_workers": 8,
-      "learning_rate": 2e-7,
-      "meta_path": "MMPR-v1.2/meta.json",
-      "model_name_or_path": f"OpenGVLab/InternVL3-{choice.size.upper()}-Instruct",
-      "num_train_epochs": 1,
-      "output_dir": f"work_dirs/internvl_chat_v3_mpo/Internvl3-{choice.size.upper()}",
-      "save_steps": 200,
-      "save_total_limit": 100,
-      "use_liger": True,
-      "warmup_ratio": 0.03,
-    },
-    SIZES[choice.size],
-  )
+  drop_path, longest, gpus, save_strategy = SIZES[choice.size]
+  config = published(choice, batch=gpus, devices=gpus)
+
+  config.model.model_name_or_path = f"OpenGVLab/InternVL3-{choice.size.upper()}-Instruct"
+  config.model.drop_path_rate = drop_path
+  config.model.use_liger = True
+
+  config.data.meta_path = "MMPR-v1.2/meta.json"
+  config.data.conv_style = "internvl2_5"
+  config.data.max_seq_length = longest
+  config.data.dynamic_image_size = True
+  config.data.max_dynamic_patch = 12
+  config.data.use_thumbnail = True
+
+  config.preference.loss_type = "sigmoid,bco_pair"
+  config.preference.sigmoid_loss_weight = 0.8
+  config.preference.bco_pair_loss_weight = 0.2
+  config.preference.rpo_alpha = 1.0
+
+  config.training.output_dir = f"work_dirs/internvl_chat_v3_mpo/Internvl3-{choice.size.upper()}"
+  config.training.bf16 = True
+  config.training.num_train_epochs = 1
+  config.training.learning_rate = 2e-7
+  config.training.lr_scheduler_type = "cosine"
+  config.training.warmup_ratio = 0.03
+  config.training.weight_decay = 0.05
+  config.training.dataloader_num_workers = 8
+  config.training.save_strategy = save_strategy
+  config.training.save_steps = 200
+  config.training.save_total_limit = 100
+  return config

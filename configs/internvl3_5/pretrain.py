@@ -8,40 +8,44 @@ step. The script leaves the number of nodes open; here it is one, of 8 GPUs (`de
 The one size is 20b. Next: sft.py.
 """
 
-import sys
-from pathlib import Path
-
 from internvl_jax.config import TrainConfig
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # A recipe is loaded by its path.
-from _published import PACKED, Launch, build, choose
+from internvl_jax.recipes import choose, published
 
 CHOICES = ("20b",)
 
 
 def get_config(arg: str = "") -> TrainConfig:
-  """The recipe; `arg` is read by `_published.choose`, and stands for 20b if empty."""
+  """The recipe; `internvl_jax.recipes` says what `arg` may be, and it stands for 20b if empty."""
+  choice = choose(arg, CHOICES, default="20b")
   folder = "work_dirs/internvl3_5_gpt_oss_20b_pretrain"
-  return build(
-    choose(arg, CHOICES, default="20b"),
-    Launch(devices=8, batch=512),
-    PACKED,
-    {
-      "conv_style": "internvl3_5_gpt_oss",
-      "dataloader_num_workers": 16,
-      "drop_path_rate": 0.1,
-      "gradient_checkpointing": True,
-      "learning_rate": 2e-5,
-      "max_packed_tokens": 32768,
-      "max_seq_length": 32768,
-      "max_steps": 15000,
-      "meta_path": "shell/data/debug_sft.json",
-      "model_name_or_path": f"{folder}/internvl3_5_gpt_oss_20b_stage0_mlp_warmup",
-      "num_images_expected": 96,
-      "output_dir": f"{folder}/internvl3_5_gpt_oss_20b_stage1_pretrain",
-      "replacement": True,
-      "save_steps": 500,
-      "save_total_limit": 100,
-      "warmup_ratio": 0.03,
-    },
-  )
+  config = published(choice, batch=512, devices=8)
+
+  config.model.model_name_or_path = f"{folder}/internvl3_5_gpt_oss_20b_stage0_mlp_warmup"
+  config.model.drop_path_rate = 0.1
+
+  config.data.meta_path = "shell/data/debug_sft.json"
+  config.data.conv_style = "internvl3_5_gpt_oss"
+  config.data.max_seq_length = 32768
+  config.data.dynamic_image_size = True
+  config.data.max_dynamic_patch = 12
+  config.data.use_thumbnail = True
+  config.data.use_packed_ds = True
+  config.data.max_packed_tokens = 32768
+  config.data.num_images_expected = 96
+  config.data.strict_mode = False
+  config.data.replacement = True
+  config.data.loss_reduction = "square"
+
+  config.training.output_dir = f"{folder}/internvl3_5_gpt_oss_20b_stage1_pretrain"
+  config.training.bf16 = True
+  config.training.max_steps = 15000
+  config.training.learning_rate = 2e-5
+  config.training.lr_scheduler_type = "cosine"
+  config.training.warmup_ratio = 0.03
+  config.training.weight_decay = 0.05
+  config.training.gradient_checkpointing = True
+  config.training.dataloader_num_workers = 16
+  config.training.remove_unused_columns = False
+  config.training.save_steps = 500
+  config.training.save_total_limit = 100
+  return config

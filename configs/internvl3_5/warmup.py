@@ -8,44 +8,50 @@ step. The script leaves the number of nodes open; here it is one, of 8 GPUs (`de
 The one size is 20b. Next: pretrain.py.
 """
 
-import sys
-from pathlib import Path
-
 from internvl_jax.config import TrainConfig
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # A recipe is loaded by its path.
-from _published import PACKED, Launch, build, choose
+from internvl_jax.recipes import choose, published
 
 CHOICES = ("20b",)
 
 
 def get_config(arg: str = "") -> TrainConfig:
-  """The recipe; `arg` is read by `_published.choose`, and stands for 20b if empty."""
-  return build(
-    choose(arg, CHOICES, default="20b"),
-    Launch(devices=8, batch=256),
-    PACKED,
-    {
-      "conv_style": "internvl3_5_gpt_oss",
-      "dataloader_num_workers": 16,
-      "drop_path_rate": 0.1,
-      "freeze_backbone": True,
-      "freeze_llm": True,
-      "gradient_checkpointing": True,
-      "learning_rate": 1e-3,
-      "llm_path": "openai/gpt-oss-20b",
-      "max_packed_tokens": 32768,
-      "max_seq_length": 16384,
-      "max_steps": 5000,
-      "meta_path": "shell/data/debug_sft.json",
-      "num_images_expected": 96,
-      "num_train_epochs": 1,
-      "output_dir": "work_dirs/internvl3_5_gpt_oss_20b_pretrain/internvl3_5_gpt_oss_20b_stage0_mlp_warmup",
-      "replacement": True,
-      "save_steps": 500,
-      "save_total_limit": 20,
-      "seed": 22110,
-      "vision_path": "OpenGVLab/InternViT-300M-448px-V2_5",
-      "warmup_ratio": 0.01,
-    },
+  """The recipe; `internvl_jax.recipes` says what `arg` may be, and it stands for 20b if empty."""
+  choice = choose(arg, CHOICES, default="20b")
+  config = published(choice, batch=256, devices=8)
+
+  config.model.vision_path = "OpenGVLab/InternViT-300M-448px-V2_5"
+  config.model.llm_path = "openai/gpt-oss-20b"
+  config.model.freeze_backbone = True  # The ViT.
+  config.model.freeze_llm = True
+  config.model.drop_path_rate = 0.1
+
+  config.data.meta_path = "shell/data/debug_sft.json"
+  config.data.conv_style = "internvl3_5_gpt_oss"
+  config.data.max_seq_length = 16384
+  config.data.dynamic_image_size = True
+  config.data.max_dynamic_patch = 12
+  config.data.use_thumbnail = True
+  config.data.use_packed_ds = True
+  config.data.max_packed_tokens = 32768
+  config.data.num_images_expected = 96
+  config.data.strict_mode = False
+  config.data.replacement = True
+  config.data.loss_reduction = "square"
+
+  config.training.output_dir = (
+    "work_dirs/internvl3_5_gpt_oss_20b_pretrain/internvl3_5_gpt_oss_20b_stage0_mlp_warmup"
   )
+  config.training.bf16 = True
+  config.training.max_steps = 5000
+  config.training.num_train_epochs = 1  # The steps go before it.
+  config.training.learning_rate = 1e-3
+  config.training.lr_scheduler_type = "cosine"
+  config.training.warmup_ratio = 0.01
+  config.training.weight_decay = 0.05
+  config.training.gradient_checkpointing = True
+  config.training.seed = 22110
+  config.training.dataloader_num_workers = 16
+  config.training.remove_unused_columns = False
+  config.training.save_steps = 500
+  config.training.save_total_limit = 20
+  return config

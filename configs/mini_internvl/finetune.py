@@ -8,58 +8,64 @@ Domains: bdd (driving, BDD-X), drivelm (driving, several views), medical, remote
 Sizes: 1b, 2b, 4b, each with one of the domains.
 """
 
-import sys
-from pathlib import Path
-
 from internvl_jax.config import TrainConfig
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # A recipe is loaded by its path.
-from _published import PACKED, Launch, build, choose
+from internvl_jax.recipes import choose, published
 
 SIZES = {
-  "1b": {"conv_style": "Hermes-2", "num_train_epochs": 2},
-  "2b": {"conv_style": "internlm2-chat", "num_train_epochs": 2},
-  "4b": {"conv_style": "phi3-chat", "num_train_epochs": 1},
+  # size: language model, template, epochs
+  "1b": ("qwen2_0_5b", "Hermes-2", 2),
+  "2b": ("internlm2_1_8b", "internlm2-chat", 2),
+  "4b": ("phi3_3_8b", "phi3-chat", 1),
 }
-MODELS = {"1b": "qwen2_0_5b", "2b": "internlm2_1_8b", "4b": "phi3_3_8b"}
 DOMAINS = {
-  "bdd": {"max_steps": 240},
-  "drivelm": {"max_steps": 15100},
-  "medical": {"max_steps": 2200},
-  "remote": {"max_steps": 2500},
+  # domain: steps, rows of a step
+  "bdd": (240, 64),
+  "drivelm": (15100, 8),
+  "medical": (2200, 64),
+  "remote": (2500, 64),
 }
-SAVING = {
-  "2b,bdd": {"save_steps": 72},
-  "1b,remote": {"save_steps": 500},
-  "2b,remote": {"save_steps": 500, "save_total_limit": 7},
-}
+# Every how many steps a checkpoint is saved, and how many are kept, where it is not 700 and 3.
+SAVING = {"2b,bdd": (72, 3), "1b,remote": (500, 3), "2b,remote": (500, 7)}
 CHOICES = tuple(f"{size},{domain}" for size in SIZES for domain in DOMAINS)
 
 
 def get_config(arg: str = "") -> TrainConfig:
-  """The recipe; `arg` is read by `_published.choose`, and stands for 2b,drivelm if empty."""
+  """The recipe; `internvl_jax.recipes` says what `arg` may be, and it stands for 2b,drivelm if empty."""
   choice = choose(arg, CHOICES, default="2b,drivelm")
   size, domain = choice.size, choice.variant
-  data = "./InternVL-Domain-Adaptation-Data/train_meta/internvl_1_2_finetune"
-  return build(
-    choice,
-    Launch(devices=8, batch=8 if domain == "drivelm" else 64),
-    PACKED,
-    {
-      "dataloader_num_workers": 8,
-      "drop_path_rate": 0.1,
-      "learning_rate": 1e-5,
-      "loss_reduction_all_gather": True,
-      "max_seq_length": 8192,
-      "meta_path": f"{data}_{domain}.json",
-      "model_name_or_path": f"./pretrained/InternVL2-{size.upper()}",
-      "output_dir": f"work_dirs/domain_adaptation/internvl2_{size}_{MODELS[size]}_dynamic_res_finetune_{domain}",
-      "save_steps": 700,
-      "save_total_limit": 3,
-      "warmup_ratio": 0.03,
-      "weight_decay": 0.01,
-    },
-    SIZES[size],
-    DOMAINS[domain],
-    SAVING.get(f"{size},{domain}", {}),
+  llm, template, epochs = SIZES[size]
+  steps, batch = DOMAINS[domain]
+  save_steps, save_total_limit = SAVING.get(f"{size},{domain}", (700, 3))
+  config = published(choice, batch=batch, devices=8)
+
+  config.model.model_name_or_path = f"./pretrained/InternVL2-{size.upper()}"
+  config.model.drop_path_rate = 0.1
+
+  config.data.meta_path = f"./InternVL-Domain-Adaptation-Data/train_meta/internvl_1_2_finetune_{domain}.json"
+  config.data.conv_style = template
+  config.data.max_seq_length = 8192
+  config.data.dynamic_image_size = True
+  config.data.max_dynamic_patch = 12
+  config.data.use_thumbnail = True
+  config.data.use_packed_ds = True
+  config.data.max_packed_tokens = 16384
+  config.data.num_images_expected = 48
+  config.data.strict_mode = False
+  config.data.loss_reduction = "square"
+  config.data.loss_reduction_all_gather = True
+
+  config.training.output_dir = (
+    f"work_dirs/domain_adaptation/internvl2_{size}_{llm}_dynamic_res_finetune_{domain}"
   )
+  config.training.bf16 = True
+  config.training.max_steps = steps
+  config.training.num_train_epochs = epochs  # The steps go before them.
+  config.training.learning_rate = 1e-5
+  config.training.lr_scheduler_type = "cosine"
+  config.training.warmup_ratio = 0.03
+  config.training.weight_decay = 0.01
+  config.training.dataloader_num_workers = 8
+  config.training.remove_unused_columns = False
+  config.training.save_steps = save_steps
+  config.training.save_total_limit = save_total_limit
+  return config
