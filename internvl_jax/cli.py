@@ -13,7 +13,8 @@ A command that takes a recipe looks like this:
       cli.run_app(main)
 
 `--config RECIPE[:ARG]` names a recipe (see `internvl_jax.recipe_files`), and
-`--config.leaf.field=value` overrides a field; `None` clears a field that may be unset.
+`--config.leaf.field=value` overrides a field; `None` clears a field that may be unset. `--print_config` prints all of
+them in place of what the command does.
 """
 
 import errno
@@ -36,8 +37,11 @@ from internvl_jax.config_checks import idle_settings
 from internvl_jax.environment import set_environment
 from internvl_jax.errors import UserError, redacted
 from internvl_jax.foreign import FOREIGN, answer
-from internvl_jax.help_text import usage
+from internvl_jax.help_text import config_text, usage
 from internvl_jax.recipe_files import FLAG, explain_unknown, load_recipe
+
+PRINT_FLAG = "print_config"
+"""Name of the flag that asks for the configuration's values in place of what the command does."""
 
 _OVERRIDE = re.compile(rf"--?(no)?{FLAG}\.([^=]+)(?:=(.*))?", re.DOTALL)
 _RECIPE = re.compile(rf"--?{FLAG}(=|$)")
@@ -50,7 +54,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def define_config_flag(
   flag_values: flags.FlagValues = flags.FLAGS, argv: list[str] | None = None, *, default: str | None = None
 ) -> flags.FlagHolder[TrainConfig]:
-  """Defines `--config` and its overrides; the holder's `.value` is the `TrainConfig` once flags are parsed.
+  """Defines `--config`, its overrides and `--print_config`; the holder's `.value` is the parsed `TrainConfig`.
 
   Args:
     flag_values: Where to define it.
@@ -74,6 +78,12 @@ def define_config_flag(
   ) as error:  # Flag files are read to find the overrides, while modules are imported.
     _exit_with(UserError(_one_line(error).removeprefix("ERROR:: ")))
   flag_values[FLAG].parser = _RecipeParser()
+  flags.DEFINE_bool(
+    PRINT_FLAG,
+    False,
+    "Print the values of all fields, those that differ from the defaults marked by an asterisk, and exit.",
+    flag_values=flag_values,
+  )
   return holder
 
 
@@ -91,6 +101,9 @@ def run_app(main: Callable[[list[str]], Any]) -> None:
 
   def guarded(argv: list[str]) -> Any:
     try:
+      if PRINT_FLAG in flags.FLAGS and flags.FLAGS[PRINT_FLAG].value:
+        print(config_text(flags.FLAGS[FLAG].value))
+        return 0
       return main(argv)
     except Exception as error:
       _exit_with(error)

@@ -1,4 +1,4 @@
-"""What `--help` prints: a command's own flags, and with `--helpfull` every field that `--config` takes."""
+"""Texts of `--help`, `--helpfull` (every field that `--config` takes) and `--print_config` (a configuration's values)."""
 
 import inspect
 import re
@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from internvl_jax.config import FIELDS, LEAVES, type_name
+from internvl_jax.config import FIELDS, LEAVES, TrainConfig, get, is_changed, type_name
+from internvl_jax.errors import redacted
 
 _WIDTH = 110
 
@@ -55,6 +56,24 @@ def field_comments(leaf: type) -> dict[str, str]:
       if match[1] in leaf.__dataclass_fields__:
         found[match[1]] = " ".join(comment)
   return found
+
+
+def config_text(config: TrainConfig) -> str:
+  """A line for each field of a configuration, in the order of the tree, without the secrets of URLs.
+
+  >>> print(config_text(config))
+  * model.model_name_or_path = 'OpenGVLab/InternVL2_5-8B'  (default: None)
+    model.vision_path = None
+    ...
+
+  An asterisk marks what differs from the default.
+  """
+  return redacted("\n".join(_field_line(config, path) for path in FIELDS))
+
+
+def _field_line(config: TrainConfig, path: str) -> str:
+  line = f"{path} = {get(config, path)!r}"
+  return f"* {line}  (default: {FIELDS[path].default!r})" if is_changed(config, path) else f"  {line}"
 
 
 def _own_flags(flag_values: flags.FlagValues) -> Iterator[flags.Flag]:

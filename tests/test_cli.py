@@ -11,6 +11,7 @@ from absl import flags
 from internvl_jax import cli, config_checks
 from internvl_jax.config import FIELDS, get
 from internvl_jax.errors import UserError
+from internvl_jax.help_text import config_text
 from tests.support.configurations import RECIPE, parse
 
 ROOT = Path(__file__).parent.parent
@@ -174,6 +175,7 @@ def test_a_recipe_must_be_there(argv, message):
 SCRIPT = """
 from internvl_jax import cli, config
 from internvl_jax.errors import UserError
+from internvl_jax.help_text import config_text
 CONFIG = cli.define_config_flag()
 def main(_):
   c = CONFIG.value
@@ -184,6 +186,19 @@ def main(_):
 if __name__ == "__main__":
   cli.run_app(main)
 """
+
+
+def run_script(folder, *arguments):
+  (folder / "script.py").write_text(SCRIPT)
+  (folder / "recipe.py").write_text(RECIPE)
+  return subprocess.run(
+    [sys.executable, "script.py", "--config", "recipe.py", *arguments],
+    cwd=folder,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
 
 
 @pytest.mark.parametrize(
@@ -197,19 +212,36 @@ if __name__ == "__main__":
   ],
 )
 def test_a_command_ends_with_a_line_for_a_users_mistake_only(tmp_path, override, code, out, err):
-  (tmp_path / "script.py").write_text(SCRIPT)
-  (tmp_path / "recipe.py").write_text(RECIPE)
-  done = subprocess.run(
-    [sys.executable, "script.py", "--config", "recipe.py", override],
-    cwd=tmp_path,
-    env=os.environ | {"PYTHONPATH": str(ROOT)},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+  done = run_script(tmp_path, override)
   assert (done.returncode, done.stdout) == (code, out)
   assert done.stderr.startswith(err)
   assert ("Traceback" in done.stderr) == (err == "Traceback")
+
+
+def test_print_config_has_a_line_for_each_field_and_marks_what_differs(tmp_path):
+  config = parse(
+    tmp_path,
+    "--config.model.freeze_llm=True",
+    "--config.data.meta_path=https://me:secret@host/meta.json",
+    "--config.loader.sequence_buckets=(64,128)",
+  )
+  lines = config_text(config).split("\n")
+  assert [line[2:].split(" = ")[0] for line in lines] == list(FIELDS)
+  assert [line for line in lines if line.startswith("* ")] == [
+    "* model.freeze_llm = True  (default: False)",
+    "* data.meta_path = 'https://***@host/meta.json'  (default: None)",
+    "* training.save_total_limit = 3  (default: None)",
+    "* loader.sequence_buckets = (64, 128)  (default: ())",
+    "* eval.annotation = 'questions.jsonl'  (default: None)",
+  ]
+  assert all(line.startswith(("* ", "  ")) for line in lines)
+  assert config_text(config) == "\n".join(lines)
+
+
+def test_print_config_takes_the_place_of_what_the_command_does(tmp_path):
+  done = run_script(tmp_path, "--config.training.seed=3", "--print_config")
+  assert (done.returncode, done.stderr) == (0, "")
+  assert "* training.seed = 3  (default: 42)\n" in done.stdout
 
 
 def test_reading_a_configuration_does_not_need_jax():

@@ -62,7 +62,7 @@ ONLY = {
     "foreign",
     "signals",
   },
-  "help_text": {"config"},
+  "help_text": {"config", "errors"},
   # Read before anything heavy.
   "recipes": {"config", "errors"},
   "recipe_files": {"config", "errors", "foreign"},
