@@ -20,7 +20,7 @@ from internvl_jax.batch import SFTBatch
 from internvl_jax.models import functional
 from internvl_jax.models.decoder import DecoderConfig
 from internvl_jax.models.internvl import Execution, InternVL, InternVLConfig
-from internvl_jax.models.vit import VisionConfig
+from internvl_jax.models.towers.internvit import InternViTConfig
 from internvl_jax.objectives import SupervisedFineTuning
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.state import TrainState
@@ -80,7 +80,7 @@ def compile_seconds(depth: int, width: int) -> float:
 
 def model_config(depth: int, width: int) -> InternVLConfig:
   """A model with both stacks of one depth and width."""
-  vision = VisionConfig(
+  vision = InternViTConfig(
     hidden_size=width,
     intermediate_size=4 * width,
     num_layers=depth,

@@ -21,7 +21,7 @@ from internvl_jax.models import functional
 from internvl_jax.models.decoder import DecoderConfig
 from internvl_jax.models.internvl import Execution, InternVL, InternVLConfig
 from internvl_jax.models.lora import LoRASpec
-from internvl_jax.models.vit import VisionConfig
+from internvl_jax.models.towers.internvit import InternViTConfig
 from internvl_jax.objectives import SupervisedFineTuning
 from internvl_jax.state import TrainState, with_dtypes
 from internvl_jax.step import TrainStep
@@ -30,7 +30,7 @@ from internvl_jax.trees import count, select
 _TOKENS = flags.DEFINE_integer("tokens", 8192, "Tokens of the row.", lower_bound=1)
 _TILES = flags.DEFINE_integer("tiles", 40, "Tiles of the row.", lower_bound=0)
 
-VISION = VisionConfig(
+VISION = InternViTConfig(
   hidden_size=1024, intermediate_size=4096, num_layers=24, num_heads=16, patch_size=14, image_size=448
 )
 TEXT = DecoderConfig(

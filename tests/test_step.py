@@ -11,7 +11,7 @@ from internvl_jax.models.gradients import matmul
 from internvl_jax.models.internvl import Execution, InternVL, InternVLConfig
 from internvl_jax.models.layers import remat_by_name
 from internvl_jax.models.moe import MoEConfig
-from internvl_jax.models.vit import VisionConfig
+from internvl_jax.models.towers.internvit import InternViTConfig
 from internvl_jax.objectives import normalized_weights
 from internvl_jax.parallel import rules
 from tests.support.harness import Harness, make_batch, reshape_batch, toy
@@ -219,7 +219,7 @@ def test_full_size_models_are_defined_without_memory(vision, text, parameters):
   D, F, L, N, K, V = text
   big = norm == "rms_norm"
   config = InternVLConfig(
-    vision=VisionConfig(
+    vision=InternViTConfig(
       hidden_size=width,
       intermediate_size=mlp,
       num_layers=layers,

@@ -270,7 +270,7 @@ def _saved(plan: StepPlan) -> int:
   how, vision, text = objective.how, plan.source.config.vision, plan.source.config.text
   sharing = _sharing(plan)
   tokens = plan.shape.rows * plan.shape.tokens // sharing
-  patches = math.ceil(plan.shape.rows * plan.shape.tiles / sharing) * (1 + vision.num_patches)
+  patches = math.ceil(plan.shape.rows * plan.shape.tiles / sharing) * vision.num_tokens
   text_width, vision_width = text.hidden_size, vision.hidden_size
   if how.remat == "dots":
     text_width += (text.num_heads + 2 * text.num_kv_heads) * text.head_dim + text.hidden_size

@@ -8,9 +8,9 @@ from typing import Any
 from internvl_jax.errors import UserError
 from internvl_jax.hf import model_config as config_io
 from internvl_jax.hf import peft, weights
-from internvl_jax.hf.tables import Row
 from internvl_jax.hf.weights import Checkpoint
 from internvl_jax.models import functional, lora
+from internvl_jax.models.checkpoint_names import Row
 from internvl_jax.models.lora import LoRASpec
 from internvl_jax.trees import LAYER_RANGE, submodule_of
 

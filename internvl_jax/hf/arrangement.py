@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from internvl_jax.hf.tables import Transform
+from internvl_jax.models.checkpoint_names import Transform
 
 
 def reading_sharding(

@@ -10,7 +10,7 @@ from typing import Any
 from internvl_jax.errors import UserError
 from internvl_jax.hf import entries, tables
 from internvl_jax.hf.files import shown, shown_error
-from internvl_jax.hf.tables import Row
+from internvl_jax.models.checkpoint_names import Row
 from internvl_jax.models.decoder import DecoderConfig
 from internvl_jax.models.gpt_oss import GptOssMLPConfig
 from internvl_jax.models.moe import MoEConfig

@@ -12,12 +12,12 @@ from absl import logging
 from flax import nnx
 
 from internvl_jax.errors import UserError
-from internvl_jax.hf import adapted, dtypes, hub, peft, tables, weights
+from internvl_jax.hf import adapted, dtypes, hub, peft, tables, towers, weights
 from internvl_jax.hf import model_config as config_io
 from internvl_jax.hf.model_config import Layout
-from internvl_jax.hf.tables import Row, Transform
 from internvl_jax.hf.weights import Checkpoint, LazyParameter, Rename
 from internvl_jax.models import functional, lora
+from internvl_jax.models.checkpoint_names import Row, Transform
 from internvl_jax.models.internvl import InternVL, InternVLConfig
 from internvl_jax.models.lora import LoRASpec
 from internvl_jax.storage.paths import is_bucket
@@ -301,8 +301,11 @@ def open_parts(
   for entry, folder in parts.items():
     if raw[entry].get("model_type") in config_io.LAYOUTS:
       raise UserError(f"{folder}: a whole InternVL checkpoint; name it as model.model_name_or_path")
-  if (found := raw["vision_config"].get("model_type")) != "intern_vit_6b":
-    raise UserError(f"{vision}/config.json: model_type is {found!r}, expected 'intern_vit_6b' (InternViT)")
+  known = towers.model_types("internvl")
+  if (found := raw["vision_config"].get("model_type")) not in known:
+    raise UserError(
+      f"{vision}/config.json: model_type is {found!r}, expected {' or '.join(f'{key!r} ({name})' for key, name in known.items())}"
+    )
   fresh, checkpoint = set(), None
   if with_weights:
     checkpoint = weights.open_checkpoint(vision, Rename(prefix="vision_model."))
@@ -418,12 +421,10 @@ def _changed(
 
 
 def _check_select_layer(config: InternVLConfig) -> None:
-  n = config.vision.num_layers
-  if not -(n + 1) <= config.select_layer <= n:
-    raise UserError(
-      f"vision_select_layer={config.select_layer} is outside the {n + 1} hidden states of a ViT of {n} layers; use "
-      f"{-(n + 1)} to {n}"
-    )
+  try:
+    config.vision.layers_run(config.select_layer)
+  except ValueError as error:
+    raise UserError(str(error)) from None
 
 
 def _check_tile(image_size: int, patch_size: int, ratio: float) -> None:

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from internvl_jax.errors import UserError
-from internvl_jax.hf import entries, tables
+from internvl_jax.hf import entries, tables, towers
 from internvl_jax.hf.families import FAMILIES, Family, complete, transformers_defaults
 from internvl_jax.hf.files import read_json, shown
-from internvl_jax.hf.tables import Row
+from internvl_jax.models.checkpoint_names import Row
 from internvl_jax.models.decoder import DecoderConfig
 from internvl_jax.models.internvl import InternVLConfig
 from internvl_jax.models.rope import DynamicRope, Rope
-from internvl_jax.models.vit import VisionConfig
+from internvl_jax.models.towers.tower import VisionConfig
 
 Config = Mapping[str, Any]
 
@@ -34,7 +34,6 @@ class Layout:
     renames: (regular expression, replacement) for keys of older checkpoints.
     modules: (regular expression, replacement) from keys to the modules' names in memory, which adapters go by.
     prefix: where the parts begin, by our names of the parts.
-    vision: width of the ViT -> names of its tensors.
     projector: names of the projector's tensors.
     model: (config.json, language model) -> the model.
   """
@@ -45,7 +44,6 @@ class Layout:
   renames: tuple[tuple[str, str], ...]
   modules: tuple[tuple[str, str], ...]
   prefix: Config
-  vision: Callable[[int], list[Row]]
   projector: list[Row]
   model: Callable[[Config, DecoderConfig], InternVLConfig]
 
@@ -59,14 +57,14 @@ class Layout:
     """Names of all tensors of a model of that family.
 
     Raises:
-      UserError: the layout has no form for the family.
+      UserError: the layout has no form for the family, or for the vision tower.
     """
     language = family.table
     if self is HF and not family.in_transformers:
       if family.as_llama is None:
         raise UserError(f"the hf layout has no form for {family.architecture}; write the internvl layout")
       language = family.as_llama(config.text)
-    return [*self.vision(config.vision.hidden_size), *self.projector, *language]
+    return [*towers.form_of(config.vision, self.name).table(config.vision), *self.projector, *language]
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -199,30 +197,21 @@ def says_tied(config: Config) -> bool | None:
 
 # --- The internvl layout ------------------------------------------------------------------------------------
 
-# Switches of the ViT whose other values would need other code.
-_VISION_CONSTANTS = {"hidden_act": "gelu", "attention_dropout": 0.0, "dropout": 0.0, "num_channels": 3}
 
+def vision_config(config: Config, layout: str) -> VisionConfig:
+  """The tower that the `vision_config` of a layout describes, or in "internvl" the config.json of a tower alone.
 
-def vision_config(config: Config) -> VisionConfig:
-  """The ViT that a `vision_config` of the internvl layout, or the config.json of a ViT alone, describes."""
-  _check_constants("vision_config", config, _VISION_CONSTANTS)
-  return VisionConfig(
-    hidden_size=config["hidden_size"],
-    intermediate_size=config["intermediate_size"],
-    num_layers=config["num_hidden_layers"],
-    num_heads=config["num_attention_heads"],
-    patch_size=_side(config["patch_size"]),
-    image_size=_side(config["image_size"]),
-    norm_type=config.get("norm_type", "rms_norm"),
-    qkv_bias=config["qkv_bias"],
-    qk_normalization=config["qk_normalization"],
-    layer_norm_eps=config["layer_norm_eps"],
-    initializer_factor=config.get("initializer_factor", 0.1),
-  )
+  Raises:
+    UserError: an unknown tower, or a switch set to a value that this program would otherwise ignore.
+  """
+  form = towers.form_named(config, layout)
+  config = {**form.defaults, **config}
+  _check_constants("vision_config", config, form.constants)
+  return form.read(config)
 
 
 def _internvl_model(config: Config, text: DecoderConfig) -> InternVLConfig:
-  vision = vision_config(config["vision_config"])
+  vision = vision_config(config["vision_config"], "internvl")
   return InternVLConfig(
     vision=dataclasses.replace(vision, image_size=config.get("force_image_size") or vision.image_size),
     text=text,
@@ -248,7 +237,6 @@ INTERNVL = Layout(
   renames=_PEFT,
   modules=(),
   prefix={"vision_model": "vision_model", "language_model": "language_model"},
-  vision=tables.internvl_vision,
   projector=tables.INTERNVL_PROJECTOR,
   model=_internvl_model,
 )
@@ -257,58 +245,12 @@ INTERNVL = Layout(
 # --- The hf layout ------------------------------------------------------------------------------------------
 
 _HF_CONSTANTS = {"projector_hidden_act": "gelu", "vision_feature_select_strategy": "default"}
-_HF_VISION_CONSTANTS = {
-  "hidden_act": "gelu",
-  "attention_dropout": 0.0,
-  "hidden_dropout_prob": 0.0,
-  "projection_dropout": 0.0,
-  "num_channels": 3,
-  "use_mask_token": False,
-  "use_absolute_position_embeddings": True,
-  "use_mean_pooling": True,
-}
-_HF_VISION_DEFAULTS = {
-  "hidden_size": 1024,
-  "intermediate_size": 4096,
-  "num_hidden_layers": 24,
-  "num_attention_heads": 16,
-  "patch_size": 14,
-  "image_size": 448,
-  "norm_type": "layer_norm",
-  "attention_bias": False,
-  "use_qk_norm": False,
-  "layer_norm_eps": 1e-6,
-  "layer_scale_init_value": 0.1,
-}
-
-
-def _side(value: Any) -> int:
-  """The side of a square given as a number or as (height, width)."""
-  if isinstance(value, list | tuple):
-    if len(set(value)) != 1:
-      raise UserError(f"config.json: vision_config has the size {value}; only squares are supported")
-    return value[0]
-  return value
 
 
 def _hf_model(config: Config, text: DecoderConfig) -> InternVLConfig:
   _check_constants("", config, _HF_CONSTANTS)
-  vision = {**_HF_VISION_DEFAULTS, **config["vision_config"]}
-  _check_constants("vision_config", vision, _HF_VISION_CONSTANTS)
   return InternVLConfig(
-    vision=VisionConfig(
-      hidden_size=vision["hidden_size"],
-      intermediate_size=vision["intermediate_size"],
-      num_layers=vision["num_hidden_layers"],
-      num_heads=vision["num_attention_heads"],
-      patch_size=_side(vision["patch_size"]),
-      image_size=_side(vision["image_size"]),
-      norm_type=vision["norm_type"],
-      qkv_bias=vision["attention_bias"],
-      qk_normalization=vision["use_qk_norm"],
-      layer_norm_eps=vision["layer_norm_eps"],
-      initializer_factor=vision["layer_scale_init_value"],
-    ),
+    vision=vision_config(config["vision_config"], "hf"),
     text=text,
     select_layer=config.get("vision_feature_layer", -1),
     downsample_ratio=config.get("downsample_ratio", 0.5),
@@ -333,7 +275,6 @@ HF = Layout(
     (r"^language_model\.lm_head\b", "lm_head"),
   ),
   prefix={"vision_model": "vision_tower", "language_model": "language_model.model"},
-  vision=tables.hf_vision,
   projector=tables.HF_PROJECTOR,
   model=_hf_model,
 )
@@ -365,12 +306,14 @@ def written_config(
   config = {key: value for key, value in config.items() if key != "quantization_config"}
   text = _written_text(config, model, layout)
   tied = model.text.tie_word_embeddings
+  same = layout_of(config) is layout
+  vision = towers.form_of(model.vision, layout.name).write(model.vision)
+  if same:
+    vision = {**config["vision_config"], "image_size": vision["image_size"]}
   if layout is INTERNVL:
-    same = layout_of(config) is INTERNVL
-    vision = config["vision_config"] if same else _internvl_vision(model.vision)
     return {
       **(config if same else {"architectures": ["InternVLChatModel"], "model_type": "internvl_chat"}),
-      "vision_config": {**vision, "image_size": model.vision.image_size},
+      "vision_config": vision,
       "llm_config": {**text, "tie_word_embeddings": tied},
       "force_image_size": model.vision.image_size,
       "select_layer": model.select_layer,
@@ -386,13 +329,11 @@ def written_config(
     raise UserError(
       f"the hf layout has no form for ps_version={model.ps_version!r}; write the internvl layout"
     )
-  side = model.vision.image_size
-  vision = config["vision_config"] if layout_of(config) is HF else _hf_vision(model.vision)
   return {
-    **(config if layout_of(config) is HF else {}),
+    **(config if same else {}),
     "architectures": ["InternVLForConditionalGeneration"],
     "model_type": "internvl",
-    "vision_config": {**vision, "image_size": [side, side]},
+    "vision_config": vision,
     "text_config": {**text, "tie_word_embeddings": tied, "dtype": dtype},
     "image_token_id": image_token_id,
     "image_seq_length": model.tokens_per_tile,
@@ -484,53 +425,6 @@ def _rope_parameters(rope: Rope) -> dict[str, Any]:
   if type(rope) is Rope:
     return {"rope_type": "default", "rope_theta": rope.theta}
   raise UserError(f"the hf layout has no LLaMA form for {rope}; write the internvl layout")
-
-
-def _internvl_vision(vision: VisionConfig) -> dict[str, Any]:
-  return {
-    "architectures": ["InternVisionModel"],
-    "model_type": "intern_vit_6b",
-    **_shared_vision(vision),
-    "image_size": vision.image_size,
-    "patch_size": vision.patch_size,
-    "qkv_bias": vision.qkv_bias,
-    "qk_normalization": vision.qk_normalization,
-    "initializer_factor": vision.initializer_factor,
-    "dropout": 0.0,
-    "drop_path_rate": 0.0,
-    "use_flash_attn": True,
-  }
-
-
-def _hf_vision(vision: VisionConfig) -> dict[str, Any]:
-  return {
-    "architectures": ["InternVLVisionModel"],
-    "model_type": "internvl_vision",
-    **_shared_vision(vision),
-    "patch_size": [vision.patch_size, vision.patch_size],
-    "attention_bias": vision.qkv_bias,
-    "use_qk_norm": vision.qk_normalization,
-    "layer_scale_init_value": vision.initializer_factor,
-    "hidden_dropout_prob": 0.0,
-    "projection_dropout": 0.0,
-    "use_absolute_position_embeddings": True,
-    "use_mask_token": False,
-    "use_mean_pooling": True,
-  }
-
-
-def _shared_vision(vision: VisionConfig) -> dict[str, Any]:
-  return {
-    "attention_dropout": 0.0,
-    "hidden_act": "gelu",
-    "hidden_size": vision.hidden_size,
-    "intermediate_size": vision.intermediate_size,
-    "layer_norm_eps": vision.layer_norm_eps,
-    "norm_type": vision.norm_type,
-    "num_attention_heads": vision.num_heads,
-    "num_channels": 3,
-    "num_hidden_layers": vision.num_layers,
-  }
 
 
 def _check_heads(entry: str, decoder: DecoderConfig, config: Config) -> None:

@@ -16,8 +16,8 @@ from internvl_jax.errors import UserError
 from internvl_jax.hf import dtypes, entries, hub, saving, weights
 from internvl_jax.hf.files import ADAPTER, read_json, shown
 from internvl_jax.hf.model_config import Layout
-from internvl_jax.hf.tables import Row
 from internvl_jax.hf.weights import Checkpoint, Rename
+from internvl_jax.models.checkpoint_names import Row
 from internvl_jax.models.lora import MARK, LoRASpec, adapter_paths
 from internvl_jax.outputs import explained, write_json
 from internvl_jax.storage.paths import AnyPath, filled, path_of

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from internvl_jax.hf.files import INDEX
-from internvl_jax.hf.tables import Row
 from internvl_jax.hf.weights import names_of, shapes_of
+from internvl_jax.models.checkpoint_names import Row
 from internvl_jax.outputs import write_json
 from internvl_jax.storage.paths import AnyPath, BucketPath, path_of, put
 

@@ -1,59 +1,10 @@
-"""Two-way tables of parameter names: how one of our arrays and a checkpoint's tensors turn into each other.
+"""Two-way tables of parameter names of the projector and of the language models; see `models.checkpoint_names`."""
 
-A row pairs one of our paths with the checkpoint's keys. `{i}` stands for the layer's index on both sides; our
-stacks hold many layers in one array, and the tables speak of one. `{e}`, on the checkpoint's side alone, stands
-for an expert: our array of all experts has them along its first axis. Rows that a model has no parameter for (a
-bias that a variant lacks) are not used; a parameter without a row is an error.
-"""
-
-import dataclasses
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 
-from internvl_jax.models.lora import MARK
-from internvl_jax.models.vit import resize_position_embedding
-
-Index = tuple[slice, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Transform:
-  """How a checkpoint's tensors become one array of ours and back.
-
-  Attributes:
-    load: tensors, and the shape wanted -> our array.
-    save: our array -> tensors.
-    part: the index into the tensor that holds an index of ours, where there is one tensor and such an index;
-      then only that part of it is read. None: the tensors are read whole.
-    resizes: `load` takes tensors of other shapes than `save` gives.
-    shapes: our shape -> the tensors' shapes, for what is only read; else `save` tells them.
-  """
-
-  load: Callable[[Sequence[np.ndarray], tuple[int, ...]], np.ndarray]
-  save: Callable[[np.ndarray], Sequence[np.ndarray]]
-  part: Callable[[Index], Index] | None = None
-  resizes: bool = False
-  shapes: Callable[[tuple[int, ...]], list[tuple[int, ...]]] | None = None
-
-
-SAME = Transform(lambda x, shape: x[0], lambda x: [x], lambda index: index)
-TRANSPOSE = Transform(lambda x, shape: x[0].T, lambda x: [x.T], lambda index: index[::-1])
-# A convolution's [out, in, height, width] as [height, width, in, out].
-CONV = Transform(lambda x, shape: x[0].transpose(2, 3, 1, 0), lambda x: [x.transpose(3, 2, 0, 1)])
-CLASS_TOKEN = Transform(lambda x, shape: x[0].reshape(-1), lambda x: [x.reshape(1, 1, -1)])
-POSITIONS = Transform(
-  lambda x, shape: resize_position_embedding(x[0][0], shape[0] - 1), lambda x: [x[None]], resizes=True
-)
-
-
-def concatenated(*sizes: int) -> Transform:
-  """Tensors [size, ...] one after the other, as our last axis; those of two axes are transposed."""
-  borders = list(np.cumsum(sizes[:-1]))
-  return Transform(
-    lambda x, shape: np.concatenate([tensor.T for tensor in x], axis=-1),
-    lambda x: [part.T for part in np.split(x, borders, axis=-1)],
-  )
+from internvl_jax.models.checkpoint_names import TRANSPOSE, Row, Transform, linear, norm, row, concatenated_linear
 
 
 def grouped_query_heads(queries: int, groups: int, width: int) -> Transform:
@@ -97,94 +48,7 @@ MXFP4 = Transform(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """One line of a table."""
-
-  ours: str
-  theirs: tuple[str, ...]
-  transform: Transform = SAME
-
-
-def row(ours: str, theirs: str, transform: Transform = SAME) -> Row:
-  """A row with one tensor."""
-  return Row(ours, (theirs,), transform)
-
-
-def linear(path: str, key: str | None = None) -> list[Row]:
-  """Rows of a linear map: its kernel, transposed, its bias, and what an adapter adds under PEFT's names."""
-  key = key or path
-  return [
-    row(f"{path}.kernel", f"{key}.weight", TRANSPOSE),
-    row(f"{path}.bias", f"{key}.bias"),
-    row(f"{path}{MARK}a", f"{key}.lora_A.weight", TRANSPOSE),
-    row(f"{path}{MARK}b", f"{key}.lora_B.weight", TRANSPOSE),
-    row(f"{path}{MARK}magnitude", f"{key}.lora_magnitude_vector"),
-  ]
-
-
-def concatenated_linear(path: str, keys: Sequence[str], transform: Transform) -> list[Row]:
-  """Rows of our one linear map that the checkpoint holds as several; adapters have no such form."""
-  return [
-    Row(f"{path}.kernel", tuple(f"{key}.weight" for key in keys), transform),
-    Row(f"{path}.bias", tuple(f"{key}.bias" for key in keys), transform),
-  ]
-
-
-def norm(path: str, key: str | None = None) -> list[Row]:
-  """Rows of a norm: its scale, and the bias that layer norms have."""
-  key = key or path
-  return [row(f"{path}.scale", f"{key}.weight"), row(f"{path}.bias", f"{key}.bias")]
-
-
-# --- The ViT and the projector ------------------------------------------------------------------------------
-
-_VIT = "vision_model.embeddings"
-_LAYER = "vision_model.encoder.layers.{i}"
-_HF_VIT = "vision_tower.embeddings"
-_HF_LAYER = "vision_tower.encoder.layer.{i}"
-
-
-def internvl_vision(width: int) -> list[Row]:
-  """InternViT under the reference's names."""
-  del width
-  return [
-    row(f"{_VIT}.class_embedding", f"{_VIT}.class_embedding", CLASS_TOKEN),
-    row(f"{_VIT}.position_embedding", f"{_VIT}.position_embedding", POSITIONS),
-    row(f"{_VIT}.patch_kernel", f"{_VIT}.patch_embedding.weight", CONV),
-    row(f"{_VIT}.patch_bias", f"{_VIT}.patch_embedding.bias"),
-    *linear(f"{_LAYER}.attn.qkv"),
-    *linear(f"{_LAYER}.attn.proj"),
-    *linear(f"{_LAYER}.mlp.fc1"),
-    *linear(f"{_LAYER}.mlp.fc2"),
-    *norm(f"{_LAYER}.norm1"),
-    *norm(f"{_LAYER}.norm2"),
-    *norm(f"{_LAYER}.attn.q_norm"),
-    *norm(f"{_LAYER}.attn.k_norm"),
-    row(f"{_LAYER}.ls1", f"{_LAYER}.ls1"),
-    row(f"{_LAYER}.ls2", f"{_LAYER}.ls2"),
-  ]
-
-
-def hf_vision(width: int) -> list[Row]:
-  """InternViT under transformers' names, with q, k and v apart."""
-  heads = [f"{_HF_LAYER}.attention.{name}_proj" for name in "qkv"]
-  return [
-    row(f"{_VIT}.class_embedding", f"{_HF_VIT}.cls_token", CLASS_TOKEN),
-    row(f"{_VIT}.position_embedding", f"{_HF_VIT}.position_embeddings", POSITIONS),
-    row(f"{_VIT}.patch_kernel", f"{_HF_VIT}.patch_embeddings.projection.weight", CONV),
-    row(f"{_VIT}.patch_bias", f"{_HF_VIT}.patch_embeddings.projection.bias"),
-    *concatenated_linear(f"{_LAYER}.attn.qkv", heads, concatenated(width, width, width)),
-    *linear(f"{_LAYER}.attn.proj", f"{_HF_LAYER}.attention.projection_layer"),
-    *linear(f"{_LAYER}.mlp.fc1", f"{_HF_LAYER}.mlp.fc1"),
-    *linear(f"{_LAYER}.mlp.fc2", f"{_HF_LAYER}.mlp.fc2"),
-    *norm(f"{_LAYER}.norm1", f"{_HF_LAYER}.layernorm_before"),
-    *norm(f"{_LAYER}.norm2", f"{_HF_LAYER}.layernorm_after"),
-    *norm(f"{_LAYER}.attn.q_norm", f"{_HF_LAYER}.attention.q_norm"),
-    *norm(f"{_LAYER}.attn.k_norm", f"{_HF_LAYER}.attention.k_norm"),
-    row(f"{_LAYER}.ls1", f"{_HF_LAYER}.lambda_1"),
-    row(f"{_LAYER}.ls2", f"{_HF_LAYER}.lambda_2"),
-  ]
+# --- The projector -------------------------------------------------------------------------------------------
 
 
 def projector(prefix: str, names: tuple[str, str, str]) -> list[Row]:

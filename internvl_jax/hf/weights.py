@@ -21,7 +21,7 @@ from internvl_jax.hf.arrangement import reading_sharding
 from internvl_jax.hf.files import INDEX
 from internvl_jax.hf.pickled import PickledTensors
 from internvl_jax.hf.ranges import AHEAD_BYTES, PARTS, RangedTensors, ahead, check_unchanged, read_headers
-from internvl_jax.hf.tables import Index, Row
+from internvl_jax.models.checkpoint_names import Index, Row
 from internvl_jax.parallel import distributed
 from internvl_jax.storage.snapshots import Pointer, read_pointer
 from internvl_jax.trees import LAYER_RANGE

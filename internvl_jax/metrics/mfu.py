@@ -83,10 +83,10 @@ def useful_flops(
     passes = 1 + (_EMBEDDING in trainable) + (first < (4, 0)) + ("language_model" in twice)
     costs["language_model"] += 2 * passes * shapes[_EMBEDDING].size
   vision, text = config.vision, config.text
-  tokens = vision.num_patches + 1  # and the class token
+  tokens = vision.num_tokens
   attention = sum(
     4 * vision.hidden_size * tokens**2 * ((3 if first <= (1, i) else 1) + ("vision_model" in twice))
-    for i in range(_vision_layers(config))
+    for i in range(vision.layers_run(config.select_layer))
   )
   each = 4 * text.num_heads * text.head_dim * ((3 if first <= (3, 0) else 1) + ("language_model" in twice))
   windows = text.windows or (None,) * text.num_layers
@@ -98,12 +98,6 @@ def useful_flops(
     windowed=tuple((window, each) for window in windows if window is not None),
     tokens_per_tile=config.tokens_per_tile,
   )
-
-
-def _vision_layers(config: InternVLConfig) -> int:
-  """Layers of the ViT that run."""
-  n = config.select_layer
-  return n if n >= 0 else config.vision.num_layers + 1 + n
 
 
 def _stage(path: str) -> tuple[int, int]:
@@ -124,7 +118,11 @@ def _passes_gradient(path: str, first: tuple[int, int]) -> bool:
 
 def _runs(path: str, config: InternVLConfig) -> bool:
   span = LAYER_RANGE.search(path)
-  return span is None or submodule_of(path) != "vision_model" or int(span[1]) < _vision_layers(config)
+  return (
+    span is None
+    or submodule_of(path) != "vision_model"
+    or int(span[1]) < config.vision.layers_run(config.select_layer)
+  )
 
 
 def _share(path: str, config: InternVLConfig) -> float:

@@ -18,7 +18,7 @@ from internvl_jax.models.kernels import Kernels
 from internvl_jax.models.layers import remat_by_name
 from internvl_jax.models.projector import Projector, pixel_shuffle
 from internvl_jax.models.quantized import quantize
-from internvl_jax.models.vit import VisionConfig, VisionTransformer
+from internvl_jax.models.towers.tower import VisionConfig
 from internvl_jax.parallel.rules import Product, constrain
 from internvl_jax.parallel.sharded_gather import take_features
 
@@ -74,7 +74,8 @@ class InternVL(nnx.Module):
     merged = round(1 / config.downsample_ratio**2)
     self.downsample_ratio = config.downsample_ratio
     self.ps_version = config.ps_version
-    self.vision_model = VisionTransformer(config.vision, select_layer=config.select_layer, rngs=rngs)
+    self.class_tokens = config.vision.class_tokens
+    self.vision_model = config.vision.build(select_layer=config.select_layer, rngs=rngs)
     self.mlp1 = Projector(config.vision.hidden_size * merged, config.text.hidden_size, rngs=rngs)
     self.language_model = CausalLM(config.text, rngs=rngs)
     if config.quantize != "none":
@@ -98,9 +99,11 @@ class InternVL(nnx.Module):
     return remat(self.project)(x) if remat else self.project(x)
 
   def project(self, vision_hidden: jax.Array) -> jax.Array:
-    """Drops the class token of [I, 1+patches, C], shuffles pixels and projects to [I, P, E]."""
+    """Drops the class token of hidden states [I, N, C], shuffles pixels and projects to [I, P, E]."""
     with jax.named_scope("mlp1"):
-      x = pixel_shuffle(vision_hidden[:, 1:], ratio=self.downsample_ratio, version=self.ps_version)
+      x = pixel_shuffle(
+        vision_hidden[:, self.class_tokens :], ratio=self.downsample_ratio, version=self.ps_version
+      )
       # XLA's TPU compiler (libtpu 0.0.52) aborts when it fuses cutting the class token off with what follows.
       return self.mlp1(jax.lax.optimization_barrier(x))
 

@@ -15,7 +15,7 @@ from internvl_jax.hf.model import open_source
 from internvl_jax.hf.weights import names_of
 from internvl_jax.losses import lm
 from internvl_jax.models.projector import pixel_shuffle
-from internvl_jax.models.vit import resize_position_embedding
+from internvl_jax.models.towers.tower import resize_position_embedding
 from tests.support.toy import ASSETS
 
 # Whole models recorded in PyTorch: the reference's own classes (layout internvl), transformers' (layout hf).

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from internvl_jax.metrics.flops import count_flops
-from internvl_jax.models import vit
 from internvl_jax.models.internvl import Execution
 from internvl_jax.models.lora import LoRASpec
+from internvl_jax.models.towers import tower
 from tests.support.harness import Harness, make_batch, toy
 
 LAYERS, WIDTH = 24, 32
@@ -35,7 +35,7 @@ def test_a_frozen_vit_costs_its_forward_pass_and_nothing_more(monkeypatch):
   patches, layers = encoder_flops(harness)
   # The rest: the same step with the ViT's output given.
   hidden = jnp.zeros((make_batch().tiles.shape[2], 17, WIDTH))
-  monkeypatch.setattr(vit.VisionTransformer, "__call__", lambda *args, **kwargs: hidden)
+  monkeypatch.setattr(tower.VisionTransformer, "__call__", lambda *args, **kwargs: hidden)
   rest = count_flops(harness.step.__call__, *harness.inputs(make_batch()))
   assert frozen == patches + layers + rest
 

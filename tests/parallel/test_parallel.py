@@ -21,7 +21,7 @@ from internvl_jax.models.gpt_oss import GptOssMLPConfig
 from internvl_jax.models.internvl import Execution, InternVLConfig
 from internvl_jax.models.lora import LoRASpec
 from internvl_jax.models.moe import MoEConfig
-from internvl_jax.models.vit import VisionConfig, VisionTransformer
+from internvl_jax.models.towers.internvit import InternViTConfig
 from internvl_jax.parallel import rules
 from internvl_jax.parallel.mesh import AXES, check_lengths, make_mesh
 from internvl_jax.parallel.placement_table import placement_table, placement_warnings
@@ -59,7 +59,7 @@ WIDTHS = dict.fromkeys(TEXTS, (16, 32)) | {f"{name}, odd": (20, 36) for name in 
 
 def model(name):
   widths, name = WIDTHS[name], name.removesuffix(", odd")
-  vision = VisionConfig(
+  vision = InternViTConfig(
     hidden_size=widths[0], intermediate_size=32, num_layers=2, num_heads=1, patch_size=4, image_size=16
   )
   text = DecoderConfig(
@@ -200,7 +200,7 @@ def test_what_is_collected_by_pieces_is_the_same(monkeypatch, name, mesh):
 
 def vision_on(mesh, config, tiles):
   """Shapes, places and gradients (of params and tiles) of a ViT's outputs on the mesh."""
-  vit = define(lambda rngs: VisionTransformer(config, select_layer=-1, rngs=rngs))
+  vit = define(lambda rngs: config.build(rngs=rngs))
   places = rules.weight_shardings(vit.axes, vit.shapes, mesh)
   spread = jax.NamedSharding(mesh, rules.activation_spec(("tiles", None, None, None), tiles, mesh))
 
@@ -215,7 +215,7 @@ def vision_on(mesh, config, tiles):
 @pytest.mark.parametrize("devices", [2, 4, 8])
 def test_25_heads_of_the_6b_vit(devices):
   """Tensor parallelism stores its weights in as many parts, though its heads are not split."""
-  config = VisionConfig(
+  config = InternViTConfig(
     hidden_size=3200,
     intermediate_size=12800,
     num_layers=1,
@@ -240,7 +240,7 @@ def test_25_heads_of_the_6b_vit(devices):
 
 def test_five_heads_on_eight_devices():
   """A ViT whose heads no mesh divides computes what one device does."""
-  config = VisionConfig(
+  config = InternViTConfig(
     hidden_size=40,
     intermediate_size=64,
     num_layers=2,

@@ -9,7 +9,7 @@ from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, SFTBatch
 from internvl_jax.models import functional
 from internvl_jax.models.decoder import DecoderConfig
 from internvl_jax.models.internvl import Execution, InternVL, InternVLConfig
-from internvl_jax.models.vit import VisionConfig
+from internvl_jax.models.towers.internvit import InternViTConfig
 from internvl_jax.objectives import SupervisedFineTuning
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.parallel import rules
@@ -21,7 +21,7 @@ from internvl_jax.trees import select
 def toy(vision_layers=2, text_layers=2, width=16, text=None, **vision):
   """A model of 2x2 patches merged into one token a tile."""
   return InternVLConfig(
-    vision=VisionConfig(
+    vision=InternViTConfig(
       hidden_size=width,
       intermediate_size=2 * width,
       num_layers=vision_layers,
