@@ -98,6 +98,7 @@ class VisionTransformer(nnx.Module):
     *,
     make_embeddings: Callable[[nnx.Rngs], nnx.Module],
     make_layer: Callable[[nnx.Rngs], nnx.Module],
+    make_norm: Callable[[], nnx.Module] | None = None,
     select_layer: int,
     rngs: nnx.Rngs,
   ):
@@ -108,6 +109,7 @@ class VisionTransformer(nnx.Module):
       make_embeddings: makes a module from tiles [I, side, side, 3] to [I, N, C].
       make_layer: makes a block, called as `layer(x, keep, backend=name)` with x [I, N, C] and the drop path's
         factors of its two branches `keep` [2, I] or None.
+      make_norm: makes the norm that the last hidden state goes through, if any; the others do not.
       select_layer: see above.
       rngs: randomness of fresh parameters.
     """
@@ -123,6 +125,7 @@ class VisionTransformer(nnx.Module):
       return layer
 
     self.encoder = VisionEncoder(make, bounds=bounds, rngs=rngs)
+    self.post_layernorm: Any = make_norm() if make_norm else None
 
   def __call__(
     self,
@@ -155,7 +158,8 @@ class VisionTransformer(nnx.Module):
       return layer(x, xs.get("keep"), backend=backend), {}
 
     x, _ = self.encoder.layers.scan(apply, x, xs=xs, stop=self.run_layers, remat=remat, unroll=unroll)
-    return x
+    is_last = self.run_layers == self.num_layers
+    return self.post_layernorm(x) if self.post_layernorm is not None and is_last else x
 
 
 def _keep_branches(num_tiles: int, rates: np.ndarray, key: jax.Array) -> jax.Array:
