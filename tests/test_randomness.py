@@ -9,11 +9,12 @@ import optax
 import pytest
 from flax import nnx
 
-from internvl_jax.models import lora, vit
+from internvl_jax.models import lora
 from internvl_jax.models.functional import initialize
 from internvl_jax.models.layers import Embed, Linear
 from internvl_jax.models.lora import LoRASpec
-from internvl_jax.models.vit import VisionConfig, VisionEmbeddings, VisionTransformer
+from internvl_jax.models.towers import tower
+from internvl_jax.models.towers.internvit import InternViTConfig, VisionEmbeddings
 from internvl_jax.objectives import Outcome
 from internvl_jax.step import TrainStep
 from tests.support.harness import Harness, make_batch, toy
@@ -90,7 +91,7 @@ def test_the_seed_and_the_step_tell_draws_apart():
 
 def test_drop_path_keeps_the_mean_and_each_branch_by_itself():
   rates, tiles = np.array([0.0, 0.2, 0.6]), 4000
-  keep = np.asarray(vit._keep_branches(tiles, rates, jax.random.key(0)))
+  keep = np.asarray(tower._keep_branches(tiles, rates, jax.random.key(0)))
   assert keep.shape == (3, 2, tiles)
   assert (keep[0] == 1).all()
   for rate, branches in zip(rates, keep, strict=True):
@@ -128,7 +129,7 @@ def test_fresh_weights_have_their_scale():
   assert np.std(wide) == pytest.approx(0.1, rel=0.05) and abs(np.mean(wide)) < 0.005
   table = Embed(100, 100, rngs=nnx.Rngs(0)).embedding[...]
   assert np.std(table) == pytest.approx(1.0, rel=0.05)
-  config = VisionConfig(
+  config = InternViTConfig(
     hidden_size=400, intermediate_size=8, num_layers=1, num_heads=1, patch_size=4, image_size=16
   )
   fresh = VisionEmbeddings(config, nnx.Rngs(0))
@@ -145,7 +146,7 @@ def test_fresh_layers_differ():
   config = dataclasses.replace(toy().vision, hidden_size=8, num_heads=1, intermediate_size=8)
 
   def kernels(seed):
-    params = initialize(lambda rngs: VisionTransformer(config, rngs=rngs), jax.random.key(seed))
+    params = initialize(lambda rngs: config.build(rngs=rngs), jax.random.key(seed))
     return np.asarray(params["encoder.layers.0:2.mlp.fc1.kernel"]).reshape(2, -1)
 
   every = np.concatenate([kernels(seed) for seed in (0, 1)])

@@ -4,7 +4,15 @@ from collections.abc import Container, Sequence
 
 import numpy as np
 
-from internvl_jax.models.checkpoint_names import TRANSPOSE, Row, Transform, linear, norm, row, concatenated_linear
+from internvl_jax.models.checkpoint_names import (
+  TRANSPOSE,
+  Row,
+  Transform,
+  concatenated_linear,
+  linear,
+  norm,
+  row,
+)
 
 
 def grouped_query_heads(queries: int, groups: int, width: int) -> Transform:

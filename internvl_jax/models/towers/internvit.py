@@ -18,10 +18,10 @@ from internvl_jax.models.checkpoint_names import (
   CONV,
   Row,
   concatenated,
+  concatenated_linear,
   linear,
   norm,
   row,
-  concatenated_linear,
 )
 from internvl_jax.models.gradients import matmul, scale, shift
 from internvl_jax.models.layers import LayerNorm, Linear, RMSNorm, make_param
