@@ -1,4 +1,4 @@
-"""Fills the tables of docs/scale.md: what arrangements take, and the smallest slice or fewest cards for each size.
+"""Fills the tables of docs/scale_tables.md: what arrangements take, and the smallest slice or fewest cards for each size.
 
   python scripts/plan_table.py [--results benchmarks/scale.json] [--only 2.5-8b/full/h100,3-14b,named] [--print_only]
 
@@ -7,7 +7,7 @@ is a size, "full" or "lora", and a kind of chip or card ("h100", or "rtx4090:1" 
 with `--search`, which compiles as often as it has to: tens of seconds to minutes. `--only` takes entries or what they begin
 with; `--kinds` those of some kinds. Every outcome goes to the file of results at
 once, so that a run that was stopped goes on where it was; entries that failed are tried again. Sizes of one
-architecture are compiled once. At the end, and alone with --print_only, the tables are written into docs/scale.md,
+architecture are compiled once. At the end, and alone with --print_only, the tables are written into docs/scale_tables.md,
 between their markers.
 """
 
@@ -53,7 +53,7 @@ _ONLY = flags.DEFINE_list("only", [], "Entries to look for, or what they begin w
 _KINDS = flags.DEFINE_list("kinds", [], "Kinds to look for; none: all.")
 _PRINT_ONLY = flags.DEFINE_bool("print_only", False, "Write the tables of what is there.")
 _HOURS = flags.DEFINE_float("hours", 1.0, "The longest that an entry may take.", lower_bound=0)
-_PAGE = flags.DEFINE_string("page", str(DOCS / "scale.md"), "Page to write the tables into.")
+_PAGE = flags.DEFINE_string("page", str(DOCS / "scale_tables.md"), "Page to write the tables into.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ NAMED = (
   Arrangement("2.5-8b", "lora", "h100:1"),
   Arrangement("2.5-8b", "lora", "rtx4090:1"),
 )
-"""What docs/scale.md promises."""
+"""What docs/scale_tables.md promises."""
 
 
 def main(argv: Sequence[str]) -> None:

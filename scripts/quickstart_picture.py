@@ -4,6 +4,7 @@ python scripts/quickstart_picture.py --out quickstart
 """
 
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,14 @@ def main(argv: Sequence[str]) -> None:
   results = json.loads((run / "eval_results.json").read_text())
   predictions = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
 
-  figure = plt.figure(figsize=(15, 7), layout="constrained")
-  left, right = figure.subfigures(1, 2, width_ratios=(3, 2))
+  figure = plt.figure(figsize=(13, 7), layout="constrained")
+  left, right = figure.subfigures(1, 2, width_ratios=(5, 3))
   draw_answers(left, choose(predictions), data / "images")
   draw_loss(right, history)
   title = f"{results['num_questions']:,} held-out questions: {results['accuracy']:.1%} right"
   figure.suptitle(title, fontsize=14)
   path = run / "predictions.png"
-  figure.savefig(path, dpi=110)
+  figure.savefig(path, dpi=90)
   print(f"{title}; picture in {path}")
 
 
@@ -59,9 +60,10 @@ def draw_answers(figure: Any, predictions: Sequence[dict[str, Any]], images: Pat
     axes.set_xticks([])
     axes.set_yticks([])
     question = prediction["conversations"][-2]["value"].removeprefix("<image>\n")
-    axes.set_title(question, fontsize=9)
+    axes.set_title(textwrap.fill(question, 24), fontsize=9)
     color = "tab:green" if prediction["correct"] else "tab:red"
-    axes.set_xlabel(f"{prediction['prediction']} (right: {prediction['answer']})", color=color, fontsize=9)
+    wrong = "" if prediction["correct"] else f" (right: {prediction['answer']})"
+    axes.set_xlabel(f"{prediction['prediction']}{wrong}", color=color, fontsize=10)
 
 
 def draw_loss(figure: Any, history: Sequence[dict[str, Any]]) -> None:
@@ -73,7 +75,7 @@ def draw_loss(figure: Any, history: Sequence[dict[str, Any]]) -> None:
   axes.set_xlabel("optimizer step")
   axes.set_ylabel("cross-entropy of the answer")
   axes.grid(alpha=0.3)
-  axes.set_title("training loss")
+  axes.set_title("training loss", fontsize=10)
 
 
 if __name__ == "__main__":

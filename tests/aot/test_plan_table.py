@@ -1,4 +1,4 @@
-"""The tables of docs/scale.md hold what was found, and what there is to find."""
+"""The tables of docs/scale_tables.md hold what was found, and what there is to find."""
 
 import pytest
 
@@ -48,7 +48,7 @@ def test_entries_are_written_into_their_own_table(plan_table):
 
 
 def test_the_page_has_a_place_for_every_table(plan_table):
-  page = (REPOSITORY / "docs/scale.md").read_text(encoding="utf-8")
+  page = (REPOSITORY / "docs/scale_tables.md").read_text(encoding="utf-8")
   for marker in ("named", *plan_table.TABLES):
     filled = plan_table.fill(page, marker, ["| a |", "|---|"])
     assert f"<!-- {marker} -->\n| a |\n|---|\n\n" in filled
