@@ -1,0 +1,27 @@
+"""A block of the ViT by itself: which part of drop path acts on which branch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from internvl_jax.models.vit import VisionConfig, VisionLayer
+
+
+def test_drop_path_acts_on_each_branch_and_tile_by_itself():
+  config = VisionConfig(
+    hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1, patch_size=4, image_size=8
+  )
+  layer = VisionLayer(config, nnx.Rngs(0))
+  x = jax.random.normal(jax.random.key(1), (4, 5, 8))
+  attention = layer.attn(layer.norm1(x), backend="xla")
+  # Of four tiles: neither branch, attention alone, the perceptron alone, both at other scales.
+  keep = jnp.array([[0.0, 2.0, 0.0, 0.5], [0.0, 0.0, 1.5, 3.0]])
+  found = layer(x, keep, backend="xla")
+  middle = x + keep[0, :, None, None] * attention
+  expected = middle + keep[1, :, None, None] * layer.mlp(layer.norm2(middle))
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+  np.testing.assert_array_equal(found[0], x[0])
+  np.testing.assert_allclose(
+    layer(x, None, backend="xla"), layer(x, jnp.ones((2, 4)), backend="xla"), atol=1e-6
+  )
