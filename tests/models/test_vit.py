@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from internvl_jax.models.vit import VisionConfig, VisionLayer
+from internvl_jax.models.towers.internvit import InternViTConfig, VisionLayer
 
 
 def test_drop_path_acts_on_each_branch_and_tile_by_itself():
-  config = VisionConfig(
+  config = InternViTConfig(
     hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1, patch_size=4, image_size=8
   )
   layer = VisionLayer(config, nnx.Rngs(0))
