@@ -14,7 +14,6 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from internvl_jax import optim
 from internvl_jax.arguments import MeshConfig, ModelArguments, TrainingArguments
 from internvl_jax.batch import SFTBatch
 from internvl_jax.models import functional
@@ -22,6 +21,8 @@ from internvl_jax.models.decoder import DecoderConfig
 from internvl_jax.models.internvl import Execution, InternVL, InternVLConfig
 from internvl_jax.models.towers.internvit import InternViTConfig
 from internvl_jax.objectives import SupervisedFineTuning
+from internvl_jax.optim.labels import trainable_paths
+from internvl_jax.optim.optimizer import make_optimizer
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.state import TrainState
 from internvl_jax.step import TrainStep
@@ -51,8 +52,8 @@ def compile_seconds(depth: int, width: int) -> float:
   """Seconds to trace, lower and compile the step of a model with that many layers in each stack."""
   config = model_config(depth, width)
   model = functional.define(lambda rngs: InternVL(config, rngs=rngs))
-  trainable = optim.trainable_paths(ModelArguments(), model.shapes)
-  optimizer = optim.make_optimizer(
+  trainable = trainable_paths(ModelArguments(), model.shapes)
+  optimizer = make_optimizer(
     TrainingArguments(weight_decay=0.1), {path: path for path in trainable}, "bias|layernorm"
   )
   objective = SupervisedFineTuning(

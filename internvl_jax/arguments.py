@@ -133,7 +133,7 @@ class TrainingArguments:
   max_steps: int = -1
   # Peak learning rate.
   learning_rate: float = 5e-5
-  # Decoupled weight decay, on what the reference's names make decay: not on biases and most norms (`optim.decays`).
+  # Decoupled weight decay, on what the reference's names make decay: not on biases and most norms (`optim.labels.decays`).
   weight_decay: float = 0.0
   # Decay of AdamW's mean of gradients, for each step.
   adam_beta1: float = 0.9

@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 from transformers import PreTrainedTokenizerBase
 
-from internvl_jax import compiler, optim, serving
+from internvl_jax import compiler, serving
 from internvl_jax.arguments import LoRAConfig, ModelArguments
 from internvl_jax.config import TrainConfig, get
 from internvl_jax.data.load.inspection import decode_all, examine
@@ -49,6 +49,8 @@ from internvl_jax.objectives import (
   ReferencePolicy,
   SupervisedFineTuning,
 )
+from internvl_jax.optim.labels import trainable_paths
+from internvl_jax.optim.optimizer import make_optimizer
 from internvl_jax.parallel import distributed, rules, zero
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.parallel.placement_table import placement_table, placement_warnings
@@ -286,7 +288,7 @@ def adapter_notes(config: TrainConfig, source: Source) -> list[str]:
       f"adapter/ has no form for {source.new_rows} new row(s) of the embeddings: they will be in the merged model only, and "
       "made again where a run with runtime.grow_vocabulary=True goes on from adapter/"
     )
-  others = optim.trainable_paths(config.model, source.model.shapes) - adapter_paths(source.model.shapes)
+  others = trainable_paths(config.model, source.model.shapes) - adapter_paths(source.model.shapes)
   if others:
     parts = ", ".join(sorted({submodule_of(path) for path in others}))
     found.append(
@@ -377,15 +379,13 @@ def set_up(
     UserError: the config does not fit the model or the platform.
   """
   check_quantize(config.runtime.quantize, mesh.devices.flat[0])
-  trainable = optim.trainable_paths(config.model, source.model.shapes)
+  trainable = trainable_paths(config.model, source.model.shapes)
   shapes, places = state_places(config, source, trainable, mesh)
   how = execution(config, source.config, device)
   objective = make_objective(config, source, how, mesh)
   step = TrainStep(
     objective=objective,
-    optimizer=optim.make_optimizer(
-      config.training, select(source.reference_names, trainable), source.undecayed
-    ),
+    optimizer=make_optimizer(config.training, select(source.reference_names, trainable), source.undecayed),
     max_grad_norm=config.training.max_grad_norm,
     seed=config.training.seed,
     places=places,
@@ -487,7 +487,7 @@ def reference_policy(config: TrainConfig, source: Source) -> ReferencePolicy:
 
   Adapters that the checkpoint brings are a part of it.
   """
-  trainable = optim.trainable_paths(config.model, source.model.shapes)
+  trainable = trainable_paths(config.model, source.model.shapes)
   return ReferencePolicy(
     model=source.without_fresh_adapters(),
     shares_features=not any(submodule_of(path) in ("vision_model", "mlp1") for path in trainable),

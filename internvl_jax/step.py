@@ -14,7 +14,7 @@ import optax
 
 from internvl_jax.batch import Batch, BatchCounts, count
 from internvl_jax.objectives import Outcome
-from internvl_jax.optim import clip_by_global_norm
+from internvl_jax.optim.optimizer import clip_by_global_norm
 from internvl_jax.parallel import rules
 from internvl_jax.parallel.rules import StateShardings
 from internvl_jax.state import TrainState, opt_state_shardings
@@ -67,7 +67,7 @@ class TrainStep:
 
   Attributes:
     objective: the loss.
-    optimizer: AdamW's direction (`optim.make_optimizer`).
+    optimizer: AdamW's direction (`optim.optimizer.make_optimizer`).
     max_grad_norm: global norm to clip to; 0 is off.
     seed: of drop path and dropout.
     places: where the state lies, and with it the mesh that the work is spread over; None is one device.

@@ -16,7 +16,7 @@ import jax
 from absl import logging
 from transformers import PreTrainedTokenizerBase
 
-from internvl_jax import cli, consistency, optim, signals
+from internvl_jax import cli, consistency, signals
 from internvl_jax.arguments import TrainingArguments
 from internvl_jax.assembly import (
   Setup,
@@ -61,6 +61,7 @@ from internvl_jax.metrics.run_log import RunLog
 from internvl_jax.metrics.trace import Trace
 from internvl_jax.metrics.writers import open_writers
 from internvl_jax.objectives import PreferenceOptimization, SupervisedFineTuning
+from internvl_jax.optim.learning_rate import make_schedule, warmup_remark
 from internvl_jax.output_dir import begin_output, output_dir_held, output_folder
 from internvl_jax.outputs import (
   Beginning,
@@ -288,7 +289,7 @@ def open_data(run: Run) -> tuple[TrainLoader, Data]:
   with watchdog.phase("barrier"):
     agree("the data are opened", lambda: shared_files(config, source, loader), seconds=OPEN_SECONDS)
   without_images = idle_on_text(setup.trainable, loader.has_images)
-  tell(optim.warmup_remark(config.training, loader.total_steps), without_images)
+  tell(warmup_remark(config.training, loader.total_steps), without_images)
   with watchdog.phase("data"):
     check_held_out(config, source, run.chat)
   return loader, Data(
@@ -356,7 +357,7 @@ def make_trainer(
   return Trainer(
     training=config.training,
     steps=CompiledSteps(setup.step, setup.mesh, xla_options=config.runtime.xla_options),
-    schedule=optim.make_schedule(config.training, loader.total_steps),
+    schedule=make_schedule(config.training, loader.total_steps),
     loader=loader,
     checkpointer=checkpointer,
     log=log,

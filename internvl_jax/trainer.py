@@ -26,7 +26,7 @@ from internvl_jax.errors import UserError
 from internvl_jax.intervals import Due
 from internvl_jax.metrics.gauges import StepClock
 from internvl_jax.metrics.run_log import RunLog
-from internvl_jax.optim import Schedule
+from internvl_jax.optim.learning_rate import Schedule
 from internvl_jax.parallel import distributed, rules
 from internvl_jax.state import TrainState
 from internvl_jax.step import StepMetrics, TrainStep

@@ -11,7 +11,7 @@ that would run.
     REFUSED_IDLE  fields that are refused, not said
 
 What depends on more than the configuration is said where that is known: the model (`assembly.idle_on`), the number of
-steps (`optim.warmup_remark`).
+steps (`optim.learning_rate.warmup_remark`).
 """
 
 import dataclasses

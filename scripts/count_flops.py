@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from internvl_jax import optim
 from internvl_jax.arguments import ModelArguments, TrainingArguments
 from internvl_jax.batch import SFTBatch
 from internvl_jax.metrics.flops import count_flops
@@ -23,6 +22,8 @@ from internvl_jax.models.internvl import Execution, InternVL, InternVLConfig
 from internvl_jax.models.lora import LoRASpec
 from internvl_jax.models.towers.internvit import InternViTConfig
 from internvl_jax.objectives import SupervisedFineTuning
+from internvl_jax.optim.labels import trainable_paths
+from internvl_jax.optim.optimizer import make_optimizer
 from internvl_jax.state import TrainState, with_dtypes
 from internvl_jax.step import TrainStep
 from internvl_jax.trees import count, select
@@ -85,8 +86,8 @@ def cost(frozen: dict[str, Any], *, tiles: int, tokens: int) -> tuple[int, int]:
     text=dataclasses.replace(TEXT, lora=LoRASpec(rank=rank, alpha=2.0 * rank) if rank else None),
   )
   model = functional.define(lambda rngs: InternVL(config, rngs=rngs))
-  trainable = optim.trainable_paths(arguments, model.shapes)
-  optimizer = optim.make_optimizer(TrainingArguments(), {path: path for path in trainable}, "bias|layernorm")
+  trainable = trainable_paths(arguments, model.shapes)
+  optimizer = make_optimizer(TrainingArguments(), {path: path for path in trainable}, "bias|layernorm")
   step = TrainStep(
     model=model,
     objective=SupervisedFineTuning(how=Execution(), normalize_type="imagenet", fused_loss=True),

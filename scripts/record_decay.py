@@ -3,7 +3,7 @@
   python scripts/record_decay.py
 
 It needs torch. The model and its input are those of `tests/families.py`; the groups of the optimizer follow Hugging
-Face's Trainer of transformers 4.49, which the installed release need not be. `tests/test_decay.py` compares with the
+Face's Trainer of transformers 4.49, which the installed release need not be. `tests/optim/test_decay.py` compares with the
 recording, `tests/assets/decay_llama.json`, without torch.
 """
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from internvl_jax import assembly, optim
+from internvl_jax import assembly
 from internvl_jax.arguments import DataTrainingArguments, LoaderConfig, ModelArguments, TrainingArguments
 from internvl_jax.batch import SFTBatch
 from internvl_jax.config import TrainConfig
@@ -28,6 +28,7 @@ from internvl_jax.hf.tokenizer import load_tokenizer
 from internvl_jax.models.internvl import Execution, normalize_tiles
 from internvl_jax.models.lora import adapter_paths
 from internvl_jax.models.projector import pixel_shuffle
+from internvl_jax.optim.labels import trainable_paths
 from internvl_jax.trees import submodule_of
 from tests.support.toy import ASSETS, CURVE, CURVE_INTERNLM2
 
@@ -64,7 +65,7 @@ def source_of(**settings):
 
 def trainable(**settings):
   split = {name: value for name, value in settings.items() if name in ("unfreeze_vit_layers", "use_llm_lora")}
-  return optim.trainable_paths(run_of(**settings).model, source_of(**split).model.shapes)
+  return trainable_paths(run_of(**settings).model, source_of(**split).model.shapes)
 
 
 def set_up(**settings):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from internvl_jax import assembly, optim
+from internvl_jax import assembly
 from internvl_jax.allowed_values import ACCEPTED, CHOICES
 from internvl_jax.arguments import DataTrainingArguments, LoaderConfig, TrainingArguments
 from internvl_jax.checkpoint.checkpointer import Checkpointer
@@ -24,6 +24,8 @@ from internvl_jax.intervals import Best, Due, best_of, steps_of
 from internvl_jax.metrics.run_log import RunLog
 from internvl_jax.metrics.writers import open_writers
 from internvl_jax.metrics.writers.console import ProgressBar
+from internvl_jax.optim.learning_rate import make_schedule
+from internvl_jax.optim.optimizer import clip_by_global_norm, make_optimizer
 from internvl_jax.outputs import check_output_dir
 from internvl_jax.state import TrainState
 from tests.support.toy import ASSETS
@@ -58,7 +60,7 @@ def set_up(**settings):
 
 def updates(*grads, start=0.0, **settings):
   """The optimizer's directions of one number that decays, gradient after gradient."""
-  optimizer = optim.make_optimizer(TrainingArguments(**settings), {"w": "w"}, "bias")
+  optimizer = make_optimizer(TrainingArguments(**settings), {"w": "w"}, "bias")
   params = {"w": jnp.float32(start)}
   state, found = optimizer.init(params), []
   for grad in grads:
@@ -95,7 +97,7 @@ def test_max_grad_norm():
   assert set_up(max_grad_norm=0.5).step.max_grad_norm == 0.5
   grads = {"w": jnp.array([3.0, 4.0])}
   for limit, length in ((0.5, 0.5), (0.0, 5.0), (9.0, 5.0)):
-    clipped, norm = optim.clip_by_global_norm(grads, limit)
+    clipped, norm = clip_by_global_norm(grads, limit)
     assert float(norm) == 5 and float(jnp.linalg.norm(clipped["w"])) == pytest.approx(length, rel=1e-5)
 
 
@@ -115,7 +117,7 @@ def test_optim():
 
 
 def rates(steps=10, **settings):
-  schedule = optim.make_schedule(TrainingArguments(**settings), steps)
+  schedule = make_schedule(TrainingArguments(**settings), steps)
   return [schedule(step) for step in range(steps + 1)]
 
 

@@ -5,11 +5,12 @@ import re
 import pytest
 from absl import logging
 
-from internvl_jax import cli, config_checks, optim
+from internvl_jax import cli, config_checks
 from internvl_jax.arguments import LOSS_WEIGHTS, TrainingArguments
 from internvl_jax.config import FIELDS, TrainConfig, type_name
 from internvl_jax.config_checks import idle_settings
 from internvl_jax.data.load.counters import untaught_samples
+from internvl_jax.optim.learning_rate import warmup_remark
 from internvl_jax.unused_settings import ASKS_NOTHING, IDLE, ONLY_WITH, REFUSED_IDLE
 from tests.test_recipes import SCRIPTS, load, recipe_of
 
@@ -173,7 +174,7 @@ def test_what_the_published_recipes_ask_for_in_vain():
   ],
 )
 def test_a_warm_up_longer_than_the_run_is_said(settings, steps, words):
-  line = optim.warmup_remark(TrainingArguments(**settings), steps)
+  line = warmup_remark(TrainingArguments(**settings), steps)
   assert line is None if words is None else words in (line or "")
 
 

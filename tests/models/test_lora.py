@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from internvl_jax import adapters, convert, optim
+from internvl_jax import adapters, convert
 from internvl_jax.arguments import ModelArguments
 from internvl_jax.errors import UserError
 from internvl_jax.hf import model_config as layouts
 from internvl_jax.hf.model import Changes, open_source
 from internvl_jax.models import lora
 from internvl_jax.models.lora import LoRASpec
+from internvl_jax.optim.labels import trainable_paths
 from internvl_jax.trees import submodule_of
 from tests.support.harness import Harness, make_batch, toy
 from tests.support.toy import CURVE, CURVE_INTERNLM2
@@ -309,7 +310,7 @@ def test_what_is_asked_of_adapters_that_are_there_must_be_what_they_are(tmp_path
   with pytest.raises(
     UserError, match=r"freeze_llm=True with model\.use_llm_lora=0, but the checkpoint has adapters"
   ):
-    optim.trainable_paths(ModelArguments(freeze_llm=True, use_backbone_lora=2), source.model.shapes)
+    trainable_paths(ModelArguments(freeze_llm=True, use_backbone_lora=2), source.model.shapes)
 
 
 @pytest.mark.parametrize(

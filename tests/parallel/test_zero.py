@@ -5,11 +5,11 @@ import json
 import jax
 import pytest
 
-from internvl_jax import optim
 from internvl_jax.aot import recipe
 from internvl_jax.arguments import TrainingArguments
 from internvl_jax.assembly import open_mesh, open_shapes, state_places
 from internvl_jax.hf import published
+from internvl_jax.optim.labels import trainable_paths
 from internvl_jax.parallel import zero
 
 # The keys of the reference's files, all stages together.
@@ -149,7 +149,7 @@ def test_a_file_decides_where_a_models_state_lies(write, stage, parts):
   settings = {**PUBLISHED, "zero_optimization": {**PUBLISHED["zero_optimization"], "stage": stage}}
   config.training.deepspeed = write(settings)
   source, mesh = open_shapes(config), open_mesh(config, jax.devices())
-  trainable = optim.trainable_paths(config.model, source.model.shapes)
+  trainable = trainable_paths(config.model, source.model.shapes)
   shapes, places = state_places(config, source, trainable, mesh)
   path = "language_model.model.layers.0:24.mlp.gate_proj.kernel"
   whole = shapes[path].size

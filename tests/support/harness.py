@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 
-from internvl_jax import optim
 from internvl_jax.arguments import MeshConfig, ModelArguments, TrainingArguments
 from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, SFTBatch
 from internvl_jax.models import functional
@@ -11,6 +10,8 @@ from internvl_jax.models.decoder import DecoderConfig
 from internvl_jax.models.internvl import Execution, InternVL, InternVLConfig
 from internvl_jax.models.towers.internvit import InternViTConfig
 from internvl_jax.objectives import SupervisedFineTuning
+from internvl_jax.optim.labels import trainable_paths
+from internvl_jax.optim.optimizer import make_optimizer
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.parallel import rules
 from internvl_jax.state import TrainState, with_dtypes
@@ -118,9 +119,9 @@ class Harness:
     self.mesh = meshes.cut_fsdp(self.mesh, fsdp_groups) if fsdp_groups > 1 else self.mesh
     self.shards = meshes.data_parallel_size(self.mesh)
     self.model = functional.define(lambda rngs: InternVL(config, rngs=rngs))
-    self.trainable = optim.trainable_paths(ModelArguments(**(freeze or {})), self.model.shapes)
+    self.trainable = trainable_paths(ModelArguments(**(freeze or {})), self.model.shapes)
     training = training or TrainingArguments(weight_decay=0.1)
-    optimizer = optim.make_optimizer(training, {path: path for path in self.trainable}, "bias|layernorm")
+    optimizer = make_optimizer(training, {path: path for path in self.trainable}, "bias|layernorm")
     shapes = with_dtypes(self.model, self.trainable, bf16=False)
     places = rules.state_shardings(self.model.axes, shapes, self.trainable, self.mesh, zero_stage=zero_stage)
 

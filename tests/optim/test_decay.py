@@ -6,13 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from internvl_jax import assembly, optim
+from internvl_jax import assembly
 from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, SFTBatch
 from internvl_jax.config import TrainConfig
 from internvl_jax.hf import published
 from internvl_jax.hf.families import FAMILIES
 from internvl_jax.hf.model import open_source, source_of_config
 from internvl_jax.hf.weights import names_of
+from internvl_jax.optim.labels import decays
 from tests.support import families
 from tests.support.toy import ASSETS
 
@@ -48,7 +49,7 @@ def test_norms_that_decay(size):
   family, expected = DECAYED_NORMS[size]
   assert source.raw["llm_config"]["model_type"] == family
   names = source.reference_names
-  decayed = {names[path] for path, decays in optim.decays(names, source.undecayed).items() if decays}
+  decayed = {names[path] for path, does in decays(names, source.undecayed).items() if decays}
   norms = {name for path, name in names.items() if path.endswith(".scale")}
   assert {name.removesuffix(".weight") for name in norms & decayed} == expected
   assert not [name for name in decayed if "bias" in name]
@@ -63,9 +64,9 @@ def llama(tmp_path_factory):
 
 def test_llamas_decayed_names_are_the_recorded_ones(llama):
   decayed = set()
-  for path, decays in optim.decays(llama.reference_names, llama.undecayed).items():
+  for path, does in decays(llama.reference_names, llama.undecayed).items():
     keys = names_of(path, llama.model.shapes[path].shape, llama.table).keys.reshape(-1)
-    decayed |= set(keys) if decays else set()
+    decayed |= set(keys) if does else set()
   assert decayed == set(RECORDED["decayed"])
 
 
