@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from internvl_jax.arguments import ModelArguments
 from internvl_jax.errors import UserError
 from internvl_jax.models.lora import adapter_paths
-from internvl_jax.trees import LAYER_RANGE, first_match, part_of
+from internvl_jax.trees import LAYER_RANGE, first_match, submodule_of
 
 
 def decays(names: Mapping[str, str], undecayed: str) -> dict[str, bool]:
@@ -39,12 +39,12 @@ def trainable_paths(model: ModelArguments, paths: Iterable[str]) -> set[str]:
   """
   paths = list(paths)
   adapters = adapter_paths(paths)
-  _check_adapters(model, {part_of(path) for path in adapters})
+  _check_adapters(model, {submodule_of(path) for path in adapters})
   frozen = {
     "vision_model": model.freeze_backbone,
     "mlp1": model.freeze_mlp,
     "language_model": model.freeze_llm,
-  } | dict.fromkeys(map(part_of, adapters), True)
+  } | dict.fromkeys(map(submodule_of, adapters), True)
   patterns = [(re.escape(path), True) for path in adapters]
   patterns += [(re.escape(path), True) for path in _thawed(model, paths)]
   patterns += [(rf"{part}\..*", not is_frozen) for part, is_frozen in frozen.items()]
@@ -81,7 +81,7 @@ def _thawed(model: ModelArguments, paths: list[str]) -> list[str]:
         "model.unfreeze_lm_head=True, but the model's output embedding is its input embedding; set it to False"
       )
   if model.unfreeze_vit_layers:
-    spans = {path: LAYER_RANGE.search(path) for path in paths if part_of(path) == "vision_model"}
+    spans = {path: LAYER_RANGE.search(path) for path in paths if submodule_of(path) == "vision_model"}
     depth = max(int(span[2]) for span in spans.values() if span)
     # The stack is split there, so no range of layers lies across it.
     start = model.unfreeze_vit_layers % depth

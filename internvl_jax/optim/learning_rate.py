@@ -1,20 +1,13 @@
-"""Learning-rate schedules, weight decay and AdamW, as Hugging Face's Trainer has them."""
+"""Learning-rate schedules, as Hugging Face's Trainer has them."""
 
 import dataclasses
 import inspect
 import json
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
-import optax
-
-from internvl_jax.arguments import ModelArguments, TrainingArguments
+from internvl_jax.arguments import TrainingArguments
 from internvl_jax.errors import UserError
-from internvl_jax.models.lora import adapter_paths
-from internvl_jax.trees import LAYER_RANGE, first_match, submodule_of
 
 Schedule = Callable[[int], float]
 """Learning rate of the optimizer step with that index, counted from 0."""
@@ -160,116 +153,3 @@ def _schedule_arguments(training: TrainingArguments) -> dict[str, float]:
     if isinstance(value, bool) or not isinstance(value, int | float):
       raise UserError(f"{where}: {key} must be a number, not {value!r}")
   return kwargs
-
-
-def decays(names: Mapping[str, str], undecayed: str) -> dict[str, bool]:
-  """Which parameters weight decay (of AdamW) applies to, by the rule of the Trainer that trains the family.
-
-  Spared is everything inside a PyTorch LayerNorm (our norms that have a bias), and what `undecayed` is found in.
-  By transformers 4.49 those are biases and what has "layernorm" in its name, and all of LLaMA's norms, whose class
-  asks for it. RMS norms with other names (Qwen2's last one, all of InternLM2's and of the 6B ViT's), layer scales
-  and embeddings do decay; so the reference's runs have it.
-
-  Args:
-    names: the reference's name of every parameter, by path: a norm of one family decays, of another it does
-      not, for its name.
-    undecayed: a regular expression over names in lower case (`Source.undecayed`).
-  """
-
-  def spared(path: str, name: str) -> bool:
-    layer, _, leaf = path.rpartition(".")
-    in_layer_norm = leaf == "scale" and f"{layer}.bias" in names
-    return in_layer_norm or re.search(undecayed, name.lower()) is not None
-
-  return {path: not spared(path, name) for path, name in names.items()}
-
-
-def trainable_paths(model: ModelArguments, paths: Iterable[str]) -> set[str]:
-  """The parameters that train, by the freeze flags. Adapters do, and freeze the rest of their part.
-
-  Raises:
-    UserError: nothing trains, or a flag thaws what the model does not have.
-  """
-  paths = list(paths)
-  adapters = adapter_paths(paths)
-  _check_adapters(model, {submodule_of(path) for path in adapters})
-  frozen = {
-    "vision_model": model.freeze_backbone,
-    "mlp1": model.freeze_mlp,
-    "language_model": model.freeze_llm,
-  } | dict.fromkeys(map(submodule_of, adapters), True)
-  patterns = [(re.escape(path), True) for path in adapters]
-  patterns += [(re.escape(path), True) for path in _thawed(model, paths)]
-  patterns += [(rf"{part}\..*", not is_frozen) for part, is_frozen in frozen.items()]
-  trainable = {path for path, trains in first_match(patterns, paths).items() if trains}
-  if not trainable:
-    raise UserError(
-      "nothing trains: freeze_backbone, freeze_mlp and freeze_llm are all True; set one to False"
-    )
-  return trainable
-
-
-def _check_adapters(model: ModelArguments, parts: set[str]) -> None:
-  """Refuses to guess whether adapters that a checkpoint brings freeze with their part."""
-  flags = {
-    "vision_model": ("freeze_backbone", "use_backbone_lora"),
-    "language_model": ("freeze_llm", "use_llm_lora"),
-  }
-  for part in parts:
-    freeze, rank = flags[part]
-    if getattr(model, freeze) and not getattr(model, rank):
-      raise UserError(
-        f"model.{freeze}=True with model.{rank}=0, but the checkpoint has adapters of {part}: set model.{rank} to their "
-        "rank to train them, or merge them first (python -m internvl_jax.convert --lora merge)"
-      )
-
-
-def _thawed(model: ModelArguments, paths: list[str]) -> list[str]:
-  """What trains inside a frozen part: the last layers of the ViT, the output embedding."""
-  thawed = []
-  if model.unfreeze_lm_head:
-    thawed = [path for path in paths if path.startswith("language_model.lm_head.")]
-    if not thawed:
-      raise UserError(
-        "model.unfreeze_lm_head=True, but the model's output embedding is its input embedding; set it to False"
-      )
-  if model.unfreeze_vit_layers:
-    spans = {path: LAYER_RANGE.search(path) for path in paths if submodule_of(path) == "vision_model"}
-    depth = max(int(span[2]) for span in spans.values() if span)
-    # The stack is split there, so no range of layers lies across it.
-    start = model.unfreeze_vit_layers % depth
-    thawed += [path for path, span in spans.items() if span and int(span[1]) >= start]
-  return thawed
-
-
-def make_optimizer(
-  training: TrainingArguments, names: Mapping[str, str], undecayed: str
-) -> optax.GradientTransformation:
-  """AdamW's direction, decay included, still to be scaled by minus the learning rate.
-
-  The rate stays outside: it comes from the host at every step (`make_schedule`).
-
-  Args:
-    training: the optimizer's settings.
-    names: the trainable parameters by path, under the reference's names (see `decays`).
-    undecayed: which of these names do not decay.
-  """
-  return optax.chain(
-    optax.scale_by_adam(b1=training.adam_beta1, b2=training.adam_beta2, eps=training.adam_epsilon),
-    optax.add_decayed_weights(training.weight_decay, mask=decays(names, undecayed)),
-  )
-
-
-def clip_by_global_norm(
-  grads: Mapping[str, jax.Array], max_norm: float
-) -> tuple[dict[str, jax.Array], jax.Array]:
-  """Scales gradients down to a global norm, as `torch.nn.utils.clip_grad_norm_` does; 0 leaves them.
-
-  Returns:
-    The gradients, and their norm before scaling.
-  """
-  norm = optax.tree.norm(grads)
-  if max_norm <= 0:
-    return dict(grads), norm
-  scale = jnp.minimum(1.0, max_norm / (norm + 1e-6))
-  return {path: grad * scale.astype(grad.dtype) for path, grad in grads.items()}, norm
