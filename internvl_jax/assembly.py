@@ -16,10 +16,10 @@ from internvl_jax.arguments import LoRAConfig, ModelArguments
 from internvl_jax.config import TrainConfig, get
 from internvl_jax.data.load.inspection import decode_all, examine
 from internvl_jax.data.load.mixture import Mixture
-from internvl_jax.data.sample.preference import FRAME_NAME
 from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.data.source.files import default_cache
 from internvl_jax.data.source.hosts import Hosts
+from internvl_jax.data.task import DataTask
 from internvl_jax.errors import UserError
 from internvl_jax.eval.questions import NAME, QuestionFile
 from internvl_jax.hf import model_config as layouts
@@ -57,6 +57,9 @@ from internvl_jax.parallel.placement_table import placement_table, placement_war
 from internvl_jax.serving import Export, ExportSettings
 from internvl_jax.state import TrainState, parameter_table, with_dtypes
 from internvl_jax.step import TrainStep
+from internvl_jax.tasks.preference.data import PairData
+from internvl_jax.tasks.preference.lines import FRAME_NAME, PairLines
+from internvl_jax.tasks.sft.data import DATA
 from internvl_jax.trees import select, submodule_of
 
 _HELD_OUT_SHOWN = 5
@@ -185,8 +188,7 @@ def held_out_problems(config: TrainConfig, source: Source, chat: ChatTokenizer) 
       seed=config.training.seed,
       policy=config.loader.on_over_length,
       cache=cache,
-      preference=True,
-      share_prompts=shares_prompts(config, source),
+      lines=data_task(config, source).lines,
     )
     mixture.index_sizes(cache, workers=workers, quiet=config.training.disable_tqdm, hosts=processes())
     found += [line for report in examine(mixture) for line in report.examples]
@@ -480,6 +482,13 @@ def shares_prompts(config: TrainConfig, source: Source) -> bool:
   """
   asked = config.preference
   return asked.loss_type is not None and asked.share_prompts and not any(source.config.text.windows)
+
+
+def data_task(config: TrainConfig, source: Source) -> DataTask:
+  """What the data are to the way to learn that the config asks for."""
+  if config.preference.loss_type is None:
+    return DATA
+  return PairData(lines=PairLines(share_prompts=shares_prompts(config, source)))
 
 
 def reference_policy(config: TrainConfig, source: Source) -> ReferencePolicy:

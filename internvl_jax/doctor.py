@@ -61,8 +61,7 @@ def main(argv: Sequence[str]) -> None:
     seed=config.training.seed,
     policy=config.loader.on_over_length,
     cache=cache,
-    preference=config.preference.loss_type is not None,
-    share_prompts=assembly.shares_prompts(config, source),
+    lines=assembly.data_task(config, source).lines,
   )
   mixture.index_sizes(cache, workers=os.cpu_count() or 1, quiet=config.training.disable_tqdm)
   reports = examine(mixture)
@@ -146,7 +145,7 @@ def write_outputs(mixture: Mixture, chat: ChatTokenizer, reports: Sequence[Datas
   """Prints samples, writes the dump and the picture, as the flags ask."""
   for index in range(min(_SHOW.value, mixture.num_samples)):
     try:
-      print(show_sample(mixture.decode(0, index), chat))
+      print(show_sample(mixture.decode(0, index), chat, mixture.lines))
     except DataError as error:
       print(f"not shown: {error}")
   if _DUMP.value:
@@ -170,7 +169,7 @@ def dump(mixture: Mixture, path: Path) -> None:
           print(f"not dumped: {error}")
           continue
         entry = {"dataset": dataset.spec.name, "index": dataset.locate(sample)[0]}
-        entry |= as_json(decoded)
+        entry |= as_json(decoded, mixture.lines)
         file.write(json.dumps({**entry, "num_tiles": len(decoded.tiles)}) + "\n")
       first += size
 

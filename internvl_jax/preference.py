@@ -11,6 +11,7 @@ import jax
 from internvl_jax.batch import PreferenceBatch
 from internvl_jax.config import TrainConfig
 from internvl_jax.data.load.loader import TrainLoader
+from internvl_jax.data.task import DataTask
 from internvl_jax.errors import UserError
 from internvl_jax.hf.model import Source
 from internvl_jax.objectives import PreferenceOptimization
@@ -42,11 +43,12 @@ class PreferenceRun:
     objective: PreferenceOptimization,
     mesh: jax.sharding.Mesh,
     make_loader: MakeLoader,
+    task: DataTask,
     watchdog: Watchdog,
   ):
     """Names what there will be; nothing is computed before `prepare`."""
     self._config, self._source, self._watchdog = config, source, watchdog
-    self._objective, self._mesh, self._make_loader = objective, mesh, make_loader
+    self._objective, self._mesh, self._make_loader, self._task = objective, mesh, make_loader, task
     self._evaluation: PairEvaluation | None = None
     self.lookup: ReferenceLogProbs | None = None
     if config.preference.precompute_reference:
@@ -55,6 +57,10 @@ class PreferenceRun:
         config.preference.reference_cache_dir or path_of(config.training.output_dir) / "reference_logps"
       )
       self.lookup = ReferenceLogProbs(path_of(folder))
+
+  def with_lookup(self, task: Any) -> Any:
+    """The loader's task, with what the reference says of pairs."""
+    return dataclasses.replace(task, reference=self.lookup)
 
   def prepare(self, params: Mapping[str, jax.Array], loader: TrainLoader, *, resumes: bool) -> None:
     """Computes what the reference says, by the policy that has not taken a step, where that is asked for.
@@ -135,7 +141,7 @@ class PreferenceRun:
     loader = dataclasses.replace(config.loader, shuffle=False)
     return PairScorer(
       objective=self._objective,
-      make_loader=lambda: self._make_loader(data, training, loader),
+      make_loader=lambda: self._make_loader(data, training, loader, task=self._task),
       mesh=self._mesh,
       title=title,
       watchdog=self._watchdog,

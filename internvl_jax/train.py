@@ -21,6 +21,7 @@ from internvl_jax.arguments import TrainingArguments
 from internvl_jax.assembly import (
   Setup,
   check_held_out,
+  data_task,
   idle_on,
   log_parameters,
   open_export,
@@ -30,7 +31,6 @@ from internvl_jax.assembly import (
   reference_copies,
   set_up,
   set_up_jax,
-  shares_prompts,
 )
 from internvl_jax.callbacks import (
   UNMOVED_STEPS,
@@ -123,7 +123,9 @@ def shared_start(config: TrainConfig) -> dict[str, Any]:
 
 def shared_files(config: TrainConfig, source: Source, loader: TrainLoader) -> dict[str, Any]:
   """What must be equal on all hosts when the data are opened: lines, order, tokenizer, weights, what is scored."""
-  scored = files_digest(config.eval.annotation, config.preference.eval_meta_path, config.loader.cache_dir)
+  annotations = {"eval.annotation": config.eval.annotation}
+  metas = {"preference.eval_meta_path": config.preference.eval_meta_path}
+  scored = files_digest(annotations, metas, config.loader.cache_dir)
   return {**loader.shared_facts(), **scored, **consistency.weights(source)}
 
 
@@ -269,15 +271,14 @@ def open_data(run: Run) -> tuple[TrainLoader, Data]:
     TrainLoader,
     tokenizer=run.chat,
     tokens_per_tile=source.config.tokens_per_tile,
-    preference=isinstance(setup.objective, PreferenceOptimization),
-    share_prompts=shares_prompts(config, source),
     **host_shards(setup.mesh),
   )
-  pairs = None
+  pairs, task = None, data_task(config, source)
   if isinstance(setup.objective, PreferenceOptimization):
-    pairs = PreferenceRun(config, source, setup.objective, setup.mesh, open_loader, watchdog)
-  lookup = pairs.lookup if pairs else None
-  make = functools.partial(open_loader, config.data, config.training, config.loader, reference=lookup)
+    pairs = PreferenceRun(config, source, setup.objective, setup.mesh, open_loader, task, watchdog)
+  if pairs is not None:
+    task = pairs.with_lookup(task)
+  make = functools.partial(open_loader, config.data, config.training, config.loader, task=task)
   with watchdog.phase("data"):
     loader = make()
   meshes.check_lengths(loader.sequence_sizes, setup.mesh)

@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from internvl_jax.arguments import DataTrainingArguments, EvalConfig
-from internvl_jax.data.sample import records
 from internvl_jax.data.sample.fitting import Limits
 from internvl_jax.data.sample.sample import Sample, SampleMaker
 from internvl_jax.data.sample.tokenize import ChatTokenizer
@@ -87,7 +86,7 @@ class QuestionFile:
       # Questions are not shortened as samples are.
       what = str(error).partition("; raise it")[0]
       raise OverLengthError(f"{what}; raise data.max_seq_length or delete the line") from error
-    last = records.plain_record(record, where)["conversations"][-1]
+    last = self.maker.lines.plain(record, where)["conversations"][-1]
     if last["from"] != "gpt":
       raise where.error(
         "the conversation does not end with an answer from 'gpt'; it cannot be scored; write the answer that is right, "

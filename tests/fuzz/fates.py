@@ -15,6 +15,9 @@ from internvl_jax.data.load import loader as loaders
 from internvl_jax.data.load.batching import MicroBatch
 from internvl_jax.data.load.loader import TrainLoader
 from internvl_jax.data.load.mixture import Mixture
+from internvl_jax.tasks.preference.data import PairData
+from internvl_jax.tasks.preference.lines import PairLines
+from internvl_jax.tasks.sft.data import DATA
 
 TRAINED = "trained"
 
@@ -25,6 +28,9 @@ _PACKED = {"use_packed_ds": True, "max_packed_tokens": 450, "num_images_expected
 _LENGTH, _TOKENS_PER_TILE = 224, 4
 # Of lines that both name the first of: so many are all.
 _ALL = 1 << 30
+
+
+_PAIRS = PairData(lines=PairLines())
 
 
 def _settings(meta: Path, packed: bool) -> DataTrainingArguments:
@@ -45,7 +51,7 @@ def open_mixture(
     seed=42,
     policy=policy,
     cache=meta.parent / "cache",
-    preference=pairs,
+    lines=_PAIRS.lines if pairs else DATA.lines,
   )
 
 
@@ -68,7 +74,12 @@ def open_loader(
     cache_dir=str(meta.parent / "cache"),
   )
   return TrainLoader(
-    _settings(meta, packed), training, loader, tokenizer, tokens_per_tile=_TOKENS_PER_TILE, preference=pairs
+    _settings(meta, packed),
+    training,
+    loader,
+    tokenizer,
+    tokens_per_tile=_TOKENS_PER_TILE,
+    task=_PAIRS if pairs else DATA,
   )
 
 

@@ -1,17 +1,17 @@
 """From samples to the padded batch of an optimizer step: pure numpy.
 
 Letters as in `internvl_jax.batch`: A micro-batches, R rows, S tokens of a row, D data shards, T tiles of a
-shard's pool, P tokens of a tile; and G samples of a micro-batch, one or, packed, several a row, each of J segments:
-one, or two of a preference pair.
+shard's pool, P tokens of a tile; and G samples of a micro-batch, one or, packed, several a row, each of J segments.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, PreferenceBatch, SFTBatch, pairs_of_row
+from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, SFTBatch
 from internvl_jax.data.sample.notes import Note
 from internvl_jax.data.sample.sample import Sample
 from internvl_jax.data.where import DataError
@@ -22,10 +22,6 @@ lost because it is too long; got fewer tiles or frames; is a second, third, ... 
 
 _SHORTEST_BUCKET = 256
 
-ReferenceLookup = Callable[[np.ndarray], np.ndarray]
-"""Log-probabilities of the chosen and the rejected answer by the reference policy, float32 [n, 2], of the samples of
-the mixture with these indices, int64 [n]; NaN where they are not known."""
-
 
 class MicroBatch(NamedTuple):
   """The samples of one micro-batch end to end, without padding: what travels from a worker process.
@@ -35,7 +31,7 @@ class MicroBatch(NamedTuple):
     labels: int32 [sum of lengths], not shifted.
     lengths: int32 [G], tokens of each sample; 0 for one that was dropped.
     segments: int32 [G, J], tokens of each segment; 0 likewise.
-    shared: int32 [G], tokens of each sample's first segment that its second follows as well; see `Sample`.
+    shared: int32 [G], tokens of each sample's first segment that its others follow as well; see `Sample`.
     indices: int64 [G], index of each sample in the mixture; -1 for one that was dropped.
     rows: int32 [G], the row that each sample stands in, ascending.
     num_rows: R.
@@ -229,25 +225,11 @@ def _bucket(needed: int, buckets: Sequence[int]) -> int:
   return next(size for size in buckets if size >= needed)
 
 
-def assemble(
-  micro_batches: Sequence[MicroBatch],
-  *,
-  data_shards: int,
-  image_token_id: int,
-  sequence_sizes: Sequence[int],
-  tile_sizes: Sequence[int] = (),
-  loss_reduction: str = "token",
-  at_least: tuple[int, int] = (0, 0),
-) -> SFTBatch:
-  """Pads A micro-batches to the smallest buckets that hold them all.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Padding:
+  """What a batch is padded to.
 
-  Rows are dealt to shards in blocks of R/D, and a shard's pool holds its rows' tiles in order of the rows. So
-  the features of the pool stand in the order of the shard's image tokens, and `image_index` counts these; the second
-  segment of a pair counts again from where its first began. The samples' segments are those of the row, numbered from
-  1, each with positions of its own; those of a pair's second segment go on from the tokens that it shares.
-
-  Args:
-    micro_batches: A of them, each with R rows. The memory of a single one becomes the batch's.
+  Attributes:
     data_shards: D; divides R.
     image_token_id: the id that stands at image tokens.
     sequence_sizes: the buckets for S, ascending.
@@ -256,12 +238,34 @@ def assemble(
       "square" 1/sqrt(n).
     at_least: tokens of a row and tiles of a pool that there must be room for, because other hosts have them.
   """
+
+  data_shards: int
+  image_token_id: int
+  sequence_sizes: Sequence[int]
+  tile_sizes: Sequence[int] = ()
+  loss_reduction: str = "token"
+  at_least: tuple[int, int] = (0, 0)
+
+
+def assemble(micro_batches: Sequence[MicroBatch], padding: Padding) -> SFTBatch:
+  """Pads A micro-batches to the smallest buckets that hold them all.
+
+  Rows are dealt to shards in blocks of R/D, and a shard's pool holds its rows' tiles in order of the rows. So
+  the features of the pool stand in the order of the shard's image tokens, and `image_index` counts these; every further
+  segment of a sample counts again from where its first began. The samples' segments are those of the row, numbered from
+  1, each with positions of its own; those of segments that share a prompt go on from the tokens that they share.
+
+  Args:
+    micro_batches: A of them, each with R rows. The memory of a single one becomes the batch's.
+    padding: what to pad to.
+  """
   accumulation, rows = len(micro_batches), micro_batches[0].num_rows
   lengths = np.stack([_row_sums(micro, micro.lengths) for micro in micro_batches])  # [A, R]
   num_tiles = np.stack([_row_sums(micro, micro.num_tiles) for micro in micro_batches])
-  length = _bucket(max(int(lengths.max()), at_least[0]), sequence_sizes)
-  by_shard = (accumulation, data_shards, rows // data_shards)
-  pool = tile_bucket(max(int(num_tiles.reshape(by_shard).sum(-1).max()), at_least[1]), tile_sizes)
+  length = _bucket(max(int(lengths.max()), padding.at_least[0]), padding.sequence_sizes)
+  by_shard = (accumulation, padding.data_shards, rows // padding.data_shards)
+  fullest = int(num_tiles.reshape(by_shard).sum(-1).max())
+  pool = tile_bucket(max(fullest, padding.at_least[1]), padding.tile_sizes)
 
   real = np.arange(length) < lengths[:, :, None]  # [A, R, S]
 
@@ -273,7 +277,7 @@ def assemble(
 
   input_ids = spread([micro.input_ids for micro in micro_batches], 0, np.int32)
   labels = spread([_predictable(micro) for micro in micro_batches], IGNORE_INDEX, np.int32)
-  weights = spread([_token_weights(micro, loss_reduction) for micro in micro_batches], 0, np.float32)
+  weights = spread([_token_weights(micro, padding.loss_reduction) for micro in micro_batches], 0, np.float32)
   targets = np.full_like(labels, IGNORE_INDEX)
   targets[:, :, :-1] = labels[:, :, 1:]
   loss_weight = np.zeros_like(weights)
@@ -285,35 +289,12 @@ def assemble(
     positions=spread([_positions(micro) for micro in micro_batches], 0, np.int32),
     segment_ids=spread([_segment_ids(micro) for micro in micro_batches], 0, np.int32),
     image_index=spread(
-      [_image_index(micro, image_token_id, data_shards) for micro in micro_batches], NO_IMAGE, np.int32
+      [_image_index(micro, padding.image_token_id, padding.data_shards) for micro in micro_batches],
+      NO_IMAGE,
+      np.int32,
     ),
     tiles=_pools(micro_batches, num_tiles.reshape(by_shard).sum(-1), pool),
   )
-
-
-def assemble_pairs(
-  micro_batches: Sequence[MicroBatch], *, reference: ReferenceLookup | None = None, **settings: Any
-) -> PreferenceBatch:
-  """Pads A micro-batches of preference pairs; a pair that was dropped takes no place of its row.
-
-  Args:
-    micro_batches: A of them, each with R rows of pairs.
-    reference: looks log-probabilities up; None: they are not known.
-    **settings: of `assemble`; every supervised token counts once.
-  """
-  rows = assemble(micro_batches, loss_reduction="token", **settings)
-  A, R, S = rows.input_ids.shape
-  pair_index = np.full((A, R, pairs_of_row(S)), -1, np.int32)
-  for of_rows, micro in zip(pair_index, micro_batches, strict=True):
-    present = micro.lengths > 0
-    places = micro.rows[present], _numbers(present, micro.rows)[present] - 1
-    of_rows[places] = micro.indices[present]
-  known = np.full((*pair_index.shape, 2), np.nan, np.float32)
-  if reference is not None:
-    known[pair_index >= 0] = reference(pair_index[pair_index >= 0].astype(np.int64))
-  shared = np.zeros((A, R, S), bool)
-  shared[rows.segment_ids > 0] = np.concatenate([_shared(micro) for micro in micro_batches])
-  return PreferenceBatch(rows, (pair_index >= 0).astype(np.float32), pair_index, known, shared)
 
 
 def _row_sums(micro: MicroBatch, values: np.ndarray) -> np.ndarray:
@@ -321,7 +302,7 @@ def _row_sums(micro: MicroBatch, values: np.ndarray) -> np.ndarray:
   return np.bincount(micro.rows, values, micro.num_rows).astype(np.int64)
 
 
-def _numbers(present: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def numbers_in_rows(present: np.ndarray, rows: np.ndarray) -> np.ndarray:
   """Returns int32 [n]: the number within its row, from 1, of each that is present; one that is not takes none.
 
   Args:
@@ -333,10 +314,16 @@ def _numbers(present: np.ndarray, rows: np.ndarray) -> np.ndarray:
   return (so_far - before).astype(np.int32)
 
 
+def segment_numbers(micro: MicroBatch) -> np.ndarray:
+  """Returns int32 [G, J]: the number of each segment within its row, from 1; one without tokens takes none."""
+  present = micro.segments.ravel() > 0
+  numbers = numbers_in_rows(present, micro.rows.repeat(micro.segments.shape[1]))
+  return numbers.reshape(micro.segments.shape)
+
+
 def _segment_ids(micro: MicroBatch) -> np.ndarray:
   """Returns int32 [sum of lengths]: the number of each token's segment within its row."""
-  lengths = micro.segments.ravel()
-  return np.repeat(_numbers(lengths > 0, micro.rows.repeat(micro.segments.shape[1])), lengths)
+  return np.repeat(segment_numbers(micro).ravel(), micro.segments.ravel())
 
 
 def _offsets(segments: np.ndarray) -> np.ndarray:
@@ -353,8 +340,8 @@ def _positions(micro: MicroBatch) -> np.ndarray:
   return _offsets(micro.segments) + before.ravel().repeat(micro.segments.ravel())
 
 
-def _shared(micro: MicroBatch) -> np.ndarray:
-  """Returns bool [sum of lengths]: the tokens of first segments that second ones share."""
+def shared_tokens(micro: MicroBatch) -> np.ndarray:
+  """Returns bool [sum of lengths]: the tokens of first segments that the others of their samples share."""
   until = np.zeros_like(micro.segments)
   until[:, 0] = micro.shared
   return _offsets(micro.segments) < until.ravel().repeat(micro.segments.ravel())

@@ -155,7 +155,7 @@ class Tally:
     return dict(zip(COUNTERS, counts, strict=True)), max(counts[0], min(self._epoch, _FEWEST_JUDGED))
 
   def nothing_taught(
-    self, micro_batches: Sequence[MicroBatch], seen: int, rows: int, *, preference: bool
+    self, micro_batches: Sequence[MicroBatch], seen: int, rows: int, *, taught_hint: str
   ) -> DataError:
     """Returns the error of a run that has had nothing to learn from.
 
@@ -163,14 +163,13 @@ class Tally:
       micro_batches: of the last batch.
       seen: batches so far.
       rows: of a batch.
-      preference: the lines are pairs.
+      taught_hint: what to check; see `LineSchema`.
     """
     longest = max(int(micro.lengths.max(initial=0)) for micro in micro_batches)
-    answers = "" if preference else "that the conversations have 'gpt' turns and "
     which = "the first batch" if seen == 1 else f"the first {seen} batches, the last of them"
     return DataError(
       f"no token is supervised in {which}: {rows} rows of samples of up to {longest} tokens; "
-      f"check {answers}that data.max_seq_length reaches the answers"
+      f"check {taught_hint}that data.max_seq_length reaches the answers"
       + (f"; the first that was lost: {self.offenders[0]}" if self.offenders else "")
     )
 

@@ -21,8 +21,8 @@ from internvl_jax.errors import redacted
 _VERSION = 2
 
 
-def preference_fingerprint(mixture: Mixture) -> str:
-  """Returns a SHA-256, in hex, of all that the pairs and their order in the mixture depend on.
+def mixture_fingerprint(mixture: Mixture) -> str:
+  """Returns a SHA-256, in hex, of all that the samples and their order in the mixture depend on.
 
   These are the entries of the meta file, the bytes of the annotation files (read once more, whole), the tokenizer and
   the template, all settings of images, videos and lengths, and the seed that says how many frames a video gives. Not
@@ -30,14 +30,14 @@ def preference_fingerprint(mixture: Mixture) -> str:
   the annotation files elsewhere, or written again, have the same; `root` counts by its absolute path.
 
   Args:
-    mixture: of the pairs; their sizes need not be indexed.
+    mixture: of the samples; their sizes need not be indexed.
 
   Raises:
     DataError: an annotation file cannot be read.
   """
   content = {
     "version": _VERSION,
-    "preference": mixture.preference,
+    mixture.lines.kind: True,
     "pixels": [mixture.data.pad2square, mixture.data.normalize_type],
     "datasets": [_content(dataset) for dataset in mixture.datasets],
   }
@@ -195,22 +195,24 @@ def _stamp(file: Records) -> tuple | None:
 
 
 def files_digest(
-  annotation: str | None, meta_path: str | None, cache: str | os.PathLike[str] | None
+  annotations: Mapping[str, str | None],
+  metas: Mapping[str, str | None],
+  cache: str | os.PathLike[str] | None,
 ) -> dict[str, Any]:
   """Returns digests of what a model is scored on, whole, by the names that messages give them; see `shared_facts`.
 
   Args:
-    annotation: of questions, or None.
-    meta_path: of preference pairs, or None.
+    annotations: files by the setting that names them; None where none does.
+    metas: meta files likewise, of which the datasets' files are digested.
     cache: folder of caches.
 
   Raises:
     DataError: a file cannot be read.
   """
-  paths = {} if annotation is None else {"eval.annotation": annotation}
-  if meta_path is not None:
-    specs = read_meta(meta_path, cache=cache)
-    paths |= {f"dataset {spec.name!r} of preference.eval_meta_path": spec.annotation for spec in specs}
+  paths = {setting: path for setting, path in annotations.items() if path is not None}
+  for setting, meta_path in metas.items():
+    specs = [] if meta_path is None else read_meta(meta_path, cache=cache)
+    paths |= {f"dataset {spec.name!r} of {setting}": spec.annotation for spec in specs}
   return {
     f"the content of {name}": open_records(path, name, cache=cache).digest()[:16]
     for name, path in paths.items()

@@ -8,7 +8,8 @@ import numpy as np
 
 from internvl_jax.data.load import batching
 from internvl_jax.data.load.mixture import Dataset, Mixture
-from internvl_jax.data.sample import keys, records
+from internvl_jax.data.sample import keys
+from internvl_jax.data.sample.lines import LineSchema
 from internvl_jax.data.sample.long_samples import UNSUPERVISED
 from internvl_jax.data.sample.notes import Note
 from internvl_jax.data.sample.templates import Template
@@ -166,7 +167,7 @@ def describe_notes(mixture: Mixture, *, workers: int) -> list[str]:
   for dataset in mixture.datasets:
     found: dict[str, tuple[int, int]] = {}
     groups = [range(i, min(i + _NOTES_GROUP, dataset.lines)) for i in range(0, dataset.lines, _NOTES_GROUP)]
-    count = _CountNotes(dataset.file, mixture.preference, dataset.template)
+    count = _CountNotes(dataset.file, mixture.lines, dataset.template)
     for _, notes in map_items(count, groups, workers):
       for note, (lines, first) in notes.items():
         before, earlier = found.get(note, (0, first))
@@ -193,28 +194,18 @@ class _CountNotes:
   """Counts what of a group of lines is not read: {note: (lines, the first)}."""
 
   file: Records
-  is_pair: bool
+  lines: LineSchema
   template: Template
 
-  def __call__(self, lines: range) -> dict[str, tuple[int, int]]:
+  def __call__(self, group: range) -> dict[str, tuple[int, int]]:
     found: dict[str, tuple[int, int]] = {}
-    for line in lines:
+    for line in group:
       try:
         record = self.file.read(line)
-        plain = records.plain_record(record, self.file.where(line), is_pair=self.is_pair)
+        plain = self.lines.plain(record, self.file.where(line))
       except DataError:
         continue  # It is named as lost.
-      notes = set(records.passed_over(record, is_pair=self.is_pair))
-      if not self.is_pair and self.template.alternates and _begins_with_answer(plain["conversations"]):
-        notes.add("an answer before the first question")
-      for note in notes:
+      for note in set(self.lines.unread(record, plain, self.template)):
         count, first = found.get(note, (0, line))
         found[note] = count + 1, first
     return found
-
-
-def _begins_with_answer(turns: Any) -> bool:
-  roles = (
-    [turn.get("from") for turn in turns[:2] if isinstance(turn, dict)] if isinstance(turns, list) else []
-  )
-  return roles[:1] == ["gpt"] or roles == ["system", "gpt"]

@@ -13,7 +13,6 @@ import tqdm
 from absl import logging
 
 from internvl_jax.arguments import DataTrainingArguments, LoaderConfig, TrainingArguments
-from internvl_jax.batch import PreferenceBatch, SFTBatch
 from internvl_jax.data.load import batching
 from internvl_jax.data.load.counters import Tally
 from internvl_jax.data.load.fingerprint import (
@@ -22,7 +21,7 @@ from internvl_jax.data.load.fingerprint import (
   check_same_content,
   content_of,
   first_varying,
-  preference_fingerprint,
+  mixture_fingerprint,
   shared_facts,
 )
 from internvl_jax.data.load.mixture import Mixture
@@ -36,12 +35,11 @@ from internvl_jax.data.schedule.packed_rows import PlannedRows, RowStream, packa
 from internvl_jax.data.source.cache import cache_errors_named, whole_file
 from internvl_jax.data.source.files import default_cache
 from internvl_jax.data.source.hosts import ALONE, Hosts
+from internvl_jax.data.task import CONVERSATIONS, DataTask
 from internvl_jax.data.where import DataError
 
 # Reasons looked up of samples that a step passes over.
 _REASONS = 5
-# What the states of earlier versions do not say: it was 0.
-_ADDED = ("preference", "share_prompts")
 # Batches at the start that may have nothing to learn from, where bad samples are dropped.
 _UNTAUGHT = 10
 # Steps of which the samples can still be told: devices are a step or two behind.
@@ -58,14 +56,14 @@ class _Ready(NamedTuple):
     before: the state of the packed rows before it.
   """
 
-  batch: SFTBatch | PreferenceBatch
+  batch: Any
   tally: Tally
   rows: list[orders.Places]
   before: dict[str, Any] | None
 
 
 class TrainLoader:
-  """Iterates over the optimizer steps of a run as `SFTBatch`es, or `PreferenceBatch`es, of numpy arrays.
+  """Iterates over the optimizer steps of a run as batches of numpy arrays, of the kind that its task makes.
 
   A = `gradient_accumulation_steps` micro-batches of R = `per_device_train_batch_size` * data_shards rows each.
   Batches depend on data, seed and settings, not on workers, prefetch or hosts. The state says how many batches were
@@ -97,9 +95,7 @@ class TrainLoader:
     hosts: Hosts = ALONE,
     all_sum: Callable[[np.ndarray], np.ndarray] = lambda counts: counts,
     state: dict[str, Any] | None = None,
-    preference: bool = False,
-    share_prompts: bool = False,
-    reference: batching.ReferenceLookup | None = None,
+    task: DataTask = CONVERSATIONS,
   ):
     """Reads the meta file and finds all lines; workers start with the first batch.
 
@@ -115,21 +111,15 @@ class TrainLoader:
       all_sum: adds an array over the hosts, each shard counted once. All hosts call it at the same time: in the
         first step, and in `counters` and `get_state`.
       state: of an earlier loader, to go on from; None: from the start.
-      preference: the lines are preference pairs, and batches are `PreferenceBatch`es.
-      share_prompts: the prompt of a pair stands in its first segment only; see `PreferenceBatch.shared`. Of no meaning
-        where lines are no pairs.
-      reference: looks up what the reference policy says of pairs, for `PreferenceBatch.reference`. It is called in this
-        process only, with the pairs of this host.
+      task: what kind of line the data have, and how batches are made.
 
     Raises:
       DataError: a setting is wrong, or the data do not fit it or the state.
     """
-    assert preference or reference is None, "only pairs have log-probabilities to look up"
     my_shards = range(data_shards) if my_shards is None else my_shards
     check_settings(training, loader, tokens_per_tile, data_shards, my_shards)
     self._data, self._loader, self._training = data, loader, training
-    self._preference, self._reference = preference, reference
-    self._share_prompts = preference and share_prompts
+    self._task = task
     self._data_shards, self._my_shards, self._all_sum = data_shards, my_shards, all_sum
     self._accumulation = training.gradient_accumulation_steps
     self._rows = training.per_device_train_batch_size * data_shards
@@ -148,8 +138,7 @@ class TrainLoader:
       seed=training.seed,
       policy=loader.on_over_length,
       cache=cache,
-      preference=preference,
-      share_prompts=share_prompts,
+      lines=self._task.lines,
     )
     if self._measured:
       assert cache is not None
@@ -160,8 +149,8 @@ class TrainLoader:
     self.num_samples = self._mixture.num_samples
     self._order = self._make_order()
     self._packing, self._stream = None, None
-    # A pair's answers stand in one row, each behind the prompt, which need not be one that they can share.
-    longest_sample = data.max_seq_length * (2 if preference else 1)
+    # A sample's conversations stand in one row, each behind the prompt, which need not be one that they can share.
+    longest_sample = data.max_seq_length * self._task.conversations
     self.rows_per_epoch = self.num_samples
     if data.use_packed_ds:
       self._packing = pack_settings(data)
@@ -175,7 +164,9 @@ class TrainLoader:
       else orders.total_steps(self.rows_per_epoch, training.num_train_epochs, self.global_batch)
     )
     self.sequence_sizes = batching.sequence_buckets(
-      longest_row(data, longest_sample), loader.sequence_buckets, row_name(data, preference=preference)
+      longest_row(data, longest_sample),
+      loader.sequence_buckets,
+      row_name(data, self._task.lines.longest_name),
     )
     self._tile_sizes = tile_sizes(data, loader, training.per_device_train_batch_size)
     self.next_step = 0
@@ -194,8 +185,6 @@ class TrainLoader:
 
   def __next__(self) -> Any:
     """Returns the next step's batch: tokens [A, R, S], tiles [A, D, T, H, W, 3], of this host's rows and shards.
-
-    A `PreferenceBatch` where the lines are pairs, else an `SFTBatch`.
 
     Raises:
       StopIteration: after `total_steps`.
@@ -242,21 +231,17 @@ class TrainLoader:
         self._stream = RowStream(self._order, self._mixture.size_of, self._packing, before)
       raise
 
-  def _assemble(
-    self, micro_batches: list[batching.MicroBatch], at_least: tuple[int, int]
-  ) -> SFTBatch | PreferenceBatch:
-    settings: dict[str, Any] = {
-      "data_shards": len(self._my_shards),
-      "image_token_id": self._image_token_id,
-      "sequence_sizes": self.sequence_sizes,
-      "tile_sizes": self._tile_sizes,
-      "at_least": at_least,
-    }
-    if self._preference:
-      return batching.assemble_pairs(micro_batches, reference=self._reference, **settings)
-    # As in the reference, tokens of rows that hold one sample weigh the same.
-    loss_reduction = self._data.loss_reduction if self._data.use_packed_ds else "token"
-    return batching.assemble(micro_batches, loss_reduction=loss_reduction, **settings)
+  def _assemble(self, micro_batches: list[batching.MicroBatch], at_least: tuple[int, int]) -> Any:
+    padding = batching.Padding(
+      data_shards=len(self._my_shards),
+      image_token_id=self._image_token_id,
+      sequence_sizes=self.sequence_sizes,
+      tile_sizes=self._tile_sizes,
+      # As in the reference, tokens of rows that hold one sample weigh the same.
+      loss_reduction=self._data.loss_reduction if self._data.use_packed_ds else "token",
+      at_least=at_least,
+    )
+    return self._task.assemble(micro_batches, padding)
 
   def get_state(self) -> dict[str, Any]:
     """Returns what a later loader needs to go on after the last batch handed out; JSON-able. See `all_sum`.
@@ -290,8 +275,8 @@ class TrainLoader:
     return "; ".join(f"{file}:{','.join(map(str, lines))}" for file, lines in named.items())
 
   def fingerprint(self) -> str:
-    """Returns a hash of the data and of all that makes samples of them; see `preference_fingerprint`."""
-    return preference_fingerprint(self._mixture)
+    """Returns a hash of the data and of all that makes samples of them; see `mixture_fingerprint`."""
+    return mixture_fingerprint(self._mixture)
 
   def shared_facts(self) -> dict[str, Any]:
     """Returns what the loaders of all hosts must have alike, as JSON values by their names in messages."""
@@ -443,13 +428,13 @@ class TrainLoader:
     self._taught = bool(self._all_sum(np.array([taught], np.int64))[0])
     seen, patience = self.next_step + 1, 1 if self._loader.on_bad_sample == "error" else _UNTAUGHT
     if not self._taught and seen >= min(patience, self.total_steps):
-      raise tally.nothing_taught(micro_batches, seen, self.global_batch, preference=self._preference)
+      hint = self._task.lines.taught_hint
+      raise tally.nothing_taught(micro_batches, seen, self.global_batch, taught_hint=hint)
 
   def _plan_fingerprint(self) -> dict[str, int]:
     """Returns what must be equal for a step number to mean the same samples."""
     return {
-      "preference": int(self._preference),
-      "share_prompts": int(self._share_prompts),
+      **{name: int(value) for name, value in self._task.lines.facts.items()},
       "num_samples": self.num_samples,
       "global_batch": self.global_batch,
       "order_seed": self._order.seed,
@@ -472,9 +457,10 @@ class TrainLoader:
       )
 
   def _restore(self, state: dict[str, Any]) -> None:
-    for key, now in self._plan_fingerprint().items():
-      then = state["plan"].get(key, 0) if key in _ADDED else state["plan"][key]
-      if then != now:
+    then_of, now_of = state["plan"], self._plan_fingerprint()
+    # A fact of its kind of line that a state does not have was not so.
+    for key in now_of | then_of:
+      if (then := then_of.get(key, 0)) != (now := now_of.get(key, 0)):
         raise DataError(
           f"the run cannot go on with the same batches: {key} was {then} when its state was saved and is {now} now; "
           "restore the data and settings of then, or start anew with training.overwrite_output_dir=True"

@@ -10,7 +10,9 @@ import tqdm
 
 from internvl_jax.arguments import DataTrainingArguments
 from internvl_jax.data.sample import images, video
+from internvl_jax.data.sample.conversations import CONVERSATION_LINES
 from internvl_jax.data.sample.fitting import Limits, Policy
+from internvl_jax.data.sample.lines import LineSchema
 from internvl_jax.data.sample.long_samples import Pieces, index_pieces, over_long
 from internvl_jax.data.sample.pool import TilePool
 from internvl_jax.data.sample.sample import Sample, SampleMaker, max_grid_tiles
@@ -206,8 +208,7 @@ class Dataset:
       "max_dynamic_patch": max_grid_tiles(self.spec, data),
       "frames": [data.min_num_frame, data.max_num_frame, self._seed, self._number],
       **{name: getattr(data, name) for name in settings},
-      **({"preference": True} if maker.preference else {}),
-      **({"share_prompts": True} if maker.preference and maker.share_prompts else {}),
+      **maker.lines.facts,
     }
 
   def _frames(self, line: int) -> int:
@@ -235,7 +236,7 @@ class Mixture:
   Attributes:
     data: the settings.
     seed: of the augmentation and of the frames drawn from videos.
-    preference: the lines are preference pairs.
+    lines: what kind of line they have.
     datasets: in the order of the meta file.
     sizes: int64 [datasets], samples an epoch, repeats included.
     num_samples: of an epoch.
@@ -250,8 +251,7 @@ class Mixture:
     seed: int,
     policy: Policy = "truncate",
     cache: str | os.PathLike[str] | None = None,
-    preference: bool = False,
-    share_prompts: bool = False,
+    lines: LineSchema = CONVERSATION_LINES,
   ):
     """Reads the meta file and finds the lines of every annotation file.
 
@@ -262,8 +262,7 @@ class Mixture:
       seed: of the augmentation and of the frames drawn from videos.
       policy: what is done about over-long samples.
       cache: folder of the lines' index; None keeps none (of remote annotation files, a copy).
-      preference: the lines are preference pairs.
-      share_prompts: a pair's prompt stands once.
+      lines: what kind of line the files have.
 
     Raises:
       DataError: the meta file, an annotation file or a setting is wrong.
@@ -271,7 +270,7 @@ class Mixture:
     if data.meta_path is None:
       raise DataError("data.meta_path is not set; give the JSON file that lists the datasets")
     images.normalization(data.normalize_type)  # an unknown name fails here, not at the first padded image
-    self.data, self.preference, self.seed = data, preference, seed
+    self.data, self.lines, self.seed = data, lines, seed
     self._tokens_per_tile = tokens_per_tile
     limits = limits_of(data, policy)
     self.datasets = []
@@ -282,8 +281,7 @@ class Mixture:
         tokenizer=tokenizer,
         tokens_per_tile=tokens_per_tile,
         limits=limits,
-        preference=preference,
-        share_prompts=share_prompts,
+        lines=self.lines,
       )
       file = open_records(spec.annotation, spec.name, key=spec.key, cache=cache)
       self.datasets.append(_checked(Dataset(spec, file, maker, number, seed), data))

@@ -75,11 +75,11 @@ def longest_row(data: DataTrainingArguments, longest_sample: int) -> int:
   return data.max_packed_tokens + (longest_sample if data.allow_overflow else 0)
 
 
-def row_name(data: DataTrainingArguments, *, preference: bool) -> str:
-  """Returns what the longest row is named after."""
+def row_name(data: DataTrainingArguments, longest_sample: str) -> str:
+  """Returns what the longest row is named after; `longest_sample` is what the longest sample is."""
   if data.use_packed_ds:
     return "data.max_packed_tokens" + (" and a sample beyond it" if data.allow_overflow else "")
-  return "twice data.max_seq_length, for the two answers of a pair" if preference else "data.max_seq_length"
+  return longest_sample
 
 
 def tile_sizes(data: DataTrainingArguments, loader: LoaderConfig, rows: int) -> tuple[int, ...]:

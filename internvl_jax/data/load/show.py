@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from internvl_jax.batch import IGNORE_INDEX, Batch, SFTBatch
-from internvl_jax.data.sample import preference
+from internvl_jax.data.sample.lines import LineSchema
 from internvl_jax.data.sample.sample import Sample
-from internvl_jax.data.sample.tokenize import IMAGE_CONTEXT, ChatTokenizer, ChatTokens
+from internvl_jax.data.sample.tokenize import IMAGE_CONTEXT, ChatTokenizer, ChatTokens, common_prompt
 
 _ROWS_SHOWN = 2
 
@@ -32,8 +32,8 @@ def show_batch(batch: Batch, tokenizer: ChatTokenizer) -> str:
   )
 
 
-def show_sample(sample: Sample, tokenizer: ChatTokenizer) -> str:
-  r"""Returns a sample as text, with what is supervised between » and «; a pair's prompt once, then both answers.
+def show_sample(sample: Sample, tokenizer: ChatTokenizer, lines: LineSchema) -> str:
+  r"""Returns a sample as text, with what is supervised between » and «; the prompt of several answers once, then them.
 
   toy.jsonl:3 (dataset 'toy'), 45 tokens, 1 tiles: <|im_start|>user\n...<|im_start|>assistant\n»Yes<|im_end|>«\n
 
@@ -48,19 +48,19 @@ def show_sample(sample: Sample, tokenizer: ChatTokenizer) -> str:
   about = f"{sample.where}, {tokens} tokens{shared}, {len(sample.tiles)} tiles:"
   if len(chats) == 1:
     return f"{about} {_show_segment(chats[0], tokenizer)}"
-  start = preference.common_prompt(*chats)
+  start = common_prompt(chats)
   prompt = ChatTokens(*(part[:start] for part in chats[0]))
   answers = [ChatTokens(*(part[start:] for part in chat)) for chat in chats]
-  named = zip(preference.KEYS, [prompt, *answers], strict=True)
+  named = zip(lines.names, [prompt, *answers], strict=True)
   return "\n".join([about, *(f"  {name}: {_show_segment(part, tokenizer)}" for name, part in named)])
 
 
-def as_json(sample: Sample) -> dict[str, Any]:
-  """Returns a sample's `input_ids` and `labels` as lists; of a pair, those of each answer, `chosen` and `rejected`."""
+def as_json(sample: Sample, lines: LineSchema) -> dict[str, Any]:
+  """Returns a sample's `input_ids` and `labels` as lists; of several answers, those of each, by its name."""
   found = [
     {"input_ids": part.input_ids.tolist(), "labels": part.labels.tolist()} for part in sample.conversations()
   ]
-  return found[0] if len(found) == 1 else dict(zip(preference.KEYS[1:], found, strict=True))
+  return found[0] if len(found) == 1 else dict(zip(lines.names[1:], found, strict=True))
 
 
 def _show_segment(part: ChatTokens, tokenizer: ChatTokenizer) -> str:

@@ -10,8 +10,7 @@
 
 A packed row may be shorter still. What exceeds it, in tokens or in tiles, is an over-long sample under the first three
 policies too, and whatever is left above it is split into pieces, again never through an image; a piece of which
-less than 1/256 is supervised is dropped. (Both are the reference's rules for packed data.) A preference pair is
-never split: see `fit_pair`.
+less than 1/256 is supervised is dropped. (Both are the reference's rules for packed data.)
 """
 
 from collections.abc import Iterator, Sequence
@@ -122,7 +121,7 @@ def fit(chat: Chat, tiles: Sequence[int], tokens_per_tile: int, limits: Limits, 
       f"{size} exceed {limits}; raise it, lower max_dynamic_patch, or let loader.on_over_length shorten the sample",
       OverLengthError,
     )
-  layout = _Layout(chat, np.array(tiles, np.int64), np.array(image_tokens, np.int64))
+  layout = Layout(chat, np.array(tiles, np.int64), np.array(image_tokens, np.int64))
   length = layout.stop(0, limits.max_length, None, total)
   pieces = tuple(_split(layout, length, limits, where))
   taught = [piece for piece in pieces if layout.teaches(piece, at_least=1 if len(pieces) > 1 else 0)]
@@ -136,83 +135,7 @@ def fit(chat: Chat, tiles: Sequence[int], tokens_per_tile: int, limits: Limits, 
   return Fit(tuple(taught), sum(piece.stop - piece.start for piece in taught) == total)
 
 
-def fit_pair(
-  chats: Sequence[Chat],
-  tiles: Sequence[int],
-  tokens_per_tile: int,
-  limits: Limits,
-  where: Where,
-  *,
-  shared: int = 0,
-) -> tuple[Fit, ...]:
-  """Returns what is left of a preference pair under the limits, one piece of each of its conversations.
-
-  Each conversation is limited to `limits.max_length` tokens by itself, and cut at its end, so that the prompt stays
-  whole in both. The two and their images, which they share, must fit one row: a pair is never split.
-
-  Args:
-    chats: that of the chosen and that of the rejected answer; all images are in the prompt.
-    tiles: of each image, shared by both.
-    tokens_per_tile: image tokens of one tile.
-    limits: see `Limits`.
-    where: its line, for errors.
-    shared: tokens of their prompt that stand in the row once.
-
-  Raises:
-    OverLengthError: it is lost, by the policy, because an image is too large or because a row has no room for both.
-    UnsupervisedError: nothing of an answer is left, or the same of both.
-  """
-  image_tokens = [count * tokens_per_tile for count in tiles]
-  lengths = [chat.length(image_tokens) for chat in chats]
-  kept = [min(length, limits.max_length) for length in lengths]
-  size = f"a chosen answer of {lengths[0]} and a rejected one of {lengths[1]} tokens, prompts included, with {sum(tiles)} tiles"
-  if not limits.hold_together(lengths, sum(tiles), shared) and limits.policy in ("error", "drop"):
-    raise where.error(
-      f"{size} exceed {limits}; raise it, lower max_dynamic_patch, or let loader.on_over_length shorten the pair",
-      OverLengthError,
-    )
-  if not limits.hold_together(kept, sum(tiles), shared):
-    raise where.error(
-      f"{size} are {sum(kept) - shared} tokens of one row, more than it has room for ({limits}), and a pair is not split; raise "
-      "it, lower max_dynamic_patch or data.max_seq_length, or set loader.on_over_length='shrink_tiles'",
-      OverLengthError,
-    )
-  if kept != lengths:
-    _check_cut(chats, tiles, image_tokens, kept, f"{size} exceed {limits}", where)
-  return tuple(
-    Fit((Piece(0, stop, 0, len(tiles)),), stop == length) for stop, length in zip(kept, lengths, strict=True)
-  )
-
-
-def _check_cut(
-  chats: Sequence[Chat],
-  tiles: Sequence[int],
-  image_tokens: Sequence[int],
-  kept: Sequence[int],
-  size: str,
-  where: Where,
-) -> None:
-  """Refuses a pair that has nothing to tell apart after its conversations were cut to so many tokens."""
-  remedy = "raise it, lower max_dynamic_patch or set loader.on_over_length='shrink_tiles'"
-  for chat, stop in zip(chats, kept, strict=True):
-    layout = _Layout(chat, np.array(tiles, np.int64), np.array(image_tokens, np.int64))
-    if not layout.teaches(Piece(0, stop, 0, len(tiles)), at_least=0):
-      lost = int((layout.ends > stop).sum())
-      raise where.error(
-        f"{size}: {stop} tokens are kept{f', without {lost} of the images' if lost else ''}, and none of an answer; "
-        f"{remedy}",
-        OverLengthError if lost else UnsupervisedError,
-      )
-  chosen, rejected = (
-    chat.expand(image_tokens).input_ids[:stop] for chat, stop in zip(chats, kept, strict=True)
-  )
-  if np.array_equal(chosen, rejected):
-    raise where.error(
-      f"{size}: the {kept[0]} tokens that are kept are the same for both answers; {remedy}", UnsupervisedError
-    )
-
-
-def _split(layout: "_Layout", length: int, limits: Limits, where: Where) -> Iterator[Piece]:
+def _split(layout: "Layout", length: int, limits: Limits, where: Where) -> Iterator[Piece]:
   """Yields the pieces of the first tokens that fit a row each."""
   start = 0
   while start < length:
@@ -228,10 +151,16 @@ def _split(layout: "_Layout", length: int, limits: Limits, where: Where) -> Iter
     start = stop
 
 
-class _Layout:
-  """Where images and supervised tokens lie in a sample."""
+class Layout:
+  """Where images and supervised tokens lie in a sample.
+
+  Attributes:
+    begins, ends: int64 [images], the first token of each, `<img>` included, and the one after the last.
+    tiles: int64 [images].
+  """
 
   def __init__(self, chat: Chat, tiles: np.ndarray, image_tokens: np.ndarray):
+    """Lays out a conversation whose images have so many tiles and tokens, [images] each."""
     # Of each image, <img> and </img> included: the first token and the one after the last.
     self.begins = chat.contexts - 1 + np.cumsum(image_tokens - 1) - (image_tokens - 1)
     self.ends = self.begins + image_tokens + 2

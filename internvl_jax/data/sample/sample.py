@@ -1,4 +1,4 @@
-"""One line of an annotation file becomes one sample of tokens and tiles: a conversation, or a pair of them."""
+"""One line of an annotation file becomes one sample of tokens and tiles: a conversation, or several."""
 
 import dataclasses
 import functools
@@ -10,8 +10,10 @@ import numpy as np
 
 from internvl_jax.arguments import DataTrainingArguments
 from internvl_jax.batch import IGNORE_INDEX
-from internvl_jax.data.sample import fitting, images, media, preference, records, tiling, video
+from internvl_jax.data.sample import fitting, images, media, tiling, video
+from internvl_jax.data.sample.conversations import CONVERSATION_LINES
 from internvl_jax.data.sample.fitting import Limits
+from internvl_jax.data.sample.lines import LineSchema
 from internvl_jax.data.sample.notes import Note
 from internvl_jax.data.sample.pool import TilePool
 from internvl_jax.data.sample.tokenize import (
@@ -34,9 +36,8 @@ VIDEO_PLACEHOLDER = "<video>"
 class Sample:
   """A decoded sample, or a piece of one, of n tokens and t tiles.
 
-  Its tokens are one segment of a row; those of a preference pair are two, the chosen answer's and the rejected one's,
-  each with the whole prompt, or the second without the tokens that both share. Every segment shows all tiles, or sees
-  those of the tokens it shares.
+  Each of its conversations is a segment of a row, with the whole prompt, or, but for the first, without the tokens that
+  all share. Every segment shows all tiles, or sees those of the tokens it shares.
 
   Attributes:
     input_ids: int32 [n], of the segments end to end.
@@ -49,7 +50,7 @@ class Sample:
     dataset: index of its dataset in the mixture.
     index: index of the sample in the mixture.
     lengths: tokens of each segment; () stands for one of all tokens.
-    shared: how many tokens of a pair's first segment, from its first on, its second follows as well.
+    shared: how many tokens of the first segment, from its first on, all others follow as well.
     notes: what one should know about how its images were taken.
   """
 
@@ -92,7 +93,7 @@ class _Shape(NamedTuple):
   """What a sample would be at one size of its images.
 
   Attributes:
-    chats: its conversation, or those of the chosen and the rejected answer.
+    chats: its conversations.
     tiles: of each image, or 1 of each frame.
     limit: tiles of an image's grid at most, or the frames that are taken.
   """
@@ -109,7 +110,7 @@ class _Plan(NamedTuple):
     shape: with its images at their size.
     fits: what is left of each of its conversations, all in as many pieces and of the same images.
     shrunk: its images are smaller than they would be if there were room.
-    shared: tokens that the second conversation has in common with the first and that stand in the first only.
+    shared: tokens that all conversations have in common and that stand in the first only.
   """
 
   shape: _Shape
@@ -136,8 +137,7 @@ class SampleMaker:
     tokenizer: writes and tokenises conversations.
     tokens_per_tile: image tokens of one tile.
     limits: what is done about long samples.
-    preference: lines are preference pairs; see `data.preference`.
-    share_prompts: the tokens that the two conversations of a pair begin with stand once.
+    lines: what kind of line they are.
   """
 
   spec: DatasetSpec
@@ -145,8 +145,7 @@ class SampleMaker:
   tokenizer: ChatTokenizer
   tokens_per_tile: int
   limits: Limits
-  preference: bool = False
-  share_prompts: bool = False
+  lines: LineSchema = CONVERSATION_LINES
 
   def make(
     self,
@@ -180,7 +179,7 @@ class SampleMaker:
     Raises:
       DataError: the line, its image or its video is wrong; `OverLengthError` where nothing of it is kept.
     """
-    record = self._plain(record, where)
+    record = self.lines.plain(record, where)
     sources = functools.cache(lambda: self._sources(record, where))
     plan = self._plan(record, where, frames or self.data.max_num_frame, sources)
     pieces = plan.pieces()
@@ -224,7 +223,7 @@ class SampleMaker:
     Raises:
       DataError: the line is wrong, or its image or video cannot be opened.
     """
-    shape = next(self._shapes(self._plain(record, where), where, frames, None))
+    shape = next(self._shapes(self.lines.plain(record, where), where, frames, None))
     return Size(
       tokens=sum(self._lengths(shape)) - self._shared(shape),
       tiles=sum(shape.tiles),
@@ -238,7 +237,7 @@ class SampleMaker:
     Raises:
       DataError: as in `measure`; `OverLengthError` where nothing of it is kept.
     """
-    plan = self._plan(self._plain(record, where), where, frames, None)
+    plan = self._plan(self.lines.plain(record, where), where, frames, None)
     tiles = plan.shape.tiles
     return [
       (
@@ -254,7 +253,7 @@ class SampleMaker:
     Raises:
       DataError: the line is wrong.
     """
-    return media.video_of(self._plain(record, where), where) is not None
+    return media.video_of(self.lines.plain(record, where), where) is not None
 
   def states_sizes(self, record: Any, where: Where) -> bool:
     """Says whether a parsed line states the sizes of all its images, so that none is opened to plan with.
@@ -262,16 +261,9 @@ class SampleMaker:
     Raises:
       DataError: the line is wrong.
     """
-    plain = self._plain(record, where)
+    plain = self.lines.plain(record, where)
     paths = media.image_paths(plain, where)
     return bool(paths) and media.stated_sizes(plain, len(paths)) is not None
-
-  def _plain(self, record: Any, where: Where) -> dict[str, Any]:
-    """Returns the line with our keys alone, and what is wrong about its texts said."""
-    plain = records.plain_record(record, where, is_pair=self.preference)
-    if self.preference:
-      preference.pair_of(plain, where)
-    return plain
 
   def _sources(self, record: dict[str, Any], where: Where) -> list[Media]:
     """Returns the files of the line's images."""
@@ -286,23 +278,17 @@ class SampleMaker:
         if (smaller := next(shapes, None)) is None:
           break
         shape = smaller
-    settings = (shape.tiles, self.tokens_per_tile, self.limits, where)
-    if self.preference:
-      fits = fitting.fit_pair(shape.chats, *settings, shared=self._shared(shape))
-    else:
-      fits = (fitting.fit(shape.chats[0], *settings),)
-    return _Plan(shape, fits, shape.tiles != full.tiles, self._shared(shape))
+    shared = self._shared(shape)
+    fits = self.lines.fit(shape.chats, shape.tiles, self.tokens_per_tile, self.limits, where, shared)
+    return _Plan(shape, fits, shape.tiles != full.tiles, shared)
 
   def _lengths(self, shape: _Shape) -> list[int]:
     image_tokens = [count * self.tokens_per_tile for count in shape.tiles]
     return [chat.length(image_tokens) for chat in shape.chats]
 
   def _shared(self, shape: _Shape) -> int:
-    """Returns how many tokens of the first conversation stand for those of the second, too."""
-    if not (self.preference and self.share_prompts):
-      return 0
-    # Conversations are cut within their answers only, so this is true of what the limits leave as well.
-    return preference.shared_tokens(shape.chats, [count * self.tokens_per_tile for count in shape.tiles])
+    """Returns how many tokens of the first conversation stand for those of the others, too."""
+    return self.lines.shared_tokens(shape.chats, [count * self.tokens_per_tile for count in shape.tiles])
 
   def _shapes(
     self, record: Any, where: Where, frames: int, sources: Callable[[], list[Media]] | None
@@ -342,17 +328,14 @@ class SampleMaker:
       yield _Shape(self._chats(record, fewer, where), [1] * fewer, fewer)
 
   def _chats(self, record: dict[str, Any], num_images: int, where: Where) -> tuple[Chat, ...]:
-    """Returns the line's conversation, tokenised, or those of its chosen and its rejected answer."""
-    if not self.preference:
-      turns = _with_places(record["conversations"], record, num_images, where)
-      return (self.tokenizer.lay_out(turns, num_images, where),)
-    pair = preference.pair_of(record, where)
+    """Returns the line's conversations, tokenized."""
     conversations = [
-      _with_places(turns, record, num_images, where, preference.FRAME_NAME) for turns in pair.conversations()
+      _with_places(turns, record, num_images, where, self.lines.frame_name)
+      for turns in self.lines.conversations(record, where)
     ]
-    preference.check_places(conversations[0][-2]["value"], num_images, where)
+    self.lines.check_places(conversations, num_images, where)
     chats = tuple(self.tokenizer.lay_out(turns, num_images, where) for turns in conversations)
-    preference.check_chats(chats, where)
+    self.lines.check_chats(chats, where)
     return chats
 
   def _count_tiles(self, size: tuple[int, int], limit: int) -> int:
@@ -421,7 +404,7 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def _with_places(
-  conversations: Any, record: dict[str, Any], num_images: int, where: Where, frame_name: str = "Frame-"
+  conversations: Any, record: dict[str, Any], num_images: int, where: Where, frame_name: str
 ) -> Any:
   """Returns the line's turns with a place for every image or frame, where the line may leave it out."""
   if not isinstance(conversations, list):

@@ -62,6 +62,20 @@ class Chat(NamedTuple):
     return ChatTokens(np.repeat(self.ids, counts), np.repeat(self.labels, counts))
 
 
+def common_prompt(conversations: Sequence[tuple[np.ndarray, np.ndarray]]) -> int:
+  """Returns how many tokens of conversations, from the first on, are the same and not supervised.
+
+  Args:
+    conversations: ids and labels of each, [n] of its own n.
+  """
+  length = min(len(ids) for ids, _ in conversations)
+  first = conversations[0][0][:length]
+  ends = np.zeros(length, bool)
+  for ids, labels in conversations:
+    ends |= (ids[:length] != first) | (labels[:length] != IGNORE_INDEX)
+  return int(ends.argmax()) if ends.any() else length
+
+
 class _Turn(NamedTuple):
   role: str
   value: str

@@ -166,14 +166,14 @@ def pack_several(rows):
 
 
 def assemble(*micro_batches, shards=1, sequence_sizes=(16, 32), tile_sizes=(), **options):
-  return batching.assemble(
-    micro_batches,
+  padding = batching.Padding(
     data_shards=shards,
     image_token_id=CONTEXT,
     sequence_sizes=sequence_sizes,
     tile_sizes=tile_sizes,
     **options,
   )
+  return batching.assemble(micro_batches, padding)
 
 
 def test_batch_by_hand():

@@ -14,7 +14,9 @@ from internvl_jax.data.load.inspection import decode_all, examine
 from internvl_jax.data.load.loader import TrainLoader
 from internvl_jax.data.load.mixture import Mixture
 from internvl_jax.data.sample import content, depth, images, notes, video, video_file
+from internvl_jax.data.sample.conversations import CONVERSATION_LINES
 from internvl_jax.data.where import DataError
+from internvl_jax.tasks.preference.lines import PairLines
 from tests.support.data_toys import WHERE, arguments, turns, write_jsonl
 
 # --- Turned videos ------------------------------------------------------------------------------------------
@@ -122,9 +124,9 @@ def test_a_turned_video_becomes_the_tiles_of_its_turned_frames(tmp_path, tokeniz
     Image.fromarray(np.rot90(corners(48, 32), -1)).save(tmp_path / f"frames/{number}.png")
   question = {"conversations": turns("<video>\nwhere is red?", "right")}
   pair = {"question": "<video>\nwhere is red?", "chosen": "right", "rejected": "left"}
-  for line, preference in ((question, False), (pair, True)):
+  for line, lines in ((question, CONVERSATION_LINES), (pair, PairLines())):
     mixture = mixture_of(
-      tmp_path, tokenizer, [{"video": v, **line} for v in ("a.mp4", "frames")], preference=preference
+      tmp_path, tokenizer, [{"video": v, **line} for v in ("a.mp4", "frames")], lines=lines
     )
     one, other = (mixture.decode(0, index) for index in range(2))
     np.testing.assert_array_equal(one.tiles, other.tiles)
@@ -138,12 +140,12 @@ def test_a_matrix_of_extreme_numbers_turns_nothing():
 # --- Data sets of a few lines -------------------------------------------------------------------------------
 
 
-def mixture_of(folder, tokenizer, lines, *, packed=False, preference=False):
-  write_jsonl(folder / "toy.jsonl", lines)
+def mixture_of(folder, tokenizer, records, *, packed=False, lines=CONVERSATION_LINES):
+  write_jsonl(folder / "toy.jsonl", records)
   (folder / "meta.json").write_text(json.dumps({"toy": {"root": str(folder), "annotation": "toy.jsonl"}}))
   rows = {"use_packed_ds": True, "max_packed_tokens": 512, "num_images_expected": 32} if packed else {}
   data = arguments(folder / "meta.json", min_num_frame=2, max_num_frame=2, max_seq_length=256, **rows)
-  return Mixture(data, tokenizer, tokens_per_tile=4, seed=0, cache=folder / "cache", preference=preference)
+  return Mixture(data, tokenizer, tokens_per_tile=4, seed=0, cache=folder / "cache", lines=lines)
 
 
 def doctor(folder, tokenizer, lines, *, packed=True):

@@ -10,12 +10,13 @@ from internvl_jax.batch import IGNORE_INDEX
 from internvl_jax.data.load.inspection import describe_notes, examine
 from internvl_jax.data.load.mixture import Mixture
 from internvl_jax.data.sample import keys
+from internvl_jax.data.sample.conversations import CONVERSATION_LINES
 from internvl_jax.data.sample.fitting import Limits
-from internvl_jax.data.sample.records import plain_record
 from internvl_jax.data.sample.sample import SampleMaker
 from internvl_jax.data.source import files
 from internvl_jax.data.source.meta import DatasetSpec
 from internvl_jax.data.where import DataError
+from internvl_jax.tasks.preference.lines import PairLines
 from tests.support.data_toys import WHERE, arguments, turns, write_jsonl
 
 TURNS = turns("hi", "yes")
@@ -66,7 +67,7 @@ HONOURED = {
 def test_what_others_mean_plainly_is_honoured(name):
   record, changed = HONOURED[name]
   before = json.dumps(record)
-  assert plain_record(record, WHERE) == {"conversations": TURNS, **changed}
+  assert CONVERSATION_LINES.plain(record, WHERE) == {"conversations": TURNS, **changed}
   assert json.dumps(record) == before
 
 
@@ -134,7 +135,7 @@ REFUSED = {
 def test_what_would_be_lost_is_refused(name):
   record, cause = REFUSED[name]
   with pytest.raises(DataError) as caught:
-    plain_record(record, WHERE)
+    CONVERSATION_LINES.plain(record, WHERE)
   assert str(caught.value).startswith("toy.jsonl:3 (dataset 'toy'): ") and cause in str(caught.value)
 
 
@@ -167,10 +168,10 @@ NOTES = {
 
 def test_notes_beside_the_data_pass():
   for key, value in NOTES.items():
-    assert plain_record(line(**{key: value}), WHERE)["conversations"] is TURNS, key
+    assert CONVERSATION_LINES.plain(line(**{key: value}), WHERE)["conversations"] is TURNS, key
   # What the line shows anyway may be named again, and where it came from.
   shown = line(image="coco/7.jpg", image_file="7.jpg", file_name="7.jpg", image_url="https://host/9.jpg")
-  assert plain_record(shown, WHERE)["image"] == "coco/7.jpg"
+  assert CONVERSATION_LINES.plain(shown, WHERE)["image"] == "coco/7.jpg"
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ def test_notes_beside_the_data_pass():
   ],
 )
 def test_pairs_are_as_strict(tokenizer, entries, cause):
-  maker = make_maker(tokenizer, preference=True)
+  maker = make_maker(tokenizer, lines=PairLines())
   with pytest.raises(DataError) as caught:
     maker.measure({**PAIR, **entries}, WHERE, 4)
   assert cause in str(caught.value)
@@ -203,8 +204,8 @@ def make_maker(tokenizer, root="", **options):
 
 def test_images_and_systems_of_pairs_and_lines_are_seen(tmp_path, tokenizer):
   Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
-  for record, is_pair in ((PAIR, True), (line(), False)):
-    sample = make_maker(tokenizer, tmp_path, preference=is_pair).make(
+  for record, lines in ((PAIR, PairLines()), (line(), CONVERSATION_LINES)):
+    sample = make_maker(tokenizer, tmp_path, lines=lines).make(
       {**record, "images": ["a.png"], "system": "Be brief."}, WHERE
     )
     assert len(sample.tiles) == 1 and "Be brief." in tokenizer.decode(sample.input_ids)

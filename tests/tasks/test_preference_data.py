@@ -17,12 +17,14 @@ from internvl_jax.data.load.loader import TrainLoader
 from internvl_jax.data.load.mixture import Mixture
 from internvl_jax.data.load.show import as_json, show_batch, show_sample
 from internvl_jax.data.sample.fitting import Limits
-from internvl_jax.data.sample.preference import shared_tokens
 from internvl_jax.data.sample.sample import SampleMaker
 from internvl_jax.data.sample.templates import get_template
 from internvl_jax.data.sample.tokenize import Chat, ChatTokenizer
 from internvl_jax.data.source.meta import DatasetSpec
 from internvl_jax.data.where import DataError, OverLengthError, UnsupervisedError
+from internvl_jax.tasks.preference.data import PairData
+from internvl_jax.tasks.preference.lines import PairLines, shared_tokens
+from internvl_jax.tasks.sft.data import DATA
 from tests.support.data_toys import WHERE, arguments, turns, write_jsonl
 
 P = 4
@@ -44,6 +46,10 @@ def picture(folder, name, width=40, height=24, frames=1, seed=0):
   return name
 
 
+def lines_of(preference=True, share_prompts=False):
+  return PairLines(share_prompts=share_prompts) if preference else DATA.lines
+
+
 def maker(folder, tokenizer, *, preference=True, limits=None, share_prompts=False, **changes):
   return SampleMaker(
     spec=DatasetSpec(name="toy", root=str(folder), annotation="toy.jsonl"),
@@ -51,8 +57,7 @@ def maker(folder, tokenizer, *, preference=True, limits=None, share_prompts=Fals
     tokenizer=tokenizer,
     tokens_per_tile=P,
     limits=limits or Limits(4096),
-    preference=preference,
-    share_prompts=share_prompts,
+    lines=lines_of(preference, share_prompts),
   )
 
 
@@ -138,8 +143,10 @@ def meta(tmp_path_factory):
 
 
 def make_loader(meta, tokenizer, *, data=None, loader=None, shards=1, **more):
-  names = ("my_shards", "state", "reference", "preference", "share_prompts")
-  options = {"preference": True} | {name: more.pop(name) for name in names if name in more}
+  lines = lines_of(more.pop("preference", True), more.pop("share_prompts", False))
+  reference = more.pop("reference", None)
+  task = PairData(lines=lines, reference=reference) if lines.kind == "preference" else DATA
+  options = {name: more.pop(name) for name in ("my_shards", "state") if name in more}
   settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 5}
   settings |= {"disable_tqdm": True}
   return TrainLoader(
@@ -149,6 +156,7 @@ def make_loader(meta, tokenizer, *, data=None, loader=None, shards=1, **more):
     tokenizer,
     tokens_per_tile=P,
     data_shards=shards,
+    task=task,
     **options,
   )
 
@@ -333,10 +341,10 @@ def test_sizes_count_a_shared_prompt_once(files, tokenizer, name):
     np.testing.assert_array_equal(conversation.input_ids, other.input_ids)
     np.testing.assert_array_equal(conversation.labels, other.labels)
   assert not (sample.segments()[1].input_ids == tokenizer.image_token_id).any() and not sample.fully_masked
-  text = show_sample(sample, tokenizer)
+  text = show_sample(sample, tokenizer, lines_of())
   assert f" tokens ({prompt - 1} of them shared), " in text
-  assert text.splitlines()[1:] == show_sample(whole, tokenizer).splitlines()[1:]
-  assert as_json(sample) == as_json(whole)
+  assert text.splitlines()[1:] == show_sample(whole, tokenizer, lines_of()).splitlines()[1:]
+  assert as_json(sample, lines_of()) == as_json(whole, lines_of())
 
 
 def test_long_answers_behind_a_shared_prompt_are_cut_alike(files, tokenizer, lengths):
@@ -421,7 +429,7 @@ def test_prompts_that_cannot_be_shared_stand_twice():
 
 
 def test_a_pair_that_shares_nothing_stays_as_it_was(meta, tokenizer, whole, monkeypatch):
-  monkeypatch.setattr("internvl_jax.data.sample.preference.shared_tokens", lambda chats, image_tokens: 0)
+  monkeypatch.setattr("internvl_jax.tasks.preference.lines.shared_tokens", lambda chats, image_tokens: 0)
   with contextlib.closing(make_loader(meta, tokenizer, share_prompts=True)) as loader:
     batch = next(loader)
   with contextlib.closing(make_loader(meta, tokenizer)) as loader:
@@ -480,7 +488,7 @@ def test_states_and_sizes_of_fine_tuning_are_others(files, tokenizer):
   sizes, states = [], []
   for preference in (False, True):
     mixture = Mixture(
-      arguments(meta), tokenizer, tokens_per_tile=P, seed=42, cache=files, preference=preference
+      arguments(meta), tokenizer, tokens_per_tile=P, seed=42, cache=files, lines=lines_of(preference)
     )
     mixture.index_sizes(files / "sizes", workers=0, quiet=True)
     sizes.append(mixture.size_of(np.arange(3))[:, 0].tolist())
@@ -643,9 +651,10 @@ def with_line(folder, line):
   return folder / "meta.json"
 
 
-def lost_by_doctor(meta, tokenizer, packed, **options):
+def lost_by_doctor(meta, tokenizer, packed, *, preference=True):
   data = arguments(meta, **(PACKED if packed else {}))
-  mixture = Mixture(data, tokenizer, tokens_per_tile=P, seed=42, cache=meta.parent, **options)
+  lines = lines_of(preference)
+  mixture = Mixture(data, tokenizer, tokens_per_tile=P, seed=42, cache=meta.parent, lines=lines)
   mixture.index_sizes(meta.parent / f"doctor{packed}", workers=0, quiet=True)
   lines = [line for report in examine(mixture) for line in report.examples]
   lines += decode_all(mixture, packed=packed, workers=0)
@@ -710,14 +719,14 @@ def test_buckets_must_hold_both_answers(meta, tokenizer):
 
 def test_show_and_dump(files, tokenizer):
   sample = maker(files, tokenizer).make(pair("what?", "red", "no", image="b.png"), WHERE)
-  about, question, chosen, rejected = show_sample(sample, tokenizer).splitlines()
+  about, question, chosen, rejected = show_sample(sample, tokenizer, lines_of()).splitlines()
   assert about == f"{WHERE}, {sample.lengths[0]} + {sample.lengths[1]} tokens, {len(sample.tiles)} tiles:"
   assert question.startswith("  question: <|im_start|>system") and "»" not in question
   assert (
     question.endswith("<|im_start|>assistant\\n") and f"<IMG_CONTEXT>x{len(sample.tiles) * P}" in question
   )
   assert (chosen, rejected) == ("  chosen: »red<|im_end|>«\\n", "  rejected: »no<|im_end|>«\\n")
-  parts = as_json(sample)
+  parts = as_json(sample, lines_of())
   assert list(parts) == ["chosen", "rejected"]
   for part, segment in zip(parts.values(), sample.segments(), strict=True):
     assert part == {"input_ids": segment.input_ids.tolist(), "labels": segment.labels.tolist()}

@@ -1,0 +1,50 @@
+"""What the data room asks of a way to learn: a kind of line, and how samples become a batch.
+
+`tasks/` has the ways to learn; this room knows none of them but the default, conversations.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+from internvl_jax.data.load import batching
+from internvl_jax.data.load.batching import MicroBatch, Padding
+from internvl_jax.data.sample.conversations import CONVERSATION_LINES
+from internvl_jax.data.sample.lines import LineSchema
+
+
+class DataTask(Protocol):
+  """A way to learn, as far as data go; it stays in the main process, but for its `lines`."""
+
+  @property
+  def lines(self) -> LineSchema:
+    """What kind of line it reads."""
+    ...
+
+  @property
+  def conversations(self) -> int:
+    """J, how many conversations, and so segments of a row, a line becomes."""
+    ...
+
+  def assemble(self, micro_batches: Sequence[MicroBatch], padding: Padding) -> Any:
+    """Returns the batch of an optimizer step, of numpy arrays.
+
+    Args:
+      micro_batches: A of them, each with R rows.
+      padding: the shapes to pad to.
+    """
+    ...
+
+
+class Conversations(NamedTuple):
+  """Samples of one conversation each, for next-token prediction."""
+
+  lines: LineSchema = CONVERSATION_LINES
+  conversations: int = 1
+
+  def assemble(self, micro_batches: Sequence[MicroBatch], padding: Padding) -> Any:
+    """Returns a batch of tokens; see `batching.assemble`."""
+    return batching.assemble(micro_batches, padding)
+
+
+CONVERSATIONS = Conversations()
+"""What a loader reads where nothing else is said."""

@@ -1,0 +1,1 @@
+"""Preference optimization of pairs of a chosen and a rejected answer."""

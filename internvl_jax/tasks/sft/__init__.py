@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: next-token prediction on the answers of conversations."""
