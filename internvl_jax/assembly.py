@@ -16,10 +16,10 @@ from internvl_jax.arguments import LoRAConfig, ModelArguments
 from internvl_jax.config import TrainConfig, get
 from internvl_jax.data.load.inspection import decode_all, examine
 from internvl_jax.data.load.mixture import Mixture
+from internvl_jax.data.load.task import DataTask
 from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.data.source.files import default_cache
 from internvl_jax.data.source.hosts import Hosts
-from internvl_jax.data.task import DataTask
 from internvl_jax.errors import UserError
 from internvl_jax.eval.questions import NAME, QuestionFile
 from internvl_jax.hf import model_config as layouts

@@ -11,7 +11,7 @@ import jax
 from internvl_jax.batch import PreferenceBatch
 from internvl_jax.config import TrainConfig
 from internvl_jax.data.load.loader import TrainLoader
-from internvl_jax.data.task import DataTask
+from internvl_jax.data.load.task import DataTask
 from internvl_jax.errors import UserError
 from internvl_jax.hf.model import Source
 from internvl_jax.objectives import PreferenceOptimization

@@ -21,6 +21,7 @@ LAYERS = (
   ("cli", "assembly", "output_dir"),
   ("help_text", "config_checks", "recipes", "recipe_files"),
   ("config_paths",),
+  ("tasks",),
   ("config",),
   ("allowed_values", "unused_settings"),
   ("trainer",),
@@ -82,7 +83,7 @@ def room_of(path: Path) -> str:
 def allowed(room: str) -> set[str]:
   (depth,) = [i for i, layer in enumerate(LAYERS) if room in layer]
   below = {name for layer in LAYERS[depth + 1 :] for name in layer}
-  if room not in (*FRONT_DOORS, "aot", "preference", "finish", "cli", "assembly", "output_dir"):
+  if room not in (*FRONT_DOORS, "aot", "preference", "finish", "cli", "assembly", "output_dir", "tasks"):
     below -= {"config", "config_checks", "config_paths", "cli"}
   return {room} | ONLY.get(room, below | ALSO.get(room, set()))
 

@@ -27,6 +27,7 @@ from internvl_jax.data.load.fingerprint import (
 from internvl_jax.data.load.mixture import Mixture
 from internvl_jax.data.load.prefetch import DecodedAhead, MicroBatchSource
 from internvl_jax.data.load.settings import check_settings, longest_row, pack_settings, row_name, tile_sizes
+from internvl_jax.data.load.task import CONVERSATIONS, DataTask
 from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.data.schedule import order as orders
 from internvl_jax.data.schedule import packing
@@ -35,7 +36,6 @@ from internvl_jax.data.schedule.packed_rows import PlannedRows, RowStream, packa
 from internvl_jax.data.source.cache import cache_errors_named, whole_file
 from internvl_jax.data.source.files import default_cache
 from internvl_jax.data.source.hosts import ALONE, Hosts
-from internvl_jax.data.task import CONVERSATIONS, DataTask
 from internvl_jax.data.where import DataError
 
 # Reasons looked up of samples that a step passes over.

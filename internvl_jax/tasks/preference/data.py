@@ -17,7 +17,7 @@ the mixture with these indices, int64 [n]; NaN where they are not known."""
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairData:
-  """Lines of pairs, and the batches of them; see `data.task.DataTask`.
+  """Lines of pairs, and the batches of them; see `load.task.DataTask`.
 
   Attributes:
     lines: how a line becomes a pair.
