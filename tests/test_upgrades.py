@@ -161,10 +161,10 @@ def test_libtpu_class_token_is_cut_behind_a_barrier():
   """Without the barrier, libtpu 0.0.52 ends in a failed check for the ViT of 6B."""
   from flax import nnx
 
-  from internvl_jax.hf.model import describe
+  from internvl_jax.hf.model import source_of_config
   from tests.support import families
 
-  source = describe(families.config_of("vision_6b"))
+  source = source_of_config(families.config_of("vision_6b"))
   model = nnx.eval_shape(lambda: source.build(nnx.Rngs(0)))
   patches = (source.config.vision.image_size // source.config.vision.patch_size) ** 2
   hidden = jnp.zeros((1, 1 + patches, source.config.vision.hidden_size))
@@ -279,7 +279,7 @@ def test_absl_flags_can_be_marked_as_parsed():
 
 def test_ml_collections_takes_our_parser(tmp_path):
   """The parser's value is what overrides are applied to, and a wrong recipe is one line."""
-  from internvl_jax import cli
+  from internvl_jax import cli, recipe_files
   from internvl_jax.errors import UserError
 
   recipe = tmp_path / "recipe.py"
@@ -293,7 +293,7 @@ def test_ml_collections_takes_our_parser(tmp_path):
   assert holder.value.training.max_steps == 7
   recipe.write_text("")
   with pytest.raises(UserError, match="no function get_config"):
-    cli.load_recipe(str(recipe))
+    recipe_files.load_recipe(str(recipe))
 
 
 # --- fsspec, Pillow, transformers ---------------------------------------------------------------------------
