@@ -1,0 +1,240 @@
+"""Commands in the README and in docs/ are commands that there are, and some test runs each of their programs."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from internvl_jax.config import FIELDS
+from internvl_jax.recipe_files import load_recipe, recipe_names
+from tests.support.scripts import load
+from tests.support.toy import CURVE, REPOSITORY
+
+PAGES = [
+  REPOSITORY / "README.md",
+  REPOSITORY / "CONTRIBUTING.md",
+  *sorted((REPOSITORY / "docs").glob("*.md")),
+]
+
+RUN_BY = {
+  "internvl_jax.train": "tests/runs/test_run.py",
+  "internvl_jax.doctor": "tests/test_doctor.py",
+  "internvl_jax.plan": "tests/aot/test_plan.py",
+  "internvl_jax.evaluate": "tests/eval/test_scoring.py",
+  "internvl_jax.generate": "tests/test_docs.py",
+  "internvl_jax.convert": "tests/hf/test_convert.py",
+  "internvl_jax.verify": "tests/hf/test_parity.py",
+  "benchmarks/bench_compile.py": "tests/test_docs.py",
+  "benchmarks/bench_data.py": "tests/benchmarks/test_bench_data.py",
+  "benchmarks/golden.py": "tests/test_docs.py",
+  "benchmarks/gpu.py": "tests/benchmarks/test_bench_gpu.py",
+  "benchmarks/memory.py": "tests/runs/test_memory.py",
+  "scripts/count_flops.py": "tests/test_docs.py",
+  "scripts/plan_recipes.py": "tests/aot/test_plan_recipes.py",
+  "scripts/plan_table.py": "tests/aot/test_plan_table.py",
+  "scripts/quickstart_data.py": "tests/test_docs.py",
+  "scripts/quickstart_picture.py": "tests/test_docs.py",
+  "scripts/record_families.py": "tests/test_docs.py",
+  "scripts/record_hlo.py": "tests/test_docs.py",
+  "scripts/served_table.py": "tests/hf/test_served.py",
+  "scripts/quickstart.sh": "tests/test_docs.py",
+  "scripts/quickstart_mpo.sh": "tests/test_docs.py",
+  "scripts/test.sh": "tests/test_docs.py",
+  "scripts/launch/local.sh": "tests/runs/test_hosts.py",
+  "scripts/launch/supervised.sh": "tests/runs/test_hosts.py",
+  "scripts/launch/tpu_pod.sh": "tests/test_docs.py",
+  "scripts/launch/slurm.sbatch": "tests/test_docs.py",
+}
+"""Program in a page -> the test that runs it; those by this file are run, imported or parsed below."""
+
+ELSEWHERE = (
+  "git",
+  "cd",
+  "export",
+  "pip",
+  "pre-commit",
+  "pytest",
+  "sphinx-build",
+  "xpk",
+  "python3",
+  ".",
+  "mpirun",
+  "torchrun",
+)
+"""Programs of others, or that the gate itself runs."""
+
+# In the pages' own examples: files that a reader has.
+OWN = re.compile(r"(.*/)?(my_\w+|RECIPE|FILE)\.py|F|\.\.\.")
+
+_FENCE = re.compile(r"^```(?:bash|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_INDENTED = re.compile(
+  r"^ {4}((?:[A-Z_]+=\S+ )*(?:python|bash|scripts/|sbatch|pytest|torchrun|mpirun|xpk|pip)\b(?:.*\\\n)*.*)",
+  re.M,
+)
+_INLINE = re.compile(
+  r"`((?:python -m internvl_jax\.|python scripts/|python benchmarks/|pytest |bash scripts/)[^`]+)`"
+)
+
+
+class Command(NamedTuple):
+  """A command line of a page, without the variables before it."""
+
+  page: str
+  words: tuple[str, ...]
+
+  def __str__(self) -> str:
+    return f"{self.page}: {' '.join(self.words)}"
+
+  @property
+  def program(self) -> str:
+    words = self.words
+    if words[0] in ("bash", "sbatch"):
+      return next(word for word in words[1:] if not word.startswith("-"))
+    if words[0] != "python":
+      return words[0]
+    return words[2] if words[1] == "-m" else words[1]
+
+
+def commands_of(page: Path) -> list[Command]:
+  text = page.read_text(encoding="utf-8")
+  blocks = [*_FENCE.findall(text), *_INDENTED.findall(text), *_INLINE.findall(text)]
+  found = []
+  for block in blocks:
+    for line in block.replace("\\\n", " ").splitlines():
+      for part in re.split(r" && |; (?=do|done|break)", line.partition("   #")[0].partition("  # ")[0]):
+        if words := shlex.split(
+          part.replace("[", "").replace("]", "") if "|" in part else part, comments=True
+        ):
+          while "=" in words[0]:
+            del words[0]
+          found.append(Command(page.name, tuple(words)))
+  return found
+
+
+COMMANDS = [command for page in PAGES for command in commands_of(page)]
+OURS = [command for command in COMMANDS if command.program not in ELSEWHERE]
+
+
+def test_commands_are_found():
+  assert len(OURS) > 60
+  assert {command.page for command in COMMANDS} >= {"README.md", "CONTRIBUTING.md", "training.md", "data.md"}
+
+
+@pytest.mark.parametrize("command", OURS, ids=str)
+def test_the_program_is_there_and_run_by_a_test(command):
+  program = command.program
+  assert program in RUN_BY, "name the test that runs it"
+  module = REPOSITORY / (
+    program.replace(".", "/") + ".py" if program.startswith("internvl_jax.") else program
+  )
+  assert module.is_file()
+  test = (REPOSITORY / RUN_BY[program]).read_text(encoding="utf-8")
+  assert Path(program).stem.removeprefix("internvl_jax.") in test
+
+
+@pytest.mark.parametrize(
+  "command", [c for c in OURS if c.program.endswith((".py",)) or "internvl_jax" in c.program], ids=str
+)
+def test_flags_are_those_of_the_program(command):
+  program = command.program
+  module = REPOSITORY / (
+    program.replace(".", "/") + ".py" if program.startswith("internvl_jax.") else program
+  )
+  source = module.read_text(encoding="utf-8")
+  words = command.words[: command.words.index("--")] if "--" in command.words else command.words
+  for word in words:
+    if word.startswith("--config."):
+      name = word.removeprefix("--config.").partition("=")[0]
+      assert name in FIELDS, f"there is no field {name}"
+    elif word.startswith("--"):
+      name = word.removeprefix("--").partition("=")[0]
+      known = {"help", "helpfull", "config", "print_config"}
+      assert name in known or f'"{name}"' in source or f'"--{name}"' in source, f"there is no flag --{name}"
+
+
+def test_recipes_are_there():
+  named = [
+    value
+    for command in COMMANDS
+    for word, after in zip(command.words, (*command.words[1:], ""), strict=True)
+    for value in (
+      [after] if word == "--config" else [word.partition("=")[2]] if word.startswith("--config=") else []
+    )
+  ]
+  assert len(named) > 10
+  for value in {value for value in named if not OWN.fullmatch(value)}:
+    assert value.partition(":")[0] in recipe_names(), value
+    load_recipe(value)
+
+
+def test_tests_and_extras_are_there():
+  extras = re.findall(r"^([\w-]+) = \[", (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"), re.M)
+  for page in PAGES:
+    text = page.read_text(encoding="utf-8")
+    for path in re.findall(r"\btests/[\w/]+\.py\b", text):
+      assert (REPOSITORY / path).is_file(), f"{page.name}: {path}"
+    for listed in re.findall(r"(?:'\.|internvl_jax)\[([\w,-]+)\]", text):
+      assert set(listed.split(",")) <= set(extras), f"{page.name}: {listed}"
+
+
+# --- What no other test runs --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "script",
+  [
+    "count_flops.py",
+    "quickstart_data.py",
+    "quickstart_picture.py",
+    "record_families.py",
+    "record_hlo.py",
+    "record_decay.py",
+  ],
+)
+def test_scripts_are_imported(script):
+  """What they import is there; most need PyTorch, a package of data, or minutes to do their work."""
+  if script in ("record_families.py", "record_decay.py"):
+    pytest.importorskip("torch")
+  if script == "quickstart_data.py":
+    pytest.importorskip("easy_vqa")
+  assert callable(load(REPOSITORY / "scripts" / script).main)
+
+
+def test_bench_compile_compiles_the_step():
+  benchmark = load(REPOSITORY / "benchmarks/bench_compile.py")
+  assert benchmark.compile_seconds(depth=1, width=64) > 0
+
+
+@pytest.mark.parametrize("benchmark", ["golden", "memory", "checkpoint"])
+def test_benchmarks_are_imported(benchmark, monkeypatch):
+  monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+  assert callable(load(REPOSITORY / "benchmarks" / f"{benchmark}.py").main)
+
+
+@pytest.mark.parametrize(
+  "script",
+  sorted(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "scripts").rglob("*.s[hb]*")),
+)
+def test_shell_scripts_are_parsed(script):
+  """`quickstart.sh`, `tpu_pod.sh`, `slurm.sbatch` and others: installing, a pod and Slurm are not for the gate."""
+  done = subprocess.run(["bash", "-n", str(REPOSITORY / script)], capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+
+
+def test_generate_answers():
+  image = next((CURVE / "data/images").iterdir())
+  arguments = [f"--model={CURVE / 'init'}", f"--image={image}", "--question=what?", "--max_new_tokens=2"]
+  done = subprocess.run(
+    [sys.executable, "-m", "internvl_jax.generate", *arguments],
+    env=os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_NUM_CPU_DEVICES": "1"},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.strip()
