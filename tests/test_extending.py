@@ -17,7 +17,7 @@ PAGE = REPOSITORY / "docs/extending.md"
 
 # What a fence follows: the words that say what it is, and the file that it is of.
 _BLOCK = re.compile(
-  r"^(?:(?P<new>New file) |(?P<changed>In )|(?P<run>Try it))(?:`(?P<path>[^`]+)`)?:\n\n(?P<fences>(?:```\w+\n.*?^```\n+)+)",
+  r"^(?:(?P<new>New file) |(?P<changed>In )|(?P<run>Try it))(?:`(?P<path>[^`]+)`)?(?: \(\[all of it\]\(\.\./(?P<whole>[\w/.]+)\)\))?:\n\n(?P<fences>(?:```\w+\n.*?^```\n+)+)",
   re.MULTILINE | re.DOTALL,
 )
 _FENCE = re.compile(r"^```(?P<language>\w+)\n(?P<text>.*?)^```\n", re.MULTILINE | re.DOTALL)
@@ -43,7 +43,10 @@ def how_to(section: str) -> HowTo:
   found = HowTo(title, {}, [], [])
   for block in _BLOCK.finditer(text):
     for fence in _FENCE.finditer(block["fences"]):
-      if block["new"]:
+      if block["whole"]:  # The page shows parts of a file.
+        found.new[block["path"]] = (REPOSITORY / block["whole"]).read_text(encoding="utf-8")
+        assert fence["text"] in found.new[block["path"]], f"{title}: not in {block['whole']}"
+      elif block["new"]:
         found.new[block["path"]] = fence["text"]
       elif block["changed"]:
         assert fence["language"] == "diff", f"{title}: {block['path']}"
