@@ -42,6 +42,17 @@ def as_before():
     jax.config.update("jax_default_matmul_precision", before)
 
 
+_MOST_RESIDENT = 3 << 29
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forgets_programs():
+  """Lets compiled programs go between files of tests, once a process holds gigabytes of them: machines have two of each."""
+  yield
+  if compiling.resident_bytes() > _MOST_RESIDENT:
+    compiling.forget_programs()
+
+
 def pytest_addoption(parser):
   parser.addoption("--fuzz-seed", type=int, default=0, help="of the inputs of tests/fuzz")
   parser.addoption("--fuzz-only", type=int, help="the number of the one input of tests/fuzz to run")

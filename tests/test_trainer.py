@@ -123,7 +123,7 @@ def run(
   trainer = Trainer(
     training=training,
     steps=steps if isinstance(steps, Steps) else Steps(steps),
-    schedule=lambda step: 0.5,
+    schedule=lambda step: (step + 1) / 10,
     loader=loader,
     checkpointer=saves,
     log=log,
@@ -183,6 +183,20 @@ def test_steps_between_two_entries_go_on_after_a_restart(tmp_path):
   ] and skipped == 1
   for cut in (2, 3, 4, 5):
     assert log_after(range(1, cut + 1), range(cut + 1, 7)) == (expected, 1), cut
+
+
+def test_steps_take_their_rates_and_entries_have_the_next_ones(tmp_path):
+  """A rate is (step + 1) / 10 here, of steps counted from 0; as in the Trainer, an entry has the one after its step."""
+  taken = []
+
+  class Rates(Steps):
+    def __call__(self, state, frozen, batch, rate):
+      taken.append(rate)
+      return super().__call__(state, frozen, batch, rate)
+
+  history, _ = run(tmp_path, steps=Rates())
+  assert taken == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+  assert [(entry["step"], entry["learning_rate"]) for entry in history] == [(2, 0.3), (4, 0.5), (6, 0.7)]
 
 
 def test_a_run_of_skipped_steps_alone_does_not_end_well(tmp_path):

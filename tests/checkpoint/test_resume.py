@@ -1,6 +1,7 @@
 """Orbax checkpoints hold the train state bit for bit, and refuse another run's parameters."""
 
 import threading
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from internvl_jax.checkpoint.checkpointer import Checkpointer
+from internvl_jax.checkpoint.manager import NewestAndOne
 from internvl_jax.errors import UserError
 from internvl_jax.outputs import checkpoint_steps, newest_checkpoint
 from internvl_jax.state import TrainState
@@ -65,6 +67,17 @@ def test_the_newest_is_restored_and_kept(tmp_path):
   older, _, _ = reader.restore(state, step=9)
   assert int(older.step) == 9
   reader.close()
+
+
+def test_the_newest_and_the_best_are_kept():
+  """Whatever order they are listed in; what is asked for may be among the newest, or nothing."""
+  listed = [SimpleNamespace(step=step) for step in (9, 8, 11, 10)]
+
+  def kept(spare):
+    preserved = NewestAndOne(2, lambda steps: spare).should_preserve(listed, context=None)
+    return {info.step for info, keeps in zip(listed, preserved, strict=True) if keeps}
+
+  assert kept(8) == {8, 10, 11} and kept(11) == kept(None) == {10, 11}
 
 
 def test_a_checkpoint_has_the_log_of_its_step(tmp_path, monkeypatch):

@@ -1,6 +1,9 @@
 """How the tests' programs are compiled: quickly, each once, also from one run of the tests to the next."""
 
+import contextlib
+import ctypes
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import os
@@ -55,6 +58,24 @@ def tidy() -> None:
     if room < 0 or (path.stat().st_mtime >= since and not _is_whole(path)):
       path.unlink()
   seen.touch()
+
+
+def resident_bytes() -> int:
+  """Memory of this process; 0 where that is not known."""
+  try:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+  except OSError:
+    return 0
+
+
+def forget_programs() -> None:
+  """Deletes this process's compiled programs, and gives their memory back to the system."""
+  import jax
+
+  jax.clear_caches()
+  gc.collect()
+  with contextlib.suppress(OSError, AttributeError):  # Not glibc.
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _is_whole(entry: Path) -> bool:
