@@ -34,6 +34,7 @@ def test_output_dir_resumes_from_the_newest_complete_checkpoint(training, tmp_pa
   for step in ("9", "10"):
     checkpoint(out, step)
   checkpoint(out, "11", complete=False)
+  (out / "checkpoints/11/state").mkdir()  # What a folder holds does not make it complete.
   checkpoint(out, "12.orbax-checkpoint-tmp")
   assert newest_checkpoint(str(out)) == 10
   assert check_output_dir(training) == "resume"

@@ -1,5 +1,6 @@
 """Lines to samples, samples to batches."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -240,6 +241,26 @@ def test_packed_row_by_hand():
   assert first["targets"] == [x, x, CONTEXT, 5, 6, x, 2, 3, x, x, 3, 4, x, x]
   assert batch.segment_ids[0, 1].tolist() == [1] * 5 + [0] * 11
   assert batch.image_index[0, 0, :5].tolist() == [0, 1, 2, 3, NO_IMAGE]
+
+
+def test_a_first_token_is_no_target():
+  """Of samples that are supervised from their first token on: no token of their own stands before it."""
+  first, second = (dataclasses.replace(item, labels=item.input_ids) for item in (sample(3), sample(2)))
+  batch = assemble(pack_several([[first, second]]))
+  x = IGNORE_INDEX
+  assert batch.targets[0, 0, :6].tolist() == [2, 3, x, 2, x, x]
+  assert batch.loss_weight[0, 0, :6].tolist() == [1, 1, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("room", [1, 2])
+def test_room_for_tiles_is_empty(room):
+  """Where the memory of decoding goes on as the pool, what an earlier batch left behind the tiles is not seen."""
+  item = sample(6, 1, value=7)
+  memory = np.full((1 + room, 2, 2, 3), 9, np.uint8)
+  memory[:1] = item.tiles
+  micro = batching.pack_rows([[item]], tiles=memory, tokens_per_tile=P, image_token_id=CONTEXT)
+  batch = assemble(micro, tile_sizes=(1 + room,))
+  assert batch.tiles[0, 0, :, 0, 0, 0].tolist() == [7] + [0] * room
 
 
 @pytest.mark.parametrize(("reduction", "power"), [("token", 0), ("square", -0.5), ("sample", -1)])

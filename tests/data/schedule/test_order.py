@@ -41,6 +41,22 @@ def orders() -> dict[str, Order]:
   }
 
 
+def test_shuffled_orders_differ_by_epoch_seed_and_dataset():
+  """And each is a permutation; of 60 samples two agree at about one place."""
+  size = 60
+
+  def order(plan, epoch=0):
+    return plan.places(epoch * plan.num_samples, plan.num_samples).indices
+
+  found = [order(Plan(size, seed, True), epoch) for seed in (3, 4) for epoch in (0, 1)]
+  # Two datasets of one size, each in its own order.
+  mixed = order(ResampledPlan((size, size), 3, True))
+  found += [mixed[mixed < size], mixed[mixed >= size] - size]
+  for number, one in enumerate(found):
+    assert sorted(one) == list(range(size))
+    assert all((one == other).sum() < size // 6 for other in found[:number])
+
+
 def pairs(places: Places) -> list[tuple[int, int]]:
   return list(zip(places.epochs.tolist(), places.indices.tolist(), strict=True))
 
