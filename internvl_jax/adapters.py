@@ -10,6 +10,7 @@ import numpy as np
 from absl import logging
 
 from internvl_jax.batch import NO_IMAGE
+from internvl_jax.compiler import FULL_PRECISION
 from internvl_jax.errors import UserError
 from internvl_jax.hf.model import Source
 from internvl_jax.models import functional, lora
@@ -92,5 +93,5 @@ def probe(source: Source, params: Mapping[str, Any], *, merged: bool = False) ->
     hidden, _ = model.decode(x, how, positions=jnp.arange(ids.shape[1])[None], segment_ids=None)
     return model.logits(hidden)
 
-  with jax.default_matmul_precision("highest"):
+  with jax.default_matmul_precision(FULL_PRECISION):
     return fetch(forward(dict(params)))

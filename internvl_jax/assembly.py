@@ -12,7 +12,7 @@ from absl import logging
 from transformers import PreTrainedTokenizerBase
 
 from internvl_jax import compiler, serving
-from internvl_jax.arguments import LoRAConfig, ModelArguments
+from internvl_jax.arguments import ModelArguments
 from internvl_jax.config import TrainConfig, get
 from internvl_jax.data.load.inspection import decode_all, examine
 from internvl_jax.data.load.mixture import Mixture
@@ -41,7 +41,7 @@ from internvl_jax.models.choice import choose_kernels
 from internvl_jax.models.functional import ModelDef
 from internvl_jax.models.internvl import Execution, InternVLConfig
 from internvl_jax.models.kernels import Device
-from internvl_jax.models.lora import DEFAULT_TARGETS, LoRASpec, adapter_paths
+from internvl_jax.models.lora import LoRASpec, adapter_paths
 from internvl_jax.models.quantized import has_products
 from internvl_jax.objectives import (
   COPIES,
@@ -71,8 +71,7 @@ def set_up_jax(config: TrainConfig) -> None:
   if config.runtime.compilation_cache_dir:
     compiler.set_cache(config.runtime.compilation_cache_dir)
   if not config.training.bf16:
-    # Accelerators round float32 products to less by default; float32 is asked for to get float32's numbers.
-    jax.config.update("jax_default_matmul_precision", "highest")
+    compiler.use_full_precision()
 
 
 def open_model(config: TrainConfig, *, with_weights: bool = True) -> tuple[Source, PreTrainedTokenizerBase]:
@@ -143,23 +142,9 @@ def changes_of(config: TrainConfig) -> Changes:
     downsample_ratio=config.data.down_sample_ratio,
     ps_version=model.ps_version,
     unfreeze_vit_layers=model.unfreeze_vit_layers,
-    vision_lora=lora_spec(config.lora, model.use_backbone_lora),
-    text_lora=lora_spec(config.lora, model.use_llm_lora),
+    vision_lora=LoRASpec.of(config.lora, model.use_backbone_lora),
+    text_lora=LoRASpec.of(config.lora, model.use_llm_lora),
     quantize=config.runtime.quantize,
-  )
-
-
-def lora_spec(config: LoRAConfig, rank: int) -> LoRASpec | None:
-  """The adapters of a part, by the rank that its flag gives; None for rank 0."""
-  if not rank:
-    return None
-  return LoRASpec(
-    rank=rank,
-    alpha=2.0 * rank if config.alpha is None else config.alpha,
-    dropout=config.dropout,
-    targets=config.targets or DEFAULT_TARGETS,
-    use_dora=config.use_dora,
-    use_rslora=config.use_rslora,
   )
 
 

@@ -21,6 +21,7 @@ from jax.sharding import SingleDeviceSharding
 
 from internvl_jax.arguments import parse_xla_option
 from internvl_jax.errors import UserError
+from internvl_jax.storage.remote import is_remote
 
 Value: TypeAlias = bool | int | str
 
@@ -162,6 +163,15 @@ def check_overrides(overrides: Sequence[str], mesh: jax.sharding.Mesh) -> None:
   compile_program(jax.jit(jnp.negative, out_shardings=place).lower(scalar), mine.platform, overrides)
 
 
+FULL_PRECISION = "highest"
+"""JAX's name for matrix products of float32 numbers in float32; accelerators round the operands by default."""
+
+
+def use_full_precision() -> None:
+  """Lets the whole process compute float32 matrix products in float32: who asks for float32 gets its numbers."""
+  jax.config.update("jax_default_matmul_precision", FULL_PRECISION)
+
+
 def set_cache(folder: str) -> None:
   """Lets compiled programs, and what was found by timing kernels on a GPU, be reused by later runs.
 
@@ -173,5 +183,5 @@ def set_cache(folder: str) -> None:
     return
   # As JAX does by itself, said because a GPU's start depends on it; but XLA opens that folder by its own means, which
   # know no buckets.
-  timings = "none" if "://" in folder else "xla_gpu_per_fusion_autotune_cache_dir"
+  timings = "none" if is_remote(folder) else "xla_gpu_per_fusion_autotune_cache_dir"
   jax.config.update("jax_persistent_cache_enable_xla_caches", timings)

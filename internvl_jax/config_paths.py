@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from typing import Literal
 
 from internvl_jax.config import TrainConfig, get, setting_text
+from internvl_jax.hf.files import PICKLES
 from internvl_jax.outputs import would_write_over
 from internvl_jax.storage.paths import is_bucket
+from internvl_jax.storage.remote import is_remote
 
 Command = Literal["train", "plan", "doctor"]
 
@@ -35,13 +37,8 @@ _NAMED = (
 )
 """Fields that name files or folders."""
 
-PROJECTOR_SUFFIXES = (".safetensors", ".pth", ".bin")
+PROJECTOR_SUFFIXES = (".safetensors", *PICKLES)
 """Forms of the file that model.mlp_path names."""
-
-
-def _is_remote(path: str) -> bool:
-  # Looking would need a network and credentials; whoever opens the path reports it.
-  return "://" in path
 
 
 def path_problems(config: TrainConfig, command: Command) -> Iterator[str]:
@@ -62,12 +59,12 @@ def path_problems(config: TrainConfig, command: Command) -> Iterator[str]:
     files["eval.annotation"] = config.eval.annotation
     files["preference.eval_meta_path"] = config.preference.eval_meta_path
   for path, name in files.items():
-    if name and not _is_remote(name) and not os.path.isfile(name):
+    if name and not is_remote(name) and not os.path.isfile(name):
       yield f"{path}={name!r}: no such file"
   if command in ("train", "doctor") and config.eval.annotation and (root := config.eval.root):
-    if not _is_remote(root) and not os.path.isdir(root):
+    if not is_remote(root) and not os.path.isdir(root):
       yield f"eval.root={root!r}: no such folder"
-  if (cache := config.preference.reference_cache_dir) and _is_remote(cache) and not is_bucket(cache):
+  if (cache := config.preference.reference_cache_dir) and is_remote(cache) and not is_bucket(cache):
     yield f"preference.reference_cache_dir={cache!r}: runs write to folders, gs:// and s3:// only; name one of these"
   if "training.output_dir" in required and config.training.output_dir:
     yield from _output_path_problems(config)
@@ -83,10 +80,10 @@ def _url_problems(config: TrainConfig) -> Iterator[str]:
     if (name := get(config, path)) and (found := _HALF_A_URL.match(name)):
       yield f"{path}={name!r} is no URL: did you mean {found[1]}://{found[2]}?"
   for path, why in ON_DISK.items():
-    if (name := get(config, path)) and _is_remote(name):
+    if (name := get(config, path)) and is_remote(name):
       yield f"{path}={name!r}: must be a folder of this machine: {why}"
   for path in WRITTEN:
-    if (name := get(config, path)) and _is_remote(name) and not is_bucket(name):
+    if (name := get(config, path)) and is_remote(name) and not is_bucket(name):
       yield f"{path}={name!r}: nothing is written there; name a folder, or one of a bucket (gs://, s3://)"
 
 
@@ -113,7 +110,7 @@ def _parts_problems(config: TrainConfig) -> Iterator[str]:
 
 
 def _model_path_problems(path: str, name: str) -> Iterator[str]:
-  if _is_remote(name):
+  if is_remote(name):
     yield from (f"{path}={line}" for line in _unread(name))
     return
   if not os.path.isdir(name):
@@ -124,7 +121,7 @@ def _model_path_problems(path: str, name: str) -> Iterator[str]:
 
 
 def _projector_path_problems(name: str) -> Iterator[str]:
-  if _is_remote(name):
+  if is_remote(name):
     yield from (f"model.mlp_path={line}" for line in _unread(name))
     return
   if os.path.isdir(name):
@@ -152,7 +149,7 @@ def _is_hub_id(name: str) -> bool:
 def _output_path_problems(config: TrainConfig) -> Iterator[str]:
   output = config.training.output_dir
   assert output is not None
-  if _is_remote(output) and not is_bucket(output):
+  if is_remote(output) and not is_bucket(output):
     yield f"training.output_dir={output!r}: runs write to folders, gs:// and s3:// only; name one of these"
     return
   if is_bucket(output):
@@ -162,7 +159,7 @@ def _output_path_problems(config: TrainConfig) -> Iterator[str]:
   for path in ("model.model_name_or_path", *PARTS, "model.mlp_path"):
     name = get(config, path)
     folder = os.path.dirname(name) if name and name.endswith(PROJECTOR_SUFFIXES) else name
-    if folder and _is_remote(folder) == _is_remote(output) and would_write_over(folder, output):
+    if folder and is_remote(folder) == is_remote(output) and would_write_over(folder, output):
       yield (
         f"{path}={name!r} is where training.output_dir={output!r} would be written; "
         "write to a folder of its own"

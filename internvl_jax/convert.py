@@ -1,14 +1,15 @@
-"""Turns a checkpoint into one of either layout that stands alone.
+"""Converts a checkpoint to either layout, with or without its LoRA adapters.
 
   python -m internvl_jax.convert --src DIR --dst DIR --layout internvl|hf [--lora merge|peft] [--dtype bfloat16|float32]
       [--code DIR]
 
 The source may have either layout, LoRA adapters as the reference stores them, or be a PEFT adapter's folder, a hub id
-or the URL of a folder in a bucket (gs://, s3://), where DST may be, too. `--lora merge` adds adapters into the weights and checks that logits stay; `--lora peft` writes the base
-model, and the adapters to DST/adapter in PEFT's form. Without adapters the weights pass through tensor by tensor,
-so that models larger than the memory can be converted.
+or the URL of a folder in a bucket (gs://, s3://), where DST may be, too. `--lora merge` merges the adapters into the
+weights and checks that the logits stay the same; `--lora peft` writes the base model, and the adapters to DST/adapter in
+PEFT's form. Without adapters the weights are converted tensor by tensor, so that a model may be larger than the memory.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
+from transformers import PreTrainedTokenizerBase
 
 from internvl_jax import cli, serving, signals
 from internvl_jax.adapters import merge_and_check, without_adapters
@@ -77,26 +79,47 @@ def convert(
     code: a folder with the Python files of the internvl layout; None: the source's.
 
   Raises:
-    UserError: the source cannot be read, the layout cannot hold it, or `dst` is not empty.
+    UserError: the source cannot be read, the layout has no form for it, or `dst` is not empty.
   """
   if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
     raise UserError(f"--dst={dst} is there and not empty; name a new folder")
   source = open_source(src)
-  assert source.checkpoint is not None
-  tokenizer = open_tokenizer(src)
+  files = model_files(source, open_tokenizer(src), layout, code)
+  if dtype is None:
+    dtype = _stored_dtype(source)
+  if lora == "peft":
+    _check_adapters(source, layout)
+  base, params = _weights(source, lora, dtype)
+  again = f"remove {dst}, which is not complete, and start the same command again"
+  signals.set_last_line(f"Stopped; {again}")
+  if lora == "peft":
+    _save_adapters(dst / "adapter", source, layout, base=str(dst.absolute()))
+  files = dataclasses.replace(files, dtype=dtype)
+  export.save_model(dst, base, params, files, remedy=f"make room, {again}")
+  logging.info("Wrote %s in the layout %s", dst, layout.name)
+
+
+def model_files(
+  source: Source, tokenizer: PreTrainedTokenizerBase, layout: Layout, code: str | None
+) -> export.ModelFiles:
+  """What is written beside the weights, by what the source says of itself; logs what the layout has no form for.
+
+  Args:
+    source: the checkpoint that is converted.
+    tokenizer: its tokenizer.
+    layout: of what is written.
+    code: see `convert`.
+
+  Raises:
+    UserError: the layout cannot hold the model, or `code` has no code.
+  """
   stated = read_stated(source, tokenizer)
   stated.log()
   chat = ChatTokenizer(tokenizer, stated.template)
   wanted = serving.ExportSettings(layout=layout, code=code, layout_flag="--layout", code_flag="--code")
-  looked_at = serving.prepare(source, stated.data, tokenizer, chat, wanted)
-  for line in looked_at.notes:
+  prepared = serving.prepare(source, stated.data, tokenizer, chat, wanted)
+  for line in prepared.notes:
     logging.warning("%s", line)
-  if dtype is None:
-    # Packed experts (U8) unpack to numbers that bfloat16 holds exactly.
-    dtype = jnp.bfloat16 if source.checkpoint.dtypes <= {"BF16", "U8"} else jnp.float32
-    logging.info(
-      "Writing %s: the source has %s", np.dtype(dtype), ", ".join(sorted(source.checkpoint.dtypes))
-    )
   settings = recorded_settings(stated.data, stated.template)
   if layout is layouts.INTERNVL and settings["system_message"] is None:
     settings.pop("system_message")
@@ -105,28 +128,26 @@ def convert(
       "template %r will be written",
       *(source.folder, stated.template.name),
     )
-  if lora == "peft":
-    _check_adapters(source, layout)
-  base, params = _weights(source, lora, dtype)
-  anew = f"remove {dst}, which is not complete, and start the same command again"
-  signals.set_last_line(f"Stopped; {anew}")
-  if lora == "peft":
-    _save_adapters(dst / "adapter", source, layout, base=str(dst.absolute()))
-  export.save_model(
-    dst,
-    base,
-    params,
+  return export.ModelFiles(
     layout=layout,
-    dtype=dtype,
+    dtype=jnp.float32,
     tokenizer=tokenizer,
     normalize_type=stated.data.normalize_type,
-    serving=looked_at.serving,
+    serving=prepared.serving,
     eos_token_id=_stop_ids(stated, chat),
     settings=settings,
-    code=looked_at.code,
-    remedy=f"make room, {anew}",
+    code=prepared.code,
   )
-  logging.info("Wrote %s in the layout %s", dst, layout.name)
+
+
+def _stored_dtype(source: Source) -> Any:
+  """bfloat16 where all of the source's weights are, else float32."""
+  assert source.checkpoint is not None
+  # Packed experts (U8) unpack to numbers that bfloat16 holds exactly.
+  dtype = jnp.bfloat16 if source.checkpoint.dtypes <= {"BF16", "U8"} else jnp.float32
+  found = ", ".join(sorted(source.checkpoint.dtypes))
+  logging.info("Writing %s: the source has %s", np.dtype(dtype), found)
+  return dtype
 
 
 def _stop_ids(stated: Stated, chat: ChatTokenizer) -> int | list[int]:

@@ -1,4 +1,4 @@
-"""The end of a run: the model that stands alone, its adapters apart, and how its answers score."""
+"""The end of a run: exports the model and its adapters, and scores its answers."""
 
 import os
 
@@ -26,11 +26,11 @@ def finish(
   source: Source,
   tokenizer: PreTrainedTokenizerBase,
   chat: ChatTokenizer,
-  looked_at: Export,
+  prepared: Export,
   params: dict[str, jax.Array],
   evaluation: Evaluation | None,
 ) -> None:
-  """Writes the model that stands alone, and the adapters apart; scores it where the config says so.
+  """Exports the model as a self-contained checkpoint, and its adapters apart; scores it where the config says so.
 
   All processes take part, since each has shards of the parameters; the first one writes.
   """
@@ -45,14 +45,16 @@ def finish(
     output_dir,
     merged,
     weights,
-    layout=layouts.layout_named(config.checkpoint.export_layout),
-    dtype=jnp.bfloat16 if half else jnp.float32,
-    tokenizer=tokenizer,
-    normalize_type=config.data.normalize_type,
-    serving=looked_at.serving,
-    eos_token_id=chat.stop_token_id,
-    settings=recorded_settings(config.data, chat.template),
-    code=looked_at.code,
+    export.ModelFiles(
+      layout=layouts.layout_named(config.checkpoint.export_layout),
+      dtype=jnp.bfloat16 if half else jnp.float32,
+      tokenizer=tokenizer,
+      normalize_type=config.data.normalize_type,
+      serving=prepared.serving,
+      eos_token_id=chat.stop_token_id,
+      settings=recorded_settings(config.data, chat.template),
+      code=prepared.code,
+    ),
     writes=writes,
   )
   logging.info("Saved the model to %s", output_dir)
@@ -67,7 +69,7 @@ def save_adapters(
 ) -> None:
   """Writes the adapters, if any, in PEFT's form, for the base model in the layout that it has, if it has a form."""
   name = config.model.model_name_or_path
-  # What is not written was told before the first step.
+  # That nothing is written was logged before the first step.
   if name is None or not source.specs or peft.formless(params, source.table):
     return
   base = base_name(name)

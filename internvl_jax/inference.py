@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
+from internvl_jax import compiler
 from internvl_jax.arguments import DataTrainingArguments, MeshConfig
 from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.errors import UserError
@@ -67,7 +68,7 @@ def open_for_inference(folder: str | Path, *, bf16: bool, devices: int = 1) -> I
     logging.warning("%s", note)
   dtype = jnp.bfloat16 if bf16 else jnp.float32
   if not bf16:
-    jax.config.update("jax_default_matmul_precision", "highest")
+    compiler.use_full_precision()
   shapes = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in source.model.shapes.items()}
   params = source.load(shapes, _places(source, shapes, devices))
   how = Execution(dtype=dtype, kernels=choose_kernels(source.config))

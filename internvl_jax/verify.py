@@ -24,6 +24,7 @@ import numpy as np
 import optax
 from absl import flags
 
+from internvl_jax import compiler
 from internvl_jax.adapters import probe
 from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE
 from internvl_jax.cli import run_app
@@ -51,7 +52,7 @@ _TOLERANCE = flags.DEFINE_float(
 def main(argv: Sequence[str]) -> None:
   """Reads the flags, runs, writes and compares."""
   del argv
-  jax.config.update("jax_default_matmul_precision", "highest")
+  compiler.use_full_precision()
   if _INPUTS.value is None and _AGAINST.value is None:
     raise UserError(
       "--inputs is needed: an .npz of arrays to run on (or --against, to compare two checkpoints)"

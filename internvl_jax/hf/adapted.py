@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from internvl_jax.arguments import LoRAConfig
 from internvl_jax.errors import UserError
 from internvl_jax.hf import model_config as config_io
 from internvl_jax.hf import peft, weights
@@ -41,8 +42,9 @@ def recorded(raw: Mapping[str, Any], checkpoint: Checkpoint | None) -> dict[str,
             " (the adapters' alpha is then taken as twice that, as the reference trains them)" if held else ""
           )
         )
-    if rank:
-      specs[part] = LoRASpec(rank=rank, alpha=2 * rank, dropout=0.05)
+    # The reference trains with the defaults, and records the rank alone.
+    if (spec := LoRASpec.of(LoRAConfig(), rank)) is not None:
+      specs[part] = spec
   return specs
 
 

@@ -1,4 +1,4 @@
-"""Saving a model so that its folder stands alone: weights, config, tokenizer, preprocessor, generation config."""
+"""Saves a self-contained checkpoint folder: weights, config, tokenizer, preprocessor, generation config."""
 
 import collections
 import dataclasses
@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
@@ -46,85 +45,116 @@ class Serving:
   begins_with_bos: bool
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+  """The form in which a model is saved, and what its folder holds beside the weights.
+
+  Attributes:
+    layout: of the files.
+    dtype: of the weights.
+    tokenizer: with the image tokens.
+    normalize_type: statistics of the pixels, for preprocessor_config.json.
+    serving: how the model is asked; the hf layout needs it.
+    eos_token_id: id that ends an answer; None keeps the source's.
+    settings: entries of config.json that the run fixed, beside those of the model.
+    code: a folder with the Python files of the internvl layout; None: the source's, if it has some.
+  """
+
+  layout: Layout
+  dtype: Any
+  tokenizer: PreTrainedTokenizerBase
+  normalize_type: str
+  serving: Serving | None = None
+  eos_token_id: int | list[int] | None = None
+  settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  code: Path | None = None
+
+
 def save_model(
   target: str | AnyPath,
   source: Source,
   params: Mapping[str, Any],
+  files: ModelFiles,
   *,
-  layout: Layout,
-  dtype: jnp.dtype,
-  tokenizer: PreTrainedTokenizerBase,
-  normalize_type: str,
-  serving: Serving | None = None,
-  eos_token_id: int | list[int] | None = None,
-  settings: Mapping[str, Any] | None = None,
-  code: Path | None = None,
   remedy: str = "make room and start the same command again",
   writes: bool = True,
 ) -> None:
-  """Writes a model that stands alone.
+  """Writes a self-contained checkpoint: weights, config.json, tokenizer, preprocessor, generation_config.json.
 
-  In the internvl layout, the Python files of `code` or the source come along, so that the reference's own code opens
-  the folder.
+  In the internvl layout, the Python files of `files.code` or the source are copied, so that the reference's own code
+  opens the folder.
 
   Args:
     target: the folder, or one of a bucket; made if missing, other files in it stay.
     source: where the model came from, its adapters merged (`adapters.merge_and_check`).
     params: all parameters by path, as arrays or to be read when they are written (`Source.lazy`).
-    layout: of the files written.
-    dtype: of the weights written.
-    tokenizer: with the image tokens.
-    normalize_type: statistics of the pixels, for preprocessor_config.json.
-    serving: how it is asked; the hf layout needs it.
-    eos_token_id: id that ends an answer; None keeps the source's.
-    settings: entries of config.json that the run fixed, beside those of the model.
-    code: a folder with the Python files of the internvl layout; None: the source's, if it has some.
+    files: in which form.
     remedy: what to do where the disk is full.
-    writes: False for a process that only helps another one to read `params`, whose shards lie on several hosts.
+    writes: False for a process that only helps another one to read `params`, whose shards are on several hosts.
 
   Raises:
     UserError: the layout has no form for the model, the disk is full, or the bucket refuses.
   """
-  target = path_of(target)
+  target, dtype = path_of(target), np.dtype(files.dtype)
   # Everything that can be refused comes before the first file.
-  table = layout.table(config_io.family_of(source.raw), source.config)
-  if IMAGE_TOKEN not in tokenizer.get_vocab():
+  table = files.layout.table(config_io.family_of(source.raw), source.config)
+  config, generation = _config(source, files), _generation(source, files)
+  tensors = saving.tensors(params, table, dtype)
+  if not writes:
+    collections.deque(tensors, maxlen=0)
+    return
+  sizes = saving.tensor_bytes(params, table, dtype)
+  with explained(target, "the model", lambda: remedy):
+    saving.save(target, tensors, files_in_all=saving.count_files(sizes))
+    with filled(target) as folder:
+      write_json(folder / "config.json", config)
+      write_json(folder / "generation_config.json", generation)
+      if files.layout is config_io.HF:
+        _save_hf_files(folder, source, files, config)
+      else:
+        _save_internvl_files(folder, source, files)
+
+
+def _config(source: Source, files: ModelFiles) -> dict[str, Any]:
+  """The config.json that is written."""
+  ids = files.tokenizer.get_vocab()
+  if IMAGE_TOKEN not in ids:
     raise UserError(
       f"{source.folder}: its tokenizer has no token {IMAGE_TOKEN}; take the one of an InternVL model"
     )
   config = config_io.written_config(
     source.raw,
     source.config,
-    layout,
-    dtype=np.dtype(dtype).name,
-    image_token_id=tokenizer.get_vocab()[IMAGE_TOKEN],
-    **(settings or {}),
+    files.layout,
+    dtype=np.dtype(files.dtype).name,
+    image_token_id=ids[IMAGE_TOKEN],
+    **files.settings,
   )
-  if layout is config_io.INTERNVL and code is not None:
-    config["auto_map"] = auto_map(code)
+  if files.layout is config_io.INTERNVL and files.code is not None:
+    config["auto_map"] = auto_map(files.code)
+  return config
+
+
+def _generation(source: Source, files: ModelFiles) -> dict[str, Any]:
+  """The generation_config.json that is written."""
   generation = generation_of(source.folder)
-  if eos_token_id is not None:
-    generation = {**generation, "eos_token_id": eos_token_id}
-  tensors = saving.tensors(params, table, np.dtype(dtype))
-  if not writes:
-    collections.deque(tensors, maxlen=0)
-    return
-  sizes = saving.tensor_bytes(params, table, np.dtype(dtype))
-  with explained(target, "the model", lambda: remedy):
-    saving.save(target, tensors, files_in_all=saving.count_files(sizes))
-    with filled(target) as folder:
-      write_json(folder / "config.json", config)
-      write_json(folder / "generation_config.json", generation)
-      if layout is config_io.HF:
-        assert serving is not None
-        save_processor(folder, source.folder, source.config, tokenizer, normalize_type, config, serving)
-        return
-      save_tokenizer(tokenizer, source.folder, folder)
-      if source.layout is config_io.HF and serving is not None:
-        _replace_chat_template(folder, serving.chat_template)
-      write_json(folder / "preprocessor_config.json", _clip_preprocessor(source.config, normalize_type))
-      for file in (code or source.folder).glob("*.py"):
-        shutil.copyfile(file, folder / file.name)
+  return generation if files.eos_token_id is None else {**generation, "eos_token_id": files.eos_token_id}
+
+
+def _save_hf_files(folder: Path, source: Source, files: ModelFiles, config: Mapping[str, Any]) -> None:
+  assert files.serving is not None
+  save_processor(
+    folder, source.folder, source.config, files.tokenizer, files.normalize_type, config, files.serving
+  )
+
+
+def _save_internvl_files(folder: Path, source: Source, files: ModelFiles) -> None:
+  save_tokenizer(files.tokenizer, source.folder, folder)
+  if source.layout is config_io.HF and files.serving is not None:
+    _replace_chat_template(folder, files.serving.chat_template)
+  write_json(folder / "preprocessor_config.json", _clip_preprocessor(source.config, files.normalize_type))
+  for file in (files.code or source.folder).glob("*.py"):
+    shutil.copyfile(file, folder / file.name)
 
 
 def auto_map(folder: Path) -> dict[str, Any]:
@@ -217,6 +247,14 @@ def save_processor(
     begins_with_bos=serving.begins_with_bos,
     names=names,
   )
+  for name, content in _processor_files(config, normalize_type, settings).items():
+    write_json(target / name, content)
+
+
+def _processor_files(
+  config: InternVLConfig, normalize_type: str, settings: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+  """The files of transformers' processors of images and videos, by name; see `save_processor`."""
   mean, std = PIXEL_STATISTICS[normalize_type]
   side = config.vision.image_size
   pixels = {
@@ -239,11 +277,15 @@ def save_processor(
     "min_patches": settings.get("min_dynamic_patch", 1) if dynamic else 1,
     "max_patches": settings.get("max_dynamic_patch", 12) if dynamic else 1,
   }
-  write_json(target / "preprocessor_config.json", {**image_processor, **pixels})
   video_processor = {"video_processor_type": "InternVLVideoProcessor", "do_sample_frames": False}
-  write_json(target / "video_preprocessor_config.json", {**video_processor, **pixels})
-  processor = {"processor_class": "InternVLProcessor", "image_seq_length": config.tokens_per_tile}
-  write_json(target / "processor_config.json", processor)
+  return {
+    "preprocessor_config.json": {**image_processor, **pixels},
+    "video_preprocessor_config.json": {**video_processor, **pixels},
+    "processor_config.json": {
+      "processor_class": "InternVLProcessor",
+      "image_seq_length": config.tokens_per_tile,
+    },
+  }
 
 
 def _replace_chat_template(folder: Path, chat_template: str) -> None:

@@ -130,8 +130,11 @@ _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safete
 _LEFTOVERS = re.compile(r"(optimizer|scheduler|rng_state|training_args|scaler).*")
 
 
-PICKLES = (".bin", ".pth")
-"""What torch.save's files are called."""
+PICKLES = (".pth", ".bin")
+"""Suffixes of torch.save's files that are read, with a restricted unpickler, where a projector is named."""
+
+PICKLED = (*PICKLES, ".pt")
+"""Suffixes of all files that torch.save may have written."""
 
 
 def weight_files(path: Path, *, pickles: bool = False) -> tuple[list[Path], dict[str, str]]:
@@ -150,10 +153,7 @@ def weight_files(path: Path, *, pickles: bool = False) -> tuple[list[Path], dict
     return [path], {}
   found = sorted(p.name for p in path.glob("*.safetensors") if p.name != ADAPTER)
   pickled = sorted(
-    p.name
-    for pattern in ("*.bin", "*.pth", "*.pt")
-    for p in path.glob(pattern)
-    if not _LEFTOVERS.fullmatch(p.name)
+    p.name for suffix in PICKLED for p in path.glob(f"*{suffix}") if not _LEFTOVERS.fullmatch(p.name)
   )
   index = path / INDEX
   where = _read_index(index) if index.exists() else {}

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from internvl_jax.errors import UserError
-from internvl_jax.hf.files import JSON_BYTES, PICKLES
+from internvl_jax.hf.files import JSON_BYTES, PICKLED, PICKLES
 from internvl_jax.storage import remote
 from internvl_jax.storage.paths import SCHEMES, BucketPath, is_bucket
 from internvl_jax.storage.snapshots import snapshot
@@ -17,7 +17,7 @@ _WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")
 """Config, weights, tokenizer; Python files only so that an export can carry them on, they are never run."""
 
 _SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
-_LARGE = ("*.safetensors", "*.bin", "*.pth", "*.pt")
+_LARGE = ("*.safetensors", *(f"*{suffix}" for suffix in PICKLED))
 """What is brought of a bucket, and what is read there; pickles are only told of."""
 
 _PICKLE_BYTES = 2**30

@@ -176,10 +176,7 @@ def save_tokenizer(
     raw = _read_json(source / "tokenizer.json") | {"added_tokens": raw["added_tokens"]}
   write_json(target / "tokenizer.json", raw)
 
-  config = config or _minimal_config(tokenizer)
-  decoder = {str(index): entry for index, entry in added.items()} | config.get("added_tokens_decoder", {})
-  config["added_tokens_decoder"] = dict(sorted(decoder.items(), key=lambda item: int(item[0])))
-  _extend_special(config, special)
+  config = _completed(config or _minimal_config(tokenizer), added, special)
   if _class_of(config) in _LEGACY_CLASSES and not has_json:
     config.setdefault("legacy", True)  # What its absence means, except to transformers 5.
   if rename:
@@ -187,13 +184,27 @@ def save_tokenizer(
     named = _minimal_config(tokenizer)
     config |= {**named, "add_bos_token": bool(getattr(tokenizer, "add_bos_token", False))}
   write_json(target / "tokenizer_config.json", config)
+  _save_token_lists(source, target, new, special)
 
+
+def _completed(
+  config: dict[str, Any], added: Mapping[int, dict[str, Any]], special: Sequence[str]
+) -> dict[str, Any]:
+  """A tokenizer_config.json with all added tokens, of which those named `special` are new and special."""
+  decoder = {str(index): entry for index, entry in added.items()} | config.get("added_tokens_decoder", {})
+  config["added_tokens_decoder"] = dict(sorted(decoder.items(), key=lambda item: int(item[0])))
+  _extend_special(config, special)
+  return config
+
+
+def _save_token_lists(source: Path, target: Path, new: Mapping[str, int], special: Sequence[str]) -> None:
+  """Adds new tokens to those files of the source that list tokens once more."""
   if (source / "special_tokens_map.json").is_file():
     special_map = _read_json(source / "special_tokens_map.json")
     _extend_special(special_map, special)
     write_json(target / "special_tokens_map.json", special_map)
   if (source / "added_tokens.json").is_file():
-    write_json(target / "added_tokens.json", _read_json(source / "added_tokens.json") | new)
+    write_json(target / "added_tokens.json", _read_json(source / "added_tokens.json") | dict(new))
 
 
 def save_for_processor(

@@ -1,7 +1,7 @@
 """The losses of tokens by a chunked linear cross-entropy, on a mesh.
 
 Tokens stay on the devices that they are spread over, and chunks go along the vocabulary: what of the kernel a
-chunk needs is collected right before its product, and its gradient summed into the stored pieces right after,
+chunk needs is all-gathered right before its product, and its gradient summed into the stored pieces right after,
 so that no device ever holds the kernel or its gradient whole. Devices of the `vocab` axes share their tokens
 and split the vocabulary.
 
@@ -10,6 +10,7 @@ Letters: R rows, S tokens, E width, V vocabulary; on a device: M tokens, n chunk
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,23 +38,42 @@ def linear_token_losses(hidden: jax.Array, kernel: jax.Array, targets: jax.Array
   """
   mesh = mesh_in_scope()
   if mesh is None:
-    return _local(hidden, kernel, targets, jnp.arange(1), vocabulary=kernel.shape[1], collected=(), vocab=())
+    return _local(hidden, kernel, targets, jnp.arange(1), split=_Split(kernel.shape[1]))
   (R, S, E), V = hidden.shape, kernel.shape[1]
   rows, tokens = dividing_axes(ACTIVATIONS["rows"], R, mesh), dividing_axes(ACTIVATIONS["tokens"], S, mesh)
   width = stored_over("table", E, mesh)
   vocab = tuple(axis for axis in ACTIVATIONS["vocab"] if axis in tokens and axis in width)
-  collected = tuple(axis for axis in width if axis not in vocab)
+  gathered = tuple(axis for axis in width if axis not in vocab)
   parts = math.prod(mesh.shape[axis] for axis in vocab)
   return jax.shard_map(
-    functools.partial(_local, vocabulary=V, collected=collected, vocab=vocab, parts=parts),
+    functools.partial(_local, split=_Split(V, gathered, vocab, parts)),
     in_specs=(spec(rows, tokens, ()), spec(width, ()), spec(rows, tokens), spec(vocab)),
     out_specs=spec(rows, tokens),
     check_vma=False,
   )(hidden, kernel, targets, jnp.arange(parts))
 
 
-def _local(hidden, kernel, targets, part, *, vocabulary, collected, vocab, parts=1):
-  """A device's part of `linear_token_losses`; `part` [1] is which of the `parts` of the vocabulary is its own."""
+class _Split(NamedTuple):
+  """How the kernel [E, V] is sharded.
+
+  Attributes:
+    vocabulary: V.
+    gathered: axes of the mesh that shard E, and are all-gathered.
+    vocab: those that share tokens and shard the vocabulary.
+    parts: devices of the latter.
+  """
+
+  vocabulary: int
+  gathered: MeshAxes = ()
+  vocab: MeshAxes = ()
+  parts: int = 1
+
+
+def _local(
+  hidden: jax.Array, kernel: jax.Array, targets: jax.Array, part: jax.Array, *, split: _Split
+) -> jax.Array:
+  """A device's part of `linear_token_losses`; `part` [1] is which of the parts of the vocabulary is its own."""
+  vocabulary, gathered, vocab, parts = split
   E, own = hidden.shape[-1], targets.shape[1]
   if vocab:
     hidden, targets = (jax.lax.all_gather(x, vocab, axis=1, tiled=True) for x in (hidden, targets))
@@ -67,7 +87,7 @@ def _local(hidden, kernel, targets, part, *, vocabulary, collected, vocab, parts
   entries = part[0] * (padded // parts) + jnp.arange(padded // parts).reshape(-1, chunk)
   entries = jnp.where(entries < vocabulary, entries, -1)
   flat = (hidden.reshape(-1, E), chunks, entries, targets.reshape(-1))
-  losses: jax.Array = _chunked(collected, vocab, *flat)
+  losses: jax.Array = _chunked(gathered, vocab, *flat)
   losses = losses.reshape(targets.shape)
   return jax.lax.dynamic_slice_in_dim(losses, part[0] * own, own, axis=1) if vocab else losses
 
@@ -79,26 +99,26 @@ def _chunk_width(tokens: int, vocabulary: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(collected, vocab, x, chunks, entries, targets):
+def _chunked(gathered, vocab, x, chunks, entries, targets):
   """Losses [M] of tokens x [M, E], with kernels [n, pieces of E, C] of entries [n, C] and targets [M].
 
   Devices that share tokens have their losses all alike; of a loss that several of them use, the gradients are
   summed.
 
   Args:
-    collected: axes of the mesh that hold pieces of E.
+    gathered: axes of the mesh that hold pieces of E.
     vocab: those that share tokens and split the vocabulary.
     x, chunks, entries, targets: see above.
   """
-  return _losses(collected, vocab, x, chunks, entries, targets)[0]
+  return _losses(gathered, vocab, x, chunks, entries, targets)[0]
 
 
-def _losses(collected, vocab, x, chunks, entries, targets):
+def _losses(gathered, vocab, x, chunks, entries, targets):
   """The losses, and the logarithm of each token's softmax denominator [M]."""
 
   def add(carry, chunk):
     top, scaled, picked = carry
-    logits = _logits(collected, x, *chunk)
+    logits = _logits(gathered, x, *chunk)
     new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
     scaled = scaled * jnp.exp(top - new_top) + jnp.sum(jnp.exp(logits - new_top[:, None]), axis=-1)
     picked += jnp.sum(jnp.where(chunk[1] == targets[:, None], logits, 0.0), axis=-1)
@@ -115,39 +135,39 @@ def _losses(collected, vocab, x, chunks, entries, targets):
   return jnp.where(targets != IGNORE_INDEX, log_sum - picked, 0.0), log_sum
 
 
-def _logits(collected, x, piece, entries):
+def _logits(gathered, x, piece, entries):
   """Scores [M, C] in float32."""
-  logits = jnp.dot(x, _collect(collected, piece, x.dtype), preferred_element_type=jnp.float32)
+  logits = jnp.dot(x, _all_gathered(gathered, piece, x.dtype), preferred_element_type=jnp.float32)
   return jnp.where(entries >= 0, logits, jnp.finfo(jnp.float32).min)
 
 
-def _collect(collected: MeshAxes, piece: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def _all_gathered(gathered: MeshAxes, piece: jax.Array, dtype: jnp.dtype) -> jax.Array:
   piece = piece.astype(dtype)
-  return jax.lax.all_gather(piece, collected, axis=0, tiled=True) if collected else piece
+  return jax.lax.all_gather(piece, gathered, axis=0, tiled=True) if gathered else piece
 
 
-def _chunked_forward(collected, vocab, x, chunks, entries, targets):
+def _chunked_forward(gathered, vocab, x, chunks, entries, targets):
   arrays = [operand.value for operand in (x, chunks, entries, targets)]
-  losses, log_sum = _losses(collected, vocab, *arrays)
+  losses, log_sum = _losses(gathered, vocab, *arrays)
   # An empty tuple says that the kernel trains: only the structure of what is kept is static.
   return losses, (*arrays, log_sum, () if chunks.perturbed else None)
 
 
-def _chunked_backward(collected, vocab, saved, g):
+def _chunked_backward(gathered, vocab, saved, g):
   # The gradient of all devices' uses together, of which each device has the part of its own logits.
   x, chunks, entries, targets, log_sum, needs_kernel = saved
   weights = jnp.where(targets != IGNORE_INDEX, jax.lax.psum(g, vocab) if vocab else g, 0.0)
 
   def add(dx, chunk):
     piece, entries = chunk
-    probs = jnp.exp(_logits(collected, x, piece, entries) - log_sum[:, None])
+    probs = jnp.exp(_logits(gathered, x, piece, entries) - log_sum[:, None])
     d_logits = ((probs - (entries == targets[:, None])) * weights[:, None]).astype(x.dtype)
-    dx += jnp.dot(d_logits, _collect(collected, piece, x.dtype).T, preferred_element_type=jnp.float32)
+    dx += jnp.dot(d_logits, _all_gathered(gathered, piece, x.dtype).T, preferred_element_type=jnp.float32)
     if needs_kernel is None:
       return dx, None
     d_piece = jnp.dot(x.T, d_logits, preferred_element_type=jnp.float32)
-    if collected:
-      d_piece = jax.lax.psum_scatter(d_piece, collected, scatter_dimension=0, tiled=True)
+    if gathered:
+      d_piece = jax.lax.psum_scatter(d_piece, gathered, scatter_dimension=0, tiled=True)
     return dx, d_piece.astype(piece.dtype)
 
   dx, d_chunks = jax.lax.scan(add, jnp.zeros(x.shape, jnp.float32), (chunks, entries))

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from internvl_jax.arguments import LoRAConfig
 from internvl_jax.models.gradients import matmul
 from internvl_jax.models.layers import Linear, make_param
 from internvl_jax.trees import submodule_of
@@ -57,6 +58,20 @@ class LoRASpec:
   targets: tuple[str, ...] = DEFAULT_TARGETS
   use_dora: bool = False
   use_rslora: bool = False
+
+  @classmethod
+  def of(cls, config: LoRAConfig, rank: int) -> "LoRASpec | None":
+    """The adapters of that rank, with what the settings, or their defaults, say of the rest; None for rank 0."""
+    if not rank:
+      return None
+    return cls(
+      rank=rank,
+      alpha=2.0 * rank if config.alpha is None else config.alpha,
+      dropout=config.dropout,
+      targets=config.targets or DEFAULT_TARGETS,
+      use_dora=config.use_dora,
+      use_rslora=config.use_rslora,
+    )
 
   @property
   def scale(self) -> float:

@@ -99,6 +99,11 @@ def scheme(path: str) -> str:
   return found[1].lower() if found else ""
 
 
+def is_remote(path: str | os.PathLike[str]) -> bool:
+  """Whether a path is a URL (gs://, s3://, https://, ...), and so not a file of this machine."""
+  return scheme(os.fspath(path)) != ""
+
+
 def ask(url: str, request: Callable[[Any], T]) -> T:
   """Returns what a request to the URL's file system returns, made again where what went wrong may pass.
 

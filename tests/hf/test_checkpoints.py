@@ -13,7 +13,7 @@ from internvl_jax.eval.greedy import GreedyDecoder, Prompt
 from internvl_jax.eval.scoring import Question, score
 from internvl_jax.hf import arrangement, saving, weights
 from internvl_jax.hf import model_config as layouts
-from internvl_jax.hf.export import save_model
+from internvl_jax.hf.export import ModelFiles, save_model
 from internvl_jax.hf.model import Changes, open_source
 from internvl_jax.hf.tokenizer import load_tokenizer
 from internvl_jax.models.internvl import Execution, normalize_tiles
@@ -62,12 +62,14 @@ def test_bfloat16_export(tmp_path, opened):
     tmp_path,
     source,
     params,
-    layout=layouts.INTERNVL,
-    dtype=jnp.bfloat16,
-    tokenizer=load_tokenizer(CURVE / "init"),
-    normalize_type="imagenet",
-    eos_token_id=2,
-    settings={"template": "x"},
+    ModelFiles(
+      layout=layouts.INTERNVL,
+      dtype=jnp.bfloat16,
+      tokenizer=load_tokenizer(CURVE / "init"),
+      normalize_type="imagenet",
+      eos_token_id=2,
+      settings={"template": "x"},
+    ),
   )
   assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
   _, again = load(tmp_path)

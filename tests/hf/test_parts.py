@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from internvl_jax.errors import UserError
 from internvl_jax.hf import model_config as layouts
-from internvl_jax.hf.export import save_model
+from internvl_jax.hf.export import ModelFiles, save_model
 from internvl_jax.hf.model import Changes, open_parts, open_source, with_projector
 from internvl_jax.hf.tokenizer import add_image_tokens, load_tokenizer
 from tests.support.toy import ASSETS, CURVE
@@ -175,11 +175,13 @@ def test_embeddings_grow_with_the_tokenizer(parts, tmp_path, spare):
     tmp_path / "saved",
     source,
     params,
-    layout=layouts.INTERNVL,
-    dtype=np.float32,
-    tokenizer=tokenizer,
-    normalize_type="imagenet",
-    settings={"template": "internvl2_5"},
+    ModelFiles(
+      layout=layouts.INTERNVL,
+      dtype=np.float32,
+      tokenizer=tokenizer,
+      normalize_type="imagenet",
+      settings={"template": "internvl2_5"},
+    ),
   )
   again = open_source(tmp_path / "saved")
   assert again.config == source.config and add_image_tokens(load_tokenizer(tmp_path / "saved")) == 0

@@ -17,7 +17,7 @@ from internvl_jax.data.where import Where
 from internvl_jax.errors import UserError
 from internvl_jax.hf import model_config as layouts
 from internvl_jax.hf import vocabulary, weights
-from internvl_jax.hf.export import save_model
+from internvl_jax.hf.export import ModelFiles, save_model
 from internvl_jax.hf.model import open_source
 from internvl_jax.hf.tokenizer import IMAGE_TOKENS, load_tokenizer
 from internvl_jax.inference import open_for_inference
@@ -251,12 +251,14 @@ def test_rows_are_made_and_saved(folder, tmp_path, layout, image_tokens):
     tmp_path / "saved",
     source,
     params,
-    layout=layout,
-    dtype=jnp.float32,
-    tokenizer=tokenizer,
-    normalize_type="imagenet",
-    serving=serving.prepare(source, data, tokenizer, chat, wanted).serving,
-    settings={"template": "internvl2_5"},
+    ModelFiles(
+      layout=layout,
+      dtype=jnp.float32,
+      tokenizer=tokenizer,
+      normalize_type="imagenet",
+      serving=serving.prepare(source, data, tokenizer, chat, wanted).serving,
+      settings={"template": "internvl2_5"},
+    ),
   )
   old, new = load_file(folder / "model.safetensors"), load_file(tmp_path / "saved/model.safetensors")
   for name in (EMBEDDING, HEAD):

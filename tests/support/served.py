@@ -177,11 +177,11 @@ def export_processor(folder: Path, target: Path) -> Path:
   stated = read_stated(source, tokenizer)
   data, chat = stated.data, ChatTokenizer(tokenizer, stated.template)
   settings = serving.ExportSettings(layout=HF, layout_flag="--layout", code_flag="--code")
-  looked_at = serving.prepare(source, data, tokenizer, chat, settings)
+  prepared = serving.prepare(source, data, tokenizer, chat, settings)
   target.mkdir()
   recorded = recorded_settings(data, chat.template)
   export.save_processor(
-    target, folder, source.config, tokenizer, data.normalize_type, recorded, looked_at.serving
+    target, folder, source.config, tokenizer, data.normalize_type, recorded, prepared.serving
   )
   return target
 

@@ -29,7 +29,7 @@ from internvl_jax.data.source.cache import cache_errors_named, locked
 from internvl_jax.data.where import Where
 from internvl_jax.errors import redacted
 from internvl_jax.storage import remote
-from internvl_jax.storage.remote import FetchError
+from internvl_jax.storage.remote import FetchError, is_remote
 from internvl_jax.storage.snapshots import default_cache
 
 BLOCK_BYTES = 1 << 16
@@ -57,11 +57,6 @@ class Status(NamedTuple):
 
 
 # --- Paths --------------------------------------------------------------------------------------------------
-
-
-def is_remote(path: str | os.PathLike[str]) -> bool:
-  """Says whether a path is a URL."""
-  return remote.scheme(os.fspath(path)) != ""
 
 
 def join(root: str, path: str, where: Where) -> str:

@@ -52,13 +52,21 @@ def attention(
   if kv_segments is None and q_segments is not None:
     kv_segments = jnp.zeros(k.shape[:2], jnp.int32)
   made = [
-    _kernel(q.shape[1], k.shape[1], mask.causal, window, shards, block_q, block_kv, interpret)
+    _kernel(
+      (q.shape[1], k.shape[1]),
+      (block_q, block_kv),
+      causal=mask.causal,
+      window=window,
+      shards=shards,
+      interpret=interpret,
+    )
     for window in (mask.windows if mask.causal else ()) or (None,)
   ]
   # A kernel is made for one window.
   index = None if mask.window is None else jnp.searchsorted(jnp.array(mask.windows), mask.window)
-  arrays = ((q / math.sqrt(q.shape[-1])).astype(q.dtype), k, v, q_segments, kv_segments, sinks, index)
-  attend = _on_device if layout is None else functools.partial(_spread, mesh, layout)
+  scaled = (q / math.sqrt(q.shape[-1])).astype(q.dtype)
+  arrays = (scaled, k, v, (q_segments, kv_segments), sinks, index)
+  attend = _on_device if layout is None else functools.partial(_sharded, mesh, layout)
   return attend(made, *arrays)[:, :T]
 
 
@@ -87,9 +95,24 @@ def _pad(x: jax.Array, segments: jax.Array | None, multiple: int) -> tuple[jax.A
 
 @functools.lru_cache
 def _kernel(
-  T: int, S: int, causal: bool, window: int | None, shards: int, block_q: int, block_kv: int, interpret: bool
+  lengths: tuple[int, int],
+  blocks: tuple[int, int],
+  *,
+  causal: bool,
+  window: int | None,
+  shards: int,
+  interpret: bool,
 ) -> kernels.SplashAttentionKernel:
-  """The kernel of a mask, the same for all heads, for queries split over so many shards."""
+  """The kernel of a mask, the same for all heads, for queries split over so many shards.
+
+  Args:
+    lengths: queries and keys of a row.
+    blocks: queries and keys of a block.
+    causal, window: see `Mask`.
+    shards: of the queries.
+    interpret: by Pallas' interpreter.
+  """
+  (T, S), (block_q, block_kv) = lengths, blocks
   if not causal:
     mask: masks.Mask = masks.FullMask((T, S))
   elif window is None or window >= S:
@@ -115,8 +138,9 @@ def _kernel(
     )
 
 
-def _spread(mesh, layout: Layout, made, q, k, v, q_segments, kv_segments, sinks, index) -> jax.Array:
+def _sharded(mesh, layout: Layout, made, q, k, v, *others) -> jax.Array:
   """`_on_device` on the devices of a mesh."""
+  segments = (spec(layout.rows, layout.queries), spec(layout.rows))
   places = NamedSharding(mesh, PartitionSpec(None, *spec(layout.queries)))
   return jax.shard_map(
     _on_device,
@@ -124,15 +148,15 @@ def _spread(mesh, layout: Layout, made, q, k, v, q_segments, kv_segments, sinks,
     in_specs=(
       [kernel.manual_sharding_spec(places) for kernel in made],
       *(layout.q_spec, layout.kv_spec, layout.kv_spec),
-      *(spec(layout.rows, layout.queries), spec(layout.rows), spec(layout.heads), spec()),
+      *(segments, spec(layout.heads), spec()),
     ),
     out_specs=layout.q_spec,
     check_vma=False,
-  )(made, q, layout.repeat(k), layout.repeat(v), q_segments, kv_segments, sinks, index)
+  )(made, q, layout.repeat(k), layout.repeat(v), *others)
 
 
-def _on_device(made, q, k, v, q_segments, kv_segments, sinks, index) -> jax.Array:
-  """Attention by the kernel `made[index]`, row by row."""
+def _on_device(made, q, k, v, segments, sinks, index) -> jax.Array:
+  """Attention by the kernel `made[index]`, row by row; segments are those of the queries and of the keys."""
   q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
 
   def by(kernel):
@@ -142,7 +166,7 @@ def _on_device(made, q, k, v, q_segments, kv_segments, sinks, index) -> jax.Arra
 
     return jax.vmap(row)
 
-  rows = (q, k, v, q_segments, kv_segments)
+  rows = (q, k, v, *segments)
   if index is None:
     return by(made[0])(*rows).swapaxes(1, 2)
   return jax.lax.switch(index, [by(kernel) for kernel in made], *rows).swapaxes(1, 2)
