@@ -21,7 +21,7 @@ from internvl_jax.data.load import loader as loaders
 from internvl_jax.data.load.mixture import Mixture
 from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.data.schedule import packing
-from internvl_jax.data.schedule.order import DrawnPlan
+from internvl_jax.data.schedule.order import DrawnOrder
 from internvl_jax.hf import export
 from internvl_jax.hf.preprocessor import read_statistics
 from internvl_jax.hf.tokenizer import load_tokenizer
@@ -451,9 +451,9 @@ def test_strict_mode(loader_of):
 
 
 def test_replacement(loader_of):
-  assert isinstance(loader_of(**_PACKED, replacement=True)._order, DrawnPlan)
-  assert not isinstance(loader_of(**_PACKED)._order, DrawnPlan)
-  assert not isinstance(loader_of(replacement=True)._order, DrawnPlan)
+  assert isinstance(loader_of(**_PACKED, replacement=True)._order, DrawnOrder)
+  assert not isinstance(loader_of(**_PACKED)._order, DrawnOrder)
+  assert not isinstance(loader_of(replacement=True)._order, DrawnOrder)
 
 
 def test_allow_overflow(folder):

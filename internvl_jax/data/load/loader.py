@@ -31,7 +31,7 @@ from internvl_jax.data.load.task import CONVERSATIONS, DataTask
 from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.data.schedule import order as orders
 from internvl_jax.data.schedule import packing
-from internvl_jax.data.schedule.grouping import GroupedPlan
+from internvl_jax.data.schedule.grouping import GroupedOrder
 from internvl_jax.data.schedule.packed_rows import PlannedRows, RowStream, packable
 from internvl_jax.data.source.cache import cache_errors_named, whole_file
 from internvl_jax.data.source.files import default_cache
@@ -315,15 +315,15 @@ class TrainLoader:
     training, data = self._training, self._data
     seed = training.seed if training.data_seed is None else training.data_seed
     sizes = tuple(self._mixture.sizes.tolist())
-    order: orders.Order = orders.Plan(self.num_samples, seed, self._loader.shuffle)
+    order: orders.Order = orders.EpochOrder(self.num_samples, seed, self._loader.shuffle)
     if data.replacement and data.use_packed_ds:  # As in the reference, of packed rows alone.
-      order = orders.DrawnPlan(sizes, seed, data.use_data_resampling, self._loader.shuffle)
+      order = orders.DrawnOrder(sizes, seed, data.use_data_resampling, self._loader.shuffle)
     elif data.use_data_resampling:
-      order = orders.ResampledPlan(sizes, seed, self._loader.shuffle)
+      order = orders.ResampledOrder(sizes, seed, self._loader.shuffle)
     if not training.group_by_length or data.use_packed_ds:  # packed rows are of one length already
       return order
     length_of = functools.partial(_lengths, self._mixture)
-    return GroupedPlan(
+    return GroupedOrder(
       order, length_of, self._accumulation, self._data_shards, training.per_device_train_batch_size
     )
 

@@ -13,7 +13,7 @@ LengthOf = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class GroupedPlan:
+class GroupedOrder:
   """An order with the samples of each optimizer step rearranged, so that its devices get nearly equal lengths.
 
   A step sees the very samples that it would see without grouping; one that reaches over the end of an epoch mixes

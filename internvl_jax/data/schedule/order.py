@@ -63,7 +63,7 @@ class Order(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Plan:
+class EpochOrder:
   """The stream of samples: a pure function of these three values.
 
   Attributes:
@@ -95,7 +95,7 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ResampledPlan:
+class ResampledOrder:
   """The stream of samples with datasets in proportion to the square root of their sizes.
 
   Each epoch is as long as all samples together, and gives every dataset its share of places, which run through the
@@ -135,18 +135,18 @@ class ResampledPlan:
     """Returns the samples at these places of the stream, with the pass through their dataset as the epoch."""
     shares = self.shares
     ends = np.cumsum(shares)
-    places = Plan(self.num_samples, self.seed, self.shuffle).at(positions)
+    places = EpochOrder(self.num_samples, self.seed, self.shuffle).at(positions)
     datasets = np.searchsorted(ends, places.indices, side="right")
     rank = places.indices - (ends - shares)[datasets]
     return _run_through(self, datasets, places.epochs * shares[datasets] + rank)
 
   def checksum(self) -> int:
-    """Returns a number that differs when the order does; see `Plan.checksum`."""
+    """Returns a number that differs when the order does; see `EpochOrder.checksum`."""
     return zlib.crc32(self.places(0, min(self.num_samples, 1024)).indices.tobytes())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class DrawnPlan:
+class DrawnOrder:
   """The stream of samples whose datasets are drawn with replacement: each place on its own, in proportion to the sizes.
 
   The places that fall to a dataset run through it over and over, each time in a new order, as the reference's do: so
@@ -190,7 +190,7 @@ class DrawnPlan:
     return zlib.crc32(self.places(0, min(self.num_samples, 1024)).indices.tobytes())
 
 
-def _run_through(plan: ResampledPlan | DrawnPlan, datasets: np.ndarray, turns: np.ndarray) -> Places:
+def _run_through(plan: ResampledOrder | DrawnOrder, datasets: np.ndarray, turns: np.ndarray) -> Places:
   """Returns the sample that stands at each turn of its dataset, with the pass through that as the epoch.
 
   Args:
@@ -203,14 +203,14 @@ def _run_through(plan: ResampledPlan | DrawnPlan, datasets: np.ndarray, turns: n
   for dataset in np.unique(datasets).tolist():
     chosen = datasets == dataset
     # Every dataset is a stream of its own, with a seed of its own.
-    inner = Plan(plan.sizes[dataset], hash_seed(plan.seed, dataset), plan.shuffle).at(turns[chosen])
+    inner = EpochOrder(plan.sizes[dataset], hash_seed(plan.seed, dataset), plan.shuffle).at(turns[chosen])
     passes[chosen], indices[chosen] = inner.epochs, firsts[dataset] + inner.indices
   return Places(passes, indices)
 
 
 # 10^7 draws take 60 MB an epoch and 2 s, once in each process.
 @functools.lru_cache(maxsize=2)
-def _draws(plan: DrawnPlan, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+def _draws(plan: DrawnOrder, epoch: int) -> tuple[np.ndarray, np.ndarray]:
   """Returns the dataset of each place of an epoch, and how many places of the epoch before it fell to the same."""
   sizes = np.array(plan.sizes, np.int64)
   ends = np.cumsum(np.sqrt(sizes) if plan.by_root else sizes.astype(np.float64))
@@ -227,7 +227,7 @@ def _draws(plan: DrawnPlan, epoch: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _counts(plan: DrawnPlan, epoch: int) -> np.ndarray:
+def _counts(plan: DrawnOrder, epoch: int) -> np.ndarray:
   """Returns int64 [datasets]: the places of an epoch that fall to each."""
   return np.bincount(_draws(plan, epoch)[0], minlength=len(plan.sizes))
 

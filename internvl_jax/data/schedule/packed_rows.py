@@ -35,6 +35,9 @@ class Skipped(NamedTuple):
   fully_masked: np.ndarray
 
 
+NONE_SKIPPED = Skipped(*(np.zeros(0, np.int64) for _ in Skipped._fields))
+
+
 class RowStream:
   """An endless stream of rows: a pure function of the plan, the sizes and the budgets.
 

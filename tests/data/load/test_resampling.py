@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from internvl_jax.data.schedule.order import ResampledPlan
+from internvl_jax.data.schedule.order import ResampledOrder
 from tests.data.load.test_loader import all_batches, make_loader
 from tests.support.data_toys import write_dataset
 
@@ -11,10 +11,10 @@ SIZES = (900, 100, 25)
 
 
 def test_shares_follow_the_square_root():
-  plan = ResampledPlan(SIZES, 1, True)
+  plan = ResampledOrder(SIZES, 1, True)
   assert plan.num_samples == 1025 and plan.shares.sum() == 1025
   np.testing.assert_allclose(plan.shares, 1025 * np.array([30, 10, 5]) / 45, atol=1)
-  assert ResampledPlan((7,), 1, True).shares.tolist() == [7]
+  assert ResampledOrder((7,), 1, True).shares.tolist() == [7]
 
 
 def test_what_rounding_leaves_over_goes_to_those_that_lost_most():
@@ -27,7 +27,7 @@ def test_what_rounding_leaves_over_goes_to_those_that_lost_most():
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_every_dataset_is_run_through_before_it_begins_again(shuffle):
-  plan = ResampledPlan(SIZES, 1, shuffle)
+  plan = ResampledOrder(SIZES, 1, shuffle)
   places = plan.places(0, 10 * 1025)
   firsts = np.concatenate([[0], np.cumsum(SIZES)])
   for dataset, size in enumerate(SIZES):
@@ -43,11 +43,11 @@ def test_every_dataset_is_run_through_before_it_begins_again(shuffle):
 
 
 def test_any_place_is_found_without_those_before_it():
-  plan = ResampledPlan(SIZES, 3, True)
+  plan = ResampledOrder(SIZES, 3, True)
   whole, part = plan.places(0, 3000), plan.places(1700, 300)
   np.testing.assert_array_equal(whole.indices[1700:2000], part.indices)
   np.testing.assert_array_equal(whole.epochs[1700:2000], part.epochs)
-  assert plan.checksum() != ResampledPlan(SIZES, 4, True).checksum()
+  assert plan.checksum() != ResampledOrder(SIZES, 4, True).checksum()
 
 
 def test_the_loader_takes_it(tokenizer, tmp_path):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from internvl_jax.data.schedule import packing
-from internvl_jax.data.schedule.grouping import GroupedPlan, deal
-from internvl_jax.data.schedule.order import DrawnPlan, Order, Places, Plan, ResampledPlan
+from internvl_jax.data.schedule.grouping import GroupedOrder, deal
+from internvl_jax.data.schedule.order import DrawnOrder, EpochOrder, Order, Places, ResampledOrder
 from internvl_jax.data.schedule.packed_rows import RowStream
 
 SIZES = (900, 100, 0, 25)
@@ -30,14 +30,14 @@ class Lengths:
 def orders() -> dict[str, Order]:
   lengths = Lengths(1025)
   return {
-    "plan": Plan(1025, 3, True),
-    "in_order": Plan(1025, 3, False),
-    "resampled": ResampledPlan((900, 100, 25), 3, True),
-    "drawn": DrawnPlan(SIZES, 3),
-    "drawn_by_root": DrawnPlan(SIZES, 3, by_root=True),
-    "grouped": GroupedPlan(Plan(1025, 3, True), lengths, 4, 2, 3),
-    "grouped_in_order": GroupedPlan(Plan(1025, 3, False), lengths, 4, 2, 3),
-    "grouped_draws": GroupedPlan(DrawnPlan(SIZES, 3), lengths, 1, 8, 3),
+    "plan": EpochOrder(1025, 3, True),
+    "in_order": EpochOrder(1025, 3, False),
+    "resampled": ResampledOrder((900, 100, 25), 3, True),
+    "drawn": DrawnOrder(SIZES, 3),
+    "drawn_by_root": DrawnOrder(SIZES, 3, by_root=True),
+    "grouped": GroupedOrder(EpochOrder(1025, 3, True), lengths, 4, 2, 3),
+    "grouped_in_order": GroupedOrder(EpochOrder(1025, 3, False), lengths, 4, 2, 3),
+    "grouped_draws": GroupedOrder(DrawnOrder(SIZES, 3), lengths, 1, 8, 3),
   }
 
 
@@ -104,20 +104,20 @@ def drawn_datasets(plan, start, count):
 def test_draws_follow_the_sizes(by_root, seed):
   sizes = np.array((90_000, 10_000, 2_500))
   weights = sizes**0.5 if by_root else sizes
-  counts = np.bincount(drawn_datasets(DrawnPlan(tuple(sizes.tolist()), seed, by_root), 50_000, 100_000))
+  counts = np.bincount(drawn_datasets(DrawnOrder(tuple(sizes.tolist()), seed, by_root), 50_000, 100_000))
   assert_as_by_chance(counts, 100_000 * weights / weights.sum())
 
 
 @pytest.mark.parametrize("lag", [1, 2, 24, 1025])
 def test_draws_do_not_depend_on_each_other(lag):
-  draws = drawn_datasets(DrawnPlan((3200,) * 16, 5), 0, 50_000 + lag)
+  draws = drawn_datasets(DrawnOrder((3200,) * 16, 5), 0, 50_000 + lag)
   both = np.bincount(16 * draws[:-lag] + draws[lag:], minlength=256)
   assert_as_by_chance(both, np.full(256, 50_000 / 256))
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_a_dataset_is_run_through_before_it_begins_again(shuffle):
-  plan = DrawnPlan(SIZES, 7, True, shuffle)
+  plan = DrawnOrder(SIZES, 7, True, shuffle)
   places = plan.places(0, 4 * 1025)
   for first, size in ((0, 900), (900, 100), (1000, 25)):
     inside = (places.indices >= first) & (places.indices < first + size)
@@ -130,13 +130,13 @@ def test_a_dataset_is_run_through_before_it_begins_again(shuffle):
 
 @pytest.mark.parametrize("others", [(9, 8), (3, 2**32 + 3), (0, 1)])
 def test_seeds_draw_apart(others):
-  one, other = (drawn_datasets(DrawnPlan((3200,) * 16, seed), 0, 50_000) for seed in others)
+  one, other = (drawn_datasets(DrawnOrder((3200,) * 16, seed), 0, 50_000) for seed in others)
   assert_as_by_chance(np.bincount(16 * one + other, minlength=256), np.full(256, 50_000 / 256))
-  assert DrawnPlan(SIZES, others[0]).checksum() != DrawnPlan(SIZES, others[1]).checksum()
+  assert DrawnOrder(SIZES, others[0]).checksum() != DrawnOrder(SIZES, others[1]).checksum()
 
 
 def test_the_checksum_tells_sizes_apart():
-  plans = (DrawnPlan((300, 20), 1), DrawnPlan((20, 300), 1), DrawnPlan((300, 20), 1, True))
+  plans = (DrawnOrder((300, 20), 1), DrawnOrder((20, 300), 1), DrawnOrder((300, 20), 1, True))
   checksums = {plan.checksum() for plan in plans}
   assert len(checksums) == 3
 
@@ -161,12 +161,12 @@ def test_draws_are_those_of_split_mix():
   places = [0, 1, 77, 1024, 10**5]
   samples = [split_mix(key, place) / 2**64 * 1025 for place in places]
   expected = [0 if sample < 900 else 1 if sample < 1000 else 3 for sample in samples]
-  drawn = [int(drawn_datasets(DrawnPlan(SIZES, 11), place, 1)[0]) for place in places]
+  drawn = [int(drawn_datasets(DrawnOrder(SIZES, 11), place, 1)[0]) for place in places]
   assert drawn == expected and len(set(expected)) > 1
 
 
 def test_packed_rows_take_draws():
-  plan, lengths = DrawnPlan(SIZES, 3), Lengths(1025)
+  plan, lengths = DrawnOrder(SIZES, 3), Lengths(1025)
 
   def size_of(indices):
     return np.stack([lengths(indices), np.ones(len(indices), np.int64)], 1)
@@ -205,8 +205,8 @@ def slowly_dealt(order: Order, lengths: Lengths, accumulation: int, shards: int,
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("shape", [(4, 2, 3), (1, 8, 1), (2, 1, 5), (1, 1, 7), (3, 16, 2)])
 def test_the_longest_goes_to_the_shortest_device_with_room(shape, shuffle, few):
-  lengths, order = Lengths(200, few=few), Plan(200, 5, shuffle)
-  plan = GroupedPlan(order, lengths, *shape)
+  lengths, order = Lengths(200, few=few), EpochOrder(200, 5, shuffle)
+  plan = GroupedOrder(order, lengths, *shape)
   expected = slowly_dealt(order, lengths, *shape, steps=9)
   assert pairs(plan.places(0, 9 * np.prod(shape))) == expected
 
@@ -222,7 +222,7 @@ def test_deal_by_hand():
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_every_sample_is_seen_once_an_epoch(shuffle):
-  plan = GroupedPlan(Plan(100, 5, shuffle), Lengths(100), 4, 2, 3)
+  plan = GroupedOrder(EpochOrder(100, 5, shuffle), Lengths(100), 4, 2, 3)
   # 25 steps of 24 samples are six epochs, and most epochs end within a step.
   seen = pairs(plan.places(0, 600))
   assert sorted(seen) == [(epoch, index) for epoch in range(6) for index in range(100)]
@@ -230,10 +230,10 @@ def test_every_sample_is_seen_once_an_epoch(shuffle):
 
 
 @pytest.mark.parametrize(
-  "order", [Plan(1025, 3, True), ResampledPlan((900, 100, 25), 3, True), DrawnPlan(SIZES, 3)]
+  "order", [EpochOrder(1025, 3, True), ResampledOrder((900, 100, 25), 3, True), DrawnOrder(SIZES, 3)]
 )
 def test_a_step_sees_what_it_would_see_without_grouping(order):
-  plan = GroupedPlan(order, Lengths(1025), 2, 4, 8)
+  plan = GroupedOrder(order, Lengths(1025), 2, 4, 8)
   for step in range(40):
     dealt, plain = plan.places(64 * step, 64), order.places(64 * step, 64)
     assert sorted(pairs(dealt)) == sorted(pairs(plain)) and pairs(dealt) != pairs(plain)
@@ -241,8 +241,8 @@ def test_a_step_sees_what_it_would_see_without_grouping(order):
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_loads_are_even(shuffle):
-  lengths, order = Lengths(20_000), Plan(20_000, 3, shuffle)
-  plan = GroupedPlan(order, lengths, 4, 8, 8)
+  lengths, order = Lengths(20_000), EpochOrder(20_000, 3, shuffle)
+  plan = GroupedOrder(order, lengths, 4, 8, 8)
 
   def totals(stream):
     return lengths(stream.places(0, 64 * 256).indices).reshape(64, 32, 8).sum(-1)
@@ -257,7 +257,7 @@ def test_loads_are_even(shuffle):
 
 def test_the_longest_samples_of_a_step_are_on_different_devices():
   lengths = Lengths(1000)
-  plan = GroupedPlan(Plan(1000, 3, True), lengths, 2, 5, 4)
+  plan = GroupedOrder(EpochOrder(1000, 3, True), lengths, 2, 5, 4)
   for step in range(25):
     dealt = lengths(plan.places(40 * step, 40).indices).reshape(10, 4)
     assert sorted(dealt.max(1)) == sorted(dealt.ravel())[-10:]
@@ -265,7 +265,7 @@ def test_the_longest_samples_of_a_step_are_on_different_devices():
 
 def test_a_window_asks_for_the_lengths_of_its_steps_alone():
   lengths = Lengths(1000)
-  plan = GroupedPlan(Plan(1000, 3, True), lengths, 2, 5, 4)
+  plan = GroupedOrder(EpochOrder(1000, 3, True), lengths, 2, 5, 4)
   for start, count, steps in ((80, 40, 1), (85, 3, 1), (119, 2, 2), (120, 0, 0)):
     lengths.asked = 0
     plan.places(start, count)
@@ -273,10 +273,10 @@ def test_a_window_asks_for_the_lengths_of_its_steps_alone():
 
 
 def test_a_run_may_go_on_with_other_lengths_and_devices():
-  order = Plan(1000, 3, True)
-  plan = GroupedPlan(order, Lengths(1000), 2, 5, 4)
-  other = GroupedPlan(order, Lengths(1000, seed=1), 4, 2, 5)
+  order = EpochOrder(1000, 3, True)
+  plan = GroupedOrder(order, Lengths(1000), 2, 5, 4)
+  other = GroupedOrder(order, Lengths(1000, seed=1), 4, 2, 5)
   assert plan.checksum() == other.checksum() == order.checksum()
-  assert plan.checksum() != GroupedPlan(Plan(1000, 4, True), plan.length_of, 2, 5, 4).checksum()
+  assert plan.checksum() != GroupedOrder(EpochOrder(1000, 4, True), plan.length_of, 2, 5, 4).checksum()
   first, second = plan.places(400, 40), other.places(400, 40)
   assert pairs(first) != pairs(second) and sorted(pairs(first)) == sorted(pairs(second))

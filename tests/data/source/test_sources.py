@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from internvl_jax.data.schedule.order import Plan, total_steps
+from internvl_jax.data.schedule.order import EpochOrder, total_steps
 from internvl_jax.data.source.jsonl import JsonlFile
 from internvl_jax.data.source.meta import read_meta
 from internvl_jax.data.where import DataError
@@ -177,13 +177,13 @@ def test_a_meta_file_of_many_datasets_is_read_at_once(tmp_path):
 
 
 def test_every_sample_once_an_epoch_and_no_break_between_epochs():
-  plan = Plan(10, seed=3, shuffle=True)
+  plan = EpochOrder(10, seed=3, shuffle=True)
   epochs, indices = plan.places(0, 30)
   assert epochs.tolist() == [0] * 10 + [1] * 10 + [2] * 10
   orders = indices.reshape(3, 10)
   assert (np.sort(orders, 1) == np.arange(10)).all()
   assert len({tuple(order) for order in orders.tolist()}) == 3
-  assert indices.tolist() != Plan(10, seed=4, shuffle=True).places(0, 30).indices.tolist()
+  assert indices.tolist() != EpochOrder(10, seed=4, shuffle=True).places(0, 30).indices.tolist()
   # Any window is a slice of the one stream.
   for start, count in ((0, 1), (7, 7), (9, 14), (29, 1)):
     part = plan.places(start, count)
@@ -192,7 +192,7 @@ def test_every_sample_once_an_epoch_and_no_break_between_epochs():
 
 
 def test_order_of_the_lines_without_shuffling():
-  assert Plan(4, seed=3, shuffle=False).places(2, 5).indices.tolist() == [2, 3, 0, 1, 2]
+  assert EpochOrder(4, seed=3, shuffle=False).places(2, 5).indices.tolist() == [2, 3, 0, 1, 2]
 
 
 def test_steps_are_rounded_up_but_not_by_floating_point():
