@@ -51,6 +51,7 @@ from internvl_jax.data.sample import images, tiling
 from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.data.schedule import order as orders
 from internvl_jax.data.schedule import packed_rows
+from internvl_jax.data.schedule.shapes import pack_settings
 from internvl_jax.data.where import Where
 
 _IMAGES = flags.DEFINE_integer("images", 240, "Photographs to make.")
@@ -173,8 +174,8 @@ class Job:
       data, self.tokenizer(), tokens_per_tile=TOKENS_PER_TILE, seed=self.seed, policy=policy, cache=None
     )
     mixture.index_sizes(self.folder / "cache", workers=0, quiet=True)
-    order = orders.Plan(mixture.num_samples, self.seed, shuffle=True)
-    stream = packed_rows.RowStream(order, mixture.size_of, loaders.pack_settings(data))
+    order = orders.EpochOrder(mixture.num_samples, self.seed, shuffle=True)
+    stream = packed_rows.RowStream(order, mixture.size_of, pack_settings(data))
     while True:
       yield next(stream).indices.tolist()
 

@@ -81,5 +81,5 @@ def read_lines(path: str, cache: str, count: int) -> Callable[[], Any]:
 
 def order_lines(path: str, cache: str, count: int) -> Callable[[], Any]:
   del path, cache
-  order = orders.Plan(count, 0, shuffle=True)
+  order = orders.EpochOrder(count, 0, shuffle=True)
   return lambda: (order, order.places(0, 1))

@@ -3,7 +3,7 @@
 import numpy as np
 
 from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, SFTBatch
-from internvl_jax.data.load.batching import tile_bucket
+from internvl_jax.data.schedule.shapes import tile_bucket
 
 SHARES = (0.26, 0.20, 0.16, 0.13, 0.11, 0.08, 0.05)
 """Of a row's tokens, those of each segment; the rest, one in a hundred, is padding."""

@@ -22,7 +22,6 @@ from absl import flags
 from internvl_jax import assembly, cli
 from internvl_jax.config import TrainConfig
 from internvl_jax.config_checks import validate
-from internvl_jax.data.load import loader as loaders
 from internvl_jax.data.load.inspection import DatasetReport, decode_all, describe_notes, examine
 from internvl_jax.data.load.mixture import Mixture
 from internvl_jax.data.load.show import as_json, show_sample
@@ -30,6 +29,8 @@ from internvl_jax.data.sample.notes import NotesShown
 from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.data.schedule import packing
 from internvl_jax.data.schedule.packed_rows import packable
+from internvl_jax.data.schedule.shapes import pack_settings
+from internvl_jax.data.source.files import default_cache
 from internvl_jax.data.where import DataError
 from internvl_jax.errors import UserError
 from internvl_jax.storage.paths import filled_file, output_path
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
   source, tokenizer = assembly.open_model(config, with_weights=False)
   chat = ChatTokenizer(tokenizer, config.data.conv_style, rows=source.config.text.vocab_size)
   assembly.open_export(config, source, tokenizer, chat)
-  cache = config.loader.cache_dir or loaders.default_cache()
+  cache = config.loader.cache_dir or default_cache()
   mixture = Mixture(
     config.data,
     chat,
@@ -70,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
   print(table(reports))
   print(sizes(reports))
   if config.data.use_packed_ds:
-    print(fill(mixture, loaders.pack_settings(config.data)))
+    print(fill(mixture, pack_settings(config.data)))
   for line in [*describe_notes(mixture, workers=os.cpu_count() or 1), *notes]:
     print(f"note: {line}")
   for line in [*(line for report in reports for line in report.examples), *damaged]:

@@ -65,7 +65,7 @@ class PairScorer:
     """Log-probabilities float32 [samples of the mixture, 2]; NaN of samples that are lost. All hosts have all."""
     loader = self.make_loader()
     found = np.full((loader.num_samples, 2), np.nan, np.float32)
-    steps = math.ceil(loader.rows_per_epoch / loader.global_batch)
+    steps = math.ceil(loader.schedule.rows_per_epoch / loader.global_batch)
     for _ in tqdm(range(steps), desc=self.title, unit="batch", disable=not distributed.is_first()):
       with self.watchdog.phase(self.title):
         batch = rules.place_batch(next(loader), self.mesh)

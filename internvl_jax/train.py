@@ -48,6 +48,7 @@ from internvl_jax.config_checks import problems, validate
 from internvl_jax.data.load.counters import untaught_samples
 from internvl_jax.data.load.fingerprint import files_digest
 from internvl_jax.data.load.loader import TrainLoader
+from internvl_jax.data.load.settings import Shards
 from internvl_jax.data.load.show import show_batch
 from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.errors import UserError
@@ -210,7 +211,7 @@ class Data:
   """What a run learns from.
 
   Attributes:
-    make: makes its loader, at the first batch or at that which a `state` names.
+    make: makes its loader, at the first batch.
     pairs: what preferences need beside it; None without.
     without_images: it has none, and is told so: see `idle_on_text`.
     evaluation: answers that are scored during the run and at its end; None for none.
@@ -271,7 +272,7 @@ def open_data(run: Run) -> tuple[TrainLoader, Data]:
     TrainLoader,
     tokenizer=run.chat,
     tokens_per_tile=source.config.tokens_per_tile,
-    **host_shards(setup.mesh),
+    shards=host_shards(setup.mesh),
   )
   pairs, task = None, data_task(config, source)
   if isinstance(setup.objective, PreferenceOptimization):
@@ -441,7 +442,8 @@ def go_on(
   with run.watchdog.phase("restore"):
     state, loader_state, log_state = checkpointer.restore(run.setup.abstract_state())
     with read_from(checkpointer.folder / str(int(state.step)), "loader"):
-      loader = make_loader(state=loader_state)
+      loader = make_loader()
+      loader.set_state(loader_state)
   check_length(run.config.training, int(state.step), loader.total_steps)
   logging.info("Resuming from the checkpoint of step %d", int(state.step))
   return state, loader, log_state
@@ -509,16 +511,16 @@ def joint_metrics(
   return metrics
 
 
-def host_shards(mesh: jax.sharding.Mesh) -> dict[str, Any]:
+def host_shards(mesh: jax.sharding.Mesh) -> Shards:
   """What the loader has to know of the hosts: the data shards, those of them that this one feeds, and how to sum."""
   shards, parts = meshes.data_parallel_size(mesh), meshes.data_parts(mesh)
   part, each = parts[jax.process_index()], shards // (max(parts) + 1)
-  return {
-    "data_shards": shards,
-    "my_shards": range(part * each, (part + 1) * each),
-    "hosts": processes(),
-    "all_sum": functools.partial(distributed.sum_over, parts),
-  }
+  return Shards(
+    count=shards,
+    mine=range(part * each, (part + 1) * each),
+    hosts=processes(),
+    all_sum=functools.partial(distributed.sum_over, parts),
+  )
 
 
 if __name__ == "__main__":

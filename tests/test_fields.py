@@ -22,6 +22,7 @@ from internvl_jax.data.load.mixture import Mixture
 from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.data.schedule import packing
 from internvl_jax.data.schedule.order import DrawnOrder
+from internvl_jax.data.schedule.shapes import pack_settings
 from internvl_jax.hf import export
 from internvl_jax.hf.preprocessor import read_statistics
 from internvl_jax.hf.tokenizer import load_tokenizer
@@ -427,7 +428,7 @@ def test_max_packed_tokens(loader_of):
 
 
 def test_max_buffer_size(folder):
-  settings = [loaders.pack_settings(data_of(folder, **_PACKED, max_buffer_size=rows)) for rows in (1, 20)]
+  settings = [pack_settings(data_of(folder, **_PACKED, max_buffer_size=rows)) for rows in (1, 20)]
   assert [each.look_ahead for each in settings] == [13, 256]
   # The best companion of the first sample is the 40th: one open row does not see it, twenty do.
   sizes = [[900, 0], *[[400, 0]] * 38, [124, 0], *[[400, 0]] * 300]
@@ -451,15 +452,15 @@ def test_strict_mode(loader_of):
 
 
 def test_replacement(loader_of):
-  assert isinstance(loader_of(**_PACKED, replacement=True)._order, DrawnOrder)
-  assert not isinstance(loader_of(**_PACKED)._order, DrawnOrder)
-  assert not isinstance(loader_of(replacement=True)._order, DrawnOrder)
+  assert isinstance(loader_of(**_PACKED, replacement=True).schedule.order, DrawnOrder)
+  assert not isinstance(loader_of(**_PACKED).schedule.order, DrawnOrder)
+  assert not isinstance(loader_of(replacement=True).schedule.order, DrawnOrder)
 
 
 def test_allow_overflow(folder):
   sizes = [[600, 0], [600, 0], [600, 0]]
   rows = [
-    list(packing.pack(sizes, loaders.pack_settings(data_of(folder, **_PACKED, allow_overflow=flag))))
+    list(packing.pack(sizes, pack_settings(data_of(folder, **_PACKED, allow_overflow=flag))))
     for flag in (False, True)
   ]
   assert [len(each) for each in rows] == [3, 2]

@@ -18,6 +18,7 @@ from internvl_jax.checkpoint.checkpointer import Checkpointer
 from internvl_jax.config_checks import idle_settings, problems
 from internvl_jax.data.load import prefetch
 from internvl_jax.data.load.loader import TrainLoader
+from internvl_jax.data.load.settings import Shards
 from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.hf.tokenizer import load_tokenizer
 from internvl_jax.intervals import Best, Due, best_of, steps_of
@@ -173,7 +174,7 @@ def loader_of(tmp_path):
         LoaderConfig(shuffle=shuffle, cache_dir=str(tmp_path / "cache")),
         ChatTokenizer(load_tokenizer(ASSETS / "tokenizer"), "internvl2_5"),
         tokens_per_tile=4,
-        data_shards=2 if settings.get("group_by_length") else 1,
+        shards=Shards(count=2 if settings.get("group_by_length") else 1),
       )
     )
     return opened[-1]
@@ -231,7 +232,7 @@ def test_dataloader_num_workers(loader_of, monkeypatch):
 
 def test_group_by_length(loader_of):
   plain, grouped = (loader_of(group_by_length=flag) for flag in (False, True))
-  assert type(grouped._order) is not type(plain._order)
+  assert type(grouped.schedule.order) is not type(plain.schedule.order)
 
 
 def test_remove_unused_columns():

@@ -13,7 +13,7 @@ REPOSITORY = pathlib.Path(__file__).parents[2]
 
 def run(*flags, tmp_path):
   result = tmp_path / "result.json"
-  command = [sys.executable, REPOSITORY / "scripts" / "bench_data.py", f"--json={result}", *flags]
+  command = [sys.executable, REPOSITORY / "benchmarks" / "bench_data.py", f"--json={result}", *flags]
   environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
   done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr

@@ -45,6 +45,13 @@ def write_dataset(folder, count=10, *, name="toy", **entry):
   return meta
 
 
+def resumed(loader, state=None):
+  """Returns a loader that goes on from a state, if there is one."""
+  if state is not None:
+    loader.set_state(state)
+  return loader
+
+
 def arguments(meta, **changes):
   """Returns settings for tiny tiles of 16 pixels; tokens a tile are 4 in these tests."""
   settings = {

@@ -15,6 +15,7 @@ from internvl_jax.data.load.batching import EVENTS
 from internvl_jax.data.load.inspection import decode_all, examine
 from internvl_jax.data.load.loader import TrainLoader
 from internvl_jax.data.load.mixture import Mixture
+from internvl_jax.data.load.settings import Shards
 from internvl_jax.data.load.show import as_json, show_batch, show_sample
 from internvl_jax.data.sample.fitting import Limits
 from internvl_jax.data.sample.sample import SampleMaker
@@ -25,7 +26,7 @@ from internvl_jax.data.where import DataError, OverLengthError, UnsupervisedErro
 from internvl_jax.tasks.preference.data import PairData
 from internvl_jax.tasks.preference.lines import PairLines, shared_tokens
 from internvl_jax.tasks.sft.data import DATA
-from tests.support.data_toys import WHERE, arguments, turns, write_jsonl
+from tests.support.data_toys import WHERE, arguments, resumed, turns, write_jsonl
 
 P = 4
 PACKED = {"use_packed_ds": True, "max_packed_tokens": 1600, "num_images_expected": 24, "strict_mode": False}
@@ -146,19 +147,19 @@ def make_loader(meta, tokenizer, *, data=None, loader=None, shards=1, **more):
   lines = lines_of(more.pop("preference", True), more.pop("share_prompts", False))
   reference = more.pop("reference", None)
   task = PairData(lines=lines, reference=reference) if lines.kind == "preference" else DATA
-  options = {name: more.pop(name) for name in ("my_shards", "state") if name in more}
+  state, split = more.pop("state", None), Shards(count=shards, mine=more.pop("my_shards", None))
   settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 5}
   settings |= {"disable_tqdm": True}
-  return TrainLoader(
+  opened = TrainLoader(
     arguments(meta, **FRAMES | (data or {})),
     TrainingArguments(**settings | more),
     LoaderConfig(**{"cache_dir": str(meta.parent / "cache")} | (loader or {})),
     tokenizer,
     tokens_per_tile=P,
-    data_shards=shards,
+    shards=split,
     task=task,
-    **options,
   )
+  return resumed(opened, state)
 
 
 def leaves(batch):
@@ -227,7 +228,7 @@ def test_packed_equals_unpacked(meta, tokenizer, unpacked):
   with contextlib.closing(
     make_loader(meta, tokenizer, data=PACKED, max_steps=-1, num_train_epochs=1, gradient_accumulation_steps=1)
   ) as loader:
-    assert loader.num_samples == 36 and loader.rows_per_epoch < 25
+    assert loader.num_samples == 36 and loader.schedule.rows_per_epoch < 25
     found = [entry for batch in loader for entry in segments_of(batch)]
     counters = loader.counters()
   assert sorted(found) == sorted(unpacked)

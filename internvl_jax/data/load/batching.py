@@ -14,13 +14,11 @@ from numpy.typing import ArrayLike
 from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, SFTBatch
 from internvl_jax.data.sample.notes import Note
 from internvl_jax.data.sample.sample import Sample
-from internvl_jax.data.where import DataError
+from internvl_jax.data.schedule.shapes import tile_bucket
 
 EVENTS = ("unreadable", "truncated", "fully_masked", "over_long", "shrunk", "split")
 """What may befall a sample: it could not be read; lost its end, or a piece without supervision; supervises nothing; is
 lost because it is too long; got fewer tiles or frames; is a second, third, ... piece."""
-
-_SHORTEST_BUCKET = 256
 
 
 class MicroBatch(NamedTuple):
@@ -171,54 +169,6 @@ def check_planned(
   raise sample.where.error(
     f"{found}the image's size is not what the line says, or it was replaced; correct the line's width and height"
   )
-
-
-def sequence_buckets(
-  max_length: int, buckets: Sequence[int] = (), name: str = "data.max_seq_length"
-) -> tuple[int, ...]:
-  """Returns the row lengths S in use, ascending.
-
-  Args:
-    max_length: longest row in tokens.
-    buckets: lengths set by the user; empty: max_length and its halves down to 256 tokens.
-    name: what max_length is, for errors.
-
-  Raises:
-    DataError: a length is not positive, or none holds the longest sample.
-  """
-  if buckets:
-    return _checked_buckets("sequence_buckets", buckets, max_length, name)
-  lengths = [max_length]
-  while lengths[-1] % 2 == 0 and lengths[-1] // 2 >= _SHORTEST_BUCKET:
-    lengths.append(lengths[-1] // 2)
-  return tuple(reversed(lengths))
-
-
-def tile_bucket(needed: int, buckets: Sequence[int] = ()) -> int:
-  """Returns the pool size T for so many tiles.
-
-  Args:
-    needed: tiles of the fullest pool; 0 stays 0 (a batch of text only).
-    buckets: sizes set by the user. Above them, and without them, the sizes are 1, 2, 3, 4, 6, 8, 12, 16, 24, ...
-  """
-  if not needed:
-    return 0
-  fitting = [size for size in buckets if size >= needed]
-  if fitting:
-    return min(fitting)
-  power = 1 << (needed - 1).bit_length()
-  return power * 3 // 4 if power >= 4 and needed <= power * 3 // 4 else power
-
-
-def _checked_buckets(name: str, buckets: Sequence[int], needed: int, what: str) -> tuple[int, ...]:
-  buckets = tuple(sorted(set(buckets)))
-  if buckets[0] < 1:
-    raise DataError(f"loader.{name}: sizes must be 1 or more, got {buckets[0]}")
-  if buckets[-1] < needed:
-    raise DataError(
-      f"loader.{name}: the largest, {buckets[-1]}, is below {what}, {needed}; add a bucket of {needed}"
-    )
-  return buckets
 
 
 def _bucket(needed: int, buckets: Sequence[int]) -> int:

@@ -116,6 +116,24 @@ class Tally:
       self._note(EVENTS[int(event.argmax())], [reason])
     self._tell(micro.notes)
 
+  def add_batch(self, micro_batches: Iterable[MicroBatch], before: "Tally") -> None:
+    """Counts the samples of a batch; tells and judges what is lost among them.
+
+    Args:
+      micro_batches: of the batch.
+      before: the counts before it.
+
+    Raises:
+      DataError: the settings say that what was lost ends the run.
+    """
+    for micro in micro_batches:
+      self.add(micro)
+    if self.lost > before.lost:
+      self.judge()
+      self.tell_losses(before)
+    if self.untaught.bit_length() > before.untaught.bit_length():
+      logging.warning("Samples without a supervised token on this host: %s", self.describe())
+
   def judge(self) -> None:
     """Ends the run where too many samples were lost.
 

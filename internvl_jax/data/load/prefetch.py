@@ -15,8 +15,8 @@ from internvl_jax.data.load.mixture import Mixture
 from internvl_jax.data.sample.long_samples import OVER_LONG, UNREADABLE, UNSUPERVISED, kind_of_loss
 from internvl_jax.data.sample.pool import SharedSlots, SharedTiles, TilePool, keep_freed_memory
 from internvl_jax.data.sample.sample import Sample
-from internvl_jax.data.schedule.order import Order, Places
-from internvl_jax.data.schedule.packed_rows import PlannedRows
+from internvl_jax.data.schedule.order import Places
+from internvl_jax.data.schedule.schedule import MicroBatchRows
 from internvl_jax.data.source.workers import DIED, end_with_parent, prepare_for_workers
 from internvl_jax.data.where import DataError
 
@@ -33,32 +33,26 @@ class MicroBatchSource:
 
   Attributes:
     mixture: decodes samples.
-    order: says which.
-    rows: R, rows of a micro-batch.
+    rows: the samples of the R rows of each element, of all hosts.
     mine: the rows that this host decodes.
-    start: the micro-batch of the stream that is element 0.
     count: number of elements.
     tile_size: side of a tile in pixels.
     tokens_per_tile: image tokens of one tile.
     image_token_id: the id that stands at image tokens.
     max_tiles: room for the tiles of a micro-batch.
     shared: where worker processes write the tiles; None: to memory of their own.
-    packed: the samples of the rows of each element where rows hold several; None: one a row.
     measured: the mixture's sizes are known, and a sample of another size is an error.
   """
 
   mixture: Mixture
-  order: Order
-  rows: int
+  rows: MicroBatchRows
   mine: range
-  start: int
   count: int
   tile_size: int
   tokens_per_tile: int
   image_token_id: int
   max_tiles: int = 0
   shared: SharedSlots | None = None
-  packed: PlannedRows | None = None
   measured: bool = False
 
   def __len__(self) -> int:
@@ -84,18 +78,11 @@ class MicroBatchSource:
 
   def _make(self, element: int, pool: TilePool) -> batching.MicroBatch:
     return batching.pack_rows(
-      [self._row(places, pool) for places in self._planned(element)],
+      [self._row(places, pool) for places in self.rows[element][self.mine.start : self.mine.stop]],
       tiles=pool.tiles,
       tokens_per_tile=self.tokens_per_tile,
       image_token_id=self.image_token_id,
     )
-
-  def _planned(self, element: int) -> list[Places]:
-    """Returns the samples of each row: one, or several where rows are packed."""
-    if self.packed is not None:
-      return self.packed[element][self.mine.start : self.mine.stop]
-    epochs, indices = self.order.places((self.start + element) * self.rows, self.rows)
-    return [Places(epochs[i : i + 1], indices[i : i + 1]) for i in self.mine]
 
   def _row(self, places: Places, pool: TilePool) -> list[Sample | batching.Lost]:
     return [self._sample(int(e), int(i), pool) for e, i in zip(*places, strict=True)]

@@ -1,19 +1,51 @@
-"""Settings of the loader: what cannot work is refused before anything is read, and what rows and pools they allow."""
+"""Settings of the loader: what cannot work is refused before anything is read."""
 
+import dataclasses
 import typing
+from collections.abc import Callable
 
-from internvl_jax.arguments import DataTrainingArguments, LoaderConfig, TrainingArguments
+import numpy as np
+
+from internvl_jax.arguments import LoaderConfig, TrainingArguments
 from internvl_jax.data.sample.fitting import Policy
-from internvl_jax.data.schedule.packing import PackSettings, look_ahead_of
+from internvl_jax.data.source.hosts import ALONE, Hosts
 from internvl_jax.data.where import DataError
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shards:
+  """The data-parallel devices of a run, and this host's among them.
+
+  Attributes:
+    count: D, of all hosts.
+    mine: those whose rows this host feeds; None: all.
+    hosts: the processes that make a loader at the same time; each measures a part of the data for all.
+    all_sum: adds an array over the hosts, each shard counted once. All hosts call it at the same time.
+  """
+
+  count: int = 1
+  mine: range | None = None
+  hosts: Hosts = ALONE
+  all_sum: Callable[[np.ndarray], np.ndarray] = lambda counts: counts
+
+  @property
+  def fed(self) -> range:
+    """The shards whose rows this host feeds."""
+    return range(self.count) if self.mine is None else self.mine
+
+  @property
+  def feeders(self) -> int:
+    """Hosts among which the rows are dealt."""
+    return self.count // len(self.fed)
+
+  @property
+  def are_split(self) -> bool:
+    """Whether other hosts feed rows, or read the same data."""
+    return len(self.fed) < self.count or self.hosts.count > 1
+
+
 def check_settings(
-  training: TrainingArguments,
-  loader: LoaderConfig,
-  tokens_per_tile: int,
-  data_shards: int,
-  my_shards: range,
+  training: TrainingArguments, loader: LoaderConfig, tokens_per_tile: int, shards: Shards
 ) -> None:
   """Refuses what cannot work.
 
@@ -21,8 +53,7 @@ def check_settings(
     training: batch size, accumulation, epochs or steps, seeds, workers.
     loader: policies, prefetch.
     tokens_per_tile: image tokens of one tile.
-    data_shards: data-parallel devices of all hosts.
-    my_shards: those whose rows this host feeds.
+    shards: the data-parallel devices.
 
   Raises:
     DataError: a value is out of its range.
@@ -35,7 +66,7 @@ def check_settings(
     ("training.seed", training.seed, 0),
     ("training.data_seed", training.data_seed or 0, 0),
     ("tokens_per_tile", tokens_per_tile, 1),
-    ("data_shards", data_shards, 1),
+    ("data_shards", shards.count, 1),
   )
   for name, value, least in fewest:
     if value < least:
@@ -51,39 +82,6 @@ def check_settings(
     raise DataError(
       f"loader.on_over_length must be one of {', '.join(policies)}, got {loader.on_over_length!r}"
     )
-  if my_shards.step != 1 or not my_shards or my_shards.stop > data_shards or data_shards % len(my_shards):
-    raise DataError(
-      f"this host's shards {my_shards} are not an equal part of {data_shards}; give every host as many"
-    )
-
-
-def pack_settings(data: DataTrainingArguments) -> PackSettings:
-  """Returns the budgets of packed rows."""
-  return PackSettings(
-    max_tokens=data.max_packed_tokens,
-    max_tiles=data.num_images_expected,
-    look_ahead=look_ahead_of(data.max_buffer_size),
-    allow_overflow=data.allow_overflow,
-    over_long="drop",
-  )
-
-
-def longest_row(data: DataTrainingArguments, longest_sample: int) -> int:
-  """Returns the most tokens of a row: of a packed one with `allow_overflow` the last sample may lie across the border."""
-  if not data.use_packed_ds:
-    return longest_sample
-  return data.max_packed_tokens + (longest_sample if data.allow_overflow else 0)
-
-
-def row_name(data: DataTrainingArguments, longest_sample: str) -> str:
-  """Returns what the longest row is named after; `longest_sample` is what the longest sample is."""
-  if data.use_packed_ds:
-    return "data.max_packed_tokens" + (" and a sample beyond it" if data.allow_overflow else "")
-  return longest_sample
-
-
-def tile_sizes(data: DataTrainingArguments, loader: LoaderConfig, rows: int) -> tuple[int, ...]:
-  """Returns the sizes of a shard's pool of tiles: the full budget of its rows alone in strict mode."""
-  if data.use_packed_ds and data.strict_mode:
-    return (data.num_images_expected * rows,)
-  return loader.tile_buckets
+  mine, count = shards.fed, shards.count
+  if mine.step != 1 or not mine or mine.stop > count or count % len(mine):
+    raise DataError(f"this host's shards {mine} are not an equal part of {count}; give every host as many")

@@ -85,7 +85,7 @@ class Schedule:
   Attributes:
     order: the stream of samples.
     shape: how the rows of a step are dealt.
-    size_of: sizes of samples; asked only where rows are packed.
+    size_of: sizes of samples, by `cursor` where rows are packed, and by `room`.
     packing: what a packed row may hold; None: a row is one sample.
     rows_per_epoch: rows that all samples make together.
     total_steps: optimizer steps of the run.
@@ -111,6 +111,14 @@ class Schedule:
   def epoch_of(self, step: int) -> float:
     """How many times the data have been seen after so many optimizer steps."""
     return step * self.shape.rows / self.rows_per_epoch
+
+  def room(self, rows: list[Places]) -> tuple[int, int]:
+    """The tokens of the longest of a step's rows, and the tiles of the fullest shard in a micro-batch."""
+    sizes = self.size_of(np.concatenate([row.indices for row in rows])).clip(0)
+    owners = np.repeat(np.arange(len(rows)), [len(row.indices) for row in rows])
+    tokens, tiles = (np.bincount(owners, column, len(rows)) for column in sizes.T)
+    shards = tiles.reshape(self.shape.accumulation * self.shape.shards, -1).sum(-1)
+    return int(tokens.max()), int(shards.max())
 
   def fingerprint(self) -> dict[str, int]:
     """What must be equal for the number of a step to mean the same samples: numbers for a checkpoint, by name."""

@@ -11,6 +11,7 @@ from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE
 from internvl_jax.data.load import batching
 from internvl_jax.data.load.mixture import Mixture, limits_of
 from internvl_jax.data.sample.sample import Sample, SampleMaker
+from internvl_jax.data.schedule import shapes
 from internvl_jax.data.source.meta import DatasetSpec
 from internvl_jax.data.where import DataError, UnsupervisedError
 from tests.support.data_toys import WHERE, arguments, turns, write_dataset
@@ -282,21 +283,21 @@ def test_image_tokens_that_are_not_the_tiles_are_named():
 
 
 def test_sequence_buckets():
-  assert batching.sequence_buckets(8192) == (256, 512, 1024, 2048, 4096, 8192)
-  assert batching.sequence_buckets(300) == (300,)
-  assert batching.sequence_buckets(1000) == (500, 1000)
-  assert batching.sequence_buckets(500, (512, 128)) == (128, 512)
+  assert shapes.sequence_buckets(8192) == (256, 512, 1024, 2048, 4096, 8192)
+  assert shapes.sequence_buckets(300) == (300,)
+  assert shapes.sequence_buckets(1000) == (500, 1000)
+  assert shapes.sequence_buckets(500, (512, 128)) == (128, 512)
   with pytest.raises(DataError, match=r"largest, 256, is below data\.max_seq_length, 500"):
-    batching.sequence_buckets(500, (256,))
+    shapes.sequence_buckets(500, (256,))
   with pytest.raises(DataError, match="sizes must be 1 or more, got 0"):
-    batching.sequence_buckets(500, (0, 512))
+    shapes.sequence_buckets(500, (0, 512))
   assert assemble(pack(sample(16))).input_ids.shape[-1] == 16
   assert assemble(pack(sample(17))).input_ids.shape[-1] == 32
 
 
 def test_tile_buckets():
-  sizes = [batching.tile_bucket(n) for n in range(14)]
+  sizes = [shapes.tile_bucket(n) for n in range(14)]
   assert sizes == [0, 1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12, 16]
-  assert [batching.tile_bucket(n, (10, 5)) for n in (0, 1, 5, 6, 10, 11)] == [0, 5, 5, 10, 10, 12]
+  assert [shapes.tile_bucket(n, (10, 5)) for n in (0, 1, 5, 6, 10, 11)] == [0, 5, 5, 10, 10, 12]
   assert assemble(pack(sample(20, 5))).tiles.shape[2] == 6
   assert assemble(pack(sample(20, 5)), tile_sizes=(8,)).tiles.shape[2] == 8

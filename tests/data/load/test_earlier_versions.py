@@ -21,7 +21,7 @@ from internvl_jax.data.source.line_digests import digests_of
 from internvl_jax.data.source.sizes import index_folder
 from internvl_jax.tasks.preference.data import PairData
 from internvl_jax.tasks.preference.lines import PairLines
-from tests.support.data_toys import ASSETS, arguments, turns, write_dataset, write_jsonl
+from tests.support.data_toys import ASSETS, arguments, resumed, turns, write_dataset, write_jsonl
 
 EARLIER = ASSETS / "earlier"
 PACKED = {"use_packed_ds": True, "max_packed_tokens": 200, "num_images_expected": 12, "strict_mode": False}
@@ -68,9 +68,8 @@ def make_loader(case, folder, tokenizer, state=None):
     per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=6, disable_tqdm=True
   )
   loader = LoaderConfig(cache_dir=str(folder / "cache"), on_bad_sample="drop", max_bad_fraction=1)
-  return TrainLoader(
-    arguments(meta, **data), training, loader, tokenizer, tokens_per_tile=4, state=state, **task
-  )
+  opened = TrainLoader(arguments(meta, **data), training, loader, tokenizer, tokens_per_tile=4, **task)
+  return resumed(opened, state)
 
 
 def digest_of(batch):

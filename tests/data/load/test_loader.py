@@ -12,26 +12,27 @@ import pytest
 
 from internvl_jax.arguments import LoaderConfig, TrainingArguments
 from internvl_jax.batch import IGNORE_INDEX
-from internvl_jax.data.load import loader as loaders
+from internvl_jax.data.load import counters
 from internvl_jax.data.load.batching import EVENTS
 from internvl_jax.data.load.loader import TrainLoader
+from internvl_jax.data.load.settings import Shards
 from internvl_jax.data.where import DataError
-from tests.support.data_toys import arguments, turns, write_dataset, write_jsonl
+from tests.support.data_toys import arguments, resumed, turns, write_dataset, write_jsonl
 
 PACKAGE = pathlib.Path(__file__).parents[3]
 
 
 def make_loader(meta, tokenizer, *, state=None, shards=2, data=None, loader=None, **training):
   settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 6} | training
-  return TrainLoader(
+  opened = TrainLoader(
     arguments(meta, **data or {}),
     TrainingArguments(**settings),
     LoaderConfig(**loader or {}),
     tokenizer,
     tokens_per_tile=4,
-    data_shards=shards,
-    state=state,
+    shards=Shards(count=shards),
   )
+  return resumed(opened, state)
 
 
 def all_batches(loader):
@@ -156,7 +157,7 @@ def test_too_many_bad_samples_abort_with_the_first_named(tokenizer, tmp_path):
 
 def test_truncated_and_fully_masked_samples_are_counted_and_said(tokenizer, tmp_path, monkeypatch):
   said = []
-  monkeypatch.setattr(loaders.logging, "warning", lambda text, *args: said.append(text % args))
+  monkeypatch.setattr(counters.logging, "warning", lambda text, *args: said.append(text % args))
   records = [
     {"conversations": turns("hi", "hello")},
     {"conversations": turns("hi", "hello " * 300)},

@@ -9,11 +9,12 @@ import pytest
 from internvl_jax.arguments import LoaderConfig, TrainingArguments
 from internvl_jax.batch import SFTBatch
 from internvl_jax.data.load.loader import TrainLoader
+from internvl_jax.data.load.settings import Shards
 from internvl_jax.data.where import DataError
 from internvl_jax.errors import UserError
 from internvl_jax.outputs import read_from
 from tests.data.schedule.test_packed import FRAMES, PACKED, write_mixture
-from tests.support.data_toys import arguments, write_jsonl
+from tests.support.data_toys import arguments, resumed, write_jsonl
 
 SHARDS = 4
 SETTINGS = {
@@ -36,20 +37,26 @@ class Hosts:
     data, more = SETTINGS[name]
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 120}
     settings |= {"disable_tqdm": True} | more | training
-    each = SHARDS // hosts
+    each, self.reads = SHARDS // hosts, None
     self.loaders = [
-      TrainLoader(
+      self.open(
         arguments(meta, **FRAMES | data),
         TrainingArguments(**settings),
         LoaderConfig(cache_dir=str(meta.parent / "cache"), on_bad_sample="drop", max_bad_fraction=0.5),
         tokenizer,
-        tokens_per_tile=4,
-        data_shards=SHARDS,
-        my_shards=range(host * each, (host + 1) * each),
+        host=range(host * each, (host + 1) * each),
         state=state,
       )
       for host in range(hosts)
     ]
+
+  def all_sum(self, counts):
+    """What a collective gives, once all have said what they have read."""
+    return counts if self.reads is None else sum(self.reads)
+
+  def open(self, *settings, host, state):
+    shards = Shards(count=SHARDS, mine=host, all_sum=self.all_sum)
+    return resumed(TrainLoader(*settings, tokens_per_tile=4, shards=shards), state)
 
   def step(self):
     """The global batch: rows and shards of the hosts side by side."""
@@ -58,9 +65,7 @@ class Hosts:
 
   def state(self):
     """The state of the first host, with the counts of all, as a sum over hosts gives it to each."""
-    reads = [loader._tally.read for loader in self.loaders]
-    for loader in self.loaders:
-      loader._all_sum = lambda counts: sum(reads)
+    self.reads = [loader._tally.read for loader in self.loaders]
     states = [json.loads(json.dumps(loader.get_state())) for loader in self.loaders]
     assert all(state == states[0] for state in states)
     return states[0]
@@ -202,6 +207,5 @@ def test_shards_that_do_not_divide_are_refused(meta, tokenizer):
         LoaderConfig(),
         tokenizer,
         tokens_per_tile=4,
-        data_shards=4,
-        my_shards=shards,
+        shards=Shards(count=4, mine=shards),
       )

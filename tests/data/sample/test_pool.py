@@ -89,9 +89,7 @@ def batches(meta, tokenizer, workers, accumulation):
     dataloader_num_workers=workers,
     disable_tqdm=True,
   )
-  loader = TrainLoader(
-    arguments(meta), training, LoaderConfig(prefetch=1), tokenizer, tokens_per_tile=4, data_shards=1
-  )
+  loader = TrainLoader(arguments(meta), training, LoaderConfig(prefetch=1), tokenizer, tokens_per_tile=4)
   found = list(loader)
   loader.close()
   return found

@@ -15,7 +15,7 @@ from internvl_jax.data.where import DataError
 from internvl_jax.hf.model import open_source
 from internvl_jax.models.internvl import Execution
 from internvl_jax.objectives import SupervisedFineTuning
-from tests.support.data_toys import arguments, turns, write_jsonl
+from tests.support.data_toys import arguments, resumed, turns, write_jsonl
 from tests.support.toy import CURVE
 
 P = 4
@@ -65,15 +65,14 @@ FRAMES = {"min_num_frame": 2, "max_num_frame": 6}
 
 def make_loader(meta, tokenizer, *, state=None, data=None, loader=None, side=16, **training):
   settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 5} | training
-  return TrainLoader(
+  opened = TrainLoader(
     arguments(meta, **FRAMES | {"force_image_size": side} | (data or {})),
     TrainingArguments(**{"disable_tqdm": True} | settings),
     LoaderConfig(**{"cache_dir": str(meta.parent / "cache")} | (loader or {})),
     tokenizer,
     tokens_per_tile=P,
-    data_shards=1,
-    state=state,
   )
+  return resumed(opened, state)
 
 
 def samples_of(batch):
@@ -90,7 +89,7 @@ def samples_of(batch):
 
 def test_every_sample_stands_once_in_an_epoch_and_its_size_was_known(meta, tokenizer):
   loader = make_loader(meta, tokenizer, data=PACKED, max_steps=-1, num_train_epochs=1)
-  assert loader.rows_per_epoch < 15 and loader.total_steps == -(-loader.rows_per_epoch // 2)
+  assert loader.schedule.rows_per_epoch < 15 and loader.total_steps == -(-loader.schedule.rows_per_epoch // 2)
   wanted = Mixture(arguments(meta, **FRAMES), tokenizer, tokens_per_tile=P, seed=42)
   wanted.index_sizes(meta.parent / "cache", workers=0, quiet=True)
   decoded = [wanted.decode(0, i) for i in range(30)]
@@ -225,7 +224,7 @@ def test_the_rows_of_an_epoch_are_counted_once(meta, tokenizer, tmp_path, monkey
 
   monkeypatch.setattr(packing, "count_rows", again)
   same = make_loader(meta, tokenizer, data=PACKED, loader=options)
-  assert same.rows_per_epoch == loader.rows_per_epoch > 1
+  assert same.schedule.rows_per_epoch == loader.schedule.rows_per_epoch > 1
   same.close()
   for changes in ({"data": {**PACKED, "max_packed_tokens": 500}}, {"data": PACKED, "data_seed": 1}):
     with pytest.raises(AssertionError, match="counted again"):

@@ -11,7 +11,7 @@ from internvl_jax.data.source import line_digests
 from internvl_jax.data.source.jsonl import JsonlFile
 from internvl_jax.data.source.line_digests import digests_of, first_difference
 from internvl_jax.data.where import DataError
-from tests.support.data_toys import arguments, write_dataset
+from tests.support.data_toys import arguments, resumed, write_dataset
 
 
 def write(path, texts):
@@ -75,7 +75,7 @@ def test_damaged_digests_are_made_anew(tmp_path):
 
 
 def make_loader(meta, tokenizer, state=None, *, cache=None, data=None, policy="truncate", **training):
-  return TrainLoader(
+  opened = TrainLoader(
     arguments(meta, **(data or {})),
     TrainingArguments(
       output_dir="out",
@@ -87,8 +87,8 @@ def make_loader(meta, tokenizer, state=None, *, cache=None, data=None, policy="t
     LoaderConfig(cache_dir=cache and str(cache), on_over_length=policy),
     tokenizer,
     tokens_per_tile=4,
-    state=state,
   )
+  return resumed(opened, state)
 
 
 @pytest.fixture
