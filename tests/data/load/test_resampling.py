@@ -19,10 +19,10 @@ def test_shares_follow_the_square_root():
 
 def test_what_rounding_leaves_over_goes_to_those_that_lost_most():
   """The exact shares are beside each."""
-  assert ResampledPlan((6, 2, 1), 1, True).shares.tolist() == [4, 3, 2]  # 4.53, 2.62, 1.85
-  assert ResampledPlan((8, 1), 1, True).shares.tolist() == [7, 2]  # 6.65, 2.35
-  assert ResampledPlan((100, 9, 4), 1, True).shares.tolist() == [75, 23, 15]  # 75.33, 22.60, 15.07
-  assert ResampledPlan((4, 4, 2, 2, 1), 1, True).shares.tolist() == [3, 3, 3, 2, 2]  # 3.32, 2.35, 1.66
+  assert ResampledOrder((6, 2, 1), 1, True).shares.tolist() == [4, 3, 2]  # 4.53, 2.62, 1.85
+  assert ResampledOrder((8, 1), 1, True).shares.tolist() == [7, 2]  # 6.65, 2.35
+  assert ResampledOrder((100, 9, 4), 1, True).shares.tolist() == [75, 23, 15]  # 75.33, 22.60, 15.07
+  assert ResampledOrder((4, 4, 2, 2, 1), 1, True).shares.tolist() == [3, 3, 3, 2, 2]  # 3.32, 2.35, 1.66
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
