@@ -48,9 +48,9 @@ def test_shuffled_orders_differ_by_epoch_seed_and_dataset():
   def order(plan, epoch=0):
     return plan.places(epoch * plan.num_samples, plan.num_samples).indices
 
-  found = [order(Plan(size, seed, True), epoch) for seed in (3, 4) for epoch in (0, 1)]
+  found = [order(EpochOrder(size, seed, True), epoch) for seed in (3, 4) for epoch in (0, 1)]
   # Two datasets of one size, each in its own order.
-  mixed = order(ResampledPlan((size, size), 3, True))
+  mixed = order(ResampledOrder((size, size), 3, True))
   found += [mixed[mixed < size], mixed[mixed >= size] - size]
   for number, one in enumerate(found):
     assert sorted(one) == list(range(size))
