@@ -69,7 +69,7 @@ _MARKUP = re.compile(r"[*|]|(?<=\w)_(?!\w)")
 
 def read_docstring(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
   """Reads single backticks of docstrings as code, indented paragraphs as examples, other signs as themselves."""
-  del app, what, name, obj, options
+  del app, obj, options
   paragraphs = re.split(r"\n\s*\n", "\n".join(lines))
   read: list[str] = []
   for index, text in enumerate(paragraphs):
@@ -82,6 +82,18 @@ def read_docstring(app: Any, what: str, name: str, obj: Any, options: Any, lines
     parts[2::2] = [f"\\ {part}" if part[:1].isalnum() else part for part in parts[2::2]]
     read.append("".join(_CODE.sub(r"``\1``", part) for part in parts))
   lines[:] = "\n\n".join(read).split("\n")
+  if what in ("attribute", "data"):
+    _VALUES[name] = list(lines)
+
+
+_VALUES: dict[str, list[str]] = {}
+"""Docstrings of values, of which napoleon would take the words before a colon for a type."""
+
+
+def restore_docstring(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+  """Puts the docstring of a value back as it was before napoleon."""
+  del app, what, obj, options
+  lines[:] = _VALUES.pop(name, lines)
 
 
 def setup(app: Any) -> None:
@@ -89,3 +101,4 @@ def setup(app: Any) -> None:
   app.connect("source-read", link_to_repository)
   # Before napoleon, which turns sections of docstrings into reStructuredText at priority 500.
   app.connect("autodoc-process-docstring", read_docstring, priority=400)
+  app.connect("autodoc-process-docstring", restore_docstring, priority=600)
