@@ -1,13 +1,16 @@
 """A small sharded program, and what `aot` reads of its compiled text: for recordings of several versions of XLA."""
 
+import contextlib
 import functools
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from internvl_jax.aot import collectives, hlo, operations
@@ -42,7 +45,7 @@ def lowered(devices: Any) -> Any:
 
 def compiled(devices: Any) -> dict[str, str]:
   """What XLA writes about the program, by the names of `FILES`."""
-  with tempfile.TemporaryDirectory() as folder:
+  with tempfile.TemporaryDirectory() as folder, _uncached():
     options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
     lowered(devices).compile(compiler_options=options)
     programs = sorted(Path(folder).glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)
@@ -51,6 +54,19 @@ def compiled(devices: Any) -> dict[str, str]:
       zip(FILES, (f"{stem}.txt", f"{stem}-buffer-assignment.txt", f"{stem}-live-range.txt"), strict=True)
     )
     return {name: Path(path).read_text() if Path(path).is_file() else "" for name, path in paths.items()}
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+  """Nothing is written about a program that comes from JAX's persistent cache."""
+  before = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+  jax.config.update("jax_enable_compilation_cache", False)
+  compilation_cache.reset_cache()
+  try:
+    yield
+  finally:
+    jax.config.update("jax_enable_compilation_cache", before)
+    compilation_cache.reset_cache()
 
 
 @functools.cache
