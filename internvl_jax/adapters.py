@@ -1,4 +1,4 @@
-"""Merging LoRA adapters into the weights, with proof that the model stays the same."""
+"""Merges LoRA adapters into the weights, and checks that the model computes the same."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

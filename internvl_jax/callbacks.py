@@ -25,7 +25,7 @@ _OF_IMAGES = ("vision_model", "mlp1")
 
 
 class Callback(Protocol):
-  """Is told what the loop does, on every process of the run; all methods do nothing by default.
+  """Watches the loop, on every process of the run; all methods do nothing by default.
 
   Steps are counted as steps taken: 1 is the first one.
   """

@@ -1,4 +1,4 @@
-"""What accelerators can do, by their data sheets.
+"""Memory, FLOP/s and bandwidths of accelerators, by their data sheets.
 
 Peaks are never reached; they turn operations and bytes into times that no run can beat.
 """
@@ -67,7 +67,7 @@ class Chip(Accelerator):
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
 
-# HBM: what libtpu's compiler says is available, a little less than what is soldered on.
+# HBM: what libtpu's compiler reports as available, a little less than what is soldered on.
 # Operations, memory and links: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm and the pages of the
 # generations below it, and https://jax-ml.github.io/scaling-book/tpus (tables at its end, rings in its text).
 # A v4 chip is planned for as JAX sees it: both cores as one device ("megacore"). A v7x chip (Ironwood) is two devices, each

@@ -1,4 +1,4 @@
-"""What XLA is told about the programs that it compiles.
+"""XLA's compiler options for the programs of a run.
 
 Options go to `compile()` with each program, never into XLA_FLAGS: a name there that XLA does not know ends the process.
 What the user has put into XLA_FLAGS stays, and `runtime.xla_options` has the last word. docs/training.md tells what was
@@ -66,7 +66,7 @@ COMPILE_ONLY: dict[str, tuple[Option, ...]] = {
     Option(name="xla_gpu_autotune_level", value=0, reason="there is no card to time anything on"),
   ),
 }
-"""Options that are added where devices are only described, so that programs are compiled and not run."""
+"""Options that are added for compile-only devices: programs are compiled and not run."""
 
 
 def compiler_options(
@@ -113,7 +113,7 @@ _REFUSED = re.compile(
   r"No such compile option: '(?P<unknown>\w+)'"
   r"|While setting option (?P<unfit>\w+), (?P<why>'[^']*' is not a valid \w+ value)"
 )
-"""What XLA says of an option that it does not know, or of a value that an option does not take."""
+"""XLA's message about an option that it does not know, or a value that an option does not take."""
 
 
 def compile_program(
@@ -142,7 +142,7 @@ def compile_program(
       where = f"the XLA of jaxlib {jax.lib.__version__}"
       if name in asked:
         raise UserError(
-          f"runtime.xla_options: {asked[name]!r}: {why} in {where}; mend it, or leave it out"
+          f"runtime.xla_options: {asked[name]!r}: {why} in {where}; correct it, or leave it out"
         ) from error
       logging.warning("%s, which is set by default: %s in %s; going on without it", name, why, where)
       del options[name]
@@ -181,7 +181,7 @@ def set_cache(folder: str) -> None:
   jax.config.update("jax_compilation_cache_dir", folder)
   if "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES" in os.environ:
     return
-  # As JAX does by itself, said because a GPU's start depends on it; but XLA opens that folder by its own means, which
+  # As JAX does by itself, set here because a GPU's start depends on it; but XLA opens that folder by its own means, which
   # know no buckets.
   timings = "none" if is_remote(folder) else "xla_gpu_per_fusion_autotune_cache_dir"
   jax.config.update("jax_persistent_cache_enable_xla_caches", timings)

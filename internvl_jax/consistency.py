@@ -1,4 +1,4 @@
-"""What must be equal on all hosts of a run beside its configuration and its data: programs and weights, as facts to compare.
+"""Facts that must be equal on all hosts of a run, beside its configuration and its data: programs and weights.
 
 Facts are JSON values by the names that messages give them; see `parallel.agreement`.
 """
@@ -27,7 +27,7 @@ PACKAGES = (
   ),
   *("transformers", "tokenizers", "safetensors", "pillow", "av"),
 )
-"""Distributions on which numbers depend: one host with another version trains, and nobody would see it."""
+"""Distributions on which numbers depend: one host with another version would train without an error."""
 
 WHOLE_BYTES = 1 << 26
 """Files of weights up to this size are read whole."""
@@ -53,7 +53,7 @@ def programs() -> dict[str, Any]:
 def weights(source: Source) -> dict[str, Any]:
   """The config of a checkpoint, and of each of its files size and digest; no more than the config where none is read.
 
-  A digest is of the header, which says what tensors there are, and of the numbers: of all of a small file, of parts of
+  A digest is of the header, which lists the tensors, and of the numbers: of all of a small file, of parts of
   a large one; of a file in a bucket, of size and checksum as the store knows them.
 
   Raises:

@@ -2,7 +2,7 @@
 
 CRC-32 sees every flipped bit, every burst of up to 32 of them, and of other damage all but one case in four billion. It
 is meant for accidents, not for attacks. Of what needs no further package, zlib's is the fastest: 4.3 GB/s of one core,
-SHA-256 1.8, BLAKE2b 0.9 (EPYC, Python 3.11). A bucket knows sizes and checksums of its objects by itself: they stand in
+SHA-256 1.8, BLAKE2b 0.9 (EPYC, Python 3.11). A bucket keeps sizes and checksums of its objects itself: they are in
 the same lines, and are compared without reading an object.
 """
 
@@ -22,10 +22,10 @@ FILE = "digests.txt"
 """A line for each of the other files, "CHECKSUM SIZE NAME", and last the CRC-32 of these lines."""
 
 UNKNOWN = "no digests"
-"""What `find_damage` says of a folder without `FILE`."""
+"""The result of `find_damage` for a folder without `FILE`."""
 
 Digest = tuple[str, int]
-"""CRC-32 as eight hexadecimal digits, or a store's word (`storage.paths.Stat.checksum`), and size in bytes."""
+"""CRC-32 as eight hexadecimal digits, or a store's checksum (`storage.paths.Stat.checksum`), and size in bytes."""
 
 _BLOCK = 2**20  # Read at once.
 _PIECE = 2**25  # Read by one thread.
@@ -35,7 +35,7 @@ _POLYNOMIAL = 0xEDB88320  # Of CRC-32, the coefficient of x^0 in the highest bit
 
 
 def of_objects(folder: BucketPath) -> dict[str, Digest]:
-  """What the store says of all objects of a folder, but `FILE`, by their names in it."""
+  """The store's digests of all objects of a folder, but `FILE`, by their names in it."""
   return {name: (found.checksum, found.st_size) for name, found in objects(folder).items() if name != FILE}
 
 
@@ -45,7 +45,7 @@ def of_files(folder: AnyPath, names: Iterable[str], *, sync: bool = False) -> di
   Args:
     folder: where they are.
     names: of the files.
-    sync: they were written a moment ago: they are read where they lie in memory, which takes two thirds of the time, and it
+    sync: they were written a moment ago: they are read from memory, which takes two thirds of the time, and it
       is also waited until they are on their disk, so that power may fail.
   """
   sizes = {name: (folder / name).stat().st_size for name in names}
@@ -154,7 +154,7 @@ def find_damage(folder: AnyPath, *, part: int = 0, parts: int = 1) -> str:
 
   Args:
     folder: where `FILE` and the files are.
-    part: number of the share of the files that is looked at, from 0. Shares have about as many bytes.
+    part: number of the share of the files that is checked, from 0. Shares have about as many bytes.
     parts: of how many.
 
   Returns:
@@ -175,13 +175,13 @@ def find_damage(folder: AnyPath, *, part: int = 0, parts: int = 1) -> str:
 
 
 def _first_damaged(folder: AnyPath, wanted: Mapping[str, Digest], part: int, parts: int) -> str:
-  # What costs nothing comes first, and is looked at by all.
+  # What costs nothing comes first, and is checked by all.
   found = of_objects(folder) if isinstance(folder, BucketPath) else _sizes(folder, wanted)
   for name, (_, size) in wanted.items():
     if problem := _wrong_size(found.get(name), size):
       return f"{name}: {problem}"
   told = {name for name in wanted if _is_told(found[name][0], wanted[name][0])}
-  # An etag of a file that lies elsewhere now is nothing that could be computed here.
+  # An etag of a file that is elsewhere now cannot be computed here.
   unknown = [name for name in wanted.keys() - told if not wanted[name][0].startswith("etag=")]
   mine = sorted(unknown, key=lambda name: (wanted[name][1], name))[part::parts]
   found |= _of_content(folder, {name: wanted[name] for name in mine})

@@ -15,9 +15,9 @@ _FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
 def set_environment(environ: MutableMapping[str, str] = os.environ) -> None:
-  """Says what is not JAX's default; what is set already stays.
+  """Sets JAX's environment variables; those that are set already stay.
 
-  Only the backend of GPUs looks at it, so it can be said before it is known which backend there will be.
+  Only the backend of GPUs looks at it, so it can be set before the backend is known.
   """
   if not any(environ.get(name) for name in _FRACTIONS):
     environ[_FRACTIONS[0]] = str(MEMORY_FRACTION)

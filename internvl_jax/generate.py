@@ -37,7 +37,7 @@ _DEVICES = flags.DEFINE_integer(
 )
 
 
-# Room for keys and values is made for the longest answer.
+# The cache of keys and values has the length of the longest answer.
 _LONGEST, _USUAL_LONGEST = 2048, 128
 
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
   turns = [{"from": "human", "value": _QUESTION.value}, {"from": "gpt", "value": "?"}]
   if _SYSTEM.value is not None:
     turns.insert(0, {"from": "system", "value": _SYSTEM.value})
-  # Typed from the working directory, it may lie anywhere.
+  # Typed from the working directory, it may be anywhere.
   record = {"conversations": turns} | ({"image": absolute(_IMAGE.value)} if _IMAGE.value else {})
   maker = SampleMaker(
     spec=DatasetSpec(name="question", root="", annotation="the command line"),

@@ -23,7 +23,7 @@ from internvl_jax.parallel.mesh import make_mesh
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inference:
-  """A checkpoint with its weights on the device, and how it says that it is asked.
+  """A checkpoint with its weights on the device, and its own settings of prompts and images.
 
   Attributes:
     source: the checkpoint.
@@ -32,7 +32,7 @@ class Inference:
     data: how images are cut and normalised.
     how: how the forward pass is computed.
     stop_ids: ids that end an answer.
-    max_new_tokens: longest answer that the checkpoint says; None if it says nothing.
+    max_new_tokens: longest answer by the checkpoint's generation_config.json; None without an entry.
   """
 
   source: Source
@@ -45,7 +45,7 @@ class Inference:
 
 
 def open_for_inference(folder: str | Path, *, bf16: bool, devices: int = 1) -> Inference:
-  """Opens a checkpoint (see `open_source`) to be asked as its own files say (see `read_stated`).
+  """Opens a checkpoint (see `open_source`) for answering, with the settings of its own files (see `read_stated`).
 
   Args:
     folder: the checkpoint.
@@ -84,7 +84,7 @@ def open_for_inference(folder: str | Path, *, bf16: bool, devices: int = 1) -> I
 
 
 def _places(source: Source, shapes: dict[str, jax.ShapeDtypeStruct], devices: int) -> dict[str, Any]:
-  """Where the weights go: whole on one device, or spread over several."""
+  """The shardings of the weights: whole on one device, or sharded over several."""
   if devices > len(jax.devices()):
     raise UserError(f"--devices={devices}: there are {len(jax.devices())}")
   if devices == 1:

@@ -1,4 +1,4 @@
-"""What a checkpoint's files say of how it is asked: template, system message, tiles, pixels, ends of an answer."""
+"""A checkpoint's own settings for inference: template, system message, tiles, pixels, stop tokens."""
 
 import dataclasses
 import itertools
@@ -23,7 +23,7 @@ from internvl_jax.hf.preprocessor import Preprocessor, read_preprocessor, read_s
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stated:
-  """How a checkpoint is asked, by its own files.
+  """The settings of prompts and images that a checkpoint's own files state.
 
   Attributes:
     template: of its conversations, with its system message.
@@ -40,7 +40,7 @@ class Stated:
   notes: tuple[str, ...]
 
   def log(self) -> None:
-    """Tells what was chosen, and warns of what is not followed."""
+    """Logs what was chosen, and warns of entries that are not followed."""
     data, system = self.data, self.template.system_message
     tiles = "one tile"
     if data.dynamic_image_size and data.max_dynamic_patch > 1:
@@ -100,10 +100,10 @@ def read_stated(source: Source, tokenizer: PreTrainedTokenizerBase) -> Stated:
 
 
 def differences(stated: Stated, data: DataTrainingArguments) -> list[str]:
-  """The settings of a run that differ from what the checkpoint it starts from says of itself, as "name=value (theirs)".
+  """The settings of a run that differ from those of the checkpoint it starts from, as "name=value (theirs)".
 
   Args:
-    stated: what the checkpoint says.
+    stated: the checkpoint's settings.
     data: the run's settings.
   """
   names = [
@@ -130,7 +130,7 @@ def differences(stated: Stated, data: DataTrainingArguments) -> list[str]:
 
 
 def recorded_settings(data: DataTrainingArguments, template: Template | None = None) -> dict[str, Any]:
-  """What a saved checkpoint's config.json records of how it is asked, for `read_stated` to read.
+  """The settings of prompts and images that a saved checkpoint's config.json records, for `read_stated`.
 
   Args:
     data: the settings.
@@ -163,7 +163,7 @@ def _hf_settings(
 ) -> tuple[dict[str, Any], list[str]]:
   """The data settings of a checkpoint of the hf layout, and what is to be said of them.
 
-  The preprocessor decides, as in transformers; what it has no word for is taken from config.json, where this
+  The preprocessor decides, as in transformers; what it has no entry for is taken from config.json, where this
   program's exports keep what they were trained with. transformers' processor cuts images whatever
   `crop_to_patches` says: a fixed tile is min_patches = max_patches = 1.
   """

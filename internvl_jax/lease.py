@@ -1,11 +1,11 @@
 """A lease on an output directory: one run at a time, and none that a crash leaves locked.
 
-Two things tell whether a run is alive. A lock of the kernel (flock), which is gone with its process, however that ends; it
+Two things show whether a run is alive. A lock of the kernel (flock), which is gone with its process, however that ends; it
 is seen on one machine, and by network file systems that pass locks on. And a heartbeat: the file `LEASE_FILE` says who
 runs, and its counter goes up every `BEAT_SECONDS`. Of a run on another machine, where no lock is seen, nothing but the
 counter tells; whoever comes watches it for `WATCH_SECONDS`. Clocks of machines are not compared.
 
-`Place` is all that a lease needs of where it lies; `Folder` is one on a file system, `Bucket` one in an object store.
+`Place` is the storage of a lease; `Folder` is one on a file system, `Bucket` one in an object store.
 """
 
 import contextlib
@@ -37,13 +37,13 @@ class Holder(NamedTuple):
   """Who has a lease.
 
   Attributes:
-    token: tells this lease from any other.
+    token: of this lease alone.
     host: name of the machine.
-    boot: tells this start of the machine from any other: a process of an earlier one is dead.
+    boot: of this start of the machine alone: a process of an earlier one is dead.
     process: its number there.
     since: when it began, in seconds since 1970.
     beat: how often it was renewed.
-    space: tells in which of the machine's containers its number counts.
+    space: the container in which the process's number counts.
   """
 
   token: str
@@ -60,14 +60,14 @@ class Holder(NamedTuple):
 
 
 class Place(Protocol):
-  """Where a lease lies: a file of a folder, or an object of a bucket."""
+  """The storage of a lease: a file of a folder, or an object of a bucket."""
 
   def lock(self) -> bool | None:
-    """Takes the kernel's lock: whether nobody else has it; None where there are no locks."""
+    """Takes the kernel's lock; returns whether it was free; None where there are no locks."""
     ...
 
   def read(self) -> Holder | None:
-    """Who has written itself last; None if nobody has, or it cannot be read."""
+    """The last holder that was written; None if there is none, or it cannot be read."""
     ...
 
   def write(self, holder: Holder) -> None:
@@ -75,12 +75,12 @@ class Place(Protocol):
     ...
 
   def release(self) -> None:
-    """Takes all away that the lease has made, and gives the lock back."""
+    """Deletes the lease's files, and releases the lock."""
     ...
 
 
 class Folder:
-  """The place of a lease in a folder, which is made if it is missing, and taken away if it is empty at the end."""
+  """A lease in a folder, which is created if it is missing, and deleted if it is empty at the end."""
 
   def __init__(self, folder: Path):
     """Nothing is written before `lock`."""
@@ -114,7 +114,7 @@ class Folder:
   def read(self) -> Holder | None:
     """See `Place`."""
     try:
-      # Opened anew: network file systems look at the server then.
+      # Opened again: network file systems ask the server then.
       return Holder(**json.loads(self._path.read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError):
       return None
@@ -143,7 +143,7 @@ class Folder:
 
 
 class Bucket:
-  """The place of a lease in a bucket, where there are no locks."""
+  """A lease in a bucket, where there are no locks."""
 
   def __init__(self, folder: BucketPath):
     """Nothing is written before `write`."""
@@ -174,7 +174,7 @@ class Bucket:
 
 
 def place_in(folder: AnyPath) -> Place:
-  """The place of a lease in a folder."""
+  """The storage of a lease for a folder."""
   return Bucket(folder) if isinstance(folder, BucketPath) else Folder(folder)
 
 
@@ -185,10 +185,10 @@ def held(
   *,
   wait: Callable[[float], Any] = time.sleep,
 ) -> Iterator[None]:
-  """Holds the lease for the time of the `with`.
+  """Holds the lease during the `with` block.
 
   Args:
-    place: where it lies.
+    place: its storage.
     name: of the directory and its setting, for messages.
     wait: takes the place of `time.sleep`.
 
@@ -198,7 +198,7 @@ def held(
   try:
     try:
       me = _take(place, name, wait)
-    except UserError:  # A bucket's, which says all.
+    except UserError:  # A bucket's, whose message is complete.
       raise
     except OSError as error:
       raise UserError(
@@ -237,10 +237,10 @@ def _take(place: Place, name: str, wait: Callable[[float], Any]) -> Holder:
 
 
 def _is_dead(holder: Holder, me: Holder, *, locked: bool) -> bool:
-  """Whether it is certain, without watching, that nobody has the lease any more."""
+  """Whether it is certain, without watching, that the holder has ended."""
   if holder.boot != me.boot:
     return False
-  # A lock that was had on the machine of the holder says so.
+  # The lock of the holder's own machine was free.
   return locked or (holder.space == me.space != "" and not os.path.exists(f"/proc/{holder.process}"))
 
 
@@ -255,10 +255,10 @@ def _beat(place: Place, name: str, me: Holder, stopped: threading.Event) -> None
     holder = holder._replace(beat=holder.beat + 1)
     try:
       if (found := place.read()) is not None and found.token != me.token:
-        logging.error("%s was taken over by %s while this run stood still; end one of them", name, found)
+        logging.error("%s was taken over by %s while this run was suspended; end one of them", name, found)
         return
       place.write(holder)
-    except OSError as error:  # The disk is full, say: whoever saves will tell.
+    except OSError as error:  # For example, the disk is full: the next save reports it.
       logging.info("The lease could not be renewed: %s", error)
 
 

@@ -46,7 +46,7 @@ def output_dir_held(config: TrainConfig, watchdog: Watchdog) -> Iterator[Beginni
 
 
 def begin_output(config: TrainConfig, beginning: Beginning) -> None:
-  """Makes room for a new run where the config says so, and says what it is made with, once nothing speaks against it."""
+  """Clears the directory for a new run where the config allows it, and writes its configuration."""
   if distributed.is_first() and beginning != "resume":
     begin_run(output_folder(config), beginning, to_json(config))
   distributed.barrier("the output directory is begun", seconds=distributed.JOIN_SECONDS)

@@ -1,4 +1,4 @@
-"""A run's output directory, a folder or in a bucket: what it holds, and whether a run begins there, goes on or begins anew."""
+"""A run's output directory, a folder or in a bucket: its files, and whether a run starts, resumes or overwrites it."""
 
 import contextlib
 import fnmatch
@@ -15,7 +15,7 @@ from internvl_jax.errors import UserError
 from internvl_jax.storage import paths, remote
 from internvl_jax.storage.paths import AnyPath, BucketPath, path_of
 
-# What file systems say, through libraries that know no errno, when they cannot take any more.
+# Messages of file systems that are full, through libraries that pass no errno on.
 _DISK_ERRORS = re.compile(
   r"no space left|disk quota|file too large|read-only file system|input/output error", re.I
 )
@@ -27,7 +27,7 @@ CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints to resume from."""
 
 COMMIT_FILE = "commit_success.txt"
-"""Says of a checkpoint in a bucket, where nothing can be renamed, that all of it is there; Orbax's name for it."""
+"""Marks a checkpoint in a bucket, where nothing can be renamed, as complete; Orbax's name for it."""
 
 LEASE_FILE = "run.lease"
 """Who writes there: it is there as long as a run is, and no run's output."""
@@ -69,10 +69,10 @@ RUN_FOLDERS = (CHECKPOINTS, "adapter", "tensorboard", "profile")
 """The folders a run writes there."""
 
 KEPT_FOLDERS = ("reference_logps",)
-"""Folders that a run makes and that no run deletes: they say what they were made of, and took a pass over the data."""
+"""Folders that a run makes and that no run deletes: they record what they were made of, and took a pass over the data."""
 
 RUN_MARKS = (CONFIG_FILE, "trainer_state.json", CHECKPOINTS)
-"""One of these tells a run's output from, say, a downloaded model; the first of them is written first."""
+"""One of these distinguishes a run's output from a downloaded model; the first of them is written first."""
 
 
 def write_json(path: AnyPath, value: Any) -> None:
@@ -86,7 +86,7 @@ def write_config(folder: AnyPath, config: dict[str, Any]) -> None:
 
 
 def begin_run(folder: AnyPath, beginning: Beginning, config: dict[str, Any]) -> None:
-  """Begins a run that does not go on: deletes what an earlier one left, if it may, and marks the folder as this one's."""
+  """Starts a run that does not resume: deletes an earlier run's output, if it may, and marks the folder as this one's."""
   if beginning == "overwrite":
     clear_output_dir(str(folder))
   folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def explained(folder: AnyPath, what: str, remedy: Callable[[], str]) -> Iterator
 
 
 def would_write_over(model: str, output_dir: str) -> bool:
-  """Whether a run would write over the weights it starts from, or delete them to start anew."""
+  """Whether a run would overwrite the weights it starts from, or delete them."""
   model, output_dir = _real(model), _real(output_dir)
   return model == output_dir or any(
     (model + os.sep).startswith(os.path.join(output_dir, folder, "")) for folder in RUN_FOLDERS
@@ -139,7 +139,7 @@ def check_output_dir(training: TrainingArguments) -> Beginning:
 
   "new": nothing is there. "resume": the directory holds a complete checkpoint. "overwrite":
   `overwrite_output_dir` was asked for and something is there, or there is nothing but the beginnings of a run
-  that was stopped before its first checkpoint; `clear_output_dir` then makes room.
+  that was stopped before its first checkpoint; `clear_output_dir` then deletes its files.
 
   Raises:
     UserError: the directory is not empty, and neither resuming nor overwriting is right.
@@ -164,7 +164,7 @@ def check_output_dir(training: TrainingArguments) -> Beginning:
   ours = sorted(entry.name for entry in _run_outputs(folder))
   if ours and present.isdisjoint(RUN_MARKS):
     raise UserError(
-      f"{where} holds {ours[0]}, but nothing tells that a run of ours wrote it, so it is not overwritten; "
+      f"{where} holds {ours[0]}, but nothing shows that a run wrote it, so it is not overwritten; "
       "choose another folder or empty it yourself"
     )
   return "overwrite"
@@ -198,8 +198,8 @@ def checkpoint_steps(output_dir: str) -> list[int]:
 def is_complete(checkpoint: AnyPath) -> bool:
   """Whether a checkpoint was once written to its end.
 
-  On a disk it is written under a temporary name and renamed then, so that one of the two files which say what it holds
-  tells so; the other one may have been lost since. In a bucket, `COMMIT_FILE` is the last that is written.
+  On a disk it is written under a temporary name and renamed then, so that one of the two files that list its content
+  shows it; the other one may have been lost since. In a bucket, `COMMIT_FILE` is the last that is written.
   """
   if isinstance(checkpoint, BucketPath):
     return (checkpoint / COMMIT_FILE).exists()
@@ -229,7 +229,7 @@ def _run_outputs(folder: AnyPath) -> list[AnyPath]:
 
 @contextlib.contextmanager
 def read_from(folder: AnyPath, item: str) -> Iterator[None]:
-  """Names an item of a checkpoint whose JSON is not what was written, where no digest has told that before."""
+  """Names an item of a checkpoint whose JSON is damaged, where no digest has shown that before."""
   try:
     yield
   except UserError:

@@ -1,11 +1,11 @@
-"""Plans a run without its devices: compiles the whole training step and tells what it would take of each chip.
+"""Plans a run without its devices: compiles the whole training step and reports its memory and FLOPs for each chip.
 
   python -m internvl_jax.plan --config configs/quickstart.py --topology v5e:4x4
   python -m internvl_jax.plan --size 2.5-8b --topology v5p [--search]
 
 Topologies: a slice of TPUs (v4:2x2x1, v5e:4x4, v5p:2x2x1, v6e:2x4, v7x:2x2x1; libtpu from the extra `plan` compiles for
 it), NVIDIA's cards (h100:8, or hosts x cards, h100:4x8; also a100-40g, a100-80g, a800, h800, h20, h200, l40s, rtx4090,
-rtx5090, b200; compiled for by the extra `plan-gpu`), or devices at hand (cpu, cpu:8, gpu, local). With --search, a kind
+rtx5090, b200; compiled for by the extra `plan-gpu`), or local devices (cpu, cpu:8, gpu, local). With --search, a kind
 (v5e, h100) of which the fewest devices that fit are looked for, or the most to look at (v5e:8x8, h100:8).
 
 Without a recipe, everything is fine-tuned in packed rows (aot/recipe.py); fields are overridden as everywhere.

@@ -1,10 +1,10 @@
-"""Chat templates and checks of an export: what those who serve a model must ask it by is what it was trained by.
+"""Chat templates and checks of an export, so that a served model is prompted as it was trained.
 
     Template, system message -> chat template (Jinja), which transformers' processor and servers render
-    model, data settings     -> refused, told or held, before anything heavy
+    model, data settings     -> refused, logged or written, before anything heavy
 
-The `hf` layout has room for less than a run may fix. What it holds is written; what it does not is refused with the
-layout that does; what only the caller can give is told.
+The `hf` layout holds less than a run may set. What it holds is written; what it does not is refused with the
+layout that does; what only the caller can set is logged.
 """
 
 import dataclasses
@@ -92,9 +92,9 @@ def chat_template(template: Template, *, image: str, video: str, bos: str = "") 
       [image, "What?"] -> <|im_start|>user\n<IMG_CONTEXT>\nWhat?<|im_end|>\n...<|im_start|>assistant\n
 
   Args:
-    template: how conversations are written in training, and what the system says where they do not say it.
-    image: what stands for an image.
-    video: what stands for a video.
+    template: how conversations are written in training, and the system message where they have none.
+    image: the placeholder of an image.
+    video: the placeholder of a video.
     bos: the token that conversations begin with; "" for none.
   """
   roles = {"system": "system", "user": "human", "assistant": "gpt"}
@@ -140,7 +140,7 @@ class ExportSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Export:
-  """An export that has been looked at.
+  """An export that was checked.
 
   Attributes:
     serving: how the saved model is asked.
@@ -160,7 +160,7 @@ def prepare(
   chat: ChatTokenizer,
   settings: ExportSettings,
 ) -> Export:
-  """Looks at an export before anything is read or computed for it.
+  """Checks an export before anything is read or computed for it.
 
   Args:
     source: the model, with or without adapters.

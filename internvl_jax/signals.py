@@ -18,15 +18,15 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 GOES_ON = "Stopped; the same command goes on"
-"""What a command says that keeps what it has done."""
+"""The last line of a command that can be resumed."""
 
 STOPPED = 75
-"""Exit code of a command that was told to stop: EX_TEMPFAIL of sysexits.h, "try again later"."""
+"""Exit code of a command that was stopped by a signal: EX_TEMPFAIL of sysexits.h, "try again later"."""
 
 _KINDS = (signal.SIGINT, signal.SIGTERM)
 
 # Ctrl-C reaches both a launcher and what it started, and the launcher passes it on as the one signal or the other. Torchrun,
-# mpirun and srun set these; what is told twice within so many seconds was told once.
+# mpirun and srun set these; the same signal within so many seconds was sent once.
 _LAUNCHED = (
   "TORCHELASTIC_RUN_ID",
   "OMPI_COMM_WORLD_RANK",
@@ -42,7 +42,7 @@ _CLEAN_SECONDS = 4.0
 
 
 class _Watch:
-  """What is done when this process is told to stop; there is one of them."""
+  """Handles the signals that stop this process; there is one instance."""
 
   def __init__(self):
     self.thread: threading.Thread | None = None
@@ -74,7 +74,7 @@ class _Watch:
     return several and now - when < _PASSED_ON_SECONDS
 
   def end(self) -> None:
-    """Ends the process as one that was told to stop."""
+    """Ends the process with its last line and exit code."""
     leave(STOPPED, lambda: write_line("W", self.last_line))
 
 
@@ -82,7 +82,7 @@ _watch = _Watch()
 
 
 def watch() -> None:
-  """Takes the signals over, for a command; to be called from the main thread, before any other is started.
+  """Installs the signal handling of a command; call it from the main thread, before any other is started.
 
   A signal that is ignored, as a shell lets what it runs in the background ignore Ctrl-C, stays so.
   """
@@ -98,7 +98,7 @@ def watch() -> None:
 
 
 def is_watching() -> bool:
-  """Whether this process is a command that has taken the signals over."""
+  """Whether `watch` was called in this process."""
   return _watch.thread is not None
 
 
@@ -120,7 +120,7 @@ def listening(listener: Callable[[], None]) -> Iterator[None]:
 
 
 def set_last_line(text: str) -> None:
-  """Says what is told from now on when the process is stopped."""
+  """Sets the line that is printed when the process is stopped."""
   _watch.last_line = text
 
 
@@ -138,7 +138,7 @@ def cleaned_up(function: Callable[[], None]) -> Iterator[None]:
 
 
 def end_as_told() -> None:
-  """Ends the process as a signal does that nobody listens for."""
+  """Ends the process as a signal without a listener does."""
   with _watch.lock:
     _watch.end()
 
@@ -147,10 +147,10 @@ _leaving = threading.Lock()
 
 
 def leave(code: int, last_words: Callable[[], None] = lambda: None) -> NoReturn:
-  """Ends the process at once, after its workers: nothing is written after the last words, nothing waits for others.
+  """Ends the process at once, after its workers: nothing is written after the last line, no other process is waited for.
 
-  Python's own way out would join threads that wait for other hosts or decode on, each with a word to say. Where another
-  thread is at it already, that one's words are the last.
+  Python's own way out would join threads that wait for other hosts or decode on, each with a message. Where another
+  thread is ending the process already, its line is the last.
   """
   _leaving.acquire()
   sys.stdout.flush()

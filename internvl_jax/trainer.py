@@ -120,7 +120,7 @@ class _InFlight:
     step: steps taken before it.
     fetched_in: seconds that the host waited for its batch.
     dispatched: when the devices got it.
-    timed: whether its time says something: not where a program was compiled for it.
+    timed: whether its time counts: not where a program was compiled for it.
     result: its metrics, and when the devices were through.
   """
 

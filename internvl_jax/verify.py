@@ -1,4 +1,4 @@
-"""Runs a checkpoint on given arrays in float32 and writes what it computes, to compare with another program.
+"""Runs a checkpoint on given arrays in float32 and writes logits, loss and features, to compare with another program.
 
   python -m internvl_jax.verify --model DIR --inputs io.npz --outputs out.npz
   python -m internvl_jax.verify --model DIR --against DIR [--inputs io.npz]

@@ -1,7 +1,7 @@
-"""Tells where a run stands when it seems to stand still.
+"""Reports the phase and the stacks of a run that seems to hang.
 
 A hang has no message of its own: a worker that waits for a file system, a collective whose other side never came.
-The loop says what it is about to do; a thread speaks up once that takes too long.
+The loop names each phase that it enters; a thread reports a phase that takes too long.
 """
 
 import contextlib

@@ -41,7 +41,7 @@ def model_flops(plan: StepPlan) -> dict[str, dict[str, int]]:
   """Operations of one data shard's rows in a step, {part: {"forward", "backward"}}, however they are computed.
 
   Nothing is counted twice for being recomputed. Attention of the language model counts the half of its square
-  that a causal mask leaves; segments and windows, which leave less, are not looked at.
+  that a causal mask leaves; segments and windows, which leave less, are not considered.
   """
   found: dict[str, dict[str, float]] = {}
   tokens = plan.shape.tokens

@@ -1,4 +1,4 @@
-"""NVIDIA's cards that are only described, and what XLA's compiler needs to compile for them without one."""
+"""Compile-only NVIDIA cards, and what XLA's compiler needs to compile for them without one."""
 
 import importlib.util
 import os
@@ -12,17 +12,17 @@ from internvl_jax.errors import UserError
 
 INSTALL = "pip install 'internvl_jax[plan-gpu]' (or [cuda], which brings all that a card needs)"
 
-# The plugin compares versions of libraries that only a card needs, and cards at hand are to be left alone.
+# The plugin compares versions of libraries that only a card needs, and local cards are to be left alone.
 _NO_CARD = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "CUDA_VISIBLE_DEVICES": "-1"}
 
 _POOL = 0.8
-"""XLA's share of a described card's memory that it plans a program for; of a card at hand it knows the pool's size."""
+"""XLA's share of a compile-only card's memory that it plans a program for; of a local card it knows the pool's size."""
 
 _PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
 
 def target_config(card: Card) -> str:
-  """The card as XLA's compiler wants it described: a GpuTargetConfigProto as text.
+  """The card as a GpuTargetConfigProto in text form, which XLA's compiler takes.
 
   The memory is such that what XLA thinks there is for a program is what there is in a run, `card.usable`. Its own
   descriptions are in https://github.com/openxla/xla/tree/main/xla/backends/gpu/target_config/specs.

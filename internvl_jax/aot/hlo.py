@@ -64,7 +64,7 @@ class Instruction:
 
   @property
   def in_memory(self) -> int:
-    """Bytes of those results that lie in the main memory."""
+    """Bytes of those results that are in the main memory."""
     return sum(array.bytes for array in self.arrays if not array.on_chip)
 
   @property
@@ -141,7 +141,7 @@ class Module:
 
   @functools.cached_property
   def uncounted_loops(self) -> list[str]:
-    """The loops of which the program does not tell how often they run; they are taken to run once."""
+    """The loops whose number of runs is not in the program; they are counted as one run."""
     loops = (
       line for name in self.control for line in self.computations[name].values() if line.opcode == "while"
     )
@@ -154,7 +154,7 @@ class Module:
     return found
 
   def _trips(self, loop: Instruction, body: str, condition: str) -> int | None:
-    """How often a loop's body runs: as the compiler says, or by its counter's bound and step; None: not known."""
+    """How often a loop's body runs: by the compiler's annotation, or by its counter's bound and step; None: unknown."""
     if found := _TRIPS.search(loop.attributes):
       return int(found[1])
     test = next(line for line in self.computations[condition].values() if line.is_root)

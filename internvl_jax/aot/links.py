@@ -1,6 +1,6 @@
 """The least time that exchanges take, by the links and networks between devices.
 
-TPUs of a slice are a torus of links between neighbours. Cards of a host all reach each other at one speed (NVLink by way of
+TPUs of a slice are a torus of links between neighbors. Cards of a host all reach each other at one speed (NVLink by way of
 a switch, or PCIe), and other hosts at another, each over a network port of its own.
 """
 

@@ -75,7 +75,7 @@ def _convolution_flops(instruction: Instruction, lines: dict[str, Instruction]) 
 def _overlaps(size, taps, out, *, stride, before, lhs_dilate, rhs_dilate) -> int:
   """Pairs of an output and a tap of the window that meet an element of the input, not padding between them.
 
-  So that a batch dimension, which XLA writes as a window over an input spread out by zeros, counts once.
+  So that a batch dimension, which XLA writes as a window over an input dilated by zeros, counts once.
   """
   places = np.arange(out)[:, None] * stride + np.arange(taps) * rhs_dilate - before
   return int(np.sum((places >= 0) & (places % lhs_dilate == 0) & (places // lhs_dilate < size)))

@@ -1,6 +1,6 @@
 """Which exchanges between devices a program hides behind products, by the order in which it runs them.
 
-A collective is asynchronous: one line starts it, another waits for its result. What stands between the two lines runs
+A collective is asynchronous: one line starts it, another waits for its result. What is between the two lines runs
 beside it.
 """
 
@@ -13,7 +13,7 @@ from internvl_jax.aot.operations import product_flops
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
-# Attention, grouped products and the like: work enough to hide behind, of which the program does not tell how much.
+# Attention, grouped products and the like: work enough to hide behind, whose amount is not in the program.
 _KERNELS = re.compile(r'custom_call_target="[^"]*(triton|mosaic|cudnn|fmha)', re.I)
 
 

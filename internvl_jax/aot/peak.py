@@ -1,6 +1,6 @@
-"""What lies in a chip's memory at the moment when most of it is in use, from the compiler's own files.
+"""Peak memory: the values in a chip's memory when most of it is in use, from the compiler's own files.
 
-XLA writes where every value lies (buffer assignment) and from which instruction to which it lives (live ranges,
+XLA writes the place of every value (buffer assignment) and from which instruction to which it lives (live ranges,
 in the order in which instructions run, bodies of loops included). A value that a loop carries is listed under its
 first name alone: the others are followed back to it.
 """
@@ -84,7 +84,7 @@ class _Origins:
                 self._loops[inner.name] = line
 
   def find(self, place: Place, known: dict[Place, tuple[int, int]]) -> Place | None:
-    """The first of the places before this one that is known to lie somewhere."""
+    """The first of the places before this one that has an address."""
     for _ in range(64):
       if place in known:
         return place

@@ -1,4 +1,4 @@
-"""What training costs: hours of devices at a price, at a utilisation that is supposed and said."""
+"""The price of training: hours of devices at an assumed utilization, which is printed with the result."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The training step of a configuration, described by shapes alone, and compiled."""
+"""The training step of a configuration, lowered from shapes alone, and compiled."""
 
 import contextlib
 import dataclasses
@@ -74,7 +74,7 @@ def batch_shape(config: TrainConfig, *, tokens: int | None = None, tiles: int | 
     longest = data.max_packed_tokens + (data.max_seq_length if data.allow_overflow else 0)
     most = data.num_images_expected
   else:
-    # A pair's answers stand in one row.
+    # A pair's answers are in one row.
     longest = data.max_seq_length * (1 if config.preference.loss_type is None else 2)
     grid = data.max_dynamic_patch if data.dynamic_image_size else 1
     most = grid + (data.use_thumbnail and grid > 1)
@@ -98,7 +98,7 @@ class StepPlan:
     shape: the batch's.
     state, frozen, batch: as the step takes them, without numbers.
     xla_options: `runtime.xla_options`.
-    warnings: what a run's log would warn of where the parameters lie.
+    warnings: a run's warnings about the sharding of the parameters.
   """
 
   source: Source
@@ -167,7 +167,7 @@ class Compiled:
     flops: the compiler's own count, in which loops run once; None where it gives none.
     lower_seconds, compile_seconds: how long it took.
     refusal: why the compiler gave up, where memory did not suffice; what is known then comes from its dumps.
-    files: the compiler's files on where values lie and how long they live (see `peak`); empty where there are none.
+    files: the compiler's files on the addresses and lifetimes of values (see `peak`); empty where there are none.
   """
 
   hlo: str
@@ -192,7 +192,7 @@ def compile_step(
     target: the devices it is planned for.
     optimization_level: how hard the compiler for a slice of TPUs tries. "default" is what a run on TPUs gets. "O0" and
       "O1" take a fraction of its time, with memory within 4 % (docs/scale.md). For cards it is always what a run gets.
-    dump: an empty folder for what the compiler for described devices writes about the program; None keeps nothing of it.
+    dump: an empty folder for what the compiler for compile-only devices writes about the program; None keeps nothing of it.
 
   Raises:
     UserError: the compiler is not all there.
@@ -284,5 +284,5 @@ class _Dumps:
 
   @property
   def files(self) -> tuple[str, str]:
-    """Where values lie, and how long they live."""
+    """The addresses of values, and their lifetimes."""
     return self._read("-buffer-assignment.txt"), self._read("-live-range.txt")

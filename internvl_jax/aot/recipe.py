@@ -1,7 +1,7 @@
 """The recipe that is planned for where none is named: all of a published size is fine-tuned in packed rows.
 
 One row a device of 8192 tokens and 40 tiles, as the reference's defaults have it, in bfloat16, with weights,
-gradients and optimizer state spread over all devices. `arg` "lora" trains adapters of rank 16 on the language model
+gradients and optimizer state sharded over all devices. `arg` "lora" trains adapters of rank 16 on the language model
 instead; "mpo" optimises preferences, with the published recipes' losses.
 """
 

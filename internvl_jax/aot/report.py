@@ -300,7 +300,7 @@ def verdict(report: Report) -> str:
   if report.fits:
     return f"fits: {used} of {limit} a device, {(report.limit - report.total) / GIB:.2f} GiB are left"
   excess = report.total - report.limit
-  # Refused below the limit: what there is would have to lie in one piece.
+  # Refused below the limit: the free memory would have to be contiguous.
   why = f"{excess / GIB:.2f} GiB too much" if excess > 0 else f"the compiler says: {report.refusal}"
   return f"does not fit: {used} of {limit} a device, {why}; {' or '.join(advice(report))}"
 

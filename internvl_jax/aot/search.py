@@ -1,11 +1,11 @@
 """Looks for the smallest slice of TPUs, or the fewest cards, that a run fits on, and how to arrange it there.
 
-What certainly lies in a chip's memory is known by arithmetic: parameters, optimizer state and gradients by their
-shardings, and what every layer saves for the way back. Only where that leaves room is the step compiled. What a
+A lower bound of a chip's memory is known by arithmetic: parameters, optimizer state and gradients by their
+shardings, and what every layer saves for the way back. Only where that fits is the step compiled. What a
 compiled step took beyond the arithmetic hardly depends on the slice, so that one compilation tells which others are
 not worth theirs. What is said to fit was compiled.
 
-The smallest slices come first: a compiler that runs out of memory says so before it generates code, which takes it most
+The smallest slices come first: a compiler that runs out of memory reports it before it generates code, which takes it most
 of its time.
 """
 
@@ -153,7 +153,7 @@ class _Search:
   beyond: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
   def fits(self, target: Target, mesh: MeshConfig) -> bool:
-    """Tries an arrangement, to recompute less first if there may be room for it; says whether it fits."""
+    """Tries a mesh, with less recomputation first if that may fit; returns whether one fits."""
     for remat in ("dots", "full"):
       plan = self._plan(target, mesh, remat)
       if plan is None:

@@ -1,4 +1,4 @@
-"""What to compile for: a slice of TPUs or NVIDIA's cards, which are only described, or the devices at hand."""
+"""What to compile for: a slice of TPUs or NVIDIA's cards, both compile-only, or local devices."""
 
 import dataclasses
 import difflib
@@ -37,7 +37,7 @@ class Target:
     devices: in the order that a mesh takes them.
     chip: what they can do; None where we have no data sheet.
     memory: bytes that a program may use on each; None where that is not known.
-    shape: lengths of the slice's axes, or hosts and cards of each; empty for devices at hand.
+    shape: lengths of the slice's axes, or hosts and cards of each; empty for local devices.
   """
 
   name: str
@@ -53,7 +53,7 @@ class Target:
 
   @property
   def compile_only(self) -> bool:
-    """Whether the devices are only described, so that nothing can be put on them."""
+    """Whether programs can only be compiled for the devices, which are not there."""
     return bool(self.shape)
 
 
@@ -62,7 +62,7 @@ def open_target(name: str) -> Target:
 
   Args:
     name: a slice ("v5e:4x4"), cards of a host ("h100:8") or of several ("h100:4x8": hosts x cards), "cpu", so many
-      devices of a CPU ("cpu:8"), "gpu", or "local" for those at hand.
+      devices of a CPU ("cpu:8"), "gpu", or "local" for all local ones.
 
   Raises:
     UserError: no such devices, or no compiler for them.
@@ -82,7 +82,7 @@ def open_target(name: str) -> Target:
 
 
 def suggest(kind: str) -> str | None:
-  """The kinds of chips and cards that are called much like this one, as a question."""
+  """A "did you mean" of the kinds of chips and cards with a similar name."""
   names = [*TPUS, *GPUS]
   close = [name for name in names if kind and name.startswith(kind.lower())]
   close = close or difflib.get_close_matches(kind.lower(), names, n=3)
@@ -127,7 +127,7 @@ def _slice(name: str, chip: Chip, shape: tuple[int, ...]) -> Target:
   check_compiler()
   os.environ.update({key: value for key, value in _NO_TPU.items() if key not in os.environ})
   jax.config.update("jax_platforms", "cpu")
-  # What is compiled for a slice cannot be run here, and the cache would hide what the compiler says about it.
+  # What is compiled for a slice cannot be run here, and the cache would hide the compiler's own report.
   jax.config.update("jax_enable_compilation_cache", False)
   from jax.experimental import topologies
 

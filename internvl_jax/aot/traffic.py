@@ -69,7 +69,7 @@ def _written(module: Module, line: Instruction) -> int:
     return 0  # What is written is what was read: counted once there, once here would need its operand.
   callee = line.called("calls") if line.opcode == "fusion" else None
   if is_library_product(line):
-    return line.arrays[0].bytes  # The second is room to work in.
+    return line.arrays[0].bytes  # The second is scratch space.
   if callee is None or not line.in_memory:
     return line.in_memory
   lines = module.computations[callee]

@@ -39,10 +39,10 @@ from internvl_jax.storage.paths import AnyPath, BucketPath, path_of
 VERIFY_SECONDS = 3600
 """How long processes wait for the last one to read its share of a checkpoint: 1 TB over 64 hosts, from a slow disk."""
 
-# What a checkpoint says of itself in Orbax's metadata: a file of digests that is missing was lost.
+# An entry of Orbax's metadata: it shows that a missing file of digests was lost.
 _MARK = {"digests": "crc32"}
 
-# Numbers what processes tell each other, all of them alike.
+# Numbers the messages between processes, the same on all of them.
 _TALKS = itertools.count()
 
 Restored = tuple[TrainState, dict[str, Any], dict[str, Any]]
@@ -68,10 +68,10 @@ class Checkpointer:
       max_to_keep=None if spare else keep,
       preservation_policy=NewestAndOne(keep, spare) if spare and keep else None,
       temporary_path_class=class_of_folders(self.folder),
-      # Otherwise it reads files of all checkpoints at once, before anything tells whether they are damaged.
+      # Otherwise it reads files of all checkpoints at once, before it is known whether they are damaged.
       lightweight_initialize=True,
       enable_async_checkpointing=True,
-      # What a killed run left half-written takes room, and is never read. In a bucket, `settle` has seen to it.
+      # What a killed run left incomplete takes space, and is never read. In a bucket, `settle` has deleted it.
       cleanup_tmp_directories=not isinstance(self.folder, BucketPath),
       create=False,
       # Hosts may see a shared folder's newest entries at different times; one of them looks for all.
@@ -130,7 +130,7 @@ class Checkpointer:
     items = {
       "state": StateSave(_as_tree(state)),
       # Orbax copies arrays at once, but reads JSON values when its thread comes to write them: the log would by then
-      # have the entries of later steps, which a run that goes on would write a second time.
+      # have the entries of later steps, which a resumed run would write a second time.
       "loader": ocp.args.JsonSave(copy.deepcopy(loader)),
       "trainer": ocp.args.JsonSave(copy.deepcopy(trainer)),
     }
@@ -162,8 +162,8 @@ class Checkpointer:
         logging.warning("%s: damaged (%s); it is left where it is", self.folder / str(step), damage)
     tried = ", ".join(map(str, steps))
     raise UserError(
-      f"{self.folder}: none of the checkpoints (of steps {tried}) is intact, so there is nothing to go on from; put a copy "
-      "of one there, or begin anew with another output_dir or overwrite_output_dir=True"
+      f"{self.folder}: none of the checkpoints (of steps {tried}) is intact, so there is nothing to resume from; put a copy "
+      "of one there, or start over with another output_dir or overwrite_output_dir=True"
     )
 
   def _try(self, step: int, like: TrainState) -> tuple[Restored | None, str]:
@@ -182,7 +182,7 @@ class Checkpointer:
       words = f"cannot be read: {' '.join(str(error).split())[:200] or type(error).__name__}"
       # Not damage, or damage that other processes may not have met.
       if checked or jax.process_count() > 1:
-        raise UserError(f"{path}: {words}; remove that folder to go on from the one before") from error
+        raise UserError(f"{path}: {words}; remove that folder to resume from the one before") from error
       logging.debug("Where it came from:", exc_info=error)
       return None, words
 
@@ -260,7 +260,7 @@ class Checkpointer:
     in_bucket = isinstance(self.folder, BucketPath)
     newest = self._manager.latest_step() if in_bucket else newest_checkpoint(str(self.folder.parent))
     stands = "no checkpoint is complete" if newest is None else f"that of step {newest} is complete and kept"
-    room = "S" if in_bucket else "Make room, or lower training.save_total_limit, and s"
+    room = "S" if in_bucket else "Free some space, or lower training.save_total_limit, and s"
     return f"{stands}. {room}tart the same command again"
 
   def close(self) -> None:

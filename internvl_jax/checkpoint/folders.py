@@ -64,7 +64,7 @@ class _BucketFolder(ocp.path.atomicity.CommitFileTemporaryPath):
   """A checkpoint's folder in a bucket, or that of a part of one."""
 
   async def finalize(self) -> None:
-    """Says that everything is there, once it is: of a checkpoint, after its digests."""
+    """Commits: marks a folder as complete, after all of its files; a checkpoint's, after its digests."""
     folder = self.get()
     if folder.name.isdecimal():
       await asyncio.to_thread(self._write_metadata)
@@ -81,7 +81,7 @@ class _BucketFolder(ocp.path.atomicity.CommitFileTemporaryPath):
 
 
 def _write_object_digests(folder: BucketPath) -> None:
-  """Writes the digests of a checkpoint in a bucket: what the store says of its objects."""
+  """Writes the digests of a checkpoint in a bucket, by the store's own sizes and checksums."""
   digests.write(folder, digests.of_objects(folder))
 
 
@@ -89,7 +89,7 @@ def settle(folder: BucketPath) -> None:
   """Completes or deletes the checkpoints of a bucket that lack their last object.
 
   Those that are whole by their digests are complete: they come from a disk, or a run was killed between the two objects.
-  Those without digests were left by a killed run: they take room, and are never read.
+  Those without digests were left by a killed run: they take space, and are never read.
   """
   for step in checkpoint_steps(str(folder.parent)):
     found = folder / str(step)
@@ -165,7 +165,7 @@ def _normalize(path: str) -> str:
 
 
 def _driver(path: Any) -> dict[str, Any]:
-  """What TensorStore is told of a place in a bucket."""
+  """TensorStore's spec of a path in a bucket."""
   scheme, _, rest = str(path).partition("://")
   if scheme != "s3":
     return _driver_of_gcs(path)
@@ -195,7 +195,7 @@ def _s3_credentials() -> str | None:
 
 
 def _s3_endpoint() -> str | None:
-  """Where the store is, if not at Amazon's: as s3fs and boto are told it."""
+  """The endpoint of an S3 store that is not Amazon's, from the settings of s3fs and boto."""
   options = fsspec.config.conf.get("s3", {})
   told = options.get("endpoint_url") or options.get("client_kwargs", {}).get("endpoint_url")
   return told or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")

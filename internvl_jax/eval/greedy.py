@@ -31,8 +31,8 @@ class GreedyDecoder:
   """Answers prompts in batches of one size, taking the likeliest token each time.
 
   Prompts are padded on the left to a multiple of PROMPT_STEP, so that all rows' answers begin at the same
-  slot of the cache; padding is a segment that no token sees. Where the parameters lie on a mesh, rows and heads
-  are spread over it, and the cache with them.
+  slot of the cache; padding is a segment that no token sees. Where the parameters are sharded over a mesh, rows and heads
+  are sharded over it, and the cache with them.
 
   Attributes:
     model: the model's definition.

@@ -1,4 +1,4 @@
-"""The questions of `eval.annotation`: opened, looked at before a run begins, and read one by one."""
+"""The questions of `eval.annotation`: opened, checked before a run begins, and read one by one."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from internvl_jax.data.where import DataError, OverLengthError
 NAME = "eval.annotation"
 """What errors call the dataset: the setting that names it."""
 
-# Lines looked at by a worker at a time.
+# Lines checked by a worker at a time.
 _GROUP = 64
 
 
@@ -23,7 +23,7 @@ class Asked(NamedTuple):
   """A line with a question.
 
   Attributes:
-    record: as it stands in the file.
+    record: as it is in the file.
     sample: its tokens and tiles.
     answer: the one that is wanted, of the last turn.
   """

@@ -29,7 +29,7 @@ from internvl_jax.storage.paths import AnyPath, path_of, write_whole
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-  """A prompt, the answer wanted, and what the line of the jsonl says about it.
+  """A prompt, the answer wanted, and the other entries of its line of the jsonl.
 
   Attributes:
     prompt: what the model reads.

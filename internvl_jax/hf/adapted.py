@@ -1,4 +1,4 @@
-"""The adapters that a model gets: those that a checkpoint holds, those that are asked for, and those without a place."""
+"""The adapters of a model: those of the checkpoint, those that are requested, and those that are not supported."""
 
 import dataclasses
 import re
@@ -20,7 +20,7 @@ def recorded(raw: Mapping[str, Any], checkpoint: Checkpoint | None) -> dict[str,
   """The adapters that a reference's checkpoint holds, by part; their alpha is twice the rank.
 
   Raises:
-    UserError: config.json and the tensors do not say the same.
+    UserError: config.json and the tensors contradict each other.
   """
   specs, layout = {}, config_io.layout_of(raw)
   for part, flag in _RANK.items():
@@ -49,7 +49,7 @@ def recorded(raw: Mapping[str, Any], checkpoint: Checkpoint | None) -> dict[str,
 
 
 def combined_spec(part: str, requested: LoRASpec | None, stored: LoRASpec | None) -> LoRASpec | None:
-  """The adapters that a part gets: the checkpoint's go on, with the dropout asked for."""
+  """The adapters that a part gets: the checkpoint's are trained on, with the dropout asked for."""
   if requested is None or stored is None:
     return stored or requested
   fields = {"rank": _RANK[part]} | {

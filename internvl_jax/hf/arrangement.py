@@ -1,4 +1,4 @@
-"""How parameters are sharded while they are read: so that hosts read what lies together in the files, and that once.
+"""Shardings of parameters while they are read: each host reads contiguous ranges of the files, and each of them once.
 
 A file holds tensors row by row. Where devices hold parts of every row, or parts of what must be read whole, each host
 would read all of it for each of them. So parameters are first read in another sharding, and the devices exchange what
@@ -23,7 +23,7 @@ def reading_sharding(
     lead: how many of its first axes run over layers and experts.
     shape: the parameter's.
     sharding: where it is wanted.
-    far: whether files are fetched anew each time they are read. Those of a disk stay in its host's memory, so that
+    far: whether files are fetched each time they are read. Those of a disk stay in its host's memory, so that
       what several devices of one host read is read once.
   """
   inner = len(shape) - lead
@@ -45,7 +45,7 @@ def _by_layers(lead: int, shape: tuple[int, ...], sharding: jax.sharding.Shardin
     return sharding
   count = len(sharding.device_set)
   axis = max(range(lead), key=lambda axis: math.gcd(shape[axis], count), default=None)
-  # Without a divisor, all of it would lie on each device.
+  # Without a divisor, each device would hold all of it.
   return sharding if axis is None or math.gcd(shape[axis], count) == 1 else _divided(sharding, axis, shape)
 
 

@@ -25,7 +25,7 @@ _LIMITS: Mapping[np.dtype, tuple[type, int]] = {
 }
 
 _BLOCK = 2**16
-"""Numbers looked at together: they and the shifted copy fit the cache."""
+"""Numbers checked together: they and the shifted copy fit the cache."""
 
 
 def is_float(array: np.ndarray) -> bool:
@@ -70,7 +70,7 @@ def refuse_quantized(
     types: by a tensor's name, its type as safetensors names it.
     key: what the file calls a tensor.
     where: the file of each tensor.
-    said: the entry of config.json that tells how it is quantized, if there is one.
+    said: the entry of config.json on how it is quantized, if there is one.
 
   Raises:
     UserError: it names the first such tensor, and all types there are.

@@ -32,7 +32,7 @@ Table = Mapping[str, Kind]
 
 
 def check(place: str, entries: Mapping[str, Any], table: Table) -> None:
-  """Sees that the entries of a JSON object that are there are what the table says.
+  """Checks the entries of a JSON object by a table of types and ranges.
 
   Args:
     place: the file, and what leads to the object within it: "config.json: llm_config.".
@@ -96,7 +96,7 @@ _SHARE = Kind("a number from 0 to 1", lambda value: isinstance(value, int | floa
 _FACTOR = number(0, 1e6)
 _SIDE = integer(1, 2048)
 _TILES = integer(1, 4096)
-_ID = integer(-1, 2**31 - 1)  # -1 says that there is none.
+_ID = integer(-1, 2**31 - 1)  # -1 means that there is none.
 
 # --- config.json --------------------------------------------------------------------------------------------
 

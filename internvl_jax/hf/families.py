@@ -44,7 +44,7 @@ class Family:
     as_llama: for a family that transformers lacks: its table under LLaMA's names, which it is stored under in
       the `hf` layout.
     undecayed: a regular expression; weight decay spares what it is found in, of the reference's names in lower
-      case. It says what the reference's optimizer groups are, which depend on the release of transformers that
+      case. It gives the reference's optimizer groups, which depend on the release of transformers that
       trains the family: see UNDECAYED and docs/training.md.
   """
 

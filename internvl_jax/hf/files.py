@@ -1,4 +1,4 @@
-"""A checkpoint's files as users have them: JSON objects, which files hold the weights, and what is none of these."""
+"""A checkpoint's files: reads JSON, finds the files with weights, and recognizes files of other kinds."""
 
 import json
 import re
@@ -24,7 +24,7 @@ DEPTH = 64
 HEADER_BYTES = 2**25
 """Longest header of a safetensors file, read whole before anything else: some 150 bytes a tensor."""
 
-# What files begin with that are saved under the name of another kind.
+# First bytes of files that are saved under the name of another kind.
 _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
   (b"version https://git-lfs", "only a pointer of Git LFS; fetch the file by `git lfs pull`"),
   (b"<!doctype", "a web page, saved in place of the file; download it again"),
@@ -40,7 +40,7 @@ _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
 
 
 def what_it_is(path: Path) -> str | None:
-  """What a file is by its first bytes, and what to do, where that is not what its name says; else None.
+  """What a file is by its first bytes, and what to do, where its name does not fit; else None.
 
   Raises:
     UserError: it cannot be read.
@@ -87,7 +87,7 @@ def read_json(path: Path) -> dict[str, Any]:
   except FileNotFoundError:
     if (url_of(path.parent) or path.parent).parent.name == "checkpoints":
       raise UserError(
-        f"{path.parent}: what a run goes on from, not a model; docs/training.md tells how to make a model of it"
+        f"{path.parent}: a checkpoint to resume from, not a model; docs/training.md shows how to make a model of it"
       ) from None
     raise UserError(f"{path}: no such file; a checkpoint folder has a {path.name}") from None
   except UserError:
@@ -96,7 +96,7 @@ def read_json(path: Path) -> dict[str, Any]:
     ValueError,
     RecursionError,
   ) as error:  # Not only of JSON: numbers of too many digits, other encodings.
-    words = what_it_is(path) or f"not valid JSON ({shown_error(error)}); mend it, or download it again"
+    words = what_it_is(path) or f"not valid JSON ({shown_error(error)}); correct it, or download it again"
     raise UserError(f"{path}: {words}") from None
   if not isinstance(found, dict):
     raise UserError(f"{path}: holds a {type(found).__name__}, expected a JSON object; download it again")
@@ -188,13 +188,13 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _check_siblings(folder: Path, names: Sequence[str], found: Sequence[str], *, indexed: bool) -> None:
-  """Refuses a folder in which files of two models lie, or a part of one.
+  """Refuses a folder with files of two models, or with a part of one.
 
   Args:
     folder: where.
     names: the files that would be read.
     found: all safetensors files.
-    indexed: an index says which those are.
+    indexed: an index lists them.
   """
   others = [name for name in found if name not in names and name.startswith("model")]
   if others:

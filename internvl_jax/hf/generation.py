@@ -13,7 +13,7 @@ FILE = "generation_config.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
-  """How a checkpoint says that it answers.
+  """A checkpoint's own settings of generation.
 
   Attributes:
     stop_ids: ids that end an answer, beside the template's.
@@ -57,7 +57,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cut
 
 
 def read_generation(folder: Path, raw: Mapping[str, Any], vocab_size: int) -> Generation:
-  """What generation_config.json says; without its word, the ids that end an answer are those of config.json.
+  """Reads generation_config.json; without an entry, the ids that end an answer are those of config.json.
 
   transformers looks in the same order. Of config.json, the entry of the whole model comes before the language model's.
 

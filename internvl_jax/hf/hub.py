@@ -18,7 +18,7 @@ _WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")
 
 _SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
 _LARGE = ("*.safetensors", *(f"*{suffix}" for suffix in PICKLED))
-"""What is brought of a bucket, and what is read there; pickles are only told of."""
+"""What is copied from a bucket, and what is read there by ranges; pickles are only listed."""
 
 _PICKLE_BYTES = 2**30
 """Largest pickle that is copied: the projector of the largest model has 350 MB."""
@@ -56,7 +56,7 @@ def local_folder(name: str, *, with_weights: bool = True) -> Path:
   Args:
     name: a folder, taken as it is; or the URL of one in a bucket, of which small files are brought and weights are
       pointers (see `snapshots`); or a hub id, `org/name` or `org/name@revision`. Its files are fetched to the hub's
-      cache (the environment's HF_HOME says where) unless they are there.
+      cache (HF_HOME sets where) unless they are there.
     with_weights: False does not fetch the weights.
 
   Raises:
@@ -94,7 +94,7 @@ def local_folder(name: str, *, with_weights: bool = True) -> Path:
     raise UserError(f"{name!r}: the model has no revision {found['revision']!r}; name another") from None
   except errors.RepositoryNotFoundError:
     raise UserError(
-      f"{name!r}: no such folder, and no such model on the hub; mend the name, or log in by `hf auth login` if "
+      f"{name!r}: no such folder, and no such model on the hub; correct the name, or log in by `hf auth login` if "
       "the model is private"
     ) from None
   except errors.LocalEntryNotFoundError as error:

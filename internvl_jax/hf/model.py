@@ -1,4 +1,4 @@
-"""A checkpoint looked at: a definition, and where every parameter comes from, before any number is read."""
+"""Opens a checkpoint as a Source: the model's definition and the origin of every parameter, before any is read."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -38,7 +38,7 @@ class Changes:
     image_size: side of a tile; the position embeddings are resized.
     select_layer, downsample_ratio, ps_version: see InternVLConfig.
     unfreeze_vit_layers: the first layer of the ViT that trains, counted as in Python; the stack is split there.
-    vision_lora, text_lora: adapters. Where the checkpoint has some of the same rank, they go on.
+    vision_lora, text_lora: adapters. Where the checkpoint has some of the same rank, they are trained on.
     vocab_size: rows of the embeddings; the last `new_tokens` are of tokens that have none yet.
     new_tokens: how many.
     quantize: see InternVLConfig.
@@ -58,10 +58,10 @@ class Changes:
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Source:
-  """A checkpoint that has been looked at, with no number read yet.
+  """An opened checkpoint, of which no weights are read yet.
 
   Attributes:
-    folder: where its tokenizer and further files lie.
+    folder: with its tokenizer and further files.
     raw: its config.json.
     config: the model it describes, the run's changes included.
     model: the model's definition.
@@ -134,7 +134,7 @@ class Source:
     seed: int = 0,
     paths: Set[str] | None = None,
   ) -> dict[str, jax.Array]:
-    """Reads the parameters, each straight to where `place` says, and draws those that are fresh.
+    """Reads the parameters, each straight to its sharding in `place`, and initializes those that are fresh.
 
     Args:
       shapes: shape and dtype of every parameter.
@@ -167,7 +167,7 @@ class Source:
   def _draw(
     self, shapes: Mapping[str, jax.ShapeDtypeStruct], place: Mapping[str, jax.sharding.Sharding], seed: int
   ) -> dict[str, jax.Array]:
-    """Fresh parameters, each made where `place` says; what is not asked for is not computed."""
+    """Initializes fresh parameters, each with its sharding in `place`; others are not computed."""
 
     def draw(key: jax.Array) -> dict[str, jax.Array]:
       params = functional.initialize(self.build, key)
@@ -218,7 +218,7 @@ def _base_of(folder: Path) -> str:
 
 
 def open_source(name: str | Path, changes: Changes = Changes(), *, with_weights: bool = True) -> Source:
-  """Looks at a checkpoint: a folder in either layout, a PEFT adapter's folder, the URL of one in a bucket, or a hub id.
+  """Opens a checkpoint: a folder in either layout, a PEFT adapter's folder, the URL of one in a bucket, or a hub id.
 
   Args:
     name: what to open.
@@ -279,7 +279,7 @@ def open_parts(
   changes: Changes,
   with_weights: bool = True,
 ) -> Source:
-  """Looks at a ViT and a language model that stand alone, to make an InternVL of them (stage 1).
+  """Opens a separate ViT and language model, to make an InternVL of them (stage 1).
 
   The projector is read from `mlp_path` or drawn. Embeddings that a language model shares with its output are
   untied, as in all checkpoints of the internvl layout.
@@ -456,7 +456,7 @@ def _first_trained(start: int, num_layers: int) -> int | None:
 
 
 def _is_tied(raw: Mapping[str, Any], checkpoint: Checkpoint | None, table: Sequence[Row]) -> bool:
-  """Whether the output embedding is the input embedding: what the tensors say counts more than the config."""
+  """Whether the output embedding is the input embedding; the tensors count more than the config."""
   stated = config_io.says_tied(raw)
   if checkpoint is None:
     return bool(stated)

@@ -29,7 +29,7 @@ class Layout:
 
   Attributes:
     name: "internvl" or "hf".
-    model_type: what config.json says.
+    model_type: the entry of config.json.
     text: the entry of config.json that holds the language model's config.
     renames: (regular expression, replacement) for keys of older checkpoints.
     modules: (regular expression, replacement) from keys to the modules' names in memory, which adapters go by.
@@ -174,7 +174,7 @@ def refuse_flash(found: str) -> NoReturn:
 
 
 def quantization(config: Config) -> str | None:
-  """The entries of config.json that tell how the weights are quantized; None where there are none."""
+  """The entries of config.json on how the weights are quantized; None where there are none."""
   return " and ".join(f"{path}={shown(method)}" for path, method in _quantizations(config).items()) or None
 
 
@@ -189,7 +189,7 @@ def _quantizations(config: Config) -> dict[str, Any]:
 
 
 def says_tied(config: Config) -> bool | None:
-  """Whether config.json says that the output embedding is the input's; None where it says nothing."""
+  """Whether config.json ties the output embedding to the input's; None without an entry."""
   entries = (config, config[layout_of(config).text])
   stated = [entry["tie_word_embeddings"] for entry in entries if "tie_word_embeddings" in entry]
   return any(stated) if stated else None

@@ -32,7 +32,7 @@ MERGE_FIRST = (
 )
 """The way out for adapters that cannot be kept apart."""
 
-# Entries of adapter_config.json that are read, or that say nothing about what the adapter computes once trained.
+# Entries of adapter_config.json that are read, or that do not affect what a trained adapter computes.
 _READ = ("base_model_name_or_path", "lora_alpha", "alpha_pattern", "lora_dropout", "use_dora", "use_rslora")
 _INERT = (
   "r",  # The tensors have it.
@@ -61,7 +61,7 @@ _INERT = (
 IN_TENSORS = ".lora_"
 """What the name of every adapter's tensor has in it."""
 
-# Where a layer's index stands in a tensor's name, which tables give as {i}.
+# The place of a layer's index in a tensor's name, which tables give as {i}.
 _LAYERS = ".layers.{i}."
 _LAYER = re.compile(r"(\.layers?\.)\d+\.")
 
@@ -209,7 +209,7 @@ def save_adapter(
     layout: of the base model.
     table: its names.
     base: the base model's folder or hub id, which may end in @revision.
-    writes: False for a process that only helps another one to read `params`, whose shards lie on several hosts.
+    writes: False for a process that only helps another one to read `params`, whose shards are on several hosts.
 
   Raises:
     UserError: the layout has no form for an adapter (it splits a projection that ours fuses).

@@ -1,4 +1,4 @@
-"""Reading a state dict that torch.save wrote, without torch and without running what a pickle says.
+"""Reads a state dict of torch.save without torch and without running code of the pickle.
 
 A `.pth` is a zip archive of one pickle and of a file for each storage. The unpickler knows the handful of names that a
 plain state dict needs, and makes descriptions of them; numbers are read from the archive when a tensor is asked for.

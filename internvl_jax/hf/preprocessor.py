@@ -1,4 +1,4 @@
-"""A checkpoint's preprocessor_config.json and its kin: how images are cut and normalised, as transformers reads it."""
+"""Reads a checkpoint's preprocessor_config.json and related files as transformers does: tiling and normalization."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from internvl_jax.hf import model_config as config_io
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preprocessor:
-  """What the files say of images and videos; None where they say nothing.
+  """The files' settings of images and videos; None without an entry.
 
   Attributes:
     path: the file that speaks of images.
@@ -44,7 +44,7 @@ _DEFAULT_SIDE = {"height": 384, "width": 384}
 
 
 def read_statistics(folder: Path) -> str:
-  """The name of the pixel statistics that a checkpoint of the internvl layout says; "imagenet" if it says nothing.
+  """The name of the pixel statistics of a checkpoint in the internvl layout; "imagenet" without an entry.
 
   Nothing else of the file is read there: the reference goes by config.json.
 
@@ -57,7 +57,7 @@ def read_statistics(folder: Path) -> str:
 
 
 def read_preprocessor(folder: Path, side: int) -> Preprocessor:
-  """What the files of the hf layout say of images and videos.
+  """The settings of images and videos in the files of the hf layout.
 
   An entry `image_processor` of processor_config.json, where transformers 5 saves it, comes before
   preprocessor_config.json; so for videos with `video_processor` and video_preprocessor_config.json.
@@ -182,5 +182,5 @@ def _videos(folder: Path, image: Mapping[str, Any]) -> tuple[list[str], int | No
   if not found.get("do_sample_frames"):  # The processor then takes what frames it is given.
     return notes, None
   if found.get("fps") is not None:
-    notes.append(f"{path}: fps={found['fps']} is not followed: frames are spread evenly over a video")
+    notes.append(f"{path}: fps={found['fps']} is not followed: frames are sampled evenly over a video")
   return notes, found.get("num_frames")

@@ -1,4 +1,4 @@
-"""The published sizes of InternVL, as config.json holds them, for what must work without a checkpoint at hand.
+"""The published sizes of InternVL, as config.json holds them, for commands that must work without a checkpoint.
 
 Sizes are those of the language models' own releases and of the two ViTs. A vocabulary is the number of tokens of
 the language model's tokenizer and the nine that InternVL adds, which is what the reference resizes embeddings to.

@@ -174,7 +174,7 @@ def _request(pointer: Pointer, start: int, end: int) -> bytes:
 
 
 def _changed(pointer: Pointer) -> str:
-  return f"{pointer.url}: was written anew while it was read; start again once it is there as a whole"
+  return f"{pointer.url}: was overwritten while it was read; start again once it is complete"
 
 
 def ahead(
@@ -202,7 +202,7 @@ def check_unchanged(pointers: Iterable[Pointer]) -> None:
   """Looks whether files are still those whose headers were read.
 
   Raises:
-    UserError: one was written anew.
+    UserError: one was overwritten.
   """
 
   def check(pointer: Pointer) -> None:

@@ -66,7 +66,7 @@ def save(
 
   On a disk, files have temporary names until all are written, so that a broken run leaves no half model, nor a full disk
   these. In a bucket, where nothing can be renamed, files are sent one by one under their own names, after those of
-  an older model are gone; the index comes last. This machine needs room for one of them.
+  an older model are gone; the index comes last. This machine needs space for one of them.
 
   Args:
     folder: made if missing.
@@ -127,7 +127,7 @@ def write_file(tensors: dict[str, np.ndarray], path: Path) -> None:
   """Writes a safetensors file, complete or not at all, that whoever may read the folder's other files may read, too.
 
   Raises:
-    OSError: the disk is full, say.
+    OSError: for example, the disk is full.
   """
   temporary = path.with_name(path.name + ".tmp")
   temporary.touch()
@@ -165,7 +165,7 @@ def _file_names(count: int) -> list[str]:
 
 
 def _write_index(folder: AnyPath, shards: list[list[str]], total: int) -> None:
-  """Says which tensor is in which file, where there are several."""
+  """Writes the index: which tensor is in which file, where there are several."""
   if len(shards) > 1:
     named = zip(shards, _file_names(len(shards)), strict=True)
     weight_map = {key: name for keys, name in named for key in keys}

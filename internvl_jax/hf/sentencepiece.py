@@ -35,7 +35,7 @@ class SentencePieceModel:
     pieces: text of each piece, by id.
     scores: score of each piece; of two possible merges that with the higher score comes first.
     kinds: kind of each piece.
-    unk: piece that stands for what the model cannot write, or None.
+    unk: piece of unknown text, or None.
     bos: piece that begins a text, or None.
     eos: piece that ends a text, or None.
     byte_fallback: characters without a piece are written as bytes.

@@ -70,7 +70,7 @@ def has_tokenizer(folder: Path) -> bool:
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
   """The tokenizer of a checkpoint folder; its attribute `add_bos_token` is as the checkpoint means it.
 
-  Its tokenizer.json is taken as it stands where there is one: classes named in tokenizer_config.json may
+  Its tokenizer.json is used unchanged where there is one: classes named in tokenizer_config.json may
   rebuild it, and differ from one release of transformers to the next. A tokenizer.model is converted here,
   for the same reason and because the class for it may be code that the checkpoint brings.
 
@@ -111,7 +111,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 
 def placeholder_tokens(folder: Path) -> set[str]:
-  """Tokens that stand in prompts and never in ids: transformers' processor puts frames in their place."""
+  """Tokens that are in prompts and never in ids: transformers' processor replaces them by frames."""
   config = _read_json(folder / "tokenizer_config.json")
   extra = config.get("extra_special_tokens")
   entries = {**config, **(extra if isinstance(extra, dict) else {})}
@@ -140,7 +140,7 @@ def save_tokenizer(
 
   With no token added, the source's files are copied. Else they are completed by the added tokens, so that
   readers of a tokenizer.json and those of a tokenizer.model or vocab.json give the same ids; all that the
-  source's configs say besides stays.
+  source's configs have besides stays.
 
   Args:
     tokenizer: what to save.
@@ -148,7 +148,7 @@ def save_tokenizer(
     target_folder: where to; must be there.
     portable: where the source needs code of its own, or where transformers would convert its tokenizer.model
       in another way than the reference reads it, or gives other ids for any reason, the copy names the plain class
-      that takes its tokenizer.json as it stands. The reference's own code no longer finds its class then.
+      that reads its tokenizer.json unchanged. The reference's own code no longer finds its class then.
 
   Raises:
     UserError: the source's files cannot be read.
@@ -255,7 +255,7 @@ def save_for_processor(
 
 
 def spare_token(tokenizer: PreTrainedTokenizerBase, *, used: str) -> str:
-  """A special token that can stand for a video before the processor puts the frames in its place.
+  """A special token that can be the placeholder of a video, which the processor replaces by its frames.
 
   It must be one of the tokenizer's: the embeddings have no row for a new one. One that is made for it is preferred,
   then one that is reserved, then the tokens for padding and the unknown, which no text has.
@@ -437,7 +437,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_entries(path: Path, table: entries.Table) -> dict[str, Any]:
-  """A file's object, its entries being what the table says; an empty one if there is no such file."""
+  """A file's JSON object, checked by the table; an empty one if there is no such file."""
   found = _read_json(path)
   entries.check(f"{path}: ", found, table)
   return found

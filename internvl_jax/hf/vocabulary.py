@@ -1,4 +1,4 @@
-"""Tokens and rows: every id that a tokenizer gives has a row in the model's tables of embeddings.
+"""Checks that every id of a tokenizer has a row in the model's embeddings.
 
 Beyond a table's end there is nothing to look up: the numbers are not finite, so that no step changes anything and
 answers are empty.
@@ -61,7 +61,7 @@ def fit_embeddings(
   grow: bool = False,
   with_weights: bool = True,
 ) -> tuple[int | None, int]:
-  """What the tables of embeddings of a checkpoint need for a tokenizer.
+  """The number of rows that a checkpoint's embeddings need for a tokenizer, and how many of them are new.
 
   Args:
     tokenizer: the tokenizer.
@@ -99,7 +99,7 @@ def fit_embeddings(
 
 
 def table_rows(folder: Path, *, with_weights: bool = True) -> dict[str, int]:
-  """Rows of a checkpoint's tables of embeddings, by who says so: a tensor's name, or "config.json".
+  """Rows of a checkpoint's tables of embeddings, by their origin: a tensor's name, or "config.json".
 
   Args:
     folder: of a whole model or of a language model alone. What cannot be read there is left for those who need it.
@@ -171,7 +171,7 @@ def _check_agreement(folder: Path, rows: Mapping[str, int]) -> None:
 
 
 def _check_image_token(folder: Path, ids: Mapping[str, int]) -> None:
-  """Refuses a config (hf layout) in which the images' token is another one than in the tokenizer."""
+  """Refuses a config (hf layout) whose image token is not the tokenizer's."""
   stated = _read(folder / CONFIG).get("image_token_id")
   known = ids.get("<IMG_CONTEXT>")
   if isinstance(stated, int) and known is not None and stated != known:
@@ -182,7 +182,7 @@ def _check_image_token(folder: Path, ids: Mapping[str, int]) -> None:
 
 
 def _tell_ends(folder: Path, rows: int) -> None:
-  """Warns of ids that are to end an answer and that no answer can have."""
+  """Warns of stop ids that have no row in the embeddings."""
   found = _read(folder / "generation_config.json").get("eos_token_id")
   for index in found if isinstance(found, list) else [found]:
     if isinstance(index, int) and index >= rows:

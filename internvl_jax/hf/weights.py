@@ -30,7 +30,7 @@ MOST_TENSORS = 100_000
 """Most tensors of a file: the largest published model, of 94 layers and 128 experts, has 37,000 in all."""
 
 TOLD = 40
-"""How many tensors that do not fit are told one by one."""
+"""How many tensors that do not fit are listed one by one."""
 
 READ_SECONDS = 3600
 """How long hosts wait for the last one to read its weights: 150 GB from a slow disk."""
@@ -227,7 +227,7 @@ def load(
   """Fills a model's parameters from a checkpoint, each shard straight to its devices.
 
   On the host there is no more than one shard of one parameter and one tensor of the checkpoint at a time. Where there
-  are several hosts, each reads rows that lie together in the files, and the devices exchange what others need: all
+  are several hosts, each reads contiguous rows of the files, and the devices exchange what others need: all
   hosts call this alike.
 
   Args:

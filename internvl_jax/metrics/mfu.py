@@ -1,4 +1,4 @@
-"""How much of the devices' arithmetic a run puts to use: model FLOPs utilisation (MFU).
+"""How much of the devices' arithmetic a run puts to use: model FLOPs utilization (MFU).
 
 Useful are the matrix products that the batch's own tokens and tiles need, forward and backward: no padding,
 nothing that is computed twice to save memory, no gradient of what is frozen, and of attention only the pairs

@@ -65,7 +65,7 @@ class RunLog:
     self.history: list[dict[str, Any]] = []
     self.skipped_in_a_row = 0
     self._started = 0, time.perf_counter()
-    # Of the steps whose time says something: not of those that a program was compiled for.
+    # Of the steps whose time counts: not of those that a program was compiled for.
     self._timed_steps, self._timed_seconds = 0, 0.0
 
   def __enter__(self) -> "RunLog":

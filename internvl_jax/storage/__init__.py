@@ -1,1 +1,1 @@
-"""Where files lie: folders of this machine, and buckets of an object store."""
+"""Storage: folders of this machine, and buckets of an object store, under one kind of path."""

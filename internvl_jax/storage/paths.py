@@ -46,7 +46,7 @@ class Stat(NamedTuple):
 
 
 class BucketError(FetchError, UserError):
-  """A bucket refused; the message is a line that says which object, why, and what to do."""
+  """A request to a bucket failed; the message is one line: the object, the cause and what to do."""
 
 
 class BucketPath:
@@ -270,16 +270,16 @@ def _ask(path: BucketPath, request: Callable[[Any], T]) -> T:
 
 @contextlib.contextmanager
 def _bucket_is_there(path: BucketPath) -> Iterator[None]:
-  """Tells what a store means that finds nothing where something is to be written."""
+  """Turns a write's FileNotFoundError into an error about the bucket, which does not exist."""
   try:
     yield
   except FileNotFoundError as error:
     bucket = "/".join(str(path).split("/")[:3])
-    raise BucketError(f"{path}: there is no bucket {bucket}; make it, or mend the name") from error
+    raise BucketError(f"{path}: there is no bucket {bucket}; create it, or correct the name") from error
 
 
 class Mirror:
-  """A folder of this machine that files are added to, and the folder of a bucket that they are sent to now and then.
+  """Uploads the growing files of a local folder to a folder of a bucket from time to time.
 
   For libraries that append to files, which objects do not allow.
   """
@@ -296,7 +296,7 @@ class Mirror:
   @classmethod
   @contextlib.contextmanager
   def of(cls, folder: AnyPath) -> "Iterator[Mirror]":
-    """A mirror of `folder`, which is the same one where that is here; all is sent at the end."""
+    """A mirror of `folder`: the folder itself where it is on this machine; all is uploaded at the end."""
     if isinstance(folder, Path):
       yield cls(folder, None)
       return
@@ -313,7 +313,7 @@ class Mirror:
     return self._target is not None and time.monotonic() >= self._next
 
   def send(self) -> None:
-    """Begins to send what has changed. A bucket that refuses is told of, and ends no run: it is tried again."""
+    """Starts to upload what has changed. A failed upload is logged and tried again; it ends no run."""
     self._next = time.monotonic() + MIRROR_SECONDS
     if self._target is not None:
       self._thread.submit(self._send, self._target)

@@ -20,7 +20,7 @@ WEB = ("http", "https")
 """Schemes of web servers, whose paths are URLs in the full sense: quoted, with a query and no folders."""
 
 OTHER_FOLDER = "make room, or name another folder: TMPDIR for videos, loader.cache_dir for annotation files"
-"""The remedy where a copy has no room."""
+"""The remedy where there is no space for a copy."""
 
 # Seconds without a byte after which a request has failed.
 _TIMEOUT = 30
@@ -82,7 +82,7 @@ _random = random.Random()
 
 
 class FetchError(OSError):
-  """A remote file cannot be had; the message says why and what to do, and is put behind what was wanted.
+  """A remote file cannot be read; the message has the cause and what to do, and follows the file's name.
 
   Attributes:
     may_pass: it was tried several times, and may succeed later.
@@ -121,7 +121,7 @@ def ask(url: str, request: Callable[[Any], T]) -> T:
     tries += 1
     try:
       return request(system)
-    except Exception as raised:  # Packages raise what they like. All of it is told, nothing is passed over.
+    except Exception as raised:  # Packages raise errors of any type; all of them are reported.
       error = _behind(raised)
       if isinstance(error, FileNotFoundError):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from raised
@@ -139,7 +139,7 @@ def ask(url: str, request: Callable[[Any], T]) -> T:
 
 
 def file_system(url: str) -> Any:
-  """Returns the file system of a URL, made if this process has none for its scheme. No file is looked at.
+  """Returns the file system of a URL, created if this process has none for its scheme; no file is accessed.
 
   Raises:
     FetchError: its package is not installed, or does not know the way.
@@ -179,7 +179,7 @@ def _options(kind: Any, name: str) -> dict[str, Any]:
   if name in ("s3", "s3a"):
     options["max_concurrency"] = 1  # with more, s3fs asks for a file's size before it gets it
   for protocol in (kind.protocol,) if isinstance(kind.protocol, str) else kind.protocol:
-    options |= fsspec.config.conf.get(protocol, {})  # what the user says goes before what we say
+    options |= fsspec.config.conf.get(protocol, {})  # the user's settings override ours
   return options
 
 
@@ -251,7 +251,7 @@ def _behind(error: Exception) -> Exception:
 
 
 def _passes(error: BaseException | None) -> bool:
-  """Says whether a request that failed so may succeed if it is made again."""
+  """Whether a request that failed with this error may succeed if it is repeated."""
   kinds = _kinds(error)
   if ("aiohttp", "ClientSSLError") in kinds:
     return False
@@ -270,7 +270,7 @@ def _kinds(error: BaseException | None) -> set[tuple[str, str]]:
 
 
 def _code(error: BaseException | None) -> int | None:
-  """Returns the HTTP status of an error, as aiohttp or gcsfs tell it."""
+  """Returns the HTTP status of an error of aiohttp or gcsfs."""
   for attribute in ("status", "code"):
     code = str(getattr(error, attribute, ""))
     if re.fullmatch(r"[1-5]\d\d", code):
@@ -279,7 +279,7 @@ def _code(error: BaseException | None) -> int | None:
 
 
 def _reason(error: Exception) -> str:
-  """Returns what an error says, and what it is where it says little."""
+  """Returns an error's message, with its type where the message is short."""
   text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
   if (code := _code(error)) is not None:
     return f"{code} {getattr(error, 'message', text)}"
@@ -287,9 +287,9 @@ def _reason(error: Exception) -> str:
 
 
 def _explain(error: Exception) -> str:
-  """Returns the cause and the remedy of what trying again would not mend."""
+  """Returns the cause and the remedy of an error that a retry would not fix."""
   reason = _reason(error)
-  # gcsfs says Forbidden without a type or a number that tells.
+  # gcsfs raises Forbidden without a type or a status.
   if isinstance(error, PermissionError) or _code(error) in (401, 403) or str(error).startswith("Forbidden"):
     return f"permission denied ({reason}); {_DENIED}"
   if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):

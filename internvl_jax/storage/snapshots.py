@@ -60,17 +60,17 @@ def read_pointer(path: Path) -> Pointer | None:
     with path.open("rb") as file:
       content = file.read(_MOST_BYTES)
   except OSError:
-    return None  # Whoever reads it says why it cannot be read.
+    return None  # Whoever reads it reports why it cannot be read.
   return Pointer(*json.loads(content[len(_MARK) :])) if content.startswith(_MARK) else None
 
 
 def url_of(folder: Path) -> BucketPath | None:
-  """The folder of a bucket that a folder of this machine stands for; None if it stands for itself."""
+  """The folder of a bucket that a local folder is a snapshot of; None if it is none."""
   return _urls.get(str(folder))
 
 
 def snapshot(url: BucketPath, *, brought: Sequence[str], pointed: Sequence[str], most_bytes: int) -> Path:
-  """The folder of this machine that stands for a folder of a bucket as it is now, or its file for a single object.
+  """The local snapshot of a bucket's folder as it is now, or the file of a single object.
 
   Args:
     url: the folder, or the object.
@@ -87,7 +87,7 @@ def snapshot(url: BucketPath, *, brought: Sequence[str], pointed: Sequence[str],
     if single:
       found = {url.name: url.stat()}
   if not found:
-    raise UserError(f"{url}: nothing is there; mend the URL, or copy the files there")
+    raise UserError(f"{url}: nothing is there; correct the URL, or copy the files there")
   folder = url.parent if single else url
   copied = {
     name: stat for name, stat in sorted(found.items()) if _fits(name, brought) and stat.st_size <= most_bytes
@@ -114,7 +114,7 @@ def _fits(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _place(url: BucketPath, content: Mapping[str, Stat | Pointer]) -> Path:
-  """Where the folder of a content lies: of another content of the same URL it is another one."""
+  """The folder of a snapshot; other content of the same URL has another folder."""
   told = json.dumps([str(url), {name: list(entry) for name, entry in content.items()}], sort_keys=True)
   stem = re.sub(r"\W+", "_", url.name)[:40]
   name = f"{stem}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
@@ -142,7 +142,7 @@ def _make(
       for name, pointer in pointers.items():
         (temporary / name).write_bytes(_MARK + json.dumps(pointer).encode())
       for path in temporary.iterdir():
-        os.utime(path, (0, 0))  # Which of them is newer, nobody is to guess from when they came here.
+        os.utime(path, (0, 0))  # Local dates do not show which object is newer.
       _rename(temporary, place)
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
@@ -158,7 +158,7 @@ def _rename(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def explained(url: BucketPath) -> Iterator[None]:
-  """Turns what a store says of an object that was there into a line."""
+  """Turns a store's error about an object that existed before into one line."""
   try:
     yield
   except FileNotFoundError:

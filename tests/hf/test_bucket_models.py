@@ -331,7 +331,7 @@ def test_a_file_that_is_written_anew_while_it_is_read(room, folder):
   name = next(folder.glob("*.safetensors")).name
   content = (folder / name).read_bytes()
   (BucketPath(url) / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-  with pytest.raises(UserError, match=f"^{url}/{name}: was written anew while it was read"):
+  with pytest.raises(UserError, match=f"^{url}/{name}: was overwritten while it was read"):
     read(source)
 
 
