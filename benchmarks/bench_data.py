@@ -385,11 +385,7 @@ def our_tiles(job: Job, index: int) -> np.ndarray:
   """The tiles as our samples have them."""
   return images.image_tiles(
     images.open_image(job.path(index), Where("photographs", "photographs.jsonl", index + 1)),
-    tile_size=TILE,
-    min_tiles=1,
-    max_tiles=MAX_TILES,
-    use_thumbnail=True,
-    dynamic=True,
+    images.Cutting(tile_size=TILE, max_tiles=MAX_TILES, use_thumbnail=True, dynamic=True),
   )
 
 

@@ -24,9 +24,9 @@ from internvl_jax.errors import UserError
 from internvl_jax.eval.questions import NAME, QuestionFile
 from internvl_jax.hf import model_config as layouts
 from internvl_jax.hf import peft, published, vocabulary
+from internvl_jax.hf.changes import Changes
+from internvl_jax.hf.embeddings import EMBEDDINGS
 from internvl_jax.hf.model import (
-  EMBEDDINGS,
-  Changes,
   Source,
   base_folder,
   open_parts,

@@ -91,7 +91,7 @@ def test_a_model_that_no_run_wrote_is_not_overwritten(training, tmp_path):
   (tmp_path / "out").mkdir()
   (tmp_path / "out" / "model.safetensors").write_text("")
   training.overwrite_output_dir = True
-  with pytest.raises(UserError, match=r"holds model.safetensors, but nothing tells"):
+  with pytest.raises(UserError, match=r"holds model.safetensors, but nothing shows"):
     check_output_dir(training)
 
 

@@ -7,53 +7,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from flax import nnx
 
 from internvl_jax.errors import UserError
-from internvl_jax.hf import adapted, dtypes, hub, peft, tables, towers, weights
+from internvl_jax.hf import adapted, dtypes, embeddings, hub, peft, tables, towers, weights
 from internvl_jax.hf import model_config as config_io
+from internvl_jax.hf.changes import UNCHANGED, Changes, changed
+from internvl_jax.hf.embeddings import EMBEDDING, HEAD
 from internvl_jax.hf.model_config import Layout
 from internvl_jax.hf.weights import Checkpoint, LazyParameter, Rename
 from internvl_jax.models import functional, lora
-from internvl_jax.models.checkpoint_names import Row, Transform
+from internvl_jax.models.checkpoint_names import Row
 from internvl_jax.models.internvl import InternVL, InternVLConfig
 from internvl_jax.models.lora import LoRASpec
 from internvl_jax.storage.paths import is_bucket
 from internvl_jax.trees import select, submodule_of
-
-_EMBEDDING = "language_model.model.embed_tokens.embedding"
-_HEAD = "language_model.lm_head.kernel"
-
-EMBEDDINGS = (_EMBEDDING, _HEAD)
-"""The paths of the tables that have a row (the output's: a column) a token."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Changes:
-  """What a run makes different about the model that a checkpoint holds; None and 0 leave it as it is.
-
-  Attributes:
-    image_size: side of a tile; the position embeddings are resized.
-    select_layer, downsample_ratio, ps_version: see InternVLConfig.
-    unfreeze_vit_layers: the first layer of the ViT that trains, counted as in Python; the stack is split there.
-    vision_lora, text_lora: adapters. Where the checkpoint has some of the same rank, they are trained on.
-    vocab_size: rows of the embeddings; the last `new_tokens` are of tokens that have none yet.
-    new_tokens: how many.
-    quantize: see InternVLConfig.
-  """
-
-  image_size: int | None = None
-  select_layer: int | None = None
-  downsample_ratio: float | None = None
-  ps_version: str | None = None
-  unfreeze_vit_layers: int = 0
-  vision_lora: LoRASpec | None = None
-  text_lora: LoRASpec | None = None
-  vocab_size: int | None = None
-  new_tokens: int = 0
-  quantize: str = "none"
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -217,7 +186,7 @@ def _base_of(folder: Path) -> str:
   return base
 
 
-def open_source(name: str | Path, changes: Changes = Changes(), *, with_weights: bool = True) -> Source:
+def open_source(name: str | Path, changes: Changes = UNCHANGED, *, with_weights: bool = True) -> Source:
   """Opens a checkpoint: a folder in either layout, a PEFT adapter's folder, the URL of one in a bucket, or a hub id.
 
   Args:
@@ -241,7 +210,9 @@ def open_source(name: str | Path, changes: Changes = Changes(), *, with_weights:
   if given != folder and checkpoint is not None:
     table = layout.table(config_io.family_of(raw), config)
     stored |= peft.add_adapter(given, checkpoint, layout, table)
-  return _make_source(folder, raw, config, checkpoint, changes, stored, set())
+  return _make_source(
+    _Stored(folder=folder, raw=raw, config=config, checkpoint=checkpoint, adapters=stored), changes
+  )
 
 
 # What an InternVL3.5-Flash has beside the usual tensors.
@@ -260,14 +231,16 @@ def _check_kind(checkpoint: Checkpoint, raw: Mapping[str, Any]) -> None:
     config_io.refuse_flash(f"{checkpoint.where[flash[0]]}: holds the tensor {checkpoint.key(flash[0])}")
 
 
-def source_of_config(raw: Mapping[str, Any], changes: Changes = Changes()) -> Source:
+def source_of_config(raw: Mapping[str, Any], changes: Changes = UNCHANGED) -> Source:
   """The model that a config.json describes, of which there is no folder.
 
   Raises:
     UserError: a model that this program cannot run.
   """
+  config = config_io.model_config(raw)
+  adapters = adapted.recorded(raw, None)
   return _make_source(
-    Path(), raw, config_io.model_config(raw), None, changes, adapted.recorded(raw, None), set()
+    _Stored(folder=Path(), raw=raw, config=config, checkpoint=None, adapters=adapters), changes
   )
 
 
@@ -306,7 +279,7 @@ def open_parts(
     raise UserError(
       f"{vision}/config.json: model_type is {found!r}, expected {' or '.join(f'{key!r} ({name})' for key, name in known.items())}"
     )
-  fresh, checkpoint = set(), None
+  lacking, checkpoint = frozenset[str](), None
   if with_weights:
     checkpoint = weights.open_checkpoint(vision, Rename(prefix="vision_model."))
     checkpoint.replace(weights.open_checkpoint(llm, Rename(prefix="language_model.")))
@@ -314,10 +287,11 @@ def open_parts(
   config = config_io.model_config(raw)
   if checkpoint is not None:
     if mlp_path is None:
-      fresh = {"mlp1"}
+      lacking = frozenset({"mlp1"})
     else:
       add_projector(checkpoint, config_io.INTERNVL, mlp_path)
-  return _make_source(llm, raw, config, checkpoint, changes, {}, fresh, untie=True)
+  stored = _Stored(folder=llm, raw=raw, config=config, checkpoint=checkpoint, adapters={}, lacking=lacking)
+  return _make_source(stored, changes, untie=True)
 
 
 def add_projector(checkpoint: Checkpoint, layout: Layout, path: str) -> None:
@@ -344,43 +318,56 @@ def with_projector(source: Source, path: str) -> Source:
   return source
 
 
-def _make_source(
-  folder: Path,
-  raw: Mapping[str, Any],
-  config: InternVLConfig,
-  checkpoint: Checkpoint | None,
-  changes: Changes,
-  stored: dict[str, LoRASpec],
-  fresh: set[str],
-  *,
-  untie: bool = False,
-) -> Source:
-  """Puts a source together; `stored` are the adapters that the checkpoint holds, `fresh` the parts it lacks."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Stored:
+  """What a checkpoint holds.
+
+  Attributes:
+    folder, raw, checkpoint: see `Source`.
+    config: the model, without changes.
+    adapters: by part of the model.
+    lacking: the parts that it lacks.
+  """
+
+  folder: Path
+  raw: Mapping[str, Any]
+  config: InternVLConfig
+  checkpoint: Checkpoint | None
+  adapters: Mapping[str, LoRASpec]
+  lacking: frozenset[str] = frozenset()
+
+
+def _make_source(stored: _Stored, changes: Changes, *, untie: bool = False) -> Source:
+  """The source of what is stored, with the changes; `untie` gives the output embedding a table of its own."""
+  raw, config, checkpoint = stored.raw, stored.config, stored.checkpoint
   layout = config_io.layout_of(raw)
   table = layout.table(config_io.family_of(raw), config)
   if checkpoint is not None:
     _drop_buffers(checkpoint)
     table = tables.packed(table, checkpoint.shapes)
-  tied = _is_tied(raw, checkpoint, table)
+  tied = embeddings.is_tied(raw, checkpoint, table)
   if tied and untie:
-    table = _with_row(table, _HEAD, theirs=_row(table, _EMBEDDING).theirs)
+    table = embeddings.with_row(table, HEAD, theirs=embeddings.row_of(table, EMBEDDING).theirs)
     tied = False
   requested = {"vision_model": changes.vision_lora, "language_model": changes.text_lora}
-  specs = {part: adapted.combined_spec(part, requested[part], stored.get(part)) for part in requested}
-  config = _changed(config, changes, specs, tied=tied)
+  specs = {
+    part: adapted.combined_spec(part, requested[part], stored.adapters.get(part)) for part in requested
+  }
+  config = changed(config, changes, specs, tied=tied)
   if changes.new_tokens:
-    table = _with_row(table, _EMBEDDING, transform=_grown(changes.new_tokens, is_output=False))
-    table = _with_row(table, _HEAD, transform=_grown(changes.new_tokens, is_output=True))
-  _check_select_layer(config)
+    table = embeddings.with_row(
+      table, EMBEDDING, transform=embeddings.grown(changes.new_tokens, is_output=False)
+    )
+    table = embeddings.with_row(table, HEAD, transform=embeddings.grown(changes.new_tokens, is_output=True))
   model = functional.define(lambda rngs: InternVL(config, rngs=rngs))
-  drawn = {path for path in model.shapes if submodule_of(path) in fresh}
-  drawn |= {path for path in lora.adapter_paths(model.shapes) if submodule_of(path) not in stored}
+  drawn = {path for path in model.shapes if submodule_of(path) in stored.lacking}
+  drawn |= {path for path in lora.adapter_paths(model.shapes) if submodule_of(path) not in stored.adapters}
   if checkpoint is not None:
     placed = select(model.shapes, lora.adapter_paths(model.shapes) - drawn)
     adapted.check_places(checkpoint, {path: leaf.shape for path, leaf in placed.items()}, table)
   adapted.check_targets(model, {part: spec for part, spec in specs.items() if spec is not None})
   return Source(
-    folder=folder,
+    folder=stored.folder,
     raw=raw,
     config=config,
     model=model,
@@ -389,119 +376,6 @@ def _make_source(
     fresh=frozenset(drawn),
     new_rows=changes.new_tokens,
   )
-
-
-def _changed(
-  config: InternVLConfig, changes: Changes, specs: Mapping[str, LoRASpec | None], *, tied: bool
-) -> InternVLConfig:
-  image_size = changes.image_size or config.vision.image_size
-  ratio = changes.downsample_ratio or config.downsample_ratio
-  _check_tile(image_size, config.vision.patch_size, ratio)
-  vision = dataclasses.replace(
-    config.vision,
-    image_size=image_size,
-    split=_first_trained(changes.unfreeze_vit_layers, config.vision.num_layers),
-    lora=specs["vision_model"],
-  )
-  text = dataclasses.replace(
-    config.text,
-    vocab_size=changes.vocab_size or config.text.vocab_size,
-    tie_word_embeddings=tied,
-    lora=specs["language_model"],
-  )
-  select_layer = config.select_layer if changes.select_layer is None else changes.select_layer
-  return InternVLConfig(
-    vision=vision,
-    text=text,
-    select_layer=select_layer,
-    downsample_ratio=ratio,
-    ps_version=changes.ps_version or config.ps_version,
-    quantize=changes.quantize,
-  )
-
-
-def _check_select_layer(config: InternVLConfig) -> None:
-  try:
-    config.vision.layers_run(config.select_layer)
-  except ValueError as error:
-    raise UserError(str(error)) from None
-
-
-def _check_tile(image_size: int, patch_size: int, ratio: float) -> None:
-  # Pixel shuffle merges squares of patches, so a tile's side must hold a whole number of them.
-  merged = round(1 / ratio)
-  if abs(merged * ratio - 1) > 1e-6:
-    raise UserError(
-      f"data.down_sample_ratio={ratio:g} merges no whole number of patches; use 0.5, which all published models have"
-    )
-  step = merged * patch_size
-  if image_size % step:
-    raise UserError(
-      f"data.force_image_size={image_size} is not a multiple of {'twice' if merged == 2 else f'{merged} times'} the ViT's "
-      f"patch_size={patch_size}; use {max(1, round(image_size / step)) * step}"
-    )
-
-
-def _first_trained(start: int, num_layers: int) -> int | None:
-  """Where `layers[start:]` begins; None for all or none of them."""
-  if start and not -num_layers <= start < num_layers:
-    raise UserError(
-      f"model.unfreeze_vit_layers={start} names no layer of a ViT of {num_layers}; use {-num_layers} to "
-      f"{num_layers - 1}"
-    )
-  return start % num_layers or None
-
-
-# --- Embeddings ---------------------------------------------------------------------------------------------
-
-
-def _is_tied(raw: Mapping[str, Any], checkpoint: Checkpoint | None, table: Sequence[Row]) -> bool:
-  """Whether the output embedding is the input embedding; the tensors count more than the config."""
-  stated = config_io.says_tied(raw)
-  if checkpoint is None:
-    return bool(stated)
-  head, embedding = _row(table, _HEAD).theirs[0], _row(table, _EMBEDDING).theirs[0]
-  if head not in checkpoint.shapes:
-    # transformers ties a model of the hf layout that says nothing. Otherwise the missing tensor is reported.
-    return config_io.layout_of(raw) is config_io.HF if stated is None else stated
-  if not stated or checkpoint.shapes[head] != checkpoint.shapes.get(embedding):
-    return False
-  if np.array_equal(checkpoint.read(head), checkpoint.read(embedding)):
-    checkpoint.drop([head])
-    return True
-  logging.warning("config.json ties the embeddings, but %s differs from %s: taken as untied", head, embedding)
-  return False
-
-
-def _grown(new_tokens: int, *, is_output: bool) -> Transform:
-  """Embeddings [V, D] cut or grown to the vocabulary that the tokens just added end.
-
-  New rows of the output embedding are the mean of the others, also where the checkpoint had spare rows; of the
-  input embedding, rows that the checkpoint lacks are (the reference: `resize_token_embeddings`, then the mean
-  into the output embedding).
-  """
-
-  def load(tensors: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-    old, size = tensors[0], shape[-1] if is_output else shape[0]
-    kept = size - new_tokens if is_output else min(size, len(old))
-    if kept > len(old):
-      raise UserError(
-        f"the tokenizer had {size - new_tokens} tokens before the image tokens were added, but the embedding has "
-        f"{len(old)} rows; use the tokenizer that belongs to the model"
-      )
-    mean = old[:kept].astype(np.float32).mean(axis=0, keepdims=True).astype(old.dtype)
-    grown = np.concatenate([old[:kept], np.repeat(mean, size - kept, axis=0)])
-    return grown.T if is_output else grown
-
-  return Transform(load, lambda x: [x.T if is_output else x], resizes=True)
-
-
-def _row(table: Sequence[Row], ours: str) -> Row:
-  return next(row for row in table if row.ours == ours)
-
-
-def _with_row(table: Sequence[Row], ours: str, **changes: Any) -> list[Row]:
-  return [dataclasses.replace(row, **changes) if row.ours == ours else row for row in table]
 
 
 def _drop_buffers(checkpoint: Checkpoint) -> None:

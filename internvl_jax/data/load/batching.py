@@ -298,7 +298,7 @@ def shared_tokens(micro: MicroBatch) -> np.ndarray:
 
 
 def _predictable(micro: MicroBatch) -> np.ndarray:
-  """Returns the labels without those of first tokens, which nothing of their own segment could predict."""
+  """Returns the labels without those of the first token of each segment; see `tokenize.supervised`."""
   labels = micro.labels.copy()
   labels[_offsets(micro.segments) == 0] = IGNORE_INDEX
   return labels

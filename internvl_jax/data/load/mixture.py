@@ -1,6 +1,7 @@
 """The samples of all datasets by number: how long each is, and decoded."""
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from internvl_jax.data.source.hosts import ALONE, Hosts
 from internvl_jax.data.source.meta import DatasetSpec, read_meta
 from internvl_jax.data.source.records import Records, open_records
 from internvl_jax.data.source.shared_sizes import index_sizes
+from internvl_jax.data.source.sizes import MeasureLines
 from internvl_jax.data.where import DataError, Where
 
 # Lines of a dataset that are measured again at every start, in a tenth of a second: where a folder of images was made
@@ -87,23 +89,16 @@ class Dataset:
       pool: what its tiles are written to.
     """
     line, piece = self.locate(sample)
-    return self.maker.make(
-      self.file.read(line),
-      self.file.where(line),
-      rng,
-      frames=self._frames(line),
-      piece=piece,
-      dataset=self._number,
-      index=index,
-      pool=pool,
+    made = self.maker.make(
+      self.file.read(line), self.file.where(line), rng, frames=self._frames(line), piece=piece, pool=pool
     )
+    return dataclasses.replace(made, dataset=self._number, index=index)
 
   def index(self, cache: str | os.PathLike[str], *, workers: int, quiet: bool, hosts: Hosts = ALONE) -> None:
     """Finds out how long every sample is, as far as the cache does not know it; see `Mixture.index_sizes`."""
     with _bar(len(self.file), f"sizes of {self.spec.name}", quiet) as bar:
       self._sizes = index_sizes(
-        self.file,
-        self._measure,
+        MeasureLines(self.file, self._measure),
         self.key(),
         cache,
         hosts,

@@ -178,7 +178,7 @@ class Layout:
     return min(stop, int(self.begins[first:][too_far.argmax()])) if too_far.any() else stop
 
   def teaches(self, piece: Piece, at_least: int) -> bool:
-    """Says whether something is supervised, beyond the first token, which nothing predicts; and enough of it.
+    """Whether enough tokens of a piece are supervised, its first one not counted; see `tokenize.supervised`.
 
     Args:
       piece: a part of the sample.

@@ -4,6 +4,7 @@ Tiles stay uint8 up to the device, where they become `(tile / 255 - mean) / std`
 """
 
 import contextlib
+import dataclasses
 import io
 import os
 import stat
@@ -227,45 +228,58 @@ def _is_empty(source: Media) -> bool:
   return status.is_file and status.size == 0
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cutting:
+  """How an image is cut into tiles.
+
+  Attributes:
+    tile_size: side of a tile, in pixels.
+    min_tiles: fewest tiles of the grid.
+    max_tiles: most tiles of the grid.
+    use_thumbnail: add the thumbnail.
+    dynamic: cut into a grid.
+  """
+
+  tile_size: int
+  min_tiles: int = 1
+  max_tiles: int = 1
+  use_thumbnail: bool = False
+  dynamic: bool = False
+
+
 def image_tiles(
   image: Image.Image,
+  cutting: Cutting,
   *,
-  tile_size: int,
-  min_tiles: int,
-  max_tiles: int,
-  use_thumbnail: bool,
-  dynamic: bool,
   pad_color: tuple[int, int, int] | None = None,
   rng: np.random.Generator | None = None,
   pool: TilePool | None = None,
 ) -> np.ndarray:
   """Cuts an image into tiles.
 
-  With `dynamic`, the image is resized to the grid nearest to its aspect ratio and cut row by row; a thumbnail
+  With `cutting.dynamic`, the image is resized to the grid nearest to its aspect ratio and cut row by row; a thumbnail
   of the whole comes last when there is more than one tile. Without, the whole image is the one tile.
   Padding and JPEG augmentation work on each tile before it gets its final size, as in the reference.
 
   Args:
     image: RGB.
-    tile_size: side of a tile, in pixels.
-    min_tiles: fewest tiles of the grid.
-    max_tiles: most tiles of the grid.
-    use_thumbnail: add the thumbnail.
-    dynamic: cut into a grid.
-    pad_color: pad to a square with this colour (0-255) before resizing; None: stretch to a square.
+    cutting: into which tiles.
+    pad_color: pad to a square with this color (0-255) before resizing; None: stretch to a square.
     rng: draws the quality of the JPEG augmentation, tile by tile; None: no augmentation, else no padding.
     pool: the tiles are written to its end; None: to memory of their own.
 
   Returns:
     uint8 [tiles, tile_size, tile_size, 3].
   """
+  tile_size = cutting.tile_size
   size = (tile_size, tile_size)
-  if not dynamic:
+  if not cutting.dynamic:
     parts = [image]
   else:
-    columns, rows = tiling.grid(image.width, image.height, min_tiles, max_tiles, tile_size)
+    columns, rows = tiling.grid(image.width, image.height, cutting.min_tiles, cutting.max_tiles, tile_size)
     whole = image.resize((columns * tile_size, rows * tile_size), Image.Resampling.BICUBIC)
-    thumbnail = image.resize(size, Image.Resampling.BICUBIC) if use_thumbnail and columns * rows > 1 else None
+    with_thumbnail = cutting.use_thumbnail and columns * rows > 1
+    thumbnail = image.resize(size, Image.Resampling.BICUBIC) if with_thumbnail else None
     if rng is None:  # Tiles are squares of their final size: padding and resizing would change nothing.
       return _cut(whole, columns, rows, thumbnail, pool or TilePool(tile_size))
     parts = [whole.crop(box) for box in _boxes(columns, rows, tile_size)]

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from internvl_jax.arguments import DataTrainingArguments
-from internvl_jax.batch import IGNORE_INDEX
 from internvl_jax.data.sample import fitting, images, media, tiling, video
 from internvl_jax.data.sample.conversations import CONVERSATION_LINES
 from internvl_jax.data.sample.fitting import Limits
@@ -22,6 +21,7 @@ from internvl_jax.data.sample.tokenize import (
   ChatTokenizer,
   ChatTokens,
   human_texts,
+  supervised,
   with_placeholder,
 )
 from internvl_jax.data.source.media import Media, join
@@ -85,8 +85,8 @@ class Sample:
 
   @property
   def fully_masked(self) -> bool:
-    """A segment has no supervised token. Its first token has nothing before it that could predict it."""
-    return any(bool((part.labels[1:] == IGNORE_INDEX).all()) for part in self.segments())
+    """Whether a segment has no supervised token."""
+    return not all(supervised(part.labels).any() for part in self.segments())
 
 
 class _Shape(NamedTuple):
@@ -155,8 +155,6 @@ class SampleMaker:
     *,
     frames: int | None = None,
     piece: int = 0,
-    dataset: int = 0,
-    index: int = 0,
     pool: TilePool | None = None,
   ) -> Sample:
     r"""Makes a sample: a pure function of its arguments and the image or video files.
@@ -172,8 +170,6 @@ class SampleMaker:
       rng: the sample's own generator; None: no augmentation, and a video's frames are not drawn (`iter_frames`).
       frames: how many to take of a video; None: data.max_num_frame.
       piece: which piece of a sample that was split; see `pieces`.
-      dataset: copied into the sample.
-      index: copied into the sample.
       pool: the tiles are written to its end; None: to memory of their own.
 
     Raises:
@@ -193,19 +189,17 @@ class SampleMaker:
     image_tokens = [count * self.tokens_per_tile for count in plan.shape.tiles]
     tokens = [chat.expand(image_tokens) for chat in plan.shape.chats]
     spans = plan.spans(parts)
-    noted: list[Note] = []
+    tiles, noted = self._pixels(record, where, plan.shape.limit, sources()[chosen], chosen, rng, pool)
     return Sample(
       input_ids=_joined([t.input_ids[start:stop] for t, (start, stop) in zip(tokens, spans, strict=True)]),
       labels=_joined([t.labels[start:stop] for t, (start, stop) in zip(tokens, spans, strict=True)]),
       lengths=tuple(stop - start for start, stop in spans),
       shared=plan.shared,
-      tiles=self._pixels(record, where, plan.shape.limit, sources(), chosen, rng, pool, noted),
+      tiles=tiles,
       truncated=not all(fit.complete for fit in plan.fits) and piece == len(pieces) - 1,
       shrunk=plan.shrunk,
       piece=piece,
       where=where,
-      dataset=dataset,
-      index=index,
       notes=tuple(noted),
     )
 
@@ -227,8 +221,7 @@ class SampleMaker:
     return Size(
       tokens=sum(self._lengths(shape)) - self._shared(shape),
       tiles=sum(shape.tiles),
-      # The first token has nothing before it that could predict it.
-      supervised=sum(int((chat.labels[1:] != IGNORE_INDEX).sum()) for chat in shape.chats),
+      supervised=sum(int(supervised(chat.labels).sum()) for chat in shape.chats),
     )
 
   def pieces(self, record: Any, where: Where, frames: int) -> list[tuple[int, int]]:
@@ -354,27 +347,34 @@ class SampleMaker:
     chosen: slice,
     rng: np.random.Generator | None,
     pool: TilePool | None,
-    noted: list[Note],
-  ) -> np.ndarray:
-    """Returns uint8 [tiles, H, W, 3] of the chosen images, or frames of the video, at the end of the pool."""
-    data = self.data
+  ) -> tuple[np.ndarray, list[Note]]:
+    """Decodes images, or the chosen frames of the video.
+
+    Returns:
+      uint8 [tiles, H, W, 3] at the end of the pool, and the remarks on them.
+    """
+    data, noted = self.data, list[Note]()
     pool = pool or TilePool(data.force_image_size)
     start = pool.used
     augment = rng if self.spec.data_augment else None
-    settings: dict[str, Any] = {"tile_size": data.force_image_size, "pad_color": self._pad_color()}
-    settings |= {"rng": augment, "pool": pool}
+    settings: dict[str, Any] = {"pad_color": self._pad_color(), "rng": augment, "pool": pool}
     if path := media.video_of(record, where):
       frames = self._frames(self._rooted(path, where), record, where, limit, rng, noted)
-      settings |= {"dynamic": False, "min_tiles": 1, "max_tiles": 1, "use_thumbnail": False}
+      cutting = images.Cutting(tile_size=data.force_image_size)
       # Frame by frame: together, those of a large video would fill the memory.
       for frame in itertools.islice(frames, chosen.start, chosen.stop):
-        images.image_tiles(frame, **settings)
+        images.image_tiles(frame, cutting, **settings)
     else:
-      settings |= {"dynamic": data.dynamic_image_size, "use_thumbnail": data.use_thumbnail}
-      settings |= {"min_tiles": data.min_dynamic_patch, "max_tiles": limit}
-      for source in sources[chosen]:
-        images.image_tiles(images.open_image(source, where, noted), **settings)
-    return pool.since(start)
+      cutting = images.Cutting(
+        tile_size=data.force_image_size,
+        min_tiles=data.min_dynamic_patch,
+        max_tiles=limit,
+        use_thumbnail=data.use_thumbnail,
+        dynamic=data.dynamic_image_size,
+      )
+      for source in sources:
+        images.image_tiles(images.open_image(source, where, noted), cutting, **settings)
+    return pool.since(start), noted
 
   def _frames(
     self,

@@ -24,6 +24,20 @@ _MANY_KINDS = "What's  in <b>these</b> 12,345.67 images?\n\tÜber café naïve �
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 
 
+def supervised(labels: np.ndarray) -> np.ndarray:
+  """Which tokens of a segment are supervised: never the first one, since nothing before it could predict it.
+
+  Args:
+    labels: int [n], not shifted, `IGNORE_INDEX` where not supervised.
+
+  Returns:
+    bool [n].
+  """
+  found = labels != IGNORE_INDEX
+  found[:1] = False
+  return found
+
+
 class ChatTokens(NamedTuple):
   """A tokenised conversation of n tokens.
 

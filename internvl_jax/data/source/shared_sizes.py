@@ -39,8 +39,7 @@ _ERROR_CHARACTERS = 500
 
 
 def index_sizes(
-  file: Records,
-  measure: Measure,
+  lines: MeasureLines,
   key: Mapping[str, Any],
   cache: str | os.PathLike[str],
   hosts: Hosts,
@@ -55,6 +54,7 @@ def index_sizes(
     SharedDataError: what befell one of them.
   """
   options: dict[str, Any] = {"workers": workers, "progress": progress, "probes": probes}
+  file, measure = lines.file, lines.measure
   if hosts.count == 1:
     return sizes.index_sizes(file, measure, key, cache, **options)
   shared = _Shared(file, measure, key, cache, hosts)

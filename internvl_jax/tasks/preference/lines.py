@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from internvl_jax.batch import IGNORE_INDEX
 from internvl_jax.data.sample import records
 from internvl_jax.data.sample.fitting import Fit, Limits
 from internvl_jax.data.sample.records import LineKeys, OtherKind
 from internvl_jax.data.sample.templates import Template
-from internvl_jax.data.sample.tokenize import IMAGE_PLACEHOLDER, Chat, common_prompt
+from internvl_jax.data.sample.tokenize import IMAGE_PLACEHOLDER, Chat, common_prompt, supervised
 from internvl_jax.data.where import Where
 from internvl_jax.tasks.preference.fitting import fit_pair
 
@@ -189,8 +188,7 @@ def check_chats(chats: Sequence[Chat], where: Where) -> None:
     DataError: an answer has no supervised token, or both answers have the same tokens.
   """
   for key, chat in zip(KEYS[1:], chats, strict=True):
-    # The first token has nothing before it that could predict it.
-    if (chat.labels[1:] == IGNORE_INDEX).all():
+    if not supervised(chat.labels).any():
       raise where.error(f"{key!r} becomes no supervised token; write a text or delete the line")
   if np.array_equal(chats[0].ids, chats[1].ids):
     raise where.error(

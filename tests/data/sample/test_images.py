@@ -14,7 +14,7 @@ PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 
 def settings(**changes):
   default = {"tile_size": 112, "min_tiles": 1, "max_tiles": 6, "use_thumbnail": True, "dynamic": True}
-  return default | changes
+  return images.Cutting(**default | changes)
 
 
 def photograph(name):
@@ -49,7 +49,7 @@ def test_pixels_of_tiles_and_thumbnail(name, normalize_type):
     whole.crop((c * 112, r * 112, (c + 1) * 112, (r + 1) * 112)) for r in range(rows) for c in range(columns)
   ]
   parts.append(image.resize((112, 112), Image.Resampling.BICUBIC))
-  tiles = images.image_tiles(image, **settings())
+  tiles = images.image_tiles(image, settings())
   assert tiles.dtype == np.uint8 and tiles.shape == (columns * rows + 1, 112, 112, 3)
   expected = to_tensor_and_normalize(parts, 112, normalize_type)
   np.testing.assert_allclose(on_device(tiles, normalize_type), expected, rtol=0, atol=1e-6)
@@ -57,13 +57,11 @@ def test_pixels_of_tiles_and_thumbnail(name, normalize_type):
 
 def test_without_thumbnail_and_without_a_grid():
   image = photograph("chelsea")
-  with_thumbnail = images.image_tiles(image, **settings())
-  np.testing.assert_array_equal(
-    images.image_tiles(image, **settings(use_thumbnail=False)), with_thumbnail[:-1]
-  )
-  one = images.image_tiles(image, **settings(dynamic=False))
+  with_thumbnail = images.image_tiles(image, settings())
+  np.testing.assert_array_equal(images.image_tiles(image, settings(use_thumbnail=False)), with_thumbnail[:-1])
+  one = images.image_tiles(image, settings(dynamic=False))
   np.testing.assert_array_equal(one, with_thumbnail[-1:])
-  np.testing.assert_array_equal(images.image_tiles(image, **settings(max_tiles=1)), one)
+  np.testing.assert_array_equal(images.image_tiles(image, settings(max_tiles=1)), one)
 
 
 def test_padding_to_a_square():
@@ -75,18 +73,18 @@ def test_padding_to_a_square():
   pixels = np.asarray(padded)
   assert (pixels[:75] == color).all() and (pixels[375:] == color).all()
   np.testing.assert_array_equal(pixels[75:375], np.asarray(image))
-  tile = images.image_tiles(image, **settings(dynamic=False), pad_color=color)
+  tile = images.image_tiles(image, settings(dynamic=False), pad_color=color)
   np.testing.assert_array_equal(tile[0], np.asarray(padded.resize((112, 112), Image.Resampling.BICUBIC)))
   # Tiles of a grid are square already.
   np.testing.assert_array_equal(
-    images.image_tiles(image, **settings(), pad_color=color), images.image_tiles(image, **settings())
+    images.image_tiles(image, settings(), pad_color=color), images.image_tiles(image, settings())
   )
 
 
 def test_jpeg_augmentation_encodes_each_tile_at_its_own_quality():
   image = photograph("astronaut")
-  plain = images.image_tiles(image, **settings())
-  tiles = images.image_tiles(image, **settings(), rng=np.random.default_rng((1, 2, 3)))
+  plain = images.image_tiles(image, settings())
+  tiles = images.image_tiles(image, settings(), rng=np.random.default_rng((1, 2, 3)))
   rng = np.random.default_rng((1, 2, 3))
   qualities = [int(rng.integers(75, 101)) for _ in plain]
   assert len(set(qualities)) > 1

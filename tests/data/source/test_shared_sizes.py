@@ -49,7 +49,9 @@ class Machine:
 
   def index(self, hosts, key=None, **options):
     file, key = JsonlFile(self.path, "toy"), key or {"a": 1, "root": str(self.cache)}
-    return shared_sizes.index_sizes(file, self.measure, key, self.cache, hosts, **{"workers": 0, **options})
+    return shared_sizes.index_sizes(
+      sizes.MeasureLines(file, self.measure), key, self.cache, hosts, **{"workers": 0, **options}
+    )
 
   def files(self):
     (folder,) = (path for path in self.cache.iterdir() if path.is_dir() and (path / "key.json").exists())
