@@ -139,7 +139,9 @@ def test_an_override_that_xla_refuses_is_one_line(entry, why):
   version = f"the XLA of jaxlib {jax.lib.__version__}"
   with pytest.raises(UserError) as caught:
     check_overrides(("xla_gpu_graph_min_graph_size=5", entry), mesh)
-  assert str(caught.value) == f"runtime.xla_options: {entry!r}: {why} in {version}; correct it, or leave it out"
+  assert (
+    str(caught.value) == f"runtime.xla_options: {entry!r}: {why} in {version}; correct it, or leave it out"
+  )
 
 
 def test_overrides_are_checked_where_the_mesh_is_opened():

@@ -441,7 +441,9 @@ def test_what_is_not_there(bucket, folder):
   with pytest.raises(UserError, match="is a file; give the folder"):
     open_source(f"{bucket}/m/config.json")
   put(folder / "config.json", BucketPath(f"{bucket}/run/checkpoints/100/state.json"))
-  with pytest.raises(UserError, match=f"{bucket}/run/checkpoints/100: a checkpoint to resume from, not a model"):
+  with pytest.raises(
+    UserError, match=f"{bucket}/run/checkpoints/100: a checkpoint to resume from, not a model"
+  ):
     open_source(f"{bucket}/run/checkpoints/100")
   checkpoint = opened(f"{bucket}/m")
   for path in BucketPath(f"{bucket}/m").glob("*.safetensors"):
