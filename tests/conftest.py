@@ -1,6 +1,7 @@
 """What every test needs before JAX starts."""
 
 import os
+import pathlib
 import signal
 
 import pytest
@@ -51,6 +52,21 @@ def forgets_programs():
   yield
   if compiling.resident_bytes() > _MOST_RESIDENT:
     compiling.forget_programs()
+
+
+_LONG = ("tasks", "models", "runs", "parallel", "aot", "hf", "checkpoint")
+"""Folders whose files take longest, the longest first."""
+
+
+def pytest_collection_modifyitems(items):
+  """Begins with what takes long, so that no worker is left alone with it at the end."""
+  here = pathlib.Path(__file__).parent
+
+  def rank(item):
+    folder = item.path.relative_to(here).parts[0]
+    return _LONG.index(folder) if folder in _LONG else len(_LONG)
+
+  items.sort(key=rank)
 
 
 def pytest_addoption(parser):

@@ -113,6 +113,7 @@ class Harness:
     zero_stage=0,
     fsdp_groups=1,
   ):
+    self._programs = {}
     sizes = {"data": 1, **(mesh or {})}
     devices = jax.devices()[: np.prod(list(sizes.values()))]
     self.mesh = meshes.make_mesh(MeshConfig(**sizes), devices, zero_stage=zero_stage)
@@ -158,8 +159,14 @@ class Harness:
     batch = jax.device_put(batch, rules.batch_shardings(batch, self.mesh))
     return self.state, self.frozen, batch, np.float32(learning_rate)
 
+  @property
+  def program(self):
+    """The jitted step, traced once for each shape of batch as long as the step is the same."""
+    if self._programs.get("step") is not self.step:
+      self._programs = {"step": self.step, "program": jax.jit(self.step.__call__)}
+    return self._programs["program"]
+
   def run(self, batch, steps=1):
-    program = jax.jit(self.step.__call__)
     for _ in range(steps):
-      self.state, metrics = program(*self.inputs(batch))
+      self.state, metrics = self.program(*self.inputs(batch))
     return metrics

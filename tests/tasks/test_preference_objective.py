@@ -1,6 +1,7 @@
 """Preference losses against TRL's, and the objective that is made of them."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -29,7 +30,6 @@ from internvl_jax.models.internvl import Execution, InternVL, normalize_tiles
 from internvl_jax.models.kernels import Kernels
 from internvl_jax.models.lora import MARK, LoRASpec
 from internvl_jax.objectives import COPIES, PreferenceOptimization, ReferencePolicy
-from internvl_jax.parallel import rules
 from internvl_jax.parallel.mesh import make_mesh
 from internvl_jax.trees import submodule_of
 from tests.support.harness import Harness, toy
@@ -216,13 +216,18 @@ def make_step(
 
 def take_steps(harness, batches, rate=2e-2):
   """(loss, gradient norm, terms) of each step."""
-  program, found = jax.jit(harness.step.__call__), []
+  found = []
   for batch in batches:
-    batch = jax.device_put(batch, rules.batch_shardings(batch, harness.mesh))
-    harness.state, metrics = program(harness.state, harness.frozen, batch, np.float32(rate))
+    harness.state, metrics = harness.program(*harness.inputs(batch, rate))
     assert not metrics.skipped
     found.append((metrics.loss, metrics.grad_norm, metrics.terms))
   return jax.tree.map(np.asarray, found)
+
+
+@functools.cache
+def steps_of_one_device(rows, terms=MPO):
+  """Three steps on one device, which several tests compare with."""
+  return take_steps(make_step(terms=terms), [make_pairs(rows, seed) for seed in range(3)])
 
 
 def assert_equal_steps(found, expected, rtol=1e-5):
@@ -374,8 +379,8 @@ def test_packed_equals_unpacked():
 )
 def test_shared_prompts_change_nothing(mesh, backend):
   """Also where the prompt's tokens lie on other devices than the answer's, and in the kernels of TPUs and GPUs."""
-  shards, rows = 2 if mesh else 1, [2, 1, 1, 2]
-  alone = take_steps(make_step(), [make_pairs(rows, seed) for seed in range(3)])
+  shards, rows = 2 if mesh else 1, (2, 1, 1, 2)
+  alone = steps_of_one_device(rows)
   batches = [make_pairs(rows, seed, shards=shards, share=True) for seed in range(3)]
   assert (batches[0].rows.segment_ids > 0).sum() < (make_pairs(rows).rows.segment_ids > 0).sum()
   harness = make_step(mesh=mesh, share=True, how=Execution(kernels=Kernels(attention=backend)))
@@ -417,18 +422,18 @@ def fresh_adapters(harness):
 def test_micro_batches_count_alike_and_move_the_running_mean_one_by_one():
   parts = [make_pairs([2, 1, 2, 1], seed) for seed in range(2)]
   both = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-  accumulated, alone = make_step(all_gather=False), make_step(all_gather=False)
-  take_steps(accumulated, [make_pairs([2, 1, 2, 1], 7)])
-  take_steps(alone, [make_pairs([2, 1, 2, 1], 7)])
-  ((loss, _, terms),) = take_steps(accumulated, [both], rate=0.0)
-  each = take_steps(alone, parts, rate=0.0)
+  harness = make_step(all_gather=False)
+  take_steps(harness, [make_pairs([2, 1, 2, 1], 7)])
+  before = harness.state
+  ((loss, _, terms),) = take_steps(harness, [both], rate=0.0)
+  accumulated, harness.state = harness.state, before
+  each = take_steps(harness, parts, rate=0.0)
+  alone = harness.state
   np.testing.assert_allclose(loss, np.mean([e[0] for e in each]), rtol=1e-5)
   for name, value in terms.items():
     np.testing.assert_allclose(value, np.mean([e[2][name] for e in each]), rtol=1e-4, atol=1e-6, err_msg=name)
-  assert accumulated.state.running["batches"] == alone.state.running["batches"] == 3
-  np.testing.assert_allclose(
-    accumulated.state.running["reward_sum"], alone.state.running["reward_sum"], rtol=1e-4
-  )
+  assert accumulated.running["batches"] == alone.running["batches"] == 3
+  np.testing.assert_allclose(accumulated.running["reward_sum"], alone.running["reward_sum"], rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -443,8 +448,8 @@ def test_micro_batches_count_alike_and_move_the_running_mean_one_by_one():
 def test_meshes_agree_with_one_device(mesh):
   terms = (*MPO, ("aot", 0.1), ("ipo", 0.01))
   shards = mesh.get("data", 1) * mesh.get("fsdp", 1)
-  rows = [2, 1, 1, 2, 2, 1, 1, 2]
-  alone = take_steps(make_step(terms=terms), [make_pairs(rows, seed) for seed in range(3)])
+  rows = (2, 1, 1, 2, 2, 1, 1, 2)
+  alone = steps_of_one_device(rows, terms)
   spread = [make_pairs(rows, seed, shards=shards) for seed in range(3)]
   assert_equal_steps(take_steps(make_step(terms=terms, mesh=mesh), spread), alone)
 

@@ -143,6 +143,23 @@ def test_mixture_repeats_and_shares(tokenizer, tmp_path):
     Mixture(arguments(meta), tokenizer, tokens_per_tile=P, seed=0)
 
 
+def test_numbers_of_frames_are_drawn_line_by_line(tokenizer, tmp_path):
+  """From the seed, the dataset and the line, within the bounds."""
+  write_dataset(tmp_path, 200, name="one")
+  meta = write_dataset(tmp_path, 200, name="two")
+
+  def frames(seed):
+    data = arguments(meta, min_num_frame=3, max_num_frame=9)
+    mixture = Mixture(data, tokenizer, tokens_per_tile=P, seed=seed)
+    return [[dataset._frames(line) for line in range(200)] for dataset in mixture.datasets]
+
+  first, second = frames(1)
+  assert frames(1) == [first, second]
+  assert set(first) == set(second) == set(range(3, 10))
+  for other in (second, frames(2)[0]):
+    assert sum(a == b for a, b in zip(first, other, strict=True)) < 60  # 29 of 200 by chance.
+
+
 def sample(length, tiles=0, *, value=0, dataset=0):
   """A sample of ids 1, 2, 3, ... that begins with its image tokens; its second half is supervised."""
   ids = np.arange(1, length + 1, dtype=np.int32) % CONTEXT

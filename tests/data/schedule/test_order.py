@@ -49,9 +49,9 @@ def test_shuffled_orders_differ_by_epoch_seed_and_dataset():
     return plan.places(epoch * plan.num_samples, plan.num_samples).indices
 
   found = [order(EpochOrder(size, seed, True), epoch) for seed in (3, 4) for epoch in (0, 1)]
-  # Two datasets of one size, each in its own order.
-  mixed = order(ResampledOrder((size, size), 3, True))
-  found += [mixed[mixed < size], mixed[mixed >= size] - size]
+  # Two datasets of one size, each run through in its own order.
+  drawn = DrawnOrder((size, size), 3).places(0, 4 * size).indices
+  found += [drawn[drawn < size][:size], drawn[drawn >= size][:size] - size]
   for number, one in enumerate(found):
     assert sorted(one) == list(range(size))
     assert all((one == other).sum() < size // 6 for other in found[:number])
