@@ -1,11 +1,15 @@
-"""A block of the ViT by itself: which part of drop path acts on which branch."""
+"""Parts of the ViT and the projector by themselves: which branch drop path acts on, and the exact GELU."""
+
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
-from internvl_jax.models.towers.internvit import InternViTConfig, VisionLayer
+from internvl_jax.models.projector import Projector
+from internvl_jax.models.towers.internvit import InternViTConfig, VisionLayer, VisionMLP
 
 
 def test_drop_path_acts_on_each_branch_and_tile_by_itself():
@@ -25,3 +29,22 @@ def test_drop_path_acts_on_each_branch_and_tile_by_itself():
   np.testing.assert_allclose(
     layer(x, None, backend="xla"), layer(x, jnp.ones((2, 4)), backend="xla"), atol=1e-6
   )
+
+
+@pytest.mark.parametrize("part", ["vit", "projector"])
+def test_gelu_is_exact(part):
+  """By the error function: its approximation by tanh is off by up to 5e-4."""
+  x = np.linspace(-4, 4, 8)[None, None]
+  if part == "vit":
+    config = InternViTConfig(
+      hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1, patch_size=4, image_size=8
+    )
+    module = VisionMLP(config, nnx.Rngs(0))
+    first, second, inputs = module.fc1, module.fc2, x
+  else:
+    module = Projector(8, 8, rngs=nnx.Rngs(0))
+    first, second = module.linear_1, module.linear_2
+    inputs = (x - x.mean()) / np.sqrt(x.var() + 1e-5)
+  first.kernel[...] = second.kernel[...] = jnp.eye(8)
+  expected = [value * (1 + math.erf(value / math.sqrt(2))) / 2 for value in inputs.ravel()]
+  np.testing.assert_allclose(module(jnp.asarray(x, jnp.float32)).ravel(), expected, rtol=0, atol=2e-6)
