@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,6 @@ from absl import logging
 from transformers import PreTrainedTokenizerBase
 
 from internvl_jax import compiler, serving
-from internvl_jax.arguments import ModelArguments
 from internvl_jax.config import TrainConfig, get
 from internvl_jax.data.load.inspection import decode_all, examine
 from internvl_jax.data.load.mixture import Mixture
@@ -60,7 +59,7 @@ from internvl_jax.step import TrainStep
 from internvl_jax.tasks.preference.data import PairData
 from internvl_jax.tasks.preference.lines import FRAME_NAME, PairLines
 from internvl_jax.tasks.sft.data import DATA
-from internvl_jax.trees import select, submodule_of
+from internvl_jax.trees import layers_with, select, submodule_of
 
 _HELD_OUT_SHOWN = 5
 """Lines named in the message that refuses held-out data."""
@@ -441,7 +440,9 @@ def make_objective(
     "model": source.model,
     "how": how,
     "normalize_type": config.data.normalize_type,
-    "drop_path_rates": drop_path_rates(config.model, source),
+    "drop_path_rates": drop_path_rates(
+      config.model.drop_path_rate, source, trainable_paths(config.model, source.model.shapes)
+    ),
     "dropout": bool(source.specs),
     "shards": meshes.data_parallel_size(mesh),
     "all_gather": config.data.loss_reduction_all_gather,
@@ -532,13 +533,10 @@ def reference_copies(
   return copy(originals)
 
 
-def drop_path_rates(model: ModelArguments, source: Source) -> tuple[float, ...]:
-  """The rate of each layer of the ViT: rising linearly, and 0 where it is frozen, which runs as in evaluation."""
-  vision = source.config.vision
-  rates = np.linspace(0.0, model.drop_path_rate, vision.num_layers)
-  if model.freeze_backbone and vision.lora is None:
-    trained = model.unfreeze_vit_layers
-    rates[: trained % vision.num_layers if trained else vision.num_layers] = 0.0
+def drop_path_rates(rate: float, source: Source, trainable: Iterable[str]) -> tuple[float, ...]:
+  """The drop path rate of each layer of the ViT: rising linearly to `rate`, 0 where it is frozen, as in evaluation."""
+  trains = layers_with(trainable, "vision_model", source.config.vision.num_layers)
+  rates = np.where(trains, np.linspace(0.0, rate, len(trains)), 0.0)
   return tuple(rates.tolist()) if rates.any() else ()
 
 

@@ -60,3 +60,10 @@ def count(tree: Mapping[str, Any]) -> int:
 def submodule_of(path: str) -> str:
   """Which of the model's three parts a parameter belongs to: vision_model, mlp1 or language_model."""
   return path.split(".", 1)[0]
+
+
+def layers_with(paths: Iterable[str], submodule: str, depth: int) -> list[bool]:
+  """Whether each of a submodule's `depth` layers has parameters at `paths`."""
+  spans = [LAYER_RANGE.search(path) for path in paths if submodule_of(path) == submodule]
+  held = {i for span in spans if span for i in range(int(span[1]), int(span[2]))}
+  return [i in held for i in range(depth)]

@@ -192,11 +192,26 @@ def test_grad_checkpoint():
   assert assembly.execution(run_of(grad_checkpoint=False), model).remat is None
 
 
-def test_drop_path_rate():
-  source = source_of()
-  rates = assembly.drop_path_rates(ModelArguments(drop_path_rate=0.4), source)
-  assert rates[0] == 0.0 and rates[-1] == 0.4 and sorted(rates) == list(rates)
-  assert assembly.drop_path_rates(ModelArguments(drop_path_rate=0.4, freeze_backbone=True), source) == ()
+@pytest.mark.parametrize(
+  ("flags", "first"),
+  [
+    ({}, 1),
+    ({"freeze_backbone": True}, None),
+    ({"freeze_backbone": True, "unfreeze_vit_layers": -1}, -1),
+    ({"freeze_backbone": True, "use_backbone_lora": 2}, 1),
+  ],
+)
+def test_drop_path_rate(flags, first):
+  """It rises over the layers; those that do not train run as in evaluation."""
+  source = source_of(**flags)
+  paths = trainable_paths(ModelArguments(**flags), source.model.shapes)
+  rates = assembly.drop_path_rates(0.4, source, paths)
+  if first is None:
+    assert rates == ()
+    return
+  expected = np.linspace(0.0, 0.4, source.config.vision.num_layers)
+  expected[:first] = 0.0
+  assert rates == tuple(expected)
 
 
 def test_ps_version():
