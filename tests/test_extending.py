@@ -125,14 +125,15 @@ def test_the_change_works(section, outcomes):
 
 
 @pytest.mark.parametrize("section", HOW_TOS, ids=lambda section: section.title.replace(" ", "_"))
-def test_the_table_counts_its_files(section):
-  """The page's table says how many files are new and changed."""
+def test_the_table_counts_files_and_lines(section):
   row = re.search(
-    rf"^\| {section.title.lower()} \| (\d+) \| (\d+) \|", PAGE.read_text(encoding="utf-8"), re.M
+    rf"^\| {section.title.lower()} \| (\d+) \| (\d+) \| (\d+) \|", PAGE.read_text(encoding="utf-8"), re.M
   )
   assert row, f"{section.title} is not in the table"
   changed = {path for path, _ in section.changed}
-  assert (int(row[1]), int(row[2])) == (len(section.new), len(changed))
+  lines = sum(len(text.splitlines()) for text in section.new.values())
+  lines += sum(line[0] in "+-" for _, diff in section.changed for line in diff.splitlines() if line)
+  assert tuple(map(int, row.groups())) == (len(section.new), len(changed), lines)
 
 
 @pytest.mark.parametrize("path", sorted({path for section in HOW_TOS for path in section.new}))
