@@ -183,6 +183,13 @@ def test_tests_and_extras_are_there():
       assert set(listed.split(",")) <= set(extras), f"{page.name}: {listed}"
 
 
+def test_the_architecture_names_every_package():
+  text = (REPOSITORY / "docs/architecture.md").read_text(encoding="utf-8")
+  packages = sorted(path.parent.name for path in (REPOSITORY / "internvl_jax").glob("*/__init__.py"))
+  assert len(packages) > 10
+  assert [name for name in packages if f"`{name}/" not in text] == []
+
+
 # --- What no other test runs --------------------------------------------------------------------------------
 
 
