@@ -52,7 +52,7 @@ class Where(NamedTuple):
     return f"{self.file}:{self.line} (dataset {self.dataset!r})"
 
   def error(self, cause: str, kind: type[DataError] | None = None) -> DataError:
-    """Returns the error that blames this line, a `DataError` or a kind of it."""
+    """The error that blames this line, a `DataError` or a kind of it."""
     return (kind or DataError)(f"{self}: {cause}")
 
 
@@ -63,12 +63,12 @@ class Typed(Where):
     return self.root
 
   def error(self, cause: str, kind: type[DataError] | None = None) -> DataError:
-    """Returns the error that blames the flag."""
+    """The error that blames the flag."""
     return super().error(re.sub(r"(; | or )delete the line$", "", cause), kind)
 
 
 def shown(value: Any, write: Callable[[Any], str] = str) -> str:
-  """Returns what a message shows of a value of the data: its beginning, in quotes where it is written as `str` does."""
+  """What a message shows of a value of the data: its beginning, in quotes where it is written as `str` does."""
   try:
     text = write(value)[:80]
   except RecursionError:  # What could be parsed may be too deep to be written.

@@ -58,7 +58,7 @@ class MicroBatch(NamedTuple):
   notes: tuple[Note, ...] = ()
 
   def happened(self, event: str) -> np.ndarray:
-    """Returns bool [G]: which samples it befell."""
+    """Computes bool [G]: which samples an event happened to."""
     return self.events[:, EVENTS.index(event)]
 
 
@@ -127,7 +127,7 @@ def _events(place: Sample | Lost) -> list[bool]:
 
 
 def _scatter(where: Sequence[bool], values: ArrayLike, dtype: type, empty: int = 0) -> np.ndarray:
-  """Returns [G, ...]: the values at the True places in order, `empty` elsewhere."""
+  """Computes [G, ...]: the values at the True places in order, `empty` elsewhere."""
   values = np.asarray(values, dtype)
   out = np.full((len(where), *values.shape[1:]), empty, dtype)
   out[np.array(where, np.bool_)] = values
@@ -248,12 +248,12 @@ def assemble(micro_batches: Sequence[MicroBatch], padding: Padding) -> SFTBatch:
 
 
 def _row_sums(micro: MicroBatch, values: np.ndarray) -> np.ndarray:
-  """Returns [R]: sums of the rows' samples from [G]."""
+  """Computes [R]: sums of the rows' samples from [G]."""
   return np.bincount(micro.rows, values, micro.num_rows).astype(np.int64)
 
 
 def numbers_in_rows(present: np.ndarray, rows: np.ndarray) -> np.ndarray:
-  """Returns int32 [n]: the number within its row, from 1, of each that is present; one that is not takes none.
+  """Computes int32 [n]: the number within its row, from 1, of each that is present; one that is not takes none.
 
   Args:
     present: bool [n].
@@ -265,47 +265,47 @@ def numbers_in_rows(present: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def segment_numbers(micro: MicroBatch) -> np.ndarray:
-  """Returns int32 [G, J]: the number of each segment within its row, from 1; one without tokens takes none."""
+  """Computes int32 [G, J]: the number of each segment within its row, from 1; one without tokens takes none."""
   present = micro.segments.ravel() > 0
   numbers = numbers_in_rows(present, micro.rows.repeat(micro.segments.shape[1]))
   return numbers.reshape(micro.segments.shape)
 
 
 def _segment_ids(micro: MicroBatch) -> np.ndarray:
-  """Returns int32 [sum of lengths]: the number of each token's segment within its row."""
+  """Computes int32 [sum of lengths]: the number of each token's segment within its row."""
   return np.repeat(segment_numbers(micro).ravel(), micro.segments.ravel())
 
 
 def _offsets(segments: np.ndarray) -> np.ndarray:
-  """Returns int32 [sum of lengths]: 0, 1, ... within each segment."""
+  """Computes int32 [sum of lengths]: 0, 1, ... within each segment."""
   lengths = segments.ravel()
   starts = lengths.cumsum() - lengths
   return (np.arange(lengths.sum()) - np.repeat(starts, lengths)).astype(np.int32)
 
 
 def _positions(micro: MicroBatch) -> np.ndarray:
-  """Returns int32 [sum of lengths]: places within each segment, behind the tokens that it shares."""
+  """Computes int32 [sum of lengths]: places within each segment, behind the tokens that it shares."""
   before = np.zeros_like(micro.segments)
   before[:, 1:] = micro.shared[:, None]
   return _offsets(micro.segments) + before.ravel().repeat(micro.segments.ravel())
 
 
 def shared_tokens(micro: MicroBatch) -> np.ndarray:
-  """Returns bool [sum of lengths]: the tokens of first segments that the others of their samples share."""
+  """Computes bool [sum of lengths]: the tokens of first segments that the others of their samples share."""
   until = np.zeros_like(micro.segments)
   until[:, 0] = micro.shared
   return _offsets(micro.segments) < until.ravel().repeat(micro.segments.ravel())
 
 
 def _predictable(micro: MicroBatch) -> np.ndarray:
-  """Returns the labels without those of the first token of each segment; see `tokenize.supervised`."""
+  """The labels without those of the first token of each segment; see `tokenize.supervised`."""
   labels = micro.labels.copy()
   labels[_offsets(micro.segments) == 0] = IGNORE_INDEX
   return labels
 
 
 def _token_weights(micro: MicroBatch, loss_reduction: str) -> np.ndarray:
-  """Returns float32 [sum of lengths]: the weight of each token's label."""
+  """Computes float32 [sum of lengths]: the weight of each token's label."""
   owner = np.repeat(np.arange(micro.segments.size), micro.segments.ravel())
   count = np.bincount(owner, micro.labels != IGNORE_INDEX, micro.segments.size)
   power = {"token": 0.0, "square": -0.5, "sample": -1.0}[loss_reduction]
@@ -313,7 +313,7 @@ def _token_weights(micro: MicroBatch, loss_reduction: str) -> np.ndarray:
 
 
 def _image_index(micro: MicroBatch, image_token_id: int, data_shards: int) -> np.ndarray:
-  """Returns int32 [sum of lengths]: which feature of its shard's pool stands at a token, or NO_IMAGE."""
+  """Computes int32 [sum of lengths]: which feature of its shard's pool stands at a token, or NO_IMAGE."""
   is_image = micro.input_ids == image_token_id
   before = np.concatenate([[0], is_image.cumsum(dtype=np.int32)])  # image tokens before each token
   ends = micro.segments.cumsum().reshape(micro.segments.shape)
@@ -328,7 +328,7 @@ def _image_index(micro: MicroBatch, image_token_id: int, data_shards: int) -> np
 
 
 def _pools(micro_batches: Sequence[MicroBatch], used: np.ndarray, pool: int) -> np.ndarray:
-  """Returns uint8 [A, D, T, H, W, 3] from the tiles end to end and how many each shard uses, [A, D]."""
+  """Computes uint8 [A, D, T, H, W, 3] from the tiles end to end and how many each shard uses, [A, D]."""
   if used.size == 1 and len(micro_batches[0].tiles) >= pool:
     # A whole batch already, but for what is not used; copying it would be the most of what this process does.
     tiles = np.asarray(micro_batches[0].tiles)[:pool]

@@ -58,7 +58,7 @@ class Tally:
     return int((self.planned + self.read)[:, COUNTERS.index("fully_masked")].sum())
 
   def describe(self) -> str:
-    """Returns one line of what this host knows of."""
+    """One line of what this host knows of."""
     return describe_counters(self.named(self.read))
 
   def tell_losses(self, before: "Tally") -> None:
@@ -69,7 +69,7 @@ class Tally:
       )
 
   def copy(self) -> "Tally":
-    """Returns a tally that counts on its own."""
+    """A tally that counts on its own."""
     other = copy.copy(self)
     other.planned, other.read, other.offenders = self.planned.copy(), self.read.copy(), list(self.offenders)
     return other
@@ -80,7 +80,7 @@ class Tally:
       counts[:] = [counters.get(name, {}).get(counter, 0) for counter in COUNTERS]
 
   def named(self, read: np.ndarray) -> dict[str, dict[str, int]]:
-    """Returns {dataset: {counter: count}} with what all hosts read."""
+    """Names the counts, {dataset: {counter: count}} with what all hosts read."""
     counts = (self.planned + read).tolist()
     return {
       name: dict(zip(COUNTERS, row, strict=True)) for name, row in zip(self._names, counts, strict=True)
@@ -167,7 +167,7 @@ class Tally:
       )
 
   def _judged(self) -> tuple[dict[str, int], int]:
-    """Returns the counters of all hosts, as far as this one can tell, and of how many samples a share is taken."""
+    """The counters of all hosts, as far as this one can tell, and of how many samples a share is taken."""
     # What the plan passed over is known of all samples; of the rest, this host has seen its share.
     counts = (self.planned + self._hosts * self.read).sum(0).tolist()
     return dict(zip(COUNTERS, counts, strict=True)), max(counts[0], min(self._epoch, _FEWEST_JUDGED))
@@ -175,7 +175,7 @@ class Tally:
   def nothing_taught(
     self, micro_batches: Sequence[MicroBatch], seen: int, rows: int, *, taught_hint: str
   ) -> DataError:
-    """Returns the error of a run that has had nothing to learn from.
+    """The error of a run that has had nothing to learn from.
 
     Args:
       micro_batches: of the last batch.
@@ -212,7 +212,7 @@ class Tally:
 
 
 def untaught_samples(counters: dict[str, dict[str, Any]]) -> str | None:
-  """Returns a line that tells how many samples had nothing to learn; None if all had."""
+  """A line that tells how many samples had nothing to learn; None if all had."""
   masked = {name: counts["fully_masked"] for name, counts in counters.items() if counts["fully_masked"]}
   if not masked:
     return None
@@ -225,7 +225,7 @@ def untaught_samples(counters: dict[str, dict[str, Any]]) -> str | None:
 
 
 def describe_counters(counters: dict[str, dict[str, Any]]) -> str:
-  """Returns one line that tells what happened to samples beyond being read; empty if nothing did."""
+  """One line that tells what happened to samples beyond being read; empty if nothing did."""
   parts = []
   for name, counts in counters.items():
     told = [f"{counts[event]} {event.replace('_', ' ')}" for event in EVENTS if counts[event]]

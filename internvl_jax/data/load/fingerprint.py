@@ -22,7 +22,7 @@ _VERSION = 2
 
 
 def mixture_fingerprint(mixture: Mixture) -> str:
-  """Returns a SHA-256, in hex, of all that the samples and their order in the mixture depend on.
+  """A SHA-256, in hex, of all that the samples and their order in the mixture depend on.
 
   These are the entries of the meta file, the bytes of the annotation files (read once more, whole), the tokenizer and
   the template, all settings of images, videos and lengths, and the seed that says how many frames a video gives. Not
@@ -69,7 +69,7 @@ class Varying(NamedTuple):
 
 
 def first_varying(mixture: Mixture) -> Varying | None:
-  """Returns the first dataset of which a sample may differ between epochs; None if every sample is always the same.
+  """The first dataset of which a sample may differ between epochs; None if every sample is always the same.
 
   What was computed from a sample of such a dataset, a reference policy's log-probabilities say, holds for one epoch.
   An annotation file is searched for videos, but only lines that may have one are parsed.
@@ -96,7 +96,7 @@ _REMEDY = "or start anew with training.overwrite_output_dir=True"
 
 
 def content_of(mixture: Mixture, cache: str | os.PathLike[str] | None) -> dict[str, Any]:
-  """Returns what a mixture is made of, as JSON values: a checkpoint holds it, and hosts compare it.
+  """What a mixture is made of, as JSON values: a checkpoint holds it, and hosts compare it.
 
       {"settings": {"data.conv_style": "internvl2_5", ...}, "tokenizer": "83b0...",
        "datasets": [{"name": "vqa", "entry": {"repeat_time": 1, ...}, "lines": 2000, "block": 2, "digests": "a1f7..."}]}
@@ -155,7 +155,7 @@ def check_same_content(then: Mapping[str, Any], now: Mapping[str, Any], mixture:
 
 
 def shared_facts(content: Mapping[str, Any], mixture: Mixture) -> dict[str, Any]:
-  """Returns what all hosts of a run must have of `content_of`, by the names that messages give it."""
+  """What all hosts of a run must have of `content_of`, by the names that messages give it."""
   facts: dict[str, Any] = {"the tokenizer": mixture.datasets[0].maker.tokenizer.fingerprint()}
   facts["the datasets of the meta file"] = [entry["name"] for entry in content["datasets"]]
   for dataset, found in zip(mixture.datasets, content["datasets"], strict=True):
@@ -199,7 +199,7 @@ def files_digest(
   metas: Mapping[str, str | None],
   cache: str | os.PathLike[str] | None,
 ) -> dict[str, Any]:
-  """Returns digests of what a model is scored on, whole, by the names that messages give them; see `shared_facts`.
+  """Digests of what a model is scored on, whole, by the names that messages give them; see `shared_facts`.
 
   Args:
     annotations: files by the setting that names them; None where none does.

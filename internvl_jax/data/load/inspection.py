@@ -155,7 +155,7 @@ class _Decode:
 
 
 def describe_notes(mixture: Mixture, *, workers: int) -> list[str]:
-  """Returns a line for each dataset that has something which is not read and harmless, or is not as it says.
+  """A line for each dataset that has something which is not read and harmless, or is not as it says.
 
       d: not read: 'id' in 24 lines, 'widht' in 3 (did you mean 'width'? first d.jsonl:7)
 

@@ -71,7 +71,7 @@ class Dataset:
     return self.lines + self._more.shape[1]
 
   def locate(self, sample: int) -> tuple[int, int]:
-    """Returns (index of the line, piece) of a sample."""
+    """Finds (index of the line, piece) of a sample."""
     if sample < self.lines:
       return sample, 0
     line, piece, _ = self._more[:, sample - self.lines].tolist()
@@ -149,7 +149,7 @@ class Dataset:
     return self._pieces
 
   def sizes_of(self, samples: np.ndarray) -> np.ndarray:
-    """Returns int64 [n, 2], tokens (or pieces.UNREADABLE, ...) and tiles of samples."""
+    """Computes int64 [n, 2], tokens (or pieces.UNREADABLE, ...) and tiles of samples."""
     out = np.zeros((len(samples), 2), np.int64)
     first = samples < self.lines
     records = self.records[samples[first]]
@@ -164,19 +164,19 @@ class Dataset:
     return out
 
   def index_of(self, line: int) -> str:
-    """Returns the folder of the index that knows the size of a line's media; "" where the line itself states it."""
+    """The folder of the index that knows the size of a line's media; "" where the line itself states it."""
     if self._sizes is None or self.maker.states_sizes(self.file.read(line), self.file.where(line)):
       return ""
     return str(self._sizes.folder)
 
   def why_lost(self, sample: int) -> str:
-    """Returns why a sample without tokens has none."""
+    """Why a sample without tokens has none."""
     assert self._sizes is not None, "index() comes first"
     line, _ = self.locate(sample)
     return self._sizes.errors.get(line) or self.pieces.errors[line]
 
   def first_video(self) -> Where | None:
-    """Returns the first line in use that has a video; None if there is none."""
+    """The first line in use that has a video; None if there is none."""
     for line in self.file.containing(b'"video'):
       if line >= self.lines:
         break
@@ -192,7 +192,7 @@ class Dataset:
     return any(line < self.lines for text in (b'"image', b'"video') for line in self.file.containing(text))
 
   def key(self) -> dict[str, Any]:
-    """Returns all that sizes depend on beside the lines, as JSON values."""
+    """All that sizes depend on beside the lines, as JSON values."""
     maker, data = self.maker, self.maker.data
     settings = ("force_image_size", "dynamic_image_size", "use_thumbnail", "min_dynamic_patch", "conv_style")
     return {
@@ -207,7 +207,7 @@ class Dataset:
     }
 
   def _frames(self, line: int) -> int:
-    """Returns how many frames a line's video gives: the same in every epoch, so that its size is known."""
+    """How many frames a line's video gives: the same in every epoch, so that its size is known."""
     data = self.maker.data
     rng = np.random.default_rng((self._seed, self._number, line))
     return video.num_wanted(rng, data.min_num_frame, data.max_num_frame)
@@ -294,26 +294,26 @@ class Mixture:
     return [dataset.spec.name for dataset in self.datasets]
 
   def max_tiles(self) -> int:
-    """Returns the most tiles that one sample may have: images are never cut, so their tokens must fit a row."""
+    """The most tiles that one sample may have: images are never cut, so their tokens must fit a row."""
     return self.data.max_seq_length // self._tokens_per_tile
 
   def dataset_of(self, index: int) -> int:
-    """Returns the number of the dataset that a sample of the mixture is of."""
+    """The number of the dataset that a sample of the mixture is of."""
     return int(np.searchsorted(self._ends, index, side="right"))
 
   def _locate(self, index: int) -> tuple[Dataset, int]:
-    """Returns the dataset of a sample of the mixture, and its number there."""
+    """The dataset of a sample of the mixture, and its number there."""
     number = self.dataset_of(index)
     first = int(self._ends[number] - self.sizes[number])
     return self.datasets[number], (index - first) % self.datasets[number].num_samples
 
   def where(self, index: int) -> Where:
-    """Returns the line that a sample of the mixture comes from."""
+    """The line that a sample of the mixture comes from."""
     dataset, sample = self._locate(index)
     return dataset.file.where(dataset.locate(sample)[0])
 
   def decode(self, epoch: int, index: int, pool: TilePool | None = None) -> Sample:
-    """Returns a sample of the mixture. Augmentation and a video's frames depend on seed, epoch and index alone.
+    """A sample of the mixture. Augmentation and a video's frames depend on seed, epoch and index alone.
 
     Args:
       epoch: from 0.
@@ -344,7 +344,7 @@ class Mixture:
     self._count()
 
   def size_of(self, indices: np.ndarray) -> np.ndarray:
-    """Returns int64 [n, 2], tokens (or pieces.UNREADABLE, ...) and tiles of samples of the mixture."""
+    """Computes int64 [n, 2], tokens (or pieces.UNREADABLE, ...) and tiles of samples of the mixture."""
     out = np.zeros((len(indices), 2), np.int64)
     numbers = np.searchsorted(self._ends, indices, side="right")
     for number in np.unique(numbers).tolist():
@@ -355,17 +355,17 @@ class Mixture:
     return out
 
   def index_of(self, index: int) -> str:
-    """Returns the folder of the index that knows how large a sample is; "" where its line states it."""
+    """The folder of the index that knows how large a sample is; "" where its line states it."""
     dataset, sample = self._locate(index)
     return dataset.index_of(dataset.locate(sample)[0])
 
   def why_lost(self, index: int) -> str:
-    """Returns why a sample whose size has no tokens is lost."""
+    """Why a sample whose size has no tokens is lost."""
     dataset, sample = self._locate(index)
     return dataset.why_lost(sample)
 
   def describe(self) -> list[str]:
-    """Returns one line for each dataset, for the log."""
+    """One line for each dataset, for the log."""
     lines = []
     for dataset, size in zip(self.datasets, self.sizes, strict=True):
       spec, found = dataset.spec, len(dataset.file)
@@ -386,7 +386,7 @@ class Mixture:
 
 
 def limits_of(data: DataTrainingArguments, policy: Policy) -> Limits:
-  """Returns the limits of samples under these settings."""
+  """The limits of samples under these settings."""
   if not data.use_packed_ds:
     return Limits(data.max_seq_length, policy=policy)
   return Limits(data.max_seq_length, data.max_packed_tokens, data.num_images_expected, policy)

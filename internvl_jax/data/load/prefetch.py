@@ -107,7 +107,7 @@ class MicroBatchSource:
 
 
 def _without_room(micro: batching.MicroBatch) -> batching.MicroBatch:
-  """Returns what is sent from one process to another: room for more tiles would travel too."""
+  """What is sent from one process to another: room for more tiles would travel too."""
   return micro._replace(tiles=micro.tiles[: micro.num_tiles.sum()])
 
 
@@ -183,7 +183,7 @@ def _start_worker(index: int, count: int) -> None:
 
 
 def _shared_memory_threshold(in_flight: int) -> int:
-  """Returns from which size in bytes on arrays travel through shared memory."""
+  """Finds from which size in bytes on arrays travel through shared memory."""
   # A full /dev/shm (64 MB by default in Docker) kills the worker with a bus error; pipes are slower but safe.
   try:
     free = shutil.disk_usage("/dev/shm").free

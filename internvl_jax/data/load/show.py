@@ -14,7 +14,7 @@ _ROWS_SHOWN = 2
 
 
 def show_batch(batch: Batch, tokenizer: ChatTokenizer) -> str:
-  r"""Returns the batch's shapes and its first rows decoded, with what is supervised between » and «.
+  r"""The batch's shapes and its first rows decoded, with what is supervised between » and «.
 
   1 micro-batches of 32 rows of 48 tokens, 90% of them filled, 64 supervised; tiles 1x1x32x64x64x3
   row 0: <|im_start|>user\n<img><IMG_CONTEXT>x16</img>\nWhat?<|im_end|>\n<|im_start|>assistant\n»Yes<|im_end|>«\n
@@ -33,7 +33,7 @@ def show_batch(batch: Batch, tokenizer: ChatTokenizer) -> str:
 
 
 def show_sample(sample: Sample, tokenizer: ChatTokenizer, lines: LineSchema) -> str:
-  r"""Returns a sample as text, with what is supervised between » and «; the prompt of several answers once, then them.
+  r"""A sample as text, with what is supervised between » and «; the prompt of several answers once, then them.
 
   toy.jsonl:3 (dataset 'toy'), 45 tokens, 1 tiles: <|im_start|>user\n...<|im_start|>assistant\n»Yes<|im_end|>«\n
 
@@ -56,7 +56,7 @@ def show_sample(sample: Sample, tokenizer: ChatTokenizer, lines: LineSchema) -> 
 
 
 def as_json(sample: Sample, lines: LineSchema) -> dict[str, Any]:
-  """Returns a sample's `input_ids` and `labels` as lists; of several answers, those of each, by its name."""
+  """A sample's `input_ids` and `labels` as lists; of several answers, those of each, by its name."""
   found = [
     {"input_ids": part.input_ids.tolist(), "labels": part.labels.tolist()} for part in sample.conversations()
   ]

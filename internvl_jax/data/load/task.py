@@ -26,7 +26,7 @@ class DataTask(Protocol):
     ...
 
   def assemble(self, micro_batches: Sequence[MicroBatch], padding: Padding) -> Any:
-    """Returns the batch of an optimizer step, of numpy arrays.
+    """The batch of an optimizer step, of numpy arrays.
 
     Args:
       micro_batches: A of them, each with R rows.
@@ -42,7 +42,7 @@ class Conversations(NamedTuple):
   conversations: int = 1
 
   def assemble(self, micro_batches: Sequence[MicroBatch], padding: Padding) -> Any:
-    """Returns a batch of tokens; see `batching.assemble`."""
+    """A batch of tokens; see `batching.assemble`."""
     return batching.assemble(micro_batches, padding)
 
 

@@ -64,7 +64,7 @@ _MARKUP = (
 
 
 def kind_of(head: bytes) -> str | None:
-  """Returns what a file is that begins with these bytes, to stand after "is"; None if that is not known.
+  """What a file is that begins with these bytes, to stand after "is"; None if that is not known.
 
   >>> kind_of(b"%PDF-1.4")
   'a PDF'
@@ -85,7 +85,7 @@ def kind_of(head: bytes) -> str | None:
 
 
 def kind_of_file(path: str) -> str | None:
-  """Returns what a file on a local disk is; None if that is not known, or it cannot be read."""
+  """What a file on a local disk is; None if that is not known, or it cannot be read."""
   try:
     with open(path, "rb") as file:
       return kind_of(file.read(HEAD_BYTES))
@@ -109,7 +109,7 @@ def _kind_of_text(head: bytes) -> str | None:
 
 
 def _decoded(head: bytes) -> str:
-  """Returns the text that some bytes are the beginning of; "" if they are none."""
+  """The text that some bytes are the beginning of; "" if they are none."""
   encoding = "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
   for cut in range(4):  # the last character may be there in part
     with contextlib.suppress(UnicodeError):
@@ -118,7 +118,7 @@ def _decoded(head: bytes) -> str:
 
 
 def remedy(kind: str, *, image: bool) -> str:
-  """Returns what to do about a file of a kind that stands where an image, or else a video, should.
+  """What to do about a file of a kind that stands where an image, or else a video, should.
 
   Args:
     kind: as `kind_of` returns it.

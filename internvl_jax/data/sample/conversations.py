@@ -89,7 +89,7 @@ class ConversationLines:
     )
 
   def plain(self, record: Any, where: Where) -> dict[str, Any]:
-    """Returns a line with our keys alone, its system message among the turns.
+    """A line with our keys alone, its system message among the turns.
 
     Raises:
       DataError: see `records.plain_record`; or a turn has something that would change what is seen or learned.
@@ -109,7 +109,7 @@ class ConversationLines:
       yield "an answer before the first question"
 
   def conversations(self, record: Mapping[str, Any], where: Where) -> list[Any]:
-    """Returns the conversation."""
+    """The conversation."""
     del where
     return [record["conversations"]]
 
@@ -120,7 +120,7 @@ class ConversationLines:
     """Takes any conversation; one that teaches nothing is counted, not refused."""
 
   def shared_tokens(self, chats: Sequence[Chat], image_tokens: Sequence[int]) -> int:
-    """Returns 0: there is one conversation."""
+    """Always 0: there is one conversation."""
     del chats, image_tokens
     return 0
 
@@ -133,7 +133,7 @@ class ConversationLines:
     where: Where,
     shared: int,
   ) -> tuple[Fit, ...]:
-    """Returns what is left of the conversation under the limits; see `fitting.fit`."""
+    """What is left of the conversation under the limits; see `fitting.fit`."""
     del shared
     return (fit(chats[0], tiles, tokens_per_tile, limits, where),)
 
@@ -157,7 +157,7 @@ def _are_plain(turns: Any, has_system: bool) -> bool:
 
 
 def _with_turns(record: dict[str, Any], plain: dict[str, Any], where: Where) -> dict[str, Any]:
-  """Returns a line whose turns have our keys alone, the line's system message among them.
+  """A line whose turns have our keys alone, the line's system message among them.
 
   The tokenizer says what is wrong about turns that are none.
   """
@@ -180,7 +180,7 @@ def _with_turns(record: dict[str, Any], plain: dict[str, Any], where: Where) -> 
 
 
 def _plain_turn(turn: Any, number: int, where: Where) -> Any:
-  """Returns a turn of `from`, `value` and, where it is not learned, `"loss": False`."""
+  """A turn of `from`, `value` and, where it is not learned, `"loss": False`."""
   if not isinstance(turn, dict) or not turn.keys() >= _TURN:
     return turn
   learned = True

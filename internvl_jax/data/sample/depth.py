@@ -28,7 +28,7 @@ def is_deep(image: Image.Image) -> bool:
 
 
 def to_rgb(image: Image.Image) -> tuple[Image.Image, str]:
-  """Returns an image as RGB, and what was done to its values; "" where they are taken as Pillow takes them."""
+  """An image as RGB, and what was done to its values; "" where they are taken as Pillow takes them."""
   if not is_deep(image):
     return image.convert("RGB"), ""
   values = np.asarray(image)
@@ -48,7 +48,7 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, str]:
 
 
 def _range(low: float, high: float, *, fractions: bool) -> tuple[float, float]:
-  """Returns the values that become black and white."""
+  """The values that become black and white."""
   for top in (1, *_TOPS) if fractions else _TOPS:
     if -_OVERSHOOT * high <= low and high <= (1 + _OVERSHOOT) * top:
       return 0, top
@@ -56,7 +56,7 @@ def _range(low: float, high: float, *, fractions: bool) -> tuple[float, float]:
 
 
 def _extremes(values: np.ndarray) -> tuple[bool, float, float]:
-  """Returns whether all values are finite, and the least and the greatest of those that are; 0 if none is."""
+  """Whether all values are finite, and the least and the greatest of those that are; 0 if none is."""
   finite, lows, highs = True, [], []
   for rows in _bands(values):
     band = values[rows]

@@ -98,7 +98,7 @@ class Fit(NamedTuple):
 
 
 def fit(chat: Chat, tiles: Sequence[int], tokens_per_tile: int, limits: Limits, where: Where) -> Fit:
-  """Returns what is left of a sample under the limits; shrinking comes before.
+  """What is left of a sample under the limits; shrinking comes before.
 
   Args:
     chat: its conversation.
@@ -169,7 +169,7 @@ class Layout:
     self._taught = np.concatenate([[0], np.cumsum(labels != IGNORE_INDEX)])
 
   def stop(self, start: int, tokens: int, tiles: int | None, end: int) -> int:
-    """Returns where a piece that begins at `start` stops: at most at `end`, and before an image that does not fit."""
+    """Where a piece that begins at `start` stops: at most at `end`, and before an image that does not fit."""
     stop = min(start + tokens, end)
     first = int(np.searchsorted(self.begins, start))
     too_far = self.ends[first:] > stop

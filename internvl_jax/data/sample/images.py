@@ -36,7 +36,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 def normalization(normalize_type: str) -> tuple[np.ndarray, np.ndarray]:
-  """Returns float32 mean [3] and standard deviation [3] of a `normalize_type`.
+  """Computes float32 mean [3] and standard deviation [3] of a `normalize_type`.
 
   Raises:
     DataError: the name is unknown.
@@ -62,7 +62,7 @@ def fetched(source: Media, where: Where) -> Media:
 
 
 def open_image(source: Media, where: Where, noted: list[Note] | None = None) -> Image.Image:
-  """Returns the decoded image as RGB, in the orientation in which it is stored.
+  """The decoded image as RGB, in the orientation in which it is stored.
 
   Values of more than 8 bits are scaled, see `depth`. Else it is what Pillow makes of it, as in the reference.
 
@@ -102,7 +102,7 @@ _ORIENTATION = 0x0112
 
 
 def _orientation(image: Image.Image) -> int:
-  """Returns EXIF's orientation; 0 where none can be read. Pillow turns TIFFs by theirs, and takes it away."""
+  """EXIF's orientation; 0 where none can be read. Pillow turns TIFFs by theirs, and takes it away."""
   if "exif" not in image.info:
     return 0
   try:
@@ -135,7 +135,7 @@ def _shows_through(image: Image.Image) -> bool:
 
 
 def image_size(source: Media, where: Where) -> tuple[int, int]:
-  """Returns (width, height) from an image's header. Of a remote image no more is fetched, where its format has one.
+  """Finds (width, height) from an image's header. Of a remote image no more is fetched, where its format has one.
 
   Pillow reads all of a WebP or AVIF file before it tells its size.
 
@@ -208,7 +208,7 @@ def _check_file(path: str, where: Where) -> None:
 
 
 def _kind_of_file(path: str, opened: Any) -> str | None:
-  """Returns what a file is that is no image; None if that is not known."""
+  """What a file is that is no image; None if that is not known."""
   if isinstance(opened, str):
     return content.kind_of_file(path)
   try:
@@ -296,7 +296,7 @@ def image_tiles(
 def _cut(
   whole: Image.Image, columns: int, rows: int, thumbnail: Image.Image | None, pool: TilePool
 ) -> np.ndarray:
-  """Returns uint8 [tiles, side, side, 3]: the first row's tiles first, and the thumbnail last."""
+  """Computes uint8 [tiles, side, side, 3]: the first row's tiles first, and the thumbnail last."""
   side, count = whole.height // rows, rows * columns
   tiles = pool.take(count + (thumbnail is not None))
   # Written to where they stay: other ways, by Pillow's crop or through a contiguous array, copy once more.
@@ -308,13 +308,13 @@ def _cut(
 
 
 def _boxes(columns: int, rows: int, side: int) -> list[tuple[int, int, int, int]]:
-  """Returns (left, top, right, bottom) of the tiles, the first row's first."""
+  """Finds (left, top, right, bottom) of the tiles, the first row's first."""
   corners = [(x * side, y * side) for y in range(rows) for x in range(columns)]
   return [(x, y, x + side, y + side) for x, y in corners]
 
 
 def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
-  """Returns the image centred on a square of its longer side."""
+  """The image centred on a square of its longer side."""
   side = max(image.size)
   square = Image.new("RGB", (side, side), color)
   square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -322,13 +322,13 @@ def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Imag
 
 
 def mean_color(normalize_type: str) -> tuple[int, int, int]:
-  """Returns the colour (0-255) that padding uses: the mean, rounded down."""
+  """The colour (0-255) that padding uses: the mean, rounded down."""
   red, green, blue = (int(255 * value) for value in PIXEL_STATISTICS[normalize_type][0])
   return red, green, blue
 
 
 def jpeg_reencode(image: Image.Image, quality: int) -> Image.Image:
-  """Returns the image after a round trip through JPEG."""
+  """The image after a round trip through JPEG."""
   buffer = io.BytesIO()
   image.save(buffer, format="JPEG", quality=quality)
   return Image.open(buffer).convert("RGB")

@@ -94,7 +94,7 @@ _VALUES_LOOKED_AT = 64
 
 @functools.lru_cache(maxsize=4096)
 def kind_of(name: str, place: Place) -> Kind | Literal["about"] | None:
-  """Returns what a key that lines do not have is; "about" for a note about a medium or a mask, None for another one."""
+  """What a key that lines do not have is; "about" for a note about a medium or a mask, None for another one."""
   if place == "line" and _NOTES.fullmatch(name):
     return None
   if (_ROLES if place == "line" else _TURN_ROLES).fullmatch(name):
@@ -115,7 +115,7 @@ def is_note(name: str) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def nearest(name: str, place: Place) -> str | None:
-  """Returns the known name that a key nearly has; None if it is one, or near none."""
+  """The known name that a key nearly has; None if it is one, or near none."""
   if _NOTES.fullmatch(name) or len(name) > _LONGEST_NAME:
     return None
   spelt = {"".join(_words(known)): known for known in _SPELT[place]}
@@ -125,7 +125,7 @@ def nearest(name: str, place: Place) -> str | None:
 
 
 def changes(name: str, value: Any, place: Place, shown: Iterable[str]) -> Kind | None:
-  """Returns what a key would change about what is seen or learned; None if it changes nothing.
+  """What a key would change about what is seen or learned; None if it changes nothing.
 
   Args:
     name: the key.
@@ -184,7 +184,7 @@ def _words(name: str) -> list[str]:
 
 
 def _stem(path: str) -> str:
-  """Returns a file's name without folders and suffix."""
+  """A file's name without folders and suffix."""
   return os.path.splitext(re.split(r"[?#]", path)[0].rstrip("/").rpartition("/")[2])[0]
 
 

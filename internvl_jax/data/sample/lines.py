@@ -47,7 +47,7 @@ class LineSchema(Protocol):
     ...
 
   def plain(self, record: Any, where: Where) -> dict[str, Any]:
-    """Returns a parsed line with our keys alone.
+    """A parsed line with our keys alone.
 
     Raises:
       DataError: something about its texts is wrong, or is not read and would change what is seen or learned.
@@ -65,7 +65,7 @@ class LineSchema(Protocol):
     ...
 
   def conversations(self, record: Mapping[str, Any], where: Where) -> Sequence[Any]:
-    """Returns the turns of each conversation of a plain line."""
+    """The turns of each conversation of a plain line."""
     ...
 
   def check_places(self, conversations: Sequence[Any], num_images: int, where: Where) -> None:
@@ -85,7 +85,7 @@ class LineSchema(Protocol):
     ...
 
   def shared_tokens(self, chats: Sequence[Chat], image_tokens: Sequence[int]) -> int:
-    """Returns how many tokens of the first conversation stand for those of all others, too; 0 if none.
+    """How many tokens of the first conversation stand for those of all others, too; 0 if none.
 
     Args:
       chats: the conversations.
@@ -102,7 +102,7 @@ class LineSchema(Protocol):
     where: Where,
     shared: int,
   ) -> tuple[Fit, ...]:
-    """Returns what is left of each conversation under the limits, all in as many pieces and of the same images.
+    """What is left of each conversation under the limits, all in as many pieces and of the same images.
 
     Args:
       chats: the conversations.

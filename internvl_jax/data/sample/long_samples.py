@@ -53,7 +53,7 @@ class Pieces:
   errors: dict[int, str]
 
   def find(self, lines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns which of these lines are over-long, bool [n], and for those (in order) their places in `lines`."""
+    """Which of these lines are over-long, bool [n], and for those (in order) their places in `lines`."""
     places = np.searchsorted(self.lines, lines)
     found = places < len(self.lines)
     found[found] = self.lines[places[found]] == lines[found]
@@ -65,7 +65,7 @@ class Pieces:
 
 
 def over_long(records: np.ndarray, limits: Limits) -> np.ndarray:
-  """Returns bool [lines]: which sizes (sizes.SIZE) exceed the limits, or may: of a pair, the two together are known."""
+  """Computes bool [lines]: which sizes (sizes.SIZE) exceed the limits, or may: of a pair, the two together are known."""
   exceeds = records["tokens"] > limits.tokens
   if limits.row_tiles is not None:
     exceeds |= records["tiles"] > limits.row_tiles
@@ -82,7 +82,7 @@ def index_pieces(
   progress: Callable[[int], Any] = lambda lines: None,
   hosts: Hosts = ALONE,
 ) -> Pieces:
-  """Returns the pieces of a file's over-long lines: those that were kept for these limits, or found anew.
+  """The pieces of a file's over-long lines: those that were kept for these limits, or found anew.
 
   Args:
     file: the annotation file.
@@ -177,14 +177,14 @@ class _LayOut:
 
 
 def kind_of_loss(error: DataError) -> int:
-  """Returns UNREADABLE, OVER_LONG or UNSUPERVISED."""
+  """The kind of loss that an error stands for: UNREADABLE, OVER_LONG or UNSUPERVISED."""
   if isinstance(error, OverLengthError):
     return OVER_LONG
   return UNSUPERVISED if isinstance(error, UnsupervisedError) else UNREADABLE
 
 
 def _key(sizes: Sizes, lines: np.ndarray, limits: Limits) -> str:
-  """Returns a hash of the limits, of which lines exceed them, and of the text of the file."""
+  """A hash of the limits, of which lines exceed them, and of the text of the file."""
   blocks = np.load(sizes.folder / "blocks.npy")
   text = json.dumps([*limits, zlib.crc32(lines.tobytes()), zlib.crc32(blocks.tobytes())])
   return hashlib.sha256(text.encode()).hexdigest()[:16]

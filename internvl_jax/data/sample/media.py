@@ -12,7 +12,7 @@ _LARGEST_SIDE = 1 << 32
 
 
 def stated_sizes(record: Mapping[str, Any], num_images: int) -> list[tuple[int, int]] | None:
-  """Returns (width, height) of the images where the line states them all.
+  """Finds (width, height) of the images where the line states them all.
 
   Args:
     record: the parsed line.

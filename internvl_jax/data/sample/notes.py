@@ -25,7 +25,7 @@ class Note(NamedTuple):
 
 
 def note(kind: str, where: Where, message: str) -> Note:
-  """Returns a note about a line."""
+  """A note about a line."""
   return Note(where.dataset, kind, str(where.error(message)))
 
 
@@ -49,7 +49,7 @@ class NotesShown:
       first.append(note.message)
 
   def lines(self) -> list[str]:
-    """Returns a line for each of the first notes, and one for the others."""
+    """A line for each of the first notes, and one for the others."""
     lines = []
     for of, first in self._first.items():
       more = self._counts[of] - len(first)

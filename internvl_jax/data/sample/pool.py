@@ -19,7 +19,7 @@ import numpy as np
 _NAME = "internvl_jax_tiles"
 
 Allocate = Callable[[tuple[int, ...]], np.ndarray]
-"""Returns a uint8 array of a shape, with any content."""
+"""A uint8 array of a shape, with any content."""
 
 
 class TilePool:
@@ -47,7 +47,7 @@ class TilePool:
     self.used, self.allocated = 0, False
 
   def take(self, count: int) -> np.ndarray:
-    """Returns uint8 [count, side, side, 3] to write the next tiles to, at once: room that grows is another."""
+    """Computes uint8 [count, side, side, 3] to write the next tiles to, at once: room that grows is another."""
     end = self.used + count
     if end > len(self.tiles):
       self._make_room(end)
@@ -56,7 +56,7 @@ class TilePool:
     return room
 
   def since(self, start: int) -> np.ndarray:
-    """Returns uint8 [used - start, side, side, 3]: the tiles from number `start` on."""
+    """Computes uint8 [used - start, side, side, 3]: the tiles from number `start` on."""
     return self.tiles[start : self.used]
 
   def rewind(self, start: int) -> None:
@@ -127,7 +127,7 @@ class SharedSlots:
     return _attached, (place, self._count, self._slot_bytes)
 
   def claim(self) -> int | None:
-    """Returns a free slot, now taken; None if there is none."""
+    """A free slot, now taken; None if there is none."""
     with self._lock:  # Between threads; what follows is between processes.
       fcntl.lockf(self._descriptor, fcntl.LOCK_EX, 1)
       try:
@@ -145,14 +145,14 @@ class SharedSlots:
     self._taken[slot] = 0
 
   def array(self, slot: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns uint8 of a shape at the beginning of a slot; all views of it keep it alive."""
+    """Computes uint8 of a shape at the beginning of a slot; all views of it keep it alive."""
     start = _pages(self._count) + slot * _pages(self._slot_bytes)
     # Its base is not an array, so that numpy makes it the base of all its views.
     whole = np.frombuffer(self._memory, np.uint8, math.prod(shape), start)
     return whole.reshape(shape)
 
   def open(self, tiles: SharedTiles) -> np.ndarray:
-    """Returns the tiles of a slot, which is free again when neither this array nor any view of it is left."""
+    """The tiles of a slot, which is free again when neither this array nor any view of it is left."""
     array = self.array(tiles.slot, tiles.shape)
     weakref.finalize(array.base, self.release, tiles.slot).atexit = False
     return array
@@ -163,7 +163,7 @@ class SharedSlots:
 
 
 def _attached(place: tuple[int, int, int], count: int, slot_bytes: int) -> SharedSlots | None:
-  """Returns another process's slots; None where that is not allowed, or where they were closed meanwhile."""
+  """Another process's slots; None where that is not allowed, or where they were closed meanwhile."""
   process, descriptor, inode = place
   try:
     own = os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDWR)
@@ -177,5 +177,5 @@ def _attached(place: tuple[int, int, int], count: int, slot_bytes: int) -> Share
 
 
 def _pages(size: int) -> int:
-  """Returns the bytes of whole pages that hold so many bytes."""
+  """The bytes of whole pages that hold so many bytes."""
   return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -86,7 +86,7 @@ class LineKeys:
 
 
 def plain_record(record: Any, where: Where, kind: LineKeys) -> dict[str, Any]:
-  """Returns a line with our keys alone; the line itself is left as it is.
+  """A line with our keys alone; the line itself is left as it is.
 
   Args:
     record: the parsed line.
@@ -136,7 +136,7 @@ def unread_keys(record: Mapping[str, Any], kind: LineKeys) -> Iterator[str]:
 
 @functools.lru_cache(maxsize=1024)
 def keys_looked_at(names: tuple[str, ...], kind: LineKeys) -> tuple[str, ...]:
-  """Returns the keys of a line that are not simply read or passed over; lines of a file have few sets of keys."""
+  """The keys of a line that are not simply read or passed over; lines of a file have few sets of keys."""
   passed: set[str] = set()
   for other in kind.others:
     if set(names) >= {*kind.texts, *other.texts}:  # The setting says which of the two is meant.
@@ -149,7 +149,7 @@ def keys_looked_at(names: tuple[str, ...], kind: LineKeys) -> tuple[str, ...]:
 
 
 def _media(record: dict[str, Any], where: Where) -> dict[str, Any]:
-  """Returns `image` and `video` as other trainers' plural keys say them."""
+  """Reads `image` and `video` as other trainers' plural keys say them."""
   found = {}
   for key in _MEDIA:
     several = f"{key}s"
@@ -166,7 +166,7 @@ def _media(record: dict[str, Any], where: Where) -> dict[str, Any]:
 
 
 def _path_of(entry: Any, key: str, where: Where) -> Any:
-  """Returns what an entry of `images` or `videos` names: a path, or the frames of a video."""
+  """What an entry of `images` or `videos` names: a path, or the frames of a video."""
   if isinstance(entry, dict) and not keys.says_nothing(entry.get("path")):
     rest = {name: value for name, value in entry.items() if name != "path" and not keys.says_nothing(value)}
     entry = entry if rest else entry["path"]
@@ -215,7 +215,7 @@ def _check_objects(record: dict[str, Any], where: Where, kind: LineKeys) -> None
 
 
 def json_text(record: Mapping[str, Any], kind: LineKeys) -> str:
-  """Returns the texts of a line that are seen or learned, end to end."""
+  """The texts of a line that are seen or learned, end to end."""
   found = []
   for key in (*kind.texts, *(key for other in kind.others for key in other.texts)):
     value = record.get(key)
@@ -225,7 +225,7 @@ def json_text(record: Mapping[str, Any], kind: LineKeys) -> str:
 
 
 def system_of(record: Mapping[str, Any], where: Where) -> str | None:
-  """Returns the system message that stands in a line beside its texts; None if there is none.
+  """The system message that stands in a line beside its texts; None if there is none.
 
   Raises:
     DataError: there are two, or it is no text.
@@ -237,7 +237,7 @@ def system_of(record: Mapping[str, Any], where: Where) -> str | None:
 
 
 def checked_text(record: Mapping[str, Any], key: str, where: Where) -> str:
-  """Returns the text at a key of a line.
+  """The text at a key of a line.
 
   Raises:
     DataError: it is none, is empty or cannot be encoded.
@@ -252,12 +252,12 @@ def checked_text(record: Mapping[str, Any], key: str, where: Where) -> str:
 
 
 def remedy_of(change: keys.Kind, kind: LineKeys) -> str:
-  """Returns what to do about a key of a line that would change what is seen, learned or said."""
+  """What to do about a key of a line that would change what is seen, learned or said."""
   return {"media": _MEDIA_REMEDY, "mask": kind.mask_remedy, "roles": kind.roles_remedy}[change]
 
 
 def refusal(blame: str, key: str, value: Any, change: keys.Kind, place: keys.Place, remedy: str) -> str:
-  """Returns why a key is refused that is not read and would change something.
+  """Why a key is refused that is not read and would change something.
 
   Args:
     blame: where the key is.

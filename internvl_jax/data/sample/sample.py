@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,22 +14,13 @@ from internvl_jax.data.sample.conversations import CONVERSATION_LINES
 from internvl_jax.data.sample.fitting import Limits
 from internvl_jax.data.sample.lines import LineSchema
 from internvl_jax.data.sample.notes import Note
+from internvl_jax.data.sample.placeholders import with_places
 from internvl_jax.data.sample.pool import TilePool
-from internvl_jax.data.sample.tokenize import (
-  IMAGE_PLACEHOLDER,
-  Chat,
-  ChatTokenizer,
-  ChatTokens,
-  human_texts,
-  supervised,
-  with_placeholder,
-)
+from internvl_jax.data.sample.tokenize import Chat, ChatTokenizer, ChatTokens, supervised
 from internvl_jax.data.source.media import Media, join
 from internvl_jax.data.source.meta import DatasetSpec
 from internvl_jax.data.source.sizes import Size
 from internvl_jax.data.where import Where
-
-VIDEO_PLACEHOLDER = "<video>"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +59,7 @@ class Sample:
   notes: tuple[Note, ...] = ()
 
   def segments(self) -> list[ChatTokens]:
-    """Returns the tokens of each segment."""
+    """The tokens of each segment."""
     if not self.lengths:
       return [ChatTokens(self.input_ids, self.labels)]
     cuts = np.cumsum(self.lengths)[:-1]
@@ -76,7 +67,7 @@ class Sample:
     return [ChatTokens(*part) for part in parts]
 
   def conversations(self) -> list[ChatTokens]:
-    """Returns the tokens of each segment, behind those that it shares."""
+    """The tokens of each segment, behind those that it shares."""
     first, *others = self.segments()
     whole = (
       [np.concatenate([a[: self.shared], b]) for a, b in zip(first, part, strict=True)] for part in others
@@ -119,11 +110,11 @@ class _Plan(NamedTuple):
   shared: int
 
   def pieces(self) -> list[tuple[fitting.Piece, ...]]:
-    """Returns for each piece of the sample its part of every conversation."""
+    """Finds for each piece of the sample its part of every conversation."""
     return list(zip(*(fit.pieces for fit in self.fits), strict=True))
 
   def spans(self, parts: Sequence[fitting.Piece]) -> list[tuple[int, int]]:
-    """Returns for each conversation the first token of its segment in a piece, and the one after the last."""
+    """Finds for each conversation the first token of its segment in a piece, and the one after the last."""
     return [(part.start + (self.shared if number else 0), part.stop) for number, part in enumerate(parts)]
 
 
@@ -204,7 +195,7 @@ class SampleMaker:
     )
 
   def measure(self, record: Any, where: Where, frames: int) -> Size:
-    """Returns the sizes that a sample would have without limits, without looking at pixels.
+    """The sizes that a sample would have without limits, without looking at pixels.
 
     An image's size is what the line says (`width` and `height`, or `width_list` and `height_list`), or else the
     header of its file.
@@ -225,7 +216,7 @@ class SampleMaker:
     )
 
   def pieces(self, record: Any, where: Where, frames: int) -> list[tuple[int, int]]:
-    """Returns tokens and tiles of each piece that the limits leave of a sample, in order; see `measure`.
+    """Tokens and tiles of each piece that the limits leave of a sample, in order; see `measure`.
 
     Raises:
       DataError: as in `measure`; `OverLengthError` where nothing of it is kept.
@@ -259,7 +250,7 @@ class SampleMaker:
     return bool(paths) and media.stated_sizes(plain, len(paths)) is not None
 
   def _sources(self, record: dict[str, Any], where: Where) -> list[Media]:
-    """Returns the files of the line's images."""
+    """The files of the line's images."""
     paths = [] if media.video_of(record, where) else media.image_paths(record, where)
     return [images.fetched(join(self.spec.root, path, where), where) for path in paths]
 
@@ -280,7 +271,7 @@ class SampleMaker:
     return [chat.length(image_tokens) for chat in shape.chats]
 
   def _shared(self, shape: _Shape) -> int:
-    """Returns how many tokens of the first conversation stand for those of the others, too."""
+    """How many tokens of the first conversation stand for those of the others, too."""
     return self.lines.shared_tokens(shape.chats, [count * self.tokens_per_tile for count in shape.tiles])
 
   def _shapes(
@@ -321,9 +312,9 @@ class SampleMaker:
       yield _Shape(self._chats(record, fewer, where), [1] * fewer, fewer)
 
   def _chats(self, record: dict[str, Any], num_images: int, where: Where) -> tuple[Chat, ...]:
-    """Returns the line's conversations, tokenized."""
+    """The line's conversations, tokenized."""
     conversations = [
-      _with_places(turns, record, num_images, where, self.lines.frame_name)
+      with_places(turns, record, num_images, where, self.lines.frame_name)
       for turns in self.lines.conversations(record, where)
     ]
     self.lines.check_places(conversations, num_images, where)
@@ -332,7 +323,7 @@ class SampleMaker:
     return chats
 
   def _count_tiles(self, size: tuple[int, int], limit: int) -> int:
-    """Returns how many tiles an image (width, height) makes."""
+    """How many tiles an image (width, height) makes."""
     data = self.data
     if not data.dynamic_image_size:
       return 1
@@ -389,7 +380,7 @@ class SampleMaker:
     return video.iter_frames(path, where, **limits, rng=rng, clip=record.get("clip"), noted=noted)
 
   def _rooted(self, path: video.Source, where: Where) -> video.Source:
-    """Returns where a video, or each of its frames, lies."""
+    """Where a video, or each of its frames, lies."""
     if isinstance(path, tuple):
       return tuple(join(self.spec.root, frame, where) for frame in path)
     return join(self.spec.root, path, where)
@@ -403,69 +394,6 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
   return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _with_places(
-  conversations: Any, record: dict[str, Any], num_images: int, where: Where, frame_name: str
-) -> Any:
-  """Returns the line's turns with a place for every image or frame, where the line may leave it out."""
-  if not isinstance(conversations, list):
-    return conversations  # The tokenizer says what is wrong about it.
-  if media.video_of(record, where):
-    return with_frames(conversations, num_images, where, frame_name)
-  if count := _videos_in(conversations):
-    raise where.error(
-      f"{count} {VIDEO_PLACEHOLDER} in the human turns but no video; name one in 'video', or take {VIDEO_PLACEHOLDER} out"
-    )
-  return with_placeholder(conversations) if num_images == 1 else conversations
-
-
-def _videos_in(conversations: list[Any]) -> int:
-  """Returns how often the human turns say `<video>`."""
-  return sum(
-    turn["value"].count(VIDEO_PLACEHOLDER)
-    for turn in conversations
-    if isinstance(turn, dict) and turn.get("from") == "human" and isinstance(turn.get("value"), str)
-  )
-
-
-def with_frames(
-  conversations: Sequence[Mapping[str, str]], num_frames: int, where: Where, frame_name: str = "Frame-"
-) -> list[Mapping[str, str]]:
-  r"""Returns the turns with a line for each frame where the first human one with `<video>` has it.
-
-  Where none has it, it is put with a line break before the first human turn, as `with_placeholder` does.
-
-      human "<video>\nWho?" with 2 frames -> human "Frame-1: <image>\nFrame-2: <image>\nWho?"
-
-  Args:
-    conversations: the turns; left as they are.
-    num_frames: of the video.
-    where: the line, for errors.
-    frame_name: what stands before a frame's number.
-
-  Raises:
-    DataError: the human turns have more than one `<video>`, or an `<image>`.
-  """
-  turns = list(conversations)
-  human = human_texts(turns)
-  if not human:
-    raise where.error(
-      f"the line has a video but no human turn with a text where {VIDEO_PLACEHOLDER} could stand; add one"
-    )
-  videos, stills = (
-    sum(text.count(mark) for text in human.values()) for mark in (VIDEO_PLACEHOLDER, IMAGE_PLACEHOLDER)
-  )
-  if videos > 1 or stills:
-    raise where.error(
-      f"{videos} {VIDEO_PLACEHOLDER} and {stills} {IMAGE_PLACEHOLDER} in the human turns but 1 video and no image; "
-      f"write {VIDEO_PLACEHOLDER} once or leave it out"
-    )
-  place = next((i for i, text in human.items() if VIDEO_PLACEHOLDER in text), min(human))
-  text = human[place] if videos else f"{VIDEO_PLACEHOLDER}\n{human[place]}"
-  frames = "\n".join(f"{frame_name}{number}: {IMAGE_PLACEHOLDER}" for number in range(1, num_frames + 1))
-  turns[place] = {**turns[place], "value": text.replace(VIDEO_PLACEHOLDER, frames)}
-  return turns
-
-
 def max_grid_tiles(spec: DatasetSpec, data: DataTrainingArguments) -> int:
-  """Returns the most tiles that the grid of one of the dataset's images may have."""
+  """The most tiles that the grid of one of the dataset's images may have."""
   return data.max_dynamic_patch if spec.max_dynamic_patch is None else spec.max_dynamic_patch

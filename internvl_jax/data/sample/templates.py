@@ -130,7 +130,7 @@ NAMES: tuple[str, ...] = tuple(_TEMPLATES)
 
 
 def get_template(name: str) -> Template:
-  """Returns the template of a `conv_style`.
+  """The template of a `conv_style`.
 
   Raises:
     DataError: the name is unknown.

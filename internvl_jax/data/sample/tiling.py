@@ -7,7 +7,7 @@ from fractions import Fraction
 
 
 def grid(width: int, height: int, min_tiles: int, max_tiles: int, tile_size: int) -> tuple[int, int]:
-  """Returns (columns, rows) of the grid whose aspect ratio is nearest to the image's.
+  """Finds (columns, rows) of the grid whose aspect ratio is nearest to the image's.
 
   On a tie the later, larger grid wins if the image has more than half of the pixels of that grid.
 
@@ -36,14 +36,14 @@ def grid(width: int, height: int, min_tiles: int, max_tiles: int, tile_size: int
 def num_tiles(
   width: int, height: int, min_tiles: int, max_tiles: int, tile_size: int, use_thumbnail: bool
 ) -> int:
-  """Returns how many tiles an image makes: its grid, and a thumbnail when the grid has more than one."""
+  """How many tiles an image makes: its grid, and a thumbnail when the grid has more than one."""
   columns, rows = grid(width, height, min_tiles, max_tiles, tile_size)
   return columns * rows + (use_thumbnail and columns * rows > 1)
 
 
 @functools.lru_cache(maxsize=64)
 def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
-  """Returns all grids with min_tiles <= columns * rows <= max_tiles, small ones first."""
+  """All grids with min_tiles <= columns * rows <= max_tiles, small ones first."""
   # A set, although a list would do: between grids of one area the reference keeps the order of its set, which
   # decides ties such as 1x2 against 2x1 for an image of 5:4 under min_tiles=2. The order in which it is filled is the
   # reference's, too: by the first area under which both sides are looked at.
@@ -61,7 +61,7 @@ def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
 
 
 def contested(min_tiles: int, max_tiles: int) -> list[Fraction]:
-  """Returns the aspect ratios, width / height, of which transformers' processor may choose another grid than `grid`.
+  """The aspect ratios, width / height, of which transformers' processor may choose another grid than `grid`.
 
   Two grids of one area are there as near as each other, and the order in which they are looked at decides: the
   reference's is that of a set, the processor's goes by columns. There are none for min_tiles=1 (tried up to 40).
@@ -77,7 +77,7 @@ def contested(min_tiles: int, max_tiles: int) -> list[Fraction]:
 
 
 def _winners(shapes: Iterable[tuple[int, int]], ratios: tuple[Fraction, Fraction]) -> list[tuple[int, int]]:
-  """Returns which of the grids of either ratio an image between them may get: the first, or the last that it fills."""
+  """Which of the grids of either ratio an image between them may get: the first, or the last that it fills."""
   tied = [shape for shape in shapes if Fraction(*shape) in ratios]
   last = {columns * rows: (columns, rows) for columns, rows in tied}
   return [tied[0], *last.values()]

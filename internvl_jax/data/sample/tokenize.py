@@ -64,11 +64,11 @@ class Chat(NamedTuple):
   contexts: np.ndarray
 
   def length(self, image_tokens: Sequence[int]) -> int:
-    """Returns how many tokens it has when the images have so many."""
+    """How many tokens it has when the images have so many."""
     return len(self.ids) + sum(image_tokens) - len(self.contexts)
 
   def expand(self, image_tokens: Sequence[int]) -> ChatTokens:
-    """Returns the conversation in which the images have so many tokens."""
+    """The conversation in which the images have so many tokens."""
     # Repeating ids equals tokenising the repeated text, because special tokens are split off before anything
     # else; it saves tokenising thousands of them.
     counts = np.ones(len(self.ids), np.int64)
@@ -77,7 +77,7 @@ class Chat(NamedTuple):
 
 
 def common_prompt(conversations: Sequence[tuple[np.ndarray, np.ndarray]]) -> int:
-  """Returns how many tokens of conversations, from the first on, are the same and not supervised.
+  """How many tokens of conversations, from the first on, are the same and not supervised.
 
   Args:
     conversations: ids and labels of each, [n] of its own n.
@@ -213,12 +213,12 @@ class ChatTokenizer:
     return self.lay_out(conversations, len(image_tokens), where).expand(image_tokens)
 
   def fingerprint(self) -> str:
-    """Returns a hash of all that ids depend on."""
+    """A hash of all that ids depend on."""
     text = f"{self._backend.to_str()} {self.template} {self._start}{sorted(self._beyond) or ''}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
   def vocabulary(self) -> str:
-    """Returns a hash of the tokens, and of the ids of a text of many kinds: it outlives a library's new version.
+    """A hash of the tokens, and of the ids of a text of many kinds: it outlives a library's new version.
 
     `fingerprint` is of the backend as the library writes it, which is exact, but not the same in all versions.
     """
@@ -227,11 +227,11 @@ class ChatTokenizer:
     return hashlib.sha256(repr((tokens, ids, self._start)).encode()).hexdigest()[:16]
 
   def decode(self, ids: Sequence[int] | np.ndarray, *, special: bool = False) -> str:
-    """Returns the text of token ids, with or without the special tokens' names."""
+    """The text of token ids, with or without the special tokens' names."""
     return self._backend.decode([int(i) for i in ids], skip_special_tokens=not special)
 
   def decode_answer(self, ids: Sequence[int] | np.ndarray) -> str:
-    """Returns the text of an answer that was generated, as data would write it.
+    """The text of an answer that was generated, as data would write it.
 
     Special tokens (`<ref>`, `<box>`, `<think>`, ...) are a part of it. What the template puts before an answer is left
     out, and padding at its ends.
@@ -253,7 +253,7 @@ class ChatTokenizer:
     return "".join(self.decode(list(run), special=True) for _, run in runs)
 
   def _leading_ids(self, tokenizer: Any) -> list[int]:
-    """Returns the bos token where conversations begin with one."""
+    """The bos token where conversations begin with one."""
     if getattr(tokenizer, "add_bos_token", False):
       if tokenizer.bos_token_id is None:
         raise DataError("the tokenizer has add_bos_token=True but no bos_token; set one of them right")
@@ -266,7 +266,7 @@ class ChatTokenizer:
     return []
 
   def _arranged(self, turns: list[_Turn], where: Where) -> list[_Turn]:
-    """Returns the turns that are written, the system's first."""
+    """The turns that are written, the system's first."""
     template = self.template
     if template.alternates:
       for number, (turn, following) in enumerate(itertools.pairwise(turns), 1):
@@ -283,7 +283,7 @@ class ChatTokenizer:
     return [turn._replace(value=turn.value.strip()) for turn in turns] if template.strips else turns
 
   def _tokenize(self, turns: Sequence[_Turn], *, last: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Returns ids and labels of turns tokenised as one text, where an image has one context token.
+    """Ids and labels of turns tokenised as one text, where an image has one context token.
 
     Args:
       turns: of the text.
@@ -318,7 +318,7 @@ class ChatTokenizer:
 
 
 def with_placeholder(conversations: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
-  """Returns the turns with `<image>` and a line break before the first human one, if no human turn has it.
+  """The turns with `<image>` and a line break before the first human one, if no human turn has it.
 
   The reference looks at the first turn whatever its role; where that is not the human's, its `<image>` would
   stay plain text, so ours goes where an image can stand.
@@ -332,7 +332,7 @@ def with_placeholder(conversations: Sequence[Mapping[str, str]]) -> list[Mapping
 
 
 def human_texts(turns: Sequence[Any]) -> dict[int, str]:
-  """Returns the texts of the human turns by their number from 0.
+  """The texts of the human turns by their number from 0.
 
   Turns without a text are left out, and as they are: they are named when the conversation is tokenised.
   """

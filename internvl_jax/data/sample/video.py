@@ -52,7 +52,7 @@ def is_image_name(path: str) -> bool:
 
 
 def num_wanted(rng: np.random.Generator | None, min_num_frame: int, max_num_frame: int) -> int:
-  """Returns a number of frames from min to max, both included; the max without a generator.
+  """A number of frames from min to max, both included; the max without a generator.
 
   It is the first thing that a video's sample draws.
   """
@@ -60,7 +60,7 @@ def num_wanted(rng: np.random.Generator | None, min_num_frame: int, max_num_fram
 
 
 def frame_indices(num_frames: int, wanted: int, sampling: Sampling) -> list[int]:
-  """Returns one frame from each of `wanted` equal intervals, ascending; all, and the last again, if too few.
+  """One frame from each of `wanted` equal intervals, ascending; all, and the last again, if too few.
 
       >>> frame_indices(100, 8, "middle")
       [5, 18, 30, 43, 55, 68, 80, 93]
@@ -85,7 +85,7 @@ def frame_indices(num_frames: int, wanted: int, sampling: Sampling) -> list[int]
 def frame_indices_at_rate(
   num_frames: int, fps: float, rate: float, max_num_frame: int | None = None
 ) -> list[int]:
-  """Returns the frames in the middle of each 1/rate seconds, the first `max_num_frame` of them.
+  """The frames in the middle of each 1/rate seconds, the first `max_num_frame` of them.
 
       >>> frame_indices_at_rate(300, fps=24, rate=2, max_num_frame=8)
       [6, 18, 30, 42, 54, 66, 78, 90]
@@ -111,7 +111,7 @@ def planned_frames(
   rng: np.random.Generator | None,
   clip: Any = None,
 ) -> int:
-  """Returns how many frames `read_frames` gives for a generator in the same state; nothing is decoded.
+  """How many frames `read_frames` gives for a generator in the same state; nothing is decoded.
 
   Of a remote video nothing is fetched either, but for a gif, whose frames must be counted. Frames that are listed are
   not looked at.
@@ -144,7 +144,7 @@ def read_frames(
   rng: np.random.Generator | None,
   clip: Any = None,
 ) -> list[Image.Image]:
-  """Returns `iter_frames` as a list."""
+  """Collects `iter_frames` in a list."""
   limits: dict[str, Any] = {"min_num_frame": min_num_frame, "max_num_frame": max_num_frame}
   return list(iter_frames(path, where, **limits, rng=rng, clip=clip))
 
@@ -209,7 +209,7 @@ def _file_frames(
 
 
 def _checked_clip(clip: Any, where: Where) -> tuple[float, float] | None:
-  """Returns (start, end); None for the whole video."""
+  """Finds (start, end); None for the whole video."""
   if clip is None or clip == []:
     return None
   numbers = isinstance(clip, list | tuple) and all(
@@ -228,7 +228,7 @@ def _checked_clip(clip: Any, where: Where) -> tuple[float, float] | None:
 def _frames_between(
   seconds: np.ndarray, end: float, span: tuple[float, float] | None, path: str, where: Where
 ) -> range:
-  """Returns the numbers of the frames that are shown during a clip.
+  """The numbers of the frames that are shown during a clip.
 
   Args:
     seconds: [frames], when each is first shown.
@@ -334,7 +334,7 @@ def _listed(paths: tuple[Media, ...], where: Where, span: tuple[float, float] | 
 
 
 def _folder_images(path: str, where: Where, span: tuple[float, float] | None) -> list[str]:
-  """Returns the paths of a folder's images in order: by the number before the suffix, then by name."""
+  """The paths of a folder's images in order: by the number before the suffix, then by name."""
   with _named_errors(path, where):
     entries = files.list_folder(path)
   if span is not None:
@@ -354,7 +354,7 @@ def _folder_images(path: str, where: Where, span: tuple[float, float] | None) ->
 
 
 def _natural(name: str) -> tuple[int, list[tuple[int, str]], str]:
-  """Returns a key by which shot_2.jpg comes before shot_10.jpg, and both after names without a number."""
+  """A key by which shot_2.jpg comes before shot_10.jpg, and both after names without a number."""
   last = re.search(r"(\d+)\.\w+$", name)
   parts = [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
   return int(last.group(1)) if last else -1, parts, name
@@ -385,7 +385,7 @@ def _opened_gif(copy: str, path: str, where: Where) -> Iterator[Any]:
 
 
 def _gif_range(gif: Any, path: str, span: tuple[float, float] | None, where: Where) -> range:
-  """Returns the numbers of a gif's frames that are shown during a clip."""
+  """The numbers of a gif's frames that are shown during a clip."""
   try:
     if span is None:
       return range(gif.n_frames)

@@ -35,7 +35,7 @@ _TOLERANT: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.
 
 
 def damaged(path: str, what: str, where: Where) -> DataError:
-  """Returns the error that a file is not whole."""
+  """The error that a file is not whole."""
   return where.error(f"video {path} {what}; restore it or delete the line")
 
 
@@ -63,7 +63,7 @@ class Video(NamedTuple):
   tag: int = 0
 
   def start(self, number: int) -> int:
-    """Returns the packet from which decoding must start to give a frame."""
+    """The packet from which decoding must start to give a frame."""
     if self.times is None or self.packets is None:
       return 0
     time = self.times[number]
@@ -73,7 +73,7 @@ class Video(NamedTuple):
     return int(fit[-1]) if len(fit) else 0
 
   def number(self, time: int | None, counted: int) -> int:
-    """Returns the number of a decoded frame."""
+    """The number of a decoded frame."""
     if self.times is None:
       return counted
     return -1 if time is None else int(np.searchsorted(self.times, time, "right")) - 1
@@ -171,7 +171,7 @@ def _check_whole(
 
 
 def _matroska_size(path: str) -> int | None:
-  """Returns how many bytes an mkv or webm file has by its own account; None if it does not say.
+  """How many bytes an mkv or webm file has by its own account; None if it does not say.
 
   The file is an EBML header and a segment. Both are an id of 4 bytes, a length in 1 to 8 bytes, and so many bytes;
   leading zero bits say how many more bytes a length has, and one of only ones means unknown.
@@ -239,7 +239,7 @@ class Turn(NamedTuple):
   top_bottom: bool = False
 
   def __call__(self, image: Image.Image) -> Image.Image:
-    """Returns the picture as it is to be seen."""
+    """The picture as it is to be seen."""
     way = _WAYS.get(self)
     return image if way is None else image.transpose(way)
 
@@ -263,7 +263,7 @@ _ASKEW = 0.0175
 
 
 def turn_of(matrix: Sequence[int]) -> Turn:
-  """Returns the turn that a display matrix (a, b, u, c, d, v, x, y, w) stands for; none if it is not a quarter of one.
+  """The turn that a display matrix (a, b, u, c, d, v, x, y, w) stands for; none if it is not a quarter of one.
 
   A stored point (x, y) is shown at (ax + cy, bx + dy). Mirroring is part of it, where the reference's decord sees the
   angle of (a, b) alone, so that it turns a mirrored video upside down.
@@ -278,7 +278,7 @@ def turn_of(matrix: Sequence[int]) -> Turn:
 
 
 def _turn(frame: Any, tagged: int) -> Turn:
-  """Returns how a frame is to be turned: as its display matrix says, or else the stream's tag."""
+  """How a frame is to be turned: as its display matrix says, or else the stream's tag."""
   matrix = frame.side_data.get("DISPLAYMATRIX")
   if matrix is None:
     return _CLOCKWISE.get(tagged, Turn())
@@ -286,7 +286,7 @@ def _turn(frame: Any, tagged: int) -> Turn:
 
 
 def _tagged_turn(tags: Mapping[str, str]) -> int:
-  """Returns the clockwise degrees of a tag "rotate": what FFmpeg once made of a matrix that Matroska has no place for."""
+  """The clockwise degrees of a tag "rotate": what FFmpeg once made of a matrix that Matroska has no place for."""
   text = next((value for name, value in tags.items() if name.lower() == "rotate"), "")
   return int(text) % 360 if re.fullmatch(r"[+-]?\d{1,4}", text.strip()) else 0
 
@@ -334,7 +334,7 @@ def _decoded(video: Video, numbers: Sequence[int], where: Where, *, jump: bool) 
 
 
 def _nearest(number: int, before: tuple[int, Any], after: tuple[int, Any]) -> Any:
-  """Returns the frame of a number, else the nearer of those around it; None if they are far or damaged."""
+  """The frame of a number, else the nearer of those around it; None if they are far or damaged."""
   found, frame = min(before, after, key=lambda pair: abs(pair[0] - number))
   return None if frame is None or frame.is_corrupt or abs(found - number) > _NEAR else frame
 

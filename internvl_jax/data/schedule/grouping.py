@@ -55,11 +55,11 @@ class GroupedOrder:
     return self.accumulation * self.shards * self.rows_per_shard
 
   def places(self, start: int, count: int) -> Places:
-    """Returns the `count` samples from place `start` of the stream on; see `at`."""
+    """The `count` samples from place `start` of the stream on; see `at`."""
     return self.at(np.arange(start, start + count, dtype=np.int64))
 
   def at(self, positions: np.ndarray) -> Places:
-    """Returns the samples at these places; looks up the lengths of all samples of the steps they lie in."""
+    """The samples at these places; looks up the lengths of all samples of the steps they lie in."""
     steps, inside = np.divmod(positions, self.step_samples)
     by_step = np.argsort(steps, kind="stable")
     found, firsts = np.unique(steps[by_step], return_index=True)
@@ -69,11 +69,11 @@ class GroupedOrder:
     return self.order.at(sources)
 
   def checksum(self) -> int:
-    """Returns the order's own: a step sees the same samples for any lengths, and for any devices that share it."""
+    """The order's own: a step sees the same samples for any lengths, and for any devices that share it."""
     return self.order.checksum()
 
   def _dealt(self, step: int) -> np.ndarray:
-    """Returns int64 [step_samples]: the place in the order of what stands at each place of the step."""
+    """Computes int64 [step_samples]: the place in the order of what stands at each place of the step."""
     first = step * self.step_samples
     lengths = self.length_of(self.order.places(first, self.step_samples).indices)
     return first + deal(lengths, self.accumulation * self.shards)

@@ -50,15 +50,15 @@ class Order(Protocol):
     ...
 
   def places(self, start: int, count: int) -> Places:
-    """Returns the `count` samples from place `start` of the stream on."""
+    """The `count` samples from place `start` of the stream on."""
     ...
 
   def at(self, positions: np.ndarray) -> Places:
-    """Returns the samples at these places (int64 [n], in any order) of the stream."""
+    """The samples at these places (int64 [n], in any order) of the stream."""
     ...
 
   def checksum(self) -> int:
-    """Returns a number that differs when an optimizer step would see other samples."""
+    """A number that differs when an optimizer step would see other samples."""
     ...
 
 
@@ -77,11 +77,11 @@ class EpochOrder:
   shuffle: bool
 
   def places(self, start: int, count: int) -> Places:
-    """Returns the `count` samples from place `start` of the stream on."""
+    """The `count` samples from place `start` of the stream on."""
     return self.at(np.arange(start, start + count, dtype=np.int64))
 
   def at(self, positions: np.ndarray) -> Places:
-    """Returns the samples at these places (int64 [n]) of the stream."""
+    """The samples at these places (int64 [n]) of the stream."""
     epochs, indices = np.divmod(positions, self.num_samples)
     if self.shuffle:
       for epoch in np.unique(epochs):
@@ -90,7 +90,7 @@ class EpochOrder:
     return Places(epochs, indices)
 
   def checksum(self) -> int:
-    """Returns a number that differs when the order does, e.g. under another version of numpy's generator."""
+    """A number that differs when the order does, e.g. under another version of numpy's generator."""
     return zlib.crc32(self.places(0, min(self.num_samples, 1024)).indices.tobytes())
 
 
@@ -128,11 +128,11 @@ class ResampledOrder:
     return shares
 
   def places(self, start: int, count: int) -> Places:
-    """Returns the `count` samples from place `start` of the stream on; see `at`."""
+    """The `count` samples from place `start` of the stream on; see `at`."""
     return self.at(np.arange(start, start + count, dtype=np.int64))
 
   def at(self, positions: np.ndarray) -> Places:
-    """Returns the samples at these places of the stream, with the pass through their dataset as the epoch."""
+    """The samples at these places of the stream, with the pass through their dataset as the epoch."""
     shares = self.shares
     ends = np.cumsum(shares)
     places = EpochOrder(self.num_samples, self.seed, self.shuffle).at(positions)
@@ -141,7 +141,7 @@ class ResampledOrder:
     return _run_through(self, datasets, places.epochs * shares[datasets] + rank)
 
   def checksum(self) -> int:
-    """Returns a number that differs when the order does; see `EpochOrder.checksum`."""
+    """A number that differs when the order does; see `EpochOrder.checksum`."""
     return zlib.crc32(self.places(0, min(self.num_samples, 1024)).indices.tobytes())
 
 
@@ -170,11 +170,11 @@ class DrawnOrder:
     return sum(self.sizes)
 
   def places(self, start: int, count: int) -> Places:
-    """Returns the `count` samples from place `start` of the stream on; see `at`."""
+    """The `count` samples from place `start` of the stream on; see `at`."""
     return self.at(np.arange(start, start + count, dtype=np.int64))
 
   def at(self, positions: np.ndarray) -> Places:
-    """Returns the samples at these places of the stream, with the pass through their dataset as the epoch."""
+    """The samples at these places of the stream, with the pass through their dataset as the epoch."""
     epochs, inside = np.divmod(positions, self.num_samples)
     datasets, turns = np.zeros_like(inside), np.zeros_like(inside)
     for epoch in np.unique(epochs).tolist():
@@ -186,12 +186,12 @@ class DrawnOrder:
     return _run_through(self, datasets, turns)
 
   def checksum(self) -> int:
-    """Returns a number that differs when the draws do."""
+    """A number that differs when the draws do."""
     return zlib.crc32(self.places(0, min(self.num_samples, 1024)).indices.tobytes())
 
 
 def _run_through(plan: ResampledOrder | DrawnOrder, datasets: np.ndarray, turns: np.ndarray) -> Places:
-  """Returns the sample that stands at each turn of its dataset, with the pass through that as the epoch.
+  """The sample that stands at each turn of its dataset, with the pass through that as the epoch.
 
   Args:
     plan: the sizes of the datasets, and the seed.
@@ -211,7 +211,7 @@ def _run_through(plan: ResampledOrder | DrawnOrder, datasets: np.ndarray, turns:
 # 10^7 draws take 60 MB an epoch and 2 s, once in each process.
 @functools.lru_cache(maxsize=2)
 def _draws(plan: DrawnOrder, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the dataset of each place of an epoch, and how many places of the epoch before it fell to the same."""
+  """The dataset of each place of an epoch, and how many places of the epoch before it fell to the same."""
   sizes = np.array(plan.sizes, np.int64)
   ends = np.cumsum(np.sqrt(sizes) if plan.by_root else sizes.astype(np.float64))
   key = np.random.SeedSequence(plan.seed).generate_state(1, np.uint64)[0]
@@ -228,12 +228,12 @@ def _draws(plan: DrawnOrder, epoch: int) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.lru_cache(maxsize=1024)
 def _counts(plan: DrawnOrder, epoch: int) -> np.ndarray:
-  """Returns int64 [datasets]: the places of an epoch that fall to each."""
+  """Computes int64 [datasets]: the places of an epoch that fall to each."""
   return np.bincount(_draws(plan, epoch)[0], minlength=len(plan.sizes))
 
 
 def _uniform(key: np.uint64, places: np.ndarray) -> np.ndarray:
-  """Returns float64 [n] in [0, 1): what SplitMix64 seeded with the key gives at these places of its stream.
+  """Computes float64 [n] in [0, 1): what SplitMix64 seeded with the key gives at these places of its stream.
 
   Its state is a counter (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014), so that no place
   needs those before it; numpy's generators would have to be set up anew for each. Arrays of uint64 wrap around.
@@ -245,7 +245,7 @@ def _uniform(key: np.uint64, places: np.ndarray) -> np.ndarray:
 
 
 def hash_seed(seed: int, dataset: int) -> int:
-  """Returns a seed that differs from dataset to dataset."""
+  """A seed that differs from dataset to dataset."""
   return zlib.crc32(f"{seed} {dataset}".encode())
 
 
@@ -274,6 +274,6 @@ def _shuffled(num_samples: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def total_steps(num_samples: int, epochs: float, global_batch: int) -> int:
-  """Returns how many optimizer steps see the data `epochs` times; the last may reach into the next epoch."""
+  """How many optimizer steps see the data `epochs` times; the last may reach into the next epoch."""
   # Through the decimal text: in floating point 0.1 * 30 is above 3, and would make one step too many.
   return math.ceil(fractions.Fraction(str(epochs)) * num_samples / global_batch)

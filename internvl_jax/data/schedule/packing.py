@@ -81,7 +81,7 @@ class PackSettings:
       raise ValueError(f"over_long must be 'error' or 'drop', got {self.over_long!r}")
 
   def fits(self, tokens: ArrayLike, tiles: ArrayLike) -> np.ndarray:
-    """Returns bool, of the arguments' shape: whether a sample of this size fits an empty row."""
+    """Computes bool, of the arguments' shape: whether a sample of this size fits an empty row."""
     return (np.asarray(tokens) <= self.max_tokens) & (np.asarray(tiles) <= self.max_tiles)
 
 
@@ -159,7 +159,7 @@ class Packer:
     )
 
   def get_state(self) -> dict[str, Any]:
-    """Returns what the rows to come depend on, for JSON: a few integers and the samples that wait."""
+    """What the rows to come depend on, for JSON: a few integers and the samples that wait."""
     return {
       "algorithm": ALGORITHM,
       "settings": dataclasses.asdict(self.settings),
@@ -216,7 +216,7 @@ def pack(sizes: ArrayLike, settings: PackSettings) -> Iterator[list[int]]:
 def count_rows(
   sizes: ArrayLike, settings: PackSettings, progress: Callable[[int], Any] = lambda samples: None
 ) -> int:
-  """Returns how many rows these samples need in this order, e.g. those of an epoch; says how many are placed."""
+  """How many rows these samples need in this order, e.g. those of an epoch; says how many are placed."""
   rows = 0
   for row in pack(sizes, settings):
     rows += 1
@@ -225,12 +225,12 @@ def count_rows(
 
 
 def look_ahead_of(max_buffer_size: int) -> int:
-  """Returns the look-ahead for so many open rows of the reference: in proportion, 256 samples for the usual 20."""
+  """The look-ahead for so many open rows of the reference: in proportion, 256 samples for the usual 20."""
   return -(-DEFAULT_LOOK_AHEAD * max_buffer_size // _USUAL_OPEN_ROWS)
 
 
 def _checked(sizes: ArrayLike, settings: PackSettings, start: int) -> np.ndarray:
-  """Returns int64 [3, n]: tokens, tiles and position of the samples that fit a row."""
+  """Computes int64 [3, n]: tokens, tiles and position of the samples that fit a row."""
   sizes = np.asarray(sizes)
   if not sizes.size:
     return np.zeros((3, 0), np.int64)
@@ -270,13 +270,13 @@ class _Sizes(NamedTuple):
     return _Sizes(self.tokens - other.tokens, self.tiles - other.tiles)
 
   def fit(self, room: "_Sizes", overflow: bool) -> np.ndarray:
-    """Returns bool [n]; with overflow, tokens fit while there is room for one."""
+    """Computes bool [n]; with overflow, tokens fit while there is room for one."""
     tokens_fit = room.tokens > 0 if overflow else self.tokens <= room.tokens
     return tokens_fit & (self.tiles <= room.tiles)
 
 
 def _next_row(queue: np.ndarray, settings: PackSettings, flush: bool) -> tuple[list[int], int] | None:
-  """Returns the next row as indices into the queue, ascending, and how much of the queue was looked at.
+  """The next row as indices into the queue, ascending, and how much of the queue was looked at.
 
   None: it depends on samples that are yet to come.
   """
@@ -304,7 +304,7 @@ def _next_row(queue: np.ndarray, settings: PackSettings, flush: bool) -> tuple[l
 
 
 def _oldest(queue: np.ndarray, settings: PackSettings) -> list[int]:
-  """Returns the indices of the samples that begin a row: the oldest of all, and those that leave room."""
+  """The indices of the samples that begin a row: the oldest of all, and those that leave room."""
   near = queue[:2, : settings.look_ahead]
   # Room times this is compared with halves of an average sample, in integers.
   twice = 2 * near.shape[1]
@@ -326,7 +326,7 @@ def _oldest(queue: np.ndarray, settings: PackSettings) -> list[int]:
 
 
 def _completion(waiting: _Sizes, room: _Sizes, overflow: bool) -> list[int]:
-  """Returns the one or two of the waiting samples that complete a row best; none if none does.
+  """The one or two of the waiting samples that complete a row best; none if none does.
 
   Args:
     waiting: oldest first.
@@ -360,7 +360,7 @@ def _completion(waiting: _Sizes, room: _Sizes, overflow: bool) -> list[int]:
 
 
 def _without(queue: np.ndarray, row: list[int]) -> np.ndarray:
-  """Returns the queue without a row, in place: those that were passed over move up to its new beginning."""
+  """The queue without a row, in place: those that were passed over move up to its new beginning."""
   top = row[-1] + 1
   passed = np.delete(queue[:, :top], row, axis=1)
   queue[:, len(row) : top] = passed

@@ -60,7 +60,7 @@ class Status(NamedTuple):
 
 
 def join(root: str, path: str, where: Where) -> str:
-  """Returns the path of a dataset's file, as its line writes it.
+  """The path of a dataset's file, as its line writes it.
 
       >>> join("gs://bucket/images", "./cats/../1.jpg", where)
       'gs://bucket/images/1.jpg'
@@ -83,7 +83,7 @@ def join(root: str, path: str, where: Where) -> str:
 
 
 def resolve(folder: str, path: str) -> str:
-  """Returns a path that is meant from a folder, which may be a URL. It may lead out of the folder."""
+  """A path that is meant from a folder, which may be a URL. It may lead out of the folder."""
   if os.path.isabs(path) or is_remote(path):
     return path
   if not is_remote(folder):
@@ -103,31 +103,31 @@ def resolve(folder: str, path: str) -> str:
 
 
 def parent(path: str) -> str:
-  """Returns the folder that a file is in."""
+  """The folder that a file is in."""
   if remote.scheme(path) in remote.WEB:
     path = re.split(r"[?#]", path)[0]
   return path.rpartition("/")[0] if is_remote(path) else os.path.dirname(path)
 
 
 def absolute(path: str) -> str:
-  """Returns a path that means the same from every working directory."""
+  """A path that means the same from every working directory."""
   return path if is_remote(path) else os.path.abspath(path)
 
 
 def identity(path: str) -> str:
-  """Returns what a cache knows a file by: `absolute`, without what signs a URL anew each time and must not be kept."""
+  """What a cache knows a file by: `absolute`, without what signs a URL anew each time and must not be kept."""
   return redacted(absolute(path))
 
 
 def name(path: str) -> str:
-  """Returns the last part of a path, as the file's name and without what else a URL may say."""
+  """The last part of a path, as the file's name and without what else a URL may say."""
   if remote.scheme(path) in remote.WEB:
     return urllib.parse.unquote(re.split(r"[?#]", path)[0].rpartition("/")[2])
   return path.rpartition("/")[2]
 
 
 def suffix(path: str) -> str:
-  """Returns the end of a file's name, from its last dot on; "" without one."""
+  """The end of a file's name, from its last dot on; "" without one."""
   return os.path.splitext(name(path))[1]
 
 
@@ -151,7 +151,7 @@ def check(path: str) -> None:
 
 
 def look(path: str) -> Status:
-  """Returns what a path leads to; of a remote file, no content is fetched."""
+  """What a path leads to; of a remote file, no content is fetched."""
   if not is_remote(path):
     try:
       status = os.stat(path)
@@ -165,7 +165,7 @@ def look(path: str) -> Status:
 
 
 def list_folder(path: str) -> list[str]:
-  """Returns the paths of what is in a folder, in any order. A web server must show the folder as a page of links."""
+  """The paths of what is in a folder, in any order. A web server must show the folder as a page of links."""
   if not is_remote(path):
     return [os.path.join(path, entry) for entry in os.listdir(path)]
   entries = remote.ask(path, lambda system: system.ls(path, detail=True))
@@ -174,7 +174,7 @@ def list_folder(path: str) -> list[str]:
 
 
 def read_bytes(path: str) -> bytes:
-  """Returns the content of a file."""
+  """The content of a file."""
   if not is_remote(path):
     with open(path, "rb") as file:
       return file.read()
@@ -217,7 +217,7 @@ def local_copy(path: str, size: int | None = None, content: bytes | None = None)
 
 
 def cached_copy(url: str, cache: str | os.PathLike[str] | None = None) -> str:
-  """Returns the path of a remote file's copy in a cache, made if it is not there or the file has changed.
+  """The path of a remote file's copy in a cache, made if it is not there or the file has changed.
 
   Copies are never written over, so that a run that has started goes on with what it has; they may be deleted when no
   run uses them.
@@ -283,7 +283,7 @@ def _copy_path(folder: str, url: str, version: str) -> str:
 
 
 def _version(info: dict[str, Any]) -> str | None:
-  """Returns what changes with a file's content; None if its server tells nothing that does."""
+  """What changes with a file's content; None if its server tells nothing that does."""
   told = {key.lower(): value for key, value in info.items()}
   found = [f"{key}={told[key]}" for key in _VERSION_KEYS if told.get(key)]
   return " ".join([f"size={told.get('size')}", *found]) if found else None
@@ -295,7 +295,7 @@ def _checksum(path: str) -> str:
 
 
 def _temporary(folder: str, end: str, mode: int) -> str:
-  """Returns the path of a new, empty file."""
+  """The path of a new, empty file."""
   path = os.path.join(folder, f"{uuid.uuid4().hex}{end}")
   os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
   return path
@@ -345,7 +345,7 @@ class _Blocks(io.RawIOBase):
     return first[start:] + rest
 
   def _first(self) -> bytes:
-    """Returns the first block. It is the whole file if that is shorter, or if the server knows no ranges."""
+    """The first block. It is the whole file if that is shorter, or if the server knows no ranges."""
     if 0 not in self._blocks:
       try:
         first = self._range(0, BLOCK_BYTES)
@@ -359,7 +359,7 @@ class _Blocks(io.RawIOBase):
     return self._blocks[0]
 
   def _block(self, index: int) -> bytes:
-    """Returns a block behind what `_first` returns."""
+    """A block behind what `_first` returns."""
     if self._length() == len(self._first()):
       return b""
     if index not in self._blocks:

@@ -22,7 +22,7 @@ class Format(NamedTuple):
   remedy: str
 
   def explain(self, path: str) -> str:
-    """Returns what to say about a file of this format."""
+    """What to say about a file of this format."""
     jsonl = re.sub(r"(\.jsonl?|\.\w{1,8})+$", "", path) + ".lines.jsonl"
     quoted = {"path": shlex.quote(path), "jsonl": shlex.quote(jsonl)}
     remedy = re.sub(r"\{(path|jsonl)\}", lambda found: quoted[found[1]], self.remedy)
@@ -122,7 +122,7 @@ _MARKUP = re.compile(rb"<(!doctype|html|head|body)\b", re.IGNORECASE)
 
 
 def recognised(file: BinaryIO) -> Format | None:
-  """Returns what a file is if it is no jsonl, and None where that cannot be told; its place stays.
+  """What a file is if it is no jsonl, and None where that cannot be told; its place stays.
 
   A jsonl of which some lines are broken is one still, as long as one of the first begins with `{`.
   """
@@ -148,7 +148,7 @@ def _by_beginning(head: bytes) -> Format | None:
 
 
 def _by_lines(head: bytes, *, whole: bool) -> Format | None:
-  """Returns what text is that is no jsonl, by its first lines."""
+  """What text is that is no jsonl, by its first lines."""
   lines = [line.rstrip() for line in head.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()][:_LINES]
   if not lines:
     return None
@@ -167,7 +167,7 @@ def _by_lines(head: bytes, *, whole: bool) -> Format | None:
 
 
 def _of_objects(first: bytes, others: list[bytes], *, whole: bool) -> Format | None:
-  """Returns what begins with `{` and is no jsonl."""
+  """What begins with `{` and is no jsonl."""
   if re.match(rb"\{\s*'", first):
     return _PYTHON_DICTS if all(re.match(rb"\{\s*'", line) for line in others[:-1]) else None
   # The next line of a jsonl is an object of its own; that of a pretty object goes on with this one.

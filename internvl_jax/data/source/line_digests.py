@@ -40,7 +40,7 @@ class Digests(NamedTuple):
 
 
 def digests_of(file: Records, lines: int, cache: str | os.PathLike[str] | None) -> Digests:
-  """Returns the digests of a file's first lines: from the cache, or of the file as it is.
+  """The digests of a file's first lines: from the cache, or of the file as it is.
 
   Args:
     file: the annotation file.
@@ -70,7 +70,7 @@ def digests_of(file: Records, lines: int, cache: str | os.PathLike[str] | None) 
 
 
 def first_difference(file: Records, then: Digests, now: Digests) -> range | None:
-  """Returns the lines, from 0, among which the first is that is not as it was; None if none is.
+  """The lines, from 0, among which the first is that is not as it was; None if none is.
 
   Lines that only one of the two has are none of them, as long as those before are the same.
 
@@ -101,7 +101,7 @@ def _read(file: Records, lines: int, block: int) -> Digests:
 
 
 def _known(path: pathlib.Path) -> str | None:
-  """Returns what the cache has; None if it is not there, or is not as it was written."""
+  """What the cache has; None if it is not there, or is not as it was written."""
   try:
     content = json.loads(path.read_text(encoding="ascii"))
     text = content["digests"]

@@ -57,7 +57,7 @@ class DatasetSpec:
     return max(1, int(self.repeat_time))
 
   def lines_used(self, lines: int) -> int:
-    """Returns how many of the file's lines, from the first on, are used."""
+    """How many of the file's lines, from the first on, are used."""
     return lines if self.repeat_time >= 1 else int(lines * self.repeat_time)
 
 
@@ -119,7 +119,7 @@ def _read_object(path: str) -> dict[str, Any]:
 
 
 def _spec(path: str, name: str, entry: Any, cache: str | os.PathLike[str] | None) -> DatasetSpec:
-  """Returns the checked dataset of one entry."""
+  """The checked dataset of one entry."""
   blame = f"{path}: dataset {name!r}"
   # It stands in tables, logs and JSON.
   if not name or not name.isprintable():
@@ -193,7 +193,7 @@ def _find_annotation(meta: str, blame: str, annotation: str) -> str:
 
 
 def _find_root(meta: str, blame: str, root: str, first_records: Callable[[], Iterable[Any]]) -> str:
-  """Returns the root under which most of the first files are found, else the one nearest to that."""
+  """The root under which most of the first files are found, else the one nearest to that."""
   folder = files.parent(meta)
   whole = files.resolve(folder, root)
   if files.is_remote(whole):
@@ -218,7 +218,7 @@ def _find_root(meta: str, blame: str, root: str, first_records: Callable[[], Ite
 
 
 def _local(annotation: str, blame: str, cache: str | os.PathLike[str] | None) -> str:
-  """Returns an annotation file that can be opened: of a remote one, the copy that its lines will be read from."""
+  """An annotation file that can be opened: of a remote one, the copy that its lines will be read from."""
   if not files.is_remote(annotation):
     return annotation
   try:

@@ -136,7 +136,7 @@ def index_sizes(
 
 
 def first_other(lines: "MeasureLines", index: "Index", missing: list[int], probes: int) -> int | None:
-  """Returns the first of a few lines that were measured and now have another size; None if there is none."""
+  """The first of a few lines that were measured and now have another size; None if there is none."""
   known = index.with_files(missing)
   for line in known[np.linspace(0, len(known) - 1, min(probes, len(known))).astype(np.int64)].tolist():
     records, _ = lines(range(line, line + 1))
@@ -238,7 +238,7 @@ class Index:
     return list(range(len(self._marks)))
 
   def _known(self, missing: list[int]) -> np.ndarray:
-    """Returns bool [lines]: whether a line is outside of blocks that are missing."""
+    """Computes bool [lines]: whether a line is outside of blocks that are missing."""
     known = np.ones(len(self._records), np.bool_)
     for block in missing:
       known[block * BLOCK : (block + 1) * BLOCK] = False
