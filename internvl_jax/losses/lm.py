@@ -20,7 +20,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> 
   Args:
     logits: [..., V] float32.
     targets: int [...]; IGNORE_INDEX adds nothing.
-    weights: float32 [...], already normalised.
+    weights: float32 [...], already normalized.
   """
   return jnp.sum(token_losses(logits, targets) * weights)
 
@@ -45,7 +45,7 @@ def chunked_linear_cross_entropy(
     hidden: [M, E] in the compute dtype; on a mesh [R, S, E].
     kernel: [E, V], cast to the dtype of `hidden`.
     targets: int [M] or [R, S]; IGNORE_INDEX adds nothing.
-    weights: float32 [M] or [R, S], already normalised.
+    weights: float32 [M] or [R, S], already normalized.
   """
   if mesh_in_scope() is not None:
     return jnp.sum(vocab_parallel.linear_token_losses(hidden, kernel, targets) * weights)

@@ -1,6 +1,6 @@
 """The losses of tokens by a chunked linear cross-entropy, on a mesh.
 
-Tokens stay on the devices that they are spread over, and chunks go along the vocabulary: what of the kernel a
+Tokens stay on the devices that they are sharded over, and chunks go along the vocabulary: what of the kernel a
 chunk needs is all-gathered right before its product, and its gradient summed into the stored pieces right after,
 so that no device ever holds the kernel or its gradient whole. Devices of the `vocab` axes share their tokens
 and split the vocabulary.
@@ -34,7 +34,7 @@ def linear_token_losses(hidden: jax.Array, kernel: jax.Array, targets: jax.Array
     targets: int [R, S].
 
   Returns:
-    float32 [R, S], spread like the tokens; 0 at IGNORE_INDEX.
+    float32 [R, S], sharded like the tokens; 0 at IGNORE_INDEX.
   """
   mesh = mesh_in_scope()
   if mesh is None:

@@ -89,7 +89,7 @@ class KVCache(nnx.Pytree):
 
 
 _CACHED = ("rows", None, "heads", None)
-"""How a cache's keys and values [B, S, K, H] are spread: new ones are written into slots, which stay together."""
+"""How a cache's keys and values [B, S, K, H] are sharded: new ones are written into slots, which stay together."""
 
 
 class DecoderAttention(nnx.Module):
@@ -195,7 +195,7 @@ class DecoderLayer(nnx.Module):
 
 
 def _by_token(x: jax.Array) -> jax.Array:
-  """Spreads x [B, T, D] over the devices that its tokens are spread over."""
+  """Shards x [B, T, D] over the devices that its tokens are sharded over."""
   return constrain(x, "rows", "tokens", None)
 
 
@@ -222,7 +222,7 @@ class Decoder(nnx.Module):
     remat: Callable | None = None,
     unroll: int = 1,
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Runs embeddings x [B, T, D] to normalised hidden states [B, T, D].
+    """Runs embeddings x [B, T, D] to normalized hidden states [B, T, D].
 
     Args:
       x: token embeddings with image features in place, in the compute dtype.

@@ -3,7 +3,7 @@
 Automatic differentiation of `x @ w` over [rows, tokens, width] contracts two leading axes, for which the
 backend first writes transposed copies; and it sums a bias's gradient over rows one column at a time. Here
 gradients are plain 2-D products, sums included (a product with a row of ones). The numbers are the same, and
-other backends lose nothing. On a mesh, rows and tokens are spread over different devices, so that nothing is
+other backends lose nothing. On a mesh, rows and tokens are sharded over different devices, so that nothing is
 reshaped to 2-D there.
 
 What does not train gets no gradient: which operands need one is known when the backward pass is traced.
@@ -35,7 +35,7 @@ PRODUCT = "product"
 
 
 def matmul(x: jax.Array, w: jax.Array, product: Product) -> jax.Array:
-  """`x @ w` of x [..., D] and w [D, F], spread over the mesh in scope as `product` says."""
+  """`x @ w` of x [..., D] and w [D, F], sharded over the mesh in scope as `product` says."""
   return checkpoint_name(_matmul(x, w, product), PRODUCT)
 
 
@@ -55,14 +55,14 @@ def _matmul_backward(product, needed, g):
   if type(g) is jax.custom_derivatives.SymbolicZero:
     return None, None
   if mesh_in_scope() is not None:
-    return _spread_gradients(product, x, w, g)
+    return _sharded_gradients(product, x, w, g)
   # The barrier keeps XLA from fusing what makes `g` into both products, where it would be transposed.
   shape, g = g.shape[:-1], jax.lax.optimization_barrier(_rows(g))
   dx = None if w is None else (g @ w.T).reshape(*shape, -1)
   return dx, None if x is None else weight_gradient(x, g, product)
 
 
-def _spread_gradients(product, x, w, g):
+def _sharded_gradients(product, x, w, g):
   """The gradients of `matmul` on a mesh; that of w is summed where it is stored."""
   if x is None and w is None:
     return None, None

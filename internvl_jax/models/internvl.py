@@ -59,7 +59,7 @@ SCOPES = ("vision_model", "mlp1", "embed", "language_model", "lm_head")
 
 
 def normalize_tiles(tiles: jax.Array, kind: str) -> jax.Array:
-  """Turns uint8 tiles [..., 3] into normalised float32, equal to ToTensor + Normalize."""
+  """Turns uint8 tiles [..., 3] into normalized float32, equal to ToTensor + Normalize."""
   mean, std = PIXEL_STATISTICS[kind]
   return (tiles.astype(jnp.float32) / 255.0 - jnp.array(mean)) / jnp.array(std)
 
@@ -89,7 +89,7 @@ class InternVL(nnx.Module):
     drop_path: tuple[np.ndarray, jax.Array] | None = None,
     dropout_key: jax.Array | None = None,
   ) -> jax.Array:
-    """Encodes normalised tiles [I, side, side, 3] as features [I, P, E] in the language model's width."""
+    """Encodes normalized tiles [I, side, side, 3] as features [I, P, E] in the language model's width."""
     with jax.named_scope("vision_model"):
       x = self.vision_model(
         tiles.astype(how.dtype), drop_path=drop_path, dropout_key=dropout_key, **how.scan_options

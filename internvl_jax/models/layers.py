@@ -30,7 +30,7 @@ class Linear(nnx.Module):
   unit-variance output (LeCun et al., Efficient BackProp, 1998); a fresh bias is zero.
 
   Attributes:
-    product: how the product is spread over a mesh.
+    product: how the product is sharded over a mesh.
     multiply: what computes it; `models.quantized.quantize` puts another in its place.
     adapter: what `models.lora.attach` put beside the kernel, or None: a function (x, y, linear) -> y.
   """
@@ -61,7 +61,7 @@ class Linear(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-  """Layer normalisation over the last axis, computed in float32."""
+  """Layer normalization over the last axis, computed in float32."""
 
   def __init__(self, dim: int, *, eps: float, axis: str = "embed"):
     self.scale = make_param(jnp.ones(dim), (axis,))
@@ -77,7 +77,7 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-  """Root-mean-square normalisation over the last axis, computed in float32 (arXiv:1910.07467)."""
+  """Root-mean-square normalization over the last axis, computed in float32 (arXiv:1910.07467)."""
 
   def __init__(self, dim: int, *, eps: float, axis: str | None = "embed"):
     self.scale = make_param(jnp.ones(dim), (axis,))
@@ -92,7 +92,7 @@ class RMSNorm(nnx.Module):
 class Embed(nnx.Module):
   """A table [V, D] of token embeddings.
 
-  A fresh table is standard normal: it is the input of a normalised residual stream, where the usual 0.02
+  A fresh table is standard normal: it is the input of a normalized residual stream, where the usual 0.02
   drowns the token behind the first layers' outputs (a small model trained from scratch stays at the prior
   of its answers for thousands of steps; docs/quickstart.md has the measurement).
   """

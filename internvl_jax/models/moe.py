@@ -128,7 +128,7 @@ def dispatch_to_experts(
 ) -> jax.Array:
   """Sends tokens to their experts and sums what comes back.
 
-  On a mesh, the devices that share the experts collect each other's tokens, compute what their own experts
+  On a mesh, the devices that share the experts all-gather each other's tokens, compute what their own experts
   say of all of them, and sum the parts into the tokens' places. Since a token chooses about as many experts as
   there are such devices, sending each token only where it is wanted would hardly send less; and shapes depend
   on nobody's choice, so that no expert can be full.
@@ -172,7 +172,7 @@ def _on_mesh(
   partial = (*experts, *inner)
 
   def local(x, chosen, weights, kernels, expert_part, inner_part):
-    kernels = {name: _collect(kernel, stored[name], keep=partial) for name, kernel in kernels.items()}
+    kernels = {name: _all_gather(kernel, stored[name], keep=partial) for name, kernel in kernels.items()}
     for name in axes:
       # What is added to the sum over the feed-forward's width is added once.
       if "mlp" not in axes[name]:
@@ -202,7 +202,7 @@ def _on_mesh(
   )(x, chosen, weights, dict(kernels), *parts)
 
 
-def _collect(kernel: jax.Array, stored: Sequence[MeshAxes], *, keep: MeshAxes) -> jax.Array:
+def _all_gather(kernel: jax.Array, stored: Sequence[MeshAxes], *, keep: MeshAxes) -> jax.Array:
   """A kernel's pieces on the other devices, but those along the axes to keep."""
   # Over the groups of `fsdp` first, as `Product.used` does.
   for i in sorted(range(len(stored)), key=lambda i: FSDP_OUTER not in stored[i]):

@@ -10,7 +10,7 @@ from internvl_jax.models.layers import LayerNorm, Linear
 
 
 def pixel_shuffle(x: jax.Array, *, ratio: float, version: str) -> jax.Array:
-  """Merges square neighbourhoods of patches into channels: [I, P, C] -> [I, P * ratio^2, C / ratio^2].
+  """Merges square neighborhoods of patches into channels: [I, P, C] -> [I, P * ratio^2, C / ratio^2].
 
   The patches of one new token come in row-major order, each with all of its channels. Version "v1" (old
   checkpoints) returns the new tokens' grid transposed; "v2" keeps it upright.

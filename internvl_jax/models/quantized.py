@@ -2,7 +2,7 @@
 
 Both operands are divided by scales, so that their largest values become the largest of the format, rounded, multiplied
 and scaled back. Scales are those of the moment (absmax), one for each row of x and one for each column of w: a token's
-numbers depend on no other token, and every scale stands outside of the sum that it belongs to.
+numbers depend on no other token, and every scale is outside of the sum that it belongs to.
 
     y  = (x8 . w8) * sx * sw              x8, sx: rows of x over D;      w8, sw: columns of w over D
     dx = (h8 . w8^T) * sh                 h8, sh: rows of g * sw over F

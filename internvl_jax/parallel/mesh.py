@@ -2,9 +2,9 @@
 
 Axes, outermost first: `data` and `fsdp` split the batch (fsdp also splits weights and optimizer state),
 `expert`, `sequence` and `tensor` split the model. Their devices share rows: a row's tokens, and a pool's tiles, are
-spread over all three (`parallel.rules`).
+sharded over all three (`parallel.rules`).
 
-Where the widths of a model do not divide by `fsdp`, its devices stand on two axes, `fsdp_outer` and `fsdp`: a weight
+Where the widths of a model do not divide by `fsdp`, its devices are on two axes, `fsdp_outer` and `fsdp`: a weight
 may take them apart, one for each of its own axes, or only one of them.
 """
 
@@ -75,7 +75,7 @@ def _mesh_remedy(config: MeshConfig, devices: int, known: int) -> str:
 
 
 def _arrange(devices: list[Any], sizes: list[int]) -> np.ndarray:
-  """Lays devices out so that neighbours on an inner axis are neighbours in the machine.
+  """Lays devices out so that neighbors on an inner axis are neighbors in the machine.
 
   Several slices (of TPUs; of GPUs, hosts) are joined by the slow network, which only the axes that split the batch
   cross: `data` as far as it goes, then `fsdp`.
@@ -115,7 +115,7 @@ def check_lengths(lengths: Sequence[int], mesh: Mesh) -> None:
 
 
 def data_parallel_size(mesh: Mesh) -> int:
-  """Number of devices over which the batch is split: the shards that rows and tile pools are dealt to."""
+  """Number of devices over which the batch is split: the shards that rows and tile pools are assigned to."""
   return math.prod(mesh.shape[axis] for axis in data_axes(mesh))
 
 

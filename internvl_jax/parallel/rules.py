@@ -3,10 +3,10 @@
 Models name the axes of what they compute and know no mesh. `constrain` and `Product` turn names into the
 compiler's sharding constraints under the mesh in scope (`scope`), and do nothing without one or on one device.
 
-A row's tokens are spread over `expert`, `sequence` and `tensor`, whose devices share the rows: what works on
+A row's tokens are sharded over `expert`, `sequence` and `tensor`, whose devices share the rows: what works on
 each token apart (norms, residuals, the loss) is computed once. Between a projection that widens and the one
-that narrows again, `tensor` splits the heads or the feed-forward instead. The tiles of a pool are spread over
-all axes, and what works on them collects its weights.
+that narrows again, `tensor` splits the heads or the feed-forward instead. The tiles of a pool are sharded over
+all axes, and what works on them all-gathers its weights.
 
 Letters: R rows, S tokens, D data shards.
 """
@@ -48,7 +48,7 @@ WEIGHTS: dict[str, MeshAxes] = {
   "heads": ("tensor",),
   "kv_heads": ("tensor",),
   "mlp": ("tensor",),
-  # Collected before use: by the ViT, whose tiles are spread over `tensor`, and where queries, keys and values
+  # All-gathered before use: by the ViT, whose tiles are sharded over `tensor`, and where queries, keys and values
   # (gates and ups) stand one after the other, so that a piece of their axis is no set of heads.
   "vision": ("tensor",),
   "fused": ("tensor",),
@@ -56,7 +56,7 @@ WEIGHTS: dict[str, MeshAxes] = {
 """Mesh axes over which each logical axis of a weight is stored, as far as they divide it."""
 
 SPLIT_IN_USE = frozenset({"heads", "kv_heads", "mlp"})
-"""Axes of weights that products are computed in pieces of; the others are collected before."""
+"""Axes of weights that products are computed in pieces of; the others are all-gathered before."""
 
 _FOR_FSDP = frozenset({"embed", "table"})
 """Axes of weights that `fsdp` should divide."""
@@ -98,7 +98,7 @@ def mesh_of(params: Mapping[str, jax.Array]) -> Mesh | None:
 
 
 def mesh_in_scope() -> AbstractMesh | None:
-  """The mesh to spread over; None without one, on one device, and where a function runs device by device."""
+  """The mesh to shard over; None without one, on one device, and where a function runs device by device."""
   mesh = jax.sharding.get_abstract_mesh()
   return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
 
@@ -122,12 +122,12 @@ def without(entry: MeshAxes, others: Iterable[str]) -> MeshAxes:
 
 
 def spec(*entries: MeshAxes | None) -> PartitionSpec:
-  """The spec of an array whose axes are spread over these axes of the mesh; None or () stays whole."""
+  """The spec of an array whose axes are sharded over these axes of the mesh; None or () stays whole."""
   return PartitionSpec(*(entry[0] if entry and len(entry) == 1 else entry or None for entry in entries))
 
 
 def activation_spec(names: Names, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-  """How an activation with axes of these names is spread."""
+  """How an activation with axes of these names is sharded."""
   assert {name for name in names if name} <= ACTIVATIONS.keys(), names
   entries: list[MeshAxes] = [()] * len(names)
   for name, axes in ACTIVATIONS.items():
@@ -137,7 +137,7 @@ def activation_spec(names: Names, shape: tuple[int, ...], mesh: Mesh | AbstractM
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-  """Spreads x, whose axes have these names in `ACTIVATIONS`, over the mesh in scope; None stays whole."""
+  """Shards x, whose axes have these names in `ACTIVATIONS`, over the mesh in scope; None stays whole."""
   mesh = mesh_in_scope()
   if mesh is None:
     return x
@@ -158,10 +158,10 @@ def even_shares(tiles: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-  """How `x @ w` of x [*leading, D] and w [D, F] is spread over the mesh in scope.
+  """How `x @ w` of x [*leading, D] and w [D, F] is sharded over the mesh in scope.
 
   An axis that is split in use stays as it is stored, if that splits it into whole pieces (heads); all others
-  are collected in the compute dtype, right before the product, forward and backward. Gradients of w are
+  are all-gathered in the compute dtype, right before the product, forward and backward. Gradients of w are
   summed straight into the pieces that are stored.
 
   Attributes:
@@ -186,7 +186,7 @@ class Product:
     mesh = mesh_in_scope()
     if mesh is None:
       return dw
-    # One axis of the mesh at first. Asked for pieces over several, XLA collects both factors of the product
+    # One axis of the mesh at first. Asked for pieces over several, XLA all-gathers both factors of the product
     # rather than scattering the sum; what is left to sum is smaller by the first axis.
     first = [_first(entry) for entry in weight_entries(self.axes, dw.shape, mesh)]
     return self.stored(jax.lax.with_sharding_constraint(dw, spec(*first)))
@@ -217,7 +217,7 @@ class Product:
     if mesh is None:
       return x
     split_in, split_out = self._split(w_shape, mesh)
-    return self._spread(x, split_in, (*split_in, *split_out), mesh)
+    return self._shard(x, split_in, (*split_in, *split_out), mesh)
 
   def outputs(self, y: jax.Array, w_shape: tuple[int, ...]) -> jax.Array:
     """Output y, or its gradient, as the product leaves it."""
@@ -225,7 +225,7 @@ class Product:
     if mesh is None:
       return y
     _, split_out = self._split(w_shape, mesh)
-    return self._spread(y, split_out, split_out, mesh)
+    return self._shard(y, split_out, split_out, mesh)
 
   def _split(self, shape: tuple[int, ...], mesh: AbstractMesh) -> list[MeshAxes]:
     """Mesh axes that split D and F in use."""
@@ -239,7 +239,7 @@ class Product:
   def _whole(self, entry: MeshAxes, size: int, mesh: AbstractMesh) -> bool:
     return (size if self.pieces is None else self.pieces) % _devices(entry, mesh) == 0
 
-  def _spread(self, x: jax.Array, last: MeshAxes, used: MeshAxes, mesh: AbstractMesh) -> jax.Array:
+  def _shard(self, x: jax.Array, last: MeshAxes, used: MeshAxes, mesh: AbstractMesh) -> jax.Array:
     leading: Names = ("rows", "tokens") if self.over == "tokens" else ("tiles", None)
     entries = [
       dividing_axes(ACTIVATIONS[name], size, mesh, used=used) if name else ()
@@ -263,11 +263,11 @@ def all_gather(x: jax.Array, names: MeshAxes, *, axis: int) -> jax.Array:
 
 
 def _from_pieces(pieces: jax.Array, *, axis: int) -> jax.Array:
-  """The array whose axis was cut into pieces [n, ...], which were collected one after the other.
+  """The array whose axis was cut into pieces [n, ...], which were all-gathered one after the other.
 
   XLA for GPUs lays an array out so that the axis to be gathered is the outermost. Left to choose, it does so with all
   layers' weights before the loop over them: a copy of them all, in float32. Where pieces are that axis, it is the
-  collected weight of one layer that is laid out anew.
+  all-gathered weight of one layer that is laid out anew.
   """
   shape = [*pieces.shape[1:]]
   shape[axis] *= len(pieces)
@@ -289,7 +289,7 @@ def weight_shardings(
 
 def weight_entries(axes: Names, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> list[MeshAxes]:
   """Mesh axes over which each axis of a weight is stored."""
-  # A vector is split only where what it is added to is: collecting it would cost more than it saves.
+  # A vector is split only where what it is added to is: all-gathering it would cost more than it saves.
   is_vector = len([name for name in axes if name != "layers"]) < 2
   used: MeshAxes = ()
   entries = []
@@ -353,7 +353,7 @@ def _devices(axes: MeshAxes, mesh: Mesh | AbstractMesh) -> int:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StateShardings:
-  """Where the state of a run lies, by path.
+  """The shardings of a run's state, by path.
 
   Attributes:
     mesh: the devices.
@@ -375,9 +375,9 @@ def state_shardings(
   *,
   zero_stage: int = 0,
 ) -> StateShardings:
-  """Where the state lies: parameters as `weight_shardings` says, the rest as ZeRO's stage says.
+  """Shardings of the state: parameters as `weight_shardings` says, the rest as ZeRO's stage says.
 
-  Stage 1 spreads the optimizer's moments over `data` as well, stage 2 also the gradients. Stage 3 also spreads
+  Stage 1 shards the optimizer's moments over `data` as well, stage 2 also the gradients. Stage 3 also shards
   the parameters; that is what `fsdp` is, so that `make_mesh` makes `data` devices `fsdp` devices.
   """
   params = weight_shardings(axes, shapes, mesh)
@@ -405,7 +405,7 @@ def _over_data(axes: Names, shape: tuple[int, ...], mesh: Mesh) -> list[MeshAxes
 def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
   """The sharding of each field of a batch [A, R, ...] of arrays or shapes: rows, pairs and pools over the data axes.
 
-  The tiles of a pool are spread over the devices that share it, too, where these take as many each: the pixels of a
+  The tiles of a pool are sharded over the devices that share it, too, where these take as many each: the pixels of a
   long row are the largest thing in a batch.
   """
   shards = data_axes(mesh)

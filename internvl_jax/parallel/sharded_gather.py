@@ -1,6 +1,6 @@
 """Lookups of rows: token embeddings in a table, and image features in their shard's pool.
 
-Left to the compiler, both would collect what is looked up in, or add up the results of all devices.
+Left to the compiler, both would all-gather what is looked up in, or add up the results of all devices.
 
 Letters: R rows, S tokens, V vocabulary, E width, D data shards, Q features of a shard's pool.
 """
@@ -30,7 +30,7 @@ def embed(table: jax.Array, ids: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
       if name in axis_of:
         ids = jax.lax.all_gather(ids, name, axis=axis_of[name], tiled=True)
     x = jnp.take(table, ids, axis=0).astype(dtype)
-    # In reverse, so that each exchange undoes the outermost gathering of ids, and joins neighbouring slices.
+    # In reverse, so that each exchange undoes the outermost gathering of ids, and joins neighboring slices.
     for name in reversed(width):
       if name in axis_of:
         x = jax.lax.all_to_all(x, name, split_axis=axis_of[name], concat_axis=2, tiled=True)

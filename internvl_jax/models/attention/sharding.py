@@ -79,7 +79,7 @@ def by_token(x: jax.Array, over: Over, *, cached: bool = False) -> jax.Array:
   return constrain(x, over, None if cached else "tokens", "heads", None)
 
 
-def spread(
+def shard_attention(
   attend: OnDevice, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, sinks: jax.Array | None, over: Over
 ) -> jax.Array:
   """`attend` on every device of the mesh in scope, which has some heads of some rows and all keys; or here."""

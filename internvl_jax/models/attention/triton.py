@@ -11,7 +11,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from internvl_jax.models.attention import triton_kernels as kernels
 from internvl_jax.models.attention.mask import Mask
-from internvl_jax.models.attention.sharding import Over, spread
+from internvl_jax.models.attention.sharding import Over, shard_attention
 from internvl_jax.models.attention.triton_kernels import Shape, Spans, Tokens
 
 
@@ -26,7 +26,7 @@ def attention(
   interpret: bool = False,
 ) -> jax.Array:
   """`models.attention.attention` of q [B, T, N, H], k and v [B, S, K, H]."""
-  return spread(functools.partial(_on_device, interpret), q, k, v, mask, sinks, over)
+  return shard_attention(functools.partial(_on_device, interpret), q, k, v, mask, sinks, over)
 
 
 interpreted = functools.partial(attention, interpret=True)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from internvl_jax.models.attention.mask import Mask
-from internvl_jax.models.attention.sharding import Over, spread
+from internvl_jax.models.attention.sharding import Over, shard_attention
 
 BLOCK = 512
 """The longest block of queries and of keys: the largest temporaries are [B, N, BLOCK, BLOCK] in float32."""
@@ -29,14 +29,14 @@ def attention(
   q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, sinks: jax.Array | None, over: Over
 ) -> jax.Array:
   """`models.attention.attention`, by blocks where there are more queries than one holds."""
-  return spread(_plain if q.shape[1] <= BLOCK else _by_blocks, q, k, v, mask, sinks, over)
+  return shard_attention(_plain if q.shape[1] <= BLOCK else _by_blocks, q, k, v, mask, sinks, over)
 
 
 def plain(
   q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, sinks: jax.Array | None, over: Over
 ) -> jax.Array:
   """`models.attention.attention` with all scores [B, N, T, S] in memory."""
-  return spread(_plain, q, k, v, mask, sinks, over)
+  return shard_attention(_plain, q, k, v, mask, sinks, over)
 
 
 def _plain(q, k, v, mask: Mask, sinks) -> jax.Array:
