@@ -190,6 +190,21 @@ def test_the_architecture_names_every_package():
   assert [name for name in packages if f"`{name}/" not in text] == []
 
 
+@pytest.mark.parametrize(
+  "words",
+  [
+    "memory of a device",
+    "largest temporaries at the peak",
+    "operations of a device and step",
+    "of a device and step",
+    "a step takes",
+  ],
+)
+def test_the_report_that_is_explained_is_the_one_that_plan_prints(words):
+  for path in ("docs/scale.md", "internvl_jax/aot/report.py"):
+    assert words in (REPOSITORY / path).read_text(encoding="utf-8"), path
+
+
 # --- What no other test runs --------------------------------------------------------------------------------
 
 
