@@ -14,12 +14,13 @@ import gpu_rows
 from gpu_results import Results
 from gpu_timing import Timing
 from internvl_jax.aot import recipe
-from internvl_jax.assembly import Setup, open_mesh, open_shapes, set_up, set_up_jax
+from internvl_jax.assembly import Setup, open_mesh, set_up, set_up_jax
 from internvl_jax.batch import SFTBatch, count
 from internvl_jax.compiler import compile_program
 from internvl_jax.config import TrainConfig
 from internvl_jax.hf import published
 from internvl_jax.metrics import mfu
+from internvl_jax.open_model import open_shapes
 from internvl_jax.parallel import rules
 from internvl_jax.state import TrainState
 from internvl_jax.trees import count as count_parameters

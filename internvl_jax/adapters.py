@@ -15,7 +15,7 @@ from internvl_jax.errors import UserError
 from internvl_jax.hf.model import Source
 from internvl_jax.models import functional, lora
 from internvl_jax.models.internvl import Execution, InternVL
-from internvl_jax.parallel.distributed import fetch
+from internvl_jax.parallel.host_arrays import fetch
 
 TOLERANCE = 1e-3
 """Largest difference of a logit that a merge may cause, in units of the largest logit (or of 1, if larger)."""

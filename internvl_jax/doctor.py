@@ -33,6 +33,7 @@ from internvl_jax.data.schedule.shapes import pack_settings
 from internvl_jax.data.source.files import default_cache
 from internvl_jax.data.where import DataError
 from internvl_jax.errors import UserError
+from internvl_jax.open_model import open_model
 from internvl_jax.storage.paths import filled_file, output_path
 
 _CONFIG = cli.define_config_flag()
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
   config: TrainConfig = _CONFIG.value
   validate(config, "doctor")
   cli.warn_idle(config)
-  source, tokenizer = assembly.open_model(config, with_weights=False)
+  source, tokenizer = open_model(config, with_weights=False)
   chat = ChatTokenizer(tokenizer, config.data.conv_style, rows=source.config.text.vocab_size)
   assembly.open_export(config, source, tokenizer, chat)
   cache = config.loader.cache_dir or default_cache()

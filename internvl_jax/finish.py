@@ -17,6 +17,7 @@ from internvl_jax.hf.model import Source, base_name
 from internvl_jax.inference_settings import recorded_settings
 from internvl_jax.output_dir import output_folder
 from internvl_jax.parallel import distributed
+from internvl_jax.parallel.host_arrays import gathered
 from internvl_jax.serving import Export
 from internvl_jax.storage.paths import AnyPath
 
@@ -40,7 +41,7 @@ def finish(
     config.checkpoint.export_dtype == "auto" and config.training.bf16
   )
   save_adapters(config, source, params, output_dir)
-  merged, weights = merge_and_check(source, params, distributed.gathered)
+  merged, weights = merge_and_check(source, params, gathered)
   export.save_model(
     output_dir,
     merged,
@@ -76,7 +77,7 @@ def save_adapters(
   base = os.path.abspath(base) if os.path.isdir(base) else base
   peft.save_adapter(
     output_dir / "adapter",
-    distributed.gathered(params),
+    gathered(params),
     source.specs,
     source.layout,
     source.table,

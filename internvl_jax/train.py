@@ -26,7 +26,6 @@ from internvl_jax.assembly import (
   log_parameters,
   open_export,
   open_mesh,
-  open_model,
   processes,
   reference_copies,
   set_up,
@@ -62,6 +61,7 @@ from internvl_jax.metrics.run_log import RunLog
 from internvl_jax.metrics.trace import Trace
 from internvl_jax.metrics.writers import open_writers
 from internvl_jax.objectives import PreferenceOptimization, SupervisedFineTuning
+from internvl_jax.open_model import open_model
 from internvl_jax.optim.learning_rate import make_schedule, warmup_remark
 from internvl_jax.output_dir import begin_output, output_dir_held, output_folder
 from internvl_jax.outputs import (

@@ -29,6 +29,7 @@ from internvl_jax.hf.tokenizer import load_tokenizer
 from internvl_jax.models.internvl import Execution, normalize_tiles
 from internvl_jax.models.lora import adapter_paths
 from internvl_jax.models.projector import pixel_shuffle
+from internvl_jax.open_model import open_model
 from internvl_jax.optim.labels import trainable_paths
 from internvl_jax.trees import submodule_of
 from tests.support.toy import ASSETS, CURVE, CURVE_INTERNLM2
@@ -61,7 +62,7 @@ def run_of(**settings):
 
 @functools.cache
 def source_of(**settings):
-  return assembly.open_model(run_of(**settings))[0]
+  return open_model(run_of(**settings))[0]
 
 
 def trainable(**settings):

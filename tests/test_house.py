@@ -19,7 +19,7 @@ LAYERS = (
   FRONT_DOORS,
   ("aot",),
   ("preference", "finish"),
-  ("cli", "assembly", "output_dir"),
+  ("cli", "open_model", "assembly", "output_dir"),
   ("help_text", "config_checks", "recipes", "recipe_files"),
   ("config_paths",),
   ("tasks",),
@@ -84,7 +84,17 @@ def room_of(path: Path) -> str:
 def allowed(room: str) -> set[str]:
   (depth,) = [i for i, layer in enumerate(LAYERS) if room in layer]
   below = {name for layer in LAYERS[depth + 1 :] for name in layer}
-  if room not in (*FRONT_DOORS, "aot", "preference", "finish", "cli", "assembly", "output_dir", "tasks"):
+  if room not in (
+    *FRONT_DOORS,
+    "aot",
+    "preference",
+    "finish",
+    "cli",
+    "open_model",
+    "assembly",
+    "output_dir",
+    "tasks",
+  ):
     below -= {"config", "config_checks", "config_paths", "cli"}
   return {room} | ONLY.get(room, below | ALSO.get(room, set()))
 
@@ -144,13 +154,9 @@ def test_every_room_has_one_place():
 
 LONGEST_FUNCTION, LONGEST_FILE, MOST_PARAMETERS = 60, 450, 7
 
-# These lists only shrink.
-LONG_FUNCTIONS: set[str] = set()
-LONG_FILES = {
-  "assembly.py",
-  "parallel/distributed.py",
-  "train.py",
-}
+LONG_FILES = {"train.py"}
+"""Those that are still too long; the list only shrinks."""
+
 WIDE_FUNCTIONS = {
   "models/attention/triton_kernels.py:backward_kv": "a kernel's pointers: Pallas passes each array by itself",
   "models/attention/triton_kernels.py:backward_q": "a kernel's pointers: Pallas passes each array by itself",
@@ -158,6 +164,7 @@ WIDE_FUNCTIONS = {
   "models/decoder.py:__call__": "the arrays of a batch, each by its name, as models are called",
   "models/grouped_matmul/triton.py:_by_row_kernel": "a kernel's pointers: Pallas passes each array by itself",
 }
+"""Function -> why it has more parameters."""
 
 
 def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
@@ -176,12 +183,12 @@ def parameters(node: ast.FunctionDef) -> list[str]:
 
 def test_functions_are_short():
   found = {name for name, node in functions() if node.end_lineno - node.lineno >= LONGEST_FUNCTION}
-  assert found <= LONG_FUNCTIONS
+  assert not found
 
 
 def test_functions_have_few_parameters():
   found = {name for name, node in functions() if len(parameters(node)) > MOST_PARAMETERS}
-  assert found <= set(WIDE_FUNCTIONS)
+  assert found == set(WIDE_FUNCTIONS)
 
 
 def test_files_are_short():

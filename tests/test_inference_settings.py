@@ -10,7 +10,6 @@ import pytest
 import tokenizers
 import transformers
 
-from internvl_jax import assembly
 from internvl_jax.arguments import EvalConfig
 from internvl_jax.config import TrainConfig
 from internvl_jax.data.sample.templates import get_template
@@ -23,6 +22,7 @@ from internvl_jax.hf.model import open_source
 from internvl_jax.hf.tokenizer import load_tokenizer
 from internvl_jax.inference import open_for_inference
 from internvl_jax.inference_settings import differences, read_stated, recorded_settings
+from internvl_jax.open_model import open_model
 from tests.support import families
 from tests.support.toy import CURVE
 
@@ -440,7 +440,7 @@ def test_a_run_that_differs_from_its_start_is_told(tmp_path, caplog):
   ]
   config.model.model_name_or_path, config.model.ps_version = str(folder), "v1"
   with caplog.at_level("WARNING"):
-    assembly.open_model(config, with_weights=False)
+    open_model(config, with_weights=False)
   assert "The run differs from what the checkpoint" in caplog.text
   assert "(12); model.ps_version='v1' ('v2')" in caplog.text
 

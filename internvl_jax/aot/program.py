@@ -13,13 +13,14 @@ import numpy as np
 
 from internvl_jax.aot import cuda
 from internvl_jax.aot.target import Target
-from internvl_jax.assembly import describe_copies, open_mesh, open_shapes, set_up
+from internvl_jax.assembly import describe_copies, open_mesh, set_up
 from internvl_jax.batch import Batch, PreferenceBatch, SFTBatch, pairs_of_row
 from internvl_jax.compiler import compile_program
 from internvl_jax.config import TrainConfig
 from internvl_jax.errors import UserError
 from internvl_jax.hf.model import Source
 from internvl_jax.models.kernels import Device
+from internvl_jax.open_model import open_shapes
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.parallel import rules
 from internvl_jax.parallel.placement_table import placement_warnings

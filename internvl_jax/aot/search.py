@@ -20,12 +20,12 @@ from internvl_jax.aot.program import BatchShape, StepPlan, compile_step, plan_st
 from internvl_jax.aot.report import GIB, Report, arguments, make_report
 from internvl_jax.aot.target import Target, open_target, suggest
 from internvl_jax.arguments import MeshConfig
-from internvl_jax.assembly import open_shapes
 from internvl_jax.chips import GPUS, TPUS
 from internvl_jax.config import TrainConfig
 from internvl_jax.errors import UserError
 from internvl_jax.hf.model import Source
 from internvl_jax.objectives import ForwardPass
+from internvl_jax.open_model import open_shapes
 from internvl_jax.trees import submodule_of
 
 _SHARES = (1, 2, 4, 8)

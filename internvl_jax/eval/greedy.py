@@ -15,7 +15,7 @@ from internvl_jax.batch import NO_IMAGE
 from internvl_jax.models.functional import ModelDef
 from internvl_jax.models.internvl import Execution, InternVL, normalize_tiles
 from internvl_jax.parallel import rules
-from internvl_jax.parallel.distributed import fetch
+from internvl_jax.parallel.host_arrays import fetch
 
 
 @dataclasses.dataclass(frozen=True)

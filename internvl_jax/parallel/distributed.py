@@ -4,8 +4,6 @@ A process that is alone (`launchers.find_place`) joins nobody: it opens no port 
 """
 
 import contextlib
-import dataclasses
-import functools
 import itertools
 import os
 import re
@@ -14,14 +12,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
 
 from internvl_jax import signals
 from internvl_jax.errors import UserError
@@ -408,59 +405,3 @@ class StopSignal:
     if jax.process_count() == 1:
       return self.received
     return multihost_utils.reached_preemption_sync_point(step)
-
-
-# --- Arrays that lie on several hosts -----------------------------------------------------------------------
-
-
-def fetch(array: jax.Array, cell: tuple[int, ...] = ()) -> np.ndarray:
-  """An array, or what is at `cell` of its first axes, in this host's memory; a call that all processes make.
-
-  Only that part is brought together on the devices, for as long as this takes.
-  """
-  if not array.is_fully_addressable:
-    assert isinstance(array.sharding, NamedSharding)
-    everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())
-    array = _replicate(len(cell), everywhere)(array, *(np.int32(i) for i in cell))
-    return np.asarray(array)
-  return np.asarray(array[cell] if cell else array)
-
-
-@functools.cache
-def _replicate(depth: int, everywhere: NamedSharding) -> Callable[..., jax.Array]:
-  """A program that copies a part to every device; the part's place is an argument, so layers share it."""
-
-  def part(array: jax.Array, *cell: jax.Array) -> jax.Array:
-    assert len(cell) == depth
-    for i in cell:
-      array = jax.lax.dynamic_index_in_dim(array, i, keepdims=False)
-    return array
-
-  return jax.jit(part, out_shardings=everywhere)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Gathered:
-  """A parameter whose shards lie on several hosts, brought together a layer at a time when it is read.
-
-  All processes read the same layers in the same order, whatever they do with them.
-  """
-
-  array: jax.Array
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    return self.array.shape
-
-  def __getitem__(self, cell: tuple[int, ...]) -> np.ndarray:
-    return fetch(self.array, cell)
-
-  def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
-    del copy
-    whole = fetch(self.array)
-    return whole if dtype is None else whole.astype(dtype)
-
-
-def gathered(params: Mapping[str, jax.Array]) -> dict[str, Any]:
-  """Parameters by path that this process can read, wherever their shards are."""
-  return {path: value if value.is_fully_addressable else Gathered(value) for path, value in params.items()}

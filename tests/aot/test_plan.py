@@ -15,11 +15,11 @@ from internvl_jax.aot.program import batch_shape, compile_step, plan_step
 from internvl_jax.aot.recipe import get_config
 from internvl_jax.aot.target import open_target
 from internvl_jax.arguments import MeshConfig
-from internvl_jax.assembly import open_shapes
 from internvl_jax.batch import BatchCounts
 from internvl_jax.errors import UserError
 from internvl_jax.hf import published
 from internvl_jax.metrics.mfu import peak_flops, useful_flops
+from internvl_jax.open_model import open_shapes
 from internvl_jax.parallel import placement_table
 from internvl_jax.trees import count
 from tests.support.toy import RECIPE, REPOSITORY, curve_config

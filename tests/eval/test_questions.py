@@ -12,6 +12,7 @@ from internvl_jax.data.where import DataError
 from internvl_jax.errors import UserError
 from internvl_jax.eval.questions import QuestionFile
 from internvl_jax.hf.tokenizer import load_tokenizer
+from internvl_jax.open_model import open_model
 from tests.support.toy import CURVE, curve_config
 
 
@@ -90,7 +91,7 @@ def test_a_file_that_is_none(config, chat):
 @pytest.mark.parametrize("policy", ["error", "drop"])
 def test_held_out_data_are_refused_before_the_first_step(config, chat, policy, tmp_path):
   write(config, GOOD)
-  source, _ = assembly.open_model(config, with_weights=False)
+  source, _ = open_model(config, with_weights=False)
   config.loader.on_bad_sample = policy
   config.loader.sequence_buckets = ()
   assembly.check_held_out(config, source, chat)

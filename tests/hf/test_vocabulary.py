@@ -21,6 +21,7 @@ from internvl_jax.hf.export import ModelFiles, save_model
 from internvl_jax.hf.model import open_source
 from internvl_jax.hf.tokenizer import IMAGE_TOKENS, load_tokenizer
 from internvl_jax.inference import open_for_inference
+from internvl_jax.open_model import open_model, open_shapes
 from tests.support.toy import CURVE, curve_config, log_history, run_training
 
 ROWS = 389
@@ -69,9 +70,9 @@ def config_of(folder, **runtime):
 
 
 DOORS = {
-  "train": lambda folder: assembly.open_model(config_of(folder)),
-  "doctor": lambda folder: assembly.open_model(config_of(folder), with_weights=False),
-  "plan": lambda folder: assembly.open_shapes(config_of(folder)),
+  "train": lambda folder: open_model(config_of(folder)),
+  "doctor": lambda folder: open_model(config_of(folder), with_weights=False),
+  "plan": lambda folder: open_shapes(config_of(folder)),
   "convert": lambda folder: convert(str(folder), folder.parent / "written", layouts.HF, lora="merge"),
   "verify": lambda folder: verify.compute(str(folder), None),
   "evaluate and generate": lambda folder: open_for_inference(folder, bf16=False),
@@ -139,7 +140,7 @@ def test_rows_to_spare_are_left_alone(folder):
   resize(folder, embedding=400, head=400, config=400)
   add_tokens(folder, "<loc>")
   for grows in (False, True):
-    source, tokenizer = assembly.open_model(config_of(folder, grow_vocabulary=grows))
+    source, tokenizer = open_model(config_of(folder, grow_vocabulary=grows))
     assert source.config.text.vocab_size == 400 and source.new_rows == 0 and "<loc>" in tokenizer.get_vocab()
 
 
@@ -177,7 +178,7 @@ def test_the_placeholder_of_videos_needs_no_row_and_is_no_text(folder, tmp_path)
     UserError, match="'<video>', token 389 of the tokenizer, which the model has no row for"
   ):
     chat.lay_out(turns, 0, Where("vqa", "vqa.jsonl", 1))
-  source, _ = assembly.open_model(config_of(tmp_path / "hf", grow_vocabulary=True), with_weights=False)
+  source, _ = open_model(config_of(tmp_path / "hf", grow_vocabulary=True), with_weights=False)
   assert source.new_rows == 0
   add_tokens(tmp_path / "hf", "<loc>")
   with pytest.raises(UserError, match=r"'<loc>' \(id 390\), .* 389 rows"):
@@ -241,7 +242,7 @@ def test_rows_are_made_and_saved(folder, tmp_path, layout, image_tokens):
   if not image_tokens:
     without_image_tokens(folder)
   made = 2 if image_tokens else 11
-  source, tokenizer = assembly.open_model(config_of(folder, grow_vocabulary=True))
+  source, tokenizer = open_model(config_of(folder, grow_vocabulary=True))
   assert source.config.text.vocab_size == ROWS + made and source.new_rows == made
   params = load(source)
   data = DataTrainingArguments(conv_style="internvl2_5", force_image_size=56)
@@ -276,16 +277,16 @@ def test_rows_are_made_and_saved(folder, tmp_path, layout, image_tokens):
 def test_a_head_of_fewer_rows_grows_with_the_other_table(folder):
   smaller_head(folder)
   add_tokens(folder, "<loc>")
-  source, _ = assembly.open_model(config_of(folder, grow_vocabulary=True))
+  source, _ = open_model(config_of(folder, grow_vocabulary=True))
   params = load(source)
   assert {params[path].shape[axis] for axis, path in enumerate(assembly.EMBEDDINGS)} == {ROWS + 1}
 
 
 def test_the_doctor_grows_as_the_run_does(folder):
   shown_as_larger(folder)
-  doctor, _ = assembly.open_model(config_of(folder, grow_vocabulary=True), with_weights=False)
-  run, _ = assembly.open_model(config_of(folder, grow_vocabulary=True))
-  plan = assembly.open_shapes(config_of(folder, grow_vocabulary=True))
+  doctor, _ = open_model(config_of(folder, grow_vocabulary=True), with_weights=False)
+  run, _ = open_model(config_of(folder, grow_vocabulary=True))
+  plan = open_shapes(config_of(folder, grow_vocabulary=True))
   assert {source.config.text.vocab_size for source in (doctor, run, plan)} == {ROWS + 1}
   assert {source.new_rows for source in (doctor, run, plan)} == {1}
 

@@ -7,8 +7,9 @@ import pytest
 
 from internvl_jax.aot import recipe
 from internvl_jax.arguments import TrainingArguments
-from internvl_jax.assembly import open_mesh, open_shapes, state_places
+from internvl_jax.assembly import open_mesh, state_places
 from internvl_jax.hf import published
+from internvl_jax.open_model import open_shapes
 from internvl_jax.optim.labels import trainable_paths
 from internvl_jax.parallel import zero
 

@@ -13,12 +13,7 @@ import pytest
 from internvl_jax import config_checks
 from internvl_jax.aot import recipe
 from internvl_jax.arguments import LOSS_WEIGHTS, MeshConfig, PreferenceConfig
-from internvl_jax.assembly import (
-  describe_copies,
-  execution,
-  make_objective,
-  open_shapes,
-)
+from internvl_jax.assembly import describe_copies, execution, make_objective
 from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, PreferenceBatch, SFTBatch
 from internvl_jax.config import TrainConfig
 from internvl_jax.hf import published
@@ -30,6 +25,7 @@ from internvl_jax.models.internvl import Execution, InternVL, normalize_tiles
 from internvl_jax.models.kernels import Kernels
 from internvl_jax.models.lora import MARK, LoRASpec
 from internvl_jax.objectives import COPIES, PreferenceOptimization, ReferencePolicy
+from internvl_jax.open_model import open_shapes
 from internvl_jax.parallel.mesh import make_mesh
 from internvl_jax.trees import submodule_of
 from tests.support.harness import Harness, toy
