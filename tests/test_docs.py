@@ -35,6 +35,7 @@ RUN_BY = {
   "benchmarks/golden.py": "tests/test_docs.py",
   "benchmarks/gpu.py": "tests/benchmarks/test_bench_gpu.py",
   "benchmarks/memory.py": "tests/runs/test_memory.py",
+  "benchmarks/mutants.py": "tests/test_docs.py",
   "scripts/count_flops.py": "tests/test_docs.py",
   "scripts/plan_recipes.py": "tests/aot/test_plan_recipes.py",
   "scripts/plan_table.py": "tests/aot/test_plan_table.py",
@@ -236,7 +237,7 @@ def test_bench_compile_compiles_the_step():
   assert benchmark.compile_seconds(depth=1, width=64) > 0
 
 
-@pytest.mark.parametrize("benchmark", ["golden", "memory", "checkpoint"])
+@pytest.mark.parametrize("benchmark", ["golden", "memory", "checkpoint", "mutants"])
 def test_benchmarks_are_imported(benchmark, monkeypatch):
   monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
   assert callable(load(REPOSITORY / "benchmarks" / f"{benchmark}.py").main)
