@@ -14,7 +14,6 @@ REFUSED: dict[str, str] = {
 ACCEPTED: dict[str, str] = {
   "model.use_fast_tokenizer": "the tokenizers library is always used",
   "model.use_liger": "the loss is fused with the output embedding either way, and its numbers are the same",
-  "training.optim": "AdamW is the optimizer under all names that CHOICES lets pass",
   "training.do_train": "training is what the command does, whatever it says",
   "training.remove_unused_columns": "batches hold only what the model reads",
 }
@@ -22,7 +21,6 @@ ACCEPTED: dict[str, str] = {
 
 CHOICES: dict[str, tuple[str, ...]] = {
   "data.loss_reduction": ("token", "sample", "square"),
-  "training.optim": ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_apex_fused"),
   "training.lr_scheduler_type": (
     "linear",
     "cosine",
@@ -49,7 +47,6 @@ INSTEAD_OF: dict[str, dict[str, str]] = {
       "moments are float32; mesh.fsdp (or training.deepspeed) shards them over the devices"
     ),
     r"paged_.*": "nothing is moved to the host's memory; mesh.fsdp shards the moments over the devices",
-    r".*": "the reference's recipes use AdamW, and so does this program: adamw_torch",
   },
   "training.report_to": {
     r".*": "tensorboard (services such as W&B, MLflow and Comet read its files: wandb sync)",

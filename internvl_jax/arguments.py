@@ -143,8 +143,11 @@ class TrainingArguments:
   adam_epsilon: float = 1e-8
   # Gradients are scaled down to this global norm; 0 turns clipping off.
   max_grad_norm: float = 1.0
-  # AdamW, under any of the names that PyTorch's kinds of it have.
+  # adamw_torch (the same as adamw_torch_fused, adamw_torch_xla, adamw_apex_fused), adafactor, lion_32bit, muon, sgd.
   optim: str = "adamw_torch"
+  # Arguments of the optimizer: "momentum=0.9,nesterov=true". With any optimizer, ema_decay=0.999 keeps averages of the weights,
+  # which are scored and exported; vision_model_rate, mlp1_rate, language_model_rate and adapters_rate multiply the learning rate.
+  optim_args: str | None = None
   # linear, cosine, constant, constant_with_warmup, cosine_with_restarts, cosine_with_min_lr, polynomial,
   # inverse_sqrt.
   lr_scheduler_type: str = "linear"

@@ -32,7 +32,6 @@ from internvl_jax.models.choice import choose_kernels
 from internvl_jax.models.functional import ModelDef
 from internvl_jax.models.internvl import Execution, InternVLConfig
 from internvl_jax.models.kernels import Device
-from internvl_jax.models.lora import adapter_paths
 from internvl_jax.models.quantized import has_products
 from internvl_jax.objectives import (
   COPIES,
@@ -40,8 +39,8 @@ from internvl_jax.objectives import (
   ReferencePolicy,
   SupervisedFineTuning,
 )
-from internvl_jax.optim.labels import trainable_paths
-from internvl_jax.optim.optimizer import make_optimizer
+from internvl_jax.optim import optimizer
+from internvl_jax.optim.labels import ADAPTERS, decays, labels_of, trainable_paths, trained
 from internvl_jax.parallel import distributed, rules, zero
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.parallel.placement_table import placement_table, placement_warnings
@@ -155,9 +154,9 @@ def adapter_notes(config: TrainConfig, source: Source) -> list[str]:
       f"adapter/ has no form for {source.new_rows} new row(s) of the embeddings: they will be in the merged model only, and "
       "made again where a run with runtime.grow_vocabulary=True goes on from adapter/"
     )
-  others = trainable_paths(config.model, source.model.shapes) - adapter_paths(source.model.shapes)
+  others = set(trained(labels_of(config.model, source.model.shapes)).values()) - {ADAPTERS}
   if others:
-    parts = ", ".join(sorted({submodule_of(path) for path in others}))
+    parts = ", ".join(sorted(others))
     found.append(
       f"adapter/ holds the adapters alone; what else trains ({parts}) will be in the merged model only"
     )
@@ -246,14 +245,18 @@ def set_up(
     UserError: the config does not fit the model or the platform.
   """
   check_quantize(config.runtime.quantize, mesh.devices.flat[0])
-  trainable = trainable_paths(config.model, source.model.shapes)
+  labels = trained(labels_of(config.model, source.model.shapes))
+  trainable = set(labels)
   shapes, places = state_places(config, source, trainable, mesh)
   how = execution(config, source.config, device)
   objective = make_objective(config, source, how, mesh)
   step = TrainStep(
     objective=objective,
-    optimizer=make_optimizer(config.training, select(source.reference_names, trainable), source.undecayed),
-    max_grad_norm=config.training.max_grad_norm,
+    optimizer=optimizer.make_optimizer(
+      config.training,
+      labels=labels,
+      decay=decays(select(source.reference_names, trainable), source.undecayed),
+    ),
     seed=config.training.seed,
     places=places,
   )
@@ -283,14 +286,15 @@ def check_quantize(name: str, device: Any) -> None:
 
 
 def idle_on(config: TrainConfig, source: Source) -> list[str]:
-  """A line for each setting that has no effect on this model, for the log."""
+  """A line for each setting that has no effect on this model or with this optimizer, for the log."""
+  lines = optimizer.idle_settings(config.training)
   found = {
     "runtime.router_aux_loss_coef": config.runtime.router_aux_loss_coef != 0,
     "runtime.experts": config.runtime.experts != "auto",
   }
   if source.config.text.experts is not None:
-    return []
-  return [
+    return lines
+  return lines + [
     f"{path}={get(config, path)!r} has no effect: the model has no experts"
     for path, asks in found.items()
     if asks
@@ -303,7 +307,7 @@ def log_parameters(setup: Setup) -> None:
     logging.info("Parameters:\n%s", "\n".join(placement_table(setup.shapes, setup.places)))
     for line in placement_warnings(setup.shapes, setup.places):
       logging.warning("%s", line)
-  logging.info("Model:\n%s", parameter_table(setup.shapes, setup.trainable))
+  logging.info("Model:\n%s", parameter_table(setup.shapes, setup.abstract_state()))
   frozen = [path for path in EMBEDDINGS if path in setup.shapes and path not in setup.trainable]
   if setup.source.new_rows and frozen:
     logging.warning(

@@ -19,7 +19,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Literal
 
 from internvl_jax import unused_settings
@@ -51,6 +51,7 @@ def problems(config: TrainConfig, command: Command = "train") -> list[str]:
     _model_problems,
     _data_problems,
     _preference_problems,
+    _optimizer_problems,
     _schedule_problems,
     _evaluation_problems,
     _mesh_problems,
@@ -112,10 +113,22 @@ def _range_problems(config: TrainConfig) -> Iterator[str]:
     if not all(entry is None or allowed.holds(entry) for entry in entries):
       yield f"{path}={value!r} must be {allowed}"
   for path, choices in CHOICES.items():
-    if (value := get(config, path)) not in choices:
-      instead = [words for form, words in INSTEAD_OF.get(path, {}).items() if re.fullmatch(form, value)]
-      why = f"; {instead[0]}" if instead else suggest(value, choices)
-      yield f"{path}={value!r} must be one of {', '.join(choices)}{why}"
+    yield from _choice_problems(config, path, choices)
+
+
+def _choice_problems(config: TrainConfig, path: str, choices: Collection[str]) -> Iterator[str]:
+  if (value := get(config, path)) not in choices:
+    instead = [words for form, words in INSTEAD_OF.get(path, {}).items() if re.fullmatch(form, value)]
+    why = f"; {instead[0]}" if instead else suggest(value, choices)
+    yield f"{path}={value!r} must be one of {', '.join(choices)}{why}"
+
+
+def _optimizer_problems(config: TrainConfig) -> Iterator[str]:
+  # Imported late: it brings JAX along, for which `--help` should not wait.
+  from internvl_jax.optim import optimizer
+
+  unknown = list(_choice_problems(config, "training.optim", optimizer.OPTIMIZERS))
+  yield from unknown or optimizer.problems(config.training)
 
 
 def _model_problems(config: TrainConfig) -> Iterator[str]:

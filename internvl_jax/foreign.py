@@ -72,9 +72,8 @@ FOREIGN: dict[str, str] = {
   # What is learned.
   "label_smoothing_factor": "the loss is plain cross-entropy, as the reference's",
   "neftune_noise_alpha": "no noise is added to embeddings; lora.dropout and model.drop_path_rate are what there is",
-  "optim_args": "training.adam_beta1, adam_beta2, adam_epsilon and weight_decay are AdamW's arguments",
   "optim_target_modules": "the optimizer updates all that trains; lora.targets names what adapters are put on",
-  "adafactor": "training.optim is AdamW",
+  "adafactor": "training.optim='adafactor' is what asks for it",
   "lr_scheduler_args": "training.lr_scheduler_kwargs takes them as JSON",
   # Evaluation.
   "do_eval": "training.eval_strategy says when eval.annotation is scored; at the end it always is",

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from internvl_jax.models.functional import ModelDef
 from internvl_jax.parallel.rules import StateShardings, replicated
@@ -23,7 +23,7 @@ class TrainState:
   Attributes:
     step: int32, optimizer steps taken.
     params: the trainable parameters by path, float32.
-    opt_state: the optimizer's moments, for the trainable parameters alone.
+    opt_state: the optimizer's state, for the trainable parameters alone.
     running: the objective's statistics that go on from batch to batch: float32 scalars by name, or none.
   """
 
@@ -31,6 +31,18 @@ class TrainState:
   params: dict[str, jax.Array]
   opt_state: optax.OptState
   running: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+  def model_params(self) -> dict[str, jax.Array]:
+    """The parameters by which the model is scored and exported: the optimizer's averages, where it keeps some.
+
+    Averages are arrays by path under the name `average` in the optimizer's state; see `optim.average`. They are sharded as
+    the parameters are.
+    """
+    average = optax.tree.get(self.opt_state, "average")
+    if average is None:
+      return self.params
+    shardings = {path: self.params[path].sharding for path in average}
+    return {**self.params, **jax.jit(lambda tree: tree, out_shardings=shardings)(average)}
 
   @classmethod
   def create(
@@ -51,7 +63,7 @@ class TrainState:
     # Made on the devices: of a number that comes from the hosts, JAX would ask all of them whether it is the same.
     step = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=replicated(places.mesh))()
     shapes = jax.eval_shape(optimizer.init, params)
-    opt_state = jax.jit(optimizer.init, out_shardings=opt_state_shardings(shapes, places))(params)
+    opt_state = jax.jit(optimizer.init, out_shardings=opt_state_shardings(shapes, params, places))(params)
     return cls(step, params, opt_state, jax.jit(initial_running, out_shardings=replicated(places.mesh))())
 
   @classmethod
@@ -65,7 +77,9 @@ class TrainState:
     """The shapes of what `create` makes, and where they lie."""
     opt_state: Any = jax.eval_shape(optimizer.init, dict(params))
     opt_state = jax.tree.map(
-      lambda leaf, place: leaf.update(sharding=place), opt_state, opt_state_shardings(opt_state, places)
+      lambda leaf, place: leaf.update(sharding=place),
+      opt_state,
+      opt_state_shardings(opt_state, params, places),
     )
     whole = replicated(places.mesh)
     step: Any = jax.ShapeDtypeStruct((), np.int32, sharding=whole)
@@ -73,14 +87,43 @@ class TrainState:
     return cls(step, dict(params), opt_state, running)  # pyright: ignore[reportArgumentType]
 
 
-def opt_state_shardings(opt_state: optax.OptState, places: StateShardings) -> optax.OptState:
-  """Where the arrays of an optimizer's state lie: moments as `places` says, the rest on every device."""
+def opt_state_shardings(
+  opt_state: optax.OptState, params: Mapping[str, Any], places: StateShardings
+) -> optax.OptState:
+  """The shardings of an optimizer's state, by the shapes of its arrays.
+
+  An array of a parameter's shape is sharded as `places.moments` says. One that lacks an axis of it (Adafactor's mean squares
+  by row and by column) is sharded along the others. All else is replicated.
+
+  Args:
+    opt_state: arrays or shapes.
+    params: the parameters by path, or their shapes.
+    places: where moments are.
+  """
+  whole = replicated(places.mesh)
 
   def place(keys: tuple, leaf: Any) -> NamedSharding:
-    del leaf
-    return places.moments.get(str(getattr(keys[-1], "key", "")), replicated(places.mesh))
+    path = parameter_of(keys, params)
+    return whole if path is None else _reduced(leaf.shape, params[path].shape, places.moments[path])
 
   return jax.tree_util.tree_map_with_path(place, opt_state)
+
+
+def parameter_of(keys: tuple, params: Mapping[str, Any]) -> str | None:
+  """The parameter that an array of an optimizer's state belongs to; None: to all of them."""
+  names = [str(getattr(key, "key", "")) for key in keys]
+  return next((name for name in reversed(names) if name in params), None)
+
+
+def _reduced(shape: tuple[int, ...], whole: tuple[int, ...], sharding: NamedSharding) -> NamedSharding:
+  """The sharding of an array of that shape beside one of the shape `whole`; replicated if their shapes do not agree."""
+  if shape == whole:
+    return sharding
+  entries = [*sharding.spec, *[None] * (len(whole) - len(sharding.spec))]
+  for axis in range(len(whole)):
+    if shape == whole[:axis] + whole[axis + 1 :]:
+      return NamedSharding(sharding.mesh, PartitionSpec(*entries[:axis], *entries[axis + 1 :]))
+  return replicated(sharding.mesh)  # pyright: ignore[reportArgumentType]
 
 
 def with_dtypes(model: ModelDef, trainable: set[str], *, bf16: bool) -> dict[str, jax.ShapeDtypeStruct]:
@@ -92,13 +135,21 @@ def with_dtypes(model: ModelDef, trainable: set[str], *, bf16: bool) -> dict[str
   }
 
 
-def parameter_table(params: Mapping[str, Any], trainable: set[str]) -> str:
-  """A table of the model's parts: parameters, those that train, bytes of optimizer state."""
+def parameter_table(params: Mapping[str, Any], state: TrainState) -> str:
+  """A table of the model's parts: parameters, those that train, bytes of optimizer state.
+
+  Args:
+    params: all parameters by path, or their shapes.
+    state: of those that train: shapes suffice.
+  """
+  held: dict[str, int] = {}
+  for keys, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state):
+    if (path := parameter_of(keys, state.params)) is not None:
+      held[path] = held.get(path, 0) + leaf.size * leaf.dtype.itemsize
   lines = [f"{'part':<16}{'parameters':>16}{'trainable':>16}{'optimizer bytes':>18}"]
-  parts = list(dict.fromkeys(submodule_of(path) for path in params))
-  for part in [*parts, "total"]:
-    inside = {p: leaf for p, leaf in params.items() if part in (submodule_of(p), "total")}
-    training = count({p: leaf for p, leaf in inside.items() if p in trainable})
-    moments = 2 * training * np.dtype(np.float32).itemsize
-    lines.append(f"{part:<16}{count(inside):>16,}{training:>16,}{moments:>18,}")
+  for part in [*dict.fromkeys(submodule_of(path) for path in params), "total"]:
+    inside = {path: leaf for path, leaf in params.items() if part in (submodule_of(path), "total")}
+    training = count({path: leaf for path, leaf in inside.items() if path in state.params})
+    size = sum(held.get(path, 0) for path in inside)
+    lines.append(f"{part:<16}{count(inside):>16,}{training:>16,}{size:>18,}")
   return "\n".join(lines)

@@ -14,7 +14,6 @@ import optax
 
 from internvl_jax.batch import Batch, BatchCounts, count
 from internvl_jax.objectives import Outcome
-from internvl_jax.optim.optimizer import clip_by_global_norm
 from internvl_jax.parallel import rules
 from internvl_jax.parallel.rules import StateShardings
 from internvl_jax.state import TrainState, opt_state_shardings
@@ -67,15 +66,13 @@ class TrainStep:
 
   Attributes:
     objective: the loss.
-    optimizer: AdamW's direction (`optim.optimizer.make_optimizer`).
-    max_grad_norm: global norm to clip to; 0 is off.
+    optimizer: makes of gradients what is added to the parameters (`optim.optimizer.make_optimizer`).
     seed: of drop path and dropout.
     places: where the state lies, and with it the mesh that the work is spread over; None is one device.
   """
 
   objective: Objective
-  optimizer: optax.GradientTransformation
-  max_grad_norm: float
+  optimizer: optax.GradientTransformationExtraArgs
   seed: int
   places: StateShardings | None = None
 
@@ -91,13 +88,17 @@ class TrainStep:
       learning_rate: float32 scalar.
     """
     (loss, outcome), grads = self.value_and_grad(state.params, frozen, batch, state.step, state.running)
-    grads, norm = clip_by_global_norm(grads, self.max_grad_norm)
+    norm = optax.tree.norm(grads)
     # Updated where the moments lie, and then put where parameters lie.
     params = self._place(state.params, "moments")
-    updates, opt_state = self.optimizer.update(grads, state.opt_state, params)
-    params = jax.tree.map(lambda value, update: value - learning_rate * update, params, updates)
+    updates, opt_state = self.optimizer.update(
+      grads, state.opt_state, params, grad_norm=norm, learning_rate=learning_rate
+    )
+    params = jax.tree.map(jnp.add, params, updates)
     if self.places is not None:
-      opt_state = jax.lax.with_sharding_constraint(opt_state, opt_state_shardings(opt_state, self.places))
+      opt_state = jax.lax.with_sharding_constraint(
+        opt_state, opt_state_shardings(opt_state, params, self.places)
+      )
     # A choice between values, not a branch: hosts cannot part ways, and it costs nothing beside the update.
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     params, opt_state, running = jax.tree.map(

@@ -401,7 +401,7 @@ def final_params(
   if best is not None and best != progress.loader.total_steps:
     del progress.state  # There is no room for it twice.
     progress.state = best_state(run, checkpointer, best)
-  params = {**progress.frozen, **progress.state.params}
+  params = {**progress.frozen, **progress.state.model_params()}
   return {path: value for path, value in params.items() if path in run.source.model.shapes}
 
 

@@ -286,7 +286,7 @@ class Trainer:
   def _score(self, state: TrainState, frozen: dict[str, jax.Array], step: int) -> None:
     assert self.evaluate is not None
     with self.watchdog.phase("eval", step):
-      scores = self.evaluate({**frozen, **state.params}, step)
+      scores = self.evaluate({**frozen, **state.model_params()}, step)
     self.log.record({**scores, "epoch": self.log.epoch(step), "step": step})
 
   def _score_the_last(self, state: TrainState, frozen: dict[str, jax.Array], step: int) -> None:

@@ -22,7 +22,7 @@ from internvl_jax.models.internvl import Execution, InternVL, InternVLConfig
 from internvl_jax.models.lora import LoRASpec
 from internvl_jax.models.towers.internvit import InternViTConfig
 from internvl_jax.objectives import SupervisedFineTuning
-from internvl_jax.optim.labels import trainable_paths
+from internvl_jax.optim.labels import decays, labels_of, trained
 from internvl_jax.optim.optimizer import make_optimizer
 from internvl_jax.state import TrainState, with_dtypes
 from internvl_jax.step import TrainStep
@@ -86,13 +86,14 @@ def cost(frozen: dict[str, Any], *, tiles: int, tokens: int) -> tuple[int, int]:
     text=dataclasses.replace(TEXT, lora=LoRASpec(rank=rank, alpha=2.0 * rank) if rank else None),
   )
   model = functional.define(lambda rngs: InternVL(config, rngs=rngs))
-  trainable = trainable_paths(arguments, model.shapes)
-  optimizer = make_optimizer(TrainingArguments(), {path: path for path in trainable}, "bias|layernorm")
+  labels = trained(labels_of(arguments, model.shapes))
+  trainable = set(labels)
+  decay = decays({path: path for path in labels}, "bias|layernorm")
+  optimizer = make_optimizer(TrainingArguments(), labels=labels, decay=decay)
   step = TrainStep(
     model=model,
     objective=SupervisedFineTuning(how=Execution(), normalize_type="imagenet", fused_loss=True),
     optimizer=optimizer,
-    max_grad_norm=1.0,
     shards=1,
     all_gather=False,
     seed=0,

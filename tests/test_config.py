@@ -20,7 +20,12 @@ ASSETS = Path(__file__).parent / "assets"
 RECIPES = json.loads((ASSETS / "recipe_arguments.json").read_text())
 
 # Fields that are read where this test does not see it: in config.py itself, and by the axis's name.
-READ_ELSEWHERE = {"training.overwrite_output_dir", *(path for path in FIELDS if path.startswith("mesh."))}
+READ_ELSEWHERE = {
+  "training.overwrite_output_dir",
+  # By the table `optim.optimizer.OPTIMIZERS`.
+  *("training.adam_beta1", "training.adam_beta2", "training.adam_epsilon"),
+  *(path for path in FIELDS if path.startswith("mesh.")),
+}
 
 # Fields that nothing reads yet although they are not in a table of config.py. To be emptied, never filled.
 PENDING: set[str] = set()

@@ -72,7 +72,7 @@ ONLY = {
   "config_paths": {"config", "outputs", "storage", "hf"},
   "config_checks": {
     *("config", "config_paths", "unused_settings", "allowed_values", "arguments", "errors"),
-    *("parallel", "data", "losses"),
+    *("parallel", "data", "losses", "optim"),
   },
 }
 

@@ -225,6 +225,7 @@ class Checkpointer:
     found = {path: tuple(leaf.shape) for path, leaf in saved.items()}
     wanted = {path: tuple(leaf.shape) for path, leaf in like.params.items()}
     if found == wanted:
+      self._check_same_optimizer(step, metadata.get("opt_state") or {}, like)
       return
     differing = sorted(path for path in found | wanted if found.get(path) != wanted.get(path))
     raise UserError(
@@ -232,6 +233,14 @@ class Checkpointer:
       f"{differing[0]} is {found.get(differing[0])} there, {wanted.get(differing[0])} here); use the settings it was "
       "made with, another output_dir, or overwrite_output_dir=True"
     )
+
+  def _check_same_optimizer(self, step: int, saved: dict[str, Any], like: TrainState) -> None:
+    found = {name: tuple(leaf.shape) for name, leaf in saved.items()}
+    if found != {name: tuple(leaf.shape) for name, leaf in _leaves(like.opt_state)}:
+      raise UserError(
+        f"{self.folder / str(step)}: was made by another optimizer (training.optim, training.optim_args) than this config's; "
+        "use the settings it was made with, another output_dir, or overwrite_output_dir=True"
+      )
 
   def check(self) -> None:
     """Raises the error of a checkpoint that is being written, as soon as there is one; waits for nothing.

@@ -1,6 +1,8 @@
-"""What an optimizer step does with gradients, and how fast.
+"""From gradients to updates.
 
-labels.py          which parameters train, and which of them decay
-learning_rate.py   schedules
-optimizer.py       the optimizer: one optax transformation
+labels.py            which parameters train, and which of them decay
+learning_rate.py     schedules
+optimizer.py         the optimizer: one optax transformation; the tables of optimizers and of what is added to them
+transformations.py   clipping and scaling, by what the step and the host know
+average.py           averages of the weights
 """

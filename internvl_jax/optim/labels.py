@@ -10,7 +10,7 @@ from internvl_jax.trees import LAYER_RANGE, first_match, submodule_of
 
 
 def decays(names: Mapping[str, str], undecayed: str) -> dict[str, bool]:
-  """Which parameters weight decay (of AdamW) applies to, by the rule of the Trainer that trains the family.
+  """Which parameters weight decay applies to, by the rule of the Trainer that trains the family.
 
   Spared is everything inside a PyTorch LayerNorm (our norms that have a bias), and what `undecayed` is found in.
   By transformers 4.49 those are biases and what has "layernorm" in its name, and all of LLaMA's norms, whose class
@@ -31,33 +31,50 @@ def decays(names: Mapping[str, str], undecayed: str) -> dict[str, bool]:
   return {path: not spared(path, name) for path, name in names.items()}
 
 
-def trainable_paths(model: ModelArguments, paths: Iterable[str]) -> set[str]:
-  """The parameters that train, by the freeze flags. Adapters do, and freeze the rest of their part.
+FROZEN, ADAPTERS = "frozen", "adapters"
+"""Labels beside the names of the model's parts; see `labels_of`."""
+
+
+def labels_of(model: ModelArguments, paths: Iterable[str]) -> dict[str, str]:
+  """Labels every parameter by what of it trains, as optax's masks and partitions take it.
+
+  A label is "frozen", "adapters", or the part of the model ("vision_model", "mlp1", "language_model") that the parameter
+  trains in. Adapters freeze the rest of their part. That anything trains is a rule of the configuration.
+
+  Args:
+    model: the freeze flags.
+    paths: all parameters.
 
   Raises:
-    UserError: nothing trains, or a flag thaws what the model does not have.
+    UserError: a flag thaws what the model does not have, or the flags do not tell whether adapters train.
   """
   paths = list(paths)
   adapters = adapter_paths(paths)
-  _check_adapters(model, {submodule_of(path) for path in adapters})
+  adapted = set(map(submodule_of, adapters))
+  _check_adapters(model, adapted)
   frozen = {
     "vision_model": model.freeze_backbone,
     "mlp1": model.freeze_mlp,
     "language_model": model.freeze_llm,
-  } | dict.fromkeys(map(submodule_of, adapters), True)
-  patterns = [(re.escape(path), True) for path in adapters]
-  patterns += [(re.escape(path), True) for path in _thawed(model, paths)]
-  patterns += [(rf"{part}\..*", not is_frozen) for part, is_frozen in frozen.items()]
-  trainable = {path for path, trains in first_match(patterns, paths).items() if trains}
-  if not trainable:
-    raise UserError(
-      "nothing trains: freeze_backbone, freeze_mlp and freeze_llm are all True; set one to False"
-    )
-  return trainable
+  } | dict.fromkeys(adapted, True)
+  patterns = [(re.escape(path), ADAPTERS) for path in adapters]
+  patterns += [(re.escape(path), submodule_of(path)) for path in _thawed(model, paths)]
+  patterns += [(rf"{part}\..*", FROZEN if is_frozen else part) for part, is_frozen in frozen.items()]
+  return first_match(patterns, paths)
+
+
+def trained(labels: Mapping[str, str]) -> dict[str, str]:
+  """The labels of the parameters that train."""
+  return {path: label for path, label in labels.items() if label != FROZEN}
+
+
+def trainable_paths(model: ModelArguments, paths: Iterable[str]) -> set[str]:
+  """The parameters that train, by the freeze flags; see `labels_of`."""
+  return set(trained(labels_of(model, paths)))
 
 
 def _check_adapters(model: ModelArguments, parts: set[str]) -> None:
-  """Refuses to guess whether adapters that a checkpoint brings freeze with their part."""
+  """Refuses adapters of a checkpoint where the flags freeze their part and do not ask for adapters."""
   flags = {
     "vision_model": ("freeze_backbone", "use_backbone_lora"),
     "language_model": ("freeze_llm", "use_llm_lora"),

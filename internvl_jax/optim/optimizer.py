@@ -1,43 +1,210 @@
-"""The optimizer, as one optax transformation."""
+"""The optimizer: one optax transformation from gradients to what is added to the parameters.
 
-from collections.abc import Mapping
+    gradients -> clip -> OPTIMIZERS[training.optim] -> weight decay -> learning rate -> ADDITIONS of training.optim_args -> updates
+
+Only parameters that train go through it, by path; what is frozen has neither gradient nor state. `update` takes two
+keyword arguments: `grad_norm` and `learning_rate`, see `transformations`.
+
+A new optimizer is a line of OPTIMIZERS, a new thing done to updates or kept of the weights a line of ADDITIONS. The arrays
+of their states are placed by their shapes (`state.opt_state_shardings`) and saved under their names.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
+from optax import contrib
 
 from internvl_jax.arguments import TrainingArguments
-from internvl_jax.optim.labels import decays
+from internvl_jax.errors import UserError
+from internvl_jax.optim.average import average_weights
+from internvl_jax.optim.labels import ADAPTERS
+from internvl_jax.optim.transformations import clip_by_global_norm, scale_by_learning_rate
+from internvl_jax.trees import LAYER_RANGE
+
+_MOMENTS = ("adam_beta1", "adam_beta2", "adam_epsilon")
 
 
-def make_optimizer(
-  training: TrainingArguments, names: Mapping[str, str], undecayed: str
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """What turns gradients into a direction, still to be scaled by minus the learning rate.
+
+  Attributes:
+    make: the transformation by its arguments. Those that have a number or a flag as their default can be set by
+      training.optim_args, if no field of `training` sets them.
+    fields: the arguments that fields of `training` set, by name.
+  """
+
+  make: Callable[..., optax.GradientTransformation]
+  fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+  def arguments(self) -> dict[str, float | bool]:
+    """The arguments that training.optim_args can set, and their defaults."""
+    parameters = inspect.signature(self.make).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items() if name not in self.fields}
+    return {name: value for name, value in defaults.items() if isinstance(value, bool | int | float)}
+
+
+def _adafactor(
+  *, decay_rate: float = 0.8, clip_threshold: float = 1.0, epsilon: float = 1e-30
 ) -> optax.GradientTransformation:
-  """AdamW's direction, decay included, still to be scaled by minus the learning rate.
+  """Adafactor (arXiv:1804.04235) without momentum, at the learning rate that is given, as Hugging Face's Trainer has it.
 
-  The rate stays outside: it comes from the host at every step (`make_schedule`).
-
-  Args:
-    training: the optimizer's settings.
-    names: the trainable parameters by path, under the reference's names (see `decays`).
-    undecayed: which of these names do not decay.
+  Mean squares are kept by row and column for matrices whose two longest axes have at least 128 entries, else for each
+  number. Updates are clipped by their root mean square over a stack of layers, not layer by layer.
   """
   return optax.chain(
-    optax.scale_by_adam(b1=training.adam_beta1, b2=training.adam_beta2, eps=training.adam_epsilon),
-    optax.add_decayed_weights(training.weight_decay, mask=decays(names, undecayed)),
+    optax.scale_by_factored_rms(decay_rate=decay_rate, epsilon=epsilon),
+    optax.clip_by_block_rms(clip_threshold),
   )
 
 
-def clip_by_global_norm(
-  grads: Mapping[str, jax.Array], max_norm: float
-) -> tuple[dict[str, jax.Array], jax.Array]:
-  """Scales gradients down to a global norm, as `torch.nn.utils.clip_grad_norm_` does; 0 leaves them.
+def _sgd(*, momentum: float = 0.0, nesterov: bool = False) -> optax.GradientTransformation:
+  """Stochastic gradient descent, by default without momentum and so without state."""
+  return optax.trace(momentum, nesterov) if momentum else optax.identity()
 
-  Returns:
-    The gradients, and their norm before scaling.
+
+def _muon(
+  *, b1: float, b2: float, eps: float, momentum: float = 0.95, ns_steps: int = 5, rms: float = 0.2
+) -> optax.GradientTransformation:
+  """Muon for the matrices of the layers, each layer's by itself, and Adam for all other parameters.
+
+  Updates of matrices have the root mean square `rms`, which is that of AdamW's, so that AdamW's learning rates and decay
+  suit (arXiv:2502.16982).
   """
-  norm = optax.tree.norm(grads)
-  if max_norm <= 0:
-    return dict(grads), norm
-  scale = jnp.minimum(1.0, max_norm / (norm + 1e-6))
-  return {path: grad * scale.astype(grad.dtype) for path, grad in grads.items()}, norm
+
+  def kinds(params: Any) -> Any:
+    return {
+      path: "matrix" if LAYER_RANGE.search(path) and path.endswith(".kernel") else "other" for path in params
+    }
+
+  def dimensions(updates: Any) -> Any:
+    # Axes before these two, of layers and of experts, are those of a batch.
+    return jax.tree.map(lambda leaf: contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1), updates)
+
+  def to_rms(updates: Any, params: Any) -> Any:
+    # Orthogonalized, a matrix has the root mean square 1 / sqrt(its longer side).
+    return jax.tree.map(lambda update: rms * max(update.shape[-2:]) ** 0.5 * update, updates)
+
+  orthogonalized = contrib.scale_by_muon(
+    ns_steps=ns_steps, beta=momentum, weight_dimension_numbers=dimensions
+  )
+  matrix = optax.chain(orthogonalized, optax.stateless(to_rms))
+  return optax.partition({"matrix": matrix, "other": optax.scale_by_adam(b1, b2, eps)}, kinds)
+
+
+_BETAS = {"b1": "adam_beta1", "b2": "adam_beta2"}
+_ADAM = {**_BETAS, "eps": "adam_epsilon"}
+_ADAMW = Optimizer(optax.scale_by_adam, _ADAM)
+
+OPTIMIZERS: dict[str, Optimizer] = {
+  "adamw_torch": _ADAMW,
+  "adamw_torch_fused": _ADAMW,
+  "adamw_torch_xla": _ADAMW,
+  "adamw_apex_fused": _ADAMW,
+  "adafactor": Optimizer(_adafactor),
+  "lion_32bit": Optimizer(optax.scale_by_lion, _BETAS),
+  "muon": Optimizer(_muon, _ADAM),
+  "sgd": Optimizer(_sgd),
+}
+"""The optimizers by training.optim, under Hugging Face's names. AdamW is the same under all of its names."""
+
+
+def scale_label(label: str, factor: float, labels: Mapping[str, str]) -> optax.GradientTransformation:
+  """Multiplies the learning rate of the parameters with that label (`labels_of`).
+
+  Raises:
+    UserError: no such parameter trains, or the factor is below 0.
+  """
+  setting = f"training.optim_args: {label}_rate={factor:g}"
+  if factor < 0:
+    raise UserError(f"{setting} must be at least 0: it multiplies the learning rate")
+  if labels and label not in labels.values():
+    raise UserError(f"{setting}, but of {label} nothing trains; remove it, or thaw that part")
+  return optax.masked(optax.scale(factor), {path: found == label for path, found in labels.items()})
+
+
+ADDITIONS: dict[str, Callable[[float, Mapping[str, str]], optax.GradientTransformation]] = {
+  **{
+    f"{label}_rate": functools.partial(scale_label, label)
+    for label in ("vision_model", "mlp1", "language_model", ADAPTERS)
+  },
+  # Takes the updates as they are added to the weights: the last one.
+  "ema_decay": lambda decay, labels: average_weights(decay),
+}
+"""What training.optim_args adds to any optimizer, in this order: functions of a number and of the labels of what trains."""
+
+
+def make_optimizer(
+  training: TrainingArguments, *, labels: Mapping[str, str], decay: Mapping[str, bool]
+) -> optax.GradientTransformationExtraArgs:
+  """The optimizer of a run, see above.
+
+  Args:
+    training: its settings.
+    labels: of the parameters that train, by path (`labels.labels_of`).
+    decay: which of them decay (`labels.decays`).
+
+  Raises:
+    UserError: training.optim_args are not arguments of it.
+  """
+  optimizer = OPTIMIZERS[training.optim]
+  given = _arguments(training, optimizer)
+  fields = {name: getattr(training, field) for name, field in optimizer.fields.items()}
+  own = {name: value for name, value in given.items() if name not in ADDITIONS}
+  chain = optax.chain(
+    optimizer.make(**fields, **own),
+    optax.add_decayed_weights(training.weight_decay, mask=dict(decay)),
+    scale_by_learning_rate(),
+    *(add(given[name], labels) for name, add in ADDITIONS.items() if name in given),
+  )
+  return clip_by_global_norm(chain, training.max_grad_norm)
+
+
+def _arguments(training: TrainingArguments, optimizer: Optimizer) -> dict[str, Any]:
+  """training.optim_args, "name=value,name=value", as values of their types."""
+  found: dict[str, Any] = {}
+  for entry in (training.optim_args or "").replace(" ", "").split(","):
+    if entry:
+      name, _, text = entry.partition("=")
+      found[name] = _value(training, optimizer, name, text)
+  return found
+
+
+def _value(training: TrainingArguments, optimizer: Optimizer, name: str, text: str) -> float | bool:
+  where = f"training.optim_args={training.optim_args!r}"
+  if name in optimizer.fields:
+    raise UserError(f"{where}: set training.{optimizer.fields[name]} in place of {name}")
+  own = optimizer.arguments()
+  if name not in own and name not in ADDITIONS:
+    known = ", ".join([*own, *ADDITIONS])
+    raise UserError(f"{where}: training.optim={training.optim!r} has no argument {name!r}; there are {known}")
+  kind = type(own.get(name, 0.0))
+  try:
+    return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+  except (KeyError, ValueError):
+    wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+    raise UserError(f"{where}: {name} must be {wanted}, not {text!r}") from None
+
+
+def problems(training: TrainingArguments) -> Iterator[str]:
+  """What keeps training.optim_args from being used, for training.optim that is one of OPTIMIZERS."""
+  try:
+    make_optimizer(training, labels={}, decay={})
+  except UserError as error:
+    yield str(error)
+
+
+def idle_settings(training: TrainingArguments) -> list[str]:
+  """A line for each setting that training.optim does not read and that was set."""
+  default = TrainingArguments()
+  read = OPTIMIZERS[training.optim].fields.values()
+  return [
+    f"training.{name}={getattr(training, name)!r} has no effect with training.optim={training.optim!r}"
+    for name in _MOMENTS
+    if name not in read and getattr(training, name) != getattr(default, name)
+  ]

@@ -180,8 +180,9 @@ def _problems_of(key: str, value: Any, training: TrainingArguments) -> Iterator[
   elif key in _AGREE:
     yield from _disagreement(key, value, training)
   elif key == "optimizer.type":
-    if value not in ("AdamW", "Adam"):
-      yield f"{key}={value!r}: the optimizer is AdamW; set it to that, or remove optimizer"
+    ours = training.optim.partition("_")[0]
+    if str(value).lower() not in (ours, ours.removesuffix("w")):
+      yield f"{key}={value!r}, but training.optim={training.optim!r}; make them equal, or remove optimizer"
   elif key == "train_batch_size":
     if value != "auto":
       yield f"{key}={value!r} follows from the devices and the other two sizes; set it to 'auto'"

@@ -5,10 +5,9 @@ import json
 import pytest
 
 from internvl_jax.arguments import ModelArguments
-from internvl_jax.errors import UserError
 from internvl_jax.hf.model import open_source
 from internvl_jax.hf.weights import names_of
-from internvl_jax.optim.labels import decays, trainable_paths
+from internvl_jax.optim.labels import decays, labels_of, trained
 from internvl_jax.trees import first_match
 from tests.support.toy import CURVE, CURVE_INTERNLM2
 
@@ -27,11 +26,16 @@ def test_weight_decay_falls_on_the_recorded_names(curve):
   assert decayed == set(recorded["decay"])
 
 
-def test_freezing_everything_is_refused():
-  paths = ["vision_model.a", "mlp1.b", "language_model.c"]
-  with pytest.raises(UserError, match="nothing trains"):
-    trainable_paths(ModelArguments(freeze_backbone=True, freeze_mlp=True, freeze_llm=True), paths)
-  assert trainable_paths(ModelArguments(freeze_llm=True), paths) == {"vision_model.a", "mlp1.b"}
+def test_labels_say_what_trains():
+  linear = "language_model.model.layers.0:2.q_proj"
+  paths = ["vision_model.a", "mlp1.b", "language_model.lm_head.c", f"{linear}.kernel"]
+  frozen = dict.fromkeys(paths, "frozen")
+  flags = {"freeze_backbone": True, "freeze_mlp": True, "freeze_llm": True}
+  assert labels_of(ModelArguments(**flags), paths) == frozen and trained(frozen) == {}
+  thawed = labels_of(ModelArguments(**flags, unfreeze_lm_head=True), paths)
+  assert trained(thawed) == {"language_model.lm_head.c": "language_model"}
+  adapted = labels_of(ModelArguments(use_llm_lora=2, freeze_mlp=True), [*paths, f"{linear}.adapter.a"])
+  assert trained(adapted) == {"vision_model.a": "vision_model", f"{linear}.adapter.a": "adapters"}
 
 
 def test_patterns_cover_all_paths_and_match_something():

@@ -10,7 +10,7 @@ from internvl_jax.models.decoder import DecoderConfig
 from internvl_jax.models.internvl import Execution, InternVL, InternVLConfig
 from internvl_jax.models.towers.internvit import InternViTConfig
 from internvl_jax.objectives import SupervisedFineTuning
-from internvl_jax.optim.labels import trainable_paths
+from internvl_jax.optim.labels import decays, labels_of, trained
 from internvl_jax.optim.optimizer import make_optimizer
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.parallel import rules
@@ -120,9 +120,11 @@ class Harness:
     self.mesh = meshes.cut_fsdp(self.mesh, fsdp_groups) if fsdp_groups > 1 else self.mesh
     self.shards = meshes.data_parallel_size(self.mesh)
     self.model = functional.define(lambda rngs: InternVL(config, rngs=rngs))
-    self.trainable = trainable_paths(ModelArguments(**(freeze or {})), self.model.shapes)
+    labels = trained(labels_of(ModelArguments(**(freeze or {})), self.model.shapes))
+    self.trainable = set(labels)
     training = training or TrainingArguments(weight_decay=0.1)
-    optimizer = make_optimizer(training, {path: path for path in self.trainable}, "bias|layernorm")
+    decay = decays({path: path for path in self.trainable}, "bias|layernorm")
+    optimizer = make_optimizer(training, labels=labels, decay=decay)
     shapes = with_dtypes(self.model, self.trainable, bf16=False)
     places = rules.state_shardings(self.model.axes, shapes, self.trainable, self.mesh, zero_stage=zero_stage)
 
@@ -150,7 +152,6 @@ class Harness:
     self.step = TrainStep(
       objective=objective,
       optimizer=optimizer,
-      max_grad_norm=1.0,
       seed=0,
       places=places,
     )
