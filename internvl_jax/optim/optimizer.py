@@ -68,6 +68,11 @@ def _sgd(*, momentum: float = 0.0, nesterov: bool = False) -> optax.GradientTran
   return optax.trace(momentum, nesterov) if momentum else optax.identity()
 
 
+def _lion(*, b1: float, b2: float) -> optax.GradientTransformation:
+  """Lion (arXiv:2302.06675): the sign of a momentum."""
+  return optax.scale_by_lion(b1, b2)
+
+
 def _muon(
   *, b1: float, b2: float, eps: float, momentum: float = 0.95, ns_steps: int = 5, rms: float = 0.2
 ) -> optax.GradientTransformation:
@@ -107,7 +112,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
   "adamw_torch_xla": _ADAMW,
   "adamw_apex_fused": _ADAMW,
   "adafactor": Optimizer(_adafactor),
-  "lion_32bit": Optimizer(optax.scale_by_lion, _BETAS),
+  "lion_32bit": Optimizer(_lion, _BETAS),
   "muon": Optimizer(_muon, _ADAM),
   "sgd": Optimizer(_sgd),
 }
