@@ -69,7 +69,7 @@ class DataTrainingArguments:
   force_image_size: int = 448
   # Pixel shuffle keeps this share of each side: 0.5 turns 32x32 patches into 16x16 tokens.
   down_sample_ratio: float = 0.5
-  # Pad an image to a square with the mean colour before resizing.
+  # Pad an image to a square with the mean color before resizing.
   pad2square: bool = False
   # Conversation template, by name.
   conv_style: str = "internlm2-chat"
@@ -115,7 +115,7 @@ class DataTrainingArguments:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class TrainingArguments:
-  """How to optimise, log and save, under Hugging Face's names and defaults."""
+  """How to optimize, log and save, under Hugging Face's names and defaults."""
 
   # Where checkpoints, logs and the final model go.
   output_dir: str | None = None
@@ -210,7 +210,7 @@ class TrainingArguments:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class PreferenceConfig:
-  """Preference optimisation (MPO), under TRL's names."""
+  """Preference optimization (MPO), under TRL's names."""
 
   # One loss or a comma list, e.g. "sigmoid,bco_pair"; None trains by supervised fine-tuning.
   loss_type: str | None = None
@@ -311,7 +311,7 @@ class LoRAConfig:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class LoaderConfig:
-  """The loader's behaviour that the reference has no name for."""
+  """The loader's behavior that the reference has no name for."""
 
   # Shuffle every epoch (a function of seed and epoch); False reads the lines in order.
   shuffle: bool = True

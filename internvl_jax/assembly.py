@@ -205,7 +205,7 @@ class Setup:
     trainable: the paths of the parameters that train.
     shapes: of all parameters by path, as they are stored, and where.
     how: how forward passes are computed.
-    objective: what is minimised.
+    objective: what is minimized.
     step: the optimizer step.
     places: where all of the state lies.
   """
@@ -320,7 +320,7 @@ def log_parameters(setup: Setup) -> None:
 def make_objective(
   config: TrainConfig, source: Source, how: Execution, mesh: jax.sharding.Mesh
 ) -> SupervisedFineTuning | PreferenceOptimization:
-  """What the config says is to be minimised."""
+  """What the config says is to be minimized."""
   forward: dict[str, Any] = {
     "model": source.model,
     "how": how,

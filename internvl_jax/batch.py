@@ -38,11 +38,11 @@ class SFTBatch(NamedTuple):
     input_ids: int32 [A, R, S], 0 where padded.
     targets: int32 [A, R, S], the token to predict at each place: the *next* token's label, already shifted;
       `IGNORE_INDEX` where nothing is to be predicted.
-    loss_weight: float32 [A, R, S], weight of each target before normalisation; 0 where ignored.
+    loss_weight: float32 [A, R, S], weight of each target before normalization; 0 where ignored.
     positions: int32 [A, R, S], counted from 0 within each segment; see `PreferenceBatch.shared` for the exception.
     segment_ids: int32 [A, R, S], from 1; 0 is padding. A token attends within its own segment only.
     image_index: int32 [A, R, S], which of the T*P features of the shard's pool stands here, or `NO_IMAGE`.
-    tiles: uint8 [A, D, T, H, W, 3], not normalised; T may be 0.
+    tiles: uint8 [A, D, T, H, W, 3], not normalized; T may be 0.
   """
 
   input_ids: Array
@@ -60,7 +60,7 @@ class SFTBatch(NamedTuple):
 
 
 class PreferenceBatch(NamedTuple):
-  """One optimizer step's batch for preference optimisation.
+  """One optimizer step's batch for preference optimization.
 
   K, the most pairs that a row has room for, is fixed by the length of rows: see `pairs_of_row`.
 
@@ -69,7 +69,7 @@ class PreferenceBatch(NamedTuple):
       p-th pair, p from 1, each behind the whole prompt; they point at the same features of the pool. `loss_weight`
       is 1 at every supervised token. Where a pair shares its prompt, the prompt stands in the first segment only, and
       the second begins with a copy of its last token, whose target there is the rejected answer's first token.
-    pair_weight: float32 [A, R, K], 1 where the row has such a pair, before normalisation; else 0.
+    pair_weight: float32 [A, R, K], 1 where the row has such a pair, before normalization; else 0.
     pair_index: int32 [A, R, K], index of the sample in the mixture; -1 where there is none.
     reference: float32 [A, R, K, 2], log-probabilities of the chosen and the rejected answer by the reference policy,
       where they were computed before; NaN elsewhere.

@@ -44,7 +44,7 @@ class Chip(Accelerator):
 
   Attributes:
     hbm: bytes of memory that a program may use: what the compiler refuses to go beyond.
-    link_bandwidth: bytes a second along one link to a neighbour, one way: a device's share of the chip's.
+    link_bandwidth: bytes a second along one link to a neighbor, one way: a device's share of the chip's.
     dimensions: of the torus that links make of a slice.
     ring: a slice's axis closes to a ring where its length is a multiple of this; else it is a line.
     devices: of one chip, as JAX sees it.
@@ -71,7 +71,7 @@ _CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"
 # Operations, memory and links: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm and the pages of the
 # generations below it, and https://jax-ml.github.io/scaling-book/tpus (tables at its end, rings in its text).
 # A v4 chip is planned for as JAX sees it: both cores as one device ("megacore"). A v7x chip (Ironwood) is two devices, each
-# with half of its memory, operations and links, joined by a link of six times the bandwidth of one to a neighbour.
+# with half of its memory, operations and links, joined by a link of six times the bandwidth of one to a neighbor.
 TPUS: dict[str, Chip] = {
   chip.name: chip
   for chip in (

@@ -102,7 +102,9 @@ def run_app(main: Callable[[list[str]], Any]) -> None:
   def guarded(argv: list[str]) -> Any:
     try:
       if PRINT_FLAG in flags.FLAGS and flags.FLAGS[PRINT_FLAG].value:
-        print(config_text(flags.FLAGS[FLAG].value))
+        config = flags.FLAGS[FLAG].value
+        assert config is not None, "the flag is required"
+        print(config_text(config))
         return 0
       return main(argv)
     except Exception as error:

@@ -213,7 +213,7 @@ def _weight_problems(preference: PreferenceConfig, setting: str) -> Iterator[str
     zeros = (
       f"preference.loss_weights={weights}" if weights else ", ".join(f"{path}=0" for path in own.values())
     )
-    yield f"{setting} with {zeros} optimises nothing; raise a weight, or set preference.rpo_alpha"
+    yield f"{setting} with {zeros} optimizes nothing; raise a weight, or set preference.rpo_alpha"
 
 
 def _template_problems(name: str) -> Iterator[str]:

@@ -177,7 +177,7 @@ def dump(mixture: Mixture, path: Path) -> None:
 
 
 def draw(reports: Sequence[DatasetReport], path: Path) -> None:
-  """Writes histograms of tokens and tiles, a colour for each dataset."""
+  """Writes histograms of tokens and tiles, a color for each dataset."""
   try:
     import matplotlib.pyplot as plt
   except ImportError:

@@ -29,7 +29,7 @@ class Inference:
     source: the checkpoint.
     params: its weights.
     tokenizer: of questions and answers, with its template and system message.
-    data: how images are cut and normalised.
+    data: how images are cut and normalized.
     how: how the forward pass is computed.
     stop_ids: ids that end an answer.
     max_new_tokens: longest answer by the checkpoint's generation_config.json; None without an entry.

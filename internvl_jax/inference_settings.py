@@ -28,7 +28,7 @@ class Stated:
   Attributes:
     template: of its conversations, with its system message.
     why: what the template was chosen by.
-    data: how images are cut and normalised.
+    data: how images are cut and normalized.
     generation: what ends an answer.
     notes: what is said of questions and not followed, a line each.
   """

@@ -1,4 +1,4 @@
-"""What a step minimises: a batch and a model in, a sum that is already normalised out.
+"""What a step minimizes: a batch and a model in, a sum that is already normalized out.
 
 Letters: A micro-batches, R rows, S tokens, D data shards, K pairs of a row.
 """
@@ -34,7 +34,7 @@ class Outcome(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForwardPass:
-  """How a batch goes through the model, and how the losses of its rows are normalised.
+  """How a batch goes through the model, and how the losses of its rows are normalized.
 
   Attributes:
     model: the definition that parameters are bound to.
@@ -117,7 +117,7 @@ class SupervisedFineTuning(ForwardPass):
   """Next-token cross-entropy on the answers."""
 
   def weights(self, batch: SFTBatch) -> jax.Array:
-    """Normalised weights [A, R, S] of an optimizer batch's tokens."""
+    """Normalized weights [A, R, S] of an optimizer batch's tokens."""
     return self._normalized(batch.loss_weight)
 
   def loss(
@@ -155,7 +155,7 @@ class SupervisedFineTuning(ForwardPass):
       return lm.chunked_linear_cross_entropy(hidden, kernel, batch.targets, weights)
 
 
-# --- Preference optimisation --------------------------------------------------------------------------------
+# --- Preference optimization --------------------------------------------------------------------------------
 
 COPIES = "reference/"
 """What the paths of parameters begin with that the reference policy has copies of."""
@@ -186,7 +186,7 @@ class ReferencePolicy:
 
 
 class PreferenceWeights(NamedTuple):
-  """Normalised weights of an optimizer batch.
+  """Normalized weights of an optimizer batch.
 
   Attributes:
     pairs: float32 [A, R, K].
@@ -220,7 +220,7 @@ class PreferenceOptimization(ForwardPass):
     return preference.initial_running()
 
   def weights(self, batch: PreferenceBatch) -> PreferenceWeights:
-    """Normalised weights of an optimizer batch's pairs, and of the tokens of its chosen answers."""
+    """Normalized weights of an optimizer batch's pairs, and of the tokens of its chosen answers."""
     chosen = jnp.where(batch.rows.segment_ids % 2 == 1, batch.rows.loss_weight, 0.0)
     return PreferenceWeights(self._normalized(batch.pair_weight), self._normalized(chosen))
 

@@ -1,4 +1,4 @@
-"""The side of a run that only preference optimisation has: its reference policy and its held-out pairs."""
+"""The side of a run that only preference optimization has: its reference policy and its held-out pairs."""
 
 import dataclasses
 import hashlib

@@ -23,7 +23,7 @@ class Objective(Protocol):
   """A loss over one micro-batch; see `objectives`."""
 
   def weights(self, batch: Any) -> Any:
-    """Normalised weights of an optimizer batch, each with a leading A."""
+    """Normalized weights of an optimizer batch, each with a leading A."""
     ...
 
   def initial_running(self) -> dict[str, jax.Array]:

@@ -192,7 +192,7 @@ class Run:
     watchdog: is told what it is at.
     source: the model's checkpoint, looked at.
     tokenizer: the checkpoint's.
-    chat: the same, as conversations are tokenised.
+    chat: the same, as conversations are tokenized.
     looked_at: how the final model will be asked.
     setup: mesh, objective, optimizer and step.
   """

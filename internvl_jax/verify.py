@@ -3,7 +3,7 @@
   python -m internvl_jax.verify --model DIR --inputs io.npz --outputs out.npz
   python -m internvl_jax.verify --model DIR --against DIR [--inputs io.npz]
 
-Inputs (.npz): pixel_values [T, 3, H, W] normalised float, input_ids, labels and attention_mask [R, S],
+Inputs (.npz): pixel_values [T, 3, H, W] normalized float, input_ids, labels and attention_mask [R, S],
 image_token_id; optionally image_flags [T], position_ids and loss_weight_square [R, S].
 Outputs (.npz): logits [R, S, V], loss, loss_square (where its weights are given), features [T, P, E],
 vit_last_hidden [T, 1+patches, C], grad_norm. Arrays that the inputs hold under an output's name are compared,

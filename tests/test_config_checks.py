@@ -28,13 +28,13 @@ def test_a_sound_configuration_passes_and_is_left_alone(config):
     ({"loss_type": "sigmiod"}, "or a list; did you mean sigmoid?"),
     ({"loss_type": "sigmoid,,ipo"}, "there is no loss ''"),
     ({"loss_type": ""}, "preference.loss_type='': there is no loss ''"),
-    ({"loss_type": "sigmoid", "sigmoid_loss_weight": 0.0}, "sigmoid_loss_weight=0 optimises nothing"),
+    ({"loss_type": "sigmoid", "sigmoid_loss_weight": 0.0}, "sigmoid_loss_weight=0 optimizes nothing"),
     (
       {"loss_type": "sigmoid", "precompute_reference": True, "reference_cache_dir": "hdfs://a/b"},
       "'hdfs://a/b': runs write to folders, gs:// and s3:// only",
     ),
     ({"loss_type": "sigmoid,ipo", "loss_weights": (1.0,)}, "has 1 weights for the 2 losses of"),
-    ({"loss_type": "sigmoid", "loss_weights": (0.0,)}, "loss_weights=(0.0,) optimises nothing"),
+    ({"loss_type": "sigmoid", "loss_weights": (0.0,)}, "loss_weights=(0.0,) optimizes nothing"),
     (
       {"loss_type": "ipo", "loss_weights": (1.0,), "ipo_loss_weight": 0.5},
       "preference.ipo_loss_weight=0.5 beside preference.loss_weights=(1.0,); set one of the two",

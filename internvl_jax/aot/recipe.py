@@ -2,7 +2,7 @@
 
 One row a device of 8192 tokens and 40 tiles, as the reference's defaults have it, in bfloat16, with weights,
 gradients and optimizer state sharded over all devices. `arg` "lora" trains adapters of rank 16 on the language model
-instead; "mpo" optimises preferences, with the published recipes' losses.
+instead; "mpo" optimizes preferences, with the published recipes' losses.
 """
 
 from internvl_jax.config import TrainConfig

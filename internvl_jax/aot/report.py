@@ -350,7 +350,7 @@ def _head(report: Report) -> list[str]:
     f"one) of {batch['tokens']} tokens and {batch['tiles']} tiles",
     f"computed in {how['dtype']}, attention {how['attention']}, "
     + (f"experts {how['experts']}, " if how["experts"] else "")
-    + f"rematerialised: {how['remat'] or 'nothing'}",
+    + f"rematerialized: {how['remat'] or 'nothing'}",
     *(f"warning: {line}" for line in report.warnings),
   ]
 

@@ -139,7 +139,7 @@ class _Search:
   Attributes:
     config, shape, source, limit, level, tell: see `search`.
     attempts: so far.
-    beyond: by rematerialisation, bytes that the last compiled step took beyond the arithmetic, and the chips that
+    beyond: by rematerialization, bytes that the last compiled step took beyond the arithmetic, and the chips that
       shared its rows.
   """
 

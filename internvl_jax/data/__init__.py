@@ -3,7 +3,7 @@
     meta.py      the mixture: which annotation files, with which root and how often
     jsonl.py     one annotation file: any line by its number, without keeping parsed lines in memory; formats.py: what
                  a file is that is no jsonl
-    records.py   which keys of lines and turns are read, honoured, refused or passed over
+    records.py   which keys of lines and turns are read, honored, refused or passed over
     sample.py    one line -> tokens (tokenize.py, templates.py) and uint8 tiles (images.py, tiling.py, video.py)
     fitting.py   what becomes of a sample that is longer than it may be
     sizes.py     how long every line is, kept on disk; pieces.py: what is left of those that are too long

@@ -35,7 +35,7 @@ class Question:
     prompt: what the model reads.
     answer: the answer as the line has it.
     record: the line.
-    learned: the answer as it is read back from its tokens; tokenizers that normalise text do not give it back as it
+    learned: the answer as it is read back from its tokens; tokenizers that normalize text do not give it back as it
       was (Qwen's write letters and their accents as one).
   """
 

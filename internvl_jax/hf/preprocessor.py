@@ -131,7 +131,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _check_scaling(path: Path, found: Mapping[str, Any]) -> None:
-  """Refuses pixels that are not scaled to [0, 1] and normalised."""
+  """Refuses pixels that are not scaled to [0, 1] and normalized."""
   for name in ("do_resize", "do_rescale", "do_normalize"):
     if not found.get(name, True):
       raise UserError(

@@ -3,7 +3,7 @@
     tokenizer.model --read_model--> SentencePieceModel --build_tokenizer--> tokenizers.Tokenizer
 
 Most checkpoints with an InternLM2 or LLaMA language model have no other file, and the code that they bring to
-read it is never run here. The ids equal those of sentencepiece itself, which the reference tokenises with.
+read it is never run here. The ids equal those of sentencepiece itself, which the reference tokenizes with.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ class SentencePieceModel:
     bos: piece that begins a text, or None.
     eos: piece that ends a text, or None.
     byte_fallback: characters without a piece are written as bytes.
-    charsmap: character normalisation, compiled; empty for none.
+    charsmap: character normalization, compiled; empty for none.
     add_dummy_prefix: a space is put before the text.
     remove_extra_whitespaces: spaces at the ends are dropped, runs of them become one.
   """
@@ -145,7 +145,7 @@ def build_tokenizer(
   tokenizer.decoder = decoders.Sequence(
     [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
   )
-  # Pieces that sentencepiece never splits. It looks for them in the normalised text, and puts no space before
+  # Pieces that sentencepiece never splits. It looks for them in the normalized text, and puts no space before
   # the text that follows.
   tokenizer.add_tokens([AddedToken(piece, normalized=True) for piece in fixed])
   tokenizer.add_tokens([token for _, token in sorted(added.items())])
@@ -182,7 +182,7 @@ def _normalizer(model: SentencePieceModel, fixed: Sequence[str], prefix: str) ->
   if model.charsmap:
     steps.insert(0, normalizers.Precompiled(model.charsmap))
   if prefix == "each" and fixed:
-    # The library normalises the fixed pieces too, to look for them; they must not get the space.
+    # The library normalizes the fixed pieces too, to look for them; they must not get the space.
     names = "|".join(re.escape(piece.replace(" ", SPACE)) for piece in fixed)
     steps.append(normalizers.Replace(Regex(rf"\A(?!(?:{names})\z)"), SPACE))
   elif prefix == "each":

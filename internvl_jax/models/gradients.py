@@ -31,7 +31,7 @@ def _column_sums(x: jax.Array) -> jax.Array:
 
 
 PRODUCT = "product"
-"""What results of `matmul` are called where rematerialisation chooses what to keep: it cannot look inside."""
+"""What results of `matmul` are called where rematerialization chooses what to keep: it cannot look inside."""
 
 
 def matmul(x: jax.Array, w: jax.Array, product: Product) -> jax.Array:

@@ -166,7 +166,7 @@ class LayerStack(nnx.Module):
 
 
 def remat_by_name(policy: str | None, *, in_scan: bool = True) -> Callable | None:
-  """The rematerialisation wrapper of that name: None, "full" or "dots" (see RuntimeConfig.remat_policy).
+  """The rematerialization wrapper of that name: None, "full" or "dots" (see RuntimeConfig.remat_policy).
 
   `in_scan` says that a scan's body is wrapped, where nothing need be done to keep what is computed twice apart.
   """

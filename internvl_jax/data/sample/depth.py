@@ -1,4 +1,4 @@
-"""Grey images of 16 or 32 bits, or of floats, scaled to the 8 bits that a model sees.
+"""Gray images of 16 or 32 bits, or of floats, scaled to the 8 bits that a model sees.
 
 Pillow's own conversion, which is the reference's, cuts such values off at 255: an X-ray becomes white, fractions become
 black. Here values that fit 8 bits are taken as Pillow takes them, and others are scaled by the least of these ranges

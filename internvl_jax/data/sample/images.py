@@ -43,7 +43,7 @@ def normalization(normalize_type: str) -> tuple[np.ndarray, np.ndarray]:
   """
   if normalize_type not in PIXEL_STATISTICS:
     raise DataError(
-      f"data.normalize_type: unknown normalisation {normalize_type!r}{did_you_mean(normalize_type, PIXEL_STATISTICS)}"
+      f"data.normalize_type: unknown normalization {normalize_type!r}{did_you_mean(normalize_type, PIXEL_STATISTICS)}"
     )
   mean, std = PIXEL_STATISTICS[normalize_type]
   return np.asarray(mean, np.float32), np.asarray(std, np.float32)
@@ -92,7 +92,7 @@ def _remarks(image: Image.Image, scaled: str) -> Iterator[tuple[str, str]]:
     what = "it is taken as it is stored, as in the reference"
     yield notes.STORED, f"asks to be turned (EXIF orientation {turn}): {what}"
   if _shows_through(image):
-    yield notes.HIDDEN, "has transparent pixels: the colours beneath are taken, as in the reference"
+    yield notes.HIDDEN, "has transparent pixels: the colors beneath are taken, as in the reference"
   if _has_more_frames(image):
     yield notes.FIRST, "has several frames or pages: the first is taken, as in the reference"
 
@@ -314,7 +314,7 @@ def _boxes(columns: int, rows: int, side: int) -> list[tuple[int, int, int, int]
 
 
 def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
-  """The image centred on a square of its longer side."""
+  """The image centered on a square of its longer side."""
   side = max(image.size)
   square = Image.new("RGB", (side, side), color)
   square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -322,7 +322,7 @@ def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Imag
 
 
 def mean_color(normalize_type: str) -> tuple[int, int, int]:
-  """The colour (0-255) that padding uses: the mean, rounded down."""
+  """The color (0-255) that padding uses: the mean, rounded down."""
   red, green, blue = (int(255 * value) for value in PIXEL_STATISTICS[normalize_type][0])
   return red, green, blue
 

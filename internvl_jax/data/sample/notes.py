@@ -7,7 +7,7 @@ from internvl_jax.data.where import Where
 
 SCALED, STORED, FIRST, HIDDEN = "scaled", "stored", "first", "hidden"
 """Kinds of notes: values of more than 8 bits were scaled; the image is taken as it is stored, though it asks to be turned;
-the first of several frames was taken; colours under transparent pixels were taken."""
+the first of several frames was taken; colors under transparent pixels were taken."""
 
 
 class Note(NamedTuple):

@@ -1,9 +1,9 @@
-"""Which keys of a line are read, honoured, refused or passed over, whatever kind of line it is.
+"""Which keys of a line are read, honored, refused or passed over, whatever kind of line it is.
 
     {"images": ["a.png"], "system": "Be brief.", "conversations": [...], "url": "..."}
     -> {"image": ["a.png"], "conversations": [...]}
 
-A kind of line says by `LineKeys` where its texts are. docs/data.md has the table of what is honoured; `keys` says what
+A kind of line says by `LineKeys` where its texts are. docs/data.md has the table of what is honored; `keys` says what
 other keys mean.
 """
 

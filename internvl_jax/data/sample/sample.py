@@ -125,7 +125,7 @@ class SampleMaker:
   Attributes:
     spec: the dataset.
     data: tile settings.
-    tokenizer: writes and tokenises conversations.
+    tokenizer: writes and tokenizes conversations.
     tokens_per_tile: image tokens of one tile.
     limits: what is done about long samples.
     lines: what kind of line they are.

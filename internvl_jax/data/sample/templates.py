@@ -8,7 +8,7 @@ from internvl_jax.errors import did_you_mean
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Template:
-  """The fixed text around the turns of a conversation, and how that text is tokenised.
+  """The fixed text around the turns of a conversation, and how that text is tokenized.
 
   Attributes:
     name: the value of `conv_style`.
@@ -21,7 +21,7 @@ class Template:
     last_closing: text after an answer that is the last turn, where that differs.
     stop_token: the token that ends an answer; the last answer's closing begins with it.
     unsupervised_tail: how many tokens at the end of an answer's turn are not supervised.
-    whole: the dialogue is tokenised as one text; else each turn on its own.
+    whole: the dialogue is tokenized as one text; else each turn on its own.
     alternates: turns must alternate between human and gpt; a first one from gpt is left out.
     strips: white space around values is taken off.
   """

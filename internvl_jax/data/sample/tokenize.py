@@ -39,7 +39,7 @@ def supervised(labels: np.ndarray) -> np.ndarray:
 
 
 class ChatTokens(NamedTuple):
-  """A tokenised conversation of n tokens.
+  """A tokenized conversation of n tokens.
 
   Attributes:
     input_ids: int32 [n].
@@ -51,7 +51,7 @@ class ChatTokens(NamedTuple):
 
 
 class Chat(NamedTuple):
-  """A tokenised conversation of m tokens in which every image is one token, whatever its size.
+  """A tokenized conversation of m tokens in which every image is one token, whatever its size.
 
   Attributes:
     ids: int32 [m].
@@ -69,8 +69,8 @@ class Chat(NamedTuple):
 
   def expand(self, image_tokens: Sequence[int]) -> ChatTokens:
     """The conversation in which the images have so many tokens."""
-    # Repeating ids equals tokenising the repeated text, because special tokens are split off before anything
-    # else; it saves tokenising thousands of them.
+    # Repeating ids equals tokenizing the repeated text, because special tokens are split off before anything
+    # else; it saves tokenizing thousands of them.
     counts = np.ones(len(self.ids), np.int64)
     counts[self.contexts] = image_tokens
     return ChatTokens(np.repeat(self.ids, counts), np.repeat(self.labels, counts))
@@ -97,7 +97,7 @@ class _Turn(NamedTuple):
 
 
 class ChatTokenizer:
-  """Writes conversations by a template, tokenises them and marks what is supervised.
+  """Writes conversations by a template, tokenizes them and marks what is supervised.
 
   Holds its own copy of the `tokenizers` object below the transformers tokenizer: worker processes then need
   not import transformers, and no call elsewhere can switch padding or truncation on underneath. (Calling the
@@ -161,9 +161,9 @@ class ChatTokenizer:
     return list(self._start)
 
   def lay_out(self, conversations: Sequence[Mapping[str, str]], num_images: int, where: Where) -> Chat:
-    r"""Tokenises a conversation, with one token for each image.
+    r"""Tokenizes a conversation, with one token for each image.
 
-    The template says whether the whole text is tokenised at once or each turn on its own. `<image>` in a
+    The template says whether the whole text is tokenized at once or each turn on its own. `<image>` in a
     human turn becomes `<img>`, the image's token and `</img>`; in other turns it is plain text. A first
     system turn takes the place of the template's. Supervised are the answers and the token that closes them,
     found by the characters from which tokens come, so no count of tokens can go wrong. For `internvl2_5`:
@@ -209,7 +209,7 @@ class ChatTokenizer:
   def encode(
     self, conversations: Sequence[Mapping[str, str]], image_tokens: Sequence[int], where: Where
   ) -> ChatTokens:
-    """Tokenises a conversation whose images take so many tokens, in order; see `lay_out`."""
+    """Tokenizes a conversation whose images take so many tokens, in order; see `lay_out`."""
     return self.lay_out(conversations, len(image_tokens), where).expand(image_tokens)
 
   def fingerprint(self) -> str:
@@ -283,7 +283,7 @@ class ChatTokenizer:
     return [turn._replace(value=turn.value.strip()) for turn in turns] if template.strips else turns
 
   def _tokenize(self, turns: Sequence[_Turn], *, last: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and labels of turns tokenised as one text, where an image has one context token.
+    """Ids and labels of turns tokenized as one text, where an image has one context token.
 
     Args:
       turns: of the text.
@@ -334,7 +334,7 @@ def with_placeholder(conversations: Sequence[Mapping[str, str]]) -> list[Mapping
 def human_texts(turns: Sequence[Any]) -> dict[int, str]:
   """The texts of the human turns by their number from 0.
 
-  Turns without a text are left out, and as they are: they are named when the conversation is tokenised.
+  Turns without a text are left out, and as they are: they are named when the conversation is tokenized.
   """
   return {
     number: turn["value"]

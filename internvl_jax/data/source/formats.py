@@ -121,7 +121,7 @@ _PICKLE = re.compile(rb"\x80[\x02-\x05].")
 _MARKUP = re.compile(rb"<(!doctype|html|head|body)\b", re.IGNORECASE)
 
 
-def recognised(file: BinaryIO) -> Format | None:
+def recognized(file: BinaryIO) -> Format | None:
   """What a file is if it is no jsonl, and None where that cannot be told; its place stays.
 
   A jsonl of which some lines are broken is one still, as long as one of the first begins with `{`.

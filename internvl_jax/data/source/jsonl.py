@@ -41,7 +41,7 @@ class JsonlFile(RecordFile):
   def check_format(self) -> None:
     """Refuses a file that is no jsonl: each of its lines would be an error, with a remedy that does not help."""
     with open(self.local, "rb") as file:
-      found = formats.recognised(file)
+      found = formats.recognized(file)
     if found is not None:
       raise DataError(f"{self.path}: dataset {self.dataset!r}: {found.explain(self.path)}")
 
@@ -104,7 +104,7 @@ class JsonlFile(RecordFile):
 def first_records(path: str) -> Iterator[Any]:
   """Parses the first lines of a file, without an index; what is wrong about them is said when they are read."""
   with contextlib.suppress(OSError), open(path, "rb") as lines:
-    if formats.recognised(lines) is not None:  # One line of it may be all of it.
+    if formats.recognized(lines) is not None:  # One line of it may be all of it.
       return
     for line in itertools.islice(lines, _LINES_SEARCHED):
       with contextlib.suppress(ValueError, RecursionError):

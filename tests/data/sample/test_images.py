@@ -129,5 +129,5 @@ def test_damaged_files_are_named(tmp_path):
 
 
 def test_unknown_normalisation():
-  with pytest.raises(DataError, match="unknown normalisation 'imagnet'; did you mean 'imagenet'"):
+  with pytest.raises(DataError, match="unknown normalization 'imagnet'; did you mean 'imagenet'"):
     images.normalization("imagnet")
