@@ -17,6 +17,7 @@ from internvl_jax.assembly import describe_copies, open_mesh, set_up
 from internvl_jax.batch import Batch, PreferenceBatch, SFTBatch, pairs_of_row
 from internvl_jax.compiler import compile_program
 from internvl_jax.config import TrainConfig
+from internvl_jax.data.schedule.shapes import longest_row
 from internvl_jax.errors import UserError
 from internvl_jax.hf.model import Source
 from internvl_jax.models.kernels import Device
@@ -71,12 +72,11 @@ class BatchShape:
 def batch_shape(config: TrainConfig, *, tokens: int | None = None, tiles: int | None = None) -> BatchShape:
   """The largest batch that the config's data can make, or one with so many tokens and tiles a row."""
   data = config.data
+  # A pair's answers are in one row.
+  longest = longest_row(data, data.max_seq_length * (1 if config.preference.loss_type is None else 2))
   if data.use_packed_ds:
-    longest = data.max_packed_tokens + (data.max_seq_length if data.allow_overflow else 0)
     most = data.num_images_expected
   else:
-    # A pair's answers are in one row.
-    longest = data.max_seq_length * (1 if config.preference.loss_type is None else 2)
     grid = data.max_dynamic_patch if data.dynamic_image_size else 1
     most = grid + (data.use_thumbnail and grid > 1)
   return BatchShape(

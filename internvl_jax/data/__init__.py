@@ -1,23 +1,11 @@
-"""From a meta file to batches of numpy arrays.
+"""From a meta file to batches of numpy arrays, in four packages, each of which imports only those below it.
 
-    meta.py      the mixture: which annotation files, with which root and how often
-    jsonl.py     one annotation file: any line by its number, without keeping parsed lines in memory; formats.py: what
-                 a file is that is no jsonl
-    records.py   which keys of lines and turns are read, honored, refused or passed over
-    sample.py    one line -> tokens (tokenize.py, templates.py) and uint8 tiles (images.py, tiling.py, video.py)
-    fitting.py   what becomes of a sample that is longer than it may be
-    sizes.py     how long every line is, kept on disk; pieces.py: what is left of those that are too long
-    mixture.py   all samples by number: their sizes, and decoded
-    plan.py      order: which sample stands at which place of the stream, a pure function of the seed
-    grouping.py  the samples of a step dealt evenly to its devices, for `training.group_by_length`
-    packing.py   which samples share a row, from their sizes; rows.py: the stream of those rows
-    batching.py  samples -> micro-batches -> the padded `SFTBatch` of an optimizer step
-    decoding.py  micro-batches decoded ahead, by worker processes or threads
-    tally.py     what became of the samples, and which losses end a run
-    pipeline.py  the stages put together: the loader, with exact resume
-    examine.py   what a run would make of the data; show.py: samples and batches as text
+    load/      the loader, an iterator over a schedule: decodes ahead, pads batches, counts what is lost, resumes exactly
+    schedule/  which samples each step sees, and in which rows: pure functions of seed, settings and sizes
+    sample/    a record becomes a sample: tokens, labels and uint8 tiles
+    source/    meta files, records and their kinds, files and URLs, the cache of sizes
 
 Every place of the stream is decided before anything is decoded, so decoding is the only work that runs in
-parallel, and the batches are the same for any number of workers and hosts. The room is numpy only: it imports
+parallel, and the batches are the same for any number of workers and hosts. The package is numpy only: it imports
 neither JAX nor the models.
 """

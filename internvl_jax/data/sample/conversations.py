@@ -9,9 +9,9 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from internvl_jax.data.sample import keys, records
+from internvl_jax.data.sample import keys, line_keys
 from internvl_jax.data.sample.fitting import Fit, Limits, fit
-from internvl_jax.data.sample.records import LineKeys, OtherKind
+from internvl_jax.data.sample.line_keys import LineKeys, OtherKind
 from internvl_jax.data.sample.templates import Template
 from internvl_jax.data.sample.tokenize import Chat
 from internvl_jax.data.where import Where, shown
@@ -92,15 +92,15 @@ class ConversationLines:
     """A line with our keys alone, its system message among the turns.
 
     Raises:
-      DataError: see `records.plain_record`; or a turn has something that would change what is seen or learned.
+      DataError: see `line_keys.plain_record`; or a turn has something that would change what is seen or learned.
     """
-    plain = records.plain_record(record, where, self.keys)
-    has_system = any(key in record for key in records.SYSTEM_KEYS)
+    plain = line_keys.plain_record(record, where, self.keys)
+    has_system = any(key in record for key in line_keys.SYSTEM_KEYS)
     return plain if _are_plain(plain["conversations"], has_system) else _with_turns(record, plain, where)
 
   def unread(self, record: Mapping[str, Any], plain: Mapping[str, Any], template: Template) -> Iterator[str]:
     """Yields what of a line is not read, and what else one should know about it."""
-    yield from records.unread_keys(record, self.keys)
+    yield from line_keys.unread_keys(record, self.keys)
     turns = record["conversations"]
     for turn in turns if isinstance(turns, list) else ():
       if isinstance(turn, dict):
@@ -164,8 +164,8 @@ def _with_turns(record: dict[str, Any], plain: dict[str, Any], where: Where) -> 
   turns = plain["conversations"]
   changed = [_plain_turn(turn, number, where) for number, turn in enumerate(turns, 1)]
   system = None
-  if any(key in record for key in records.SYSTEM_KEYS):
-    system = records.system_of(record, where)
+  if any(key in record for key in line_keys.SYSTEM_KEYS):
+    system = line_keys.system_of(record, where)
   if system is not None:
     first = changed[0] if changed and isinstance(changed[0], dict) else {}
     if first.get("from") != "system":
@@ -228,7 +228,7 @@ def _check_turn(turn: dict[str, Any], number: int, where: Where) -> None:
     change = keys.changes(key, value, "turn", ())
     if change is not None:
       remedy = _TURN_REMEDIES[change]
-      raise where.error(records.refusal(f"turn {number}: key {key!r}", key, value, change, "turn", remedy))
+      raise where.error(line_keys.refusal(f"turn {number}: key {key!r}", key, value, change, "turn", remedy))
 
 
 def _begins_with_answer(turns: Any) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from internvl_jax.data.sample import media
+from internvl_jax.data.sample import line_media
 from internvl_jax.data.sample.tokenize import IMAGE_PLACEHOLDER, human_texts, with_placeholder
 from internvl_jax.data.where import Where
 
@@ -27,7 +27,7 @@ def with_places(
   """
   if not isinstance(conversations, list):
     return conversations  # The tokenizer says what is wrong about it.
-  if media.video_of(record, where):
+  if line_media.video_of(record, where):
     return with_frames(conversations, num_images, where, frame_name)
   if count := _videos_in(conversations):
     raise where.error(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from internvl_jax.arguments import DataTrainingArguments
-from internvl_jax.data.sample import fitting, images, media, tiling, video
+from internvl_jax.data.sample import fitting, images, line_media, tiling, video
 from internvl_jax.data.sample.conversations import CONVERSATION_LINES
 from internvl_jax.data.sample.fitting import Limits
 from internvl_jax.data.sample.lines import LineSchema
@@ -237,7 +237,7 @@ class SampleMaker:
     Raises:
       DataError: the line is wrong.
     """
-    return media.video_of(self.lines.plain(record, where), where) is not None
+    return line_media.video_of(self.lines.plain(record, where), where) is not None
 
   def states_sizes(self, record: Any, where: Where) -> bool:
     """Says whether a parsed line states the sizes of all its images, so that none is opened to plan with.
@@ -246,12 +246,12 @@ class SampleMaker:
       DataError: the line is wrong.
     """
     plain = self.lines.plain(record, where)
-    paths = media.image_paths(plain, where)
-    return bool(paths) and media.stated_sizes(plain, len(paths)) is not None
+    paths = line_media.image_paths(plain, where)
+    return bool(paths) and line_media.stated_sizes(plain, len(paths)) is not None
 
   def _sources(self, record: dict[str, Any], where: Where) -> list[Media]:
     """The files of the line's images."""
-    paths = [] if media.video_of(record, where) else media.image_paths(record, where)
+    paths = [] if line_media.video_of(record, where) else line_media.image_paths(record, where)
     return [images.fetched(join(self.spec.root, path, where), where) for path in paths]
 
   def _plan(self, record: Any, where: Where, frames: int, sources: Callable[[], list[Media]] | None) -> _Plan:
@@ -285,13 +285,13 @@ class SampleMaker:
       frames: wanted of a video.
       sources: gives the images' files; None: they are as large as the line says they are, if it does.
     """
-    if path := media.video_of(record, where):
+    if path := line_media.video_of(record, where):
       yield from self._video_shapes(record, self._rooted(path, where), where, frames)
       return
-    paths = media.image_paths(record, where)
+    paths = line_media.image_paths(record, where)
     # Before the files, which not every caller looks at: of several faults, the doctor and the run name the same.
     chats = self._chats(record, len(paths), where)
-    pixels = media.stated_sizes(record, len(paths)) if sources is None else None
+    pixels = line_media.stated_sizes(record, len(paths)) if sources is None else None
     if pixels is None:
       found = sources() if sources else [join(self.spec.root, path, where) for path in paths]
       pixels = [images.image_size(source, where) for source in found]
@@ -349,7 +349,7 @@ class SampleMaker:
     start = pool.used
     augment = rng if self.spec.data_augment else None
     settings: dict[str, Any] = {"pad_color": self._pad_color(), "rng": augment, "pool": pool}
-    if path := media.video_of(record, where):
+    if path := line_media.video_of(record, where):
       frames = self._frames(self._rooted(path, where), record, where, limit, rng, noted)
       cutting = images.Cutting(tile_size=data.force_image_size)
       # Frame by frame: together, those of a large video would fill the memory.

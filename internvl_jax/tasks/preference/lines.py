@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from internvl_jax.data.sample import records
+from internvl_jax.data.sample import line_keys
 from internvl_jax.data.sample.fitting import Fit, Limits
-from internvl_jax.data.sample.records import LineKeys, OtherKind
+from internvl_jax.data.sample.line_keys import LineKeys, OtherKind
 from internvl_jax.data.sample.templates import Template
 from internvl_jax.data.sample.tokenize import IMAGE_PLACEHOLDER, Chat, common_prompt, supervised
 from internvl_jax.data.where import Where
@@ -45,7 +45,7 @@ _CONVERSATIONS = OtherKind(
 
 _LINE_KEYS = LineKeys(
   texts=KEYS,
-  extra=records.SYSTEM_KEYS,
+  extra=line_keys.SYSTEM_KEYS,
   others=(_CONVERSATIONS,),
   needs=f", {_MISSING}",
   refused=(("margin", "no loss has a margin of the line's"),),
@@ -81,16 +81,16 @@ class PairLines:
     """Returns a line with our keys alone.
 
     Raises:
-      DataError: see `records.plain_record` and `pair_of`.
+      DataError: see `line_keys.plain_record` and `pair_of`.
     """
-    plain = records.plain_record(record, where, _LINE_KEYS)
+    plain = line_keys.plain_record(record, where, _LINE_KEYS)
     pair_of(plain, where)
     return plain
 
   def unread(self, record: Mapping[str, Any], plain: Mapping[str, Any], template: Template) -> Iterator[str]:
     """Yields the keys of a line that nobody reads."""
     del plain, template
-    return records.unread_keys(record, _LINE_KEYS)
+    return line_keys.unread_keys(record, _LINE_KEYS)
 
   def conversations(self, record: Mapping[str, Any], where: Where) -> list[list[dict[str, str]]]:
     """Returns the question with the chosen answer, and with the rejected one."""
@@ -149,8 +149,8 @@ def pair_of(record: Mapping[str, Any], where: Where) -> Pair:
   Raises:
     DataError: a text is missing, is none or cannot be encoded, or the answers are equal or have an image.
   """
-  question, chosen, rejected = (records.checked_text(record, key, where) for key in KEYS)
-  pair = Pair(question, chosen, rejected, records.system_of(record, where))
+  question, chosen, rejected = (line_keys.checked_text(record, key, where) for key in KEYS)
+  pair = Pair(question, chosen, rejected, line_keys.system_of(record, where))
   if pair.chosen == pair.rejected:
     raise where.error(
       f"'chosen' and 'rejected' are the same text {pair.chosen[:80]!r}, which prefers nothing; correct one or delete "
