@@ -1,13 +1,17 @@
 """What the commands share: reading the command line, and turning a user's mistake into one line.
 
-A command that takes a recipe looks like this:
+A command is a module of flags and phases. What takes seconds to import (JAX, Flax, transformers, Orbax) is imported in
+`main`, once the flags are checked, so that `--help` and a wrong flag are answered at once:
 
     _CONFIG = cli.define_config_flag()
 
-    def main(_):
-      cfg = _CONFIG.value
-      config.validate(cfg)
-      ...
+    def main(argv: Sequence[str]) -> None:
+      del argv
+      config = _CONFIG.value
+      validate(config)
+      from internvl_jax.room import work
+
+      work(config)
 
     if __name__ == "__main__":
       cli.run_app(main)

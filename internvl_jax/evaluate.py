@@ -15,8 +15,6 @@ from absl import flags, logging
 from internvl_jax import cli
 from internvl_jax.arguments import EvalConfig
 from internvl_jax.errors import UserError
-from internvl_jax.eval.scoring import make_evaluation
-from internvl_jax.inference import open_for_inference
 from internvl_jax.storage.paths import AnyPath, filled, is_bucket, output_path
 
 _MODEL = flags.DEFINE_string("model", None, "Checkpoint folder, hub id or a bucket's URL.", required=True)
@@ -38,6 +36,9 @@ def main(argv: Sequence[str]) -> None:
   del argv
   cli.set_up_logging()
   output = output_folder()
+  from internvl_jax.eval.scoring import make_evaluation
+  from internvl_jax.inference import open_for_inference
+
   opened = open_for_inference(_MODEL.value, bf16=_BF16.value, devices=_DEVICES.value)
   config = EvalConfig(
     annotation=_ANNOTATION.value,

@@ -14,20 +14,12 @@ id in the recipe. The batch is the largest that the data may make (max_packed_to
 max_seq_length and max_dynamic_patch), or --tokens and --tiles a row. docs/scale.md explains the report.
 """
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from absl import flags
 
 from internvl_jax import cli
 from internvl_jax.aot import recipe
-from internvl_jax.aot import report as reports
-from internvl_jax.aot.price import check_price, price
-from internvl_jax.aot.program import BatchShape, batch_shape, compile_step, plan_step
-from internvl_jax.aot.search import as_json, search, summary
-from internvl_jax.aot.target import Target, open_target
-from internvl_jax.assembly import set_up_jax
 from internvl_jax.config import TrainConfig
 from internvl_jax.config_checks import validate
 from internvl_jax.errors import UserError
@@ -79,56 +71,23 @@ def main(argv: Sequence[str]) -> None:
     raise UserError(f"--dump={_DUMP.value}: compilers write to folders of this machine only; name one")
   written = None if _JSON.value is None else output_path(_JSON.value, "--json")
   config = configuration()
-  shape = batch_shape(config, tokens=_TOKENS.value, tiles=_TILES.value)
-  limit = None if _HBM.value is None else round(_HBM.value * reports.GIB)
-  found = search_devices(config, shape, limit) if _SEARCH.value else compile_for(config, shape, limit)
+  from internvl_jax.aot.planning import Pricing, Request, compile_once, search_fewest
+
+  request = Request(
+    topology=_TOPOLOGY.value,
+    tokens=_TOKENS.value,
+    tiles=_TILES.value,
+    hbm=_HBM.value,
+    optimization_level=_LEVEL.value,
+    dump=_DUMP.value,
+    pricing=None
+    if _COST.value is None
+    else Pricing(hour=_COST.value, utilisation=_UTILISATION.value, supervised=_SUPERVISED.value),
+  )
+  found = (search_fewest if _SEARCH.value else compile_once)(config, request)
   if written is not None:
     with filled_file(written) as path:
       write_json(path, found)
-
-
-def compile_for(config: TrainConfig, shape: BatchShape, limit: int | None) -> dict[str, Any]:
-  """Compiles the step for the devices asked for and prints the report, which it returns as plain values."""
-  target = open_target(_TOPOLOGY.value)
-  if _COST.value is not None:
-    check_price(target)
-  set_up_jax(config)
-  plan = plan_step(config, target, shape)
-  compiled = compile_step(plan, target, optimization_level=_LEVEL.value, dump=_DUMP.value)
-  limit = target.memory if limit is None else limit
-  report = reports.make_report(plan, compiled, target, limit=limit)
-  print(reports.render(report))
-  return report.as_json() | tell_price(report, target)
-
-
-def search_devices(config: TrainConfig, shape: BatchShape, limit: int | None) -> dict[str, Any]:
-  """Looks for the fewest devices, prints what is tried and the best report; returns all of it as plain values."""
-  set_up_jax(config)
-  attempts = search(
-    config,
-    _TOPOLOGY.value,
-    shape,
-    limit=limit,
-    optimization_level=_LEVEL.value,
-    tell=lambda attempt: print(attempt, flush=True),
-  )
-  best = [attempt.report for attempt in attempts if attempt.fits and attempt.report]
-  if best:
-    print("\n" + reports.render(best[-1]))
-  print("\n" + summary(attempts))
-  cost = tell_price(best[-1], open_target(best[-1].topology)) if best else {}
-  return {"attempts": as_json(attempts)} | cost
-
-
-def tell_price(report: reports.Report, target: Target) -> dict[str, Any]:
-  """Prints what tokens cost, if a price is given, and returns it as plain values."""
-  if _COST.value is None:
-    return {}
-  found = price(
-    report, target, hour=_COST.value, utilisation=_UTILISATION.value, supervised=_SUPERVISED.value
-  )
-  print(found)
-  return {"price": dataclasses.asdict(found)}
 
 
 def configuration() -> TrainConfig:

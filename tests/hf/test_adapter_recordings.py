@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from internvl_jax import verify
+from internvl_jax import verification
 from internvl_jax.hf.model import open_source
 from internvl_jax.hf.peft import save_adapter
 from internvl_jax.models.lora import adapter_paths
@@ -20,8 +20,8 @@ def base(tmp_path_factory):
 def test_equals_the_recording(kind, base, tmp_path):
   theirs = np.load(adapters.recording(kind))
   source, params = adapters.open_adapted(base, kind)
-  inputs = verify.with_positions(source, families.inputs())
-  ours, grads = verify.run_with_gradients(source.model, params, inputs)
+  inputs = verification.with_positions(source, families.inputs())
+  ours, grads = verification.run_with_gradients(source.model, params, inputs)
   real = inputs["attention_mask"][:, ::4] > 0
   np.testing.assert_allclose(ours["logits"][:, ::4][real], theirs["logits"][real], rtol=0, atol=2e-4)
   np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=0, atol=1e-5)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from internvl_jax import verify
+from internvl_jax import verification
 from internvl_jax.adapters import probe
 from internvl_jax.convert import convert
 from internvl_jax.errors import UserError
@@ -42,8 +42,8 @@ def test_equals_the_recording(case, checkpoint):
   theirs = np.load(families.RECORDINGS / f"{case}.npz")
   source = open_source(checkpoint(case))
   assert source.config.text.tie_word_embeddings == (case == "tied")
-  inputs = verify.with_positions(source, families.inputs())
-  ours, grads = verify.run_with_gradients(source.model, verify.load(source), inputs)
+  inputs = verification.with_positions(source, families.inputs())
+  ours, grads = verification.run_with_gradients(source.model, verification.load(source), inputs)
   np.testing.assert_allclose(ours["logits"], theirs["logits"], rtol=0, atol=2e-4)
   np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=0, atol=1e-5)
 
@@ -77,7 +77,7 @@ def assert_same_tensors(folder, other):
 
 def logits(folder):
   source = open_source(folder)
-  return probe(source, verify.load(source))
+  return probe(source, verification.load(source))
 
 
 @pytest.mark.parametrize("case", families.CASES)
@@ -182,7 +182,7 @@ def test_names_of_the_modules_in_memory(case, checkpoint, tmp_path):
   assert ("lm_head.weight" in tensors) == (case != "tied")
   assert all(key.startswith("model.") for key in tensors if key != "lm_head.weight")
   save_file(tensors, folder / "model.safetensors")
-  ours, theirs = (verify.load(open_source(path)) for path in (folder, start))
+  ours, theirs = (verification.load(open_source(path)) for path in (folder, start))
   assert ours.keys() == theirs.keys()
   for path, value in ours.items():
     np.testing.assert_array_equal(value, theirs[path], err_msg=path)

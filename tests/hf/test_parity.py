@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from internvl_jax import verify
+from internvl_jax import verification
 from internvl_jax.hf.model import open_source
 from internvl_jax.hf.weights import names_of
 from internvl_jax.losses import lm
@@ -28,8 +28,8 @@ def recorded(request):
   """A recorded model's folder, and what ours computes on its inputs."""
   folder = ASSETS / request.param
   source = open_source(folder)
-  inputs = verify.with_positions(source, verify.read_inputs(str(folder / "io.npz")))
-  return folder, source, *verify.run_with_gradients(source.model, verify.load(source), inputs)
+  inputs = verification.with_positions(source, verification.read_inputs(str(folder / "io.npz")))
+  return folder, source, *verification.run_with_gradients(source.model, verification.load(source), inputs)
 
 
 def test_outputs_agree_with_the_recording(recorded):
@@ -75,7 +75,9 @@ def test_the_command(tmp_path):
   ours, theirs = np.load(out), np.load(folder / "io.npz")
   np.testing.assert_allclose(ours["logits"], theirs["logits"], rtol=0, atol=2e-4)
   np.testing.assert_allclose(ours["grad_norm"], theirs["grad_norm"], rtol=1e-4)
-  assert [line.split()[0] for line in done.stdout.splitlines()] == [n for n in verify._OUTPUTS if n in ours]
+  assert [line.split()[0] for line in done.stdout.splitlines()] == [
+    n for n in verification._OUTPUTS if n in ours
+  ]
 
 
 @pytest.mark.parametrize("tokens", [7, 64, 129])

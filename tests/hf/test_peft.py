@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from internvl_jax import verify
+from internvl_jax import verification
 from internvl_jax.hf import peft as adapters_io
 from internvl_jax.hf.model import Changes, open_source
 from internvl_jax.hf.weights import names_of
@@ -45,7 +45,7 @@ def run_in_torch(model, inputs):
 def run_ours(source, inputs):
   positions = np.broadcast_to(np.arange(families.LENGTH), inputs["input_ids"].shape)
   params = source.load(source.model.shapes, dict.fromkeys(source.model.shapes, PLACE))
-  return params, *verify.run_with_gradients(source.model, params, {**inputs, "position_ids": positions})
+  return params, *verification.run_with_gradients(source.model, params, {**inputs, "position_ids": positions})
 
 
 def assert_same(source, model, inputs):

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from internvl_jax import verify
+from internvl_jax import verification
 from internvl_jax.batch import PIXEL_STATISTICS
 from internvl_jax.convert import convert
 from internvl_jax.eval.greedy import GreedyDecoder, Prompt
@@ -77,7 +77,7 @@ def test_opens_and_computes_the_same(name, exported):
   with torch.no_grad():
     theirs = model(**{name: torch.tensor(inputs[name]) for name in names})
   positions = np.broadcast_to(np.arange(families.LENGTH), inputs["input_ids"].shape)
-  ours = verify.run(source.model, verify.load(source), {**inputs, "position_ids": positions})
+  ours = verification.run(source.model, verification.load(source), {**inputs, "position_ids": positions})
   np.testing.assert_allclose(ours["logits"], theirs.logits.numpy(), rtol=0, atol=2e-4)
   np.testing.assert_allclose(ours["loss"], theirs.loss.item(), rtol=0, atol=1e-5)
 
@@ -113,7 +113,7 @@ def test_greedy_answers(name, exported):
     max_new_tokens=NEW_TOKENS,
     batch_size=1,
   )
-  (ours,) = decoder(verify.load(source), [Prompt(ids[0], tiles)])
+  (ours,) = decoder(verification.load(source), [Prompt(ids[0], tiles)])
   mean, std = PIXEL_STATISTICS["imagenet"]
   pixels = ((tiles / 255 - np.array(mean)) / np.array(std)).transpose(0, 3, 1, 2).astype(np.float32)
   out = model.generate(

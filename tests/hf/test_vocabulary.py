@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from internvl_jax import assembly, serving, verify
+from internvl_jax import assembly, serving, verification
 from internvl_jax.arguments import DataTrainingArguments
 from internvl_jax.convert import convert
 from internvl_jax.data.sample.tokenize import ChatTokenizer
@@ -74,7 +74,7 @@ DOORS = {
   "doctor": lambda folder: open_model(config_of(folder), with_weights=False),
   "plan": lambda folder: open_shapes(config_of(folder)),
   "convert": lambda folder: convert(str(folder), folder.parent / "written", layouts.HF, lora="merge"),
-  "verify": lambda folder: verify.compute(str(folder), None),
+  "verify": lambda folder: verification.compute(str(folder), None),
   "evaluate and generate": lambda folder: open_for_inference(folder, bf16=False),
 }
 
@@ -215,7 +215,7 @@ def test_verify_refuses_ids_before_weights_are_read(folder, monkeypatch):
   inputs = {"input_ids": ids, "labels": ids, "pixel_values": np.zeros((0, 3, 56, 56))}
   for bad in (ROWS, -100):
     with pytest.raises(UserError, match=r"input_ids has ids from .* a vocabulary of 389"):
-      verify.compute(str(folder), {**inputs, "input_ids": np.array([[9, 9, 9, bad]])})
+      verification.compute(str(folder), {**inputs, "input_ids": np.array([[9, 9, 9, bad]])})
 
 
 # --- Growing ------------------------------------------------------------------------------------------------

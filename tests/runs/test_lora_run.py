@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from internvl_jax import verify
+from internvl_jax import verification
 from tests.support.toy import CURVE, log_history, run_training
 
 SETTINGS = (
@@ -43,9 +43,9 @@ def test_the_log_tells_what_trains_and_that_the_merge_is_right(run):
 def test_the_merged_model_is_base_and_adapter(run):
   folder, _, _ = run
   assert json.loads((folder / "out/config.json").read_text())["model_type"] == "internvl"
-  merged = verify.compute(str(folder / "out"), None)
-  apart = verify.compute(str(folder / "out/adapter"), None)
-  base = verify.compute(str(CURVE / "init"), None)
+  merged = verification.compute(str(folder / "out"), None)
+  apart = verification.compute(str(folder / "out/adapter"), None)
+  base = verification.compute(str(CURVE / "init"), None)
   np.testing.assert_allclose(merged["logits"], apart["logits"], rtol=0, atol=1e-4)
   assert np.abs(merged["logits"] - base["logits"]).max() > 1e-3
   weights = load_file(folder / "out/model.safetensors")

@@ -15,7 +15,7 @@ import tokenizers
 import transformers
 from PIL import Image
 
-from internvl_jax import serving, verify
+from internvl_jax import serving, verification
 from internvl_jax.batch import PIXEL_STATISTICS
 from internvl_jax.convert import convert
 from internvl_jax.data.sample.fitting import Limits
@@ -313,7 +313,7 @@ def _answered(
     batch_size=len(compared),
   )
   prompts = [Prompt(pair.ours.ids, pair.ours.given) for pair in compared.values()]
-  ours = decoder(verify.load(source), prompts)
+  ours = decoder(verification.load(source), prompts)
   models = {}
   found = {}
   for (name, template), answer in zip(compared, ours, strict=True):
