@@ -13,6 +13,7 @@ from internvl_jax.config import FIELDS, get
 from internvl_jax.errors import UserError
 from internvl_jax.help_text import config_text
 from tests.support.configurations import RECIPE, parse
+from tests.test_house import FRONT_DOORS
 
 ROOT = Path(__file__).parent.parent
 
@@ -244,9 +245,24 @@ def test_print_config_takes_the_place_of_what_the_command_does(tmp_path):
   assert "* training.seed = 3  (default: 42)\n" in done.stdout
 
 
-def test_reading_a_configuration_does_not_need_jax():
-  code = "import sys, internvl_jax.cli; sys.exit('jax' in sys.modules)"
-  assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+HELP = """
+import runpy, sys
+sys.argv = ["command", "--help"]
+try:
+  runpy.run_module("internvl_jax." + sys.orig_argv[-1], run_name="__main__", alter_sys=True)
+finally:
+  heavy = {"jax", "flax", "optax", "orbax", "grain", "transformers", "numpy", "torch"}
+  print(sorted(heavy & set(sys.modules)), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("command", FRONT_DOORS)
+def test_help_is_answered_before_anything_heavy_is_imported(command):
+  done = subprocess.run(
+    [sys.executable, "-c", HELP, command], cwd=ROOT, capture_output=True, text=True, check=False
+  )
+  assert (done.returncode, done.stderr) == (0, "[]\n")
+  assert f"python -m internvl_jax.{command} --" in done.stdout and "\nflags:\n  --" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ FRONT_DOORS = ("train", "plan", "doctor", "convert", "verify", "evaluate", "gene
 # layer do not know each other, except where ALSO says so.
 LAYERS = (
   FRONT_DOORS,
-  ("aot",),
+  ("aot", "answering", "conversion", "verification"),
   ("preference", "finish"),
   ("cli", "open_model", "assembly", "output_dir"),
   ("help_text", "config_checks", "recipes", "recipe_files"),
@@ -154,7 +154,7 @@ def test_every_room_has_one_place():
 
 LONGEST_FUNCTION, LONGEST_FILE, MOST_PARAMETERS = 60, 450, 7
 
-LONG_FILES = {"train.py"}
+LONG_FILES = {"train/run.py"}
 """Those that are still too long; the list only shrinks."""
 
 WIDE_FUNCTIONS = {

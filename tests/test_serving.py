@@ -8,7 +8,7 @@ from absl import logging
 from transformers import AutoTokenizer
 
 from internvl_jax import assembly, serving
-from internvl_jax.convert import convert
+from internvl_jax.conversion import convert
 from internvl_jax.data.sample import tiling
 from internvl_jax.data.sample.templates import get_template
 from internvl_jax.data.sample.tokenize import ChatTokenizer

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from internvl_jax import convert, signals
+from internvl_jax import conversion, signals
 from internvl_jax.hf import model_config as layouts
 from tests.support.toy import ASSETS, CURVE
 
@@ -74,9 +74,9 @@ def test_what_is_told_when_it_is_stopped(tmp_path, monkeypatch):
   usual = signals._Watch().last_line
   monkeypatch.setattr(signals._watch, "last_line", usual)
   assert usual == "Stopped; the same command starts again"
-  monkeypatch.setattr(convert.export, "save_model", lambda *args, remedy, **more: told.append(remedy))
+  monkeypatch.setattr(conversion.export, "save_model", lambda *args, remedy, **more: told.append(remedy))
   told, dst = [], tmp_path / "new"
-  convert.convert(str(INIT), dst, layouts.layout_named("hf"), lora="merge")
+  conversion.convert(str(INIT), dst, layouts.layout_named("hf"), lora="merge")
   anew = f"remove {dst}, which is not complete, and start the same command again"
   assert signals._watch.last_line == f"Stopped; {anew}" and told == [f"make room, {anew}"]
 

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from internvl_jax import verification
 from internvl_jax.adapters import probe
-from internvl_jax.convert import convert
+from internvl_jax.conversion import convert
 from internvl_jax.errors import UserError
 from internvl_jax.hf import model_config as config_io
 from internvl_jax.hf.model import open_source

@@ -7,7 +7,7 @@ import pytest
 
 from internvl_jax import verification
 from internvl_jax.batch import PIXEL_STATISTICS
-from internvl_jax.convert import convert
+from internvl_jax.conversion import convert
 from internvl_jax.eval.greedy import GreedyDecoder, Prompt
 from internvl_jax.hf.model import open_source
 from internvl_jax.hf.model_config import HF, INTERNVL

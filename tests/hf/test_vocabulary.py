@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from internvl_jax import assembly, serving, verification
 from internvl_jax.arguments import DataTrainingArguments
-from internvl_jax.convert import convert
+from internvl_jax.conversion import convert
 from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.data.where import Where
 from internvl_jax.errors import UserError

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from internvl_jax import adapters, convert
+from internvl_jax import adapters, conversion
 from internvl_jax.arguments import ModelArguments
 from internvl_jax.errors import UserError
 from internvl_jax.hf import model_config as layouts
@@ -220,7 +220,7 @@ def test_the_references_lora_checkpoints(tmp_path, init):
   with pytest.raises(UserError, match=r"model\.use_llm_lora asks for rank 8, but .* have 2"):
     open_source(tmp_path / "lora", Changes(text_lora=LoRASpec(rank=8, alpha=16.0)))
 
-  convert.convert(str(tmp_path / "lora"), tmp_path / "merged", layouts.INTERNVL, lora="merge")
+  conversion.convert(str(tmp_path / "lora"), tmp_path / "merged", layouts.INTERNVL, lora="merge")
   merged = load_file(tmp_path / "merged/model.safetensors")
   assert merged.keys() == by_hand.keys()
   for key, value in by_hand.items():
@@ -229,7 +229,7 @@ def test_the_references_lora_checkpoints(tmp_path, init):
   assert config["use_llm_lora"] == config["use_backbone_lora"] == 0
 
   # Apart: base and adapters, which together are the same model again.
-  convert.convert(str(tmp_path / "lora"), tmp_path / "apart", layouts.INTERNVL, lora="peft")
+  conversion.convert(str(tmp_path / "lora"), tmp_path / "apart", layouts.INTERNVL, lora="peft")
   base = load_file(tmp_path / "apart/model.safetensors")
   for key, value in load_file(init / "model.safetensors").items():
     np.testing.assert_array_equal(base[key], value, err_msg=key)
@@ -280,7 +280,7 @@ def test_a_layout_without_a_form_for_the_adapters_is_refused(tmp_path):
   """transformers holds q, k and v of the ViT apart; one adapter of all three has no place there."""
   reference_checkpoint(tmp_path / "lora", CURVE / "init")
   with pytest.raises(UserError, match=r"the hf layout has no form for adapters of vision_model.*attn\.qkv"):
-    convert.convert(str(tmp_path / "lora"), tmp_path / "out", layouts.HF, lora="peft")
+    conversion.convert(str(tmp_path / "lora"), tmp_path / "out", layouts.HF, lora="peft")
   assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from internvl_jax.errors import UserError
-from internvl_jax.train import train
+from internvl_jax.train.run import train
 from tests.support.toy import CURVE, curve_config
 
 

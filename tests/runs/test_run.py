@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from internvl_jax.convert import convert
+from internvl_jax.conversion import convert
 from internvl_jax.hf.model_config import HF
 from internvl_jax.outputs import checkpoint_steps
 from tests.support.toy import CURVE, CURVE_INTERNLM2, log_history, run_training, train_command

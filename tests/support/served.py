@@ -17,7 +17,7 @@ from PIL import Image
 
 from internvl_jax import serving, verification
 from internvl_jax.batch import PIXEL_STATISTICS
-from internvl_jax.convert import convert
+from internvl_jax.conversion import convert
 from internvl_jax.data.sample.fitting import Limits
 from internvl_jax.data.sample.sample import SampleMaker
 from internvl_jax.data.sample.tokenize import ChatTokenizer

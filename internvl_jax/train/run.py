@@ -1,22 +1,16 @@
-"""Trains InternVL.
-
-  python -m internvl_jax.train --config configs/quickstart.py [--config.training.learning_rate=1e-5 ...]
-
-The command starts a run, or goes on with it from its newest checkpoint; at the end `training.output_dir` holds
-a model that stands alone. docs/training.md describes what else it leaves there.
-"""
+"""A whole run: reads the data and the weights, trains, saves, exports and scores."""
 
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
 from absl import logging
 from transformers import PreTrainedTokenizerBase
 
-from internvl_jax import cli, consistency, signals
+from internvl_jax import cli, consistency
 from internvl_jax.arguments import TrainingArguments
 from internvl_jax.assembly import (
   Setup,
@@ -83,16 +77,6 @@ from internvl_jax.watchdog import Watchdog
 OPEN_SECONDS = EXPORT_SECONDS = 3600
 """How long processes wait for the last one to read its weights, and for the first one to write the model: 150 GB from
 or to a slow disk."""
-
-_CONFIG = cli.define_config_flag()
-
-
-def main(argv: Sequence[str]) -> int:
-  """Checks the config, then trains, saves and scores; returns the exit code."""
-  del argv
-  cli.set_up_logging()
-  signals.set_last_line(signals.GOES_ON)
-  return 0 if train(_CONFIG.value) else signals.STOPPED
 
 
 def train(config: TrainConfig) -> bool:
@@ -521,7 +505,3 @@ def host_shards(mesh: jax.sharding.Mesh) -> Shards:
     hosts=processes(),
     all_sum=functools.partial(distributed.sum_over, parts),
   )
-
-
-if __name__ == "__main__":
-  cli.run_app(main)

@@ -1,27 +1,16 @@
-"""Looks at the data before any accelerator is booked, and tells what a run would lose.
+"""Measures and decodes all samples of a configuration's data, and prints what a run would lose."""
 
-  python -m internvl_jax.doctor --config F [--show N] [--dump out.jsonl] [--picture sizes.png] [--nodecode]
-
-Measures every sample and decodes every image and video, on all cores, and prints a table of the datasets, the
-sizes, how full packed rows would be, the steps of an epoch, what of the lines is not read, which images are taken
-otherwise than they are shown (of more than 8 bits, with several frames, ...), and the same for held-out data
-(eval.annotation, preference.eval_meta_path). Ends with status 1 if a line would be lost: unreadable, without a
-supervised token, or too long to keep any of it (loader.on_over_length); or if a held-out one cannot be used.
-"""
-
+import dataclasses
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import tqdm
-from absl import flags
 
-from internvl_jax import assembly, cli
+from internvl_jax import assembly
 from internvl_jax.config import TrainConfig
-from internvl_jax.config_checks import validate
 from internvl_jax.data.load.inspection import DatasetReport, decode_all, describe_notes, examine
 from internvl_jax.data.load.mixture import Mixture
 from internvl_jax.data.load.show import as_json, show_sample
@@ -36,22 +25,26 @@ from internvl_jax.errors import UserError
 from internvl_jax.open_model import open_model
 from internvl_jax.storage.paths import filled_file, output_path
 
-_CONFIG = cli.define_config_flag()
-_SHOW = flags.DEFINE_integer(
-  "show", 0, "Print so many samples, the supervised text between » and «.", lower_bound=0
-)
-_DUMP = flags.DEFINE_string("dump", None, "A jsonl to write every sample's ids, labels and tiles to.")
-_PICTURE = flags.DEFINE_string("picture", None, "A picture to write, with histograms of tokens and tiles.")
-_DECODE = flags.DEFINE_bool("decode", True, "Decode images and videos, not only their headers.")
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+  """What is asked of a look at the data, beside the configuration.
+
+  Attributes:
+    show: the number of samples to print.
+    dump: a jsonl to write every sample's ids, labels and tiles to; None for none.
+    picture: a picture to write, with histograms of tokens and tiles; None for none.
+    decode: whether images and videos are decoded, and not only their headers read.
+  """
+
+  show: int = 0
+  dump: str | None = None
+  picture: str | None = None
+  decode: bool = True
 
 
-def main(argv: Sequence[str]) -> None:
-  """Examines, prints, and ends with 1 if something would be lost."""
-  del argv
-  cli.set_up_logging()
-  config: TrainConfig = _CONFIG.value
-  validate(config, "doctor")
-  cli.warn_idle(config)
+def examine_data(config: TrainConfig, request: Request) -> bool:
+  """Examines the data of a configuration and prints what it finds; whether nothing would be lost."""
   source, tokenizer = open_model(config, with_weights=False)
   chat = ChatTokenizer(tokenizer, config.data.conv_style, rows=source.config.text.vocab_size)
   assembly.open_export(config, source, tokenizer, chat)
@@ -68,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
   mixture.index_sizes(cache, workers=os.cpu_count() or 1, quiet=config.training.disable_tqdm)
   reports = examine(mixture)
   planned = config.data.use_packed_ds or config.training.group_by_length
-  damaged, notes = decode(mixture, packed=planned) if _DECODE.value else ([], [])
+  damaged, notes = decode(mixture, packed=planned) if request.decode else ([], [])
   print(table(reports))
   print(sizes(reports))
   if config.data.use_packed_ds:
@@ -80,10 +73,10 @@ def main(argv: Sequence[str]) -> None:
   held_out = assembly.held_out_problems(config, source, chat)
   for line in held_out:
     print(f"held out: {line}")
-  write_outputs(mixture, chat, reports)
+  write_outputs(mixture, chat, reports, request)
   mixture.close()
   print(summary(reports, lost=sum(report.lost for report in reports) + len(damaged), held_out=len(held_out)))
-  sys.exit(1 if damaged or held_out or any(report.lost for report in reports) else 0)
+  return not (damaged or held_out or any(report.lost for report in reports))
 
 
 def summary(reports: Sequence[DatasetReport], *, lost: int, held_out: int) -> str:
@@ -143,18 +136,20 @@ def fill(mixture: Mixture, settings: packing.PackSettings) -> str:
   )
 
 
-def write_outputs(mixture: Mixture, chat: ChatTokenizer, reports: Sequence[DatasetReport]) -> None:
-  """Prints samples, writes the dump and the picture, as the flags ask."""
-  for index in range(min(_SHOW.value, mixture.num_samples)):
+def write_outputs(
+  mixture: Mixture, chat: ChatTokenizer, reports: Sequence[DatasetReport], request: Request
+) -> None:
+  """Prints samples, writes the dump and the picture, as asked."""
+  for index in range(min(request.show, mixture.num_samples)):
     try:
       print(show_sample(mixture.decode(0, index), chat, mixture.lines))
     except DataError as error:
       print(f"not shown: {error}")
-  if _DUMP.value:
-    with filled_file(output_path(_DUMP.value, "--dump")) as path:
+  if request.dump:
+    with filled_file(output_path(request.dump, "--dump")) as path:
       dump(mixture, path)
-  if _PICTURE.value:
-    with filled_file(output_path(_PICTURE.value, "--picture")) as path:
+  if request.picture:
+    with filled_file(output_path(request.picture, "--picture")) as path:
       draw(reports, path)
 
 
@@ -191,7 +186,3 @@ def draw(reports: Sequence[DatasetReport], path: Path) -> None:
   axes[0].legend()
   figure.tight_layout()
   figure.savefig(path)
-
-
-if __name__ == "__main__":
-  cli.run_app(main)
