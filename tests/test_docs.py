@@ -118,6 +118,14 @@ def commands_of(page: Path) -> list[Command]:
   return found
 
 
+def file_of(program: str) -> Path:
+  """The file that runs: of `python -m`, the module's or, of a package, its `__main__.py`."""
+  if not program.startswith("internvl_jax."):
+    return REPOSITORY / program
+  path = REPOSITORY / program.replace(".", "/")
+  return path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+
+
 COMMANDS = [command for page in PAGES for command in commands_of(page)]
 OURS = [command for command in COMMANDS if command.program not in ELSEWHERE]
 
@@ -131,9 +139,7 @@ def test_commands_are_found():
 def test_the_program_is_there_and_run_by_a_test(command):
   program = command.program
   assert program in RUN_BY, "name the test that runs it"
-  module = REPOSITORY / (
-    program.replace(".", "/") + ".py" if program.startswith("internvl_jax.") else program
-  )
+  module = file_of(program)
   assert module.is_file()
   test = (REPOSITORY / RUN_BY[program]).read_text(encoding="utf-8")
   assert Path(program).stem.removeprefix("internvl_jax.") in test
@@ -144,9 +150,7 @@ def test_the_program_is_there_and_run_by_a_test(command):
 )
 def test_flags_are_those_of_the_program(command):
   program = command.program
-  module = REPOSITORY / (
-    program.replace(".", "/") + ".py" if program.startswith("internvl_jax.") else program
-  )
+  module = file_of(program)
   source = module.read_text(encoding="utf-8")
   words = command.words[: command.words.index("--")] if "--" in command.words else command.words
   for word in words:
