@@ -105,6 +105,18 @@ def test_a_new_loss_is_one_place(monkeypatch):
   np.testing.assert_allclose([total, terms["losses/apo_zero"]], [0.25 * expected, expected], rtol=1e-6)
 
 
+def test_an_answer_as_good_as_the_other_is_not_preferred():
+  """TRL's accuracy counts pairs whose chosen answer has the higher reward: one of these three."""
+  zero = jnp.zeros(3)
+  logps = PairLogProbs(jnp.array([1.0, 2.0, 0.0]), jnp.array([0.0, 2.0, 1.0]), zero, zero)
+  objective = PreferenceOptimization(
+    model=None, how=None, normalize_type="imagenet", terms=MPO, settings=LossSettings(0.5, 0.0)
+  )
+  found = objective._rewards(logps, jnp.full(3, 1 / 3))
+  np.testing.assert_allclose(found["rewards/accuracies"], 1 / 3, rtol=1e-6)
+  np.testing.assert_allclose(found["rewards/margins"], 0, atol=1e-6)
+
+
 # --- The objective ------------------------------------------------------------------------------------------
 
 LENGTH, PAIRS = 32, 8
