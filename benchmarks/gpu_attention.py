@@ -52,8 +52,8 @@ class Shape:
     if self.kind in ("full", "causal"):
       return Mask(causal=self.kind == "causal")
     if self.kind == "pairs":
-      ids, shared = pairs(self.T)
-      return Mask(causal=True, segments=ids, shared=shared)
+      ids, parents = pairs(self.T)
+      return Mask(causal=True, segments=ids, parent=parents)
     ids = jnp.asarray(gpu_rows.segment_ids(self.T))[None].repeat(self.B, axis=0)
     return Mask(causal=True, segments=ids, windows=() if self.window is None else (self.window,))
 
@@ -77,20 +77,20 @@ class Shape:
 
 
 def pairs(T: int) -> tuple[jax.Array, jax.Array]:
-  """A row of two preference pairs and padding: segments [1, T], and which tokens both answers see."""
+  """A row of two preference pairs and padding: segments [1, T], and the segments whose prompts they see."""
   parts = [
-    (1, 0.35, True),
-    (1, 0.08, False),
-    (2, 0.1, False),
-    (3, 0.25, True),
-    (3, 0.1, False),
-    (4, 0.1, False),
+    (1, 0.35, 1),
+    (1, 0.08, 0),
+    (2, 0.1, 1),
+    (3, 0.25, 3),
+    (3, 0.1, 0),
+    (4, 0.1, 3),
   ]
   lengths = [max(1, int(share * T)) for _, share, _ in parts]
   ids = np.repeat([segment for segment, _, _ in parts], lengths)
-  shared = np.repeat([share for _, _, share in parts], lengths)
+  parents = np.repeat([parent for _, _, parent in parts], lengths)
   fill = (0, T - len(ids))
-  return jnp.asarray(np.pad(ids, fill))[None], jnp.asarray(np.pad(shared, fill))[None]
+  return jnp.asarray(np.pad(ids, fill))[None], jnp.asarray(np.pad(parents, fill))[None]
 
 
 def compared_shapes(toy: bool) -> list[Shape]:

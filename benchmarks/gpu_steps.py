@@ -14,14 +14,15 @@ import gpu_rows
 from gpu_results import Results
 from gpu_timing import Timing
 from internvl_jax.aot import recipe
-from internvl_jax.assembly import Setup, open_mesh, set_up, set_up_jax
 from internvl_jax.batch import SFTBatch, count
 from internvl_jax.compiler import compile_program
 from internvl_jax.config import TrainConfig
 from internvl_jax.hf import published
 from internvl_jax.metrics import mfu
 from internvl_jax.open_model import open_shapes
-from internvl_jax.parallel import rules
+from internvl_jax.parallel import batches
+from internvl_jax.setup.devices import open_mesh, set_up_jax
+from internvl_jax.setup.step import Setup, set_up
 from internvl_jax.state import TrainState
 from internvl_jax.trees import count as count_parameters
 
@@ -110,7 +111,7 @@ def measure(
   del params
   start = time.perf_counter()
   rate = np.float32(1e-5)
-  inputs = state, frozen, rules.place_batch(batch, setup.mesh), rate
+  inputs = state, frozen, batches.place_batch(batch, setup.mesh), rate
   # As `trainer.CompiledSteps` does it, which keeps its programs to itself.
   lowered = jax.jit(setup.step.__call__, donate_argnums=0).lower(*inputs)
   program = compile_program(lowered, setup.mesh.devices.flat[0].platform)
@@ -160,7 +161,7 @@ def take_steps(
   for steps in (2, *itertools.repeat(4, samples)):
     start = time.perf_counter()
     for _ in range(steps):
-      state, metrics = program(state, frozen, rules.place_batch(batch, setup.mesh), rate)
+      state, metrics = program(state, frozen, batches.place_batch(batch, setup.mesh), rate)
     losses.append(float(metrics.loss))
     seconds.append((time.perf_counter() - start) / steps)
   return Timing.of(seconds[1:], 4), losses

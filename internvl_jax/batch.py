@@ -6,7 +6,10 @@ T tiles of a shard's pool, P tokens of a tile.
 NamedTuples of numpy arrays: JAX takes them as pytrees, and worker processes need not import JAX.
 """
 
-from typing import Any, NamedTuple, TypeAlias
+import functools
+import typing
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, NamedTuple, Protocol, TypeAlias
 
 Array: TypeAlias = Any
 """np.ndarray on the host, jax.Array inside the step, a sharding where placement is described."""
@@ -29,8 +32,23 @@ They are the reference's. Of CLIP's, OpenAI's last is 0.27577711; the reference 
 """
 
 
+class Axes:
+  """The dtype and the axes of a field of a batch, at the field's declaration.
+
+  Rows and pools are sharded over the data-parallel devices; `parallel.batches.batch_shardings` reads it from here.
+
+  Attributes:
+    dtype: numpy's name.
+    names: of each axis a letter (A, R, S, D, T, and letters of a kind of batch's own), or its size.
+  """
+
+  def __init__(self, dtype: str, *names: str | int):
+    """Names dtype and axes."""
+    self.dtype, self.names = dtype, names
+
+
 class SFTBatch(NamedTuple):
-  """One optimizer step's batch for supervised fine-tuning.
+  """The tokens and tiles of an optimizer step: the batch of supervised fine-tuning, and the `rows` of every other.
 
   Rows are dealt to data shards in blocks of R/D; a row may point only into its own shard's pool of tiles.
 
@@ -39,19 +57,19 @@ class SFTBatch(NamedTuple):
     targets: int32 [A, R, S], the token to predict at each place: the *next* token's label, already shifted;
       `IGNORE_INDEX` where nothing is to be predicted.
     loss_weight: float32 [A, R, S], weight of each target before normalization; 0 where ignored.
-    positions: int32 [A, R, S], counted from 0 within each segment; see `PreferenceBatch.shared` for the exception.
+    positions: int32 [A, R, S], counted from 0 within each segment, or on from the prompt that it shares.
     segment_ids: int32 [A, R, S], from 1; 0 is padding. A token attends within its own segment only.
     image_index: int32 [A, R, S], which of the T*P features of the shard's pool stands here, or `NO_IMAGE`.
     tiles: uint8 [A, D, T, H, W, 3], not normalized; T may be 0.
   """
 
-  input_ids: Array
-  targets: Array
-  loss_weight: Array
-  positions: Array
-  segment_ids: Array
-  image_index: Array
-  tiles: Array
+  input_ids: Annotated[Array, Axes("int32", "A", "R", "S")]
+  targets: Annotated[Array, Axes("int32", "A", "R", "S")]
+  loss_weight: Annotated[Array, Axes("float32", "A", "R", "S")]
+  positions: Annotated[Array, Axes("int32", "A", "R", "S")]
+  segment_ids: Annotated[Array, Axes("int32", "A", "R", "S")]
+  image_index: Annotated[Array, Axes("int32", "A", "R", "S")]
+  tiles: Annotated[Array, Axes("uint8", "A", "D", "T", "H", "W", 3)]
 
   @property
   def rows(self) -> "SFTBatch":
@@ -59,38 +77,38 @@ class SFTBatch(NamedTuple):
     return self
 
 
-class PreferenceBatch(NamedTuple):
-  """One optimizer step's batch for preference optimization.
+class Batch(Protocol):
+  """What a step takes: a NamedTuple whose fields declare their axes. Each kind of batch has tokens and tiles."""
 
-  K, the most pairs that a row has room for, is fixed by the length of rows: see `pairs_of_row`.
+  @property
+  def rows(self) -> SFTBatch:
+    """The tokens and tiles."""
+    ...
 
-  Attributes:
-    rows: as for supervised fine-tuning. Segments 2p - 1 and 2p of a row are the chosen and the rejected answer of its
-      p-th pair, p from 1, each behind the whole prompt; they point at the same features of the pool. `loss_weight`
-      is 1 at every supervised token. Where a pair shares its prompt, the prompt stands in the first segment only, and
-      the second begins with a copy of its last token, whose target there is the rejected answer's first token.
-    pair_weight: float32 [A, R, K], 1 where the row has such a pair, before normalization; else 0.
-    pair_index: int32 [A, R, K], index of the sample in the mixture; -1 where there is none.
-    reference: float32 [A, R, K, 2], log-probabilities of the chosen and the rejected answer by the reference policy,
-      where they were computed before; NaN elsewhere.
-    shared: bool [A, R, S], prompt tokens of a pair's first segment that its second segment sees as well, and whose
-      positions its own go on from; all False where prompts are not shared.
+
+def abstract_batch(kind: type, sizes: Mapping[str, int], make: Callable[[tuple[int, ...], str], Any]) -> Any:
+  """A batch of a kind, made field by field: shapes to compile for, or arrays of zeros.
+
+  Args:
+    kind: the NamedTuple.
+    sizes: of the axes, by their letters.
+    make: function (shape, dtype) -> a field.
   """
-
-  rows: SFTBatch
-  pair_weight: Array
-  pair_index: Array
-  reference: Array
-  shared: Array
-
-
-Batch: TypeAlias = SFTBatch | PreferenceBatch
-"""What a step takes; its tokens and tiles are its `rows`."""
+  fields = {}
+  for name, declared in fields_of(kind).items():
+    if isinstance(declared, Axes):
+      shape = tuple(sizes[axis] if isinstance(axis, str) else axis for axis in declared.names)
+      fields[name] = make(shape, declared.dtype)
+    else:
+      fields[name] = abstract_batch(declared, sizes, make)
+  return kind(**fields)
 
 
-def pairs_of_row(length: int) -> int:
-  """K for rows of so many tokens: a pair has at least four, a token to read and one to predict in each answer."""
-  return max(1, length // 4)
+@functools.cache
+def fields_of(kind: type) -> dict[str, "Axes | type"]:
+  """The axes of every field of a kind of batch; for a field that is a batch itself, its kind."""
+  hints = typing.get_type_hints(kind, include_extras=True)
+  return {name: getattr(hint, "__metadata__", (hint,))[0] for name, hint in hints.items()}
 
 
 class BatchCounts(NamedTuple):

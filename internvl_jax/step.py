@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from internvl_jax.batch import Batch, BatchCounts, count
+from internvl_jax.models.internvl import Execution
 from internvl_jax.objectives import Outcome
 from internvl_jax.parallel import rules
 from internvl_jax.parallel.rules import StateShardings
@@ -24,6 +25,15 @@ class Objective(Protocol):
 
   def weights(self, batch: Any) -> Any:
     """Normalized weights of an optimizer batch, each with a leading A."""
+    ...
+
+  @property
+  def how(self) -> Execution:
+    """How its forward passes are computed."""
+    ...
+
+  def plain(self) -> "Objective":
+    """The same by the plainest code on one shard: what the operations of a step are counted by."""
     ...
 
   def initial_running(self) -> dict[str, jax.Array]:

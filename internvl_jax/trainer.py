@@ -10,7 +10,7 @@ What only watches the loop is a callback (callbacks.py).
 import concurrent.futures
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -27,7 +27,7 @@ from internvl_jax.intervals import Due
 from internvl_jax.metrics.gauges import StepClock
 from internvl_jax.metrics.run_log import RunLog
 from internvl_jax.optim.learning_rate import Schedule
-from internvl_jax.parallel import distributed, rules
+from internvl_jax.parallel import batches, distributed
 from internvl_jax.state import TrainState
 from internvl_jax.step import StepMetrics, TrainStep
 from internvl_jax.watchdog import Watchdog
@@ -39,21 +39,27 @@ LONG_STEP_SECONDS = 5.0
 """Beside a step of so long, the moment in which the devices wait for the host is nothing."""
 
 
-class Loader(Protocol):
-  """Where batches come from; see `data.pipeline.TrainLoader`."""
+class BatchSource(Protocol):
+  """Where batches come from; the loader of data is one (`data.load.loader.TrainLoader`)."""
 
-  def __next__(self) -> Batch: ...
+  def next(self, params: Mapping[str, jax.Array]) -> Batch:
+    """The batch of the next step.
+
+    Args:
+      params: all parameters by path as they are before the step, for a source whose batches depend on them (rollouts).
+        Their buffers are given away by the step.
+    """
+    ...
 
   def prefetch(self) -> None:
-    """Puts the next batch together; state and counters stay those before it, and an error is left to `__next__`."""
+    """Puts the next batch together, where it does not depend on parameters.
+
+    State and counters stay those before it, and an error is left to `next`.
+    """
     ...
 
   def get_state(self) -> dict[str, Any]: ...
   def counters(self) -> dict[str, Any]: ...
-
-  def describe_batch(self, step: int) -> str:
-    """The samples of the batch that took the run from `step` to the next, in a line; asked a step or two later."""
-    ...
 
 
 @dataclasses.dataclass
@@ -82,7 +88,7 @@ class CompiledSteps:
       batch: numpy arrays: of each field, the part of the rows and pools that belongs to this process's devices.
       learning_rate: of this step.
     """
-    inputs = (state, frozen, rules.place_batch(batch, self.mesh), np.float32(learning_rate))
+    inputs = (state, frozen, batches.place_batch(batch, self.mesh), np.float32(learning_rate))
     shape = _shape(batch)
     if shape not in self._programs:
       self._programs[shape] = self._compile(inputs)
@@ -151,7 +157,7 @@ class Trainer:
     training: when to save, evaluate and stop.
     steps: the compiled step.
     schedule: the learning rate.
-    loader: batches of numpy arrays.
+    source: batches of numpy arrays.
     checkpointer: where to save.
     log: where metrics go; it knows the length of the run.
     watchdog: is told what the loop does.
@@ -163,7 +169,7 @@ class Trainer:
   training: TrainingArguments
   steps: CompiledSteps
   schedule: Schedule
-  loader: Loader
+  source: BatchSource
   checkpointer: Checkpointer
   log: RunLog
   watchdog: Watchdog
@@ -215,7 +221,7 @@ class Trainer:
       self._save(state, taken)
     with self.watchdog.phase("save", taken):
       self.checkpointer.wait()
-    self.log.save_state(taken, self.loader.counters())
+    self.log.save_state(taken, self.source.counters())
     if in_vain:
       raise UserError(
         f"nothing was trained and no model is written: loss or gradient was not finite in each of the {taken} steps; "
@@ -227,7 +233,7 @@ class Trainer:
     """Puts the next batch together while the devices work."""
     start = time.perf_counter()
     with self.watchdog.phase("data wait", step + 1):
-      self.loader.prefetch()
+      self.source.prefetch()
     self._ahead_in = time.perf_counter() - start
 
   def _take_step(
@@ -236,7 +242,7 @@ class Trainer:
     """Hands the devices a step, and takes in the one before."""
     start = time.perf_counter()
     with self.watchdog.phase("data wait", step + 1):
-      batch = next(self.loader)
+      batch = self.source.next({**frozen, **state.params})
     fetched_in, self._ahead_in = self._ahead_in + time.perf_counter() - start, 0.0
     if is_first:
       with self.watchdog.phase("compile", step + 1):
@@ -296,8 +302,8 @@ class Trainer:
 
   def _save(self, state: TrainState, step: int) -> None:
     with self.watchdog.phase("save", step):
-      self.checkpointer.save(state, loader=self.loader.get_state(), trainer=self.log.state())
-    self.log.save_state(step, self.loader.counters())
+      self.checkpointer.save(state, loader=self.source.get_state(), trainer=self.log.state())
+    self.log.save_state(step, self.source.counters())
     for callback in self.callbacks:
       callback.after_save(step)
 

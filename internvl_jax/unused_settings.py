@@ -10,7 +10,7 @@ that would run.
     ASKS_NOTHING  values, beside the default, that ask for nothing where the field has no effect
     REFUSED_IDLE  fields that are refused, not said
 
-What depends on more than the configuration is said where that is known: the model (`assembly.idle_on`), the number of
+What depends on more than the configuration is said where that is known: the model (`setup.step.idle_on`), the number of
 steps (`optim.learning_rate.warmup_remark`).
 """
 

@@ -21,11 +21,11 @@ from internvl_jax.models.decoder import DecoderConfig
 from internvl_jax.models.internvl import Execution, InternVL, InternVLConfig
 from internvl_jax.models.lora import LoRASpec
 from internvl_jax.models.towers.internvit import InternViTConfig
-from internvl_jax.objectives import SupervisedFineTuning
 from internvl_jax.optim.labels import decays, labels_of, trained
 from internvl_jax.optim.optimizer import make_optimizer
 from internvl_jax.state import TrainState, with_dtypes
 from internvl_jax.step import TrainStep
+from internvl_jax.tasks.sft.objective import SupervisedFineTuning
 from internvl_jax.trees import count, select
 
 _TOKENS = flags.DEFINE_integer("tokens", 8192, "Tokens of the row.", lower_bound=1)

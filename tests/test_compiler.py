@@ -145,7 +145,7 @@ def test_an_override_that_xla_refuses_is_one_line(entry, why):
 
 
 def test_overrides_are_checked_where_the_mesh_is_opened():
-  from internvl_jax.assembly import open_mesh
+  from internvl_jax.setup.devices import open_mesh
 
   config = TrainConfig()
   config.runtime.xla_options = ("xla_gpu_not_there=1",)

@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from internvl_jax import assembly
 from internvl_jax.arguments import DataTrainingArguments, LoaderConfig, ModelArguments, TrainingArguments
 from internvl_jax.batch import SFTBatch
 from internvl_jax.config import TrainConfig
@@ -31,6 +30,9 @@ from internvl_jax.models.lora import adapter_paths
 from internvl_jax.models.projector import pixel_shuffle
 from internvl_jax.open_model import open_model
 from internvl_jax.optim.labels import trainable_paths
+from internvl_jax.setup.devices import open_mesh
+from internvl_jax.setup.step import drop_path_rates, execution
+from internvl_jax.setup.step import set_up as make_setup
 from internvl_jax.trees import submodule_of
 from tests.support.toy import ASSETS, CURVE, CURVE_INTERNLM2
 
@@ -72,7 +74,7 @@ def trainable(**settings):
 
 def set_up(**settings):
   config = run_of(**settings)
-  return assembly.set_up(config, source_of(), assembly.open_mesh(config, jax.devices()[:1]))
+  return make_setup(config, source_of(), open_mesh(config, jax.devices()[:1]))
 
 
 def value_of(source, path):
@@ -189,8 +191,8 @@ def test_unfreeze_lm_head():
 
 def test_grad_checkpoint():
   model = source_of().config
-  assert assembly.execution(run_of(grad_checkpoint=True), model).remat == "full"
-  assert assembly.execution(run_of(grad_checkpoint=False), model).remat is None
+  assert execution(run_of(grad_checkpoint=True), model).remat == "full"
+  assert execution(run_of(grad_checkpoint=False), model).remat is None
 
 
 @pytest.mark.parametrize(
@@ -206,7 +208,7 @@ def test_drop_path_rate(flags, first):
   """It rises over the layers; those that do not train run as in evaluation."""
   source = source_of(**flags)
   paths = trainable_paths(ModelArguments(**flags), source.model.shapes)
-  rates = assembly.drop_path_rates(0.4, source, paths)
+  rates = drop_path_rates(0.4, source, paths)
   if first is None:
     assert rates == ()
     return

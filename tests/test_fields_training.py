@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from internvl_jax import assembly
 from internvl_jax.allowed_values import ACCEPTED
 from internvl_jax.arguments import DataTrainingArguments, LoaderConfig, TrainingArguments
 from internvl_jax.checkpoint.checkpointer import Checkpointer
@@ -28,6 +27,9 @@ from internvl_jax.metrics.writers.console import ProgressBar
 from internvl_jax.optim.learning_rate import make_schedule
 from internvl_jax.optim.optimizer import OPTIMIZERS, make_optimizer
 from internvl_jax.outputs import check_output_dir
+from internvl_jax.setup.devices import open_mesh
+from internvl_jax.setup.step import execution
+from internvl_jax.setup.step import set_up as make_setup
 from internvl_jax.state import TrainState
 from tests.support.toy import ASSETS
 from tests.test_fields import run_of, source_of
@@ -53,7 +55,7 @@ def refusals(**settings):
 
 def set_up(**settings):
   config = configured(**settings)
-  return assembly.set_up(config, source_of(), assembly.open_mesh(config, jax.devices()[:1]))
+  return make_setup(config, source_of(), open_mesh(config, jax.devices()[:1]))
 
 
 # --- The optimizer ------------------------------------------------------------------------------------------
@@ -275,14 +277,14 @@ def test_gradient_checkpointing():
   for flag, expected in ((True, "full"), (False, None)):
     config = configured(gradient_checkpointing=flag)
     config.model.grad_checkpoint = False
-    assert assembly.execution(config, source_of().config).remat == expected
+    assert execution(config, source_of().config).remat == expected
 
 
 def test_deepspeed(tmp_path):
   path = tmp_path / "zero.json"
   for stage, parts in ((1, 1), (3, 2)):
     path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-    mesh = assembly.open_mesh(configured(deepspeed=str(path)), jax.devices()[:2])
+    mesh = open_mesh(configured(deepspeed=str(path)), jax.devices()[:2])
     assert (mesh.shape["data"], mesh.shape["fsdp"]) == (2 // parts, parts)
 
 

@@ -7,7 +7,7 @@ import pytest
 from absl import logging
 from transformers import AutoTokenizer
 
-from internvl_jax import assembly, serving
+from internvl_jax import serving
 from internvl_jax.conversion import convert
 from internvl_jax.data.sample import tiling
 from internvl_jax.data.sample.templates import get_template
@@ -19,6 +19,9 @@ from internvl_jax.hf.model import open_source
 from internvl_jax.hf.model_config import HF, INTERNVL
 from internvl_jax.hf.tokenizer import add_image_tokens, load_tokenizer, save_tokenizer
 from internvl_jax.open_model import open_model
+from internvl_jax.setup.export import adapter_notes
+from internvl_jax.setup.export import open_export as look_at_export
+from internvl_jax.tasks import open_task
 from tests.hf import test_tokenizers
 from tests.support import families, served
 from tests.support.toy import CURVE, curve_config
@@ -198,7 +201,8 @@ def run_config(tmp_path, **settings):
 
 def open_export(config):
   source, tokenizer = open_model(config, with_weights=False)
-  return assembly.open_export(config, source, tokenizer, ChatTokenizer(tokenizer, config.data.conv_style))
+  chat = ChatTokenizer(tokenizer, config.data.conv_style)
+  return look_at_export(config, source, tokenizer, chat, open_task(config, source))
 
 
 @pytest.mark.parametrize(
@@ -262,12 +266,12 @@ def test_adapters_without_a_form_are_told_before_the_first_step(tmp_path, warned
     config.data.force_image_size = 28 if folder == hf else 56
     config.runtime.grow_vocabulary = folder == hf  # Its tokenizer is another model's.
     source, _ = open_model(config, with_weights=False)
-    (line,) = assembly.adapter_notes(config, source)
+    (line,) = adapter_notes(config, source)
     assert (told or "adapter/ holds the adapters alone; what else trains (language_model, mlp1)") in line
   parts = run_config(tmp_path, model__use_llm_lora=2)
   source, _ = open_model(parts, with_weights=False)
   parts.model.model_name_or_path = None
-  assert "no checkpoint of the base model" in assembly.adapter_notes(parts, source)[0]
+  assert "no checkpoint of the base model" in adapter_notes(parts, source)[0]
 
 
 # --- Code of the internvl layout ----------------------------------------------------------------------------

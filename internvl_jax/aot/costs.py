@@ -6,11 +6,8 @@ from collections.abc import Mapping
 import jax
 
 from internvl_jax.aot.program import StepPlan
-from internvl_jax.batch import PreferenceBatch
 from internvl_jax.metrics.flops import Products, list_products
 from internvl_jax.models.internvl import SCOPES
-from internvl_jax.models.kernels import Kernels
-from internvl_jax.objectives import ForwardPass
 
 OTHER = "optimizer and other"
 PARTS: Mapping[str, str] = {
@@ -57,13 +54,8 @@ def model_flops(plan: StepPlan) -> dict[str, dict[str, int]]:
 
 def _plain_products(plan: StepPlan) -> list[Products]:
   """The products of the step on one shard's micro-batch, by the plainest code."""
-  objective = plan.step.objective
-  assert isinstance(objective, ForwardPass)
-  how = dataclasses.replace(objective.how, kernels=Kernels(attention="plain"), remat=None)
-  plain = dataclasses.replace(objective, how=how, fused_loss=False, shards=1)
-  step = dataclasses.replace(plan.step, objective=plain, places=None)
-  preference = isinstance(plan.batch, PreferenceBatch)
-  batch = dataclasses.replace(plan.shape, accumulation=1).batch(shards=1, preference=preference)
+  step = dataclasses.replace(plan.step, objective=plan.step.objective.plain(), places=None)
+  batch = dataclasses.replace(plan.shape, accumulation=1).batch(1, plan.task)
   state, frozen, _, rate = plan.inputs
   return list_products(step.__call__, _whole(state), _whole(frozen), batch, rate)
 

@@ -11,8 +11,8 @@ from internvl_jax.aot.price import check_price, price
 from internvl_jax.aot.program import BatchShape, batch_shape, compile_step, plan_step
 from internvl_jax.aot.search import as_json, search, summary
 from internvl_jax.aot.target import Target, open_target
-from internvl_jax.assembly import set_up_jax
 from internvl_jax.config import TrainConfig
+from internvl_jax.setup.devices import set_up_jax
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,7 @@ import numpy as np
 
 from internvl_jax.aot import cuda
 from internvl_jax.aot.target import Target
-from internvl_jax.assembly import describe_copies, open_mesh, set_up
-from internvl_jax.batch import Batch, PreferenceBatch, SFTBatch, pairs_of_row
+from internvl_jax.batch import Batch, abstract_batch
 from internvl_jax.compiler import compile_program
 from internvl_jax.config import TrainConfig
 from internvl_jax.data.schedule.shapes import longest_row
@@ -22,11 +21,15 @@ from internvl_jax.errors import UserError
 from internvl_jax.hf.model import Source
 from internvl_jax.models.kernels import Device
 from internvl_jax.open_model import open_shapes
+from internvl_jax.parallel import batches
 from internvl_jax.parallel import mesh as meshes
-from internvl_jax.parallel import rules
 from internvl_jax.parallel.placement_table import placement_warnings
+from internvl_jax.setup.devices import open_mesh
+from internvl_jax.setup.step import set_up
 from internvl_jax.state import TrainState
 from internvl_jax.step import TrainStep
+from internvl_jax.tasks import conversations_a_line
+from internvl_jax.tasks.task import Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,33 +50,18 @@ class BatchShape:
   tiles: int
   side: int
 
-  def batch(self, shards: int, *, preference: bool = False) -> Batch:
-    """Shapes of the batch for so many data shards."""
-    ids = jax.ShapeDtypeStruct((self.accumulation, self.rows * shards, self.tokens), np.int32)
-    pool = (self.accumulation, shards, self.rows * self.tiles, self.side, self.side, 3)
-    rows = SFTBatch(
-      input_ids=ids,
-      targets=ids,
-      loss_weight=jax.ShapeDtypeStruct(ids.shape, np.float32),
-      positions=ids,
-      segment_ids=ids,
-      image_index=ids,
-      tiles=jax.ShapeDtypeStruct(pool, np.uint8),
-    )
-    if not preference:
-      return rows
-    pairs = (*ids.shape[:2], pairs_of_row(self.tokens))
-    known = jax.ShapeDtypeStruct((*pairs, 2), np.float32)
-    weight, index = (jax.ShapeDtypeStruct(pairs, dtype) for dtype in (np.float32, np.int32))
-    shared = jax.ShapeDtypeStruct(ids.shape, np.bool_)
-    return PreferenceBatch(rows, weight, index, known, shared)
+  def batch(self, shards: int, task: Task) -> Batch:
+    """Shapes of the task's batch for so many data shards."""
+    rows = {"A": self.accumulation, "R": self.rows * shards, "S": self.tokens}
+    pool = {"D": shards, "T": self.rows * self.tiles, "H": self.side, "W": self.side}
+    return abstract_batch(task.batch, {**rows, **pool, **task.sizes(self.tokens)}, jax.ShapeDtypeStruct)
 
 
 def batch_shape(config: TrainConfig, *, tokens: int | None = None, tiles: int | None = None) -> BatchShape:
   """The largest batch that the config's data can make, or one with so many tokens and tiles a row."""
   data = config.data
-  # A pair's answers are in one row.
-  longest = longest_row(data, data.max_seq_length * (1 if config.preference.loss_type is None else 2))
+  # A line's conversations are in one row.
+  longest = longest_row(data, data.max_seq_length * conversations_a_line(config))
   if data.use_packed_ds:
     most = data.num_images_expected
   else:
@@ -94,6 +82,7 @@ class StepPlan:
 
   Attributes:
     source: the model.
+    task: the way to learn.
     step: what is to be compiled.
     mesh: its devices.
     shape: the batch's.
@@ -103,6 +92,7 @@ class StepPlan:
   """
 
   source: Source
+  task: Task
   step: TrainStep
   mesh: jax.sharding.Mesh
   shape: BatchShape
@@ -135,20 +125,18 @@ def plan_step(
   mesh = open_mesh(config, target.devices, source.model)
   meshes.check_lengths([shape.tokens], mesh)
   setup = set_up(config, source, mesh, device=Device.of(target.devices[0]))
-  preference = config.preference.loss_type is not None
-  batch = shape.batch(meshes.data_parallel_size(mesh), preference=preference)
+  batch = shape.batch(meshes.data_parallel_size(mesh), setup.task)
   batch = jax.tree.map(
-    lambda leaf, place: leaf.update(sharding=place), batch, rules.batch_shardings(batch, mesh)
+    lambda leaf, place: leaf.update(sharding=place), batch, batches.batch_shardings(batch, mesh)
   )
-  frozen = {path: leaf for path, leaf in setup.shapes.items() if path not in setup.trainable}
-  frozen |= describe_copies(config, source, setup.shapes, setup.trainable)
   return StepPlan(
     source=source,
+    task=setup.task,
     step=setup.step,
     mesh=mesh,
     shape=shape,
     state=setup.abstract_state(),
-    frozen=frozen,
+    frozen=setup.abstract_frozen(),
     batch=batch,
     xla_options=config.runtime.xla_options,
     warnings=tuple(placement_warnings(setup.shapes, setup.places)),

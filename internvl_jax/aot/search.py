@@ -24,7 +24,6 @@ from internvl_jax.chips import GPUS, TPUS
 from internvl_jax.config import TrainConfig
 from internvl_jax.errors import UserError
 from internvl_jax.hf.model import Source
-from internvl_jax.objectives import ForwardPass
 from internvl_jax.open_model import open_shapes
 from internvl_jax.trees import submodule_of
 
@@ -265,9 +264,7 @@ def lower_bound(plan: StepPlan) -> int:
 
 def _saved(plan: StepPlan) -> int:
   """Bytes of what the layers of both stacks save: their inputs, and under "dots" the results of their products."""
-  objective = plan.step.objective
-  assert isinstance(objective, ForwardPass)
-  how, vision, text = objective.how, plan.source.config.vision, plan.source.config.text
+  how, vision, text = plan.step.objective.how, plan.source.config.vision, plan.source.config.text
   sharing = _sharing(plan)
   tokens = plan.shape.rows * plan.shape.tokens // sharing
   patches = math.ceil(plan.shape.rows * plan.shape.tiles / sharing) * vision.num_tokens

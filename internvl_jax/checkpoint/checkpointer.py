@@ -218,7 +218,7 @@ class Checkpointer:
     metadata = self._manager.item_metadata(step)["state"]
     if sorted(metadata.get("running", {})) != sorted(like.running):
       raise UserError(
-        f"{self.folder / str(step)}: was made by another objective (preference.loss_type) than this config's; use the "
+        f"{self.folder / str(step)}: was made by another way to learn (a task of internvl_jax/tasks) than this config's; use the "
         "settings it was made with, another output_dir, or overwrite_output_dir=True"
       )
     saved = metadata["params"]

@@ -5,7 +5,7 @@
 Measures every sample and decodes every image and video, on all cores, and prints a table of the datasets, the
 sizes, how full packed rows would be, the steps of an epoch, what of the lines is not read, which images are taken
 otherwise than they are shown (of more than 8 bits, with several frames, ...), and the same for held-out data
-(eval.annotation, preference.eval_meta_path). Ends with status 1 if a line would be lost: unreadable, without a
+(eval.annotation, the task's held-out samples). Ends with status 1 if a line would be lost: unreadable, without a
 supervised token, or too long to keep any of it (loader.on_over_length); or if a held-out one cannot be used.
 """
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import tqdm
 
-from internvl_jax import assembly
 from internvl_jax.config import TrainConfig
 from internvl_jax.data.load.inspection import DatasetReport, decode_all, describe_notes, examine
 from internvl_jax.data.load.mixture import Mixture
@@ -23,7 +22,10 @@ from internvl_jax.data.source.files import default_cache
 from internvl_jax.data.where import DataError
 from internvl_jax.errors import UserError
 from internvl_jax.open_model import open_model
+from internvl_jax.setup.export import open_export
+from internvl_jax.setup.held_out import held_out_problems
 from internvl_jax.storage.paths import filled_file, output_path
+from internvl_jax.tasks import open_task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,8 @@ def examine_data(config: TrainConfig, request: Request) -> bool:
   """Examines the data of a configuration and prints what it finds; whether nothing would be lost."""
   source, tokenizer = open_model(config, with_weights=False)
   chat = ChatTokenizer(tokenizer, config.data.conv_style, rows=source.config.text.vocab_size)
-  assembly.open_export(config, source, tokenizer, chat)
+  task = open_task(config, source)
+  open_export(config, source, tokenizer, chat, task)
   cache = config.loader.cache_dir or default_cache()
   mixture = Mixture(
     config.data,
@@ -56,7 +59,7 @@ def examine_data(config: TrainConfig, request: Request) -> bool:
     seed=config.training.seed,
     policy=config.loader.on_over_length,
     cache=cache,
-    lines=assembly.data_task(config, source).lines,
+    lines=task.data.lines,
   )
   mixture.index_sizes(cache, workers=os.cpu_count() or 1, quiet=config.training.disable_tqdm)
   reports = examine(mixture)
@@ -70,7 +73,7 @@ def examine_data(config: TrainConfig, request: Request) -> bool:
     print(f"note: {line}")
   for line in [*(line for report in reports for line in report.examples), *damaged]:
     print(f"lost: {line}")
-  held_out = assembly.held_out_problems(config, source, chat)
+  held_out = held_out_problems(config, source, chat, task)
   for line in held_out:
     print(f"held out: {line}")
   write_outputs(mixture, chat, reports, request)

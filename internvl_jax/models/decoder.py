@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from internvl_jax.models import lora
-from internvl_jax.models.attention import Mask, attention
+from internvl_jax.models.attention import Mask, SharedPrompts, attention
 from internvl_jax.models.kernels import Kernels
 from internvl_jax.models.layers import Embed, LayerStack, Linear, RMSNorm, make_param
 from internvl_jax.models.lora import LoRASpec
@@ -216,7 +216,7 @@ class Decoder(nnx.Module):
     positions: jax.Array,
     segment_ids: jax.Array | None = None,
     kv_segment_ids: jax.Array | None = None,
-    shared: jax.Array | None = None,
+    shared: SharedPrompts | None = None,
     dropout_key: jax.Array | None = None,
     kernels: Kernels | None = None,
     remat: Callable | None = None,
@@ -227,8 +227,9 @@ class Decoder(nnx.Module):
     Args:
       x: token embeddings with image features in place, in the compute dtype.
       positions: int [B, T], for the rotary embedding.
-      segment_ids, kv_segment_ids, shared: see `Mask`. Segment 0 is padding to a router's statistics; shared prompts
-        are for models without windows, which count along the row, where what is shared is too far off.
+      segment_ids, kv_segment_ids: see `Mask`. Segment 0 is padding to a router's statistics.
+      shared: prompts that segments have in common, for models without windows, which count along the row, where what
+        is shared is too far off.
       dropout_key: randomness of the adapters' dropout; None is evaluation.
       kernels: the backends; None is XLA's.
       remat, unroll: see `LayerStack.scan`.
@@ -238,7 +239,8 @@ class Decoder(nnx.Module):
     """
     T = x.shape[1]
     assert shared is None or not any(self.windows)
-    mask, xs = self._mask(T, segments=segment_ids, kv_segments=kv_segment_ids, shared=shared)
+    prompts = {} if shared is None else shared._asdict()
+    mask, xs = self._mask(T, segments=segment_ids, kv_segments=kv_segment_ids, **prompts)
     if dropout_key is not None:
       xs["dropout"] = jax.random.split(dropout_key, self.kv_shape[0])
     options = {

@@ -13,7 +13,6 @@ Letters: R rows, S tokens, D data shards.
 
 import contextlib
 import dataclasses
-import functools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Literal, TypeAlias
@@ -22,8 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from internvl_jax.batch import Batch, PreferenceBatch, SFTBatch
-from internvl_jax.parallel.mesh import DATA_AXES, FSDP_OUTER, data_axes, data_parts
+from internvl_jax.parallel.mesh import DATA_AXES, FSDP_OUTER
 
 MeshAxes: TypeAlias = tuple[str, ...]
 Names: TypeAlias = tuple[str | None, ...]
@@ -33,7 +31,7 @@ _FSDP = ("fsdp", FSDP_OUTER)
 _SHARED = ("expert", "sequence")
 """Axes whose devices share rows, and that split no axis of a dense weight in use: they store it like `fsdp`."""
 
-_SHARING = (*_SHARED, "tensor")
+SHARING = (*_SHARED, "tensor")
 """All axes whose devices share rows and pools of tiles."""
 
 WEIGHTS: dict[str, MeshAxes] = {
@@ -43,7 +41,7 @@ WEIGHTS: dict[str, MeshAxes] = {
   "patch": (*_FSDP, *_SHARED),
   # The token embeddings: their number is rarely a multiple of anything, so their width is split.
   "vocab": (),
-  "table": (*_FSDP, *_SHARING),
+  "table": (*_FSDP, *SHARING),
   # Split in use as well.
   "heads": ("tensor",),
   "kv_heads": ("tensor",),
@@ -65,14 +63,14 @@ _INSTEAD = frozenset({"heads", "kv_heads", "mlp", "vision", "fused"})
 """Axes of weights that take what of `fsdp` does not divide those."""
 
 ACTIVATIONS: dict[str, MeshAxes] = {
-  "tiles": (*DATA_AXES, *_SHARING),
+  "tiles": (*DATA_AXES, *SHARING),
   "rows": DATA_AXES,
   "heads": ("tensor",),
   # Within attention, where tokens give up their axes to heads.
   "attention_heads": ("tensor", *_SHARED),
   # Within the loss.
   "vocab": ("tensor",),
-  "tokens": _SHARING,
+  "tokens": SHARING,
 }
 """Mesh axes of each logical axis of an activation; earlier entries choose first, later ones take what is left."""
 
@@ -149,7 +147,7 @@ def even_shares(tiles: int) -> int:
   mesh = mesh_in_scope()
   if mesh is None:
     return tiles
-  devices = _devices(_SHARING, mesh)
+  devices = device_count(SHARING, mesh)
   return -(-tiles // devices) * devices
 
 
@@ -202,7 +200,7 @@ class Product:
     # Over the groups of `fsdp` first: between them, slow as it is, then only pieces of what a group holds travel.
     apart = FSDP_OUTER in columns
     if _on_gpus() and columns and not split[1]:
-      pieces = w.reshape(w.shape[0], _devices(columns, mesh), -1).swapaxes(0, 1)
+      pieces = w.reshape(w.shape[0], device_count(columns, mesh), -1).swapaxes(0, 1)
       pieces = jax.lax.with_sharding_constraint(pieces, spec(columns, rows))
       pieces = jax.lax.with_sharding_constraint(pieces, spec((), rows if apart else split[0]))
       w = _from_pieces(pieces, axis=1)
@@ -237,7 +235,7 @@ class Product:
     ]
 
   def _whole(self, entry: MeshAxes, size: int, mesh: AbstractMesh) -> bool:
-    return (size if self.pieces is None else self.pieces) % _devices(entry, mesh) == 0
+    return (size if self.pieces is None else self.pieces) % device_count(entry, mesh) == 0
 
   def _shard(self, x: jax.Array, last: MeshAxes, used: MeshAxes, mesh: AbstractMesh) -> jax.Array:
     leading: Names = ("rows", "tokens") if self.over == "tokens" else ("tiles", None)
@@ -317,7 +315,9 @@ def _elsewhere(
     return entries
   used = {axis for entry in entries for axis in entry}
   for i, (name, size) in enumerate(zip(axes, shape, strict=True)):
-    if name in _INSTEAD and (more := dividing_axes(_FSDP, size // _devices(entries[i], mesh), mesh, used)):
+    if name in _INSTEAD and (
+      more := dividing_axes(_FSDP, size // device_count(entries[i], mesh), mesh, used)
+    ):
       entries[i] += tuple(sorted(more, key=lambda axis: axis != FSDP_OUTER))
       used |= set(more)
   return entries
@@ -336,7 +336,8 @@ def fsdp_groups(
     sizes = {**mesh.shape, FSDP_OUTER: groups, "fsdp": mesh.shape["fsdp"] // groups}
     cut = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     return sum(
-      math.prod(shape) // math.prod(_devices(entry, cut) for entry in weight_entries(axes[path], shape, cut))
+      math.prod(shape)
+      // math.prod(device_count(entry, cut) for entry in weight_entries(axes[path], shape, cut))
       for path, shape in large.items()
     )
 
@@ -344,7 +345,8 @@ def fsdp_groups(
   return min((n for n in range(1, size + 1) if size % n == 0), key=held)
 
 
-def _devices(axes: MeshAxes, mesh: Mesh | AbstractMesh) -> int:
+def device_count(axes: MeshAxes, mesh: Mesh | AbstractMesh) -> int:
+  """How many devices these axes of a mesh have together."""
   return math.prod(mesh.shape[axis] for axis in axes)
 
 
@@ -394,44 +396,9 @@ def _over_data(axes: Names, shape: tuple[int, ...], mesh: Mesh) -> list[MeshAxes
   """`weight_entries`, with `data` added to the first axis that it divides."""
   entries = weight_entries(axes, shape, mesh)
   for i, (name, size) in enumerate(zip(axes, shape, strict=True)):
-    if name != "layers" and (more := dividing_axes(("data",), size // _devices(entries[i], mesh), mesh)):
+    if name != "layers" and (more := dividing_axes(("data",), size // device_count(entries[i], mesh), mesh)):
       return [*entries[:i], (*entries[i], *more), *entries[i + 1 :]]
   return entries
-
-
-# --- Batches ------------------------------------------------------------------------------------------------
-
-
-def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
-  """The sharding of each field of a batch [A, R, ...] of arrays or shapes: rows, pairs and pools over the data axes.
-
-  The tiles of a pool are sharded over the devices that share it, too, where these take as many each: the pixels of a
-  long row are the largest thing in a batch.
-  """
-  shards = data_axes(mesh)
-  rows = NamedSharding(mesh, PartitionSpec(None, shards))
-  num_tiles = batch.rows.tiles.shape[2]
-  evenly = num_tiles > 0 and num_tiles % _devices(_SHARING, mesh) == 0
-  tiles = NamedSharding(mesh, PartitionSpec(None, shards, _SHARING if evenly else None))
-  places = SFTBatch(**dict.fromkeys(SFTBatch._fields, rows))._replace(tiles=tiles)
-  return PreferenceBatch(places, rows, rows, rows, rows) if isinstance(batch, PreferenceBatch) else places
-
-
-def place_batch(batch: Batch, mesh: Mesh) -> Batch:
-  """Numpy arrays, of each field the part of the rows and pools that this process feeds, on its devices."""
-  parts = _num_parts(mesh)
-
-  def place(leaf, sharding):
-    A, fed, *rest = leaf.shape
-    return jax.make_array_from_process_local_data(sharding, leaf, (A, parts * fed, *rest))
-
-  return jax.tree.map(place, batch, batch_shardings(batch, mesh))
-
-
-@functools.cache
-def _num_parts(mesh: Mesh) -> int:
-  """How many parts processes feed: see `data_parts`."""
-  return 1 + max(data_parts(mesh))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,1 +1,47 @@
-"""Ways to learn: one folder each."""
+"""Ways to learn: a package each, and a line each in `TASKS`.
+
+A package has `is_asked_for(config)` and `CONVERSATIONS`, how many conversations a line becomes, both without anything
+heavy, maybe `VARIANTS` of the planned recipe, and a module `task` with `open_task(config, source)`, which returns a `tasks.task.Task`.
+"""
+
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from internvl_jax.config import TrainConfig
+
+TASKS: tuple[str, ...] = (
+  "internvl_jax.tasks.preference",
+  "internvl_jax.tasks.sft",
+)
+"""The packages; a config asks for the first that says so."""
+
+
+def package_for(config: TrainConfig) -> ModuleType:
+  """The package of the way to learn that a config asks for."""
+  return next(package for package in map(importlib.import_module, TASKS) if package.is_asked_for(config))
+
+
+def variants() -> dict[str, Callable[[TrainConfig], None]]:
+  """Variants of the recipe that is planned for, by name: what makes a config of fine-tuning one of another task."""
+  packages = map(importlib.import_module, TASKS)
+  return {name: vary for package in packages for name, vary in getattr(package, "VARIANTS", {}).items()}
+
+
+def conversations_a_line(config: TrainConfig) -> int:
+  """How many conversations a line of the data becomes, which stand in one row."""
+  return package_for(config).CONVERSATIONS
+
+
+def open_task(config: TrainConfig, source: Any) -> Any:
+  """The way to learn that a config asks for.
+
+  Args:
+    config: the run's.
+    source: the model (`hf.model.Source`), whose weights need not be there.
+
+  Returns:
+    A `tasks.task.Task`.
+  """
+  return importlib.import_module(f"{package_for(config).__name__}.task").open_task(config, source)

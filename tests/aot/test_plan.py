@@ -16,11 +16,14 @@ from internvl_jax.aot.recipe import get_config
 from internvl_jax.aot.target import open_target
 from internvl_jax.arguments import MeshConfig
 from internvl_jax.batch import BatchCounts
+from internvl_jax.data.load.task import CONVERSATIONS
 from internvl_jax.errors import UserError
 from internvl_jax.hf import published
 from internvl_jax.metrics.mfu import peak_flops, useful_flops
 from internvl_jax.open_model import open_shapes
 from internvl_jax.parallel import placement_table
+from internvl_jax.tasks.sft.objective import SupervisedFineTuning
+from internvl_jax.tasks.task import Task
 from internvl_jax.trees import count
 from tests.support.toy import RECIPE, REPOSITORY, curve_config
 
@@ -212,7 +215,8 @@ def test_batches_are_the_largest_that_the_data_make(tmp_path):
   assert batch_shape(config).tiles == 1
   packed = get_config()
   assert (batch_shape(packed).tokens, batch_shape(packed).tiles) == (8192, 40)
-  assert batch_shape(packed, tokens=5, tiles=0).batch(shards=3).tiles.shape == (1, 3, 0, 448, 448, 3)
+  sft = Task(name="sft", data=CONVERSATIONS, make_objective=SupervisedFineTuning)
+  assert batch_shape(packed, tokens=5, tiles=0).batch(3, sft).tiles.shape == (1, 3, 0, 448, 448, 3)
 
 
 # --- Published sizes ----------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import json
 import pytest
 from PIL import Image
 
-from internvl_jax import assembly
 from internvl_jax.arguments import EvalConfig
 from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.data.where import DataError
@@ -13,6 +12,8 @@ from internvl_jax.errors import UserError
 from internvl_jax.eval.questions import QuestionFile
 from internvl_jax.hf.tokenizer import load_tokenizer
 from internvl_jax.open_model import open_model
+from internvl_jax.setup.held_out import check_held_out, held_out_problems
+from internvl_jax.tasks import open_task
 from tests.support.toy import CURVE, curve_config
 
 
@@ -94,7 +95,7 @@ def test_held_out_data_are_refused_before_the_first_step(config, chat, policy, t
   source, _ = open_model(config, with_weights=False)
   config.loader.on_bad_sample = policy
   config.loader.sequence_buckets = ()
-  assembly.check_held_out(config, source, chat)
+  check_held_out(config, source, chat, open_task(config, source))
   # Of pairs, which the loader reads, those may be dropped that its policy drops.
   pair = {"question": "what?", "chosen": "red", "rejected": "blue"}
   (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(pair)}\n{json.dumps(pair | {'image': 'gone.png'})}\n")
@@ -102,13 +103,13 @@ def test_held_out_data_are_refused_before_the_first_step(config, chat, policy, t
     json.dumps({"p": {"root": str(tmp_path), "annotation": "pairs.jsonl"}})
   )
   config.preference.loss_type, config.preference.eval_meta_path = "sigmoid", str(tmp_path / "pairs.json")
-  (message,) = assembly.held_out_problems(config, source, chat)
+  (message,) = held_out_problems(config, source, chat, open_task(config, source))
   assert f"{tmp_path}/pairs.jsonl:2 (dataset 'p'): image not found" in message
   if policy == "drop":
-    assembly.check_held_out(config, source, chat)
+    check_held_out(config, source, chat, open_task(config, source))
     config.preference.eval_meta_path = None
     write(config, BAD["gone"][0])
   with pytest.raises(
     UserError, match=r"1 lines of the held-out data cannot be used: .*; correct them before the run"
   ):
-    assembly.check_held_out(config, source, chat)
+    check_held_out(config, source, chat, open_task(config, source))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from internvl_jax import assembly, serving, verification
+from internvl_jax import serving, verification
 from internvl_jax.arguments import DataTrainingArguments
 from internvl_jax.conversion import convert
 from internvl_jax.data.sample.tokenize import ChatTokenizer
@@ -17,6 +17,7 @@ from internvl_jax.data.where import Where
 from internvl_jax.errors import UserError
 from internvl_jax.hf import model_config as layouts
 from internvl_jax.hf import vocabulary, weights
+from internvl_jax.hf.embeddings import EMBEDDINGS
 from internvl_jax.hf.export import ModelFiles, save_model
 from internvl_jax.hf.model import open_source
 from internvl_jax.hf.tokenizer import IMAGE_TOKENS, load_tokenizer
@@ -279,7 +280,7 @@ def test_a_head_of_fewer_rows_grows_with_the_other_table(folder):
   add_tokens(folder, "<loc>")
   source, _ = open_model(config_of(folder, grow_vocabulary=True))
   params = load(source)
-  assert {params[path].shape[axis] for axis, path in enumerate(assembly.EMBEDDINGS)} == {ROWS + 1}
+  assert {params[path].shape[axis] for axis, path in enumerate(EMBEDDINGS)} == {ROWS + 1}
 
 
 def test_the_doctor_grows_as_the_run_does(folder):

@@ -117,38 +117,44 @@ def test_sinks_and_windows_that_differ_by_layer(backend):
     assert_near(outputs_and_gradients(inputs, mask, backend), outputs_and_gradients(inputs, mask, "plain"))
 
 
-def pairs():
-  """A row of two pairs, whose second answers see the prompts of the first ones: segments, and what is shared."""
-  lengths = [(1, 70, True), (1, 20, False), (2, 38, False), (3, 30, True), (3, 25, False), (4, 60, False)]
-  ids = np.concatenate([np.full(n, segment) for segment, n, _ in lengths])
-  shared = np.concatenate([np.full(n, share) for _, n, share in lengths])
-  return jnp.pad(jnp.asarray(ids)[None], ((0, 0), (0, 13))), jnp.pad(
-    jnp.asarray(shared)[None], ((0, 0), (0, 13))
-  )
+# Segments of a row, their tokens, and the segment whose prompt they see: two pairs; a prompt of three answers.
+SHARING = {
+  2: [(1, 70, 1), (1, 20, 0), (2, 38, 1), (3, 30, 3), (3, 25, 0), (4, 60, 3)],
+  3: [(1, 70, 1), (1, 20, 0), (2, 38, 1), (3, 55, 1), (4, 60, 0)],
+}
 
 
+def answers(most=2):
+  """A row of answers that see the prompts of others before them: segments, and their parents."""
+  lengths = [tokens for _, tokens, _ in SHARING[most]]
+  ids, parents = (np.repeat([part[i] for part in SHARING[most]], lengths) for i in (0, 2))
+  return tuple(jnp.pad(jnp.asarray(x)[None], ((0, 0), (0, 13))) for x in (ids, parents))
+
+
+@pytest.mark.parametrize("most", SHARING)
 @pytest.mark.parametrize("backend", FAST)
-def test_a_shared_prompt_is_seen_by_both_answers(backend):
-  """As if each pair's second answer stood behind a prompt of its own."""
-  ids, shared = pairs()
+def test_a_shared_prompt_is_seen_by_all_its_answers(backend, most):
+  """As if every answer stood behind a prompt of its own."""
+  ids, parents = answers(most)
   inputs = arrays(ids.shape[1], rows=1)
-  found = outputs_and_gradients(inputs, Mask(causal=True, segments=ids, shared=shared), backend)["out"]
+  mask = Mask(causal=True, segments=ids, parent=parents, answers=most)
+  found = outputs_and_gradients(inputs, mask, backend)["out"]
   q, k, v = (inputs[name] for name in "qkv")
-  for first in (1, 3):
-    sees = np.flatnonzero(
-      (np.asarray(ids[0]) == first) & np.asarray(shared[0]) | (np.asarray(ids[0]) == first + 1)
-    )
+  ids, parents = np.asarray(ids[0]), np.asarray(parents[0])
+  for segment in set(ids[(parents > 0) & (parents != ids)].tolist()):
+    (first,) = set(parents[ids == segment].tolist())
+    sees = np.flatnonzero((ids == first) & (parents == first) | (ids == segment))
     alone = attention(q[:, sees], k[:, sees], v[:, sees], Mask(causal=True), backend="plain")
-    answer = np.asarray(ids[0])[sees] == first + 1
+    answer = ids[sees] == segment
     np.testing.assert_allclose(found[:, sees[answer]], alone[:, answer], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["triton_interpret"])
-def test_shared_prompts_at_once_and_in_two(backend):
+def test_shared_prompts_at_once_and_in_turns(backend):
   """Also beside a row in which nothing is shared."""
-  ids, shared = (jnp.concatenate([x, x]) for x in pairs())
-  shared = shared.at[1].set(False)
-  inputs, mask = arrays(ids.shape[1]), Mask(causal=True, segments=ids, shared=shared)
+  ids, parents = (jnp.concatenate([x, x]) for x in answers())
+  parents = parents.at[1].set(0)
+  inputs, mask = arrays(ids.shape[1]), Mask(causal=True, segments=ids, parent=parents)
   assert_near(outputs_and_gradients(inputs, mask, backend), outputs_and_gradients(inputs, mask, "plain"))
 
 
@@ -249,9 +255,9 @@ def brute_force(mask, T, S, TB, SB):
   i, j = np.arange(T)[:, None], np.arange(S)
   ids = np.asarray(mask.segments)
   visible = ids[:, :, None] == np.asarray(mask.kv_segments)[:, None]
-  if mask.shared is not None:
-    prompt = np.where((ids > 0) & (ids % 2 == 0), ids - 1, -1)
-    visible |= (prompt[:, :, None] == ids[:, None]) & np.asarray(mask.shared)[:, None]
+  if mask.parent is not None:
+    parents = np.asarray(mask.parent)
+    visible |= (parents[:, :, None] == ids[:, None]) & ((parents == ids) & (ids > 0))[:, None]
   if mask.causal:
     visible &= (i >= j) & (i - j < (mask.windows[0] if mask.windows else S))
   I, J = -(-T // TB), -(-S // SB)
@@ -267,8 +273,8 @@ def brute_force(mask, T, S, TB, SB):
 def test_kernels_meet_the_blocks_that_the_mask_leaves(name, transposed):
   """All of those with something visible, no others where segments are alone, and nothing is left uncompared."""
   if name == "pairs":
-    ids, shared = pairs()
-    mask = Mask(causal=True, segments=ids, shared=shared)
+    ids, parents = answers()
+    mask = Mask(causal=True, segments=ids, parent=parents)
   else:
     mask = Mask(**MASKS[name][1])
   T = mask.segments.shape[1]

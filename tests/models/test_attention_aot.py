@@ -16,7 +16,7 @@ CASES = {
   "ViT-300M": (40, 1025, 16, 16, 64, "bfloat16", {"causal": False}),
   "ViT-6B": (40, 1025, 25, 25, 128, "bfloat16", {"causal": False}),
   "gpt-oss": (1, 8192, 64, 8, 64, "bfloat16", {"causal": True, "segments": True, "windows": (128, 8192)}),
-  "pairs": (1, 8192, 28, 4, 128, "bfloat16", {"causal": True, "segments": True, "shared": True}),
+  "pairs": (1, 8192, 28, 4, 128, "bfloat16", {"causal": True, "segments": True, "parent": True}),
   "heads of 96": (1, 4096, 32, 32, 96, "bfloat16", {"causal": True, "segments": True}),
   "float32": (1, 4096, 8, 2, 128, "float32", {"causal": True, "segments": True}),
 }
@@ -35,7 +35,7 @@ def measure(card, case, options=()):
   shapes = {
     "arrays": (heads(N), heads(K), heads(K), jax.ShapeDtypeStruct((N,), "float32") if windows else None),
     "segments": tokens("int32") if has.get("segments") else None,
-    "shared": tokens("bool") if has.get("shared") else None,
+    "parent": tokens("int32") if has.get("parent") else None,
     "window": jax.ShapeDtypeStruct((), "int32") if windows else None,
   }
 
@@ -43,7 +43,7 @@ def measure(card, case, options=()):
     mask = Mask(
       causal=has["causal"],
       windows=windows,
-      **{name: given[name] for name in ("segments", "shared", "window")},
+      **{name: given[name] for name in ("segments", "parent", "window")},
     )
 
     def attend(q, k, v, sinks):

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 
 from internvl_jax.aot import recipe
-from internvl_jax.assembly import execution
 from internvl_jax.errors import UserError
 from internvl_jax.hf import published
 from internvl_jax.models.attention import BACKENDS as ATTENTION
 from internvl_jax.models.grouped_matmul import BACKENDS as EXPERTS
 from internvl_jax.models.kernels import Backend, Device, Kernels, choose, find
 from internvl_jax.open_model import open_shapes
+from internvl_jax.setup.step import execution
 
 TPU, CPU = Device(platform="tpu", kind="TPU v5e"), Device(platform="cpu", kind="cpu")
 H100 = Device(platform="gpu", kind="NVIDIA H100 80GB HBM3", capability=(9, 0))

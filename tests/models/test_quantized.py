@@ -14,7 +14,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from internvl_jax.aot import cuda
 from internvl_jax.arguments import MeshConfig
-from internvl_jax.assembly import check_quantize
 from internvl_jax.chips import GPUS
 from internvl_jax.compiler import compiler_options
 from internvl_jax.errors import UserError
@@ -28,6 +27,7 @@ from internvl_jax.models.quantized import FORMATS, quantize, rounded
 from internvl_jax.parallel import rules
 from internvl_jax.parallel.mesh import make_mesh
 from internvl_jax.parallel.rules import Product
+from internvl_jax.setup.step import check_quantize
 from tests.support.cards import apart, needs_compiler
 from tests.support.harness import Harness, make_batch, toy
 from tests.support.toy import CURVE, log_history, run_training

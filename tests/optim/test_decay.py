@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-from internvl_jax import assembly
 from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, SFTBatch
 from internvl_jax.config import TrainConfig
 from internvl_jax.hf import published
@@ -14,6 +13,8 @@ from internvl_jax.hf.families import FAMILIES
 from internvl_jax.hf.model import open_source, source_of_config
 from internvl_jax.hf.weights import names_of
 from internvl_jax.optim.labels import decays
+from internvl_jax.setup.devices import open_mesh
+from internvl_jax.setup.step import set_up
 from tests.support import families
 from tests.support.toy import ASSETS
 
@@ -75,8 +76,8 @@ def test_llama_follows_the_recorded_curve(llama):
   config = TrainConfig()
   config.training.weight_decay, config.training.max_grad_norm = RECORDED["weight_decay"], 0.0
   config.model.grad_checkpoint = False
-  mesh = assembly.open_mesh(config, jax.devices()[:1])
-  setup = assembly.set_up(config, llama, mesh)
+  mesh = open_mesh(config, jax.devices()[:1])
+  setup = set_up(config, llama, mesh)
   state, frozen = setup.create_state(llama.load(setup.shapes, setup.places.params)), {}
   step = jax.jit(setup.step.__call__, donate_argnums=0)
   losses = []

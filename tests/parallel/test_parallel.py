@@ -22,7 +22,7 @@ from internvl_jax.models.internvl import Execution, InternVLConfig
 from internvl_jax.models.lora import LoRASpec
 from internvl_jax.models.moe import MoEConfig
 from internvl_jax.models.towers.internvit import InternViTConfig
-from internvl_jax.parallel import rules
+from internvl_jax.parallel import batches, rules
 from internvl_jax.parallel.mesh import AXES, check_lengths, make_mesh
 from internvl_jax.parallel.placement_table import placement_table, placement_warnings
 from tests.support.harness import Harness, reshape_batch
@@ -374,7 +374,7 @@ def test_pools_of_tiles_are_spread_over_the_devices_that_share_them():
   for tiles, held in ((8, 2), (6, 6), (0, 0)):
     batch = reshape_batch(packed_batch(0), accumulation=1, shards=2)
     batch = batch._replace(tiles=np.zeros((1, 2, tiles, 16, 16, 3), "u1"))
-    placed = rules.place_batch(batch, mesh)
+    placed = batches.place_batch(batch, mesh)
     assert {shard.data.shape[:3] for shard in placed.tiles.addressable_shards} == {(1, 1, held)}
     assert {shard.data.shape for shard in placed.targets.addressable_shards} == {(1, ROWS // 2, LENGTH)}
     np.testing.assert_array_equal(placed.targets, batch.targets)

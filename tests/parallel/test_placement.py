@@ -7,12 +7,12 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh
 
-from internvl_jax.assembly import open_mesh
 from internvl_jax.config import TrainConfig
 from internvl_jax.hf import published
 from internvl_jax.open_model import open_shapes
 from internvl_jax.parallel import placement_table, rules
 from internvl_jax.parallel.mesh import AXES, FSDP_OUTER, cut_fsdp
+from internvl_jax.setup.devices import open_mesh
 from internvl_jax.state import with_dtypes
 
 FAMILIES = {

@@ -7,11 +7,12 @@ import pytest
 
 from internvl_jax.aot import recipe
 from internvl_jax.arguments import TrainingArguments
-from internvl_jax.assembly import open_mesh, state_places
 from internvl_jax.hf import published
 from internvl_jax.open_model import open_shapes
 from internvl_jax.optim.labels import trainable_paths
 from internvl_jax.parallel import zero
+from internvl_jax.setup.devices import open_mesh
+from internvl_jax.setup.step import state_places
 
 # The keys of the reference's files, all stages together.
 PUBLISHED = {

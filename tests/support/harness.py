@@ -9,13 +9,13 @@ from internvl_jax.models import functional
 from internvl_jax.models.decoder import DecoderConfig
 from internvl_jax.models.internvl import Execution, InternVL, InternVLConfig
 from internvl_jax.models.towers.internvit import InternViTConfig
-from internvl_jax.objectives import SupervisedFineTuning
 from internvl_jax.optim.labels import decays, labels_of, trained
 from internvl_jax.optim.optimizer import make_optimizer
+from internvl_jax.parallel import batches, rules
 from internvl_jax.parallel import mesh as meshes
-from internvl_jax.parallel import rules
 from internvl_jax.state import TrainState, with_dtypes
 from internvl_jax.step import TrainStep
+from internvl_jax.tasks.sft.objective import SupervisedFineTuning
 from internvl_jax.trees import select
 
 
@@ -157,7 +157,7 @@ class Harness:
     )
 
   def inputs(self, batch, learning_rate=1e-2):
-    batch = jax.device_put(batch, rules.batch_shardings(batch, self.mesh))
+    batch = jax.device_put(batch, batches.batch_shardings(batch, self.mesh))
     return self.state, self.frozen, batch, np.float32(learning_rate)
 
   @property

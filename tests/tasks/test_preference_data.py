@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from internvl_jax.arguments import LoaderConfig, TrainingArguments
-from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, PreferenceBatch, SFTBatch
+from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, SFTBatch
 from internvl_jax.data.load.batching import EVENTS
 from internvl_jax.data.load.inspection import decode_all, examine
 from internvl_jax.data.load.loader import TrainLoader
@@ -23,6 +23,7 @@ from internvl_jax.data.sample.templates import get_template
 from internvl_jax.data.sample.tokenize import Chat, ChatTokenizer
 from internvl_jax.data.source.meta import DatasetSpec
 from internvl_jax.data.where import DataError, OverLengthError, UnsupervisedError
+from internvl_jax.tasks.preference.batch import PreferenceBatch
 from internvl_jax.tasks.preference.data import PairData
 from internvl_jax.tasks.preference.lines import PairLines, shared_tokens
 from internvl_jax.tasks.sft.data import DATA
@@ -214,7 +215,7 @@ def test_a_batch_is_as_its_schema_says(meta, tokenizer):
     ((A, R, K, 2), np.float32),
     ((A, R, S), np.bool_),
   ]
-  assert not batch.shared.any()
+  assert not batch.parent.any()
   assert np.isnan(batch.reference).all() and batch.pair_weight.sum(-1).max() > 1
   np.testing.assert_array_equal(batch.pair_weight == 1, batch.pair_index >= 0)
   np.testing.assert_array_equal(batch.rows.loss_weight == 1, batch.rows.targets != IGNORE_INDEX)
@@ -270,9 +271,11 @@ def whole_pairs(batch):
   names = ("input_ids", "positions", "targets", "loss_weight", "image_index")
   for a, r in np.ndindex(*batch.pair_index.shape[:2]):
     for k in np.flatnonzero(batch.pair_weight[a, r]).tolist():
-      first, second = (np.flatnonzero(rows.segment_ids[a, r] == 2 * k + j) for j in (1, 2))
-      shared = first[batch.shared[a, r, first]]
-      assert (shared == first[: len(shared)]).all() and not batch.shared[a, r, second].any()
+      first, second = (np.flatnonzero(rows.segment_ids[a, r] == s) for s in batch.answers[a, r, k])
+      number = rows.segment_ids[a, r, first[0]]
+      shared = first[batch.parent[a, r, first] == number]
+      assert (shared == first[: len(shared)]).all() and not batch.parent[a, r, first[len(shared) :]].any()
+      assert (batch.parent[a, r, second] == (number if len(shared) else 0)).all()
       parts = []
       for places in (first, np.concatenate([shared, second])):
         fields = {name: getattr(rows, name)[a, r, places] for name in names}
@@ -282,7 +285,7 @@ def whole_pairs(batch):
         fields["tiles"] = pool[features[fields["images"]] // P]
         parts.append(fields)
       found[int(batch.pair_index[a, r, k])] = (len(shared), *parts)
-  assert not batch.shared[rows.segment_ids == 0].any()
+  assert not batch.parent[rows.segment_ids == 0].any()
   return found
 
 

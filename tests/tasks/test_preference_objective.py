@@ -13,8 +13,7 @@ import pytest
 from internvl_jax import config_checks
 from internvl_jax.aot import recipe
 from internvl_jax.arguments import LOSS_WEIGHTS, MeshConfig, PreferenceConfig
-from internvl_jax.assembly import describe_copies, execution, make_objective
-from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, PreferenceBatch, SFTBatch
+from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, SFTBatch
 from internvl_jax.config import TrainConfig
 from internvl_jax.hf import published
 from internvl_jax.losses import preference
@@ -24,9 +23,13 @@ from internvl_jax.models import functional
 from internvl_jax.models.internvl import Execution, InternVL, normalize_tiles
 from internvl_jax.models.kernels import Kernels
 from internvl_jax.models.lora import MARK, LoRASpec
-from internvl_jax.objectives import COPIES, PreferenceOptimization, ReferencePolicy
 from internvl_jax.open_model import open_shapes
 from internvl_jax.parallel.mesh import make_mesh
+from internvl_jax.setup.step import set_up
+from internvl_jax.tasks import open_task
+from internvl_jax.tasks.preference.batch import PreferenceBatch
+from internvl_jax.tasks.preference.objective import PreferenceOptimization
+from internvl_jax.tasks.preference.policy import COPIES, ReferencePolicy
 from internvl_jax.trees import submodule_of
 from tests.support.harness import Harness, toy
 
@@ -137,7 +140,8 @@ def make_pairs(rows, seed=0, shards=1, fill=0, share=False):
   shape = (1, len(rows), LENGTH)
   segments, positions, ids = (np.zeros(shape, "i4") for _ in range(3))
   targets, index = np.full(shape, IGNORE_INDEX, "i4"), np.full(shape, NO_IMAGE, "i4")
-  pair_index, shared = np.full((1, len(rows), PAIRS), -1, "i4"), np.zeros(shape, bool)
+  pair_index, parent = np.full((1, len(rows), PAIRS), -1, "i4"), np.zeros(shape, "i4")
+  answers = np.zeros((*pair_index.shape, 2), "i4")
   per_shard = sum(rows) // shards
   tiles = np.zeros((1, shards, per_shard + fill, 16, 16, 3), "u1")
   number = 0
@@ -160,9 +164,11 @@ def make_pairs(rows, seed=0, shards=1, fill=0, share=False):
         )[start:]
         if not start:
           index[0, row, place : place + 4] = 4 * local + np.arange(4)
-          shared[0, row, place : place + 4] = share
+        if share:
+          parent[0, row, place : place + 4 if not answer else span.stop] = 2 * pair + 1
         place = span.stop
       pair_index[0, row, pair] = number
+      answers[0, row, pair] = 2 * pair + 1, 2 * pair + 2
       number += 1
   batch = SFTBatch(
     input_ids=ids,
@@ -174,7 +180,12 @@ def make_pairs(rows, seed=0, shards=1, fill=0, share=False):
     tiles=tiles,
   )
   return PreferenceBatch(
-    batch, (pair_index >= 0).astype("f4"), pair_index, np.full((*pair_index.shape, 2), np.nan, "f4"), shared
+    rows=batch,
+    pair_weight=(pair_index >= 0).astype("f4"),
+    pair_index=pair_index,
+    reference=np.full((*pair_index.shape, 2), np.nan, "f4"),
+    answers=answers,
+    parent=parent,
   )
 
 
@@ -191,7 +202,7 @@ def make_step(
   how=None,
   settings=SETTINGS,
 ):
-  """A harness whose step optimises preferences, its reference being what the policy starts from."""
+  """A harness whose step optimizes preferences, its reference being what the policy starts from."""
   config = toy(vision_layers=1, text_layers=1, text=text)
   harness = Harness(config, mesh=mesh, freeze=freeze)
   plain = {path: leaf for path, leaf in harness.model.shapes.items() if MARK not in path}
@@ -347,11 +358,11 @@ def test_the_configuration_reaches_the_objective():
   config.preference.sigmoid_loss_weight = 0.8
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])
   source = open_shapes(config)
-  objective = make_objective(config, source, execution(config, source.config), mesh)
+  objective = set_up(config, source, mesh).objective
   assert objective.settings == LossSettings(0.3, 0.05) and objective.rpo_alpha == 0.7
   assert objective.terms == (("sigmoid", 0.8), ("bco_pair", 1.0)) and objective.reference is not None
   config.preference.precompute_reference = True
-  assert make_objective(config, source, execution(config, source.config), mesh).reference is None
+  assert set_up(config, source, mesh).objective.reference is None
 
 
 def test_copies_round_what_the_policy_rounds_and_nothing_else():
@@ -359,9 +370,8 @@ def test_copies_round_what_the_policy_rounds_and_nothing_else():
   config.model.model_name_or_path = published.hub_id("3.5-30b-a3b")
   source = open_shapes(config)
   trainable = set(source.model.shapes)
-  copies = describe_copies(
-    config, source, {p: leaf.update(sharding=None) for p, leaf in source.model.shapes.items()}, trainable
-  )
+  shapes = {path: leaf.update(sharding=None) for path, leaf in source.model.shapes.items()}
+  copies = open_task(config, source).abstract_copies(shapes, trainable)
   layers = f"{COPIES}language_model.model.layers.0:48"
   for name in ("input_layernorm.scale", "self_attn.q_norm.scale", "mlp.gate.kernel"):
     assert copies[f"{layers}.{name}"].dtype == jnp.float32, name

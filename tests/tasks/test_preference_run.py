@@ -1,4 +1,4 @@
-"""Whole runs of preference optimisation: three ways to hold the reference, resume, and what is refused."""
+"""Whole runs of preference optimization: three ways to hold the reference, resume, and what is refused."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from internvl_jax.errors import UserError
-from internvl_jax.reference import ReferenceLogProbs
+from internvl_jax.tasks.preference.reference import ReferenceLogProbs
 from tests.support.toy import CURVE, run_training
 
 QUESTIONS = ("What colour is it?", "What is this?", "Describe the image.", "Is it large?")

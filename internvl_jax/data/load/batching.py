@@ -290,11 +290,20 @@ def _positions(micro: MicroBatch) -> np.ndarray:
   return _offsets(micro.segments) + before.ravel().repeat(micro.segments.ravel())
 
 
-def shared_tokens(micro: MicroBatch) -> np.ndarray:
-  """Computes bool [sum of lengths]: the tokens of first segments that the others of their samples share."""
-  until = np.zeros_like(micro.segments)
+def parents(micro: MicroBatch) -> np.ndarray:
+  """Returns int32 [sum of lengths]: for attention's mask, the segment whose prompt a token sees besides its own.
+
+  Tokens that a sample's segments share have the number of their own segment, the first; tokens of the others have it,
+  too; all else has 0.
+  """
+  numbers = segment_numbers(micro)
+  until = micro.segments.copy()
   until[:, 0] = micro.shared
-  return _offsets(micro.segments) < until.ravel().repeat(micro.segments.ravel())
+  until[micro.shared == 0] = 0
+  first = np.broadcast_to(numbers[:, :1], numbers.shape)
+  lengths = micro.segments.ravel()
+  sees = _offsets(micro.segments) < until.ravel().repeat(lengths)
+  return np.where(sees, first.ravel().repeat(lengths), 0).astype(np.int32)
 
 
 def _predictable(micro: MicroBatch) -> np.ndarray:

@@ -173,7 +173,7 @@ class Tally:
     return dict(zip(COUNTERS, counts, strict=True)), max(counts[0], min(self._epoch, _FEWEST_JUDGED))
 
   def nothing_taught(
-    self, micro_batches: Sequence[MicroBatch], seen: int, rows: int, *, taught_hint: str
+    self, micro_batches: Sequence[MicroBatch], seen: int, rows: int, taught_hint: str
   ) -> DataError:
     """The error of a run that has had nothing to learn from.
 

@@ -209,6 +209,10 @@ class TrainLoader:
   def __iter__(self) -> Iterator[Any]:
     return self
 
+  def next(self, params: Any) -> Any:
+    """Returns what `__next__` does: what data hold does not depend on parameters."""
+    return next(self)
+
   def __next__(self) -> Any:
     """The next step's batch: tokens [A, R, S], tiles [A, D, T, H, W, 3], of this host's rows and shards.
 
@@ -322,8 +326,7 @@ class TrainLoader:
     self._taught = bool(self._shards.all_sum(np.array([taught], np.int64))[0])
     seen, patience = self.next_step + 1, 1 if self._loader.on_bad_sample == "error" else _UNTAUGHT
     if not self._taught and seen >= min(patience, self.total_steps):
-      hint = self._task.lines.taught_hint
-      raise tally.nothing_taught(micro_batches, seen, self.global_batch, taught_hint=hint)
+      raise tally.nothing_taught(micro_batches, seen, self.global_batch, self._task.lines.taught_hint)
 
   def counters(self) -> dict[str, dict[str, int]]:
     """For each dataset, what became of its samples in the batches handed out so far. See `Shards.all_sum`."""
@@ -356,9 +359,8 @@ class TrainLoader:
     # A fact of its kind of line that a state does not have was not so.
     for key in now_of | then_of:
       if (then := then_of.get(key, 0)) != (now := now_of.get(key, 0)):
-        raise _other_batches(
-          f"{key} was {then} when its state was saved and is {now} now", "data and settings"
-        )
+        was = f"{key} was {then} when its state was saved and is {now} now"
+        raise _other_batches(was, "data and settings")
     if self.schedule.packing is not None and "rows" not in state:
       raise _other_batches("its rows were not packed when its state was saved", "settings")
     self._tally.restore(state["counters"])

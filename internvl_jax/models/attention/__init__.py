@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from internvl_jax.models.attention.backends import BACKENDS
-from internvl_jax.models.attention.mask import Mask
+from internvl_jax.models.attention.mask import Mask, SharedPrompts
 from internvl_jax.models.attention.sharding import Over
 from internvl_jax.models.kernels import find
 
-__all__ = ["BACKENDS", "Mask", "attention"]
+__all__ = ["BACKENDS", "Mask", "SharedPrompts", "attention"]
 
 
 def attention(
@@ -42,18 +42,21 @@ def attention(
   """
   row = find(BACKENDS, backend)
   needs = mask.needs | ({"sinks"} if sinks is not None else set())
-  if mask.shared is not None and "shared prompts" not in row.takes:
-    return _in_two(q, k, v, mask, sinks=sinks, over=over, backend=backend)
+  if mask.parent is not None and "shared prompts" not in row.takes:
+    return _in_turns(q, k, v, mask, sinks=sinks, over=over, backend=backend)
   if missing := needs - row.takes:
     raise ValueError(f"attention backend {backend!r} has no {' and no '.join(sorted(missing))}: use 'xla'")
   return row.load()(q, k, v, mask, sinks, over)
 
 
-def _in_two(q, k, v, mask: Mask, **options) -> jax.Array:
+def _in_turns(q, k, v, mask: Mask, **options) -> jax.Array:
   """Attention to shared prompts where equal segments are all that a kernel can tell.
 
-  Twice over: what is shared belongs to the first answer, and then to the second, of which the queries are taken.
+  Once for each answer: what is shared belongs to the first answer, then to the second, of which the queries are taken,
+  and so on.
   """
-  apart = attention(q, k, v, mask.without_shared(), **options)
-  together = attention(q, k, v, mask.with_prompts_moved(), **options)
-  return jnp.where(mask.is_second_answer[..., None, None], together, apart)
+  out = attention(q, k, v, mask.without_parents(), **options)
+  for number in range(1, mask.answers):
+    moved = attention(q, k, v, mask.with_prompts_moved(number), **options)
+    out = jnp.where((mask.answer_number == number)[..., None, None], moved, out)
+  return out

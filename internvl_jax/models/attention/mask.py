@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,22 @@ from jax.sharding import PartitionSpec
 from internvl_jax.parallel.rules import MeshAxes, spec
 
 
+class SharedPrompts(NamedTuple):
+  """Which segments of rows see the prompts of others.
+
+  Attributes:
+    parent: int [B, T]; see `Mask`.
+    answers: the most segments that see one prompt, the one that has it among them.
+  """
+
+  parent: jax.Array
+  answers: int
+
+
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=["segments", "kv_segments", "q_index", "shared", "window"],
-  meta_fields=["causal", "windows"],
+  data_fields=["segments", "kv_segments", "q_index", "parent", "kv_parent", "window"],
+  meta_fields=["causal", "windows", "answers"],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mask:
@@ -26,8 +39,11 @@ class Mask:
   Attributes:
     segments: int [B, T]; a query sees keys of its own segment. None is one segment.
     kv_segments: int [B, S], the keys' segments; None takes `segments`.
-    shared: bool [B, S], the keys of segment 2p - 1, from p = 1, that segment 2p sees besides its own: the prompt that
-      two answers have in common. None: no keys.
+    parent: int [B, T], the segment whose prompt a query sees besides its own segment, for answers that have a prompt in
+      common; 0 sees none. The prompt's own tokens have the number of their own segment, which is what marks them, and
+      the answers that see it are the segments that follow. None: no prompt is shared.
+    kv_parent: int [B, S], the keys' parents; None takes `parent`.
+    answers: the most segments that see one prompt, the one that has it among them.
     causal: hide keys whose index along S is above the query's.
     q_index: int [T], the queries' index along S; None is 0..T-1. Only read when causal.
     windows: of a window w, a query sees its own key and the w - 1 before it; empty sees all. Only read when causal.
@@ -36,7 +52,9 @@ class Mask:
 
   segments: jax.Array | None = None
   kv_segments: jax.Array | None = None
-  shared: jax.Array | None = None
+  parent: jax.Array | None = None
+  kv_parent: jax.Array | None = None
+  answers: int = 2
   causal: bool
   q_index: jax.Array | None = None
   windows: tuple[int, ...] = ()
@@ -45,6 +63,8 @@ class Mask:
   def __post_init__(self):
     if self.kv_segments is None:
       object.__setattr__(self, "kv_segments", self.segments)
+    if self.kv_parent is None:
+      object.__setattr__(self, "kv_parent", self.parent)
 
   @property
   def reach(self) -> jax.Array | int | None:
@@ -57,24 +77,24 @@ class Mask:
   @property
   def needs(self) -> set[str]:
     """The optional features of a backend that this mask needs (`backends.BACKENDS`)."""
-    found = {"shared prompts"} if self.shared is not None else set()
+    found = {"shared prompts"} if self.parent is not None else set()
     if self.reach is not None:
       found.add("windows")
     return found | ({"index of queries"} if self.q_index is not None else set())
 
-  def without_shared(self) -> "Mask":
-    """The mask by which no key is shared."""
-    return dataclasses.replace(self, shared=None)
+  def without_parents(self) -> "Mask":
+    """The mask by which no prompt is shared."""
+    return dataclasses.replace(self, parent=None, kv_parent=None)
 
-  def with_prompts_moved(self) -> "Mask":
-    """The mask by which what is shared belongs to the second answer and no longer to the first."""
-    assert self.segments is not None and self.kv_segments is not None and self.shared is not None
+  def with_prompts_moved(self, number: int) -> "Mask":
+    """The mask by which a shared prompt belongs to the `number`-th answer after the first, and to no other."""
+    assert self.segments is not None and self.kv_segments is not None and self.parent is not None
     # Queries move along, so that each still sees a key; that takes a row's own keys.
-    assert self.segments.shape == self.shared.shape, "shared prompts with keys of other rows"
+    assert self.segments.shape == self.kv_segments.shape, "shared prompts with keys of other rows"
     segments, kv_segments = (
-      jnp.where(self.shared, ids + 1, ids) for ids in (self.segments, self.kv_segments)
+      jnp.where(self.is_prompt, ids + number, ids) for ids in (self.segments, self.kv_segments)
     )
-    return dataclasses.replace(self, segments=segments, kv_segments=kv_segments, shared=None)
+    return dataclasses.replace(self.without_parents(), segments=segments, kv_segments=kv_segments)
 
   def rising(self) -> "Mask":
     """The mask with padding, segment 0, numbered after all others.
@@ -88,10 +108,16 @@ class Mask:
     return dataclasses.replace(self, segments=renumber(self.segments), kv_segments=renumber(self.kv_segments))
 
   @property
-  def is_second_answer(self) -> jax.Array:
-    """Bool [B, T]: the queries that see a prompt of another segment."""
-    assert self.segments is not None
-    return (self.segments > 0) & (self.segments % 2 == 0)
+  def is_prompt(self) -> jax.Array:
+    """Bool [B, S]: the keys that segments other than their own see."""
+    assert self.kv_segments is not None and self.kv_parent is not None
+    return (self.kv_parent > 0) & (self.kv_parent == self.kv_segments)
+
+  @property
+  def answer_number(self) -> jax.Array:
+    """Int [B, T]: the number of a query's segment after that which has its prompt; 0 where it has its own."""
+    assert self.segments is not None and self.parent is not None
+    return jnp.where(self.parent > 0, self.segments - self.parent, 0)
 
   def specs(self, rows: MeshAxes, queries: MeshAxes) -> "Mask":
     """How its arrays are sharded where rows and queries are sharded over these axes of a mesh; keys are whole."""
@@ -103,7 +129,8 @@ class Mask:
       self,
       segments=of(self.segments, rows, queries),
       kv_segments=of(self.kv_segments, rows),
-      shared=of(self.shared, rows),
+      parent=of(self.parent, rows, queries),
+      kv_parent=of(self.kv_parent, rows),
       q_index=of(self.q_index, queries),
       window=of(self.window),
     )  # pyright: ignore[reportArgumentType]

@@ -105,10 +105,9 @@ def _known(mask: Mask, T: int, S: int) -> _Known:
   if mask.segments is not None and mask.kv_segments is not None:
     rising = mask.rising()
     segment, kv_segment = fill(rising.segments, T, _NO_QUERY), fill(rising.kv_segments, S, _NO_KEY)
-  if mask.shared is not None:
-    assert mask.segments is not None and mask.kv_segments is not None
-    q_prompt = fill(jnp.where(mask.is_second_answer, mask.segments - 1, _SEES_NONE), T, _SEES_NONE)
-    kv_prompt = fill(jnp.where(mask.shared, mask.kv_segments, _SHARES_NONE), S, _SHARES_NONE)
+  if mask.parent is not None and mask.kv_parent is not None:
+    q_prompt = fill(jnp.where(mask.answer_number > 0, mask.parent, _SEES_NONE), T, _SEES_NONE)
+    kv_prompt = fill(jnp.where(mask.is_prompt, mask.kv_parent, _SHARES_NONE), S, _SHARES_NONE)
   if mask.q_index is not None:
     index = fill(mask.q_index, T, 0)
   window = None if mask.reach is None else jnp.asarray(mask.reach, jnp.int32).reshape(1)

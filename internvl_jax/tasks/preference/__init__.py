@@ -1,1 +1,21 @@
-"""Preference optimization of pairs of a chosen and a rejected answer."""
+"""Preference optimization of pairs of a chosen and a rejected answer (MPO, arXiv:2411.10442)."""
+
+from internvl_jax.config import TrainConfig
+
+CONVERSATIONS = 2
+"""A line becomes the prompt with each answer."""
+
+
+def is_asked_for(config: TrainConfig) -> bool:
+  """Whether the config asks for it."""
+  return config.preference.loss_type is not None
+
+
+def _mpo(config: TrainConfig) -> None:
+  """With the losses of the published recipes."""
+  config.preference.loss_type = "sigmoid,bco_pair"
+  config.preference.rpo_alpha = 1.0
+
+
+VARIANTS = {"mpo": _mpo}
+"""Variants of the recipe that is planned for."""

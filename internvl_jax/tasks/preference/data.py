@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from internvl_jax.batch import PreferenceBatch, pairs_of_row
 from internvl_jax.data.load import batching
 from internvl_jax.data.load.batching import MicroBatch, Padding
+from internvl_jax.tasks.preference.batch import PreferenceBatch, pairs_of_row
 from internvl_jax.tasks.preference.lines import PairLines
 
 ReferenceLookup = Callable[[np.ndarray], np.ndarray]
@@ -40,13 +40,22 @@ class PairData:
     rows = batching.assemble(micro_batches, dataclasses.replace(padding, loss_reduction="token"))
     A, R, S = rows.input_ids.shape
     pair_index = np.full((A, R, pairs_of_row(S)), -1, np.int32)
-    for of_rows, micro in zip(pair_index, micro_batches, strict=True):
+    answers = np.zeros((*pair_index.shape, 2), np.int32)
+    for a, micro in enumerate(micro_batches):
       present = micro.lengths > 0
       places = micro.rows[present], batching.numbers_in_rows(present, micro.rows)[present] - 1
-      of_rows[places] = micro.indices[present]
+      pair_index[a][places] = micro.indices[present]
+      answers[a][places] = batching.segment_numbers(micro)[present]
     known = np.full((*pair_index.shape, 2), np.nan, np.float32)
     if self.reference is not None:
       known[pair_index >= 0] = self.reference(pair_index[pair_index >= 0].astype(np.int64))
-    shared = np.zeros((A, R, S), bool)
-    shared[rows.segment_ids > 0] = np.concatenate(list(map(batching.shared_tokens, micro_batches)))
-    return PreferenceBatch(rows, (pair_index >= 0).astype(np.float32), pair_index, known, shared)
+    parent = np.zeros((A, R, S), np.int32)
+    parent[rows.segment_ids > 0] = np.concatenate(list(map(batching.parents, micro_batches)))
+    return PreferenceBatch(
+      rows=rows,
+      pair_weight=(pair_index >= 0).astype(np.float32),
+      pair_index=pair_index,
+      reference=known,
+      answers=answers,
+      parent=parent,
+    )

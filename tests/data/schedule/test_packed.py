@@ -14,7 +14,7 @@ from internvl_jax.data.schedule import packing
 from internvl_jax.data.where import DataError
 from internvl_jax.hf.model import open_source
 from internvl_jax.models.internvl import Execution
-from internvl_jax.objectives import SupervisedFineTuning
+from internvl_jax.tasks.sft.objective import SupervisedFineTuning
 from tests.support.data_toys import arguments, resumed, turns, write_jsonl
 from tests.support.toy import CURVE
 

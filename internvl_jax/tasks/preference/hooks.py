@@ -1,66 +1,58 @@
-"""The side of a run that only preference optimization has: its reference policy and its held-out pairs."""
+"""What preference optimization does beside its steps: its reference policy and its held-out pairs."""
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-from internvl_jax.batch import PreferenceBatch
-from internvl_jax.config import TrainConfig
 from internvl_jax.data.load.loader import TrainLoader
-from internvl_jax.data.load.task import DataTask
 from internvl_jax.errors import UserError
-from internvl_jax.hf.model import Source
-from internvl_jax.objectives import PreferenceOptimization
 from internvl_jax.outputs import write_json
 from internvl_jax.parallel import distributed
-from internvl_jax.reference import PairEvaluation, PairScorer, ReferenceLogProbs, check_start, checksum
 from internvl_jax.storage.paths import path_of
+from internvl_jax.tasks.preference.batch import PreferenceBatch
+from internvl_jax.tasks.preference.data import PairData
+from internvl_jax.tasks.preference.reference import (
+  PairEvaluation,
+  PairScorer,
+  ReferenceLogProbs,
+  check_start,
+  checksum,
+)
+from internvl_jax.tasks.task import RunContext
 from internvl_jax.trees import select
-from internvl_jax.watchdog import Watchdog
 
 _NO_END = 1 << 40
 """Steps of a loader that is read for as long as it takes."""
 
-MakeLoader = Callable[..., TrainLoader]
-"""TrainLoader, but for the leaves of the configuration that it takes first."""
 
-
-class PreferenceRun:
-  """What a run by `PreferenceOptimization` needs beside its steps.
+class PreferenceHooks:
+  """The hooks of a run by `PreferenceOptimization`; see `tasks.task.Hooks`.
 
   Attributes:
-    lookup: finds what the reference says of pairs, for the loader; None where the reference is in memory.
+    data: pairs, with what the reference says of them where that is computed before.
   """
 
-  def __init__(
-    self,
-    config: TrainConfig,
-    source: Source,
-    objective: PreferenceOptimization,
-    mesh: jax.sharding.Mesh,
-    make_loader: MakeLoader,
-    task: DataTask,
-    watchdog: Watchdog,
-  ):
+  needs_start = True
+
+  def __init__(self, data: PairData, context: RunContext):
     """Names what there will be; nothing is computed before `prepare`."""
-    self._config, self._source, self._watchdog = config, source, watchdog
-    self._objective, self._mesh, self._make_loader, self._task = objective, mesh, make_loader, task
+    config = context.config
+    self._config, self._source, self._watchdog = config, context.source, context.watchdog
+    self._objective, self._mesh = context.objective, context.mesh
+    self._make_loader, self._pairs = context.make_loader, data
     self._evaluation: PairEvaluation | None = None
-    self.lookup: ReferenceLogProbs | None = None
+    self._lookup: ReferenceLogProbs | None = None
     if config.preference.precompute_reference:
       assert config.training.output_dir is not None
       folder = (
         config.preference.reference_cache_dir or path_of(config.training.output_dir) / "reference_logps"
       )
-      self.lookup = ReferenceLogProbs(path_of(folder))
-
-  def with_lookup(self, task: Any) -> Any:
-    """The loader's task, with what the reference says of pairs."""
-    return dataclasses.replace(task, reference=self.lookup)
+      self._lookup = ReferenceLogProbs(path_of(folder))
+    self.data = dataclasses.replace(data, reference=self._lookup)
 
   def prepare(self, params: Mapping[str, jax.Array], loader: TrainLoader, *, resumes: bool) -> None:
     """Computes what the reference says, by the policy that has not taken a step, where that is asked for.
@@ -74,22 +66,22 @@ class PreferenceRun:
       UserError: what is on disk is of another reference, or it cannot be computed once for all epochs.
     """
     asked = self._config.preference
-    if self.lookup is not None:
+    if self._lookup is not None:
       if varying := loader.first_varying():
         raise UserError(
           f"preference.precompute_reference=True: log-probabilities of {varying.dataset!r} would hold for one epoch only: "
           f"{varying.cause}; or set it to False, and hold the reference in memory"
         )
       scorer = self._scorer(self._config.data.meta_path, "reference")
-      self.lookup.open_or_make(self._key(params, loader), lambda: scorer.score(params))
+      self._lookup.open_or_make(self._key(params, loader), lambda: scorer.score(params))
     else:
       self._check_same_reference(params, resumes)
     if asked.eval_meta_path is not None:
       scorer = self._scorer(asked.eval_meta_path, "held-out pairs")
       self._evaluation = PairEvaluation(scorer=scorer, reference=scorer.score(params), beta=asked.beta)
 
-  def check(self, params: dict[str, jax.Array], batch: PreferenceBatch) -> None:
-    """See `reference.check_start`."""
+  def first_batch(self, params: dict[str, jax.Array], batch: PreferenceBatch) -> None:
+    """Sees that policy and reference are one; see `reference.check_start`."""
     check_start(self._objective, params, batch, self._mesh)
 
   @property
@@ -97,7 +89,7 @@ class PreferenceRun:
     """Whether there are held-out pairs."""
     return self._evaluation is not None
 
-  def metrics(self, params: Mapping[str, jax.Array]) -> dict[str, float]:
+  def evaluate(self, params: Mapping[str, jax.Array]) -> dict[str, float]:
     """Judges the held-out pairs; empty where there are none."""
     return {} if self._evaluation is None else self._evaluation.metrics(params)
 
@@ -141,7 +133,7 @@ class PreferenceRun:
     loader = dataclasses.replace(config.loader, shuffle=False)
     return PairScorer(
       objective=self._objective,
-      make_loader=lambda: self._make_loader(data, training, loader, task=self._task),
+      make_loader=lambda: self._make_loader(data, training, loader, task=self._pairs),
       mesh=self._mesh,
       title=title,
       watchdog=self._watchdog,

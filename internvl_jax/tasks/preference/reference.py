@@ -23,13 +23,13 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from internvl_jax.batch import PreferenceBatch
 from internvl_jax.data.load.loader import TrainLoader
 from internvl_jax.errors import UserError
-from internvl_jax.objectives import PreferenceOptimization
 from internvl_jax.outputs import write_json
-from internvl_jax.parallel import distributed, rules
+from internvl_jax.parallel import batches, distributed, rules
 from internvl_jax.storage.paths import AnyPath, write_whole
+from internvl_jax.tasks.preference.batch import PreferenceBatch
+from internvl_jax.tasks.preference.objective import PreferenceOptimization
 from internvl_jax.watchdog import Watchdog
 
 _KEY, _LOGPS = "key.json", "logps.npy"
@@ -68,7 +68,7 @@ class PairScorer:
     steps = math.ceil(loader.schedule.rows_per_epoch / loader.global_batch)
     for _ in tqdm(range(steps), desc=self.title, unit="batch", disable=not distributed.is_first()):
       with self.watchdog.phase(self.title):
-        batch = rules.place_batch(next(loader), self.mesh)
+        batch = batches.place_batch(next(loader), self.mesh)
         indices, logps = jax.tree.map(np.asarray, self._program(dict(params), batch))
       found[indices[indices >= 0]] = logps[indices >= 0]
     loader.close()
@@ -223,7 +223,7 @@ def check_start(
       first = jax.tree.map(lambda leaf: leaf[0], batch)
       return objective.drift(params, first)
 
-  loss, relative = map(float, drift(dict(params), rules.place_batch(batch, mesh)))
+  loss, relative = map(float, drift(dict(params), batches.place_batch(batch, mesh)))
   if not relative <= DRIFT[jnp.dtype(objective.how.dtype)]:
     raise UserError(
       f"the policy is not the reference before the first step: DPO's loss is {loss:.7f}, not ln 2 = {math.log(2):.7f}, "
