@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from internvl_jax.data.sample import records
+from internvl_jax.data.sample import line_keys
 from internvl_jax.data.sample.conversations import ConversationLines
-from internvl_jax.data.sample.records import LineKeys
+from internvl_jax.data.sample.line_keys import LineKeys
 
 _KEYS = LineKeys(texts=("text",), mask_remedy="take it out", roles_remedy="move it to 'text'")
 
@@ -20,12 +20,12 @@ class TextLines(ConversationLines):
     return {"text": True}
 
   def plain(self, record, where):
-    plain = records.plain_record(record, where, _KEYS)
-    records.checked_text(plain, "text", where)
+    plain = line_keys.plain_record(record, where, _KEYS)
+    line_keys.checked_text(plain, "text", where)
     return plain
 
   def unread(self, record, plain, template):
-    return records.unread_keys(record, _KEYS)
+    return line_keys.unread_keys(record, _KEYS)
 
   def conversations(self, record, where):
     return [[{"from": "human", "value": "Write."}, {"from": "gpt", "value": record["text"]}]]
