@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from internvl_jax.arguments import LOSS_WEIGHTS, MOST_TILES
+from internvl_jax.arguments import MOST_TILES
 from internvl_jax.metrics.writers import WRITERS
 
 REFUSED: dict[str, str] = {
@@ -93,8 +93,8 @@ class Range:
 
 _ANY = Range()
 _POSITIVE = Range(low=1)
-_NOT_NEGATIVE = Range(low=0)
-_ABOVE_0 = Range(low=0, low_is_in=False)
+NOT_NEGATIVE = Range(low=0)
+ABOVE_0 = Range(low=0, low_is_in=False)
 _SHARE = Range(low=0, high=1)
 _BELOW_1 = Range(low=0, high=1, high_is_in=False)
 _INTERVAL = Range(low=0, low_is_in=False, whole_from_1=True)
@@ -106,8 +106,8 @@ RANGES: dict[str, Range] = {
   # The ViT's depth bounds these two, and only the checkpoint knows it.
   "model.unfreeze_vit_layers": _ANY,
   "model.vision_select_layer": _ANY,
-  "model.use_backbone_lora": _NOT_NEGATIVE,
-  "model.use_llm_lora": _NOT_NEGATIVE,
+  "model.use_backbone_lora": NOT_NEGATIVE,
+  "model.use_llm_lora": NOT_NEGATIVE,
   "model.drop_path_rate": _BELOW_1,
   "data.max_seq_length": _POSITIVE,
   # That patches divide it is checked where the patch size is known.
@@ -123,48 +123,46 @@ RANGES: dict[str, Range] = {
   "data.log_freq": _POSITIVE,
   "training.per_device_train_batch_size": _POSITIVE,
   "training.gradient_accumulation_steps": _POSITIVE,
-  "training.num_train_epochs": _ABOVE_0,
+  "training.num_train_epochs": ABOVE_0,
   "training.max_steps": _AXIS,
-  "training.learning_rate": _NOT_NEGATIVE,
-  "training.weight_decay": _NOT_NEGATIVE,
+  "training.learning_rate": NOT_NEGATIVE,
+  "training.weight_decay": NOT_NEGATIVE,
   "training.adam_beta1": _BELOW_1,
   "training.adam_beta2": _BELOW_1,
-  "training.adam_epsilon": _ABOVE_0,
-  "training.max_grad_norm": _NOT_NEGATIVE,
+  "training.adam_epsilon": ABOVE_0,
+  "training.max_grad_norm": NOT_NEGATIVE,
   "training.warmup_ratio": _SHARE,
-  "training.warmup_steps": _NOT_NEGATIVE,
+  "training.warmup_steps": NOT_NEGATIVE,
   "training.logging_steps": _INTERVAL,
   "training.save_steps": _INTERVAL,
   "training.save_total_limit": _POSITIVE,
   "training.eval_steps": _INTERVAL,
   "training.seed": _SEED,
   "training.data_seed": _SEED,
-  "training.dataloader_num_workers": _NOT_NEGATIVE,
-  "preference.beta": _ABOVE_0,
-  "preference.label_smoothing": Range(low=0, high=0.5, high_is_in=False),
-  "preference.rpo_alpha": _NOT_NEGATIVE,
-  "preference.loss_weights": _NOT_NEGATIVE,
-  **{f"preference.{name}": _NOT_NEGATIVE for name in LOSS_WEIGHTS.values()},
+  "training.dataloader_num_workers": NOT_NEGATIVE,
   "mesh.data": _AXIS,
   "mesh.fsdp": _AXIS,
   "mesh.expert": _AXIS,
   "mesh.sequence": _AXIS,
   "mesh.tensor": _AXIS,
-  "lora.alpha": _ABOVE_0,
+  "lora.alpha": ABOVE_0,
   "lora.dropout": _BELOW_1,
   "loader.max_bad_fraction": _SHARE,
   "loader.max_untaught_fraction": _SHARE,
   "loader.sequence_buckets": _POSITIVE,
   # A pool without tiles is what a batch of text needs.
-  "loader.tile_buckets": _NOT_NEGATIVE,
+  "loader.tile_buckets": NOT_NEGATIVE,
   "loader.prefetch": _POSITIVE,
   "eval.batch_size": _POSITIVE,
   "eval.max_new_tokens": _POSITIVE,
   "eval.limit": _POSITIVE,
-  "runtime.router_aux_loss_coef": _NOT_NEGATIVE,
+  "runtime.router_aux_loss_coef": NOT_NEGATIVE,
   "runtime.scan_unroll": _POSITIVE,
   "runtime.profile_steps": _POSITIVE,
   "runtime.max_nonfinite_steps": _POSITIVE,
   "runtime.hang_seconds": _POSITIVE,
 }
-"""The range of every numeric field (of each entry, for a tuple); None, where a field allows it, is in range."""
+"""The range of every numeric field (of each entry, for a tuple); None, where a field allows it, is in range.
+
+Tasks say those of their own fields: `tasks.settings.ranges` has them all.
+"""

@@ -23,12 +23,14 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any, Literal
 
 from internvl_jax import unused_settings
-from internvl_jax.allowed_values import CHOICES, INSTEAD_OF, RANGES, REFUSED
-from internvl_jax.arguments import LOSS_WEIGHTS, PreferenceConfig, parse_distributed, parse_xla_option
+from internvl_jax.allowed_values import CHOICES, INSTEAD_OF, REFUSED
+from internvl_jax.arguments import parse_distributed, parse_xla_option
 from internvl_jax.config import FIELDS, LEAVES, TrainConfig, get, is_changed, setting_text, type_name
 from internvl_jax.config_paths import Command, path_problems
 from internvl_jax.errors import UserError, suggest
 from internvl_jax.parallel import zero
+from internvl_jax.tasks import conversations_a_line
+from internvl_jax.tasks import settings as task_settings
 
 
 def validate(config: TrainConfig, command: Command = "train") -> None:
@@ -50,7 +52,7 @@ def problems(config: TrainConfig, command: Command = "train") -> list[str]:
     _range_problems,
     _model_problems,
     _data_problems,
-    _preference_problems,
+    _task_problems,
     _optimizer_problems,
     _schedule_problems,
     _evaluation_problems,
@@ -103,11 +105,11 @@ def idle_settings(config: TrainConfig) -> list[str]:
 
 def _remarks(config: TrainConfig) -> Iterator[unused_settings.Remark]:
   defaults = {path: field.default for path, field in FIELDS.items()}
-  return unused_settings.remarks(functools.partial(get, config), defaults)
+  return unused_settings.remarks(functools.partial(get, config), defaults, task_settings.rules())
 
 
 def _range_problems(config: TrainConfig) -> Iterator[str]:
-  for path, allowed in RANGES.items():
+  for path, allowed in task_settings.ranges().items():
     value = get(config, path)
     entries = value if isinstance(value, tuple) else (value,)
     if not all(entry is None or allowed.holds(entry) for entry in entries):
@@ -167,8 +169,8 @@ def _data_problems(config: TrainConfig) -> Iterator[str]:
     buckets = get(config, path)
     if list(buckets) != sorted(set(buckets)):
       yield f"{path}={buckets} must rise from entry to entry; use {tuple(sorted(set(buckets)))}"
-  # A pair's answers stand in one row.
-  answers = 1 if config.preference.loss_type is None or data.use_packed_ds else 2
+  # All that a line becomes is in one row.
+  answers = 1 if data.use_packed_ds else conversations_a_line(config)
   if loader.sequence_buckets and max(loader.sequence_buckets) < answers * data.max_seq_length:
     twice = "twice " if answers == 2 else ""
     yield (
@@ -178,42 +180,9 @@ def _data_problems(config: TrainConfig) -> Iterator[str]:
   yield from _template_problems(data.conv_style)
 
 
-def _preference_problems(config: TrainConfig) -> Iterator[str]:
-  preference = config.preference
-  if preference.loss_type is None:
-    return
-  # Imported late: the table of losses brings JAX along, which `--help` should not wait for.
-  from internvl_jax.losses.preference import LOSSES
-
-  kinds = preference.kinds
-  setting = f"preference.loss_type={preference.loss_type!r}"
-  unknown = [kind for kind in kinds if kind not in LOSSES]
-  for kind in unknown:
-    yield f"{setting}: there is no loss {kind!r}; use {', '.join(LOSSES)}, or a list{suggest(kind, LOSSES)}"
-  if not unknown:
-    yield from _weight_problems(preference, setting)
-
-
-def _weight_problems(preference: PreferenceConfig, setting: str) -> Iterator[str]:
-  kinds, weights = preference.kinds, preference.loss_weights
-  if weights and len(weights) != len(kinds):
-    yield f"preference.loss_weights={weights} has {len(weights)} weights for the {len(kinds)} losses of {setting}; give one each"
-    return
-  own = {kind: f"preference.{LOSS_WEIGHTS[kind]}" for kind in dict.fromkeys(kinds) if kind in LOSS_WEIGHTS}
-  for kind in dict.fromkeys(kinds):
-    if kinds.count(kind) > 1:
-      where = own.get(kind, "preference.loss_weights")
-      yield f"{setting} names {kind!r} {kinds.count(kind)} times; name it once, with {where}"
-  if weights:
-    for kind, path in own.items():
-      value = getattr(preference, LOSS_WEIGHTS[kind])
-      if value != FIELDS[path].default:
-        yield f"{path}={value:g} beside preference.loss_weights={weights}; set one of the two"
-  if not any(weight for _, weight in preference.terms) and not preference.rpo_alpha:
-    zeros = (
-      f"preference.loss_weights={weights}" if weights else ", ".join(f"{path}=0" for path in own.values())
-    )
-    yield f"{setting} with {zeros} optimizes nothing; raise a weight, or set preference.rpo_alpha"
+def _task_problems(config: TrainConfig) -> Iterator[str]:
+  for own in task_settings.of_tasks():
+    yield from own.problems(config)
 
 
 def _template_problems(name: str) -> Iterator[str]:
@@ -255,11 +224,12 @@ def _evaluation_problems(config: TrainConfig) -> Iterator[str]:
       f"training.eval_strategy={training.eval_strategy!r} contradicts "
       f"training.evaluation_strategy={training.evaluation_strategy!r}; set one of the two spellings"
     )
-  has_nothing = config.eval.annotation is None and config.preference.eval_meta_path is None
+  held_out = list(task_settings.held_out(config))
+  has_nothing = config.eval.annotation is None and not any(meta for _, meta in held_out)
   if strategies and has_nothing:
     yield (
       f"training.eval_strategy={min(strategies)!r} has nothing to score while eval.annotation=None; "
-      "name a jsonl there (of preference pairs, a meta file in preference.eval_meta_path) or set the strategy to 'no'"
+      f"name a jsonl there ({'; '.join(scored.hint for scored, _ in held_out)}) or set the strategy to 'no'"
     )
   if training.load_best_model_at_end and len(strategies) < 2 and not (strategies and has_nothing):
     yield from _best_model_problems(config, min(strategies, default="no"))
@@ -284,14 +254,15 @@ def _best_model_problems(config: TrainConfig, strategy: str) -> Iterator[str]:
       "that what is saved is scored"
     )
   metric = (training.metric_for_best_model or "").removeprefix("eval_")
-  known = []
+  known, prefixes = [], []
   if config.eval.annotation:
     known += ["accuracy", *(["accuracy_GROUP"] if config.eval.group_field else [])]
-  if config.preference.eval_meta_path:
-    known += ["rewards/accuracies", "rewards/margins", "rewards/chosen", "logps/chosen"]
-  is_group = metric.startswith("accuracy_") and "accuracy_GROUP" in known
-  is_of_pairs = metric.startswith(("rewards/", "logps/")) and "rewards/margins" in known
-  if metric and metric not in known and not is_group and not is_of_pairs:
+    prefixes += ["accuracy_"] if config.eval.group_field else []
+  for scored, meta in task_settings.held_out(config):
+    if meta:
+      known += scored.metrics
+      prefixes += scored.prefixes
+  if metric and metric not in known and not metric.startswith(tuple(prefixes)):
     yield (
       f"training.metric_for_best_model={training.metric_for_best_model!r} is no score of this run; it has "
       f"{', '.join(known)}"

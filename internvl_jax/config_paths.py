@@ -10,6 +10,7 @@ from internvl_jax.hf.files import PICKLES
 from internvl_jax.outputs import would_write_over
 from internvl_jax.storage.paths import is_bucket
 from internvl_jax.storage.remote import is_remote
+from internvl_jax.tasks import settings as task_settings
 
 Command = Literal["train", "plan", "doctor"]
 
@@ -33,9 +34,9 @@ WRITTEN = ("training.logging_dir", "runtime.compilation_cache_dir")
 
 _NAMED = (
   *("model.model_name_or_path", *PARTS, "model.mlp_path", "data.meta_path", "eval.annotation", "eval.root"),
-  *("preference.eval_meta_path", "preference.reference_cache_dir", "training.output_dir", *WRITTEN, *ON_DISK),
+  *("training.output_dir", *WRITTEN, *ON_DISK),
 )
-"""Fields that name files or folders."""
+"""Fields that name files or folders, but for those of tasks."""
 
 PROJECTOR_SUFFIXES = (".safetensors", *PICKLES)
 """Forms of the file that model.mlp_path names."""
@@ -57,15 +58,16 @@ def path_problems(config: TrainConfig, command: Command) -> Iterator[str]:
   files = {"data.meta_path": config.data.meta_path if "data.meta_path" in required else None}
   if command in ("train", "doctor"):
     files["eval.annotation"] = config.eval.annotation
-    files["preference.eval_meta_path"] = config.preference.eval_meta_path
+    files |= {scored.setting: meta for scored, meta in task_settings.held_out(config)}
   for path, name in files.items():
     if name and not is_remote(name) and not os.path.isfile(name):
       yield f"{path}={name!r}: no such file"
   if command in ("train", "doctor") and config.eval.annotation and (root := config.eval.root):
     if not is_remote(root) and not os.path.isdir(root):
       yield f"eval.root={root!r}: no such folder"
-  if (cache := config.preference.reference_cache_dir) and is_remote(cache) and not is_bucket(cache):
-    yield f"preference.reference_cache_dir={cache!r}: runs write to folders, gs:// and s3:// only; name one of these"
+  for path in (path for own in task_settings.of_tasks() for path in own.folders):
+    if (name := get(config, path)) and is_remote(name) and not is_bucket(name):
+      yield f"{path}={name!r}: runs write to folders, gs:// and s3:// only; name one of these"
   if "training.output_dir" in required and config.training.output_dir:
     yield from _output_path_problems(config)
 
@@ -76,7 +78,9 @@ _HALF_A_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)(.*)")
 
 def _url_problems(config: TrainConfig) -> Iterator[str]:
   """URLs that are none, or stand where a folder is wanted, of which libraries would make one called "gs:"."""
-  for path in _NAMED:
+  of_tasks = [path for own in task_settings.of_tasks() for path in own.folders]
+  of_tasks += [scored.setting for scored, _ in task_settings.held_out(config)]
+  for path in (*_NAMED, *of_tasks):
     if (name := get(config, path)) and (found := _HALF_A_URL.match(name)):
       yield f"{path}={name!r} is no URL: did you mean {found[1]}://{found[2]}?"
   for path, why in ON_DISK.items():

@@ -9,6 +9,7 @@ from internvl_jax.errors import UserError
 from internvl_jax.outputs import LEASE_FILE, Beginning, begin_run, check_output_dir
 from internvl_jax.parallel import distributed
 from internvl_jax.storage.paths import AnyPath, path_of
+from internvl_jax.tasks.settings import of_tasks
 from internvl_jax.watchdog import Watchdog
 
 
@@ -34,7 +35,7 @@ def output_dir_held(config: TrainConfig, watchdog: Watchdog) -> Iterator[Beginni
       place = lease.place_in(folder)
       stack.enter_context(signals.cleaned_up(place.release))
       stack.enter_context(lease.held(place, name))
-      beginning = check_output_dir(config.training)
+      beginning = check_output_dir(config.training, _files_of_tasks())
     with watchdog.phase("barrier"):
       distributed.barrier("the output directory is prepared", seconds=distributed.JOIN_SECONDS)
     if not (folder / LEASE_FILE).exists():
@@ -48,5 +49,9 @@ def output_dir_held(config: TrainConfig, watchdog: Watchdog) -> Iterator[Beginni
 def begin_output(config: TrainConfig, beginning: Beginning) -> None:
   """Clears the directory for a new run where the config allows it, and writes its configuration."""
   if distributed.is_first() and beginning != "resume":
-    begin_run(output_folder(config), beginning, to_json(config))
+    begin_run(output_folder(config), beginning, to_json(config), of_tasks=_files_of_tasks())
   distributed.barrier("the output directory is begun", seconds=distributed.JOIN_SECONDS)
+
+
+def _files_of_tasks() -> list[str]:
+  return [file for own in of_tasks() for file in own.files]

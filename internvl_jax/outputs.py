@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Literal
 
 from internvl_jax import digests
@@ -40,8 +40,6 @@ RUN_FILES = (
   "trainer_state.json",
   "train_results.json",
   "eval_results.json",
-  "preference_results.json",
-  "reference.json",
   "predictions.jsonl",
   "config.json",
   "generation_config.json",
@@ -63,7 +61,7 @@ RUN_FILES = (
   "chat_template.jinja",
   "chat_template.json",
 )
-"""The files a run writes at the root of its output directory."""
+"""The files a run writes at the root of its output directory, but for those of its task."""
 
 RUN_FOLDERS = (CHECKPOINTS, "adapter", "tensorboard", "profile")
 """The folders a run writes there."""
@@ -85,10 +83,19 @@ def write_config(folder: AnyPath, config: dict[str, Any]) -> None:
   write_json(folder / CONFIG_FILE, config)
 
 
-def begin_run(folder: AnyPath, beginning: Beginning, config: dict[str, Any]) -> None:
-  """Starts a run that does not resume: deletes an earlier run's output, if it may, and marks the folder as this one's."""
+def begin_run(
+  folder: AnyPath, beginning: Beginning, config: dict[str, Any], *, of_tasks: Collection[str] = ()
+) -> None:
+  """Starts a run that does not resume: deletes an earlier run's output, if it may, and marks the folder as this one's.
+
+  Args:
+    folder: the output directory.
+    beginning: what `check_output_dir` said.
+    config: what the run is made with.
+    of_tasks: names of files that tasks write there.
+  """
   if beginning == "overwrite":
-    clear_output_dir(str(folder))
+    clear_output_dir(str(folder), of_tasks)
   folder.mkdir(parents=True, exist_ok=True)
   write_config(folder, config)
 
@@ -134,7 +141,7 @@ def _real(name: str) -> str:
   return str(path_of(name)) if paths.is_bucket(name) else os.path.realpath(name)
 
 
-def check_output_dir(training: TrainingArguments) -> Beginning:
+def check_output_dir(training: TrainingArguments, of_tasks: Collection[str] = ()) -> Beginning:
   """Decides from the file system how a run begins; changes nothing.
 
   "new": nothing is there. "resume": the directory holds a complete checkpoint. "overwrite":
@@ -155,13 +162,13 @@ def check_output_dir(training: TrainingArguments) -> Beginning:
   if not training.overwrite_output_dir:
     if newest_checkpoint(training.output_dir) is not None:
       return "resume"
-    if _stopped_early(folder, present):
+    if _stopped_early(folder, present, of_tasks):
       return "overwrite"
     raise UserError(
       f"{where} is not empty and holds no complete checkpoint to resume from; "
       "choose another folder or set training.overwrite_output_dir=True"
     )
-  ours = sorted(entry.name for entry in _run_outputs(folder))
+  ours = sorted(entry.name for entry in _run_outputs(folder, of_tasks))
   if ours and present.isdisjoint(RUN_MARKS):
     raise UserError(
       f"{where} holds {ours[0]}, but nothing shows that a run wrote it, so it is not overwritten; "
@@ -170,9 +177,9 @@ def check_output_dir(training: TrainingArguments) -> Beginning:
   return "overwrite"
 
 
-def _stopped_early(folder: AnyPath, present: set[str]) -> bool:
+def _stopped_early(folder: AnyPath, present: set[str], of_tasks: Collection[str]) -> bool:
   """Whether a run began here, and left neither a model nor anything that is not a run's."""
-  ours = {entry.name for entry in _run_outputs(folder)}
+  ours = {entry.name for entry in _run_outputs(folder, of_tasks)}
   has_model = any(fnmatch.fnmatch(name, "model*.safetensors") for name in present)
   return CONFIG_FILE in present and present <= ours and not has_model and not checkpoint_steps(str(folder))
 
@@ -206,12 +213,12 @@ def is_complete(checkpoint: AnyPath) -> bool:
   return any((checkpoint / name).exists() for name in ("_CHECKPOINT_METADATA", digests.FILE))
 
 
-def clear_output_dir(output_dir: str) -> list[str]:
-  """Deletes what a run wrote (`RUN_FILES`, `RUN_FOLDERS`) and nothing else; returns the names, sorted.
+def clear_output_dir(output_dir: str, of_tasks: Collection[str] = ()) -> list[str]:
+  """Deletes what a run wrote (`RUN_FILES`, `RUN_FOLDERS`, files of tasks) and nothing else; returns the names, sorted.
 
   For one process of a run, after `check_output_dir` said "overwrite" to all of them.
   """
-  deleted = _run_outputs(path_of(output_dir))
+  deleted = _run_outputs(path_of(output_dir), of_tasks)
   for entry in deleted:
     if entry.is_dir() and not entry.is_symlink():  # What a link points to may be anybody's.
       paths.remove_tree(entry)
@@ -220,9 +227,10 @@ def clear_output_dir(output_dir: str) -> list[str]:
   return sorted(entry.name for entry in deleted)
 
 
-def _run_outputs(folder: AnyPath) -> list[AnyPath]:
+def _run_outputs(folder: AnyPath, of_tasks: Collection[str]) -> list[AnyPath]:
+  names = (*RUN_FILES, *of_tasks)
   files: list[AnyPath] = [
-    entry for entry in folder.iterdir() if any(fnmatch.fnmatch(entry.name, name) for name in RUN_FILES)
+    entry for entry in folder.iterdir() if any(fnmatch.fnmatch(entry.name, name) for name in names)
   ]
   return files + [folder / name for name in RUN_FOLDERS if (folder / name).exists()]
 

@@ -18,17 +18,13 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from internvl_jax.arguments import LOSS_WEIGHTS
-
 Values = Callable[[str], Any]
 """The value at a path such as "model.freeze_llm"."""
 
 _PACKED = ("data.use_packed_ds",)
 _DYNAMIC = ("data.dynamic_image_size",)
 _WITH_LORA = ("model.use_llm_lora", "model.use_backbone_lora")
-_PREFERENCE = ("preference.loss_type",)
 _REMAT = ("model.grad_checkpoint", "training.gradient_checkpointing")
-_WEIGHTS = tuple(f"preference.{name}" for name in LOSS_WEIGHTS.values())
 
 ONLY_WITH: dict[str, tuple[str, ...]] = {
   "data.num_images_expected": _PACKED,
@@ -42,15 +38,6 @@ ONLY_WITH: dict[str, tuple[str, ...]] = {
   "data.use_thumbnail": _DYNAMIC,
   "data.min_dynamic_patch": _DYNAMIC,
   "data.max_dynamic_patch": _DYNAMIC,
-  "preference.beta": _PREFERENCE,
-  "preference.label_smoothing": _PREFERENCE,
-  "preference.rpo_alpha": _PREFERENCE,
-  "preference.loss_weights": _PREFERENCE,
-  **dict.fromkeys(_WEIGHTS, _PREFERENCE),
-  "preference.precompute_reference": _PREFERENCE,
-  "preference.reference_cache_dir": ("preference.precompute_reference",),
-  "preference.share_prompts": _PREFERENCE,
-  "preference.eval_meta_path": _PREFERENCE,
   "model.unfreeze_vit_layers": ("model.freeze_backbone", "model.use_backbone_lora"),
   "model.unfreeze_lm_head": ("model.freeze_llm", "model.use_llm_lora"),
   "lora.alpha": _WITH_LORA,
@@ -93,24 +80,6 @@ def _logs_and_scores_otherwise(value: Values) -> bool:
   return value("training.logging_strategy") != "steps" and not stands_in
 
 
-def _losses(value: Values) -> list[str]:
-  return [kind.strip() for kind in (value("preference.loss_type") or "").split(",")]
-
-
-def _smoothed_losses() -> list[str]:
-  # Imported late: the table of losses brings JAX along, which `--help` should not wait for.
-  from internvl_jax.losses.preference import smoothed
-
-  return smoothed()
-
-
-def _not_among(kind: str) -> Idle:
-  return Idle(
-    lambda value: bool(value("preference.loss_type")) and kind not in _losses(value),
-    f"while preference.loss_type does not name {kind}",
-  )
-
-
 _CONSTANT = Idle(
   lambda value: value("training.lr_scheduler_type") == "constant",
   "with training.lr_scheduler_type='constant'; constant_with_warmup is the one that warms up",
@@ -122,19 +91,6 @@ IDLE: dict[str, tuple[Idle, ...]] = {
   "model.drop_path_rate": (
     Idle(_frozen_vit, "with model.freeze_backbone=True: a frozen ViT runs as in evaluation"),
   ),
-  "data.loss_reduction": (
-    Idle(
-      lambda value: bool(value("preference.loss_type")),
-      "with preference.loss_type: answers' log-probabilities are sums",
-    ),
-  ),
-  "preference.label_smoothing": (
-    Idle(
-      lambda value: bool(value("preference.loss_type")) and not {*_smoothed_losses()} & {*_losses(value)},
-      lambda: f"while preference.loss_type names none of {', '.join(_smoothed_losses())}",
-    ),
-  ),
-  **{path: (_not_among(kind),) for path, kind in zip(_WEIGHTS, LOSS_WEIGHTS, strict=True)},
   "training.group_by_length": (
     Idle(
       lambda value: value("data.use_packed_ds"),
@@ -189,10 +145,6 @@ ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
   # One tile is what there is without a grid.
   "data.max_dynamic_patch": (1,),
   "lora.dropout": (0.0,),
-  "preference.label_smoothing": (0.0,),
-  "preference.rpo_alpha": (0.0,),
-  "preference.share_prompts": (False,),
-  **dict.fromkeys(_WEIGHTS, (0.0,)),
   "training.save_total_limit": (None,),
   "training.greater_is_better": (False,),
   "loader.max_bad_fraction": (0.0,),
@@ -205,6 +157,42 @@ REFUSED_IDLE: dict[str, str] = {
   "lora.use_rslora": "all of the model's parts that are not frozen would train, without adapters",
 }
 """Field -> what would be learned in place of what it asks for."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rules:
+  """When fields have no effect; `|` adds what another says, such as a task of its own settings.
+
+  Attributes:
+    only_with: as ONLY_WITH.
+    idle: as IDLE.
+    asks_nothing: as ASKS_NOTHING.
+  """
+
+  only_with: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+  idle: Mapping[str, tuple[Idle, ...]] = dataclasses.field(default_factory=dict)
+  asks_nothing: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+
+  def __or__(self, other: "Rules") -> "Rules":
+    """The rules of both."""
+    idle = {path: (*self.idle.get(path, ()), *cases) for path, cases in other.idle.items()}
+    return Rules(
+      only_with={**self.only_with, **other.only_with},
+      idle={**self.idle, **idle},
+      asks_nothing={**self.asks_nothing, **other.asks_nothing},
+    )
+
+  def why_idle(self, value: Values, path: str) -> str | None:
+    """Why a field has no effect; None if it has one."""
+    for idle in self.idle.get(path, ()):
+      if idle.when(value):
+        return idle.why if isinstance(idle.why, str) else idle.why()
+    switches = self.only_with.get(path, ())
+    return f"without {' or '.join(switches)}" if switches and not any(map(value, switches)) else None
+
+
+RULES = Rules(only_with=ONLY_WITH, idle=IDLE, asks_nothing=ASKS_NOTHING)
+"""What this module's tables say; `tasks.settings.rules` adds what tasks say."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -220,30 +208,22 @@ class Remark:
     return self.path in REFUSED_IDLE
 
 
-def remarks(value: Values, defaults: Mapping[str, Any]) -> Iterator[Remark]:
+def remarks(value: Values, defaults: Mapping[str, Any], rules: Rules) -> Iterator[Remark]:
   """The settings that ask for what will not happen, each with one reason.
 
   Args:
     value: the configuration.
     defaults: of every field, by path.
+    rules: when fields have no effect.
   """
-  for path in dict.fromkeys([*ONLY_WITH, *IDLE]):
+  for path in dict.fromkeys([*rules.only_with, *rules.idle]):
     found = value(path)
-    if found == defaults[path] or found in ASKS_NOTHING.get(path, ()):
+    if found == defaults[path] or found in rules.asks_nothing.get(path, ()):
       continue
-    if (why := _why_idle(value, path)) is None:
+    if (why := rules.why_idle(value, path)) is None:
       continue
     line = f"{path}={found!r} has no effect{'' if why.startswith(':') else ' '}{why}"
     if path in REFUSED_IDLE:
-      switches = " or ".join(f"{switch}=16" for switch in ONLY_WITH[path])
+      switches = " or ".join(f"{switch}=16" for switch in rules.only_with[path])
       line += f": {REFUSED_IDLE[path]}; set {switches}, or leave it at {defaults[path]!r}"
     yield Remark(path, line)
-
-
-def _why_idle(value: Values, path: str) -> str | None:
-  """Why a field has no effect; None if it has one."""
-  for idle in IDLE.get(path, ()):
-    if idle.when(value):
-      return idle.why if isinstance(idle.why, str) else idle.why()
-  switches = ONLY_WITH.get(path, ())
-  return f"without {' or '.join(switches)}" if switches and not any(map(value, switches)) else None

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from internvl_jax import config_checks
-from internvl_jax.allowed_values import ACCEPTED, CHOICES, RANGES, REFUSED
+from internvl_jax.allowed_values import ACCEPTED, CHOICES, REFUSED
 from internvl_jax.arguments import LOSS_WEIGHTS, DataTrainingArguments, ModelArguments
 from internvl_jax.config import FIELDS, LEAVES, TrainConfig, to_json, type_name
 from internvl_jax.foreign import FOREIGN
 from internvl_jax.help_text import field_comments
+from internvl_jax.tasks.settings import ranges
 from tests.support.configurations import parse
 
 ROOT = Path(__file__).parent.parent
@@ -55,12 +56,12 @@ def test_every_default_has_its_own_type():
 
 def test_every_number_has_a_range_that_holds_its_default():
   numeric = {p for p, field in FIELDS.items() if {"int", "float"} & set(type_name(field.type).split())}
-  assert numeric == set(RANGES)
+  assert numeric == set(ranges())
   assert not list(config_checks._range_problems(TrainConfig()))
 
 
 def test_tables_name_fields():
-  for table in (REFUSED, ACCEPTED, CHOICES, RANGES):
+  for table in (REFUSED, ACCEPTED, CHOICES, ranges()):
     assert set(table) <= set(FIELDS)
 
 

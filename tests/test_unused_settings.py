@@ -11,8 +11,11 @@ from internvl_jax.config import FIELDS, TrainConfig, type_name
 from internvl_jax.config_checks import idle_settings
 from internvl_jax.data.load.counters import untaught_samples
 from internvl_jax.optim.learning_rate import warmup_remark
-from internvl_jax.unused_settings import ASKS_NOTHING, IDLE, ONLY_WITH, REFUSED_IDLE
+from internvl_jax.tasks.settings import rules
+from internvl_jax.unused_settings import REFUSED_IDLE
 from tests.test_recipes import SCRIPTS, load, recipe_of
+
+ONLY_WITH, IDLE, ASKS_NOTHING = rules().only_with, rules().idle, rules().asks_nothing
 
 # Switches of cases that are not simply off; what makes every field of IDLE idle.
 MAKES_IDLE = {
