@@ -3,6 +3,8 @@
 Letters: M tokens, E width, V vocabulary.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -62,24 +64,27 @@ def chunked_linear_cross_entropy(
   )
 
 
+_Residuals = tuple[jax.Array, jax.Array | None]
+
+
 @jax.custom_vjp
-def _fused(hidden, kernel, targets, weights):
-  def add(total, chunk):
+def _fused(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+  def add(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
     x, t, w = chunk
     return total + cross_entropy(_logits(x, kernel), t, w), None
 
   return jax.lax.scan(add, jnp.float32(0), (hidden, targets, weights))[0]
 
 
-def _logits(x, kernel):
+def _logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
   return jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
-def _fused_forward(hidden, kernel, targets, weights):
+def _fused_forward(hidden: Any, kernel: Any, targets: Any, weights: Any) -> tuple[jax.Array, _Residuals]:
   needs_kernel = kernel.perturbed
   hidden, kernel, targets, weights = hidden.value, kernel.value, targets.value, weights.value
 
-  def add(carry, chunk):
+  def add(carry: Any, chunk: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
     total, d_kernel = carry
     x, t, w = chunk
     loss, d_logits = jax.value_and_grad(cross_entropy)(_logits(x, kernel), t, w)
@@ -93,9 +98,12 @@ def _fused_forward(hidden, kernel, targets, weights):
   return total, (d_hidden, None if d_kernel is None else d_kernel.astype(kernel.dtype))
 
 
-def _fused_backward(residuals, g):
+def _fused_backward(residuals: _Residuals, g: jax.Array) -> tuple[jax.Array | None, ...]:
   d_hidden, d_kernel = residuals
-  scale = lambda x: None if x is None else (x * g).astype(x.dtype)  # noqa: E731
+
+  def scale(x: jax.Array | None) -> jax.Array | None:
+    return None if x is None else (x * g).astype(x.dtype)
+
   return scale(d_hidden), scale(d_kernel), None, None
 
 

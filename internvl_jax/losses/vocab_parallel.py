@@ -10,7 +10,7 @@ Letters: R rows, S tokens, E width, V vocabulary; on a device: M tokens, n chunk
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +99,14 @@ def _chunk_width(tokens: int, vocabulary: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(gathered, vocab, x, chunks, entries, targets):
+def _chunked(
+  gathered: MeshAxes,
+  vocab: MeshAxes,
+  x: jax.Array,
+  chunks: jax.Array,
+  entries: jax.Array,
+  targets: jax.Array,
+) -> jax.Array:
   """Losses [M] of tokens x [M, E], with kernels [n, pieces of E, C] of entries [n, C] and targets [M].
 
   Devices that share tokens have their losses all alike; of a loss that several of them use, the gradients are
@@ -113,10 +120,19 @@ def _chunked(gathered, vocab, x, chunks, entries, targets):
   return _losses(gathered, vocab, x, chunks, entries, targets)[0]
 
 
-def _losses(gathered, vocab, x, chunks, entries, targets):
+def _losses(
+  gathered: MeshAxes,
+  vocab: MeshAxes,
+  x: jax.Array,
+  chunks: jax.Array,
+  entries: jax.Array,
+  targets: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
   """The losses, and the logarithm of each token's softmax denominator [M]."""
 
-  def add(carry, chunk):
+  def add(
+    carry: tuple[jax.Array, ...], chunk: tuple[jax.Array, jax.Array]
+  ) -> tuple[tuple[jax.Array, ...], None]:
     top, scaled, picked = carry
     logits = _logits(gathered, x, *chunk)
     new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
@@ -135,7 +151,7 @@ def _losses(gathered, vocab, x, chunks, entries, targets):
   return jnp.where(targets != IGNORE_INDEX, log_sum - picked, 0.0), log_sum
 
 
-def _logits(gathered, x, piece, entries):
+def _logits(gathered: MeshAxes, x: jax.Array, piece: jax.Array, entries: jax.Array) -> jax.Array:
   """Scores [M, C] in float32."""
   logits = jnp.dot(x, _all_gathered(gathered, piece, x.dtype), preferred_element_type=jnp.float32)
   return jnp.where(entries >= 0, logits, jnp.finfo(jnp.float32).min)
@@ -146,19 +162,23 @@ def _all_gathered(gathered: MeshAxes, piece: jax.Array, dtype: jnp.dtype) -> jax
   return jax.lax.all_gather(piece, gathered, axis=0, tiled=True) if gathered else piece
 
 
-def _chunked_forward(gathered, vocab, x, chunks, entries, targets):
+def _chunked_forward(
+  gathered: MeshAxes, vocab: MeshAxes, x: Any, chunks: Any, entries: Any, targets: Any
+) -> tuple[jax.Array, tuple[Any, ...]]:
   arrays = [operand.value for operand in (x, chunks, entries, targets)]
   losses, log_sum = _losses(gathered, vocab, *arrays)
   # An empty tuple says that the kernel trains: only the structure of what is kept is static.
   return losses, (*arrays, log_sum, () if chunks.perturbed else None)
 
 
-def _chunked_backward(gathered, vocab, saved, g):
+def _chunked_backward(
+  gathered: MeshAxes, vocab: MeshAxes, saved: tuple[Any, ...], g: jax.Array
+) -> tuple[jax.Array | None, ...]:
   # The gradient of all devices' uses together, of which each device has the part of its own logits.
   x, chunks, entries, targets, log_sum, needs_kernel = saved
   weights = jnp.where(targets != IGNORE_INDEX, jax.lax.psum(g, vocab) if vocab else g, 0.0)
 
-  def add(dx, chunk):
+  def add(dx: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
     piece, entries = chunk
     probs = jnp.exp(_logits(gathered, x, piece, entries) - log_sum[:, None])
     d_logits = ((probs - (entries == targets[:, None])) * weights[:, None]).astype(x.dtype)

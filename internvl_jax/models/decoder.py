@@ -115,13 +115,23 @@ class DecoderAttention(nnx.Module):
     self.k_norm = RMSNorm(H, eps=config.rms_norm_eps, axis=None) if config.qk_norm else None
     self.sinks = make_param(jnp.zeros(N), ("heads",)) if config.sinks else None
 
-  def __call__(self, x, *, rotation, mask: Mask, cache, offset, backend: str):
+  def __call__(
+    self,
+    x: jax.Array,
+    *,
+    rotation: tuple[jax.Array, jax.Array],
+    mask: Mask,
+    cache: tuple[jax.Array, jax.Array] | None,
+    offset: jax.Array | None,
+    backend: str,
+  ):
     """Attends over x [B, T, D]; with a cache (k, v) over what it holds, x's own keys written at `offset`."""
     q, k, v = self._project(x)
     if self.q_norm is not None and self.k_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
     q, k = rotate(q, *rotation), rotate(k, *rotation)
     if cache is not None:
+      assert offset is not None
       k, v = (
         constrain(jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), offset, axis=1), *_CACHED)
         for old, new in zip(cache, (k, v), strict=True)
@@ -185,7 +195,7 @@ class DecoderLayer(nnx.Module):
     if config.lora is not None:
       lora.attach(self, config.lora, rngs)
 
-  def __call__(self, x: jax.Array, *, valid: jax.Array | None, kernels: Kernels, **attend):
+  def __call__(self, x: jax.Array, *, valid: jax.Array | None, kernels: Kernels, **attend: Any):
     """Returns the new x, the keys and values, and statistics of the router where there is one."""
     x = _by_token(x)
     y, kv = self.self_attn(_by_token(self.input_layernorm(x)), backend=kernels.attention, **attend)
@@ -219,7 +229,7 @@ class Decoder(nnx.Module):
     shared: SharedPrompts | None = None,
     dropout_key: jax.Array | None = None,
     kernels: Kernels | None = None,
-    remat: Callable | None = None,
+    remat: Callable[..., Any] | None = None,
     unroll: int = 1,
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Runs embeddings x [B, T, D] to normalized hidden states [B, T, D].
@@ -251,7 +261,7 @@ class Decoder(nnx.Module):
       "valid": None if segment_ids is None else segment_ids > 0,
     }
 
-    def apply(layer, x, xs):
+    def apply(layer: Any, x: jax.Array, xs: dict[str, jax.Array]):
       if "dropout" in xs:
         lora.start_dropout(layer, xs["dropout"])
       x, _, router = layer(x, mask=_of_layer(mask, xs), **options)
@@ -291,7 +301,7 @@ class Decoder(nnx.Module):
       "valid": None,
     }
 
-    def apply(layer, x, xs):
+    def apply(layer: Any, x: jax.Array, xs: dict[str, jax.Array]):
       x, (k, v), _ = layer(x, mask=_of_layer(mask, xs), cache=(xs["k"], xs["v"]), **options)
       return x, {"k": k, "v": v}
 
@@ -305,7 +315,7 @@ class Decoder(nnx.Module):
     k, v = (constrain(jnp.zeros(shape, dtype), None, *_CACHED) for _ in range(2))
     return KVCache(k, v, jnp.zeros((batch, length), jnp.int32))
 
-  def _mask(self, length: int, **options) -> tuple[Mask, dict[str, Any]]:
+  def _mask(self, length: int, **options: Any) -> tuple[Mask, dict[str, Any]]:
     """The mask over so many keys, and for the scan an array [L] of windows where layers differ in them."""
     windows = [length if window is None else min(window, length) for window in self.windows]
     # A window that hides nothing is none.

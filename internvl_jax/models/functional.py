@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 from flax import nnx
@@ -14,8 +14,8 @@ M = TypeVar("M", bound=nnx.Module)
 class ModelDef(Generic[M]):
   """A model without its numbers: the NNX graph, and each parameter's path, shape and logical axes."""
 
-  graph: nnx.GraphDef
-  variables: tuple[tuple[tuple, nnx.Variable], ...]
+  graph: nnx.GraphDef[M]
+  variables: tuple[tuple[tuple[Any, ...], nnx.Variable[Any]], ...]
 
   @property
   def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -45,6 +45,6 @@ def initialize(build: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> dict[
   return {_dotted(path): var[...] for path, var in nnx.to_flat_state(state)}
 
 
-def _dotted(path: tuple) -> str:
+def _dotted(path: tuple[Any, ...]) -> str:
   # LayerStack keeps its segments in a dictionary of that name, which says nothing in a path.
   return ".".join(str(p) for p in path if p != "segments")

@@ -7,7 +7,8 @@ Letters: B rows, T tokens, M tokens of all rows, D width, E experts, F width of 
 
 import dataclasses
 import functools
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,7 @@ class GptOssExperts(nnx.Module):
     """Maps x [B, T, D] by the experts `chosen` [B, T, k], summed with `weights` [B, T, k]."""
     product = functools.partial(grouped_matmul, backend=backend)
 
-    def apply(kernels, rows, ids, sizes):
+    def apply(kernels: Mapping[str, jax.Array], rows: jax.Array, ids: jax.Array, sizes: jax.Array):
       y = product(rows, kernels["gate_up_proj"], sizes)
       y = self._activate(y + _biases(kernels["gate_up_proj_bias"], ids))
       y = product(y, kernels["down_proj"], sizes)
@@ -107,11 +108,11 @@ def _biases(bias: jax.Array, ids: jax.Array) -> jax.Array:
   return bias.at[ids].get(mode="promise_in_bounds")
 
 
-def _biases_forward(bias, ids):
+def _biases_forward(bias: jax.Array, ids: jax.Array):
   return _biases(bias, ids), (bias, ids)
 
 
-def _biases_backward(saved, g):
+def _biases_backward(saved: Any, g: jax.Array):
   # A product with zeros and ones: the gradient of a gather would be a scatter-add (see `moe.grouped`).
   bias, ids = saved
   members = jax.nn.one_hot(ids, bias.shape[0], dtype=g.dtype)

@@ -10,6 +10,7 @@ What does not train gets no gradient: which operands need one is known when the 
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,17 +41,17 @@ def matmul(x: jax.Array, w: jax.Array, product: Product) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul(x, w, product):
+def _matmul(x: jax.Array, w: jax.Array, product: Product):
   y = product.inputs(x, w.shape) @ product.used(w)
   return product.outputs(y, w.shape)
 
 
-def _matmul_forward(x, w, product):
+def _matmul_forward(x: Any, w: Any, product: Product):
   needed = (x.value if w.perturbed else None, w.value if x.perturbed else None)
   return _matmul(x.value, w.value, product), needed
 
 
-def _matmul_backward(product, needed, g):
+def _matmul_backward(product: Product, needed: Any, g: Any):
   x, w = needed
   if type(g) is jax.custom_derivatives.SymbolicZero:
     return None, None
@@ -62,7 +63,7 @@ def _matmul_backward(product, needed, g):
   return dx, None if x is None else weight_gradient(x, g, product)
 
 
-def _sharded_gradients(product, x, w, g):
+def _sharded_gradients(product: Product, x: Any, w: Any, g: jax.Array):
   """The gradients of `matmul` on a mesh; that of w is summed where it is stored."""
   if x is None and w is None:
     return None, None
@@ -89,12 +90,12 @@ def scale(x: jax.Array, w: jax.Array) -> jax.Array:
   return x * w
 
 
-def _scale_forward(x, w):
+def _scale_forward(x: Any, w: Any):
   needed = (x.value if w.perturbed else None, w.value if x.perturbed else None)
   return x.value * w.value, needed
 
 
-def _scale_backward(needed, g):
+def _scale_backward(needed: Any, g: Any):
   x, w = needed
   if type(g) is jax.custom_derivatives.SymbolicZero:
     return None, None
@@ -111,12 +112,12 @@ def shift(x: jax.Array, b: jax.Array) -> jax.Array:
   return x + b
 
 
-def _shift_forward(x, b):
+def _shift_forward(x: Any, b: Any):
   # An empty tuple says "needed": only the structure of what is kept is static.
   return x.value + b.value, (() if x.perturbed else None, () if b.perturbed else None)
 
 
-def _shift_backward(needed, g):
+def _shift_backward(needed: Any, g: Any):
   for_x, for_b = needed
   if type(g) is jax.custom_derivatives.SymbolicZero:
     return None, None

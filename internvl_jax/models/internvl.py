@@ -5,6 +5,7 @@ Letters: D data shards, R rows, S tokens, T tiles of a shard's pool, P tokens of
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ class Execution:
   scan_unroll: int = 1
 
   @property
-  def scan_options(self) -> dict:
+  def scan_options(self) -> dict[str, Any]:
     """The options that both parts' scans over layers take."""
     return {"kernels": self.kernels, "remat": remat_by_name(self.remat), "unroll": self.scan_unroll}
 
@@ -130,10 +131,10 @@ class InternVL(nnx.Module):
       return constrain(x, "rows", "tokens", None)
 
   def decode(
-    self, x: jax.Array, how: Execution, *, positions: jax.Array, segment_ids: jax.Array | None, **options
+    self, x: jax.Array, how: Execution, *, positions: jax.Array, segment_ids: jax.Array | None, **options: Any
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Hidden states [R, S, E] of the language model, ready for `logits`, and its routers' statistics."""
-    decoder: Callable = self.language_model.model
+    decoder: Callable[..., Any] = self.language_model.model
     with jax.named_scope("language_model"):
       return decoder(x, positions=positions, segment_ids=segment_ids, **options, **how.scan_options)
 

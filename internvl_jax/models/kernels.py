@@ -42,7 +42,7 @@ class Backend:
   interpret: bool = False
   reason: str = ""
 
-  def load(self) -> Callable:
+  def load(self) -> Callable[..., Any]:
     """The function."""
     module, _, name = self.function.partition(":")
     return getattr(importlib.import_module(module), name)

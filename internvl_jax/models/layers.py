@@ -5,7 +5,7 @@ Letters: D width in, F width out, V vocabulary.
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from internvl_jax.parallel.rules import Product
 Axes = tuple[str | None, ...]
 
 
-def make_param(value: jax.Array, axes: Axes) -> nnx.Param:
+def make_param(value: jax.Array, axes: Axes) -> nnx.Param[jax.Array]:
   """A parameter whose axes carry logical names; placing it on a mesh is left to `parallel.rules`."""
   return nnx.Param(value, out_sharding=axes, eager_sharding=False)
 
@@ -48,10 +48,10 @@ class Linear(nnx.Module):
   ):
     """Makes the map; `axes`, `pieces` and `over` are those of `parallel.rules.Product`."""
     self.product = Product(axes, pieces, over)
-    self.multiply: Callable = matmul
+    self.multiply: Callable[..., Any] = matmul
     self.kernel = make_param(jax.random.normal(rngs.params(), (d_in, d_out)) / math.sqrt(d_in), axes)
     self.bias = make_param(jnp.zeros(d_out), axes[1:]) if bias else None
-    self.adapter: Callable | None = nnx.data(None)
+    self.adapter: Callable[..., Any] | None = nnx.data(None)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     y = self.multiply(x, self.kernel[...].astype(x.dtype), self.product)
@@ -124,12 +124,12 @@ class LayerStack(nnx.Module):
 
   def scan(
     self,
-    apply: Callable,
+    apply: Callable[..., Any],
     x: jax.Array,
     *,
     xs: dict[str, jax.Array] | None = None,
     stop: int | None = None,
-    remat: Callable | None = None,
+    remat: Callable[..., Any] | None = None,
     unroll: int = 1,
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Runs x through the layers below `stop`.
@@ -153,7 +153,7 @@ class LayerStack(nnx.Module):
       assert stop is None or last <= stop, f"{stop} is not a bound of {list(self.segments)}"
       graph, weights = nnx.split(segment)
 
-      def body(x, inputs, graph=graph):
+      def body(x: jax.Array, inputs: Any, graph: Any = graph):
         layer_weights, layer_xs = inputs
         return apply(nnx.merge(graph, layer_weights), x, layer_xs)
 
@@ -165,7 +165,7 @@ class LayerStack(nnx.Module):
     return x, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs) if outputs else {}
 
 
-def remat_by_name(policy: str | None, *, in_scan: bool = True) -> Callable | None:
+def remat_by_name(policy: str | None, *, in_scan: bool = True) -> Callable[..., Any] | None:
   """The rematerialization wrapper of that name: None, "full" or "dots" (see RuntimeConfig.remat_policy).
 
   `in_scan` says that a scan's body is wrapped, where nothing need be done to keep what is computed twice apart.

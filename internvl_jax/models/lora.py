@@ -208,7 +208,7 @@ def merge(params: Mapping[str, Any], scale_of: Mapping[str, float]) -> dict[str,
 
 
 @functools.partial(jax.jit, static_argnums=4)
-def _merged(kernel, a, b, magnitude, scale):
+def _merged(kernel: jax.Array, a: jax.Array, b: jax.Array, magnitude: jax.Array | None, scale: float):
   """The kernel [D, F] that computes what a kernel and its adapter do, in float32."""
   whole = kernel.astype(jnp.float32) + scale * (a.astype(jnp.float32) @ b.astype(jnp.float32))
   if magnitude is None:

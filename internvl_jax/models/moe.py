@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +97,7 @@ class SwiGLUExperts(nnx.Module):
     """Maps x [B, T, D] by the experts `chosen` [B, T, k], summed with `weights` [B, T, k]."""
     product = functools.partial(grouped_matmul, backend=backend)
 
-    def apply(kernels, rows, ids, sizes):
+    def apply(kernels: Mapping[str, jax.Array], rows: jax.Array, ids: jax.Array, sizes: jax.Array):
       del ids
       gate = product(rows, kernels["gate_proj"], sizes)
       up = product(rows, kernels["up_proj"], sizes)
@@ -171,7 +171,14 @@ def _on_mesh(
   inner = tuple(axis for axis in sharing if all(axis in entry for entry in mlp))
   partial = (*experts, *inner)
 
-  def local(x, chosen, weights, kernels, expert_part, inner_part):
+  def local(
+    x: jax.Array,
+    chosen: jax.Array,
+    weights: jax.Array,
+    kernels: Mapping[str, jax.Array],
+    expert_part: jax.Array,
+    inner_part: jax.Array,
+  ):
     kernels = {name: _all_gather(kernel, stored[name], keep=partial) for name, kernel in kernels.items()}
     for name in axes:
       # What is added to the sum over the feed-forward's width is added once.
@@ -256,12 +263,12 @@ def _take(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
   return x.at[order // repeats].get(mode="promise_in_bounds")
 
 
-def _take_forward(x, order, inverse):
+def _take_forward(x: jax.Array, order: jax.Array, inverse: jax.Array):
   # An array without elements tells how many rows x has: only shapes are static.
   return _take(x, order, inverse), (inverse, jnp.zeros((x.shape[0], 0)))
 
 
-def _take_backward(saved, g):
+def _take_backward(saved: Any, g: jax.Array):
   inverse, rows = saved
   g = g.at[inverse].get(mode="promise_in_bounds")
   return jnp.sum(g.reshape(rows.shape[0], -1, g.shape[-1]), axis=1), None, None
@@ -304,7 +311,7 @@ def load_balancing_loss(load: jax.Array, prob: jax.Array, tokens: jax.Array, *, 
   L, R, E = load.shape
   total = L * jnp.sum(tokens.reshape(shards, R // shards), axis=1, dtype=jnp.float32)
 
-  def mean(value):
+  def mean(value: jax.Array):
     value = jnp.sum(value.reshape(L, shards, R // shards, E), axis=(0, 2))
     return value / jnp.maximum(total, 1.0)[:, None]
 

@@ -138,11 +138,11 @@ def _sum(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _matmul(x, w, product, form):
+def _matmul(x: jax.Array, w: jax.Array, product: Product, form: Format):
   return _forward(x, w, product, form)[0]
 
 
-def _forward(x, w, product, form):
+def _forward(x: jax.Array, w: jax.Array, product: Product, form: Format):
   """The product, and what it was made of: numbers and scales of x and of w, the latter as they are stored."""
   x8, sx = rounded(product.inputs(x, w.shape), form.values, [x.ndim - 1])
   w8, sw = rounded(product.stored(w), form.values, [0])
@@ -151,13 +151,13 @@ def _forward(x, w, product, form):
   return product.outputs(y, w.shape), (x8, sx), (w8, sw)
 
 
-def _matmul_forward(x, w, product, form):
+def _matmul_forward(x: Any, w: Any, product: Product, form: Format):
   y, x_parts, w_parts = _forward(x.value, w.value, product, form)
   kept = x_parts if form.for_weights else x.value
   return y, (kept if w.perturbed else None, w_parts if x.perturbed else None)
 
 
-def _matmul_backward(product, form, needed, g):
+def _matmul_backward(product: Product, form: Format, needed: Any, g: Any):
   x, w = needed
   if type(g) is jax.custom_derivatives.SymbolicZero:
     return None, None
@@ -167,7 +167,7 @@ def _matmul_backward(product, form, needed, g):
   return dx, _weight_gradient(x, g, product, form) if form.for_weights else weight_gradient(x, g, product)
 
 
-def _input_gradient(g, w_parts, product, form):
+def _input_gradient(g: jax.Array, w_parts: tuple[jax.Array, jax.Array], product: Product, form: Format):
   w8, sw = w_parts
   g = product.outputs(g, w8.shape)
   h8, sh = rounded(g.astype(jnp.float32) * sw[0], form.gradients, [g.ndim - 1])
@@ -175,7 +175,7 @@ def _input_gradient(g, w_parts, product, form):
   return product.inputs((dx.astype(jnp.float32) * sh).astype(g.dtype), w8.shape)
 
 
-def _weight_gradient(x_parts, g, product, form):
+def _weight_gradient(x_parts: tuple[jax.Array, jax.Array], g: jax.Array, product: Product, form: Format):
   x8, sx = x_parts
   tokens = tuple(range(g.ndim - 1))
   g = product.outputs(g, (x8.shape[-1], g.shape[-1]))

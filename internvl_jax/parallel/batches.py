@@ -48,7 +48,7 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
   """Numpy arrays, of each field the part of the rows and pools that this process feeds, on its devices."""
   parts = _num_parts(mesh)
 
-  def place(leaf, sharding):
+  def place(leaf: Any, sharding: NamedSharding):
     A, fed, *rest = leaf.shape
     return jax.make_array_from_process_local_data(sharding, leaf, (A, parts * fed, *rest))
 

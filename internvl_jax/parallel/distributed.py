@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
@@ -34,7 +34,7 @@ HEARTBEAT_SECONDS = 40
 
 
 @contextlib.contextmanager
-def initialized(setting: str, report: Callable[[BaseException], None]) -> Iterator[None]:
+def initialized(setting: str, report: Callable[[BaseException], None]) -> Generator[None, None, None]:
   """Joins the run's other processes, if there are any, before JAX looks for devices.
 
   A process that fails must not wait for the others, as it would when Python ends: they are waiting for it. It
@@ -172,7 +172,7 @@ JAX aborts those whose process 0 is gone."""
 
 
 @contextlib.contextmanager
-def _stop_with_others() -> Iterator[None]:
+def _stop_with_others() -> Generator[None, None, None]:
   """In the body, all processes are stopped where one of them is that has nothing to save."""
   from jax._src.distributed import global_state  # JAX has no public way to leave a word for others.
 
@@ -305,7 +305,7 @@ def _join_pieces(store: Any, key: str, head: bytes, mine: bytes | None) -> bytes
 
 
 @contextlib.contextmanager
-def _remarked(text: str) -> Iterator[None]:
+def _remarked(text: str) -> Generator[None, None, None]:
   """Logs a line where the body takes more than a moment."""
   late = threading.Timer(_REMARK_SECONDS, logging.info, [text])
   late.daemon = True

@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,7 @@ ACTIVATIONS: dict[str, MeshAxes] = {
 # --- Activations --------------------------------------------------------------------------------------------
 
 
-def scope(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+def scope(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
   """Lets `constrain` and its kin see the mesh while a function is traced."""
   return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 

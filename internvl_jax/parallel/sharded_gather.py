@@ -25,7 +25,7 @@ def embed(table: jax.Array, ids: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
   tokens = dividing_axes(ACTIVATIONS["tokens"], ids.shape[1], mesh)
   axis_of = {**dict.fromkeys(rows, 0), **dict.fromkeys(tokens, 1)}
 
-  def local(table, ids):
+  def local(table: jax.Array, ids: jax.Array) -> jax.Array:
     for name in width:
       if name in axis_of:
         ids = jax.lax.all_gather(ids, name, axis=axis_of[name], tiled=True)
@@ -58,7 +58,7 @@ def take_features(features: jax.Array, index: jax.Array) -> jax.Array:
   pool = dividing_axes(ACTIVATIONS["tokens"], features.shape[1], mesh)
   tokens = dividing_axes(ACTIVATIONS["tokens"], index.shape[1], mesh)
 
-  def local(features, index):
+  def local(features: jax.Array, index: jax.Array) -> jax.Array:
     if pool:
       features = jax.lax.all_gather(features, pool, axis=1, tiled=True)
     return _take(features, index)

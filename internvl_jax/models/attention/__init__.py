@@ -3,6 +3,8 @@
 Letters: B rows, T queries, S keys, N query heads, K key-value heads, G = N/K, H head width.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -49,7 +51,7 @@ def attention(
   return row.load()(q, k, v, mask, sinks, over)
 
 
-def _in_turns(q, k, v, mask: Mask, **options) -> jax.Array:
+def _in_turns(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, **options: Any) -> jax.Array:
   """Attention to shared prompts where equal segments are all that a kernel can tell.
 
   Once for each answer: what is shared belongs to the first answer, then to the second, of which the queries are taken,

@@ -122,7 +122,7 @@ class Mask:
   def specs(self, rows: MeshAxes, queries: MeshAxes) -> "Mask":
     """How its arrays are sharded where rows and queries are sharded over these axes of a mesh; keys are whole."""
 
-    def of(value, *entries: MeshAxes | None) -> PartitionSpec | None:
+    def of(value: jax.Array | None, *entries: MeshAxes | None) -> PartitionSpec | None:
       return None if value is None else spec(*entries)
 
     return dataclasses.replace(

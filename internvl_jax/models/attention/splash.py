@@ -7,12 +7,13 @@ Letters: B rows, T queries, S keys, N query heads, K key-value heads, H head wid
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from internvl_jax.models.attention.mask import Mask
 from internvl_jax.models.attention.sharding import Layout, Over, by_token
@@ -66,7 +67,7 @@ def attention(
   index = None if mask.window is None else jnp.searchsorted(jnp.array(mask.windows), mask.window)
   scaled = (q / math.sqrt(q.shape[-1])).astype(q.dtype)
   arrays = (scaled, k, v, (q_segments, kv_segments), sinks, index)
-  attend = _on_device if layout is None else functools.partial(_sharded, mesh, layout)
+  attend = _on_device if mesh is None or layout is None else functools.partial(_sharded, mesh, layout)
   return attend(made, *arrays)[:, :T]
 
 
@@ -138,7 +139,9 @@ def _kernel(
     )
 
 
-def _sharded(mesh, layout: Layout, made, q, k, v, *others) -> jax.Array:
+def _sharded(
+  mesh: AbstractMesh, layout: Layout, made: Any, q: jax.Array, k: jax.Array, v: jax.Array, *others: Any
+) -> jax.Array:
   """`_on_device` on the devices of a mesh."""
   segments = (spec(layout.rows, layout.queries), spec(layout.rows))
   places = NamedSharding(mesh, PartitionSpec(None, *spec(layout.queries)))
@@ -155,12 +158,20 @@ def _sharded(mesh, layout: Layout, made, q, k, v, *others) -> jax.Array:
   )(made, q, layout.repeat(k), layout.repeat(v), *others)
 
 
-def _on_device(made, q, k, v, segments, sinks, index) -> jax.Array:
+def _on_device(
+  made: Any,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  segments: Any,
+  sinks: jax.Array | None,
+  index: jax.Array | None,
+) -> jax.Array:
   """Attention by the kernel `made[index]`, row by row; segments are those of the queries and of the keys."""
   q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
 
-  def by(kernel):
-    def row(q, k, v, q_segments, kv_segments):
+  def by(kernel: Any):
+    def row(q: jax.Array, k: jax.Array, v: jax.Array, q_segments: Any, kv_segments: Any):
       segments = None if q_segments is None else kernels.SegmentIds(q_segments, kv_segments)
       return kernel(q, k, v, segments, sinks)
 

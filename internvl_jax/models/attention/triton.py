@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -97,7 +98,7 @@ _NO_QUERY, _NO_KEY, _SEES_NONE, _SHARES_NONE = -1, -2, -3, -4
 def _known(mask: Mask, T: int, S: int) -> _Known:
   """The mask as int32 arrays for T queries and S keys, whole blocks of any tiling."""
 
-  def fill(x, length: int, value: int):
+  def fill(x: Any, length: int, value: int):
     pad = [(0, 0)] * (x.ndim - 1) + [(0, length - x.shape[-1])]
     return jnp.pad(x.astype(jnp.int32), pad, constant_values=value)
 
@@ -171,7 +172,9 @@ def _spans(some: jax.Array, every: jax.Array) -> Spans:
 # --- The kernels' calls -------------------------------------------------------------------------------------
 
 
-def _on_device(interpret: bool, q, k, v, mask: Mask, sinks) -> jax.Array:
+def _on_device(
+  interpret: bool, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, sinks: jax.Array | None
+) -> jax.Array:
   H, width = q.shape[3], max(16, pl.next_power_of_2(q.shape[3]))
   # Triton's blocks are powers of two wide; zeros add nothing to any product.
   q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - H))) if width > H else x for x in (q, k, v))
@@ -192,16 +195,26 @@ class _How(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _flash(q, k, v, sinks, known: _Known, how: _How) -> jax.Array:
+def _flash(
+  q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, known: _Known, how: _How
+) -> jax.Array:
   return _forward(q, k, v, sinks, known, how)[0]
 
 
-def _shape(q, k, how: _How, tiling: _Tiling) -> Shape:
+def _shape(q: jax.Array, k: jax.Array, how: _How, tiling: _Tiling) -> Shape:
   (_, T, N, H), (_, S, K, _) = q.shape, k.shape
   return Shape(T=T, S=S, G=N // K, H=H, TB=tiling.TB, SB=tiling.SB, scale=how.scale, causal=how.causal)
 
 
-def _call(kernel, name: str, shape: Shape, tiling: _Tiling, grid: tuple[int, ...], out, interpret: bool):
+def _call(
+  kernel: Callable[..., None],
+  name: str,
+  shape: Shape,
+  tiling: _Tiling,
+  grid: tuple[int, ...],
+  out: Any,
+  interpret: bool,
+):
   """A kernel that is given whole arrays."""
   return pl.pallas_call(
     functools.partial(kernel, shape=shape),
@@ -214,7 +227,7 @@ def _call(kernel, name: str, shape: Shape, tiling: _Tiling, grid: tuple[int, ...
   )
 
 
-def _forward(q, k, v, sinks, known: _Known, how: _How):
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, known: _Known, how: _How):
   (B, T, N, _), tiling = q.shape, _tilings(q.dtype, q.shape[3]).forward
   shape = _shape(q, k, how, tiling)
   spans = _spans(*_meetings(known, shape))

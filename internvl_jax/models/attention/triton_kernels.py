@@ -15,6 +15,7 @@ blocks of queries and keys, I and J their numbers.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -80,40 +81,44 @@ class Shape(NamedTuple):
   causal: bool
 
 
-def _dot(a, b):
+def _dot(a: jax.Array, b: jax.Array):
   # Cards round float32 to TensorFloat-32 in products unless told otherwise.
   return plgpu.dot(a, b, precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None)
 
 
-def _block(ref, row, start, size: int, head, length: int):
+def _block(
+  ref: Any, row: jax.Array | int, start: jax.Array | int, size: int, head: jax.Array | int, length: int
+):
   """Loads a block [size, H] of [B, length, heads, H]; zeros beyond its end."""
   mask = _inside(start, size, length)
   return plgpu.load(ref.at[row, pl.ds(start, size), head, :], mask=mask, other=None if mask is None else 0.0)
 
 
-def _store(ref, value, row, start, head, length: int) -> None:
+def _store(
+  ref: Any, value: jax.Array, row: jax.Array | int, start: jax.Array | int, head: jax.Array | int, length: int
+) -> None:
   size = value.shape[0]
   mask = _inside(start, size, length)
   plgpu.store(ref.at[row, pl.ds(start, size), head, :], value.astype(ref.dtype), mask=mask)
 
 
-def _inside(start, size: int, length: int):
+def _inside(start: jax.Array | int, size: int, length: int):
   """Which tokens of a block there are; None where all blocks are whole."""
   return (start + jnp.arange(size) < length)[:, None] if length % size else None
 
 
-def _tokens(tokens: Tokens, row, start, size: int) -> Tokens:
+def _tokens(tokens: Tokens, row: jax.Array | int, start: jax.Array | int, size: int) -> Tokens:
   """What the mask knows of a block of tokens."""
   here = pl.ds(start, size)
 
-  def of_row(ref):
+  def of_row(ref: Any):
     return None if ref is None else ref[row, here]
 
   index = start + jnp.arange(size) if tokens.index is None else tokens.index[here]
   return Tokens(of_row(tokens.segment), of_row(tokens.prompt), index)
 
 
-def _visible(q: Tokens, k: Tokens, window, shape: Shape, *, by_key: bool = False):
+def _visible(q: Tokens, k: Tokens, window: Any, shape: Shape, *, by_key: bool = False):
   """Bool [TB, SB]: which keys of a block the queries of another see; [SB, TB] by key."""
   # Axes are added where they stand in the result.
   of_q, of_k = ((None,), (slice(None), None)) if by_key else ((slice(None), None), (None,))
@@ -132,26 +137,37 @@ def _visible(q: Tokens, k: Tokens, window, shape: Shape, *, by_key: bool = False
   return jnp.broadcast_to(visible, lengths[::-1] if by_key else lengths)
 
 
-def _over(spans: Spans, row, block, body, carry):
+def _over(spans: Spans, row: jax.Array | int, block: jax.Array | int, body: Callable[..., Any], carry: Any):
   """Runs `body(block of the other side, carry, masked)` over those that a block meets: the masked ones, then the others."""
   if spans.first.shape[0] == 1:
     row = 0
   first, whole, until, last = (ref[row, block] for ref in spans)
   before = whole - first
 
-  def masked(n, carry):
+  def masked(n: jax.Array, carry: Any):
     return body(jnp.where(n < before, first + n, until + n - before), carry, True)
 
   carry = jax.lax.fori_loop(0, before + last - until, masked, carry)
   return jax.lax.fori_loop(whole, until, functools.partial(_unmasked, body), carry)
 
 
-def _unmasked(body, n, carry):
+def _unmasked(body: Callable[..., Any], n: jax.Array, carry: Any):
   return body(n, carry, False)
 
 
 def forward(
-  q_ref, k_ref, v_ref, sinks_ref, q_tokens, k_tokens, window_ref, spans, out_ref, log_ref, *, shape: Shape
+  q_ref: Any,
+  k_ref: Any,
+  v_ref: Any,
+  sinks_ref: Any,
+  q_tokens: Tokens,
+  k_tokens: Tokens,
+  window_ref: Any,
+  spans: Spans,
+  out_ref: Any,
+  log_ref: Any,
+  *,
+  shape: Shape,
 ):
   """Outputs and log-sums (base 2) of a block of queries of one head."""
   # The blocks that meet most come first, where the mask is causal: short ones fill the gaps at the end.
@@ -162,7 +178,7 @@ def forward(
   ours = _tokens(q_tokens, row, start, shape.TB)
   window = None if window_ref is None else window_ref[0]
 
-  def body(j, carry, masked: bool):
+  def body(j: jax.Array | int, carry: Any, masked: bool):
     top, total, out = carry
     begin = j * shape.SB
     k = _block(k_ref, row, begin, shape.SB, head // shape.G, shape.S)
@@ -193,17 +209,17 @@ def forward(
 
 
 def backward_q(
-  q_ref,
-  k_ref,
-  v_ref,
-  g_ref,
-  log_ref,
-  inner_ref,
-  q_tokens,
-  k_tokens,
-  window_ref,
-  spans,
-  dq_ref,
+  q_ref: Any,
+  k_ref: Any,
+  v_ref: Any,
+  g_ref: Any,
+  log_ref: Any,
+  inner_ref: Any,
+  q_tokens: Tokens,
+  k_tokens: Tokens,
+  window_ref: Any,
+  spans: Spans,
+  dq_ref: Any,
   *,
   shape: Shape,
 ):
@@ -217,7 +233,7 @@ def backward_q(
   ours = _tokens(q_tokens, row, start, shape.TB)
   window = None if window_ref is None else window_ref[0]
 
-  def body(j, dq, masked: bool):
+  def body(j: jax.Array | int, dq: jax.Array, masked: bool):
     begin = j * shape.SB
     k, v = (_block(ref, row, begin, shape.SB, head // shape.G, shape.S) for ref in (k_ref, v_ref))
     weights = jnp.exp2(_dot(q, k.T) * shape.scale - log[:, None])
@@ -232,18 +248,18 @@ def backward_q(
 
 
 def backward_kv(
-  q_ref,
-  k_ref,
-  v_ref,
-  g_ref,
-  log_ref,
-  inner_ref,
-  q_tokens,
-  k_tokens,
-  window_ref,
-  spans,
-  dk_ref,
-  dv_ref,
+  q_ref: Any,
+  k_ref: Any,
+  v_ref: Any,
+  g_ref: Any,
+  log_ref: Any,
+  inner_ref: Any,
+  q_tokens: Tokens,
+  k_tokens: Tokens,
+  window_ref: Any,
+  spans: Spans,
+  dk_ref: Any,
+  dv_ref: Any,
   *,
   shape: Shape,
 ):
@@ -254,11 +270,11 @@ def backward_kv(
   ours = _tokens(k_tokens, row, start, shape.SB)
   window = None if window_ref is None else window_ref[0]
 
-  def of_head(n, carry):
+  def of_head(n: jax.Array, carry: Any):
     head = kv_head * shape.G + n
 
     # Keys come first in all products: they are the longer side of a block, which the card's units want first.
-    def body(i, carry, masked: bool):
+    def body(i: jax.Array | int, carry: Any, masked: bool):
       dk, dv = carry
       begin = i * shape.TB
       there = pl.ds(begin, shape.TB)

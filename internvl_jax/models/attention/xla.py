@@ -9,7 +9,8 @@ Letters: B rows, T queries, S keys, N query heads, K key-value heads, G = N/K, H
 import functools
 import itertools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ def plain(
   return shard_attention(_plain, q, k, v, mask, sinks, over)
 
 
-def _plain(q, k, v, mask: Mask, sinks) -> jax.Array:
+def _plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, sinks: jax.Array | None) -> jax.Array:
   B, T, N, H = q.shape
   S, K = k.shape[1:3]
   # Heads next to rows make each product a batch of plain matrices; XLA's CPU backend copies otherwise.
@@ -76,7 +77,7 @@ def _visible(mask: Mask, T: int, S: int) -> jax.Array | None:
   return visible
 
 
-def _in_order(mask: Mask, q_index, k_index):
+def _in_order(mask: Mask, q_index: jax.Array, k_index: jax.Array):
   """Bool [T, S]: the keys that are not later than a query, and in its window."""
   distance = q_index[:, None] - k_index
   return distance >= 0 if mask.reach is None else (distance >= 0) & (distance < mask.reach)
@@ -113,7 +114,7 @@ def _block(length: int) -> int:
   return 8 * math.ceil(length / math.ceil(length / BLOCK) / 8)
 
 
-def _cut(q, k, v, mask: Mask) -> _Blocks:
+def _cut(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> _Blocks:
   (_, T, N, H), (_, S, K, _) = q.shape, k.shape
   index = jnp.arange(T) if mask.q_index is None else mask.q_index
 
@@ -165,13 +166,13 @@ def _pairs(mask: Mask, T: int, S: int) -> np.ndarray:
   return np.array([pair for pair in every if not (ordered and hidden(*pair))], np.int32)
 
 
-def _over_pairs(add, carry, cut: _Blocks, mask: Mask):
+def _over_pairs(add: Callable[..., Any], carry: Any, cut: _Blocks, mask: Mask):
   """Runs `add(i, j, carry)` over the pairs of blocks of which something may be visible."""
   I, J = len(cut.q_index), len(cut.k_index)
   pairs = _pairs(mask, I * cut.q_index.shape[1], J * cut.k_index.shape[1])
   alive = _alive(cut, mask)
 
-  def body(carry, pair):
+  def body(carry: Any, pair: Any):
     i, j = pair
     if alive is None:
       return add(i, j, carry), None
@@ -196,7 +197,7 @@ def _alive(cut: _Blocks, mask: Mask) -> jax.Array | None:
   return alive
 
 
-def _scores(cut: _Blocks, mask: Mask, i, j) -> tuple[jax.Array, jax.Array]:
+def _scores(cut: _Blocks, mask: Mask, i: jax.Array, j: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Scores of two blocks [B, K, G, TB, SB], and which of them are visible, broadcastable to that."""
   scores = jnp.einsum("BKGTH,BKSH->BKGTS", cut.q[i], cut.k[j], preferred_element_type=jnp.float32)
   visible = (cut.k_index[j] < cut.num_keys)[None, None, None, None]
@@ -211,11 +212,11 @@ _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp
-def _by_blocks(q, k, v, mask: Mask, sinks) -> jax.Array:
+def _by_blocks(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, sinks: jax.Array | None) -> jax.Array:
   return _forward(q, k, v, mask, sinks)[0]
 
 
-def _forward(q, k, v, mask: Mask, sinks):
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, sinks: jax.Array | None):
   """The outputs [B, T, N, H], and what the way back needs: the inputs, the outputs and the log of each sum."""
   cut = _cut(q, k, v, mask)
   shape = cut.q.shape[:-1]
@@ -225,7 +226,7 @@ def _forward(q, k, v, mask: Mask, sinks):
     top = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(*shape[2:4], 1), shape)
     total = jnp.ones(shape)
 
-  def add(i, j, carry):
+  def add(i: jax.Array, j: jax.Array, carry: Any):
     top, total, out = (leaf[i] for leaf in carry)
     scores, visible = _scores(cut, mask, i, j)
     higher = jnp.maximum(top, jnp.max(scores, axis=-1))
@@ -241,14 +242,14 @@ def _forward(q, k, v, mask: Mask, sinks):
   return out, (q, k, v, mask, sinks, out, top + jnp.log(total))
 
 
-def _backward(saved, g):
+def _backward(saved: Any, g: jax.Array):
   q, k, v, mask, sinks, out, log_total = saved
   cut = _cut(q, k, v, mask)
   g_cut = _by_query(g, cut.q)
   # What the gradients of a query's weights have in common (arXiv:2307.08691, section 2.3.2).
   inner = _by_query(jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1), cut.q)
 
-  def add(i, j, carry):
+  def add(i: jax.Array, j: jax.Array, carry: Any):
     dq, dk, dv = carry
     scores, visible = _scores(cut, mask, i, j)
     weights = jnp.where(visible, jnp.exp(scores - log_total[i][..., None]), 0.0)

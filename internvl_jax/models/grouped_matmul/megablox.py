@@ -6,6 +6,7 @@ Letters: M rows, K width in, N width out, G groups.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,15 +31,15 @@ interpreted = functools.partial(product, interpret=True)
 """`product` by Pallas' interpreter."""
 
 
-def _plain(rows, matrices, sizes, tile: int, interpret: bool) -> jax.Array:
+def _plain(rows: jax.Array, matrices: jax.Array, sizes: jax.Array, tile: int, interpret: bool) -> jax.Array:
   return _by_row(rows, matrices, sizes, tile, interpret, transposed=False)
 
 
-def _forward(rows, matrices, sizes, tile, interpret):
+def _forward(rows: jax.Array, matrices: jax.Array, sizes: jax.Array, tile: int, interpret: bool):
   return _plain(rows, matrices, sizes, tile, interpret), (rows, matrices, sizes)
 
 
-def _backward(tile, interpret, saved, g):
+def _backward(tile: int, interpret: bool, saved: Any, g: jax.Array):
   rows, matrices, sizes = saved
   by_row = _by_row(g, matrices, sizes, tile, interpret, transposed=True)
   tiling = (tile, _width(rows.shape[1]), _width(g.shape[1]))
@@ -50,7 +51,9 @@ _product = jax.custom_vjp(_plain, nondiff_argnums=(3, 4))
 _product.defvjp(_forward, _backward)
 
 
-def _by_row(rows, matrices, sizes, tile: int, interpret: bool, *, transposed: bool) -> jax.Array:
+def _by_row(
+  rows: jax.Array, matrices: jax.Array, sizes: jax.Array, tile: int, interpret: bool, *, transposed: bool
+) -> jax.Array:
   """Each row's product with its group's matrix, or with that transposed; zeros after the last group."""
   width = matrices.shape[1 if transposed else 2]
   tiling = (tile, _width(rows.shape[1]), _width(width))

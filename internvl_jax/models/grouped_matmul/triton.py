@@ -9,7 +9,7 @@ Letters: M rows, K width in, N width out, G groups, S slots.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,15 +75,15 @@ interpreted = functools.partial(product, interpret=True)
 """`product` by Pallas' interpreter."""
 
 
-def _plain(rows, matrices, sizes, interpret: bool) -> jax.Array:
+def _plain(rows: jax.Array, matrices: jax.Array, sizes: jax.Array, interpret: bool) -> jax.Array:
   return _by_row(rows, matrices, sizes, interpret, transposed=False)
 
 
-def _forward(rows, matrices, sizes, interpret):
+def _forward(rows: jax.Array, matrices: jax.Array, sizes: jax.Array, interpret: bool):
   return _plain(rows, matrices, sizes, interpret), (rows, matrices, sizes)
 
 
-def _backward(interpret, saved, g):
+def _backward(interpret: bool, saved: Any, g: jax.Array):
   rows, matrices, sizes = saved
   by_row = _by_row(g, matrices, sizes, interpret, transposed=True)
   return by_row, _by_matrix(rows, g, sizes, interpret), None
@@ -135,7 +135,9 @@ def cut(sizes: jax.Array, rows: int, height: int) -> Slots:
   return Slots(group, jnp.minimum(first, end), end)
 
 
-def _by_row(rows, matrices, sizes, interpret: bool, *, transposed: bool) -> jax.Array:
+def _by_row(
+  rows: jax.Array, matrices: jax.Array, sizes: jax.Array, interpret: bool, *, transposed: bool
+) -> jax.Array:
   """[M, N]: each row's product with its group's matrix [K, N], or with its transpose where that is [N, K]."""
   M, K = rows.shape
   G, N = matrices.shape[0], matrices.shape[1 if transposed else 2]
@@ -161,7 +163,15 @@ def _by_row(rows, matrices, sizes, interpret: bool, *, transposed: bool) -> jax.
 
 
 def _by_row_kernel(
-  group_ref, first_ref, end_ref, rows_ref, matrices_ref, out_ref, *, tile: Tile, transposed: bool
+  group_ref: Any,
+  first_ref: Any,
+  end_ref: Any,
+  rows_ref: Any,
+  matrices_ref: Any,
+  out_ref: Any,
+  *,
+  tile: Tile,
+  transposed: bool,
 ):
   K, N = rows_ref.shape[1], out_ref.shape[1]
   slot = pl.program_id(2) * _BAND + pl.program_id(0)
@@ -169,7 +179,7 @@ def _by_row_kernel(
   rows, columns = pl.ds(first, tile.rows), pl.ds(pl.program_id(1) * tile.out, tile.out)
   row_mask, column_mask = _below(rows, end), _inside(columns, N)
 
-  def step(i, total):
+  def step(i: jax.Array, total: jax.Array):
     inner = pl.ds(i * tile.inner, tile.inner)
     inner_mask = _inside(inner, K)
     a = _load(rows_ref.at[rows, inner], row_mask, inner_mask)
@@ -191,7 +201,7 @@ def _by_row_kernel(
 # --- Each matrix's gradient ---------------------------------------------------------------------------------
 
 
-def _by_matrix(rows, cotangents, sizes, interpret: bool) -> jax.Array:
+def _by_matrix(rows: jax.Array, cotangents: jax.Array, sizes: jax.Array, interpret: bool) -> jax.Array:
   """[G, K, N]: of each group, the sum over its rows of a row [K] times its cotangent [N]."""
   (M, K), N, G = rows.shape, cotangents.shape[1], len(sizes)
   tile = _BY_MATRIX[rows.dtype.itemsize]
@@ -210,7 +220,9 @@ def _by_matrix(rows, cotangents, sizes, interpret: bool) -> jax.Array:
   )(ends - sizes, ends, rows, cotangents)
 
 
-def _by_matrix_kernel(start_ref, end_ref, rows_ref, cotangents_ref, out_ref, *, tile: Tile):
+def _by_matrix_kernel(
+  start_ref: Any, end_ref: Any, rows_ref: Any, cotangents_ref: Any, out_ref: Any, *, tile: Tile
+):
   group = pl.program_id(2)
   start, end = start_ref[group], end_ref[group]
   inner, columns = (
@@ -219,7 +231,7 @@ def _by_matrix_kernel(start_ref, end_ref, rows_ref, cotangents_ref, out_ref, *, 
   )
   inner_mask, column_mask = _inside(inner, rows_ref.shape[1]), _inside(columns, cotangents_ref.shape[1])
 
-  def step(i, total):
+  def step(i: jax.Array, total: jax.Array):
     rows = pl.ds(start + i * tile.rows, tile.rows)
     row_mask = _below(rows, end)
     a = _load(rows_ref.at[rows, inner], row_mask, inner_mask)
@@ -240,12 +252,12 @@ def _side(most: int, length: int) -> int:
   return min(most, max(_LEAST, pl.next_power_of_2(max(1, length))))
 
 
-def _below(indices, end) -> jax.Array:
+def _below(indices: Any, end: jax.Array | int) -> jax.Array:
   """Bool [size]: the indices before the end."""
   return indices.start + jnp.arange(indices.size) < end
 
 
-def _inside(indices, length: int) -> jax.Array | None:
+def _inside(indices: Any, length: int) -> jax.Array | None:
   """`_below`, or None where blocks fill the axis: masks that hide nothing would be computed in every step."""
   return None if length % indices.size == 0 else _below(indices, length)
 
@@ -260,7 +272,7 @@ def _both(first: jax.Array | None, second: jax.Array | None) -> jax.Array | None
   return functools.reduce(jnp.logical_and, masks) if masks else None
 
 
-def _load(ref, first: jax.Array | None, second: jax.Array | None) -> jax.Array:
+def _load(ref: Any, first: jax.Array | None, second: jax.Array | None) -> jax.Array:
   """A block, with zeros where a mask along one of its axes is False."""
   mask = _both(first, second)
   return plgpu.load(ref, mask=mask, other=None if mask is None else 0.0)

@@ -134,7 +134,7 @@ class VisionTransformer(nnx.Module):
     drop_path: tuple[np.ndarray, jax.Array] | None = None,
     dropout_key: jax.Array | None = None,
     kernels: Kernels | None = None,
-    remat: Callable | None = None,
+    remat: Callable[..., Any] | None = None,
     unroll: int = 1,
   ) -> jax.Array:
     """Encodes normalized tiles [I, side, side, 3] as the selected hidden state [I, N, C].
@@ -152,7 +152,7 @@ class VisionTransformer(nnx.Module):
     if dropout_key is not None:
       xs["dropout"] = jax.random.split(dropout_key, self.num_layers)
 
-    def apply(layer, x, xs):
+    def apply(layer: Any, x: jax.Array, xs: dict[str, jax.Array]):
       if "dropout" in xs:
         lora.start_dropout(layer, xs["dropout"])
       return layer(x, xs.get("keep"), backend=backend), {}

@@ -108,7 +108,9 @@ class PreferenceOptimization(ForwardPass):
     """The policy's log-probabilities [R, K, 2] of a micro-batch's answers, nothing being dropped."""
     return self._answer_logps(self.model.bind(params), batch, None)
 
-  def _reference_logps(self, params, batch: PreferenceBatch, features: jax.Array | None) -> jax.Array:
+  def _reference_logps(
+    self, params: Mapping[str, jax.Array], batch: PreferenceBatch, features: jax.Array | None
+  ) -> jax.Array:
     """The reference's log-probabilities [R, K, 2]; `features` are the policy's, where it has them already."""
     if self.reference is None:
       # What is not known of padding must not get into gradients; of a real pair, it makes the step non-finite.
@@ -133,7 +135,7 @@ class PreferenceOptimization(ForwardPass):
     with jax.named_scope("lm_head"):
       return vocab_parallel.linear_token_losses(hidden, model.language_model.output_embedding, rows.targets)
 
-  def _weighted_losses(self, logps: PairLogProbs, lengths, weights, running):
+  def _weighted_losses(self, logps: PairLogProbs, lengths: jax.Array, weights: jax.Array, running: Running):
     """The weighted sum of all kinds, and the sum of each."""
     means = logps.per_token(lengths[:, 0], lengths[:, 1])
     total, terms = jnp.float32(0), {}

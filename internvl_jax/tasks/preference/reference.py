@@ -75,12 +75,12 @@ class PairScorer:
     return found
 
   @functools.cached_property
-  def _program(self) -> Callable:
+  def _program(self) -> Callable[..., Any]:
     """Compiled once for all passes over the mixture."""
     whole = rules.replicated(self.mesh)
     return jax.jit(self._score_batch, out_shardings=(whole, whole))
 
-  def _score_batch(self, params, batch: PreferenceBatch):
+  def _score_batch(self, params: Mapping[str, jax.Array], batch: PreferenceBatch):
     with rules.scope(self.mesh):
       logps = jax.lax.map(lambda micro: self.objective.answer_logps(params, micro), batch)
       return batch.pair_index, logps
@@ -218,7 +218,7 @@ def check_start(
   """
 
   @functools.partial(jax.jit, out_shardings=rules.replicated(mesh))
-  def drift(params, batch):
+  def drift(params: Mapping[str, jax.Array], batch: PreferenceBatch):
     with rules.scope(mesh):
       first = jax.tree.map(lambda leaf: leaf[0], batch)
       return objective.drift(params, first)

@@ -49,7 +49,9 @@ class SupervisedFineTuning(ForwardPass):
     loss = self._language_loss(model, hidden, batch, weights) + share * router_loss
     return loss, Outcome(running, {})
 
-  def _language_loss(self, model: InternVL, hidden, batch: SFTBatch, weights: jax.Array) -> jax.Array:
+  def _language_loss(
+    self, model: InternVL, hidden: jax.Array, batch: SFTBatch, weights: jax.Array
+  ) -> jax.Array:
     if not self.fused_loss:
       return lm.cross_entropy(model.logits(hidden), batch.targets, weights)
     with jax.named_scope("lm_head"):
