@@ -213,8 +213,10 @@ def test_a_batch_is_as_its_schema_says(meta, tokenizer):
     ((A, R, K), np.float32),
     ((A, R, K), np.int32),
     ((A, R, K, 2), np.float32),
-    ((A, R, S), np.bool_),
+    ((A, R, K, 2), np.int32),
+    ((A, R, S), np.int32),
   ]
+  np.testing.assert_array_equal(batch.answers > 0, np.stack([batch.pair_weight == 1] * 2, axis=-1))
   assert not batch.parent.any()
   assert np.isnan(batch.reference).all() and batch.pair_weight.sum(-1).max() > 1
   np.testing.assert_array_equal(batch.pair_weight == 1, batch.pair_index >= 0)

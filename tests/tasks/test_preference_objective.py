@@ -27,6 +27,7 @@ from internvl_jax.open_model import open_shapes
 from internvl_jax.parallel.mesh import make_mesh
 from internvl_jax.setup.step import set_up
 from internvl_jax.tasks import open_task
+from internvl_jax.tasks.preference import settings
 from internvl_jax.tasks.preference.batch import PreferenceBatch
 from internvl_jax.tasks.preference.objective import PreferenceOptimization
 from internvl_jax.tasks.preference.policy import COPIES, ReferencePolicy
@@ -87,7 +88,7 @@ def test_a_new_loss_is_one_place(monkeypatch):
   monkeypatch.setitem(preference.LOSSES, "apo_zero", line)
   config = TrainConfig()
   config.preference.loss_type, config.preference.loss_weights = "sigmoid,apo_zero", (0.75, 0.25)
-  assert list(config_checks._preference_problems(config)) == []
+  assert list(settings.SETTINGS.problems(config)) == []
   config.preference.label_smoothing = 0.1
   assert not config_checks.idle_settings(config)
   config.preference.loss_type, config.preference.loss_weights = "apo_zero", ()
