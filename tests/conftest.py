@@ -25,6 +25,19 @@ if os.environ.get("INTERNVL_JAX_PARITY"):
   import torch  # noqa: F401
   import torchvision  # noqa: F401
 
+# Signatures are checked wherever these modules' functions are called: slower, and only in tests.
+if os.environ.get("INTERNVL_JAX_CHECK_SHAPES"):
+  import jaxtyping
+
+  checked = (
+    "losses.lm",
+    "losses.vocab_parallel",
+    "models.rope",
+    "models.projector",
+    "parallel.sharded_gather",
+  )
+  jaxtyping.install_import_hook([f"internvl_jax.{name}" for name in checked], "beartype.beartype")
+
 
 compiling.set_up()
 # Workers of the test runner find it tidy.

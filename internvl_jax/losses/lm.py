@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from internvl_jax.batch import IGNORE_INDEX
 from internvl_jax.losses import vocab_parallel
@@ -16,7 +17,9 @@ CHUNK = 1024
 """Tokens whose logits exist at a time in `chunked_linear_cross_entropy`."""
 
 
-def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+def cross_entropy(
+  logits: Float[Array, "*tokens V"], targets: Int[Array, "*tokens"], weights: Float[Array, "*tokens"]
+) -> Float[Array, ""]:
   """Weighted sum of -log softmax(logits)[target], in float32.
 
   Args:
@@ -27,7 +30,9 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> 
   return jnp.sum(token_losses(logits, targets) * weights)
 
 
-def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
+def token_losses(
+  logits: Float[Array, "*tokens V"], targets: Int[Array, "*tokens"]
+) -> Float[Array, "*tokens"]:
   """-log softmax(logits)[target] of logits [..., V] in float32; 0 at IGNORE_INDEX."""
   picked = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
   nll = jax.nn.logsumexp(logits, axis=-1) - picked
@@ -35,8 +40,11 @@ def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def chunked_linear_cross_entropy(
-  hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array
-) -> jax.Array:
+  hidden: Float[Array, "*tokens E"],
+  kernel: Float[Array, "E V"],
+  targets: Int[Array, "*tokens"],
+  weights: Float[Array, "*tokens"],
+) -> Float[Array, ""]:
   """`cross_entropy(hidden @ kernel, targets, weights)` with the logits of CHUNK tokens in memory at a time.
 
   Gradients are computed on the way forward, since the loss is a sum: each chunk's logits are built once,

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 Running: TypeAlias = dict[str, jax.Array]
 """What BCO carries from batch to batch: `reward_sum` and `batches`, float32 scalars."""
@@ -25,27 +26,29 @@ class PairLogProbs(NamedTuple):
     reference_chosen, reference_rejected: by the reference policy.
   """
 
-  chosen: jax.Array
-  rejected: jax.Array
-  reference_chosen: jax.Array
-  reference_rejected: jax.Array
+  chosen: Float[Array, " N"]
+  rejected: Float[Array, " N"]
+  reference_chosen: Float[Array, " N"]
+  reference_rejected: Float[Array, " N"]
 
   @property
-  def chosen_ratio(self) -> jax.Array:
+  def chosen_ratio(self) -> Float[Array, " N"]:
     """How much likelier the policy finds the chosen answer than the reference does, in logarithms."""
     return self.chosen - self.reference_chosen
 
   @property
-  def rejected_ratio(self) -> jax.Array:
+  def rejected_ratio(self) -> Float[Array, " N"]:
     """The same of the rejected answer."""
     return self.rejected - self.reference_rejected
 
   @property
-  def margin(self) -> jax.Array:
+  def margin(self) -> Float[Array, " N"]:
     """The logits of DPO: how much the policy prefers the chosen answer more than the reference does."""
     return self.chosen_ratio - self.rejected_ratio
 
-  def per_token(self, chosen_tokens: jax.Array, rejected_tokens: jax.Array) -> "PairLogProbs":
+  def per_token(
+    self, chosen_tokens: Float[Array, " N"], rejected_tokens: Float[Array, " N"]
+  ) -> "PairLogProbs":
     """Means over the answers' tokens, of which there are float32 [N]; an empty answer counts as one token."""
     chosen, rejected = jnp.maximum(chosen_tokens, 1.0), jnp.maximum(rejected_tokens, 1.0)
     return PairLogProbs(
@@ -69,8 +72,8 @@ class LossSettings(NamedTuple):
 
 
 def pair_losses(
-  kind: str, logps: PairLogProbs, weights: jax.Array, settings: LossSettings, running: Running
-) -> jax.Array:
+  kind: str, logps: PairLogProbs, weights: Float[Array, " N"], settings: LossSettings, running: Running
+) -> Float[Array, " N"]:
   """The loss of every pair [N], before weighting; what it is at padding must not be used.
 
   Args:
@@ -88,7 +91,9 @@ def initial_running() -> Running:
   return {"reward_sum": jnp.float32(0), "batches": jnp.float32(0)}
 
 
-def update_running(running: Running, logps: PairLogProbs, weights: jax.Array, beta: float) -> Running:
+def update_running(
+  running: Running, logps: PairLogProbs, weights: Float[Array, " N"], beta: float
+) -> Running:
   """Adds a batch's mean reward to the running mean.
 
   Every batch counts alike, however many pairs it has (as in TRL, which tells its running mean only the mean of each
@@ -194,8 +199,8 @@ class PairLoss(Protocol):
   """The loss of every pair [N]; arguments as of `pair_losses`."""
 
   def __call__(
-    self, logps: PairLogProbs, weights: jax.Array, settings: LossSettings, running: Running, /
-  ) -> jax.Array: ...
+    self, logps: PairLogProbs, weights: Float[Array, " N"], settings: LossSettings, running: Running, /
+  ) -> Float[Array, " N"]: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from internvl_jax.batch import IGNORE_INDEX
 from internvl_jax.parallel.rules import ACTIVATIONS, MeshAxes, dividing_axes, mesh_in_scope, spec, stored_over
@@ -25,7 +26,9 @@ _LANES = 128
 """What widths of chunks are a multiple of: the lanes of a TPU's vector unit."""
 
 
-def linear_token_losses(hidden: jax.Array, kernel: jax.Array, targets: jax.Array) -> jax.Array:
+def linear_token_losses(
+  hidden: Float[Array, "R S E"], kernel: Float[Array, "E V"], targets: Int[Array, "R S"]
+) -> Float[Array, "R S"]:
   """-log softmax(hidden @ kernel)[target] of hidden [R, S, E] and kernel [E, V], on a mesh or without one.
 
   Args:

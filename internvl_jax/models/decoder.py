@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
 
 from internvl_jax.models import lora
 from internvl_jax.models.attention import Mask, SharedPrompts, attention
@@ -82,7 +83,9 @@ class KVCache(nnx.Pytree):
     segment_ids: int [B, S]; 0 marks slots that no query may see.
   """
 
-  def __init__(self, k: jax.Array, v: jax.Array, segment_ids: jax.Array):
+  def __init__(
+    self, k: Float[Array, "L B S K H"], v: Float[Array, "L B S K H"], segment_ids: Int[Array, "B S"]
+  ):
     self.k = nnx.data(k)
     self.v = nnx.data(v)
     self.segment_ids = nnx.data(segment_ids)
@@ -117,7 +120,7 @@ class DecoderAttention(nnx.Module):
 
   def __call__(
     self,
-    x: jax.Array,
+    x: Float[Array, "B T D"],
     *,
     rotation: tuple[jax.Array, jax.Array],
     mask: Mask,
@@ -173,8 +176,8 @@ class DecoderMLP(nnx.Module):
     self.down_proj = Linear(F, D, bias=bias, axes=(inner, "embed"), rngs=rngs)
 
   def __call__(
-    self, x: jax.Array, *, valid: jax.Array | None, backend: str = "xla"
-  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    self, x: Float[Array, "B T D"], *, valid: Bool[Array, "B T"] | None, backend: str = "xla"
+  ) -> tuple[Float[Array, "B T D"], dict[str, jax.Array]]:
     """Maps x [B, T, D]; all else, and the second result, is there for what has a router."""
     del valid, backend
     gate, up = (
@@ -195,7 +198,9 @@ class DecoderLayer(nnx.Module):
     if config.lora is not None:
       lora.attach(self, config.lora, rngs)
 
-  def __call__(self, x: jax.Array, *, valid: jax.Array | None, kernels: Kernels, **attend: Any):
+  def __call__(
+    self, x: Float[Array, "B T D"], *, valid: Bool[Array, "B T"] | None, kernels: Kernels, **attend: Any
+  ):
     """Returns the new x, the keys and values, and statistics of the router where there is one."""
     x = _by_token(x)
     y, kv = self.self_attn(_by_token(self.input_layernorm(x)), backend=kernels.attention, **attend)
@@ -221,17 +226,17 @@ class Decoder(nnx.Module):
 
   def __call__(
     self,
-    x: jax.Array,
+    x: Float[Array, "B T D"],
     *,
-    positions: jax.Array,
-    segment_ids: jax.Array | None = None,
-    kv_segment_ids: jax.Array | None = None,
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None = None,
+    kv_segment_ids: Int[Array, "B S"] | None = None,
     shared: SharedPrompts | None = None,
     dropout_key: jax.Array | None = None,
     kernels: Kernels | None = None,
     remat: Callable[..., Any] | None = None,
     unroll: int = 1,
-  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+  ) -> tuple[Float[Array, "B T D"], dict[str, jax.Array]]:
     """Runs embeddings x [B, T, D] to normalized hidden states [B, T, D].
 
     Args:
@@ -272,14 +277,14 @@ class Decoder(nnx.Module):
 
   def extend(
     self,
-    x: jax.Array,
+    x: Float[Array, "B T D"],
     cache: KVCache,
-    offset: jax.Array,
+    offset: Int[Array, ""],
     *,
-    positions: jax.Array,
-    segment_ids: jax.Array,
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
     kernels: Kernels | None = None,
-  ) -> tuple[jax.Array, KVCache]:
+  ) -> tuple[Float[Array, "B T D"], KVCache]:
     """Runs the next T tokens of every row against a cache, writing them at slots offset..offset+T-1.
 
     Args:
@@ -343,7 +348,7 @@ class CausalLM(nnx.Module):
     self.lm_head = None if tied else Linear(D, V, bias=False, axes=OUTPUT_AXES, rngs=rngs)
 
   @property
-  def output_embedding(self) -> jax.Array:
+  def output_embedding(self) -> Float[Array, "D V"]:
     """The matrix [D, V] from hidden states to scores."""
     if self.lm_head is None:
       return self.model.embed_tokens.embedding[...].T

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
 
 from internvl_jax.parallel.rules import Product, mesh_in_scope
 
@@ -35,7 +36,7 @@ PRODUCT = "product"
 """What results of `matmul` are called where rematerialization chooses what to keep: it cannot look inside."""
 
 
-def matmul(x: jax.Array, w: jax.Array, product: Product) -> jax.Array:
+def matmul(x: Float[Array, "*rows D"], w: Float[Array, "D F"], product: Product) -> Float[Array, "*rows F"]:
   """`x @ w` of x [..., D] and w [D, F], sharded over the mesh in scope as `product` says."""
   return checkpoint_name(_matmul(x, w, product), PRODUCT)
 
@@ -73,7 +74,9 @@ def _sharded_gradients(product: Product, x: Any, w: Any, g: jax.Array):
   return dx, None if x is None else weight_gradient(x, g, product)
 
 
-def weight_gradient(x: jax.Array, g: jax.Array, product: Product) -> jax.Array:
+def weight_gradient(
+  x: Float[Array, "*rows D"], g: Float[Array, "*rows F"], product: Product
+) -> Float[Array, "D F"]:
   """The gradient [D, F] of w in `matmul`, from x [..., D] and the gradient g [..., F] of what it returned."""
   if mesh_in_scope() is None:
     return _rows(x).T @ _rows(g)
@@ -85,7 +88,7 @@ _matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
 
 
 @jax.custom_vjp
-def scale(x: jax.Array, w: jax.Array) -> jax.Array:
+def scale(x: Float[Array, "*rows D"], w: Float[Array, " D"]) -> Float[Array, "*rows D"]:
   """`x * w` of x [..., D] and w [D]."""
   return x * w
 
@@ -107,7 +110,7 @@ scale.defvjp(_scale_forward, _scale_backward, symbolic_zeros=True)
 
 
 @jax.custom_vjp
-def shift(x: jax.Array, b: jax.Array) -> jax.Array:
+def shift(x: Float[Array, "*rows D"], b: Float[Array, " D"]) -> Float[Array, "*rows D"]:
   """`x + b` of x [..., D] and b [D]."""
   return x + b
 

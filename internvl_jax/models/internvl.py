@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Int, UInt8
 
 from internvl_jax.batch import NO_IMAGE, PIXEL_STATISTICS
 from internvl_jax.models.decoder import OUTPUT_AXES, CausalLM, DecoderConfig
@@ -59,7 +60,7 @@ SCOPES = ("vision_model", "mlp1", "embed", "language_model", "lm_head")
 """The parts by the names that traces and the compiler's reports have for them."""
 
 
-def normalize_tiles(tiles: jax.Array, kind: str) -> jax.Array:
+def normalize_tiles(tiles: UInt8[Array, "*tiles 3"], kind: str) -> Float[Array, "*tiles 3"]:
   """Turns uint8 tiles [..., 3] into normalized float32, equal to ToTensor + Normalize."""
   mean, std = PIXEL_STATISTICS[kind]
   return (tiles.astype(jnp.float32) / 255.0 - jnp.array(mean)) / jnp.array(std)
@@ -84,12 +85,12 @@ class InternVL(nnx.Module):
 
   def extract_features(
     self,
-    tiles: jax.Array,
+    tiles: Float[Array, "I side side 3"],
     how: Execution,
     *,
     drop_path: tuple[np.ndarray, jax.Array] | None = None,
     dropout_key: jax.Array | None = None,
-  ) -> jax.Array:
+  ) -> Float[Array, "I P E"]:
     """Encodes normalized tiles [I, side, side, 3] as features [I, P, E] in the language model's width."""
     with jax.named_scope("vision_model"):
       x = self.vision_model(
@@ -99,7 +100,7 @@ class InternVL(nnx.Module):
     remat = remat_by_name(how.remat, in_scan=False)
     return remat(self.project)(x) if remat else self.project(x)
 
-  def project(self, vision_hidden: jax.Array) -> jax.Array:
+  def project(self, vision_hidden: Float[Array, "I N C"]) -> Float[Array, "I P E"]:
     """Drops the class token of hidden states [I, N, C], shuffles pixels and projects to [I, P, E]."""
     with jax.named_scope("mlp1"):
       x = pixel_shuffle(
@@ -109,8 +110,12 @@ class InternVL(nnx.Module):
       return self.mlp1(jax.lax.optimization_barrier(x))
 
   def embed(
-    self, input_ids: jax.Array, image_index: jax.Array, features: jax.Array, how: Execution
-  ) -> jax.Array:
+    self,
+    input_ids: Int[Array, "R S"],
+    image_index: Int[Array, "R S"],
+    features: Float[Array, "D Q E"],
+    how: Execution,
+  ) -> Float[Array, "R S E"]:
     """Token embeddings with image features in their places.
 
     Args:
@@ -131,14 +136,20 @@ class InternVL(nnx.Module):
       return constrain(x, "rows", "tokens", None)
 
   def decode(
-    self, x: jax.Array, how: Execution, *, positions: jax.Array, segment_ids: jax.Array | None, **options: Any
-  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    self,
+    x: Float[Array, "R S E"],
+    how: Execution,
+    *,
+    positions: Int[Array, "R S"],
+    segment_ids: Int[Array, "R S"] | None,
+    **options: Any,
+  ) -> tuple[Float[Array, "R S E"], dict[str, jax.Array]]:
     """Hidden states [R, S, E] of the language model, ready for `logits`, and its routers' statistics."""
     decoder: Callable[..., Any] = self.language_model.model
     with jax.named_scope("language_model"):
       return decoder(x, positions=positions, segment_ids=segment_ids, **options, **how.scan_options)
 
-  def logits(self, hidden: jax.Array) -> jax.Array:
+  def logits(self, hidden: Float[Array, "*rows E"]) -> Float[Array, "*rows V"]:
     """Scores [..., V] in float32."""
     with jax.named_scope("lm_head"):
       kernel = self.language_model.output_embedding.astype(hidden.dtype)

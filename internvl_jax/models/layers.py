@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from internvl_jax.models.gradients import PRODUCT, matmul, scale, shift
 from internvl_jax.parallel import sharded_gather
@@ -53,7 +54,7 @@ class Linear(nnx.Module):
     self.bias = make_param(jnp.zeros(d_out), axes[1:]) if bias else None
     self.adapter: Callable[..., Any] | None = nnx.data(None)
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows F"]:
     y = self.multiply(x, self.kernel[...].astype(x.dtype), self.product)
     if self.adapter is not None:
       y = self.adapter(x, y, self)
@@ -68,7 +69,7 @@ class LayerNorm(nnx.Module):
     self.bias = make_param(jnp.zeros(dim), (axis,))
     self.eps = eps
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
@@ -83,7 +84,7 @@ class RMSNorm(nnx.Module):
     self.scale = make_param(jnp.ones(dim), (axis,))
     self.eps = eps
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
     return scale(y, self.scale[...].astype(jnp.float32)).astype(x.dtype)
@@ -100,7 +101,7 @@ class Embed(nnx.Module):
   def __init__(self, vocab_size: int, dim: int, *, rngs: nnx.Rngs):
     self.embedding = make_param(jax.random.normal(rngs.params(), (vocab_size, dim)), ("vocab", "table"))
 
-  def __call__(self, ids: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
+  def __call__(self, ids: Int[Array, "R S"], *, dtype: jnp.dtype) -> Float[Array, "R S D"]:
     return sharded_gather.embed(self.embedding[...], ids, dtype=dtype)
 
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from internvl_jax.models.grouped_matmul import grouped_matmul
 from internvl_jax.models.layers import Linear, make_param
@@ -93,7 +94,13 @@ class SwiGLUExperts(nnx.Module):
     self.up_proj = make_param(fresh_experts(rngs, (E, D, F)), self.AXES["up_proj"])
     self.down_proj = make_param(fresh_experts(rngs, (E, F, D)), self.AXES["down_proj"])
 
-  def __call__(self, x: jax.Array, chosen: jax.Array, weights: jax.Array, backend: str = "xla") -> jax.Array:
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    chosen: Int[Array, "B T k"],
+    weights: Float[Array, "B T k"],
+    backend: str = "xla",
+  ) -> Float[Array, "B T D"]:
     """Maps x [B, T, D] by the experts `chosen` [B, T, k], summed with `weights` [B, T, k]."""
     product = functools.partial(grouped_matmul, backend=backend)
 
@@ -107,7 +114,7 @@ class SwiGLUExperts(nnx.Module):
     return dispatch_to_experts(x, chosen, weights, kernels=kernels, axes=self.AXES, apply=apply)
 
 
-def fresh_experts(rngs: nnx.Rngs, shape: tuple[int, int, int]) -> jax.Array:
+def fresh_experts(rngs: nnx.Rngs, shape: tuple[int, int, int]) -> Float[Array, "E D F"]:
   """Kernels [E, width in, width out] with the standard deviation of `layers.Linear`."""
   return jax.random.normal(rngs.params(), shape) / math.sqrt(shape[1])
 
@@ -118,14 +125,14 @@ Experts = Callable[[Mapping[str, jax.Array], jax.Array, jax.Array, jax.Array], j
 
 
 def dispatch_to_experts(
-  x: jax.Array,
-  chosen: jax.Array,
-  weights: jax.Array,
+  x: Float[Array, "B T D"],
+  chosen: Int[Array, "B T k"],
+  weights: Float[Array, "B T k"],
   *,
   kernels: Mapping[str, jax.Array],
   axes: Mapping[str, Names],
   apply: Experts,
-) -> jax.Array:
+) -> Float[Array, "B T D"]:
   """Sends tokens to their experts and sums what comes back.
 
   On a mesh, the devices that share the experts all-gather each other's tokens, compute what their own experts
@@ -277,7 +284,9 @@ def _take_backward(saved: Any, g: jax.Array):
 _take.defvjp(_take_forward, _take_backward)
 
 
-def router_statistics(probs: jax.Array, chosen: jax.Array, valid: jax.Array | None) -> dict[str, jax.Array]:
+def router_statistics(
+  probs: Float[Array, "B T E"], chosen: Int[Array, "B T k"], valid: Bool[Array, "B T"] | None
+) -> dict[str, Float[Array, "B E"]]:
   """What `load_balancing_loss` needs to know of a layer, for each row.
 
   Args:
@@ -295,7 +304,9 @@ def router_statistics(probs: jax.Array, chosen: jax.Array, valid: jax.Array | No
   return {"router_load": jnp.sum(load, axis=1), "router_prob": jnp.sum(probs, axis=1)}
 
 
-def load_balancing_loss(load: jax.Array, prob: jax.Array, tokens: jax.Array, *, shards: int) -> jax.Array:
+def load_balancing_loss(
+  load: Float[Array, "L R E"], prob: Float[Array, "L R E"], tokens: Num[Array, " R"], *, shards: int
+) -> Float[Array, ""]:
   """The auxiliary loss of Switch Transformer (arXiv:2101.03961, equations 4 to 6), as Hugging Face computes it.
 
   E times the sum over experts of the share of tokens that chose it and its mean probability, both over the

@@ -5,11 +5,12 @@ Letters: I tiles, P patches, C ViT width, D language model width.
 
 import jax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from internvl_jax.models.layers import LayerNorm, Linear
 
 
-def pixel_shuffle(x: jax.Array, *, ratio: float, version: str) -> jax.Array:
+def pixel_shuffle(x: Float[Array, "I P C"], *, ratio: float, version: str) -> Float[Array, "I new wide"]:
   """Merges square neighborhoods of patches into channels: [I, P, C] -> [I, P * ratio^2, C / ratio^2].
 
   The patches of one new token come in row-major order, each with all of its channels. Version "v1" (old
@@ -32,5 +33,5 @@ class Projector(nnx.Module):
     self.linear_1 = Linear(d_in, d_out, bias=True, axes=("patch", "vision"), over="tiles", rngs=rngs)
     self.linear_2 = Linear(d_out, d_out, bias=True, axes=("vision", "embed"), over="tiles", rngs=rngs)
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: Float[Array, "I P wide"]) -> Float[Array, "I P D"]:
     return self.linear_2(jax.nn.gelu(self.linear_1(self.layer_norm(x)), approximate=False))

@@ -6,9 +6,9 @@ Letters: B rows, T tokens, N heads, H head width.
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,9 @@ class Rope:
     """Length up to which frequencies do not depend on the row's length; None: they never do."""
     return None
 
-  def frequencies(self, dim: int, length: jax.Array | int) -> jax.Array | np.ndarray:
+  def frequencies(
+    self, dim: int, length: Int[Array, "*rows"] | int
+  ) -> Float[Array, "*rows half"] | Float[np.ndarray, " half"]:
     """Radians a position: [..., dim/2] for rows of so many positions (`length` [...])."""
     del length
     return _inverse_frequencies(self.theta, dim)
@@ -43,7 +45,9 @@ class LinearRope(Rope):
 
   factor: float
 
-  def frequencies(self, dim: int, length: jax.Array | int) -> jax.Array | np.ndarray:
+  def frequencies(
+    self, dim: int, length: Int[Array, "*rows"] | int
+  ) -> Float[Array, "*rows half"] | Float[np.ndarray, " half"]:
     del length
     return _inverse_frequencies(self.theta, dim) / self.factor
 
@@ -62,7 +66,7 @@ class DynamicRope(Rope):
   def fixed_up_to(self) -> int | None:
     return self.trained_length
 
-  def frequencies(self, dim: int, length: jax.Array | int) -> jax.Array:
+  def frequencies(self, dim: int, length: Int[Array, "*rows"] | int) -> Float[Array, "*rows half"]:
     stretched = jnp.maximum(jnp.asarray(length, jnp.float32), self.trained_length) / self.trained_length
     base = self.theta * (self.factor * stretched - (self.factor - 1)) ** (dim / (dim - 2))
     return base[..., None] ** -(jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
@@ -77,7 +81,7 @@ class Llama3Rope(Rope):
   high_freq_factor: float
   trained_length: int
 
-  def frequencies(self, dim: int, length: jax.Array | int) -> np.ndarray:
+  def frequencies(self, dim: int, length: Int[Array, "*rows"] | int) -> Float[np.ndarray, " half"]:
     del length
     plain = _inverse_frequencies(self.theta, dim)
     turns = self.trained_length * plain / (2 * math.pi)  # within the trained length
@@ -115,7 +119,7 @@ class LongRope(Rope):
   def fixed_up_to(self) -> int | None:
     return self.trained_length
 
-  def frequencies(self, dim: int, length: jax.Array | int) -> jax.Array:
+  def frequencies(self, dim: int, length: Int[Array, "*rows"] | int) -> Float[Array, "*rows half"]:
     plain = _inverse_frequencies(self.theta, dim)
     is_long = jnp.asarray(length)[..., None] > self.trained_length
     return jnp.where(is_long, plain / np.array(self.long_factors), plain / np.array(self.short_factors))
@@ -141,7 +145,7 @@ class YarnRope(Rope):
       return self.attention_factor
     return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
-  def frequencies(self, dim: int, length: jax.Array | int) -> np.ndarray:
+  def frequencies(self, dim: int, length: Int[Array, "*rows"] | int) -> Float[np.ndarray, " half"]:
     del length
     plain = _inverse_frequencies(self.theta, dim)
 
@@ -162,7 +166,9 @@ def _inverse_frequencies(theta: float, dim: int) -> np.ndarray:
   return theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
 
 
-def rotations(rope: Rope, positions: jax.Array, dim: int, *, bound: int) -> tuple[jax.Array, jax.Array]:
+def rotations(
+  rope: Rope, positions: Int[Array, "B T"], dim: int, *, bound: int
+) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
   """Cosines and sines [B, T, dim/2] in float32 for positions [B, T].
 
   Where frequencies depend on the length, a row's is its largest position plus one, so that rows do not depend
@@ -183,7 +189,9 @@ def rotations(rope: Rope, positions: jax.Array, dim: int, *, bound: int) -> tupl
   return jnp.cos(angles) * rope.scale, jnp.sin(angles) * rope.scale
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate(
+  x: Float[Array, "B T N H"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
+) -> Float[Array, "B T N H"]:
   """Turns x [B, T, N, H] in float32, pairing element i with i + H/2 as Hugging Face's checkpoints do."""
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   cos, sin = cos[:, :, None], sin[:, :, None]

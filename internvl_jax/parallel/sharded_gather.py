@@ -7,11 +7,12 @@ Letters: R rows, S tokens, V vocabulary, E width, D data shards, Q features of a
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from internvl_jax.parallel.rules import ACTIVATIONS, dividing_axes, mesh_in_scope, spec, stored_over
 
 
-def embed(table: jax.Array, ids: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
+def embed(table: Float[Array, "V E"], ids: Int[Array, "R S"], *, dtype: jnp.dtype) -> Float[Array, "R S E"]:
   """Rows `ids` [R, S] of a table [V, E], as [R, S, E] in that dtype.
 
   Each device looks up the tokens of all devices in its slice of the table's width; then slices of the width
@@ -46,7 +47,7 @@ def embed(table: jax.Array, ids: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
   )(table, ids)
 
 
-def take_features(features: jax.Array, index: jax.Array) -> jax.Array:
+def take_features(features: Float[Array, "D Q E"], index: Int[Array, "R S"]) -> Float[Array, "R S E"]:
   """Entries `index` [R, S] of the shards' pools of features [D, Q, E], as [R, S, E].
 
   Rows belong to shards in blocks of R/D, so that no feature crosses shards. Indexes outside are clipped.

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from internvl_jax.models.attention.backends import BACKENDS
 from internvl_jax.models.attention.mask import Mask, SharedPrompts
@@ -17,15 +18,15 @@ __all__ = ["BACKENDS", "Mask", "SharedPrompts", "attention"]
 
 
 def attention(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K H"],
   mask: Mask,
   *,
-  sinks: jax.Array | None = None,
+  sinks: Float[Array, " N"] | None = None,
   over: Over = "rows",
   backend: str = "xla",
-) -> jax.Array:
+) -> Float[Array, "B T N H"]:
   """Scaled dot-product attention with grouped heads; softmax in float32.
 
   Args:

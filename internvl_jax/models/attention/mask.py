@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Int
 
 from internvl_jax.parallel.rules import MeshAxes, spec
 
@@ -19,7 +20,7 @@ class SharedPrompts(NamedTuple):
     answers: the most segments that see one prompt, the one that has it among them.
   """
 
-  parent: jax.Array
+  parent: Int[Array, "B T"]
   answers: int
 
 
@@ -50,15 +51,15 @@ class Mask:
     window: which of several `windows` it is, where only the running program knows; they rise.
   """
 
-  segments: jax.Array | None = None
-  kv_segments: jax.Array | None = None
-  parent: jax.Array | None = None
-  kv_parent: jax.Array | None = None
+  segments: Int[Array, "B T"] | None = None
+  kv_segments: Int[Array, "B S"] | None = None
+  parent: Int[Array, "B T"] | None = None
+  kv_parent: Int[Array, "B S"] | None = None
   answers: int = 2
   causal: bool
-  q_index: jax.Array | None = None
+  q_index: Int[Array, " T"] | None = None
   windows: tuple[int, ...] = ()
-  window: jax.Array | None = None
+  window: Int[Array, ""] | None = None
 
   def __post_init__(self):
     if self.kv_segments is None:
@@ -108,13 +109,13 @@ class Mask:
     return dataclasses.replace(self, segments=renumber(self.segments), kv_segments=renumber(self.kv_segments))
 
   @property
-  def is_prompt(self) -> jax.Array:
+  def is_prompt(self) -> Bool[Array, "B S"]:
     """Bool [B, S]: the keys that segments other than their own see."""
     assert self.kv_segments is not None and self.kv_parent is not None
     return (self.kv_parent > 0) & (self.kv_parent == self.kv_segments)
 
   @property
-  def answer_number(self) -> jax.Array:
+  def answer_number(self) -> Int[Array, "B T"]:
     """Int [B, T]: the number of a query's segment after that which has its prompt; 0 where it has its own."""
     assert self.segments is not None and self.parent is not None
     return jnp.where(self.parent > 0, self.segments - self.parent, 0)

@@ -14,6 +14,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
+from jaxtyping import Array, Float
 
 from internvl_jax.models.attention.mask import Mask
 from internvl_jax.parallel.rules import ACTIVATIONS, MeshAxes, constrain, dividing_axes, mesh_in_scope, spec
@@ -40,7 +41,9 @@ class Layout:
   repeats: int
 
   @classmethod
-  def of(cls, q: jax.Array, k: jax.Array, over: Over, mesh: AbstractMesh) -> "Layout":
+  def of(
+    cls, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], over: Over, mesh: AbstractMesh
+  ) -> "Layout":
     """The layout of q [B, T, N, H] and k [B, S, K, H] on a mesh."""
     (B, T, N, _), K = q.shape, k.shape[2]
     rows = dividing_axes(ACTIVATIONS[over], B, mesh)
@@ -48,7 +51,7 @@ class Layout:
     queries = dividing_axes(ACTIVATIONS["tokens"], T, mesh, used=(*rows, *heads))
     return cls(rows=rows, queries=queries, heads=heads, repeats=repeats)
 
-  def repeat(self, x: jax.Array) -> jax.Array:
+  def repeat(self, x: Float[Array, "B S K H"]) -> Float[Array, "B S repeated H"]:
     """Keys or values [B, S, K, H], each head as often as it is needed."""
     return jnp.repeat(x, self.repeats, axis=2) if self.repeats > 1 else x
 
@@ -71,7 +74,7 @@ def _head_axes(N: int, K: int, used: MeshAxes, mesh: AbstractMesh) -> tuple[Mesh
   return axes, math.lcm(K, math.prod(mesh.shape[axis] for axis in axes)) // K
 
 
-def by_token(x: jax.Array, over: Over, *, cached: bool = False) -> jax.Array:
+def by_token(x: Float[Array, "B L N H"], over: Over, *, cached: bool = False) -> Float[Array, "B L N H"]:
   """Holds q, k or v where its tokens are, so that it travels in the compute dtype; a cache's tokens lie together.
 
   What makes it would else be computed after the exchange, which is then of float32.
@@ -80,8 +83,14 @@ def by_token(x: jax.Array, over: Over, *, cached: bool = False) -> jax.Array:
 
 
 def shard_attention(
-  attend: OnDevice, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, sinks: jax.Array | None, over: Over
-) -> jax.Array:
+  attend: OnDevice,
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K H"],
+  mask: Mask,
+  sinks: Float[Array, " N"] | None,
+  over: Over,
+) -> Float[Array, "B T N H"]:
   """`attend` on every device of the mesh in scope, which has some heads of some rows and all keys; or here."""
   mesh = mesh_in_scope()
   if mesh is None:

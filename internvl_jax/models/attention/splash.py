@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
 from internvl_jax.models.attention.mask import Mask
 from internvl_jax.models.attention.sharding import Layout, Over, by_token
@@ -30,15 +31,15 @@ _PADDING = -1
 
 
 def attention(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K H"],
   mask: Mask,
-  sinks: jax.Array | None,
+  sinks: Float[Array, " N"] | None,
   over: Over,
   *,
   interpret: bool = False,
-) -> jax.Array:
+) -> Float[Array, "B T N H"]:
   """`models.attention.attention` of q [B, T, N, H], k and v [B, S, K, H]."""
   T, S = q.shape[1], k.shape[1]
   mesh = mesh_in_scope()

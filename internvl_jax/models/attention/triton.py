@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float
 
 from internvl_jax.models.attention import triton_kernels as kernels
 from internvl_jax.models.attention.mask import Mask
@@ -17,15 +18,15 @@ from internvl_jax.models.attention.triton_kernels import Shape, Spans, Tokens
 
 
 def attention(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K H"],
   mask: Mask,
-  sinks: jax.Array | None,
+  sinks: Float[Array, " N"] | None,
   over: Over,
   *,
   interpret: bool = False,
-) -> jax.Array:
+) -> Float[Array, "B T N H"]:
   """`models.attention.attention` of q [B, T, N, H], k and v [B, S, K, H]."""
   return shard_attention(functools.partial(_on_device, interpret), q, k, v, mask, sinks, over)
 

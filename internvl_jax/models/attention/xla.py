@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from internvl_jax.models.attention.mask import Mask
 from internvl_jax.models.attention.sharding import Over, shard_attention
@@ -27,15 +28,25 @@ _NEVER = jnp.finfo(jnp.float32).min
 
 
 def attention(
-  q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, sinks: jax.Array | None, over: Over
-) -> jax.Array:
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K H"],
+  mask: Mask,
+  sinks: Float[Array, " N"] | None,
+  over: Over,
+) -> Float[Array, "B T N H"]:
   """`models.attention.attention`, by blocks where there are more queries than one holds."""
   return shard_attention(_plain if q.shape[1] <= BLOCK else _by_blocks, q, k, v, mask, sinks, over)
 
 
 def plain(
-  q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, sinks: jax.Array | None, over: Over
-) -> jax.Array:
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K H"],
+  mask: Mask,
+  sinks: Float[Array, " N"] | None,
+  over: Over,
+) -> Float[Array, "B T N H"]:
   """`models.attention.attention` with all scores [B, N, T, S] in memory."""
   return shard_attention(_plain, q, k, v, mask, sinks, over)
 

@@ -3,7 +3,7 @@
 Letters: M rows, K width in, N width out, G groups.
 """
 
-import jax
+from jaxtyping import Array, Float, Int
 
 from internvl_jax.models.kernels import Backend, find
 
@@ -51,8 +51,8 @@ BACKENDS: tuple[Backend, ...] = (
 
 
 def grouped_matmul(
-  rows: jax.Array, matrices: jax.Array, sizes: jax.Array, *, backend: str = "xla"
-) -> jax.Array:
+  rows: Float[Array, "M K"], matrices: Float[Array, "G K N"], sizes: Int[Array, " G"], *, backend: str = "xla"
+) -> Float[Array, "M N"]:
   """Grouped matmul: multiplies each group's rows with its matrix, and can be differentiated by both.
 
   Args:

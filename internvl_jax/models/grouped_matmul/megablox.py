@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+from jaxtyping import Array, Float, Int
 
 _ROWS = (256, 128)
 """Rows of a tile, the preferred first; a tile at the border of two groups is computed for both."""
@@ -19,7 +20,13 @@ _WIDTHS = (1024, 896, 768, 640, 512)
 """Widths of a tile: the one is taken that fills whole tiles best."""
 
 
-def product(rows: jax.Array, matrices: jax.Array, sizes: jax.Array, *, interpret: bool = False) -> jax.Array:
+def product(
+  rows: Float[Array, "M K"],
+  matrices: Float[Array, "G K N"],
+  sizes: Int[Array, " G"],
+  *,
+  interpret: bool = False,
+) -> Float[Array, "M N"]:
   """`grouped_matmul` by kernels for TPUs; rows after the last group are zeros."""
   tile = next((size for size in _ROWS if rows.shape[0] % size == 0), _ROWS[-1])
   padded = jnp.pad(rows, ((0, -rows.shape[0] % tile), (0, 0)))

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,13 @@ _BAND = 8
 back to their rows while these are in the L2 cache."""
 
 
-def product(rows: jax.Array, matrices: jax.Array, sizes: jax.Array, *, interpret: bool = False) -> jax.Array:
+def product(
+  rows: Float[Array, "M K"],
+  matrices: Float[Array, "G K N"],
+  sizes: Int[Array, " G"],
+  *,
+  interpret: bool = False,
+) -> Float[Array, "M N"]:
   """`grouped_matmul` by kernels for GPUs; rows after the last group are zeros.
 
   Sums are float32. Float32 operands are multiplied as `jax_default_matmul_precision` says: "highest" in full, and
@@ -116,7 +123,7 @@ def count_slots(rows: int, groups: int, height: int) -> int:
   return -(-most // _BAND) * _BAND
 
 
-def cut(sizes: jax.Array, rows: int, height: int) -> Slots:
+def cut(sizes: Int[Array, " G"], rows: int, height: int) -> Slots:
   """Cuts rows into tiles of one group each.
 
   Args:

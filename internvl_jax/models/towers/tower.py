@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float
 
 from internvl_jax.errors import UserError
 from internvl_jax.models import lora
@@ -129,14 +130,14 @@ class VisionTransformer(nnx.Module):
 
   def __call__(
     self,
-    tiles: jax.Array,
+    tiles: Float[Array, "I side side 3"],
     *,
     drop_path: tuple[np.ndarray, jax.Array] | None = None,
     dropout_key: jax.Array | None = None,
     kernels: Kernels | None = None,
     remat: Callable[..., Any] | None = None,
     unroll: int = 1,
-  ) -> jax.Array:
+  ) -> Float[Array, "I N C"]:
     """Encodes normalized tiles [I, side, side, 3] as the selected hidden state [I, N, C].
 
     Args:
@@ -169,12 +170,14 @@ def _keep_branches(num_tiles: int, rates: np.ndarray, key: jax.Array) -> jax.Arr
   return jnp.where(kept, 1 / keep, 0.0)
 
 
-def drop_branch(branch: jax.Array, keep: jax.Array | None, index: int) -> jax.Array:
+def drop_branch(
+  branch: Float[Array, "I N C"], keep: Float[Array, "2 I"] | None, index: int
+) -> Float[Array, "I N C"]:
   """A block's branch [I, N, C] under drop path: scaled by row `index` of `keep` [2, I], if any."""
   return branch if keep is None else branch * keep[index, :, None, None].astype(branch.dtype)
 
 
-def cut_patches(tiles: jax.Array, patch_size: int) -> jax.Array:
+def cut_patches(tiles: Float[Array, "I side side 3"], patch_size: int) -> Float[Array, "I P pixels"]:
   """Cuts tiles [I, side, side, 3] into patches [I, P, patch_size * patch_size * 3], row by row."""
   I, side = tiles.shape[:2]
   p, n = patch_size, side // patch_size
