@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
 
 from internvl_jax.models.grouped_matmul import grouped_matmul
 from internvl_jax.models.layers import Linear, make_param
@@ -49,8 +50,8 @@ class GptOssMLP(nnx.Module):
     self.experts = GptOssExperts(config, hidden_size, rngs)
 
   def __call__(
-    self, x: jax.Array, *, valid: jax.Array | None, backend: str = "xla"
-  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    self, x: Float[Array, "B T D"], *, valid: Bool[Array, "B T"] | None, backend: str = "xla"
+  ) -> tuple[Float[Array, "B T D"], dict[str, jax.Array]]:
     """Maps x [B, T, D]; `valid` bool [B, T] names the tokens that the second result counts, None all.
 
     `backend` names how experts multiply: one of `grouped_matmul.BACKENDS`.
@@ -83,7 +84,13 @@ class GptOssExperts(nnx.Module):
     self.down_proj = make_param(fresh_experts(rngs, (E, F, D)), self.AXES["down_proj"])
     self.down_proj_bias = make_param(jnp.zeros((E, D)), self.AXES["down_proj_bias"])
 
-  def __call__(self, x: jax.Array, chosen: jax.Array, weights: jax.Array, backend: str = "xla") -> jax.Array:
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    chosen: Int[Array, "B T k"],
+    weights: Float[Array, "B T k"],
+    backend: str = "xla",
+  ) -> Float[Array, "B T D"]:
     """Maps x [B, T, D] by the experts `chosen` [B, T, k], summed with `weights` [B, T, k]."""
     product = functools.partial(grouped_matmul, backend=backend)
 

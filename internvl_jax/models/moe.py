@@ -62,8 +62,8 @@ class MoE(nnx.Module):
     self.experts = SwiGLUExperts(config, hidden_size, rngs)
 
   def __call__(
-    self, x: jax.Array, *, valid: jax.Array | None, backend: str = "xla"
-  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    self, x: Float[Array, "B T D"], *, valid: Bool[Array, "B T"] | None, backend: str = "xla"
+  ) -> tuple[Float[Array, "B T D"], dict[str, jax.Array]]:
     """Maps x [B, T, D]; `valid` bool [B, T] names the tokens that the second result counts, None all.
 
     `backend` names how experts multiply: one of `grouped_matmul.BACKENDS`.

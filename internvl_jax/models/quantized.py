@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
 
 from internvl_jax.models.gradients import PRODUCT, weight_gradient
 from internvl_jax.models.layers import Linear
@@ -52,7 +53,9 @@ class Format:
   capability: float
   tpu: int
 
-  def matmul(self, x: jax.Array, w: jax.Array, product: Product) -> jax.Array:
+  def matmul(
+    self, x: Float[Array, "*rows D"], w: Float[Array, "D F"], product: Product
+  ) -> Float[Array, "*rows F"]:
     """`gradients.matmul` in this format: x [..., D], w [D, F] -> [..., F] in the dtype of x."""
     return checkpoint_name(_matmul(x, w, product, self), PRODUCT)
 

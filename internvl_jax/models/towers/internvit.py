@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from internvl_jax.models.attention import Mask, attention
 from internvl_jax.models.checkpoint_names import (
@@ -81,7 +82,7 @@ class VisionAttention(nnx.Module):
     self.q_norm = RMSNorm(C, eps=config.layer_norm_eps, axis="vision") if normed else None
     self.k_norm = RMSNorm(C, eps=config.layer_norm_eps, axis="vision") if normed else None
 
-  def __call__(self, x: jax.Array, *, backend: str) -> jax.Array:
+  def __call__(self, x: Float[Array, "I N C"], *, backend: str) -> Float[Array, "I N C"]:
     q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
     if self.q_norm is not None and self.k_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
@@ -99,7 +100,7 @@ class VisionMLP(nnx.Module):
     self.fc1 = Linear(C, F, bias=True, axes=("embed", "vision"), over="tiles", rngs=rngs)
     self.fc2 = Linear(F, C, bias=True, axes=("vision", "embed"), over="tiles", rngs=rngs)
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: Float[Array, "I N C"]) -> Float[Array, "I N C"]:
     return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
 
 
@@ -116,7 +117,9 @@ class VisionLayer(nnx.Module):
     self.ls1 = make_param(jnp.full(C, config.initializer_factor), ("embed",))
     self.ls2 = make_param(jnp.full(C, config.initializer_factor), ("embed",))
 
-  def __call__(self, x: jax.Array, keep: jax.Array | None, *, backend: str) -> jax.Array:
+  def __call__(
+    self, x: Float[Array, "I N C"], keep: Float[Array, "2 I"] | None, *, backend: str
+  ) -> Float[Array, "I N C"]:
     """Applies the block to x [I, 1+P, C]; `keep` [2, I] scales the branches of each tile (drop path)."""
     x = constrain(x, "tiles", None, None)
     y = scale(self.attn(self.norm1(x), backend=backend), self.ls1[...].astype(x.dtype))
@@ -146,7 +149,7 @@ class VisionEmbeddings(nnx.Module):
     positions = 0.02 * jax.random.normal(rngs.params(), (config.num_tokens, C))
     self.position_embedding = make_param(positions, (None, "embed"))
 
-  def __call__(self, tiles: jax.Array) -> jax.Array:
+  def __call__(self, tiles: Float[Array, "I side side 3"]) -> Float[Array, "I N C"]:
     """Embeds tiles [I, side, side, 3] as [I, 1+P, C]."""
     patches, dtype = cut_patches(tiles, self.patch_size), tiles.dtype
     kernel = self.patch_kernel[...].reshape(patches.shape[-1], -1).astype(dtype)
