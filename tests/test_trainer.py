@@ -48,7 +48,7 @@ class Batches:
   def __init__(self):
     self.taken = 0
 
-  def __next__(self):
+  def next(self, params):
     self.taken += 1
     return self.taken - 1
 
@@ -124,7 +124,7 @@ def run(
     training=training,
     steps=steps if isinstance(steps, Steps) else Steps(steps),
     schedule=lambda step: (step + 1) / 10,
-    loader=loader,
+    source=loader,
     checkpointer=saves,
     log=log,
     watchdog=Watchdog("here", 600),
@@ -309,10 +309,10 @@ class SlowBatches(Batches):
     self.clock.now += 0 if self.ready else self.seconds
     self.ready = True
 
-  def __next__(self):
+  def next(self, params):
     self.prefetch()
     self.ready = False
-    return super().__next__()
+    return super().next(params)
 
 
 class TimedSteps(Steps):

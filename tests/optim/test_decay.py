@@ -50,7 +50,7 @@ def test_norms_that_decay(size):
   family, expected = DECAYED_NORMS[size]
   assert source.raw["llm_config"]["model_type"] == family
   names = source.reference_names
-  decayed = {names[path] for path, does in decays(names, source.undecayed).items() if decays}
+  decayed = {names[path] for path, does in decays(names, source.undecayed).items() if does}
   norms = {name for path, name in names.items() if path.endswith(".scale")}
   assert {name.removesuffix(".weight") for name in norms & decayed} == expected
   assert not [name for name in decayed if "bias" in name]
