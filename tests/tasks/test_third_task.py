@@ -4,6 +4,7 @@ Its run is short enough to be repeated with averages of the weights, which chang
 """
 
 import json
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from tests.support.toy import CURVE, curve_config, log_history
 class Recorded(CompiledSteps):
   """Steps that keep a copy of the weights before the first step and after each."""
 
-  weights: list[dict[str, np.ndarray]] = []
+  weights: ClassVar[list[dict[str, np.ndarray]]] = []
 
   def __call__(self, state, *inputs):
     if not self.weights:
