@@ -10,6 +10,7 @@ from typing import NamedTuple, Self, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Key, UInt8
 
 from internvl_jax.batch import SFTBatch
 from internvl_jax.models.attention import SharedPrompts
@@ -70,7 +71,7 @@ class ForwardPass:
     how = dataclasses.replace(self.how, kernels=Kernels(attention="plain"), remat=None)
     return dataclasses.replace(self, how=how, fused_loss=False, shards=1)
 
-  def normalized(self, weights: jax.Array) -> jax.Array:
+  def normalized(self, weights: Float[Array, "A R K"]) -> Float[Array, "A R K"]:
     """Weights of an optimizer batch [A, R, S], normalized; see `normalized_weights`."""
     return normalized_weights(weights, shards=self.shards, all_gather=self.all_gather)
 
@@ -78,10 +79,10 @@ class ForwardPass:
     self,
     model: InternVL,
     rows: SFTBatch,
-    features: jax.Array,
-    key: jax.Array | None,
+    features: Float[Array, "D Q E"],
+    key: Key[Array, ""] | None,
     shared: SharedPrompts | None = None,
-  ) -> tuple[jax.Array, jax.Array | float]:
+  ) -> tuple[Float[Array, "R S E"], Float[Array, ""] | float]:
     """Hidden states [R, S, E] of a micro-batch and its routers' loss; without a key nothing is dropped."""
     x = model.embed(rows.input_ids, rows.image_index, features, self.how)
     hidden, router = model.decode(
@@ -102,7 +103,9 @@ class ForwardPass:
     load, prob = router["router_load"], router["router_prob"]
     return self.router_loss_coef * load_balancing_loss(load, prob, tokens, shards=self.shards)
 
-  def features(self, model: InternVL, tiles: jax.Array, key: jax.Array | None) -> jax.Array:
+  def features(
+    self, model: InternVL, tiles: UInt8[Array, "D T H W 3"], key: Key[Array, ""] | None
+  ) -> Float[Array, "D Q E"]:
     """Features [D, T*P, E] of a pool of tiles [D, T, H, W, 3]; an empty pool runs no ViT, no key drops nothing."""
     D, T = tiles.shape[:2]
     if T == 0:
@@ -121,7 +124,9 @@ class ForwardPass:
     return constrain(features.reshape(D, -1, features.shape[-1]), "rows", "tokens", None)
 
 
-def normalized_weights(loss_weight: jax.Array, *, shards: int, all_gather: bool) -> jax.Array:
+def normalized_weights(
+  loss_weight: Float[Array, "A R S"], *, shards: int, all_gather: bool
+) -> Float[Array, "A R S"]:
   """Divides token weights so that the optimizer batch's loss is their plain weighted sum.
 
   Args:

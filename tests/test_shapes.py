@@ -1,7 +1,8 @@
 """The shapes in signatures are those that functions take and return; what has others is refused where they are checked."""
 
+import ast
 import functools
-import inspect
+from pathlib import Path
 
 import beartype
 import jax
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 import jaxtyping
 import pytest
 
-from internvl_jax.losses import lm, preference, vocab_parallel
+import internvl_jax
+from internvl_jax.losses import lm, vocab_parallel
 from internvl_jax.models import gradients, moe, projector, rope
 from internvl_jax.models.attention import Mask, xla
 from internvl_jax.models.towers import tower
@@ -111,18 +113,50 @@ def test_signatures_say_the_shapes(name):
     jax.eval_shape(checked(function), *wrong)
 
 
-@pytest.mark.parametrize("module", [lm, preference, vocab_parallel], ids=lambda module: module.__name__)
-def test_no_public_function_of_the_losses_takes_an_array_of_any_shape(module):
-  functions = [
-    function
-    for name, function in inspect.getmembers(module, inspect.isfunction)
-    if not name.startswith("_") and function.__module__ == module.__name__
-  ]
-  assert functions
-  untold = [
-    f"{function.__name__}: {parameter}"
-    for function in functions
-    for parameter, kind in function.__annotations__.items()
-    if kind is jax.Array
-  ]
-  assert untold == []
+PACKAGE = Path(internvl_jax.__file__).parent
+
+# Annotations in which an array has no shape of its own, and why.
+SHAPELESS = {
+  "dict": "arrays by path or name, each of its own shape",
+  "Mapping": "the same",
+  "Param": "Flax names a parameter's type, and no shape",
+}
+
+
+def public_functions(body, prefix):
+  """Names and definitions of the public functions of a module or class, methods of its public classes included."""
+  for node in body:
+    if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+      yield from public_functions(node.body, f"{prefix}{node.name}.")
+    elif isinstance(node, ast.FunctionDef) and (not node.name.startswith("_") or node.name == "__call__"):
+      yield f"{prefix}{node.name}", node
+
+
+def has_bare_array(annotation):
+  """Whether an annotation names an array type outside of a shape."""
+  if isinstance(annotation, ast.Subscript):
+    kind = ast.unparse(annotation.value).rpartition(".")[2]
+    return kind not in SHAPELESS and not hasattr(jaxtyping, kind) and has_bare_array(annotation.slice)
+  if isinstance(annotation, ast.Name | ast.Attribute):
+    return ast.unparse(annotation) in ("jax.Array", "Array", "np.ndarray")
+  return any(has_bare_array(child) for child in ast.iter_child_nodes(annotation))
+
+
+@pytest.mark.parametrize("place", ["losses", "models", "parallel", "tasks", "objectives.py"])
+def test_every_public_function_says_the_shapes_of_its_arrays(place):
+  found, count = [], 0
+  for path in sorted((PACKAGE / place).rglob("*.py")) or [PACKAGE / place]:
+    module = str(path.relative_to(PACKAGE).with_suffix("")).replace("/", ".")
+    for name, function in public_functions(ast.parse(path.read_text()).body, f"{module}."):
+      arguments = function.args.posonlyargs + function.args.args + function.args.kwonlyargs
+      annotations = [argument.annotation for argument in arguments] + [function.returns]
+      count += 1
+      found += [name for annotation in annotations if annotation and has_bare_array(annotation)]
+  assert count > 3 and found == []
+
+
+def test_an_array_without_a_shape_is_found():
+  bare = ["jax.Array | None", "tuple[Array, int]", "Callable[[], np.ndarray]", "Sequence[jax.Array]"]
+  told = ['Float[Array, "R S"] | None', "Mapping[str, jax.Array]", "nnx.Param[jax.Array]", "np.dtype"]
+  read = lambda text: ast.parse(text, mode="eval").body  # noqa: E731
+  assert [text for text in bare + told if has_bare_array(read(text))] == bare

@@ -9,13 +9,13 @@ V vocabulary, L layers.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from internvl_jax.models import lora
 from internvl_jax.models.attention import Mask, SharedPrompts, attention
@@ -91,6 +91,8 @@ class KVCache(nnx.Pytree):
     self.segment_ids = nnx.data(segment_ids)
 
 
+KeysAndValues: TypeAlias = tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
+
 _CACHED = ("rows", None, "heads", None)
 """How a cache's keys and values [B, S, K, H] are sharded: new ones are written into slots, which stay together."""
 
@@ -122,12 +124,12 @@ class DecoderAttention(nnx.Module):
     self,
     x: Float[Array, "B T D"],
     *,
-    rotation: tuple[jax.Array, jax.Array],
+    rotation: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
     mask: Mask,
-    cache: tuple[jax.Array, jax.Array] | None,
-    offset: jax.Array | None,
+    cache: KeysAndValues | None,
+    offset: Int[Array, ""] | None,
     backend: str,
-  ):
+  ) -> tuple[Float[Array, "B T D"], KeysAndValues]:
     """Attends over x [B, T, D]; with a cache (k, v) over what it holds, x's own keys written at `offset`."""
     q, k, v = self._project(x)
     if self.q_norm is not None and self.k_norm is not None:
@@ -232,7 +234,7 @@ class Decoder(nnx.Module):
     segment_ids: Int[Array, "B T"] | None = None,
     kv_segment_ids: Int[Array, "B S"] | None = None,
     shared: SharedPrompts | None = None,
-    dropout_key: jax.Array | None = None,
+    dropout_key: Key[Array, ""] | None = None,
     kernels: Kernels | None = None,
     remat: Callable[..., Any] | None = None,
     unroll: int = 1,

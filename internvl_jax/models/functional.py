@@ -6,6 +6,7 @@ from typing import Any, Generic, TypeVar
 
 import jax
 from flax import nnx
+from jaxtyping import Array, Key
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -39,7 +40,7 @@ def define(build: Callable[[nnx.Rngs], M]) -> ModelDef[M]:
   return ModelDef(graph, tuple((path, var) for path, var in nnx.to_flat_state(state)))
 
 
-def initialize(build: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> dict[str, jax.Array]:
+def initialize(build: Callable[[nnx.Rngs], nnx.Module], key: Key[Array, ""]) -> dict[str, jax.Array]:
   """Fresh parameters by path. Run it under `jax.jit` with `out_shardings` to make them where they belong."""
   _, state = nnx.split(build(nnx.Rngs(key)))
   return {_dotted(path): var[...] for path, var in nnx.to_flat_state(state)}

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8
 
 from internvl_jax.batch import NO_IMAGE, PIXEL_STATISTICS
 from internvl_jax.models.decoder import OUTPUT_AXES, CausalLM, DecoderConfig
@@ -88,8 +88,8 @@ class InternVL(nnx.Module):
     tiles: Float[Array, "I side side 3"],
     how: Execution,
     *,
-    drop_path: tuple[np.ndarray, jax.Array] | None = None,
-    dropout_key: jax.Array | None = None,
+    drop_path: tuple[Float[np.ndarray, " L"], Key[Array, ""]] | None = None,
+    dropout_key: Key[Array, ""] | None = None,
   ) -> Float[Array, "I P E"]:
     """Encodes normalized tiles [I, side, side, 3] as features [I, P, E] in the language model's width."""
     with jax.named_scope("vision_model"):

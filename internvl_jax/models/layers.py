@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from internvl_jax.models.gradients import PRODUCT, matmul, scale, shift
 from internvl_jax.parallel import sharded_gather
@@ -19,7 +19,7 @@ from internvl_jax.parallel.rules import Product
 Axes = tuple[str | None, ...]
 
 
-def make_param(value: jax.Array, axes: Axes) -> nnx.Param[jax.Array]:
+def make_param(value: Shaped[Array, "..."], axes: Axes) -> nnx.Param[jax.Array]:
   """A parameter whose axes carry logical names; placing it on a mesh is left to `parallel.rules`."""
   return nnx.Param(value, out_sharding=axes, eager_sharding=False)
 
@@ -126,13 +126,13 @@ class LayerStack(nnx.Module):
   def scan(
     self,
     apply: Callable[..., Any],
-    x: jax.Array,
+    x: Shaped[Array, "*carry"],
     *,
     xs: dict[str, jax.Array] | None = None,
     stop: int | None = None,
     remat: Callable[..., Any] | None = None,
     unroll: int = 1,
-  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+  ) -> tuple[Shaped[Array, "*carry"], dict[str, jax.Array]]:
     """Runs x through the layers below `stop`.
 
     Args:

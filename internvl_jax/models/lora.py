@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Key
 
 from internvl_jax.arguments import LoRAConfig
 from internvl_jax.models.gradients import matmul
@@ -104,7 +105,9 @@ class Adapter(nnx.Module):
     self.key: jax.Array | None = nnx.data(None)
     self.as_merged = False
 
-  def __call__(self, x: jax.Array, y: jax.Array, linear: Linear) -> jax.Array:
+  def __call__(
+    self, x: Float[Array, "*rows D"], y: Float[Array, "*rows F"], linear: Linear
+  ) -> Float[Array, "*rows F"]:
     """Adds the adapter's part to y = x @ kernel [..., F], the bias not yet added."""
     if self.as_merged:
       magnitude = None if self.magnitude is None else self.magnitude[...]
@@ -134,7 +137,7 @@ def attach(layer: nnx.Module, spec: LoRASpec, rngs: nnx.Rngs) -> None:
       module.adapter = Adapter(module, spec, rngs)
 
 
-def start_dropout(layer: nnx.Module, key: jax.Array) -> None:
+def start_dropout(layer: nnx.Module, key: Key[Array, ""]) -> None:
   """Switches the dropout of a layer's adapters on, each with randomness of its own."""
   adapters = [module for _, module in nnx.iter_modules(layer) if isinstance(module, Adapter)]
   for i, adapter in enumerate(adapters):

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from internvl_jax.models.gradients import PRODUCT, weight_gradient
 from internvl_jax.models.layers import Linear
@@ -95,7 +95,9 @@ def has_products(device: Any, name: str) -> bool:
   return True
 
 
-def rounded(x: jax.Array, dtype: jnp.dtype, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+def rounded(
+  x: Float[Array, "*axes"], dtype: jnp.dtype, axes: Sequence[int]
+) -> tuple[Num[Array, "*axes"], Float[Array, "..."]]:
   """Rounds x to numbers of an eight-bit format times scales.
 
   Args:

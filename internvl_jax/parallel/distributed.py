@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
+from jaxtyping import Integer
 
 from internvl_jax import signals
 from internvl_jax.errors import UserError
@@ -323,7 +324,7 @@ def first_says(value: bool) -> bool:
   return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def sum_over(parts: Sequence[int], counts: np.ndarray) -> np.ndarray:
+def sum_over(parts: Sequence[int], counts: Integer[np.ndarray, "*axes"]) -> Integer[np.ndarray, "*axes"]:
   """Adds an array of integers over the parts of a batch; a call that all processes make.
 
   Args:
@@ -340,7 +341,9 @@ def sum_over(parts: Sequence[int], counts: np.ndarray) -> np.ndarray:
   return sum_parts(parts, np.asarray(everyone).view(counts.dtype)[..., 0])
 
 
-def sum_parts(parts: Sequence[int], everyone: np.ndarray) -> np.ndarray:
+def sum_parts(
+  parts: Sequence[int], everyone: Integer[np.ndarray, "processes ..."]
+) -> Integer[np.ndarray, "..."]:
   """`sum_over`, of what all processes have counted: [processes, ...]."""
   first = [parts.index(part) for part in range(max(parts) + 1)]
   for process, part in enumerate(parts):

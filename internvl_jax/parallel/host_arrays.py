@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Shaped
 
 
-def fetch(array: jax.Array, cell: tuple[int, ...] = ()) -> np.ndarray:
+def fetch(array: Shaped[Array, "..."], cell: tuple[int, ...] = ()) -> Shaped[np.ndarray, "..."]:
   """An array, or what is at `cell` of its first axes, in this host's memory; a call that all processes make.
 
   Only that part is all-gathered on the devices, for as long as this takes.

@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Num, Shaped
 
 from internvl_jax.parallel.mesh import DATA_AXES, FSDP_OUTER
 
@@ -134,7 +135,7 @@ def activation_spec(names: Names, shape: tuple[int, ...], mesh: Mesh | AbstractM
   return spec(*entries)
 
 
-def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+def constrain(x: Shaped[Array, "*axes"], *names: str | None) -> Shaped[Array, "*axes"]:
   """Shards x, whose axes have these names in `ACTIVATIONS`, over the mesh in scope; None stays whole."""
   mesh = mesh_in_scope()
   if mesh is None:
@@ -172,14 +173,14 @@ class Product:
   pieces: int | None = None
   over: Literal["tokens", "tiles"] = "tokens"
 
-  def stored(self, w: jax.Array) -> jax.Array:
+  def stored(self, w: Num[Array, "D F"]) -> Num[Array, "D F"]:
     """The pieces of w that are stored."""
     mesh = mesh_in_scope()
     if mesh is None:
       return w
     return jax.lax.with_sharding_constraint(w, spec(*weight_entries(self.axes, w.shape, mesh)))
 
-  def gradient(self, dw: jax.Array) -> jax.Array:
+  def gradient(self, dw: Float[Array, "D F"]) -> Float[Array, "D F"]:
     """The gradient of w, summed over devices, in the pieces that are stored."""
     mesh = mesh_in_scope()
     if mesh is None:
@@ -189,7 +190,7 @@ class Product:
     first = [_first(entry) for entry in weight_entries(self.axes, dw.shape, mesh)]
     return self.stored(jax.lax.with_sharding_constraint(dw, spec(*first)))
 
-  def used(self, w: jax.Array) -> jax.Array:
+  def used(self, w: Num[Array, "D F"]) -> Num[Array, "D F"]:
     """The pieces of w that products are computed with."""
     mesh = mesh_in_scope()
     if mesh is None:
@@ -209,7 +210,7 @@ class Product:
       w = jax.lax.with_sharding_constraint(w, spec(rows, without(columns, (FSDP_OUTER,))))
     return jax.lax.with_sharding_constraint(w, spec(*split))
 
-  def inputs(self, x: jax.Array, w_shape: tuple[int, ...]) -> jax.Array:
+  def inputs(self, x: Num[Array, "*rows D"], w_shape: tuple[int, ...]) -> Num[Array, "*rows D"]:
     """Input x, or its gradient, as the product takes it."""
     mesh = mesh_in_scope()
     if mesh is None:
@@ -217,7 +218,7 @@ class Product:
     split_in, split_out = self._split(w_shape, mesh)
     return self._shard(x, split_in, (*split_in, *split_out), mesh)
 
-  def outputs(self, y: jax.Array, w_shape: tuple[int, ...]) -> jax.Array:
+  def outputs(self, y: Num[Array, "*rows F"], w_shape: tuple[int, ...]) -> Num[Array, "*rows F"]:
     """Output y, or its gradient, as the product leaves it."""
     mesh = mesh_in_scope()
     if mesh is None:
@@ -253,7 +254,7 @@ def _first(entry: MeshAxes) -> MeshAxes:
   return without(entry, (FSDP_OUTER,))[:1]
 
 
-def all_gather(x: jax.Array, names: MeshAxes, *, axis: int) -> jax.Array:
+def all_gather(x: Shaped[Array, "..."], names: MeshAxes, *, axis: int) -> Shaped[Array, "..."]:
   """`jax.lax.all_gather` of the pieces of an axis, where a function runs device by device."""
   if not _on_gpus() or axis == 0:
     return jax.lax.all_gather(x, names, axis=axis, tiled=True)

@@ -68,7 +68,7 @@ class Mask:
       object.__setattr__(self, "kv_parent", self.parent)
 
   @property
-  def reach(self) -> jax.Array | int | None:
+  def reach(self) -> Int[Array, ""] | int | None:
     """The window; None where a query sees all keys before it."""
     if not self.causal or not self.windows:
       return None

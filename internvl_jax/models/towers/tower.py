@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from internvl_jax.errors import UserError
 from internvl_jax.models import lora
@@ -132,8 +132,8 @@ class VisionTransformer(nnx.Module):
     self,
     tiles: Float[Array, "I side side 3"],
     *,
-    drop_path: tuple[np.ndarray, jax.Array] | None = None,
-    dropout_key: jax.Array | None = None,
+    drop_path: tuple[Float[np.ndarray, " L"], Key[Array, ""]] | None = None,
+    dropout_key: Key[Array, ""] | None = None,
     kernels: Kernels | None = None,
     remat: Callable[..., Any] | None = None,
     unroll: int = 1,
@@ -254,8 +254,8 @@ def positions_transform(*, class_tokens: int, lead: int) -> Transform:
 
 
 def resize_position_embedding(
-  positions: np.ndarray, num_patches: int, *, class_tokens: int = 1
-) -> np.ndarray:
+  positions: Float[np.ndarray, "N C"], num_patches: int, *, class_tokens: int = 1
+) -> Float[np.ndarray, "M C"]:
   """Resamples learned positions [class_tokens + P, C] to [class_tokens + num_patches, C] for another tile size.
 
   The class token's row is kept; the square grid of the others is interpolated bicubically with half-pixel

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
 
 from internvl_jax.batch import IGNORE_INDEX, SFTBatch
 from internvl_jax.losses import lm, preference, vocab_parallel
@@ -22,15 +23,15 @@ from internvl_jax.tasks.preference.policy import ReferencePolicy
 
 
 class PreferenceWeights(NamedTuple):
-  """Normalised weights of an optimizer batch.
+  """Normalized weights of an optimizer batch.
 
   Attributes:
     pairs: float32 [A, R, K].
     tokens: float32 [A, R, S], of the chosen answers' tokens.
   """
 
-  pairs: jax.Array
-  tokens: jax.Array
+  pairs: Float[Array, "A R K"]
+  tokens: Float[Array, "A R S"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,11 +66,11 @@ class PreferenceOptimization(ForwardPass):
     params: Mapping[str, jax.Array],
     batch: PreferenceBatch,
     weights: PreferenceWeights,
-    key: jax.Array,
+    key: Key[Array, ""],
     running: Running,
     *,
     share: float = 1.0,
-  ) -> tuple[jax.Array, Outcome]:
+  ) -> tuple[Float[Array, ""], Outcome]:
     """The weighted sum of a micro-batch's losses; see `SupervisedFineTuning.loss`."""
     policy, rows = self.model.bind(params), batch.rows
     vision_key, text_key = jax.random.split(key)
@@ -87,7 +88,9 @@ class PreferenceOptimization(ForwardPass):
       total += self.rpo_alpha * terms["nll_loss"]
     return total + share * router_loss, Outcome(running, jax.lax.stop_gradient(terms))
 
-  def drift(self, params: Mapping[str, jax.Array], batch: PreferenceBatch) -> tuple[jax.Array, jax.Array]:
+  def drift(
+    self, params: Mapping[str, jax.Array], batch: PreferenceBatch
+  ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """How far the policy is from the reference on a micro-batch, nothing being dropped.
 
     Returns:
@@ -104,7 +107,7 @@ class PreferenceOptimization(ForwardPass):
     mean = jnp.sum(jnp.where(real, losses, 0.0)) / jnp.maximum(jnp.sum(real), 1)
     return mean, jnp.max(jnp.where(real, relative, 0.0))
 
-  def answer_logps(self, params: Mapping[str, jax.Array], batch: PreferenceBatch) -> jax.Array:
+  def answer_logps(self, params: Mapping[str, jax.Array], batch: PreferenceBatch) -> Float[Array, "R K 2"]:
     """The policy's log-probabilities [R, K, 2] of a micro-batch's answers, nothing being dropped."""
     return self._answer_logps(self.model.bind(params), batch, None)
 

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jaxtyping import Float, Int
 from tqdm import tqdm
 
 from internvl_jax.data.load.loader import TrainLoader
@@ -61,7 +62,7 @@ class PairScorer:
   title: str
   watchdog: Watchdog
 
-  def score(self, params: Mapping[str, jax.Array]) -> np.ndarray:
+  def score(self, params: Mapping[str, jax.Array]) -> Float[np.ndarray, "samples 2"]:
     """Log-probabilities float32 [samples of the mixture, 2]; NaN of samples that are lost. All hosts have all."""
     loader = self.make_loader()
     found = np.full((loader.num_samples, 2), np.nan, np.float32)
@@ -97,7 +98,7 @@ class ReferenceLogProbs:
     self.folder = folder
     self._logps: np.ndarray | None = None
 
-  def __call__(self, indices: np.ndarray) -> np.ndarray:
+  def __call__(self, indices: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n 2"]:
     """Log-probabilities float32 [n, 2] of the samples with these indices in the mixture.
 
     Raises:
@@ -113,7 +114,9 @@ class ReferenceLogProbs:
       )
     return found
 
-  def open_or_make(self, key: Mapping[str, Any], compute: Callable[[], np.ndarray]) -> None:
+  def open_or_make(
+    self, key: Mapping[str, Any], compute: Callable[[], Float[np.ndarray, "samples 2"]]
+  ) -> None:
     """Opens what is there, or computes and writes it; all hosts together.
 
     Args:

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 
 import jax
+from jaxtyping import Array, Float, Key
 
 from internvl_jax.batch import SFTBatch
 from internvl_jax.losses import lm
@@ -18,20 +19,20 @@ from internvl_jax.objectives import ForwardPass, Outcome, Running
 class SupervisedFineTuning(ForwardPass):
   """Next-token cross-entropy on the answers."""
 
-  def weights(self, batch: SFTBatch) -> jax.Array:
-    """Normalised weights [A, R, S] of an optimizer batch's tokens."""
+  def weights(self, batch: SFTBatch) -> Float[Array, "A R S"]:
+    """Normalized weights [A, R, S] of an optimizer batch's tokens."""
     return self.normalized(batch.loss_weight)
 
   def loss(
     self,
     params: Mapping[str, jax.Array],
     batch: SFTBatch,
-    weights: jax.Array,
-    key: jax.Array,
+    weights: Float[Array, "R S"],
+    key: Key[Array, ""],
     running: Running,
     *,
     share: float = 1.0,
-  ) -> tuple[jax.Array, Outcome]:
+  ) -> tuple[Float[Array, ""], Outcome]:
     """The weighted sum of a micro-batch's token losses.
 
     Args:
