@@ -202,7 +202,7 @@ class DecoderLayer(nnx.Module):
 
   def __call__(
     self, x: Float[Array, "B T D"], *, valid: Bool[Array, "B T"] | None, kernels: Kernels, **attend: Any
-  ):
+  ) -> tuple[Float[Array, "B T D"], KeysAndValues, dict[str, jax.Array]]:
     """Returns the new x, the keys and values, and statistics of the router where there is one."""
     x = _by_token(x)
     y, kv = self.self_attn(_by_token(self.input_layernorm(x)), backend=kernels.attention, **attend)
