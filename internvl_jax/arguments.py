@@ -1,11 +1,11 @@
-"""The leaves of the configuration: plain dataclasses, one for each room's settings.
+"""The leaves of the configuration: plain dataclasses, one for each package's settings.
 
 `ModelArguments` and `DataTrainingArguments` carry exactly the names, types and defaults of the
 reference's command line (OpenGVLab/InternVL, `internvl_chat`), and `TrainingArguments` those of Hugging
 Face's `TrainingArguments`, so that an existing launch script can be read across line by line. What neither
 has a name for lives in the small configs below them.
 
-This module imports nothing of the package: a room takes its leaf from here and never sees the whole tree,
+This module imports nothing of the package: a package takes its leaf from here and never sees the whole tree,
 which is put together and checked in `internvl_jax.config`.
 """
 
@@ -282,7 +282,7 @@ class MeshConfig:
 
   # Copies of the model, which take rows of their own.
   data: int = -1
-  # Parts of parameters, gradients and moments, collected layer by layer; its devices take rows of their own, too.
+  # Parts of parameters, gradients and moments (sharded), all-gathered layer by layer; its devices take rows of their own, too.
   fsdp: int = 1
   # Parts of the experts, of models that have them; its devices share rows.
   expert: int = 1

@@ -1,4 +1,4 @@
-"""The batches that the data room makes and the step consumes.
+"""The batches that `data/` makes and the step consumes.
 
 Letters: A micro-batches of an optimizer step, R rows, S tokens of a row, D data shards (each with R/D rows),
 T tiles of a shard's pool, P tokens of a tile.
@@ -59,7 +59,7 @@ class SFTBatch(NamedTuple):
     loss_weight: float32 [A, R, S], weight of each target before normalization; 0 where ignored.
     positions: int32 [A, R, S], counted from 0 within each segment, or on from the prompt that it shares.
     segment_ids: int32 [A, R, S], from 1; 0 is padding. A token attends within its own segment only.
-    image_index: int32 [A, R, S], which of the T*P features of the shard's pool stands here, or `NO_IMAGE`.
+    image_index: int32 [A, R, S], the index of the token's feature in the T*P of the shard's pool, or `NO_IMAGE`.
     tiles: uint8 [A, D, T, H, W, 3], not normalized; T may be 0.
   """
 

@@ -115,12 +115,12 @@ class SkippedSteps(Callback):
 
   Attributes:
     log: counts them.
-    describe_batch: function of the steps taken before a batch -> its samples, as text.
+    batch_samples: function of the steps taken before a batch -> its samples, as text.
     limit: so many in a row end the run.
   """
 
   log: RunLog
-  describe_batch: Callable[[int], str]
+  batch_samples: Callable[[int], str]
   limit: int
 
   def after_step(self, step: int, metrics: StepMetrics) -> None:
@@ -132,7 +132,7 @@ class SkippedSteps(Callback):
     if not metrics.skipped:
       return
     what = f"step {step}: loss={metrics.loss}, grad_norm={metrics.grad_norm}: not finite"
-    samples = f"its samples: {self.describe_batch(step - 1)}"
+    samples = f"its samples: {self.batch_samples(step - 1)}"
     if distributed.is_first():
       logging.warning("%s, so it changed nothing; %s", what, samples)
     if self.log.skipped_in_a_row >= self.limit:

@@ -74,7 +74,7 @@ def shared_settings(config: TrainConfig) -> dict[str, Any]:
 
 
 PER_HOST: dict[str, str] = {
-  "loader.cache_dir": "what a cache holds is made of the data, wherever it lies",
+  "loader.cache_dir": "what a cache holds is made of the data, wherever that is stored",
   "runtime.compilation_cache_dir": "programs are the same, wherever they are kept",
   "runtime.distributed": "it may say which of the processes this one is",
   "runtime.hang_seconds": "it tells, and changes nothing",

@@ -186,7 +186,7 @@ def _task_problems(config: TrainConfig) -> Iterator[str]:
 
 
 def _template_problems(name: str) -> Iterator[str]:
-  # Imported late: only this check needs the data room, and `--help` should not wait for it.
+  # Imported late: only this check needs `data/`, and `--help` should not wait for it.
   from internvl_jax.data.sample.templates import get_template
 
   try:

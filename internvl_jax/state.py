@@ -55,9 +55,9 @@ class TrainState:
     """The state before the first step.
 
     Args:
-      params: the trainable parameters, where they lie.
+      params: the trainable parameters, sharded.
       optimizer: what makes the moments.
-      places: where everything lies.
+      places: the shardings of the state.
       initial_running: what makes the objective's statistics.
     """
     # Made on the devices: of a number that comes from the hosts, JAX would ask all of them whether it is the same.
@@ -74,7 +74,7 @@ class TrainState:
     places: StateShardings,
     initial_running: Callable[[], dict[str, jax.Array]] = dict,
   ) -> Any:
-    """The shapes of what `create` makes, and where they lie."""
+    """The shapes and shardings of what `create` makes."""
     opt_state: Any = jax.eval_shape(optimizer.init, dict(params))
     opt_state = jax.tree.map(
       lambda leaf, place: leaf.update(sharding=place),

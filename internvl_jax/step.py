@@ -78,7 +78,7 @@ class TrainStep:
     objective: the loss.
     optimizer: makes of gradients what is added to the parameters (`optim.optimizer.make_optimizer`).
     seed: of drop path and dropout.
-    places: where the state lies, and with it the mesh that the work is spread over; None is one device.
+    places: the state's shardings, and with them the mesh; None is one device.
   """
 
   objective: Objective
@@ -99,7 +99,7 @@ class TrainStep:
     """
     (loss, outcome), grads = self.value_and_grad(state.params, frozen, batch, state.step, state.running)
     norm = optax.tree.norm(grads)
-    # Updated where the moments lie, and then put where parameters lie.
+    # Updated in the sharding of the moments, and then resharded as parameters are.
     params = self._place(state.params, "moments")
     updates, opt_state = self.optimizer.update(
       grads, state.opt_state, params, grad_norm=norm, learning_rate=learning_rate
@@ -120,7 +120,7 @@ class TrainStep:
     return TrainState(state.step + 1, params, opt_state, running), metrics
 
   def _place(self, tree: dict[str, jax.Array], kind: Literal["params", "gradients", "moments"]):
-    """A tree by path, where the state's arrays of that kind lie."""
+    """Reshards a tree by path as the state's arrays of that kind are."""
     if self.places is None:
       return tree
     places = getattr(self.places, kind)

@@ -202,7 +202,7 @@ def loader_of(tmp_path):
 def order_of(loader):
   found = []
   for step, _ in enumerate(loader):
-    found.append(loader.describe_batch(step).rpartition(":")[2])
+    found.append(loader.batch_samples(step).rpartition(":")[2])
   return found
 
 

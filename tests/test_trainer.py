@@ -61,7 +61,7 @@ class Batches:
   def counters(self):
     return {"vqa": {"samples": self.taken}}
 
-  def describe_batch(self, step):
+  def batch_samples(self, step):
     return f"vqa.jsonl:{10 * step}"
 
 
@@ -130,7 +130,7 @@ def run(
     watchdog=Watchdog("here", 600),
     stop=StopAt(stop_at),
     evaluate=evaluate,
-    callbacks=[*callbacks, SkippedSteps(log, loader.describe_batch, limit=limit)],
+    callbacks=[*callbacks, SkippedSteps(log, loader.batch_samples, limit=limit)],
   )
   with log:
     trainer.run(TrainState(jnp.int32(total if history else 0), {}, {}), {})

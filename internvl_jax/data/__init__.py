@@ -5,7 +5,7 @@
     sample/    a record becomes a sample: tokens, labels and uint8 tiles
     source/    meta files, records and their kinds, files and URLs, the cache of sizes
 
-Every place of the stream is decided before anything is decoded, so decoding is the only work that runs in
+The order of the samples is decided before anything is decoded, so decoding is the only work that runs in
 parallel, and the batches are the same for any number of workers and hosts. The package is numpy only: it imports
 neither JAX nor the models.
 """

@@ -1,4 +1,4 @@
-"""What the data room raises: one line that names the file, the line, the cause and the remedy."""
+"""Errors of `data/`: one line that names the file, the line, the cause and the remedy."""
 
 import re
 from collections.abc import Callable

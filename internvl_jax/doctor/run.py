@@ -10,7 +10,7 @@ import numpy as np
 import tqdm
 
 from internvl_jax.config import TrainConfig
-from internvl_jax.data.load.inspection import DatasetReport, decode_all, describe_notes, examine
+from internvl_jax.data.load.inspection import DatasetReport, decode_all, examine, note_lines
 from internvl_jax.data.load.mixture import Mixture
 from internvl_jax.data.load.show import as_json, show_sample
 from internvl_jax.data.sample.notes import NotesShown
@@ -69,7 +69,7 @@ def examine_data(config: TrainConfig, request: Request) -> bool:
   print(sizes(reports))
   if config.data.use_packed_ds:
     print(fill(mixture, pack_settings(config.data)))
-  for line in [*describe_notes(mixture, workers=os.cpu_count() or 1), *notes]:
+  for line in [*note_lines(mixture, workers=os.cpu_count() or 1), *notes]:
     print(f"note: {line}")
   for line in [*(line for report in reports for line in report.examples), *damaged]:
     print(f"lost: {line}")

@@ -21,7 +21,7 @@ def placement_table(shapes: Mapping[str, jax.ShapeDtypeStruct], places: StateSha
     shapes: all parameters by path, as they are stored.
     places: where they lie; those with moments train.
   """
-  lines = [f"{'parameter':<72}{'shape':>22} {'dtype':<9}{'MiB':>9}{'moments':>9}  spread over"]
+  lines = [f"{'parameter':<72}{'shape':>22} {'dtype':<9}{'MiB':>9}{'moments':>9}  sharded over"]
   total = {"params": 0, "moments": 0}
   for path, leaf in shapes.items():
     own, moments = bytes_per_device(leaf, places.params[path]), _moment_bytes(path, leaf, places)

@@ -248,7 +248,7 @@ class Product:
 
 
 def _first(entry: MeshAxes) -> MeshAxes:
-  """The axes of the mesh over which a gradient's axis is spread at first; both halves of `fsdp` are as one."""
+  """The axes of the mesh over which a gradient's axis is sharded at first; both halves of `fsdp` are as one."""
   if entry[:2] == (FSDP_OUTER, "fsdp"):
     return entry[:2]
   return without(entry, (FSDP_OUTER,))[:1]

@@ -36,12 +36,12 @@ def open_mesh(
   if groups > 1:
     whole, mesh = mesh.shape["fsdp"], meshes.cut_fsdp(mesh, groups)
     logging.info(
-      "The model's widths do not divide by mesh.fsdp=%d: its devices stand as fsdp_outer=%d x fsdp=%d",
+      "The model's widths do not divide by mesh.fsdp=%d: its devices are arranged as fsdp_outer=%d x fsdp=%d",
       *(whole, groups, mesh.shape["fsdp"]),
     )
   compiler.check_overrides(config.runtime.xla_options, mesh)
   if config.training.deepspeed:
-    logging.info("ZeRO stage %d: %s spread over the data-parallel devices", stage, zero.STAGES[stage])
+    logging.info("ZeRO stage %d: %s sharded over the data-parallel devices", stage, zero.STAGES[stage])
   return mesh
 
 

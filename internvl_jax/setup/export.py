@@ -1,4 +1,4 @@
-"""Looks at how the run's final model will be exported, before anything is computed."""
+"""Checks how the run's final model will be exported, before anything is computed."""
 
 from absl import logging
 from transformers import PreTrainedTokenizerBase
@@ -23,7 +23,7 @@ def open_export(
   chat: ChatTokenizer,
   task: Task,
 ) -> Export:
-  """How the run's export will be asked; tells what it will lack, as long as nothing has been computed.
+  """Prepares the run's export, and logs what it will lack before anything is computed.
 
   Raises:
     UserError: checkpoint.export_layout cannot hold the model, the settings of its data or its template.

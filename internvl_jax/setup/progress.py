@@ -120,7 +120,7 @@ def open_checkpointer(run: Run, best_step: Callable[[Collection[int]], int | Non
 
 
 def read_weights(run: Run, *, all_of_it: bool) -> dict[str, jax.Array]:
-  """The parameters by path, where they lie: all of them, or those alone that do not train."""
+  """The parameters by path, sharded: all of them, or those alone that do not train."""
   config, setup = run.config, run.setup
   with run.watchdog.phase("weights"):
     params = setup.source.load(

@@ -44,10 +44,10 @@ class Run:
   Attributes:
     config: all of its settings.
     watchdog: is told what it is at.
-    source: the model's checkpoint, looked at.
+    source: the model's checkpoint, opened.
     tokenizer: the checkpoint's.
-    chat: the same, as conversations are tokenised.
-    looked_at: how the final model will be asked.
+    chat: the same, as conversations are tokenized.
+    export: how the final model will be exported and served.
     setup: mesh, objective, optimizer and step.
   """
 
@@ -56,7 +56,7 @@ class Run:
   source: Source
   tokenizer: PreTrainedTokenizerBase
   chat: ChatTokenizer
-  looked_at: Export
+  export: Export
   setup: Setup
 
 
@@ -78,7 +78,7 @@ class Data:
 
 
 def open_run(config: TrainConfig, watchdog: Watchdog) -> Run:
-  """Looks at the model, and sets up how it trains; reads no weights.
+  """Opens the model's checkpoint and sets up how it trains; reads no weights.
 
   Raises:
     UserError: it cannot train so.
@@ -87,7 +87,7 @@ def open_run(config: TrainConfig, watchdog: Watchdog) -> Run:
     source, tokenizer = open_model(config)
   chat = ChatTokenizer(tokenizer, config.data.conv_style, rows=source.config.text.vocab_size)
   setup = set_up(config, source, open_mesh(config, model=source.model))
-  looked_at = open_export(config, source, tokenizer, chat, setup.task)
+  export = open_export(config, source, tokenizer, chat, setup.task)
   tell(*idle_on(config, source))
   return Run(
     config=config,
@@ -95,7 +95,7 @@ def open_run(config: TrainConfig, watchdog: Watchdog) -> Run:
     source=source,
     tokenizer=tokenizer,
     chat=chat,
-    looked_at=looked_at,
+    export=export,
     setup=setup,
   )
 
@@ -111,7 +111,7 @@ def open_data(run: Run) -> Data:
     hooks, make_loader = open_loader(run)
     loader = make_loader()
   meshes.check_lengths(loader.sequence_sizes, setup.mesh)
-  logging.info("Data:\n%s", "\n".join(loader.describe()))
+  logging.info("Data:\n%s", "\n".join(loader.dataset_lines()))
   logging.info(
     "%d steps of %d rows, %d to an epoch", loader.total_steps, loader.global_batch, loader.steps_per_epoch
   )

@@ -31,7 +31,7 @@ from internvl_jax.trees import layers_with, select
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Setup:
-  """A run before it has weights and data: what trains, where it lies and how; see `set_up`.
+  """A run before it has weights and data: what trains, its shardings and how; see `set_up`.
 
   Attributes:
     source: the model.
@@ -42,7 +42,7 @@ class Setup:
     task: the way to learn.
     objective: what is minimized.
     step: the optimizer step.
-    places: where all of the state lies.
+    places: the shardings of the state.
   """
 
   source: Source
@@ -56,12 +56,12 @@ class Setup:
   places: rules.StateShardings
 
   def create_state(self, params: Mapping[str, jax.Array]) -> TrainState:
-    """The state before the first step, of all parameters by path, where they lie."""
+    """Makes the state before the first step from all parameters by path, sharded."""
     trained = select(params, self.trainable)
     return TrainState.create(trained, self.step.optimizer, self.places, self.objective.initial_running)
 
   def abstract_state(self) -> TrainState:
-    """The shapes of what `create_state` makes, and where they lie."""
+    """The shapes and shardings of what `create_state` makes."""
     trained = select(self.shapes, self.trainable)
     return TrainState.abstract(trained, self.step.optimizer, self.places, self.objective.initial_running)
 
@@ -137,7 +137,7 @@ def set_up(
 def state_places(
   config: TrainConfig, source: Source, trainable: set[str], mesh: jax.sharding.Mesh
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], rules.StateShardings]:
-  """Shapes of all parameters by path, as they are stored, and where all of the state lies."""
+  """Shapes of all parameters by path, as they are stored, and the shardings of the state."""
   shapes = with_dtypes(source.model, trainable, bf16=config.training.bf16)
   stage = zero.read_stage(config.training.deepspeed)
   return shapes, rules.state_shardings(source.model.axes, shapes, trainable, mesh, zero_stage=stage)
@@ -173,7 +173,7 @@ def idle_on(config: TrainConfig, source: Source) -> list[str]:
 
 
 def log_parameters(setup: Setup) -> None:
-  """Tells what the model has and what trains, and on several devices where it lies."""
+  """Logs what the model has and what trains, and on several devices its shardings."""
   if setup.mesh.size > 1:
     logging.info("Parameters:\n%s", "\n".join(placement_table(setup.shapes, setup.places)))
     for line in placement_warnings(setup.shapes, setup.places):

@@ -30,7 +30,7 @@ def variants() -> dict[str, Callable[[TrainConfig], None]]:
 
 
 def conversations_a_line(config: TrainConfig) -> int:
-  """How many conversations a line of the data becomes, which stand in one row."""
+  """How many conversations a line of the data becomes, which share one row."""
   return package_for(config).CONVERSATIONS
 
 

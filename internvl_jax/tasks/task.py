@@ -1,4 +1,4 @@
-"""What a way to learn consists of; everything above this room is given one and never asks which."""
+"""The task interface: samples, batch, objective and hooks of a way to learn. Packages above never ask which task it is."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -119,7 +119,7 @@ class Task:
       frozen arrays, by a path that begins with `copy_prefix`; each is a copy of the parameter that the rest names.
     copy_prefix: what the paths of those copies begin with.
     held_out: setting -> meta file of held-out samples, or None.
-    frame_name: what stands before the number of a video's frame, for those who serve the model; None is the layout's.
+    frame_name: the text before the number of a video's frame, for those who serve the model; None is the layout's.
     open_hooks: makes what it does at certain moments of a run; None: nothing.
   """
 

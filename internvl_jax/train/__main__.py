@@ -3,7 +3,7 @@
   python -m internvl_jax.train --config configs/quickstart.py [--config.training.learning_rate=1e-5 ...]
 
 The command starts a run, or goes on with it from its newest checkpoint; at the end `training.output_dir` holds
-a model that stands alone. docs/training.md describes what else it leaves there.
+a self-contained checkpoint. docs/training.md describes what else it leaves there.
 """
 
 from collections.abc import Sequence

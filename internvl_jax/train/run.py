@@ -69,7 +69,7 @@ def train(config: TrainConfig) -> bool:
 
 
 def shared_start(config: TrainConfig) -> dict[str, Any]:
-  """What must be equal on all hosts when they have joined: settings, what speaks against them, and programs."""
+  """Returns what must be equal on all hosts when they have connected: settings, their problems, and programs."""
   against = {"what speaks against the configuration": problems(config) or "nothing"}
   return {**shared_settings(config), **against, **consistency.programs()}
 
@@ -77,7 +77,7 @@ def shared_start(config: TrainConfig) -> dict[str, Any]:
 def _run(config: TrainConfig, watchdog: Watchdog, beginning: Beginning) -> bool:
   set_up_jax(config)
   run = open_run(config, watchdog)
-  # The data are looked at before the weights are read: mistakes are likelier there, and cheaper to find.
+  # The data are checked before the weights are read: mistakes are likelier there, and cheaper to find.
   data = open_data(run)
   stop = distributed.StopSignal()
   learned = learn(run, data, beginning, stop)
@@ -173,7 +173,7 @@ def export(run: Run, data: Data, params: dict[str, jax.Array]) -> None:
   if scores and distributed.is_first():
     write_json(output_folder(run.config) / f"{run.setup.task.name}_results.json", scores)
     logging.info("Held-out samples: %s", scores)
-  finish(run.config, run.source, run.tokenizer, run.chat, run.looked_at, params, data.evaluation)
+  finish(run.config, run.source, run.tokenizer, run.chat, run.export, params, data.evaluation)
   distributed.barrier("the model is saved", seconds=EXPORT_SECONDS)
 
 
@@ -221,7 +221,7 @@ def make_callbacks(run: Run, data: Data, loader: TrainLoader, log: RunLog) -> li
     Check(data.hooks.first_batch),
     Profile(Trace(output_folder(run.config) / "profile", traced)),
     Unmoved(trained - told, min(UNMOVED_STEPS, loader.total_steps)),
-    SkippedSteps(log, loader.describe_batch, limit=runtime.max_nonfinite_steps),
+    SkippedSteps(log, loader.batch_samples, limit=runtime.max_nonfinite_steps),
   ]
 
 

@@ -94,7 +94,7 @@ def first_batch(meta: Path, tokenizer: Any, *, packed: bool) -> None:
   """Starts a run."""
   loader = open_loader(meta, tokenizer, packed=packed)
   try:
-    loader.describe()
+    loader.dataset_lines()
     next(loader)
   finally:
     loader.close()

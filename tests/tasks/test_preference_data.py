@@ -481,7 +481,7 @@ def test_the_reference_is_looked_up_by_index(meta, tokenizer):
 def test_the_pairs_of_a_batch_are_told(meta, tokenizer):
   with contextlib.closing(make_loader(meta, tokenizer, loader={"shuffle": False})) as loader:
     next(loader)
-    assert loader.describe_batch(0) == f"{meta.parent}/one.jsonl:1,2"
+    assert loader.batch_samples(0) == f"{meta.parent}/one.jsonl:1,2"
 
 
 def test_states_and_sizes_of_fine_tuning_are_others(files, tokenizer):

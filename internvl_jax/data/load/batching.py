@@ -17,7 +17,7 @@ from internvl_jax.data.sample.sample import Sample
 from internvl_jax.data.schedule.shapes import tile_bucket
 
 EVENTS = ("unreadable", "truncated", "fully_masked", "over_long", "shrunk", "split")
-"""What may befall a sample: it could not be read; lost its end, or a piece without supervision; supervises nothing; is
+"""What may happen to a sample: it could not be read; lost its end, or a piece without supervision; supervises nothing; is
 lost because it is too long; got fewer tiles or frames; is a second, third, ... piece."""
 
 
@@ -31,9 +31,9 @@ class MicroBatch(NamedTuple):
     segments: int32 [G, J], tokens of each segment; 0 likewise.
     shared: int32 [G], tokens of each sample's first segment that its others follow as well; see `Sample`.
     indices: int64 [G], index of each sample in the mixture; -1 for one that was dropped.
-    rows: int32 [G], the row that each sample stands in, ascending.
+    rows: int32 [G], the row of each sample, ascending.
     num_rows: R.
-    tiles: uint8 [sum of num_tiles or more, H, W, 3]: those of the samples, then room of any content. (Between processes
+    tiles: uint8 [sum of num_tiles or more, H, W, 3]: those of the samples, then unused memory of any content. (Between processes
       they may travel as `pool.SharedTiles`.)
     num_tiles: int32 [G], tiles of each sample.
     datasets: int32 [G], the dataset of each sample.
@@ -86,10 +86,10 @@ def pack_rows(
   """Joins the rows of a micro-batch.
 
   Args:
-    rows: the samples of each row, in the order in which they stand there.
-    tiles: the tiles of all samples in this order, then room of any content.
+    rows: the samples of each row, in their order.
+    tiles: the tiles of all samples in this order, then unused memory of any content.
     tokens_per_tile: image tokens of one tile.
-    image_token_id: the id that stands at image tokens.
+    image_token_id: the id of image tokens.
 
   Raises:
     DataError: the image tokens of a sample's segment are not its tiles times tokens_per_tile.
@@ -147,7 +147,7 @@ def _check_image_tokens(sample: Sample, tokens_per_tile: int, image_token_id: in
 def check_planned(
   sample: Sample, planned: np.ndarray, index_of: Callable[[int], str] = lambda index: ""
 ) -> None:
-  """Refuses a sample that takes other room than was planned for it: its row might not hold it.
+  """Refuses a sample whose size is not the one that was planned: its row might not hold it.
 
   Args:
     sample: as it was decoded.
@@ -181,12 +181,12 @@ class Padding:
 
   Attributes:
     data_shards: D; divides R.
-    image_token_id: the id that stands at image tokens.
+    image_token_id: the id of image tokens.
     sequence_sizes: the buckets for S, ascending.
     tile_sizes: the user's buckets for T; see `tile_bucket`.
     loss_reduction: weight of a token, n being the supervised tokens of its segment: "token" 1, "sample" 1/n,
       "square" 1/sqrt(n).
-    at_least: tokens of a row and tiles of a pool that there must be room for, because other hosts have them.
+    at_least: the least tokens of a row and tiles of a pool to pad to, because other hosts have them.
   """
 
   data_shards: int
@@ -201,7 +201,7 @@ def assemble(micro_batches: Sequence[MicroBatch], padding: Padding) -> SFTBatch:
   """Pads A micro-batches to the smallest buckets that hold them all.
 
   Rows are dealt to shards in blocks of R/D, and a shard's pool holds its rows' tiles in order of the rows. So
-  the features of the pool stand in the order of the shard's image tokens, and `image_index` counts these; every further
+  the features of the pool are in the order of the shard's image tokens, and `image_index` counts these; every further
   segment of a sample counts again from where its first began. The samples' segments are those of the row, numbered from
   1, each with positions of its own; those of segments that share a prompt go on from the tokens that they share.
 
@@ -219,15 +219,15 @@ def assemble(micro_batches: Sequence[MicroBatch], padding: Padding) -> SFTBatch:
 
   real = np.arange(length) < lengths[:, :, None]  # [A, R, S]
 
-  def spread(ragged: list[np.ndarray], empty: int, dtype: type) -> np.ndarray:
-    """The samples' numbers, end to end, at the real places, which come in the same order."""
+  def padded(values: list[np.ndarray], empty: int, dtype: type) -> np.ndarray:
+    """Pads the samples' numbers, which are end to end, to [A, R, S]."""
     out = np.full(real.shape, empty, dtype)
-    out[real] = np.concatenate(ragged)
+    out[real] = np.concatenate(values)
     return out
 
-  input_ids = spread([micro.input_ids for micro in micro_batches], 0, np.int32)
-  labels = spread([_predictable(micro) for micro in micro_batches], IGNORE_INDEX, np.int32)
-  weights = spread([_token_weights(micro, padding.loss_reduction) for micro in micro_batches], 0, np.float32)
+  input_ids = padded([micro.input_ids for micro in micro_batches], 0, np.int32)
+  labels = padded([_predictable(micro) for micro in micro_batches], IGNORE_INDEX, np.int32)
+  weights = padded([_token_weights(micro, padding.loss_reduction) for micro in micro_batches], 0, np.float32)
   targets = np.full_like(labels, IGNORE_INDEX)
   targets[:, :, :-1] = labels[:, :, 1:]
   loss_weight = np.zeros_like(weights)
@@ -236,9 +236,9 @@ def assemble(micro_batches: Sequence[MicroBatch], padding: Padding) -> SFTBatch:
     input_ids=input_ids,
     targets=targets,
     loss_weight=np.where(targets != IGNORE_INDEX, loss_weight, np.float32(0)),
-    positions=spread([_positions(micro) for micro in micro_batches], 0, np.int32),
-    segment_ids=spread([_segment_ids(micro) for micro in micro_batches], 0, np.int32),
-    image_index=spread(
+    positions=padded([_positions(micro) for micro in micro_batches], 0, np.int32),
+    segment_ids=padded([_segment_ids(micro) for micro in micro_batches], 0, np.int32),
+    image_index=padded(
       [_image_index(micro, padding.image_token_id, padding.data_shards) for micro in micro_batches],
       NO_IMAGE,
       np.int32,
@@ -322,7 +322,7 @@ def _token_weights(micro: MicroBatch, loss_reduction: str) -> np.ndarray:
 
 
 def _image_index(micro: MicroBatch, image_token_id: int, data_shards: int) -> np.ndarray:
-  """Computes int32 [sum of lengths]: which feature of its shard's pool stands at a token, or NO_IMAGE."""
+  """Computes int32 [sum of lengths]: the index of a token's feature in its shard's pool, or NO_IMAGE."""
   is_image = micro.input_ids == image_token_id
   before = np.concatenate([[0], is_image.cumsum(dtype=np.int32)])  # image tokens before each token
   ends = micro.segments.cumsum().reshape(micro.segments.shape)

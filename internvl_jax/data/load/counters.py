@@ -57,15 +57,15 @@ class Tally:
     """Samples without a supervised token, on this host and in what the plan passed over."""
     return int((self.planned + self.read)[:, COUNTERS.index("fully_masked")].sum())
 
-  def describe(self) -> str:
+  def summary(self) -> str:
     """One line of what this host knows of."""
-    return describe_counters(self.named(self.read))
+    return summarize_counters(self.named(self.read))
 
   def tell_losses(self, before: "Tally") -> None:
     """Logs what is lost whenever its number has doubled: each is counted, and a log should stay readable."""
     if self.lost.bit_length() > before.lost.bit_length():
       logging.warning(
-        "Lost samples on this host: %s. The first: %s", self.describe(), " | ".join(self.offenders)
+        "Lost samples on this host: %s. The first: %s", self.summary(), " | ".join(self.offenders)
       )
 
   def copy(self) -> "Tally":
@@ -132,7 +132,7 @@ class Tally:
       self.judge()
       self.tell_losses(before)
     if self.untaught.bit_length() > before.untaught.bit_length():
-      logging.warning("Samples without a supervised token on this host: %s", self.describe())
+      logging.warning("Samples without a supervised token on this host: %s", self.summary())
 
   def judge(self) -> None:
     """Ends the run where too many samples were lost.
@@ -224,7 +224,7 @@ def untaught_samples(counters: dict[str, dict[str, Any]]) -> str | None:
   )
 
 
-def describe_counters(counters: dict[str, dict[str, Any]]) -> str:
+def summarize_counters(counters: dict[str, dict[str, Any]]) -> str:
   """One line that tells what happened to samples beyond being read; empty if nothing did."""
   parts = []
   for name, counts in counters.items():

@@ -101,7 +101,7 @@ def content_of(mixture: Mixture, cache: str | os.PathLike[str] | None) -> dict[s
       {"settings": {"data.conv_style": "internvl2_5", ...}, "tokenizer": "83b0...",
        "datasets": [{"name": "vqa", "entry": {"repeat_time": 1, ...}, "lines": 2000, "block": 2, "digests": "a1f7..."}]}
 
-  The lines in use are digested by blocks; not the images, nor where anything lies.
+  The lines in use are digested by blocks; neither images nor paths.
 
   Args:
     mixture: the datasets.

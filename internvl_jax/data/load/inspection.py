@@ -1,4 +1,4 @@
-"""What a run would make of the data, dataset by dataset, from the sizes of all samples."""
+"""Statistics of the data, dataset by dataset, from the sizes of all samples: what a run would read and lose."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -37,7 +37,7 @@ class DatasetReport(NamedTuple):
     over_long: lines that are too long and cannot be shortened.
     masked: lines that supervise no token, or none that the limits leave.
     shortened: lines that lose a part: their end, a piece without supervision, or tiles.
-    split: lines that stand in rows in several pieces.
+    split: lines that are split into several pieces.
     tokens, tiles: int [readable lines], of each line before it is shortened.
     examples: for some of the lines that are lost, why.
   """
@@ -154,7 +154,7 @@ class _Decode:
     return errors, notes
 
 
-def describe_notes(mixture: Mixture, *, workers: int) -> list[str]:
+def note_lines(mixture: Mixture, *, workers: int) -> list[str]:
   """A line for each dataset that has something which is not read and harmless, or is not as it says.
 
       d: not read: 'id' in 24 lines, 'widht' in 3 (did you mean 'width'? first d.jsonl:7)

@@ -160,7 +160,7 @@ class TrainLoader:
     return rows
 
   def _make_shapes(self) -> BatchShapes:
-    # A sample's conversations stand in one row, each behind the prompt, which need not be one that they can share.
+    # A sample's conversations share one row, each behind the prompt, which need not be one that they can share.
     longest = self._data.max_seq_length * self._task.conversations
     rows = self._training.per_device_train_batch_size
     return BatchShapes.of(self._data, self._loader, rows, longest, self._task.lines.longest_name)
@@ -390,7 +390,7 @@ class TrainLoader:
     facts = {name: int(value) for name, value in self._task.lines.facts.items()}
     return {**facts, **self.schedule.fingerprint()}
 
-  def describe_batch(self, step: int) -> str:
+  def batch_samples(self, step: int) -> str:
     """The samples, of all hosts, of the batch that took the run from `step` to the next: datasets and lines.
 
     Raises:
@@ -403,9 +403,9 @@ class TrainLoader:
         named.setdefault(where.file, []).append(where.line)
     return "; ".join(f"{file}:{','.join(map(str, lines))}" for file, lines in named.items())
 
-  def describe(self) -> list[str]:
+  def dataset_lines(self) -> list[str]:
     """One line for each dataset, for the log."""
-    return self._mixture.describe()
+    return self._mixture.dataset_lines()
 
   def fingerprint(self) -> str:
     """A hash of the data and of all that makes samples of them; see `mixture_fingerprint`."""

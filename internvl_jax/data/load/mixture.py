@@ -364,7 +364,7 @@ class Mixture:
     dataset, sample = self._locate(index)
     return dataset.why_lost(sample)
 
-  def describe(self) -> list[str]:
+  def dataset_lines(self) -> list[str]:
     """One line for each dataset, for the log."""
     lines = []
     for dataset, size in zip(self.datasets, self.sizes, strict=True):

@@ -38,8 +38,8 @@ class MicroBatchSource:
     count: number of elements.
     tile_size: side of a tile in pixels.
     tokens_per_tile: image tokens of one tile.
-    image_token_id: the id that stands at image tokens.
-    max_tiles: room for the tiles of a micro-batch.
+    image_token_id: the id of image tokens.
+    max_tiles: capacity for the tiles of a micro-batch.
     shared: where worker processes write the tiles; None: to memory of their own.
     measured: the mixture's sizes are known, and a sample of another size is an error.
   """
@@ -107,7 +107,7 @@ class MicroBatchSource:
 
 
 def _without_room(micro: batching.MicroBatch) -> batching.MicroBatch:
-  """What is sent from one process to another: room for more tiles would travel too."""
+  """Copies what is sent from one process to another without unused memory, which would be sent too."""
   return micro._replace(tiles=micro.tiles[: micro.num_tiles.sum()])
 
 

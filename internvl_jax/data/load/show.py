@@ -71,7 +71,7 @@ def _show_row(batch: SFTBatch, row: int, tokenizer: ChatTokenizer) -> str:
   """One row of the first micro-batch; where a segment goes on from tokens that another one shows, it says so."""
   ids, segments, positions = (x[0, row] for x in (batch.input_ids, batch.segment_ids, batch.positions))
   length = int((segments > 0).sum())
-  # A target stands one place before the token that it teaches.
+  # A target is one place before the token that it is the label of.
   taught = np.concatenate([[False], (batch.targets[0, row] != IGNORE_INDEX)[: length - 1]])
   starts = np.flatnonzero(np.diff(segments[:length], prepend=0))
   cuts = [0, *starts[positions[starts] > 0].tolist(), length]

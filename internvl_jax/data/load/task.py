@@ -1,6 +1,6 @@
-"""What the data room asks of a way to learn: a kind of line, and how samples become a batch.
+"""The data interface of a task: its kind of line, and how samples are collated into a batch.
 
-`tasks/` has the ways to learn; this room knows none of them but the default, conversations.
+The tasks are in `tasks/`; `data/` knows none of them but the default, conversations.
 """
 
 from collections.abc import Sequence

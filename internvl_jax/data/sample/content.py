@@ -18,7 +18,7 @@ _BRANDS = {
   "a raw photograph (CR3)": (b"crx ",),
 }
 
-# What stands at an offset. Formats that Pillow reads are not among them: what is wrong about those it says itself.
+# Bytes at an offset. Formats that Pillow reads are not among them: what is wrong about those it says itself.
 _MAGIC: tuple[tuple[int, bytes, str], ...] = (
   (0, b"%PDF-", "a PDF"),
   (0, b"PK\x03\x04", "a zip archive"),
@@ -64,7 +64,7 @@ _MARKUP = (
 
 
 def kind_of(head: bytes) -> str | None:
-  """What a file is that begins with these bytes, to stand after "is"; None if that is not known.
+  """What a file is that begins with these bytes, to follow "is" in a message; None if that is not known.
 
   >>> kind_of(b"%PDF-1.4")
   'a PDF'
@@ -118,7 +118,7 @@ def _decoded(head: bytes) -> str:
 
 
 def remedy(kind: str, *, image: bool) -> str:
-  """What to do about a file of a kind that stands where an image, or else a video, should.
+  """What to do about a file of a kind in the place of an image, or else a video.
 
   Args:
     kind: as `kind_of` returns it.

@@ -1,4 +1,4 @@
-"""Lines with a conversation, as supervised fine-tuning has them: the kind of line that all rooms know.
+"""Lines with a conversation, as supervised fine-tuning has them: the default kind of line.
 
 {"image": "a.png", "system": "Be brief.", "conversations": [..., {"from": "gpt", "value": "A cat.", "loss": false}]}
 -> {"image": "a.png", "conversations": [{"from": "system", ...}, ..., {"from": "gpt", ..., "loss": False}]}
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from internvl_jax.data.sample import keys, line_keys
-from internvl_jax.data.sample.fitting import Fit, Limits, fit
+from internvl_jax.data.sample.fitting import Limited, Limits, limited
 from internvl_jax.data.sample.line_keys import LineKeys, OtherKind
 from internvl_jax.data.sample.templates import Template
 from internvl_jax.data.sample.tokenize import Chat
@@ -124,7 +124,7 @@ class ConversationLines:
     del chats, image_tokens
     return 0
 
-  def fit(
+  def limited(
     self,
     chats: Sequence[Chat],
     tiles: Sequence[int],
@@ -132,10 +132,10 @@ class ConversationLines:
     limits: Limits,
     where: Where,
     shared: int,
-  ) -> tuple[Fit, ...]:
-    """What is left of the conversation under the limits; see `fitting.fit`."""
+  ) -> tuple[Limited, ...]:
+    """Truncates or splits the conversation to the limits; see `fitting.limited`."""
     del shared
-    return (fit(chats[0], tiles, tokens_per_tile, limits, where),)
+    return (limited(chats[0], tiles, tokens_per_tile, limits, where),)
 
 
 CONVERSATION_LINES = ConversationLines()
@@ -143,7 +143,7 @@ CONVERSATION_LINES = ConversationLines()
 
 
 def _are_plain(turns: Any, has_system: bool) -> bool:
-  """Says whether the turns are as they should be, and no system message stands beside them; fast."""
+  """Says whether the turns are as they should be, and no system message is beside them; fast."""
   if has_system or not isinstance(turns, list):
     return not isinstance(turns, list)
   for turn in turns:

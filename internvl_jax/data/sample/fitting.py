@@ -58,7 +58,7 @@ class Limits(NamedTuple):
     Args:
       lengths: tokens of each.
       tiles: of the sample.
-      shared: tokens that two of them have in common and that stand in the row once.
+      shared: tokens that two of them have in common and that are in the row once.
     """
     fits_row = self.row_tokens is None or sum(lengths) - shared <= self.row_tokens
     return fits_row and self.hold(max(lengths), tiles)
@@ -70,7 +70,7 @@ class Limits(NamedTuple):
 
 
 class Piece(NamedTuple):
-  """A part of a sample that stands in a row of its own or, packed, beside other samples.
+  """A part of a sample that takes a row of its own or, packed, beside other samples.
 
   Attributes:
     start: its first token.
@@ -85,7 +85,7 @@ class Piece(NamedTuple):
   end_image: int
 
 
-class Fit(NamedTuple):
+class Limited(NamedTuple):
   """What is left of a sample.
 
   Attributes:
@@ -97,8 +97,8 @@ class Fit(NamedTuple):
   complete: bool
 
 
-def fit(chat: Chat, tiles: Sequence[int], tokens_per_tile: int, limits: Limits, where: Where) -> Fit:
-  """What is left of a sample under the limits; shrinking comes before.
+def limited(chat: Chat, tiles: Sequence[int], tokens_per_tile: int, limits: Limits, where: Where) -> Limited:
+  """Truncates or splits a sample to the limits; shrinking comes before.
 
   Args:
     chat: its conversation.
@@ -114,7 +114,7 @@ def fit(chat: Chat, tiles: Sequence[int], tokens_per_tile: int, limits: Limits, 
   image_tokens = [count * tokens_per_tile for count in tiles]
   total = chat.length(image_tokens)
   if limits.hold(total, sum(tiles)):
-    return Fit((Piece(0, total, 0, len(tiles)),), True)
+    return Limited((Piece(0, total, 0, len(tiles)),), True)
   size = f"{total} tokens and {sum(tiles)} tiles"
   if limits.policy in ("error", "drop"):
     raise where.error(
@@ -132,7 +132,7 @@ def fit(chat: Chat, tiles: Sequence[int], tokens_per_tile: int, limits: Limits, 
       "few of them are supervised; raise it, lower max_dynamic_patch or set loader.on_over_length='shrink_tiles'",
       OverLengthError if lost else UnsupervisedError,
     )
-  return Fit(tuple(taught), sum(piece.stop - piece.start for piece in taught) == total)
+  return Limited(tuple(taught), sum(piece.stop - piece.start for piece in taught) == total)
 
 
 def _split(layout: "Layout", length: int, limits: Limits, where: Where) -> Iterator[Piece]:
@@ -152,7 +152,7 @@ def _split(layout: "Layout", length: int, limits: Limits, where: Where) -> Itera
 
 
 class Layout:
-  """Where images and supervised tokens lie in a sample.
+  """Positions of the images and supervised tokens of a sample.
 
   Attributes:
     begins, ends: int64 [images], the first token of each, `<img>` included, and the one after the last.

@@ -222,7 +222,7 @@ def _is_empty(source: Media) -> bool:
   if not isinstance(source, str):
     return not source.content
   try:
-    status = files.look(source)
+    status = files.status_of(source)
   except OSError:  # What went wrong with the content is the better message.
     return False
   return status.is_file and status.size == 0

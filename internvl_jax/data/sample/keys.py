@@ -46,7 +46,7 @@ _ABOUT = re.compile(
   "similarity|hash|phash|md5|sha|sha1|sha256|date|author|license|split|fps|rate|duration|length|len|seconds|has|is|"
   "metadata|meta|info|ocr|time|language|lang|version"
 )
-# The texts of lines in other formats, which would stand beside ours.
+# The texts of lines in other formats, which would be beside ours.
 _ROLES = re.compile(
   "tools?|tool_calls|functions?|function_call|history|messages?|query|responses?|prompt|completion|instruction|input|"
   "output|conversations|dialogue|dialog|turns|chosen|rejected|(chosen|rejected)_(response|messages)|rejected_images|"
@@ -109,7 +109,7 @@ def kind_of(name: str, place: Place) -> Kind | Literal["about"] | None:
 
 @functools.lru_cache(maxsize=4096)
 def is_note(name: str) -> bool:
-  """Says whether a key of a line is a note beside the data, whatever stands there."""
+  """Says whether a key of a line is a note beside the data, whatever its value."""
   return _NOTES.fullmatch(name) is not None
 
 
@@ -129,8 +129,8 @@ def changes(name: str, value: Any, place: Place, shown: Iterable[str]) -> Kind |
 
   Args:
     name: the key.
-    value: what stands there.
-    place: where the key stands.
+    value: its value.
+    place: the place of the key.
     shown: paths of the media that the line shows anyway.
   """
   if says_nothing(value):
@@ -152,7 +152,7 @@ def changes(name: str, value: Any, place: Place, shown: Iterable[str]) -> Kind |
 
 
 def says_nothing(value: Any, depth: int = 3) -> bool:
-  """Says whether a value stands for none: tables that become jsonl have one in every line."""
+  """Says whether a value means none: tables that become jsonl have one in every line."""
   if isinstance(value, str):
     return value.strip() in ("", "[]", "{}", "null", "None")
   if isinstance(value, list | dict):
@@ -167,7 +167,7 @@ def is_one(value: Any) -> bool:
 
 
 def _learns_all(name: str, value: Any) -> bool:
-  """Says whether what stands under a mask's name leaves all to be learned, as without it."""
+  """Says whether the value of a mask's name leaves all to be learned, as without it."""
   if name in _OPPOSITE_FLAGS:
     return isinstance(value, bool | int | float) and value == 0
   # A text under a name that is merely like a mask's is none.

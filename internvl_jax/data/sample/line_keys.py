@@ -90,7 +90,7 @@ def plain_record(record: Any, where: Where, kind: LineKeys) -> dict[str, Any]:
 
   Args:
     record: the parsed line.
-    where: where it stands, for errors.
+    where: its file and line, for errors.
     kind: what kind of line it is.
 
   Raises:
@@ -99,11 +99,11 @@ def plain_record(record: Any, where: Where, kind: LineKeys) -> dict[str, Any]:
   if not isinstance(record, dict):
     raise where.error(f"expected a JSON object, got {type(record).__name__}")
   check_texts(record, where, kind)
-  plain, looked_at = record, keys_looked_at(tuple(record), kind)
-  if looked_at:
+  plain, to_check = record, keys_to_check(tuple(record), kind)
+  if to_check:
     plain = {key: record[key] for key in kind.kept & record.keys()}
     plain |= _media(record, where)
-    _check_others(record, looked_at, plain, where, kind)
+    _check_others(record, to_check, plain, where, kind)
   if plain.get("clip") and not plain.get("video") and not isinstance(plain["clip"], float | int):
     raise where.error(
       f"'clip' {shown(plain['clip'])} cuts a video, but the line has none; take it out or name it"
@@ -135,7 +135,7 @@ def unread_keys(record: Mapping[str, Any], kind: LineKeys) -> Iterator[str]:
 
 
 @functools.lru_cache(maxsize=1024)
-def keys_looked_at(names: tuple[str, ...], kind: LineKeys) -> tuple[str, ...]:
+def keys_to_check(names: tuple[str, ...], kind: LineKeys) -> tuple[str, ...]:
   """The keys of a line that are not simply read or passed over; lines of a file have few sets of keys."""
   passed: set[str] = set()
   for other in kind.others:
@@ -179,13 +179,13 @@ def _path_of(entry: Any, key: str, where: Where) -> Any:
 
 
 def _check_others(
-  record: dict[str, Any], looked_at: tuple[str, ...], plain: dict[str, Any], where: Where, kind: LineKeys
+  record: dict[str, Any], to_check: tuple[str, ...], plain: dict[str, Any], where: Where, kind: LineKeys
 ) -> None:
   """Refuses keys that are not read and would change what is seen or learned."""
   media = [path for key in _MEDIA for path in _paths(plain.get(key))]
   has_video = not keys.says_nothing(plain.get("video"))
   refused = dict(kind.refused)
-  for key in looked_at:
+  for key in to_check:
     value = record[key]
     if key in _READ:
       continue
@@ -225,7 +225,7 @@ def json_text(record: Mapping[str, Any], kind: LineKeys) -> str:
 
 
 def system_of(record: Mapping[str, Any], where: Where) -> str | None:
-  """The system message that stands in a line beside its texts; None if there is none.
+  """The system message of a line, beside its texts; None if there is none.
 
   Raises:
     DataError: there are two, or it is no text.
@@ -262,7 +262,7 @@ def refusal(blame: str, key: str, value: Any, change: keys.Kind, place: keys.Pla
   Args:
     blame: where the key is.
     key: its name.
-    value: what stands there.
+    value: its value.
     change: what it would change.
     place: in a line or in a turn.
     remedy: what to do about it.

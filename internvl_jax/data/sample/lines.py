@@ -1,9 +1,9 @@
-"""What the data room asks of a kind of line: which keys it has, and which conversations it becomes."""
+"""The schema of a kind of line: which keys it has, and which conversations it becomes."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from internvl_jax.data.sample.fitting import Fit, Limits
+from internvl_jax.data.sample.fitting import Limited, Limits
 from internvl_jax.data.sample.templates import Template
 from internvl_jax.data.sample.tokenize import Chat
 from internvl_jax.data.where import Where
@@ -28,7 +28,7 @@ class LineSchema(Protocol):
 
   @property
   def frame_name(self) -> str:
-    """What stands before the number of a video's frame."""
+    """The text before the number of a video's frame."""
     ...
 
   @property
@@ -85,7 +85,7 @@ class LineSchema(Protocol):
     ...
 
   def shared_tokens(self, chats: Sequence[Chat], image_tokens: Sequence[int]) -> int:
-    """How many tokens of the first conversation stand for those of all others, too; 0 if none.
+    """How many tokens of the first conversation all others share; 0 if none.
 
     Args:
       chats: the conversations.
@@ -93,7 +93,7 @@ class LineSchema(Protocol):
     """
     ...
 
-  def fit(
+  def limited(
     self,
     chats: Sequence[Chat],
     tiles: Sequence[int],
@@ -101,8 +101,8 @@ class LineSchema(Protocol):
     limits: Limits,
     where: Where,
     shared: int,
-  ) -> tuple[Fit, ...]:
-    """What is left of each conversation under the limits, all in as many pieces and of the same images.
+  ) -> tuple[Limited, ...]:
+    """Truncates or splits each conversation to the limits, all in as many pieces and of the same images.
 
     Args:
       chats: the conversations.
@@ -110,7 +110,7 @@ class LineSchema(Protocol):
       tokens_per_tile: image tokens of one tile.
       limits: see `Limits`.
       where: the line, for errors.
-      shared: tokens of the prompt that stand in the row once.
+      shared: tokens of the prompt that are in the row once.
 
     Raises:
       OverLengthError: the sample is lost, by the policy or because an image is too large.

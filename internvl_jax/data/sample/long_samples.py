@@ -177,7 +177,7 @@ class _LayOut:
 
 
 def kind_of_loss(error: DataError) -> int:
-  """The kind of loss that an error stands for: UNREADABLE, OVER_LONG or UNSUPERVISED."""
+  """The kind of loss of an error: UNREADABLE, OVER_LONG or UNSUPERVISED."""
   if isinstance(error, OverLengthError):
     return OVER_LONG
   return UNSUPERVISED if isinstance(error, UnsupervisedError) else UNREADABLE

@@ -1,4 +1,4 @@
-"""Where the images and frames of a line stand in its turns: `<image>` and `<video>`."""
+"""Placeholders of a line's images and frames in its turns: `<image>` and `<video>`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ def with_places(
     record: the line, for its video.
     num_images: images or frames that it has.
     where: the line, for errors.
-    frame_name: what stands before a frame's number.
+    frame_name: the text before a frame's number.
 
   Raises:
     DataError: there are more places than videos.
@@ -58,7 +58,7 @@ def with_frames(
     conversations: the turns; left as they are.
     num_frames: of the video.
     where: the line, for errors.
-    frame_name: what stands before a frame's number.
+    frame_name: the text before a frame's number.
 
   Raises:
     DataError: the human turns have more than one `<video>`, or an `<image>`.

@@ -23,23 +23,23 @@ Allocate = Callable[[tuple[int, ...]], np.ndarray]
 
 
 class TilePool:
-  """Tiles end to end, as a micro-batch has them: whoever makes tiles asks for room and writes them there.
+  """Tiles end to end, as a micro-batch has them: whoever makes tiles takes a view and writes them there.
 
   Room that is never used costs nothing: the system gives memory when it is first written to.
 
   Attributes:
-    tiles: uint8 [used or more, side, side, 3]: the tiles so far, then room.
+    tiles: uint8 [used or more, side, side, 3]: the tiles so far, then unused memory.
     used: tiles so far.
-    allocated: they are in the room that `allocate` made.
+    allocated: they are in the memory that `allocate` made.
   """
 
   def __init__(self, side: int, capacity: int = 0, allocate: Allocate | None = None):
-    """Allocates room for `capacity` tiles when the first is asked for; beyond them, or without one, room grows.
+    """Allocates memory for `capacity` tiles when the first is taken; beyond them, or without a capacity, it grows.
 
     Args:
       side: of a tile, in pixels.
       capacity: tiles.
-      allocate: makes the room for `capacity` tiles; None: private memory. What grows is always private.
+      allocate: makes the memory for `capacity` tiles; None: private memory. What grows is always private.
     """
     self._tile, self._capacity = (side, side, 3), capacity
     self._allocate = allocate or _private
@@ -47,7 +47,7 @@ class TilePool:
     self.used, self.allocated = 0, False
 
   def take(self, count: int) -> np.ndarray:
-    """Computes uint8 [count, side, side, 3] to write the next tiles to, at once: room that grows is another."""
+    """Computes uint8 [count, side, side, 3] to write the next tiles to, at once: when it grows, the memory is another."""
     end = self.used + count
     if end > len(self.tiles):
       self._make_room(end)
@@ -169,7 +169,7 @@ def _attached(place: tuple[int, int, int], count: int, slot_bytes: int) -> Share
     own = os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDWR)
   except OSError:
     return None
-  # The number may stand for another file by now.
+  # The number may be another file's by now.
   if os.fstat(own).st_ino != inode or _NAME not in os.readlink(f"/proc/self/fd/{own}"):
     os.close(own)
     return None

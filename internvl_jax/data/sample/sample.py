@@ -35,12 +35,12 @@ class Sample:
     labels: int32 [n], not shifted, `IGNORE_INDEX` where not supervised.
     tiles: uint8 [t, H, W, 3]; t is 0 for text only.
     truncated: a part of the sample is in no piece.
-    shrunk: its images have fewer tiles, or its video fewer frames, than they would have if there were room.
+    shrunk: its images have fewer tiles, or its video fewer frames, than they would have without limits.
     piece: which piece of the sample it is, from 0.
     where: the line it comes from.
     dataset: index of its dataset in the mixture.
     index: index of the sample in the mixture.
-    lengths: tokens of each segment; () stands for one of all tokens.
+    lengths: tokens of each segment; () is one of all tokens.
     shared: how many tokens of the first segment, from its first on, all others follow as well.
     notes: what one should know about how its images were taken.
   """
@@ -99,19 +99,19 @@ class _Plan(NamedTuple):
 
   Attributes:
     shape: with its images at their size.
-    fits: what is left of each of its conversations, all in as many pieces and of the same images.
-    shrunk: its images are smaller than they would be if there were room.
-    shared: tokens that all conversations have in common and that stand in the first only.
+    limited: what is left of each of its conversations, all in as many pieces and of the same images.
+    shrunk: its images are smaller than they would be without limits.
+    shared: tokens that all conversations have in common and that are in the first only.
   """
 
   shape: _Shape
-  fits: tuple[fitting.Fit, ...]
+  limited: tuple[fitting.Limited, ...]
   shrunk: bool
   shared: int
 
   def pieces(self) -> list[tuple[fitting.Piece, ...]]:
     """Finds for each piece of the sample its part of every conversation."""
-    return list(zip(*(fit.pieces for fit in self.fits), strict=True))
+    return list(zip(*(part.pieces for part in self.limited), strict=True))
 
   def spans(self, parts: Sequence[fitting.Piece]) -> list[tuple[int, int]]:
     """Finds for each conversation the first token of its segment in a piece, and the one after the last."""
@@ -157,7 +157,7 @@ class SampleMaker:
 
     Args:
       record: the parsed line.
-      where: where it stands, for errors.
+      where: its file and line, for errors.
       rng: the sample's own generator; None: no augmentation, and a video's frames are not drawn (`iter_frames`).
       frames: how many to take of a video; None: data.max_num_frame.
       piece: which piece of a sample that was split; see `pieces`.
@@ -182,12 +182,14 @@ class SampleMaker:
     spans = plan.spans(parts)
     tiles, noted = self._pixels(record, where, plan.shape.limit, sources()[chosen], chosen, rng, pool)
     return Sample(
-      input_ids=_joined([t.input_ids[start:stop] for t, (start, stop) in zip(tokens, spans, strict=True)]),
-      labels=_joined([t.labels[start:stop] for t, (start, stop) in zip(tokens, spans, strict=True)]),
+      input_ids=_concatenated(
+        [t.input_ids[start:stop] for t, (start, stop) in zip(tokens, spans, strict=True)]
+      ),
+      labels=_concatenated([t.labels[start:stop] for t, (start, stop) in zip(tokens, spans, strict=True)]),
       lengths=tuple(stop - start for start, stop in spans),
       shared=plan.shared,
       tiles=tiles,
-      truncated=not all(fit.complete for fit in plan.fits) and piece == len(pieces) - 1,
+      truncated=not all(part.complete for part in plan.limited) and piece == len(pieces) - 1,
       shrunk=plan.shrunk,
       piece=piece,
       where=where,
@@ -202,7 +204,7 @@ class SampleMaker:
 
     Args:
       record: the parsed line.
-      where: where it stands, for errors.
+      where: its file and line, for errors.
       frames: how many to take of a video.
 
     Raises:
@@ -263,15 +265,15 @@ class SampleMaker:
           break
         shape = smaller
     shared = self._shared(shape)
-    fits = self.lines.fit(shape.chats, shape.tiles, self.tokens_per_tile, self.limits, where, shared)
-    return _Plan(shape, fits, shape.tiles != full.tiles, shared)
+    limited = self.lines.limited(shape.chats, shape.tiles, self.tokens_per_tile, self.limits, where, shared)
+    return _Plan(shape, limited, shape.tiles != full.tiles, shared)
 
   def _lengths(self, shape: _Shape) -> list[int]:
     image_tokens = [count * self.tokens_per_tile for count in shape.tiles]
     return [chat.length(image_tokens) for chat in shape.chats]
 
   def _shared(self, shape: _Shape) -> int:
-    """How many tokens of the first conversation stand for those of the others, too."""
+    """How many tokens of the first conversation the others share."""
     return self.lines.shared_tokens(shape.chats, [count * self.tokens_per_tile for count in shape.tiles])
 
   def _shapes(
@@ -281,7 +283,7 @@ class SampleMaker:
 
     Args:
       record: the parsed line.
-      where: where it stands.
+      where: its file and line.
       frames: wanted of a video.
       sources: gives the images' files; None: they are as large as the line says they are, if it does.
     """
@@ -306,7 +308,7 @@ class SampleMaker:
     options = {"min_num_frame": wanted, "max_num_frame": wanted, "rng": None, "clip": record.get("clip")}
     count = video.planned_frames(path, where, **options)
     yield _Shape(self._chats(record, count, where), [1] * count, wanted)
-    # No more frames than there is room for, the text around them not counted.
+    # No more frames than fit, the text around them not counted.
     room = min(self.limits.tokens // self.tokens_per_tile, self.limits.row_tiles or count)
     for fewer in range(min(count - 1, room), 0, -1):
       yield _Shape(self._chats(record, fewer, where), [1] * fewer, fewer)
@@ -380,7 +382,7 @@ class SampleMaker:
     return video.iter_frames(path, where, **limits, rng=rng, clip=record.get("clip"), noted=noted)
 
   def _rooted(self, path: video.Source, where: Where) -> video.Source:
-    """Where a video, or each of its frames, lies."""
+    """Resolves the path of a video, or of each of its frames, against the dataset's root."""
     if isinstance(path, tuple):
       return tuple(join(self.spec.root, frame, where) for frame in path)
     return join(self.spec.root, path, where)
@@ -390,7 +392,7 @@ class SampleMaker:
     return images.mean_color(self.data.normalize_type) if pad else None
 
 
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
+def _concatenated(parts: list[np.ndarray]) -> np.ndarray:
   return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 

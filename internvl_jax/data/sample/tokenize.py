@@ -56,7 +56,7 @@ class Chat(NamedTuple):
   Attributes:
     ids: int32 [m].
     labels: int32 [m], as in `ChatTokens`.
-    contexts: int64 [images], the places of the images' tokens. `<img>` stands before each, `</img>` after it.
+    contexts: int64 [images], the places of the images' tokens. `<img>` comes before each, `</img>` after it.
   """
 
   ids: np.ndarray
@@ -170,7 +170,7 @@ class ChatTokenizer:
 
         [human "<image>\nHi", gpt "Yo"]
         -> system turn, <|im_start|>user\n<img><IMG_CONTEXT></img>\nHi<|im_end|>\n
-           <|im_start|>assistant\n[Yo<|im_end|>]\n        with what stands in [] as labels
+           <|im_start|>assistant\n[Yo<|im_end|>]\n        with what is in [] as labels
 
     Args:
       conversations: turns as `{"from": "system" | "human" | "gpt", "value": text}`; an answer with `"loss": False` is
@@ -321,7 +321,7 @@ def with_placeholder(conversations: Sequence[Mapping[str, str]]) -> list[Mapping
   """The turns with `<image>` and a line break before the first human one, if no human turn has it.
 
   The reference looks at the first turn whatever its role; where that is not the human's, its `<image>` would
-  stay plain text, so ours goes where an image can stand.
+  stay plain text, so ours goes where an image can be.
   """
   turns = list(conversations)
   texts = human_texts(turns)

@@ -256,7 +256,7 @@ def _look(media: Media, where: Where) -> files.Status:
     return files.Status(is_folder=True, is_file=False, size=None)
   with _named_errors(name, where):
     if isinstance(media, str):
-      found = files.look(media)
+      found = files.status_of(media)
     else:
       found = files.Status(is_folder=False, is_file=True, size=len(media.content))
   if not found.is_folder:

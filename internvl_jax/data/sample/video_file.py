@@ -263,7 +263,7 @@ _ASKEW = 0.0175
 
 
 def turn_of(matrix: Sequence[int]) -> Turn:
-  """The turn that a display matrix (a, b, u, c, d, v, x, y, w) stands for; none if it is not a quarter of one.
+  """The turn of a display matrix (a, b, u, c, d, v, x, y, w); none if it is not a quarter of one.
 
   A stored point (x, y) is shown at (ax + cy, bx + dy). Mirroring is part of it, where the reference's decord sees the
   angle of (a, b) alone, so that it turns a mirrored video upside down.

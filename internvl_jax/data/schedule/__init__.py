@@ -1,1 +1,1 @@
-"""Which samples stand in which row of which batch: pure functions of their sizes."""
+"""Which samples are in which row of which batch: pure functions of their sizes."""

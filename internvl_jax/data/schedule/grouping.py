@@ -59,7 +59,7 @@ class GroupedOrder:
     return self.at(np.arange(start, start + count, dtype=np.int64))
 
   def at(self, positions: np.ndarray) -> Places:
-    """The samples at these places; looks up the lengths of all samples of the steps they lie in."""
+    """The samples at these places; looks up the lengths of all samples of their steps."""
     steps, inside = np.divmod(positions, self.step_samples)
     by_step = np.argsort(steps, kind="stable")
     found, firsts = np.unique(steps[by_step], return_index=True)
@@ -73,7 +73,7 @@ class GroupedOrder:
     return self.order.checksum()
 
   def _dealt(self, step: int) -> np.ndarray:
-    """Computes int64 [step_samples]: the place in the order of what stands at each place of the step."""
+    """Computes int64 [step_samples]: the place in the order of the sample at each place of the step."""
     first = step * self.step_samples
     lengths = self.length_of(self.order.places(first, self.step_samples).indices)
     return first + deal(lengths, self.accumulation * self.shards)
@@ -96,7 +96,7 @@ def deal(lengths: np.ndarray, chunks: int) -> np.ndarray:
   """
   room = len(lengths) // chunks
   dealt: list[list[int]] = [[] for _ in range(chunks)]
-  # A heap of (total length, chunk), which pairs in order are: the smallest stands first.
+  # A heap of (total length, chunk), which pairs in order are: the smallest is first.
   unfilled = [(0, chunk) for chunk in range(chunks)]
   for sample in np.argsort(-lengths, kind="stable").tolist():
     total, chunk = unfilled[0]

@@ -1,4 +1,4 @@
-"""The order of the data: which sample stands at which place of the stream, decided without reading any.
+"""The order of the data: which sample is at which place of the stream, decided without reading any.
 
 The stream is endless: epoch 0, then epoch 1 and so on, each with every sample once, and batches are cut from
 it across the borders of epochs. So no batch is short, and a place of the stream is all there is to resume.
@@ -191,7 +191,7 @@ class DrawnOrder:
 
 
 def _run_through(plan: ResampledOrder | DrawnOrder, datasets: np.ndarray, turns: np.ndarray) -> Places:
-  """The sample that stands at each turn of its dataset, with the pass through that as the epoch.
+  """The sample at each turn of its dataset, with the pass through that as the epoch.
 
   Args:
     plan: the sizes of the datasets, and the seed.
@@ -260,7 +260,7 @@ _orders_lock = threading.Lock()
 def _permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
   with _orders_lock:
     kept = _orders.setdefault((num_samples, seed), {})
-    # What is used last stands last, and what was used longest ago goes.
+    # What is used last is last, and what was used longest ago is dropped.
     order = kept.pop(epoch, None)
     kept[epoch] = _shuffled(num_samples, seed, epoch) if order is None else order
     while len(kept) > _EPOCHS_KEPT:

@@ -1,4 +1,4 @@
-"""The rows of a packed run, in order: which samples stand in each, planned from sizes alone."""
+"""The rows of a packed run, in order: which samples are in each, planned from sizes alone."""
 
 import threading
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ class SizeOf(Protocol):
   """Sizes of samples of the mixture; `data.mixture.Mixture` has them."""
 
   def __call__(self, indices: np.ndarray) -> np.ndarray:
-    """int64 [n, 2]: tokens and tiles, as they will stand in a row.
+    """int64 [n, 2]: tokens and tiles, as they will be in a row.
 
     In place of tokens, UNREADABLE, OVER_LONG or UNSUPERVISED for what will not.
     """

@@ -5,7 +5,7 @@ samples is packed in order, with a look-ahead:
 
 1. A row takes the oldest waiting samples, but leaves room of both budgets for one or two more.
 2. It is completed by the two samples that leave the least behind: after them, the rows that the
-   waiting samples would fill if they were liquid, max(tokens / max_tokens, tiles / max_tiles), are fewest. So
+   waiting samples would fill if samples could be divided, max(tokens / max_tokens, tiles / max_tiles), are fewest. So
    the scarcer budget is filled first, and both where both are scarce. This is repeated while a sample fits.
 
 **Bounds.** A row takes no sample that has `look_ahead` or more older ones still waiting, and always takes the
@@ -269,7 +269,7 @@ class _Sizes(NamedTuple):
   def without(self, other: "_Sizes") -> "_Sizes":
     return _Sizes(self.tokens - other.tokens, self.tiles - other.tiles)
 
-  def fit(self, room: "_Sizes", overflow: bool) -> np.ndarray:
+  def fits_in(self, room: "_Sizes", overflow: bool) -> np.ndarray:
     """Computes bool [n]; with overflow, tokens fit while there is room for one."""
     tokens_fit = room.tokens > 0 if overflow else self.tokens <= room.tokens
     return tokens_fit & (self.tiles <= room.tiles)
@@ -333,12 +333,12 @@ def _completion(waiting: _Sizes, room: _Sizes, overflow: bool) -> list[int]:
     room: what the row has left.
     overflow: the larger may exceed the room for tokens, if that is nearer to a full row than without it.
   """
-  fits = np.flatnonzero(waiting.fit(room, overflow))[:_CANDIDATES]
+  fits = np.flatnonzero(waiting.fits_in(room, overflow))[:_CANDIDATES]
   if not len(fits):
     return []
   # What is left behind when all room is filled; a pair leaves more by the room that it leaves.
   after = waiting.sums().without(room)
-  # The last, of no size, stands for nobody: so one sample is a pair too, and none, where any would overflow.
+  # The last, of no size, is no sample: so one sample is a pair too, and none, where any would overflow.
   sizes = _Sizes(np.append(waiting.tokens[fits], 0), np.append(waiting.tiles[fits], 0))
   tokens = np.subtract.outer(room.tokens - sizes.tokens, sizes.tokens)
   tiles = np.subtract.outer(room.tiles - sizes.tiles, sizes.tiles)

@@ -1,4 +1,4 @@
-"""The schedule of a run: which samples each optimizer step sees, and in which rows they stand.
+"""The schedule of a run: which samples each optimizer step sees, and in which rows.
 
 Everything is decided from the number and the sizes of the samples, before any is read: a pure function of seed,
 settings and sizes, the same on every host. The loader is an iterator over it.

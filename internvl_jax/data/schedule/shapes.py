@@ -60,7 +60,7 @@ def pack_settings(data: DataTrainingArguments) -> PackSettings:
 
 
 def longest_row(data: DataTrainingArguments, longest_sample: int) -> int:
-  """The most tokens of a row: of a packed one with `allow_overflow` the last sample may lie across the border."""
+  """The most tokens of a row: of a packed one with `allow_overflow` the last sample may exceed the limit."""
   if not data.use_packed_ds:
     return longest_sample
   return data.max_packed_tokens + (longest_sample if data.allow_overflow else 0)

@@ -1,1 +1,1 @@
-"""Where records come from: annotation files, their index, and files that may lie elsewhere."""
+"""Where records come from: annotation files, their index, and local or remote files."""

@@ -1,4 +1,4 @@
-"""Files that may lie on another machine: the one place that knows.
+"""Local and remote files by path or URL: the only module that tells them apart.
 
 A path is local, or a URL of a scheme for which fsspec has a file system: `gs://`, `s3://`, `http://`, `https://` and
 others. Credentials and endpoints are what the scheme's package finds by itself, or fsspec's own configuration names
@@ -43,7 +43,7 @@ _VERSION_KEYS = (
 
 
 class Status(NamedTuple):
-  """What a path leads to.
+  """What is at a path.
 
   Attributes:
     is_folder: it is a folder.
@@ -67,7 +67,7 @@ def join(root: str, path: str, where: Where) -> str:
 
   Args:
     root: the dataset's root, a folder or a URL; "" is the working directory.
-    path: absolute paths and URLs stand for themselves.
+    path: absolute paths and URLs are taken as they are.
     where: the line, for errors.
 
   Raises:
@@ -79,11 +79,11 @@ def join(root: str, path: str, where: Where) -> str:
       f"path {path!r} leaves the dataset's root ({shown}); set root to the folder that holds both or write the whole "
       "path"
     )
-  return resolve(root, path)
+  return resolve_path(root, path)
 
 
-def resolve(folder: str, path: str) -> str:
-  """A path that is meant from a folder, which may be a URL. It may lead out of the folder."""
+def resolve_path(folder: str, path: str) -> str:
+  """Resolves a path against the folder (or URL) that it is relative to. It may lead out of the folder."""
   if os.path.isabs(path) or is_remote(path):
     return path
   if not is_remote(folder):
@@ -150,8 +150,8 @@ def check(path: str) -> None:
     remote.file_system(path)
 
 
-def look(path: str) -> Status:
-  """What a path leads to; of a remote file, no content is fetched."""
+def status_of(path: str) -> Status:
+  """Finds what is at a path: folder or file, and its size; of a remote file, no content is fetched."""
   if not is_remote(path):
     try:
       status = os.stat(path)
@@ -190,7 +190,7 @@ def open_file(path: str) -> BinaryIO:
 def local_copy(path: str, size: int | None = None, content: bytes | None = None) -> Iterator[str]:
   """Gives the path of a file with the same content and suffix on a local disk, for the time of the `with`.
 
-  A local file stands for itself. Other copies lie in the folder of temporary files (`TMPDIR`).
+  A local file is given as it is. Other copies are made in the folder of temporary files (`TMPDIR`).
 
   Args:
     path: the file.
@@ -339,7 +339,7 @@ class _Blocks(io.RawIOBase):
 
   def readall(self) -> bytes:
     first, start, length = self._first(), self._position, self._length()
-    # What lies behind the first block comes with one request, not block by block.
+    # What follows the first block comes with one request, not block by block.
     rest = self._range(max(start, len(first)), length)
     self._position = max(start, length)
     return first[start:] + rest
@@ -350,7 +350,7 @@ class _Blocks(io.RawIOBase):
       try:
         first = self._range(0, BLOCK_BYTES)
       except FetchError as error:
-        if error.may_pass or look(self._url).size != 0:  # Some servers refuse a part of nothing.
+        if error.may_pass or status_of(self._url).size != 0:  # Some servers refuse a part of nothing.
           raise
         first = b""
       if len(first) != BLOCK_BYTES:
@@ -370,7 +370,7 @@ class _Blocks(io.RawIOBase):
   def _length(self) -> int:
     self._first()
     if self._size is None:
-      self._size = look(self._url).size
+      self._size = status_of(self._url).size
     if self._size is None:  # The server does not tell.
       self._blocks[0] = read_bytes(self._url)
       self._size = len(self._blocks[0])

@@ -15,7 +15,7 @@ class Format(NamedTuple):
 
   Attributes:
     name: in words, to follow "is".
-    remedy: how it becomes jsonl; {path} stands for the file, {jsonl} for the new one.
+    remedy: how it becomes jsonl; {path} is replaced by the file's path, {jsonl} by the new one's.
   """
 
   name: str

@@ -19,7 +19,7 @@ _LINES_SEARCHED = 1000
 
 
 class _SaidTwiceError(Exception):
-  """A name stands twice in an object; json would keep the last, and lose what stood there before in silence."""
+  """A name is twice in an object; json would keep the last value and lose the first in silence."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def name_of(media: Media) -> str:
 
 
 def join(root: str, media: Media, where: Where) -> Media:
-  """The media that a record names: a path is meant from the dataset's root; bytes stand for themselves.
+  """The media that a record names: a path is relative to the dataset's root; bytes are the file's content.
 
   Args:
     root: the dataset's root, a folder or a URL.

@@ -121,7 +121,7 @@ def _read_object(path: str) -> dict[str, Any]:
 def _spec(path: str, name: str, entry: Any, cache: str | os.PathLike[str] | None) -> DatasetSpec:
   """The checked dataset of one entry."""
   blame = f"{path}: dataset {name!r}"
-  # It stands in tables, logs and JSON.
+  # It is written to tables, logs and JSON.
   if not name or not name.isprintable():
     raise DataError(f"{blame}: the name must be a text that can be printed; rename it")
   if not isinstance(entry, dict):
@@ -184,7 +184,7 @@ def _find_annotation(meta: str, blame: str, annotation: str) -> str:
     return annotation  # Whoever reads it says if it is not there.
   folder = files.parent(meta)
   if files.is_remote(meta):
-    return files.resolve(folder, annotation)
+    return files.resolve_path(folder, annotation)
   tried = list(dict.fromkeys((pathlib.Path(annotation), pathlib.Path(folder, annotation))))
   for candidate in tried:
     if os.path.isfile(candidate):
@@ -195,7 +195,7 @@ def _find_annotation(meta: str, blame: str, annotation: str) -> str:
 def _find_root(meta: str, blame: str, root: str, first_records: Callable[[], Iterable[Any]]) -> str:
   """The root under which most of the first files are found, else the one nearest to that."""
   folder = files.parent(meta)
-  whole = files.resolve(folder, root)
+  whole = files.resolve_path(folder, root)
   if files.is_remote(whole):
     try:
       files.check(whole)

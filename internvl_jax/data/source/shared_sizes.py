@@ -58,7 +58,7 @@ def index_sizes(
   if hosts.count == 1:
     return sizes.index_sizes(file, measure, key, cache, **options)
   shared = _Shared(file, measure, key, cache, hosts)
-  if not shared.look(probes):
+  if not shared.probe(probes):
     # The comparison that follows the opening of the data names what differs.
     logging.info("%s: not the same on all hosts, so each measures all of it", file.path)
     shared.close()
@@ -101,7 +101,7 @@ class _Shared:
     self._lines = MeasureLines(file, measure)
     self._sign: Sign | None = None
 
-  def look(self, probes: int) -> bool:
+  def probe(self, probes: int) -> bool:
     """Opens what there is; returns whether all hosts have the same lines to measure.
 
     After it are known what is missing here, whether all hosts know the same, who writes here, and how many are on this

@@ -13,7 +13,7 @@ class PreferenceBatch(NamedTuple):
   Attributes:
     rows: as for supervised fine-tuning. Each answer of a pair is a segment, behind the whole prompt; both point at the
       same features of the pool. `loss_weight` is 1 at every supervised token. Where a pair shares its prompt, the prompt
-      stands in the segment of the chosen answer only, and the other begins with a copy of its last token, whose target
+      is in the segment of the chosen answer only, and the other begins with a copy of its last token, whose target
       there is the rejected answer's first token.
     pair_weight: float32 [A, R, K], 1 where the row has such a pair, before normalization; else 0.
     pair_index: int32 [A, R, K], index of the sample in the mixture; -1 where there is none.

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from internvl_jax.data.sample.fitting import Fit, Layout, Limits, Piece
+from internvl_jax.data.sample.fitting import Layout, Limited, Limits, Piece
 from internvl_jax.data.sample.tokenize import Chat
 from internvl_jax.data.where import OverLengthError, UnsupervisedError, Where
 
 
-def fit_pair(
+def limited_pair(
   chats: Sequence[Chat],
   tiles: Sequence[int],
   tokens_per_tile: int,
@@ -17,7 +17,7 @@ def fit_pair(
   where: Where,
   *,
   shared: int = 0,
-) -> tuple[Fit, ...]:
+) -> tuple[Limited, ...]:
   """Returns what is left of a preference pair under the limits, one piece of each of its conversations.
 
   Each conversation is limited to `limits.max_length` tokens by itself, and cut at its end, so that the prompt stays
@@ -29,7 +29,7 @@ def fit_pair(
     tokens_per_tile: image tokens of one tile.
     limits: see `Limits`.
     where: its line, for errors.
-    shared: tokens of their prompt that stand in the row once.
+    shared: tokens of their prompt that are in the row once.
 
   Raises:
     OverLengthError: it is lost, by the policy, because an image is too large or because a row has no room for both.
@@ -53,7 +53,8 @@ def fit_pair(
   if kept != lengths:
     _check_cut(chats, tiles, image_tokens, kept, f"{size} exceed {limits}", where)
   return tuple(
-    Fit((Piece(0, stop, 0, len(tiles)),), stop == length) for stop, length in zip(kept, lengths, strict=True)
+    Limited((Piece(0, stop, 0, len(tiles)),), stop == length)
+    for stop, length in zip(kept, lengths, strict=True)
   )
 
 

@@ -14,18 +14,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from internvl_jax.data.sample import line_keys
-from internvl_jax.data.sample.fitting import Fit, Limits
+from internvl_jax.data.sample.fitting import Limited, Limits
 from internvl_jax.data.sample.line_keys import LineKeys, OtherKind
 from internvl_jax.data.sample.templates import Template
 from internvl_jax.data.sample.tokenize import IMAGE_PLACEHOLDER, Chat, common_prompt, supervised
 from internvl_jax.data.where import Where
-from internvl_jax.tasks.preference.fitting import fit_pair
+from internvl_jax.tasks.preference.fitting import limited_pair
 
 KEYS = ("question", "chosen", "rejected")
 """What a line must have; `image` and `video` beside them are as in other lines."""
 
 FRAME_NAME = "Frame"
-"""What stands before a frame's number: the reference writes `Frame1` here, and `Frame-1` in fine-tuning."""
+"""The text before a frame's number: the reference writes `Frame1` here, and `Frame-1` in fine-tuning."""
 
 
 _MISSING = "and preference.loss_type needs 'question', 'chosen', 'rejected'"
@@ -61,7 +61,7 @@ class PairLines:
   """Lines of preference pairs; see `lines.LineSchema`.
 
   Attributes:
-    share_prompts: the tokens that both conversations of a pair begin with stand in the row once.
+    share_prompts: the tokens that both conversations of a pair begin with are in the row once.
   """
 
   share_prompts: bool = False
@@ -109,11 +109,11 @@ class PairLines:
     check_chats(chats, where)
 
   def shared_tokens(self, chats: Sequence[Chat], image_tokens: Sequence[int]) -> int:
-    """Returns how many tokens of the prompt stand in the row once; see `shared_tokens`."""
+    """Returns how many tokens of the prompt are in the row once; see `shared_tokens`."""
     # Conversations are cut within their answers only, so this is true of what the limits leave as well.
     return shared_tokens(chats, image_tokens) if self.share_prompts else 0
 
-  def fit(
+  def limited(
     self,
     chats: Sequence[Chat],
     tiles: Sequence[int],
@@ -121,9 +121,9 @@ class PairLines:
     limits: Limits,
     where: Where,
     shared: int,
-  ) -> tuple[Fit, ...]:
-    """Returns what is left of a pair under the limits, one piece of each conversation; see `fit_pair`."""
-    return fit_pair(chats, tiles, tokens_per_tile, limits, where, shared=shared)
+  ) -> tuple[Limited, ...]:
+    """Truncates a pair to the limits, one piece of each conversation; see `limited_pair`."""
+    return limited_pair(chats, tiles, tokens_per_tile, limits, where, shared=shared)
 
 
 class Pair(NamedTuple):
@@ -198,7 +198,7 @@ def check_chats(chats: Sequence[Chat], where: Where) -> None:
 
 
 def shared_tokens(chats: Sequence[Chat], image_tokens: Sequence[int]) -> int:
-  """Returns how many tokens of a pair's first conversation can stand for those of its second, too; 0 if none.
+  """Returns how many tokens of a pair's first conversation its second one can share; 0 if none.
 
   All that the prompts have in common but the last such token: it is the one that predicts what comes next, in each
   conversation something else, so each has it for itself. Conversations with an image behind it share nothing.

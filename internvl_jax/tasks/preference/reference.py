@@ -184,7 +184,7 @@ class ReferenceLogProbs:
 
 
 def checksum(params: Mapping[str, jax.Array], dtype: jnp.dtype) -> str:
-  """A number of the parameters' contents in that dtype, as hex: the same however they are spread over devices."""
+  """A number of the parameters' contents in that dtype, as hex: the same for any sharding."""
   sums = {path: jax.device_get(_bit_sums(value, jnp.dtype(dtype))) for path, value in params.items()}
   text = json.dumps({path: [list(params[path].shape), *map(int, sums[path])] for path in sorted(params)})
   return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -18,7 +18,7 @@ from internvl_jax.tasks.task import Task
 def open_task(config: TrainConfig, source: Source) -> Task:
   """The task of a config, for a model."""
   asked = config.preference
-  # A window of attention counts along the row, in which a shared prompt stands too far from its second answer.
+  # A window of attention counts along the row, in which a shared prompt is too far from its second answer.
   shares = asked.share_prompts and not any(source.config.text.windows)
   data = PairData(lines=PairLines(share_prompts=shares))
   in_memory = not asked.precompute_reference

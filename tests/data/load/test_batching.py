@@ -132,7 +132,7 @@ def test_mixture_repeats_and_shares(tokenizer, tmp_path):
     (0, 2),
   ] * 2 + [(1, 0), (1, 1)]
   assert [mixture.decode(0, i).where.line for i in range(8)] == [1, 2, 3, 1, 2, 3, 1, 2]
-  twice, share = mixture.describe()
+  twice, share = mixture.dataset_lines()
   assert twice.startswith("twice: 6 samples an epoch (75.0 %), 3 of 3 lines x 2, up to 4 tiles, root ")
   assert share.startswith("share: 2 samples an epoch (25.0 %), 2 of 10 lines x 1, ")
   mixture.close()

@@ -331,8 +331,8 @@ def test_the_samples_of_a_batch_are_told(meta, tokenizer):
   loader = make_loader(meta, tokenizer, loader={"shuffle": False}, max_steps=5)
   next(loader), next(loader)
   folder = meta.parent
-  assert loader.describe_batch(0) == f"{folder}/first.jsonl:1,2,3,4"
-  assert loader.describe_batch(1) == f"{folder}/first.jsonl:5,6,7,1"
+  assert loader.batch_samples(0) == f"{folder}/first.jsonl:1,2,3,4"
+  assert loader.batch_samples(1) == f"{folder}/first.jsonl:5,6,7,1"
   with pytest.raises(KeyError):
-    loader.describe_batch(2)
+    loader.batch_samples(2)
   loader.close()

@@ -110,7 +110,7 @@ def test_a_batch_that_is_ready_ahead_is_not_yet_handed_out(meta, tokenizer, name
     states.append(json.loads(json.dumps(ahead.get_state())))
     batches.append(digest(next(straight)))
     assert digest(next(ahead)) == batches[-1]
-    assert ahead.describe_batch(step) == straight.describe_batch(step)
+    assert ahead.batch_samples(step) == straight.batch_samples(step)
   ahead.prefetch()  # There is none.
   assert ahead.get_state() == straight.get_state()
   again = Hosts(meta, tokenizer, name, 1, max_steps=8, state=states[5]).loaders[0]

@@ -9,7 +9,7 @@ from PIL import Image
 from internvl_jax.batch import IGNORE_INDEX
 from internvl_jax.data.load.inspection import decode_all, examine
 from internvl_jax.data.load.mixture import Mixture
-from internvl_jax.data.sample.fitting import Limits, fit
+from internvl_jax.data.sample.fitting import Limits, limited
 from internvl_jax.data.sample.sample import SampleMaker
 from internvl_jax.data.sample.tokenize import Chat
 from internvl_jax.data.source.meta import DatasetSpec
@@ -33,7 +33,7 @@ def chat(*parts):
 
 
 def pieces(chat, tiles, limits, complete=None):
-  found = fit(chat, tiles, P, limits, WHERE)
+  found = limited(chat, tiles, P, limits, WHERE)
   assert complete is None or found.complete == complete
   ids = chat.expand([n * P for n in tiles]).input_ids
   for piece in found.pieces:
@@ -73,11 +73,11 @@ def test_policies_that_do_not_shorten(policy):
   with pytest.raises(
     OverLengthError, match=r"toy\.jsonl:3 .*: 14 tokens and 1 tiles exceed data\.max_seq_length=13"
   ):
-    fit(chat(4, "i", -4), [1], P, Limits(13, policy=policy), WHERE)
+    limited(chat(4, "i", -4), [1], P, Limits(13, policy=policy), WHERE)
   with pytest.raises(
     OverLengthError, match=r"data\.max_packed_tokens=20, data\.num_images_expected=1; raise"
   ):
-    fit(chat("i", "i", -4), [1, 1], P, Limits(30, 20, 1, policy), WHERE)
+    limited(chat("i", "i", -4), [1, 1], P, Limits(30, 20, 1, policy), WHERE)
 
 
 def test_splitting_by_tokens_and_by_tiles():
@@ -105,9 +105,9 @@ def test_an_image_larger_than_a_row_is_named():
   with pytest.raises(
     OverLengthError, match=r"image 2 alone has 3 tiles and 14 tokens, more than a row \(.*raise it"
   ):
-    fit(chat(1, "i", -3, "i", -2), [1, 3], P, Limits(99, 99, 2), WHERE)
+    limited(chat(1, "i", -3, "i", -2), [1, 3], P, Limits(99, 99, 2), WHERE)
   with pytest.raises(OverLengthError, match="image 1 alone has 3 tiles and 14 tokens"):
-    fit(chat("i", -3), [3], P, Limits(99, 13, 9), WHERE)
+    limited(chat("i", -3), [3], P, Limits(99, 13, 9), WHERE)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from internvl_jax.batch import IGNORE_INDEX
-from internvl_jax.data.load.inspection import describe_notes, examine
+from internvl_jax.data.load.inspection import examine, note_lines
 from internvl_jax.data.load.mixture import Mixture
 from internvl_jax.data.sample import keys
 from internvl_jax.data.sample.conversations import CONVERSATION_LINES
@@ -242,7 +242,7 @@ def test_the_doctor_tells_what_is_not_read(tmp_path, tokenizer):
   mixture.index_sizes(tmp_path / "cache", workers=0, quiet=True)
   (report,) = examine(mixture)
   assert report.lost == 1 and "'clip'" in report.examples[0]
-  (note,) = describe_notes(mixture, workers=0)
+  (note,) = note_lines(mixture, workers=0)
   assert note == (
     f"toy: not read: 'id' in 4 lines, 'widht' in 2 lines (did you mean 'width'? first {tmp_path}/toy.jsonl:3 (dataset "
     "'toy')); the meta file says 9 lines, there are 5"

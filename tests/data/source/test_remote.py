@@ -204,8 +204,10 @@ def test_names_in_urls():
   assert files.suffix("https://host/c.mp4?key=x.png") == ".mp4" and files.suffix("gs://b/a?.x/c") == ""
   assert files.parent("https://host/d/meta.json?key=a/b") == "https://host/d"
   assert files.parent("gs://b/meta.json") == "gs://b" and files.parent("meta.json") == ""
-  assert files.resolve("gs://b/d", "../../../a.jsonl") == "gs://b/a.jsonl"
-  assert files.resolve("gs://b/d/", "") == "gs://b/d" and files.resolve("", "gs://b/d") == "gs://b/d"
+  assert files.resolve_path("gs://b/d", "../../../a.jsonl") == "gs://b/a.jsonl"
+  assert (
+    files.resolve_path("gs://b/d/", "") == "gs://b/d" and files.resolve_path("", "gs://b/d") == "gs://b/d"
+  )
 
 
 # --- What is fetched ----------------------------------------------------------------------------------------
