@@ -19,7 +19,7 @@ from tests.support.toy import CURVE, CURVE_INTERNLM2, log_history, run_training,
 @pytest.fixture(scope="module")
 def recorded_run(tmp_path_factory):
   folder = tmp_path_factory.mktemp("curve")
-  done = run_training(folder, folder / "out")
+  done = run_training(folder, folder / "out", fresh=True)
   assert done.returncode == 0, done.stderr
   return folder / "out"
 

@@ -219,6 +219,7 @@ def test_a_command_can_be_stopped_while_it_imports():
 
 
 SAVING = ("training.save_strategy=steps", "training.save_steps=5", "training.dataloader_num_workers=1")
+SAVING += ("training.max_steps=24",)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from internvl_jax.config import TrainConfig
+from tests.support import forked
 from tests.support.toy import CURVE, REPOSITORY
 
 RECIPE = """
@@ -89,7 +90,6 @@ def tiny_config(folder: str) -> TrainConfig:
   config = TrainConfig()
   config.model.model_name_or_path = f"{folder}/model"
   config.runtime.random_init = True
-  config.runtime.compilation_cache_dir = f"{folder}/cache"
   config.data.meta_path = f"{folder}/meta.json"
   config.data.conv_style = "internvl2_5"
   config.data.force_image_size = 56
@@ -99,7 +99,7 @@ def tiny_config(folder: str) -> TrainConfig:
   config.loader.cache_dir = f"{folder}/sizes"
   config.training.output_dir = f"{folder}/out"
   config.training.per_device_train_batch_size = 1
-  config.training.max_steps = 24
+  config.training.max_steps = 12
   config.training.learning_rate = 1e-3
   config.training.logging_steps = 1
   config.training.disable_tqdm = True
@@ -138,14 +138,11 @@ class Job:
       only: overrides of single processes, by their number.
       folders: working directory of each process, where they see other files under one path.
     """
-    self.out = world / out
-    command = [sys.executable, "-m", "internvl_jax.train"]
-    if launcher is not None:
-      command = ["bash", str(REPOSITORY / "scripts/launch" / launcher), *arguments]
-    command.append(f"--config={world}/recipe.py:{world}")
-    command += [f"--config.{override}" for override in (f"training.output_dir={self.out}", *overrides)]
+    self.world, self.out = world, world / out
+    settings = [f"--config={world}/recipe.py:{world}"]
+    settings += [f"--config.{override}" for override in (f"training.output_dir={self.out}", *overrides)]
     self.logs = [world / f"{out}-{time.time_ns()}-{i}.log" for i in range(processes)]
-    self.processes = []
+    self.processes: list[forked.Forked | subprocess.Popen[bytes]] = []
     port = free_port()
     for i, log in enumerate(self.logs):
       environment = os.environ | {
@@ -160,7 +157,13 @@ class Job:
       with log.open("w") as stderr:
         mine = [f"--config.{override}" for override in (only or {}).get(i, ())]
         folder = folders[i] if folders else None
-        self.processes.append(subprocess.Popen(command + mine, env=environment, stderr=stderr, cwd=folder))
+        if launcher is None:
+          run = ["-m", "internvl_jax.train", *settings, *mine]
+          started = forked.start(run, environment=environment, stderr=stderr.fileno(), folder=folder)
+        else:
+          run = ["bash", str(REPOSITORY / "scripts/launch" / launcher), *arguments, *settings, *mine]
+          started = subprocess.Popen(run, env=environment, stderr=stderr, cwd=folder)
+        self.processes.append(started)
 
   def wait(self, seconds: float = 300) -> list[int]:
     """The exit codes, once all have ended; no process is left behind."""

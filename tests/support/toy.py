@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 from internvl_jax.config import TrainConfig
+from tests.support import forked
+from tests.support.forked import REPOSITORY
 
 ASSETS = Path(__file__).parents[1] / "assets"
 CURVE = ASSETS / "curve"  # Qwen2
 CURVE_INTERNLM2 = ASSETS / "curve_internlm2"  # InternLM2, two micro-batches a step, on the same data
-REPOSITORY = Path(__file__).parents[2]
 
 RECIPE = """
 from tests.support.toy import ASSETS, curve_config
@@ -50,23 +51,26 @@ def curve_config(output_dir: str | Path, curve: Path = CURVE) -> TrainConfig:
 def train_command(
   folder: Path, output_dir: Path, *overrides: str, curve: Path = CURVE, devices: int = 1
 ) -> tuple[list[str], dict[str, str]]:
-  """The command line and environment that train a curve's model on so many CPU devices."""
+  """Python's arguments and the environment that train a curve's model on so many CPU devices."""
   recipe = folder / "recipe.py"
   recipe.write_text(RECIPE)
-  command = [sys.executable, "-m", "internvl_jax.train", f"--config={recipe}:{output_dir},{curve.name}"]
-  command += [f"--config.{override}" for override in overrides]
+  arguments = ["-m", "internvl_jax.train", f"--config={recipe}:{output_dir},{curve.name}"]
+  arguments += [f"--config.{override}" for override in overrides]
   environment = os.environ | {
     "JAX_NUM_CPU_DEVICES": str(devices),
     "PYTHONPATH": str(REPOSITORY),
   }
-  return command, environment
+  return arguments, environment
 
 
 def run_training(
-  folder: Path, output_dir: Path, *overrides: str, curve: Path = CURVE, devices: int = 1
+  folder: Path, output_dir: Path, *overrides: str, curve: Path = CURVE, devices: int = 1, fresh: bool = False
 ) -> subprocess.CompletedProcess:
-  """Trains a curve's model in a process of its own."""
-  command, environment = train_command(folder, output_dir, *overrides, curve=curve, devices=devices)
+  """Trains a curve's model in a process of its own: a forked one, or a fresh one that also imports what it needs."""
+  arguments, environment = train_command(folder, output_dir, *overrides, curve=curve, devices=devices)
+  if not fresh:
+    return forked.run(arguments, environment=environment, folder=folder)
+  command = [sys.executable, *arguments]
   return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
 
 
