@@ -1,5 +1,6 @@
 """What every test needs before JAX starts."""
 
+import gc
 import os
 import pathlib
 import signal
@@ -40,6 +41,8 @@ if os.environ.get("INTERNVL_JAX_CHECK_SHAPES"):
 
 
 compiling.set_up()
+# Tracing makes many objects that stay: Python need not look through them as often as it would.
+gc.set_threshold(20_000, 10, 10)
 # Workers of the test runner find it tidy.
 if "PYTEST_XDIST_WORKER" not in os.environ:
   compiling.tidy()

@@ -18,16 +18,17 @@ CACHES = Path(__file__).parents[2] / ".cache" / "jax"
 
 _MOST_BYTES = 2 << 30
 
-# Tests compile many small programs and run each a few times: little optimization, where there is a choice the emitter of
-# kernels that takes a third of the other's time.
-_QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-_QUICKER = f"{_QUICK} --xla_cpu_use_fusion_emitters=false"
-
-# Eight devices share few cores. XLA aborts the process where one of them has not come to a collective within 20 and then
-# another 40 seconds, as happens on a machine that has other work.
-_PATIENT = (
-  "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120 "
-  "--xla_cpu_collective_call_terminate_timeout_seconds=1200"
+_FLAGS = (
+  # Tests compile many small programs and run each a few times: little optimization, where there is a choice the emitter of
+  # kernels that takes a third of the other's time, and one LLVM module, which takes four fifths of what many take.
+  "--xla_backend_optimization_level=0",
+  "--xla_llvm_disable_expensive_passes=true",
+  "--xla_cpu_use_fusion_emitters=false",
+  "--xla_cpu_parallel_codegen_split_count=1",
+  # Eight devices share few cores. XLA aborts the process where one of them has not come to a collective within 20 and then
+  # another 40 seconds, as happens on a machine that has other work.
+  "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
+  "--xla_cpu_collective_call_terminate_timeout_seconds=1200",
 )
 
 
@@ -102,12 +103,11 @@ def _machine() -> str:
 
 def _known_flags(cache: Path) -> str:
   """The flags of those above that this version of XLA knows; it is asked once for each cache."""
-  asked = hashlib.sha256(f"{_QUICKER} {_PATIENT}".encode()).hexdigest()[:12]
-  noted = cache / f"flags-{asked}.txt"
+  asked = " ".join(_FLAGS)
+  noted = cache / f"flags-{hashlib.sha256(asked.encode()).hexdigest()[:12]}.txt"
   if noted.exists() and (flags := noted.read_text()):
     return flags
-  parts = (_QUICKER if _are_known(_QUICKER) else _QUICK, _PATIENT)
-  flags = " ".join(part for part in parts if _are_known(part))
+  flags = asked if _are_known(asked) else " ".join(filter(_are_known, _FLAGS))
   noted.write_text(flags)
   return flags
 
