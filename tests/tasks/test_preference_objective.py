@@ -125,10 +125,13 @@ def test_an_answer_as_good_as_the_other_is_not_preferred():
 
 LENGTH, PAIRS = 32, 8
 MPO = (("sigmoid", 0.8), ("bco_pair", 0.2))
+TERMS = (*MPO, ("aot", 0.1), ("ipo", 0.01))
+# Pairs of each row, for one shard or two: one shape, so one program, for most tests.
+ROWS = (2, 1, 0, 1, 2, 0)
 SETTINGS = LossSettings(0.1, 0.0)
 
 
-def make_pairs(rows, seed=0, shards=1, fill=0, share=False):
+def make_pairs(rows=ROWS, seed=0, shards=1, fill=0, share=False):
   """A batch of one micro-batch whose rows hold so many pairs each, every one with a tile that its answers share.
 
   Args:
@@ -193,15 +196,12 @@ def make_pairs(rows, seed=0, shards=1, fill=0, share=False):
 def make_step(
   *,
   mesh=None,
-  terms=MPO,
-  rpo_alpha=1.0,
   cached=False,
   text=None,
   freeze=None,
   all_gather=True,
   share=False,
   how=None,
-  settings=SETTINGS,
 ):
   """A harness whose step optimizes preferences, its reference being what the policy starts from."""
   config = toy(vision_layers=1, text_layers=1, text=text)
@@ -221,9 +221,9 @@ def make_step(
     shares_prompts=share,
     shards=harness.shards,
     all_gather=all_gather,
-    terms=terms,
-    settings=settings,
-    rpo_alpha=rpo_alpha,
+    terms=TERMS,
+    settings=SETTINGS,
+    rpo_alpha=1.0,
     reference=None if cached else ReferencePolicy(model=bare, shares_features=shares),
   )
   if not cached:
@@ -245,9 +245,27 @@ def take_steps(harness, batches, rate=2e-2):
 
 
 @functools.cache
-def steps_of_one_device(rows, terms=MPO):
+def _compiled_once(cached):
+  harness = make_step(cached=cached)
+  return harness, harness.state
+
+
+def on_one_device(cached=False):
+  """A harness at its start, whose program is compiled for the first test that takes it."""
+  harness, harness.state = _compiled_once(cached)
+  return harness
+
+
+@functools.cache
+def steps_of_one_device():
   """Three steps on one device, which several tests compare with."""
-  return take_steps(make_step(terms=terms), [make_pairs(rows, seed) for seed in range(3)])
+  return take_steps(on_one_device(), [make_pairs(seed=seed) for seed in range(3)])
+
+
+@functools.cache
+def answer_logps():
+  """(params, micro-batch) -> log-probabilities of answers by a model without adapters."""
+  return jax.jit(on_one_device().step.objective.answer_logps)
 
 
 def assert_equal_steps(found, expected, rtol=1e-5):
@@ -262,17 +280,15 @@ def assert_equal_steps(found, expected, rtol=1e-5):
       np.testing.assert_allclose(terms[name], value, rtol=rtol, atol=rtol, err_msg=name)
 
 
-def with_reference(harness, batch):
+def with_reference(harness, batch, program=None):
   """The batch with the policy's log-probabilities of now as the reference's."""
-  objective = harness.step.objective
   micro = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), batch)
-  logps = jax.jit(objective.answer_logps)({**harness.frozen, **harness.state.params}, micro)
+  logps = (program or answer_logps())({**harness.frozen, **harness.state.params}, micro)
   return batch._replace(reference=np.where(batch.pair_weight[..., None] > 0, np.asarray(logps)[None], np.nan))
 
 
 def test_at_the_start_the_policy_is_the_reference():
-  harness = make_step()
-  batch = make_pairs([2, 1, 2, 0])
+  harness, batch = on_one_device(), make_pairs()
   micro = jax.tree.map(lambda leaf: leaf[0], batch)
   loss, drift = jax.jit(harness.step.objective.drift)({**harness.frozen, **harness.state.params}, micro)
   np.testing.assert_allclose(loss, np.log(2), atol=1e-6)
@@ -286,34 +302,44 @@ def test_at_the_start_the_policy_is_the_reference():
 
 def test_log_probabilities_are_those_of_each_answer_alone():
   """Against logits of one answer in a row of its own."""
-  harness = make_step()
-  batch = make_pairs([2, 1])
+  harness, batch = on_one_device(), make_pairs()
   params = {**harness.frozen, **harness.state.params}
   micro = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), batch)
-  found = np.asarray(jax.jit(harness.step.objective.answer_logps)(params, micro))
-  model, rows = harness.model.bind(params), micro.rows
-  pixels = normalize_tiles(rows.tiles[0], "imagenet")
-  features = model.extract_features(pixels, Execution()).reshape(1, -1, 16)
-  for row, pair, answer in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1), (1, 0, 0), (1, 0, 1)]:
-    mine = np.asarray(rows.segment_ids[row] == 2 * pair + answer + 1)
-    ids, index, targets = (
-      np.asarray(x[row])[mine][None] for x in (rows.input_ids, rows.image_index, rows.targets)
-    )
-    x = model.embed(ids, index, features, Execution())
-    hidden, _ = model.decode(x, Execution(), positions=np.arange(ids.size)[None], segment_ids=None)
-    logps = jax.nn.log_softmax(model.logits(hidden))[0]
-    expected = sum(logps[i, t] for i, t in enumerate(targets[0]) if t != IGNORE_INDEX)
-    np.testing.assert_allclose(found[row, pair, answer], expected, rtol=1e-5)
-  assert found.shape == (2, PAIRS, 2) and not found[1, 1:].any()
+  found = np.asarray(answer_logps()(params, micro))
+  rows = jax.tree.map(np.asarray, micro.rows)
+  answers = [(row, pair, i) for row, count in enumerate(ROWS) for pair in range(count) for i in range(2)]
+  ids, index, targets = (np.full((len(answers), 8), fill, "i4") for fill in (0, NO_IMAGE, IGNORE_INDEX))
+  for n, (row, pair, i) in enumerate(answers):
+    mine = rows.segment_ids[row] == 2 * pair + i + 1
+    for alone, packed in ((ids, rows.input_ids), (index, rows.image_index), (targets, rows.targets)):
+      alone[n, : mine.sum()] = packed[row][mine]
+
+  @jax.jit
+  def every_logp(params):
+    model = harness.model.bind(params)
+    features = model.extract_features(normalize_tiles(micro.rows.tiles[0], "imagenet"), Execution())
+    x = model.embed(ids, index, features.reshape(1, -1, 16), Execution())
+    positions = np.broadcast_to(np.arange(8), ids.shape)
+    hidden, _ = model.decode(x, Execution(), positions=positions, segment_ids=None)
+    return jax.nn.log_softmax(model.logits(hidden))
+
+  logps = np.asarray(every_logp(params))
+  for n, answer in enumerate(answers):
+    expected = sum(logps[n, i, t] for i, t in enumerate(targets[n]) if t != IGNORE_INDEX)
+    np.testing.assert_allclose(found[answer], expected, rtol=1e-5)
+  assert found.shape == (len(ROWS), PAIRS, 2) and not found[1, 1:].any()
 
 
 def test_the_loss_and_its_gradient_are_the_weighted_sum_that_they_say():
   """Put together anew from the answers' log-probabilities, whose own test is above."""
   beta, smoothing, alpha = 0.3, 0.1, 0.7
   terms = (("sigmoid", 0.8), ("bco_pair", 0.2), ("ipo", 0.05))
-  harness = make_step(terms=terms, rpo_alpha=alpha, cached=True, settings=LossSettings(beta, smoothing))
-  objective, params = harness.step.objective, {**harness.frozen, **harness.state.params}
-  batch = with_reference(harness, make_pairs([2, 1, 2, 1]))
+  harness = on_one_device(cached=True)
+  objective = dataclasses.replace(
+    harness.step.objective, terms=terms, rpo_alpha=alpha, settings=LossSettings(beta, smoothing)
+  )
+  params = {**harness.frozen, **harness.state.params}
+  batch = with_reference(harness, make_pairs())
   # A reference that the policy has moved away from, and a running mean that is not 0.
   shift = np.random.default_rng(0).normal(size=batch.reference.shape, scale=2).astype("f4")
   batch = batch._replace(reference=batch.reference + shift)
@@ -381,10 +407,9 @@ def test_copies_round_what_the_policy_rounds_and_nothing_else():
 
 
 def test_packed_equals_unpacked():
-  batches = [(make_pairs([1] * 6, seed), make_pairs([2, 0, 2, 2], seed)) for seed in range(4)]
-  alone, packed = (take_steps(make_step(), [pair[i] for pair in batches]) for i in (0, 1))
-  assert_equal_steps(packed, alone)
-  assert abs(alone[-1][2]["rewards/margins"]) > 1e-3
+  packed = steps_of_one_device()
+  assert_equal_steps(packed, take_steps(on_one_device(), [make_pairs([1] * 6, seed) for seed in range(3)]))
+  assert abs(packed[-1][2]["rewards/margins"]) > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -398,37 +423,31 @@ def test_packed_equals_unpacked():
 )
 def test_shared_prompts_change_nothing(mesh, backend):
   """Also where the prompt's tokens lie on other devices than the answer's, and in the kernels of TPUs and GPUs."""
-  shards, rows = 2 if mesh else 1, (2, 1, 1, 2)
-  alone = steps_of_one_device(rows)
-  batches = [make_pairs(rows, seed, shards=shards, share=True) for seed in range(3)]
-  assert (batches[0].rows.segment_ids > 0).sum() < (make_pairs(rows).rows.segment_ids > 0).sum()
+  batches = [make_pairs(seed=seed, shards=2 if mesh else 1, share=True) for seed in range(3)]
+  assert (batches[0].rows.segment_ids > 0).sum() < (make_pairs().rows.segment_ids > 0).sum()
   harness = make_step(mesh=mesh, share=True, how=Execution(kernels=Kernels(attention=backend)))
-  assert_equal_steps(take_steps(harness, batches), alone)
+  assert_equal_steps(take_steps(harness, batches), steps_of_one_device())
 
 
 def test_a_cache_and_weights_in_memory_give_the_same():
-  batches = [make_pairs([2, 1, 2, 1], seed) for seed in range(2)]
-  cached = make_step(cached=True)
+  cached = on_one_device(cached=True)
   # All before the first step: the reference stays what it was.
-  filled = [with_reference(cached, batches[i % 2]) for i in range(4)]
-  assert_equal_steps(take_steps(cached, filled), take_steps(make_step(), [batches[i % 2] for i in range(4)]))
+  filled = [with_reference(cached, make_pairs(seed=seed)) for seed in range(3)]
+  assert_equal_steps(take_steps(cached, filled), steps_of_one_device())
 
 
 def test_adapters_switched_off_are_the_reference():
   lora = {"lora": LoRASpec(rank=2, alpha=4.0)}
   freeze = {"freeze_backbone": True, "freeze_mlp": True, "freeze_llm": True, "use_llm_lora": 2}
-  batches = [make_pairs([2, 1, 2, 1], seed) for seed in range(2)]
-  order = [batches[i % 2] for i in range(4)]
+  order = [make_pairs(seed=i % 2) for i in range(4)]
   off = fresh_adapters(make_step(text=lora, freeze=freeze))
   assert not any(path.startswith(COPIES) for path in off.frozen)
-  second = fresh_adapters(make_step(text=lora, freeze=freeze))
-  second.frozen |= {COPIES + path: jnp.copy(value) for path, value in second.frozen.items()}
   cached = fresh_adapters(make_step(text=lora, freeze=freeze, cached=True))
-  filled = [with_reference(cached, batches[i % 2]) for i in range(4)]
-  expected = take_steps(second, order, rate=0.1)
-  assert expected[-1][2]["rewards/margins"] > 1e-2
-  assert_equal_steps(take_steps(off, order, rate=0.1), expected)
-  assert_equal_steps(take_steps(cached, filled, rate=0.1), expected)
+  logps = jax.jit(cached.step.objective.answer_logps)
+  filled = [with_reference(cached, batch, logps) for batch in order]
+  found = take_steps(off, order, rate=0.1)
+  assert found[-1][2]["rewards/margins"] > 1e-2
+  assert_equal_steps(found, take_steps(cached, filled, rate=0.1))
 
 
 def fresh_adapters(harness):
@@ -439,15 +458,15 @@ def fresh_adapters(harness):
 
 
 def test_micro_batches_count_alike_and_move_the_running_mean_one_by_one():
-  parts = [make_pairs([2, 1, 2, 1], seed) for seed in range(2)]
+  parts = [make_pairs(seed=seed) for seed in range(2)]
   both = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-  harness = make_step(all_gather=False)
-  take_steps(harness, [make_pairs([2, 1, 2, 1], 7)])
-  before = harness.state
+  single, harness = on_one_device(), make_step(all_gather=False)
+  take_steps(single, [make_pairs(seed=7)])
+  harness.state = single.state
   ((loss, _, terms),) = take_steps(harness, [both], rate=0.0)
-  accumulated, harness.state = harness.state, before
-  each = take_steps(harness, parts, rate=0.0)
-  alone = harness.state
+  # Of one micro-batch on one device, denominators are alike.
+  each = take_steps(single, parts, rate=0.0)
+  accumulated, alone = harness.state, single.state
   np.testing.assert_allclose(loss, np.mean([e[0] for e in each]), rtol=1e-5)
   for name, value in terms.items():
     np.testing.assert_allclose(value, np.mean([e[2][name] for e in each]), rtol=1e-4, atol=1e-6, err_msg=name)
@@ -458,48 +477,42 @@ def test_micro_batches_count_alike_and_move_the_running_mean_one_by_one():
 @pytest.mark.parametrize(
   "mesh",
   [
-    {"data": 4},
+    {"data": 2},
     {"fsdp": 2, "tensor": 2},
     pytest.param({"fsdp": 2, "sequence": 2, "tensor": 2}, marks=pytest.mark.slow),
   ],
   ids=str,
 )
 def test_meshes_agree_with_one_device(mesh):
-  terms = (*MPO, ("aot", 0.1), ("ipo", 0.01))
-  shards = mesh.get("data", 1) * mesh.get("fsdp", 1)
-  rows = (2, 1, 1, 2, 2, 1, 1, 2)
-  alone = steps_of_one_device(rows, terms)
-  spread = [make_pairs(rows, seed, shards=shards) for seed in range(3)]
-  assert_equal_steps(take_steps(make_step(terms=terms, mesh=mesh), spread), alone)
+  spread = [make_pairs(seed=seed, shards=2) for seed in range(3)]
+  assert_equal_steps(take_steps(make_step(mesh=mesh), spread), steps_of_one_device())
 
 
 def test_what_is_skipped_leaves_the_running_mean():
-  harness = make_step()
-  batch = make_pairs([2, 1, 2, 1])
-  take_steps(harness, [batch])
+  harness, batch = on_one_device(cached=True), make_pairs()
+  filled = with_reference(harness, batch)
+  take_steps(harness, [filled._replace(reference=filled.reference - 1)])
   before = jax.tree.map(np.asarray, harness.state.running)
-  cached = dataclasses.replace(
-    harness.step, objective=dataclasses.replace(harness.step.objective, reference=None)
-  )
-  # A pair that the cache does not know.
-  harness.state, metrics = jax.jit(cached.__call__)(harness.state, harness.frozen, batch, np.float32(1e-2))
-  assert metrics.skipped and before["batches"] == 1
-  np.testing.assert_array_equal(harness.state.running["reward_sum"], before["reward_sum"])
+  assert before["reward_sum"] == pytest.approx(SETTINGS.beta, rel=1e-4) and before["batches"] == 1
+  # Pairs that the cache does not know.
+  harness.state, metrics = harness.program(*harness.inputs(batch))
+  assert metrics.skipped
+  jax.tree.map(np.testing.assert_array_equal, harness.state.running, before)
 
 
 def test_a_vit_that_does_not_train_runs_once():
   """Counted by the products of the whole step."""
-  kinds = {"all train": {}, "vision frozen": {"freeze_backbone": True, "freeze_mlp": True}}
-  batch = make_pairs([2, 1, 2, 1])
+  batch = make_pairs()
 
-  def products(**options):
-    harness = make_step(**options)
-    return count_flops(harness.step.__call__, harness.state, harness.frozen, batch, np.float32(0))
+  def products_of_the_reference(harness):
+    objective = dataclasses.replace(harness.step.objective, reference=None)
+    steps = (harness.step, dataclasses.replace(harness.step, objective=objective))
+    inputs = (harness.state, harness.frozen, batch, np.float32(0))
+    both, policy = (count_flops(step.__call__, *inputs) for step in steps)
+    return both - policy
 
-  harness = make_step()
+  harness = on_one_device()
+  frozen = make_step(freeze={"freeze_backbone": True, "freeze_mlp": True})
   model = harness.model.bind(harness.state.params)
   vision = count_flops(lambda x: model.extract_features(x, Execution()), np.zeros((6, 16, 16, 3), "f4"))
-  reference = {
-    name: products(freeze=freeze) - products(freeze=freeze, cached=True) for name, freeze in kinds.items()
-  }
-  assert reference["all train"] - reference["vision frozen"] == vision
+  assert products_of_the_reference(harness) - products_of_the_reference(frozen) == vision

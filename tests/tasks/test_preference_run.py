@@ -72,49 +72,51 @@ def assert_same_history(found, expected):
       np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-def test_a_run_and_its_cache(tmp_path, pairs):
-  judged = f"preference.eval_meta_path={pairs}"
-  done = run(tmp_path, pairs, "memory", judged)
-  found = history(tmp_path, "memory")
-  assert "Policy and reference agree: DPO's loss on the first batch is 0.693147" in done.stderr
+SAVES = ("training.save_steps=2", "training.save_strategy=steps")
+CACHE = "preference.precompute_reference=True"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, pairs):
+  """Two whole runs, with their checkpoints: (folder, what the one says whose reference is in memory, the cached)."""
+  folder = tmp_path_factory.mktemp("finished")
+  memory = run(folder, pairs, "memory", *SAVES, f"preference.eval_meta_path={pairs}")
+  return folder, memory.stderr, run(folder, pairs, "cached", *SAVES, CACHE).stderr
+
+
+def test_a_run_and_its_cache(finished):
+  folder, memory, cached = finished
+  found = history(folder, "memory")
+  assert "Policy and reference agree: DPO's loss on the first batch is 0.693147" in memory
   np.testing.assert_allclose(found[0]["losses/sigmoid"], np.log(2), atol=1e-6)
   np.testing.assert_allclose(found[0]["rewards/margins"], 0, atol=1e-5)
   assert found[-1]["loss"] < found[0]["loss"] and abs(found[-1]["rewards/margins"]) > 1e-3
-  scores = json.loads((tmp_path / "memory" / "preference_results.json").read_text())
+  scores = json.loads((folder / "memory" / "preference_results.json").read_text())
   assert scores["eval_pairs"] == 24 and scores["eval_rewards/margins"] > 0
-  assert (tmp_path / "memory" / "model.safetensors").is_file()
+  assert (folder / "memory" / "model.safetensors").is_file()
 
-  cached = run(tmp_path, pairs, "cached", "preference.precompute_reference=True")
-  assert "Reference log-probabilities of 24 pairs: written to" in cached.stderr
-  assert_same_history(history(tmp_path, "cached"), found)
+  assert "Reference log-probabilities of 24 pairs: written to" in cached
+  assert_same_history(history(folder, "cached"), found)
 
 
-def test_a_stopped_run_goes_on_with_its_running_mean(tmp_path, pairs):
-  saves = ("training.save_steps=2", "training.save_strategy=steps", "preference.precompute_reference=True")
-  run(tmp_path, pairs, "whole", *saves)
-  half = tmp_path / "half"
-  shutil.copytree(tmp_path / "whole", half)
-  shutil.rmtree(half / "checkpoints" / "4")
-  done = run(tmp_path, pairs, "half", *saves)
+def test_a_stopped_run_goes_on_with_its_running_mean(tmp_path, finished, pairs):
+  folder, _, _ = finished
+  shutil.copytree(folder / "cached", tmp_path / "half")
+  shutil.rmtree(tmp_path / "half" / "checkpoints" / "4")
+  done = run(tmp_path, pairs, "half", *SAVES, CACHE)
   assert "Resuming from the checkpoint of step 2" in done.stderr
   assert "Reference log-probabilities: those in" in done.stderr
-  for ours, theirs in zip(history(tmp_path, "half"), history(tmp_path, "whole"), strict=True):
+  for ours, theirs in zip(history(tmp_path, "half"), history(folder, "cached"), strict=True):
     assert {name: ours[name] for name in TERMS} == {name: theirs[name] for name in TERMS}
 
 
-def test_a_stale_cache_is_refused(tmp_path, pairs):
-  folder = tmp_path / "logps"
-  folder.mkdir()
-  key = {"checkpoint": "0123", "data": "4567", "dtype": "float32", "samples": 24}
-  (folder / "key.json").write_text(json.dumps(key))
-  np.save(folder / "logps.npy", np.zeros((24, 2), np.float32))
-  options = ("preference.precompute_reference=True", f"preference.reference_cache_dir={folder}")
-  done = run(tmp_path, pairs, "out", *options, ok=False)
-  last = done.stderr.strip().splitlines()[-1]
-  assert (
-    "of another reference: checkpoint is 0123 there and" in last
-    and "(checkpoint, model, data differ)" in last
-  )
+def test_a_stale_cache_is_refused(tmp_path, finished):
+  key = json.loads((finished[0] / "cached" / "reference_logps" / "key.json").read_text())
+  assert set(key) == {"checkpoint", "model", "data", "dtype", "samples"}
+  stale = ReferenceLogProbs(cache(tmp_path / "logps", key={**key, "checkpoint": "0123", "data": "4567"}))
+  said = r"of another reference: checkpoint is 0123 there and .*\(checkpoint, data differ\)"
+  with pytest.raises(UserError, match=said):
+    stale.open_or_make(key, pytest.fail)
 
 
 def cache(folder, samples=24, key=None):
@@ -144,16 +146,16 @@ def test_a_damaged_cache_is_a_line(tmp_path):
     ReferenceLogProbs(tmp_path / "file").open_or_make(key, pytest.fail)
 
 
-def test_a_run_goes_on_with_the_reference_that_it_began_with(tmp_path, pairs):
-  saves = ("training.save_steps=2", "training.save_strategy=steps")
-  run(tmp_path, pairs, "out", *saves, "training.max_steps=2")
+def test_a_run_goes_on_with_the_reference_that_it_began_with(tmp_path, finished, pairs):
+  shutil.copytree(finished[0] / "memory", tmp_path / "out")
+  shutil.rmtree(tmp_path / "out" / "checkpoints" / "4")
   other = tmp_path / "other"
   shutil.copytree(CURVE / "init", other)
   weights = load_file(other / "model.safetensors")
   save_file(
     {name: 1.05 * value for name, value in weights.items()}, other / "model.safetensors", {"format": "pt"}
   )
-  done = run(tmp_path, pairs, "out", *saves, f"model.model_name_or_path={other}", ok=False)
+  done = run(tmp_path, pairs, "out", *SAVES, f"model.model_name_or_path={other}", ok=False)
   assert (
     "reference.json: this run's reference policy had the checksum" in done.stderr.strip().splitlines()[-1]
   )
@@ -164,27 +166,25 @@ def test_a_run_goes_on_with_the_reference_that_it_began_with(tmp_path, pairs):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_becomes_a_model_by_a_run_without_steps(tmp_path, pairs):
-  saves = ("training.save_steps=2", "training.save_strategy=steps")
-  run(tmp_path, pairs, "out", *saves)
+def test_a_checkpoint_becomes_a_model_by_a_run_without_steps(tmp_path, finished, pairs):
+  shutil.copytree(finished[0] / "memory", tmp_path / "out")
   shutil.copytree(tmp_path / "out" / "checkpoints" / "2", tmp_path / "elsewhere" / "checkpoints" / "2")
-  done = run(tmp_path, pairs, "elsewhere", *saves, "training.max_steps=2")
+  done = run(tmp_path, pairs, "elsewhere", *SAVES, "training.max_steps=2")
   assert "Resuming from the checkpoint of step 2" in done.stderr
   halfway, final = (load_file(tmp_path / name / "model.safetensors") for name in ("elsewhere", "out"))
   start = load_file(CURVE / "init/model.safetensors")
   name = "language_model.model.layers.0.mlp.gate_proj.weight"
   assert 0 < np.abs(halfway[name] - start[name]).max() < np.abs(final[name] - start[name]).max()
   # And not the other way round.
-  done = run(tmp_path, pairs, "out", *saves, "training.max_steps=2", ok=False)
+  done = run(tmp_path, pairs, "out", *SAVES, "training.max_steps=2", ok=False)
   assert "is of step 4, but the run is to end after step 2 (training.max_steps=2" in done.stderr
 
 
-def test_a_cache_of_other_numbers_is_seen_at_the_start(tmp_path, pairs):
-  run(tmp_path, pairs, "out", "preference.precompute_reference=True", "training.max_steps=1")
-  folder = tmp_path / "out" / "reference_logps"
+def test_a_cache_of_other_numbers_is_seen_at_the_start(tmp_path, finished, pairs):
+  folder = tmp_path / "reference_logps"
+  shutil.copytree(finished[0] / "cached" / "reference_logps", folder)
   np.save(folder / "logps.npy", np.load(folder / "logps.npy") - 0.5)
-  options = ("preference.precompute_reference=True", f"preference.reference_cache_dir={folder}")
-  done = run(tmp_path, pairs, "again", *options, ok=False)
+  done = run(tmp_path, pairs, "again", CACHE, f"preference.reference_cache_dir={folder}", ok=False)
   assert "the policy is not the reference before the first step" in done.stderr.strip().splitlines()[-1]
 
 
@@ -198,7 +198,7 @@ def test_adapters_switched_off_and_a_second_set_of_weights(tmp_path, pairs):
   )
   lora += ("lora.dropout=0.0", "training.learning_rate=2e-2")
   run(tmp_path, pairs, "off", *lora)
-  run(tmp_path, pairs, "cached", *lora, "preference.precompute_reference=True")
+  run(tmp_path, pairs, "cached", *lora, CACHE)
   assert_same_history(history(tmp_path, "cached"), history(tmp_path, "off"))
   assert abs(history(tmp_path, "off")[-1]["rewards/margins"]) > 1e-3
 
@@ -217,5 +217,5 @@ def test_packed_rows_and_their_cache(tmp_path, pairs):
   packed = ("data.use_packed_ds=True", "data.max_packed_tokens=1024", "data.num_images_expected=24")
   packed += ("training.per_device_train_batch_size=1",)
   run(tmp_path, pairs, "memory", *packed)
-  run(tmp_path, pairs, "cached", *packed, "preference.precompute_reference=True")
+  run(tmp_path, pairs, "cached", *packed, CACHE)
   assert_same_history(history(tmp_path, "cached"), history(tmp_path, "memory"))
