@@ -1,5 +1,7 @@
 """The optimizer step: what it sums, what it leaves alone, and what it costs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,28 +19,46 @@ from internvl_jax.parallel import rules
 from tests.support.harness import Harness, make_batch, reshape_batch, toy
 
 
+@functools.cache
+def _compiled_once():
+  harness = Harness(toy())
+  return harness, harness.state
+
+
+def plain():
+  """The plainest step at its start, whose program is compiled for the first test that takes it."""
+  harness, harness.state = _compiled_once()
+  return harness
+
+
 def test_accumulation_equals_one_large_batch():
   batch = make_batch(rows=8)
-  whole, parts = Harness(toy()), Harness(toy())
-  one = whole.run(batch)
-  four = parts.run(reshape_batch(batch, accumulation=4, shards=1))
+  one = plain().run(batch)
+  four = plain().run(reshape_batch(batch, accumulation=4, shards=1))
   np.testing.assert_allclose(four.loss, one.loss, rtol=1e-6)
   np.testing.assert_allclose(four.grad_norm, one.grad_norm, rtol=1e-5)
 
 
+@functools.cache
+def one_device(all_gather):
+  """Two steps. Per-shard denominators on one device: the shards' means are micro-batches' means."""
+  batch = reshape_batch(make_batch(rows=16), accumulation=1 if all_gather else 8, shards=1)
+  return Harness(toy(), all_gather=all_gather).run(batch, steps=2)
+
+
 @pytest.mark.parametrize(
   ("mesh", "all_gather"),
-  [({"data": 8}, False), ({"fsdp": 8, "data": 1}, True), ({"data": 2, "fsdp": 4}, False)],
+  [
+    pytest.param({"data": 8}, False, marks=pytest.mark.slow),
+    ({"fsdp": 8, "data": 1}, True),
+    ({"data": 2, "fsdp": 4}, False),
+  ],
 )
 def test_meshes_agree_with_one_device(mesh, all_gather):
   """All denominators are equal when each shard's micro-batch is normalised by hand into another's weights."""
-  batch = make_batch(rows=16, shards=1)
-  # Per-shard denominators on one device: the shards' means are micro-batches' means.
-  alone = Harness(toy(), all_gather=all_gather)
-  accumulation = 1 if all_gather else 8
-  one = alone.run(reshape_batch(batch, accumulation=accumulation, shards=1), steps=2)
+  one = one_device(all_gather)
   spread = Harness(toy(), mesh=mesh, all_gather=all_gather)
-  many = spread.run(reshape_batch(batch, accumulation=1, shards=8), steps=2)
+  many = spread.run(reshape_batch(make_batch(rows=16), accumulation=1, shards=8), steps=2)
   np.testing.assert_allclose(many.loss, one.loss, rtol=1e-5)
   np.testing.assert_allclose(many.grad_norm, one.grad_norm, rtol=1e-4)
 
@@ -53,18 +73,18 @@ def test_fsdp_shards_weights_and_moments():
 
 def test_plain_and_fused_loss_agree():
   batch = make_batch()
-  plain, fused = Harness(toy(), fused=False).run(batch), Harness(toy(), fused=True).run(batch)
-  np.testing.assert_allclose(fused.loss, plain.loss, rtol=1e-6)
-  np.testing.assert_allclose(fused.grad_norm, plain.grad_norm, rtol=1e-5)
+  logits, fused = Harness(toy(), fused=False).run(batch), plain().run(batch)
+  np.testing.assert_allclose(fused.loss, logits.loss, rtol=1e-6)
+  np.testing.assert_allclose(fused.grad_norm, logits.grad_norm, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("remat", "unroll"), [("full", 1), ("dots", 2)])
 def test_remat_and_unrolling_change_no_number(remat, unroll):
   batch = make_batch()
-  plain = Harness(toy()).run(batch)
   other = Harness(toy(), how=Execution(remat=remat, scan_unroll=unroll)).run(batch)
-  np.testing.assert_allclose(other.loss, plain.loss, rtol=1e-6)
-  np.testing.assert_allclose(other.grad_norm, plain.grad_norm, rtol=1e-5)
+  kept = plain().run(batch)
+  np.testing.assert_allclose(other.loss, kept.loss, rtol=1e-6)
+  np.testing.assert_allclose(other.grad_norm, kept.grad_norm, rtol=1e-5)
 
 
 def test_remat_keeps_what_its_policy_says():
@@ -85,7 +105,7 @@ def test_remat_keeps_what_its_policy_says():
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_masters():
   harness = Harness(toy(), how=Execution(dtype=jnp.bfloat16))
-  before = Harness(toy()).run(make_batch())
+  before = plain().run(make_batch())
   after = harness.run(make_batch())
   assert all(value.dtype == jnp.float32 for value in harness.state.params.values())
   assert after.loss != before.loss
@@ -95,14 +115,9 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_masters():
 def test_drop_path_draws_anew_each_step_and_only_when_asked():
   def losses(rate):
     harness = Harness(toy(vision_layers=4), drop_path=rate)
-    weights = dict(harness.state.params)
-    found = []
-    for step in range(3):
-      (loss, _), _ = jax.jit(harness.step.value_and_grad)(
-        weights, {}, jax.tree.map(jnp.asarray, make_batch()), step, {}
-      )
-      found.append(float(loss))
-    return found
+    weights, batch = dict(harness.state.params), jax.tree.map(jnp.asarray, make_batch())
+    loss_of = jax.jit(lambda step: harness.step.value_and_grad(weights, {}, batch, step, {})[0][0])
+    return [float(loss_of(step)) for step in range(3)]
 
   assert len(set(losses(0.0))) == 1
   assert len(set(losses(0.5))) == 3
@@ -128,13 +143,19 @@ def test_the_routers_loss_is_a_mean_over_shards_and_micro_batches():
   """What it adds to the loss does not depend on the language loss, and is the mean of what each part adds."""
   experts = MoEConfig(num_experts=4, top_k=2, intermediate_size=16, normalize_top_k=True)
   batch = make_batch(rows=8)
+  config = toy(text={"experts": experts})
 
-  def added(batch, mesh=None):
-    losses = [
-      Harness(toy(text={"experts": experts}), mesh=mesh, router_loss_coef=coef).run(batch).loss
-      for coef in (0.0, 0.5)
-    ]
-    return float(losses[1] - losses[0]) / 0.5
+  def added_on(mesh):
+    without, harness = (Harness(config, mesh=mesh, router_loss_coef=coef) for coef in (0.0, 0.5))
+
+    @jax.jit
+    def difference(params, batch):  # Of losses alone: no gradient is compiled.
+      first, second = (h.step.value_and_grad(params, {}, batch, 0, {})[0][0] for h in (without, harness))
+      return (second - first) / 0.5
+
+    return lambda batch: float(difference(harness.state.params, harness.inputs(batch)[2]))
+
+  added, added_by_shards = added_on(None), added_on({"data": 2})
 
   one, two = (reshape_batch(batch, accumulation=2, shards=1) for _ in range(2))
   halves = [jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], one) for i in range(2)]
@@ -142,9 +163,8 @@ def test_the_routers_loss_is_a_mean_over_shards_and_micro_batches():
   assert all(2.0 <= part < 4.0 for part in parts)  # k where the load is even, E where one expert takes all
   assert parts[0] != pytest.approx(parts[1], abs=1e-4)
   assert added(two) == pytest.approx(np.mean(parts), abs=1e-5)
-  assert added(reshape_batch(batch, accumulation=1, shards=2), {"data": 2}) == pytest.approx(
-    np.mean(parts), abs=1e-5
-  )
+  sharded = reshape_batch(batch, accumulation=1, shards=2)
+  assert added_by_shards(sharded) == pytest.approx(np.mean(parts), abs=1e-5)
 
 
 def test_the_program_does_not_grow_with_depth():
@@ -159,10 +179,8 @@ def test_the_program_does_not_grow_with_depth():
 
 def test_layers_after_the_selected_one_do_not_run():
   config = toy(vision_layers=4)
-  model = functional.define(lambda rngs: InternVL(config, rngs=rngs))
-  params = jax.jit(lambda key: functional.initialize(lambda rngs: InternVL(config, rngs=rngs), key))(
-    jax.random.key(0)
-  )
+  whole_model = Harness(config)
+  model, params = whole_model.model, whole_model.state.params
   earlier = InternVLConfig(vision=config.vision, text=config.text, select_layer=-3)
   cut = functional.define(lambda rngs: InternVL(earlier, rngs=rngs))
   split = {}
@@ -177,20 +195,27 @@ def test_layers_after_the_selected_one_do_not_run():
     )
     split[path] = params[path] if span is None else params[whole][span]
   tiles = jnp.ones((1, 16, 16, 3))
-  # The hidden state after two of four layers, by hand.
-  module = model.bind(params).vision_model
-  x = module.embeddings(tiles)
-  for layer in range(2):
-    prefix = "vision_model.encoder.layers.0:4."
-    weights = {
-      path: value[layer : layer + 1] if path.startswith(prefix) else value for path, value in params.items()
-    }
-    single = functional.define(lambda rngs: InternVL(toy(vision_layers=1), rngs=rngs))
-    one = single.bind(
-      {path.replace("0:4.", "0:1.") if "encoder" in path else path: v for path, v in weights.items()}
-    )
-    x, _ = one.vision_model.encoder.layers.scan(lambda module, x, _: (module(x, None, backend="xla"), {}), x)
-  np.testing.assert_allclose(cut.bind(split).vision_model(tiles), x, atol=1e-6)
+  single = functional.define(lambda rngs: InternVL(toy(vision_layers=1), rngs=rngs))
+
+  @jax.jit
+  def by_hand(params):
+    """The hidden state after two of four layers."""
+    x = model.bind(params).vision_model.embeddings(tiles)
+    for layer in range(2):
+      prefix = "vision_model.encoder.layers.0:4."
+      weights = {
+        path.replace("0:4.", "0:1."): value[layer : layer + 1]
+        for path, value in params.items()
+        if path.startswith(prefix)
+      }
+      one = single.bind({path: v for path, v in params.items() if not path.startswith(prefix)} | weights)
+      x, _ = one.vision_model.encoder.layers.scan(
+        lambda module, x, _: (module(x, None, backend="xla"), {}), x
+      )
+    return x
+
+  found = jax.jit(lambda split: cut.bind(split).vision_model(tiles))(split)
+  np.testing.assert_allclose(found, by_hand(params), atol=1e-6)
   with pytest.raises(ValueError, match="vision_select_layer=9"):
     functional.define(
       lambda rngs: InternVL(InternVLConfig(vision=config.vision, text=config.text, select_layer=9), rngs=rngs)
@@ -247,7 +272,7 @@ def test_full_size_models_are_defined_without_memory(vision, text, parameters):
 
 
 def test_a_step_that_is_not_finite_changes_nothing():
-  harness, batch = Harness(toy()), make_batch()
+  harness, batch = plain(), make_batch()
   harness.run(batch)
   before = jax.tree.map(np.asarray, harness.state)
   metrics = harness.run(batch._replace(loss_weight=np.where(batch.loss_weight > 0, np.inf, 0).astype("f4")))

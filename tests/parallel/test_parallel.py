@@ -153,9 +153,9 @@ def test_fsdp_collects_a_layer_at_a_time():
 @pytest.mark.parametrize(
   "mesh",
   [
-    {"data": 8},
     {"tensor": 8},
-    {"fsdp": 2, "sequence": 2, "tensor": 2},
+    pytest.param({"data": 8}, marks=pytest.mark.slow),
+    pytest.param({"fsdp": 2, "sequence": 2, "tensor": 2}, marks=pytest.mark.slow),
     pytest.param({"sequence": 8}, marks=pytest.mark.slow),
     pytest.param({"expert": 2, "sequence": 2, "tensor": 2}, marks=pytest.mark.slow),
   ],
@@ -293,8 +293,8 @@ def test_lora_beside_a_frozen_vit():
 @pytest.mark.parametrize(
   ("name", "mesh"),
   [
-    ("qwen3_moe", {"data": 2, "expert": 4}),
     ("gpt_oss", {"data": 2, "expert": 4}),
+    pytest.param("qwen3_moe", {"data": 2, "expert": 4}, marks=pytest.mark.slow),
     pytest.param("gpt_oss", {"fsdp": 2, "expert": 2, "tensor": 2}, marks=pytest.mark.slow),
     pytest.param("qwen3_moe", {"fsdp": 2, "expert": 2, "sequence": 2}, marks=pytest.mark.slow),
   ],
