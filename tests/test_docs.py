@@ -4,7 +4,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ import pytest
 
 from internvl_jax.config import FIELDS
 from internvl_jax.recipe_files import load_recipe, recipe_names
+from tests.support import forked
 from tests.support.scripts import load
 from tests.support.toy import CURVE, REPOSITORY
 
@@ -257,15 +257,10 @@ def test_shell_scripts_are_parsed(script):
   assert done.returncode == 0, done.stderr
 
 
-def test_generate_answers():
+def test_generate_answers(tmp_path):
   image = next((CURVE / "data/images").iterdir())
   arguments = [f"--model={CURVE / 'init'}", f"--image={image}", "--question=what?", "--max_new_tokens=2"]
-  done = subprocess.run(
-    [sys.executable, "-m", "internvl_jax.generate", *arguments],
-    env=os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_NUM_CPU_DEVICES": "1"},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+  environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+  done = forked.run(["-m", "internvl_jax.generate", *arguments], environment=environment, folder=tmp_path)
   assert done.returncode == 0, done.stderr
   assert done.stdout.strip()

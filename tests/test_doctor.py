@@ -3,14 +3,13 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 from PIL import Image
 
 from internvl_jax.hf.tokenizer import load_tokenizer
-from tests.support.toy import CURVE, REPOSITORY
+from tests.support import forked
+from tests.support.toy import CURVE
 
 RECIPE = """
 from tests.support.toy import curve_config
@@ -32,11 +31,9 @@ def data(tmp_path):
 
 def doctor(data, *flags):
   recipe = data.parent / "recipe.py"
-  command = [sys.executable, "-m", "internvl_jax.doctor", f"--config={recipe}:{data / 'meta.json'}"]
+  command = ["-m", "internvl_jax.doctor", f"--config={recipe}:{data / 'meta.json'}"]
   command += [f"--config.loader.cache_dir={data.parent / 'cache'}", *map(str, flags)]
-  path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
-  environment = os.environ | {"PYTHONPATH": path}
-  return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
+  return forked.run(command, environment=os.environ, folder=data.parent)
 
 
 def test_good_data(data, tmp_path):

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 
 import jax
@@ -25,7 +24,8 @@ from internvl_jax.parallel import placement_table
 from internvl_jax.tasks.sft.objective import SupervisedFineTuning
 from internvl_jax.tasks.task import Task
 from internvl_jax.trees import count
-from tests.support.toy import RECIPE, REPOSITORY, curve_config
+from tests.support import forked
+from tests.support.toy import RECIPE, curve_config
 
 MESH = {"data": 1, "fsdp": 4, "tensor": 2}
 
@@ -179,13 +179,16 @@ def test_operations_agree_with_what_runs_count(planned):
 def test_the_command_writes_all_of_it(tmp_path):
   recipe = tmp_path / "recipe.py"
   recipe.write_text(RECIPE)
-  command = [sys.executable, "-m", "internvl_jax.plan", f"--config={recipe}:{tmp_path / 'out'}"]
-  command += ["--topology=cpu:2", "--config.mesh.fsdp=2", "--config.mesh.data=1", "--tokens=64", "--tiles=1"]
-  command += ["--hbm=0.001", f"--json={tmp_path / 'plan.json'}"]
-  paths = str(REPOSITORY)
-  done = subprocess.run(
-    command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False, timeout=600
-  )
+  flags = [
+    "-m",
+    "internvl_jax.plan",
+    f"--config={recipe}:{tmp_path / 'out'}",
+    "--topology=cpu:2",
+    "--config.mesh.fsdp=2",
+  ]
+  flags += ["--config.mesh.data=1", "--tokens=64", "--tiles=1", "--hbm=0.001"]
+  flags += [f"--json={tmp_path / 'plan.json'}"]
+  done = forked.run(flags, environment=os.environ, folder=tmp_path)
   assert done.returncode == 0, done.stderr
   assert "does not fit" in done.stdout
   written = json.loads((tmp_path / "plan.json").read_text())

@@ -3,19 +3,20 @@
 import json
 import os
 import pathlib
-import subprocess
 import sys
 
 import pytest
+
+from tests.support import forked
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 
 
 def run(*flags, tmp_path):
   result = tmp_path / "result.json"
-  command = [sys.executable, REPOSITORY / "benchmarks" / "bench_data.py", f"--json={result}", *flags]
+  script = str(REPOSITORY / "benchmarks" / "bench_data.py")
   environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-  done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+  done = forked.run([script, f"--json={result}", *flags], environment=environment, folder=tmp_path)
   assert done.returncode == 0, done.stderr
   return done.stdout, json.loads(result.read_text())
 

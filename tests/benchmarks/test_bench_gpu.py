@@ -4,13 +4,13 @@ import json
 import math
 import os
 import pathlib
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 
 from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE
+from tests.support import forked
 from tests.support.scripts import load
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
@@ -22,12 +22,10 @@ def on_the_path(monkeypatch):
   monkeypatch.syspath_prepend(BENCHMARKS)
 
 
-def start(out, *flags, timeout=600):
-  command = [sys.executable, str(BENCHMARKS / "gpu.py"), f"--out={out}", *flags]
+def start(out, *flags):
   environment = os.environ | {"PYTHONPATH": str(BENCHMARKS.parent), "JAX_NUM_CPU_DEVICES": "1"}
-  return subprocess.run(
-    command, env=environment, capture_output=True, text=True, check=False, timeout=timeout
-  )
+  command = [str(BENCHMARKS / "gpu.py"), f"--out={out}", *flags]
+  return forked.run(command, environment=environment, folder=out)
 
 
 def run(out, *flags):
@@ -85,7 +83,7 @@ def test_a_unit_that_takes_too_long_is_stopped_and_keeps_its_rows(tmp_path):
   command = [sys.executable, str(script), str(BENCHMARKS), str(tmp_path)]
   path = os.pathsep.join([str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")])
   unit = gpu.Unit(name="experts", functions=(), seconds=5)
-  gpu.run_apart(unit, results, 8, command, os.environ | {"PYTHONPATH": path})
+  gpu.run_apart(unit, results, 5, command, os.environ | {"PYTHONPATH": path})
   unit = results.read()["units"]["experts"]
   assert unit["rows"] == [{"case": "first"}] and unit["status"].startswith("stopped after")
 

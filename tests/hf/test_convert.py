@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,15 +9,17 @@ from safetensors.numpy import load_file, save_file
 
 from internvl_jax import conversion, signals
 from internvl_jax.hf import model_config as layouts
+from tests.support import forked
 from tests.support.toy import ASSETS, CURVE
 
 INIT = CURVE / "init"
 
 
-def run(module, *flags):
-  command = [sys.executable, "-m", f"internvl_jax.{module}", *map(str, flags)]
+def run(folder, module, *flags):
   environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
-  return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
+  return forked.run(
+    ["-m", f"internvl_jax.{module}", *map(str, flags)], environment=environment, folder=folder
+  )
 
 
 def error_of(done):
@@ -31,7 +31,7 @@ def error_of(done):
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
   folder = tmp_path_factory.mktemp("converted") / "hf"
-  done = run("convert", "--src", INIT, "--dst", folder, "--layout=hf")
+  done = run(folder.parent, "convert", "--src", INIT, "--dst", folder, "--layout=hf")
   assert done.returncode == 0, done.stderr
   return folder
 
@@ -53,8 +53,8 @@ def test_the_folder_stands_alone(converted):
   assert {value.dtype for value in load_file(converted / "model.safetensors").values()} == {np.dtype("f4")}
 
 
-def test_the_two_layouts_are_one_model(converted):
-  done = run("verify", "--model", INIT, "--against", converted)
+def test_the_two_layouts_are_one_model(converted, tmp_path):
+  done = run(tmp_path, "verify", "--model", INIT, "--against", converted)
   assert done.returncode == 0, done.stderr
   assert "logits           largest difference 0.000e+00" in done.stdout
 
@@ -65,7 +65,7 @@ def test_another_model_is_told_apart(converted, tmp_path):
   tensors = load_file(tmp_path / "model.safetensors")
   tensors["language_model.model.layers.1.mlp.up_proj.weight"] *= 1.01
   save_file(tensors, tmp_path / "model.safetensors")
-  done = run("verify", "--model", converted, "--against", tmp_path)
+  done = run(tmp_path, "verify", "--model", converted, "--against", tmp_path)
   assert done.returncode == 1 and "largest difference" in done.stdout
 
 
@@ -82,17 +82,30 @@ def test_what_is_told_when_it_is_stopped(tmp_path, monkeypatch):
 
 
 def test_mistakes(converted, tmp_path):
-  line = error_of(run("convert", "--src", INIT, "--dst", converted, "--layout=hf"))
+  line = error_of(run(tmp_path, "convert", "--src", INIT, "--dst", converted, "--layout=hf"))
   assert f"--dst={converted} is there and not empty; name a new folder" in line
-  line = error_of(run("convert", "--src", INIT, "--dst", tmp_path / "x", "--layout=hf", "--lora=peft"))
+  line = error_of(
+    run(tmp_path, "convert", "--src", INIT, "--dst", tmp_path / "x", "--layout=hf", "--lora=peft")
+  )
   assert "has no adapters; use --lora=merge" in line
-  line = error_of(run("convert", "--src", tmp_path / "none", "--dst", tmp_path / "x", "--layout=hf"))
+  line = error_of(
+    run(tmp_path, "convert", "--src", tmp_path / "none", "--dst", tmp_path / "x", "--layout=hf")
+  )
   assert "no such folder; give a checkpoint's folder or its hub id" in line
   assert not (tmp_path / "x").exists()
-  assert "--inputs is needed" in error_of(run("verify", "--model", INIT))
+  assert "--inputs is needed" in error_of(run(tmp_path, "verify", "--model", INIT))
   bad = dict(np.load(ASSETS / "qwen2/io.npz"))
   np.savez(tmp_path / "io.npz", **{**bad, "input_ids": bad["input_ids"] + 1000})
   line = error_of(
-    run("verify", "--model", ASSETS / "qwen2", "--inputs", tmp_path / "io.npz", "--outputs", tmp_path / "o")
+    run(
+      tmp_path,
+      "verify",
+      "--model",
+      ASSETS / "qwen2",
+      "--inputs",
+      tmp_path / "io.npz",
+      "--outputs",
+      tmp_path / "o",
+    )
   )
   assert "input_ids has ids from" in line and "a vocabulary of 512" in line

@@ -1,8 +1,7 @@
 """The forward pass, the losses and the gradients agree with what PyTorch recorded for the reference's model."""
 
 import json
-import subprocess
-import sys
+import os
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from internvl_jax.hf.weights import names_of
 from internvl_jax.losses import lm
 from internvl_jax.models.projector import pixel_shuffle
 from internvl_jax.models.towers.tower import resize_position_embedding
+from tests.support import forked
 from tests.support.toy import ASSETS
 
 # Whole models recorded in PyTorch: the reference's own classes (layout internvl), transformers' (layout hf).
@@ -64,14 +64,10 @@ def compare_gradient_norms(source, grads, theirs):
 def test_the_command(tmp_path):
   """It writes what was computed and prints how far that is from arrays of the same names in its inputs."""
   out, folder = tmp_path / "out.npz", ASSETS / "qwen2"
-  command = [
-    sys.executable,
-    "-m",
-    "internvl_jax.verify",
-    f"--model={folder}",
-    f"--inputs={folder / 'io.npz'}",
-  ]
-  done = subprocess.run([*command, f"--outputs={out}"], check=True, capture_output=True, text=True)
+  command = ["-m", "internvl_jax.verify", f"--model={folder}", f"--inputs={folder / 'io.npz'}"]
+  environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+  done = forked.run([*command, f"--outputs={out}"], environment=environment, folder=tmp_path)
+  assert done.returncode == 0, done.stderr
   ours, theirs = np.load(out), np.load(folder / "io.npz")
   np.testing.assert_allclose(ours["logits"], theirs["logits"], rtol=0, atol=2e-4)
   np.testing.assert_allclose(ours["grad_norm"], theirs["grad_norm"], rtol=1e-4)

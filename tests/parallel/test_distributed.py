@@ -3,8 +3,6 @@
 import concurrent.futures
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -18,6 +16,7 @@ from internvl_jax.parallel import distributed
 from internvl_jax.parallel.distributed import StopSignal, initialized
 from internvl_jax.parallel.launchers import Place, find_place
 from internvl_jax.parallel.mesh import data_parts, make_mesh
+from tests.support import forked
 from tests.support.hosts import free_port
 from tests.support.toy import CURVE, REPOSITORY
 
@@ -221,7 +220,7 @@ from internvl_jax import cli
 from internvl_jax.errors import UserError
 from internvl_jax.parallel import distributed
 
-distributed.JOIN_SECONDS, distributed.HEARTBEAT_SECONDS = int(sys.argv[2]), 10
+distributed.JOIN_SECONDS, distributed.HEARTBEAT_SECONDS = int(sys.argv[2]), 5 if sys.argv[3] == "fail" else 10
 with distributed.initialized(sys.argv[1], cli.report):
   print("joined", jax.process_index(), flush=True)
   if jax.process_index() == 1 and sys.argv[3] == "fail":
@@ -255,32 +254,41 @@ with distributed.initialized(sys.argv[1], cli.report):
 """
 
 
-def start(setting, *, seconds=60, what="pass"):
-  return start_program(PROGRAM, setting, str(seconds), what)
+class Started:
+  """A program in a process of its own, and the files of what it says."""
+
+  def __init__(self, folder, program, *arguments, devices=1):
+    number = len(list(folder.iterdir()))
+    script, *self.outputs = (folder / f"{number}-{name}" for name in ("program.py", "stdout", "stderr"))
+    script.write_text(program)
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(REPOSITORY)}
+    with self.outputs[0].open("w") as out, self.outputs[1].open("w") as err:
+      files = {"stdout": out.fileno(), "stderr": err.fileno()}
+      self.process = forked.start([str(script), *arguments], environment=environment, **files)
+
+  def communicate(self, timeout=60):
+    """Its exit code, and what it has said on both outputs, once it has ended."""
+    return self.process.wait(timeout), *(path.read_text() for path in self.outputs)
 
 
-def start_program(program, *arguments, devices=1):
-  command = [sys.executable, "-c", program, *arguments]
-  environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(REPOSITORY)}
-  return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(folder, setting, *, seconds=60, what="pass"):
+  return Started(folder, PROGRAM, setting, str(seconds), what)
 
 
-def test_processes_join_and_leave():
+def test_processes_join_and_leave(tmp_path):
   port = free_port()
-  processes = [start(f"127.0.0.1:{port},2,{i}") for i in range(2)]
+  processes = [start(tmp_path, f"127.0.0.1:{port},2,{i}") for i in range(2)]
   for i, process in enumerate(processes):
-    said = [line for line in process.communicate(timeout=60)[0].splitlines() if "Gloo" not in line]
+    said = [line for line in process.communicate()[1].splitlines() if "Gloo" not in line]
     assert said == [f"joined {i}", f"[[3, 6], [{3 * 2**40}, 12]]", "left"]
 
 
-def test_processes_read_a_checkpoint_together():
-  port = free_port()
-  processes = [
-    start_program(LOADS, f"127.0.0.1:{port},2,{i}", str(CURVE / "init"), devices=2) for i in range(2)
-  ]
+def test_processes_read_a_checkpoint_together(tmp_path):
+  init, port = str(CURVE / "init"), free_port()
+  processes = [Started(tmp_path, LOADS, f"127.0.0.1:{port},2,{i}", init, devices=2) for i in range(2)]
   for process in processes:
-    stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0 and stdout.splitlines()[-1] == "True", stderr
+    status, stdout, stderr = process.communicate(timeout=120)
+    assert status == 0 and stdout.splitlines()[-1] == "True", stderr
 
 
 def test_processes_that_feed_the_same_rows_count_once_and_alike():
@@ -293,12 +301,12 @@ def test_processes_that_feed_the_same_rows_count_once_and_alike():
     distributed.sum_parts([0, 0, 1, 1], everyone)
 
 
-def test_one_that_fails_says_why_and_ends_the_others():
+def test_one_that_fails_says_why_and_ends_the_others(tmp_path):
   port = free_port()
   begin = time.monotonic()
-  processes = [start(f"127.0.0.1:{port},2,{i}", what="fail") for i in range(2)]
-  told, why = (process.communicate(timeout=60)[1] for process in processes)
-  assert time.monotonic() - begin < 40 and processes[1].returncode == 1 and processes[0].returncode != 0
+  processes = [start(tmp_path, f"127.0.0.1:{port},2,{i}", what="fail") for i in range(2)]
+  (first, _, told), (second, _, why) = (process.communicate() for process in processes)
+  assert time.monotonic() - begin < 40 and second == 1 and first != 0
   assert "error: the disk of this host is on fire\n" in why and "Traceback" not in why
   assert "another task died" in told
 
@@ -308,13 +316,13 @@ def test_a_pod_of_which_hosts_are_missing_is_told_what_to_look_at():
   assert "(TPU pod) has waited 300 s for the other hosts" in text and "None" not in text
 
 
-def test_one_that_meets_nobody_says_so():
-  for process, others in ((0, "the others"), (1, "process 0")):
-    alone = start(f"127.0.0.1:{free_port()},2,{process}", seconds=3)
-    _, stderr = alone.communicate(timeout=60)
+def test_one_that_meets_nobody_says_so(tmp_path):
+  each = [start(tmp_path, f"127.0.0.1:{free_port()},2,{process}", seconds=3) for process in range(2)]
+  for process, alone, others in zip(range(2), each, ("the others", "process 0"), strict=True):
+    status, _, stderr = alone.communicate()
     (error,) = [line for line in stderr.splitlines() if line.startswith("error:")]
     assert f"process {process} of 2 (runtime.distributed) has waited 3 s for {others} at 127.0.0.1" in error
-    assert alone.returncode == 1
+    assert status == 1
 
 
 def test_one_alone_opens_no_port_and_stops_when_told():
