@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, SFTBatch
+from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, TokenBatch
 from internvl_jax.data.schedule.shapes import tile_bucket
 
 SHARES = (0.26, 0.20, 0.16, 0.13, 0.11, 0.08, 0.05)
@@ -37,7 +37,7 @@ def tiles_of(length: int, per_tile: int) -> int:
 
 def packed_batch(
   tokens: int, *, per_tile: int, side: int, image_token: int, pool: int | None = None
-) -> SFTBatch:
+) -> TokenBatch:
   """One packed row and its pool of tiles, as an optimizer step takes them.
 
   Of each segment the first token is text, then its tiles' tokens follow, then text, of which the second half is
@@ -74,4 +74,4 @@ def packed_batch(
   )
   whole = {name: value[None, None] for name, value in row.items()}
   weight = (whole["targets"] != IGNORE_INDEX).astype(np.float32)
-  return SFTBatch(**whole, loss_weight=weight, tiles=tiles)
+  return TokenBatch(**whole, loss_weight=weight, tiles=tiles)

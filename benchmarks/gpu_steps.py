@@ -14,7 +14,7 @@ import gpu_rows
 from gpu_results import Results
 from gpu_timing import Timing
 from internvl_jax.aot import recipe
-from internvl_jax.batch import SFTBatch, count
+from internvl_jax.batch import TokenBatch, count
 from internvl_jax.compiler import compile_program
 from internvl_jax.config import TrainConfig
 from internvl_jax.hf import published
@@ -78,7 +78,7 @@ class Ready:
   """A case on one device: the run's setup, its batch of numpy arrays, and the FLOPs that a step needs."""
 
   setup: Setup
-  batch: SFTBatch
+  batch: TokenBatch
   flops: float
 
 
@@ -148,7 +148,7 @@ def take_steps(
   state: TrainState,
   frozen: dict[str, jax.Array],
   setup: Setup,
-  batch: SFTBatch,
+  batch: TokenBatch,
   *,
   samples: int,
 ) -> tuple[Timing, list[float]]:

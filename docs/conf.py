@@ -78,7 +78,7 @@ def read_docstring(app: Any, what: str, name: str, obj: Any, options: Any, lines
       continue
     parts = re.split(r"(`+[^`]+`+)", text)
     parts[::2] = [_MARKUP.sub(r"\\\g<0>", part) for part in parts[::2]]
-    # A literal ends before a sign that is no letter: `SFTBatch`es.
+    # A literal ends before a sign that is no letter: `TokenBatch`es.
     parts[2::2] = [f"\\ {part}" if part[:1].isalnum() else part for part in parts[2::2]]
     read.append("".join(_CODE.sub(r"``\1``", part) for part in parts))
   lines[:] = "\n\n".join(read).split("\n")

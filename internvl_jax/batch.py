@@ -47,8 +47,8 @@ class Axes:
     self.dtype, self.names = dtype, names
 
 
-class SFTBatch(NamedTuple):
-  """The tokens and tiles of an optimizer step: the batch of supervised fine-tuning, and the `rows` of every other.
+class TokenBatch(NamedTuple):
+  """The tokens and tiles of an optimizer step, which every task's batch has as its `rows`; some tasks need no more.
 
   Rows are dealt to data shards in blocks of R/D; a row may point only into its own shard's pool of tiles.
 
@@ -72,7 +72,7 @@ class SFTBatch(NamedTuple):
   tiles: Annotated[Array, Axes("uint8", "A", "D", "T", "H", "W", 3)]
 
   @property
-  def rows(self) -> "SFTBatch":
+  def rows(self) -> "TokenBatch":
     """The batch itself: what every kind of batch has."""
     return self
 
@@ -81,7 +81,7 @@ class Batch(Protocol):
   """What a step takes: a NamedTuple whose fields declare their axes. Each kind of batch has tokens and tiles."""
 
   @property
-  def rows(self) -> SFTBatch:
+  def rows(self) -> TokenBatch:
     """The tokens and tiles."""
     ...
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, UInt8
 
-from internvl_jax.batch import SFTBatch
+from internvl_jax.batch import TokenBatch
 from internvl_jax.models.attention import SharedPrompts
 from internvl_jax.models.functional import ModelDef
 from internvl_jax.models.internvl import Execution, InternVL, normalize_tiles
@@ -78,7 +78,7 @@ class ForwardPass:
   def hidden(
     self,
     model: InternVL,
-    rows: SFTBatch,
+    rows: TokenBatch,
     features: Float[Array, "D Q E"],
     key: Key[Array, ""] | None,
     shared: SharedPrompts | None = None,
@@ -95,7 +95,7 @@ class ForwardPass:
     )
     return hidden, self._router_loss(router, rows)
 
-  def _router_loss(self, router: dict[str, jax.Array], rows: SFTBatch) -> jax.Array | float:
+  def _router_loss(self, router: dict[str, jax.Array], rows: TokenBatch) -> jax.Array | float:
     """The load-balancing loss of a decoder with experts; 0 without."""
     if not router or not self.router_loss_coef:
       return 0.0

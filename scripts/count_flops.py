@@ -14,7 +14,7 @@ import numpy as np
 from absl import app, flags
 
 from internvl_jax.arguments import ModelArguments, TrainingArguments
-from internvl_jax.batch import SFTBatch
+from internvl_jax.batch import TokenBatch
 from internvl_jax.metrics.flops import count_flops
 from internvl_jax.models import functional
 from internvl_jax.models.decoder import DecoderConfig
@@ -107,10 +107,10 @@ def cost(frozen: dict[str, Any], *, tiles: int, tokens: int) -> tuple[int, int]:
   return count_flops(step.__call__, state, frozen_params, batch(tokens, tiles), rate), count(params)
 
 
-def batch(tokens: int, tiles: int) -> SFTBatch:
+def batch(tokens: int, tiles: int) -> TokenBatch:
   """Shapes of one row."""
   ids = jax.ShapeDtypeStruct((1, 1, tokens), np.int32)
-  return SFTBatch(
+  return TokenBatch(
     input_ids=ids,
     targets=ids,
     loss_weight=jax.ShapeDtypeStruct(ids.shape, np.float32),

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from internvl_jax.arguments import DataTrainingArguments, LoaderConfig, ModelArguments, TrainingArguments
-from internvl_jax.batch import SFTBatch
+from internvl_jax.batch import TokenBatch
 from internvl_jax.config import TrainConfig
 from internvl_jax.config_checks import idle_settings
 from internvl_jax.data.load import loader as loaders
@@ -237,7 +237,7 @@ def test_use_liger(flag):
   assert idle_settings(run_of(use_liger=flag)) == []
   objective = set_up(use_liger=flag).objective
   hidden = jax.ShapeDtypeStruct((1, 4096, 64), np.float32)
-  batch = SFTBatch(*[None] * len(SFTBatch._fields))._replace(
+  batch = TokenBatch(*[None] * len(TokenBatch._fields))._replace(
     targets=jax.ShapeDtypeStruct((1, 4096), np.int32), loss_weight=jax.ShapeDtypeStruct((1, 4096), np.float32)
   )
 
@@ -502,7 +502,7 @@ def test_loss_reduction(loader_of):
 def test_loss_reduction_all_gather():
   # Two micro-batches of one and of three supervised tokens.
   loss_weight = np.array([[[1, 0, 0, 0]], [[1, 1, 1, 0]]], np.float32)
-  batch = SFTBatch(*[None] * (len(SFTBatch._fields)))._replace(loss_weight=loss_weight)
+  batch = TokenBatch(*[None] * (len(TokenBatch._fields)))._replace(loss_weight=loss_weight)
   own, joint = (
     np.asarray(set_up(loss_reduction_all_gather=flag).objective.weights(batch)).sum((1, 2))
     for flag in (False, True)

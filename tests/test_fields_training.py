@@ -311,7 +311,7 @@ def test_overwrite_output_dir(tmp_path):
 
 def log_of(tmp_path, **settings):
   training = TrainingArguments(**settings)
-  writers = open_writers(training, tmp_path, total_steps=4)
+  writers = open_writers(training, tmp_path, total_steps=4, terms={})
   return RunLog(
     training,
     tmp_path,

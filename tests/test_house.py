@@ -248,7 +248,7 @@ def test_nobody_above_the_tasks_names_one():
 
 def test_nobody_asks_of_which_task_something_is():
   """Outside `tasks/`, no `isinstance` on a task, an objective or a batch: it would be a missing method."""
-  kinds = {"SFTBatch", "Batch", "ForwardPass", "Objective", "Task", "Hooks"}
+  kinds = {"TokenBatch", "Batch", "ForwardPass", "Objective", "Task", "Hooks"}
   for path in (PACKAGE / "tasks").rglob("*.py"):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     kinds |= {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}

@@ -83,7 +83,7 @@ class Saves:
 
 def make_log(tmp_path, training, total, peak=None):
   gauges = Gauges(USEFUL, peak, [SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 3 << 30})])
-  writers = open_writers(training, tmp_path, total_steps=total)
+  writers = open_writers(training, tmp_path, total_steps=total, terms={})
   epoch_of = lambda step: step / total  # noqa: E731
   return RunLog(training, tmp_path, total_steps=total, epoch_of=epoch_of, gauges=gauges, writers=writers)
 

@@ -58,7 +58,7 @@ def changed(
   vision = dataclasses.replace(
     config.vision,
     image_size=image_size,
-    split=_first_trained(changes.unfreeze_vit_layers, config.vision.num_layers),
+    split=first_trained(changes.unfreeze_vit_layers, config.vision.num_layers),
     lora=specs["vision_model"],
   )
   text = dataclasses.replace(
@@ -102,8 +102,12 @@ def _check_tile(image_size: int, patch_size: int, ratio: float) -> None:
     )
 
 
-def _first_trained(start: int, num_layers: int) -> int | None:
-  """Where `layers[start:]` begins; None for all or none of them."""
+def first_trained(start: int, num_layers: int) -> int | None:
+  """The first layer that trains where `layers[start:]` do; None for all or none of them.
+
+  Raises:
+    UserError: `start` names no layer.
+  """
   if start and not -num_layers <= start < num_layers:
     raise UserError(
       f"model.unfreeze_vit_layers={start} names no layer of a ViT of {num_layers}; use {-num_layers} to "

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from internvl_jax.arguments import ModelArguments
 from internvl_jax.errors import UserError
+from internvl_jax.hf.changes import first_trained
 from internvl_jax.models.lora import adapter_paths
 from internvl_jax.trees import LAYER_RANGE, first_match, submodule_of
 
@@ -100,7 +101,7 @@ def _thawed(model: ModelArguments, paths: list[str]) -> list[str]:
   if model.unfreeze_vit_layers:
     spans = {path: LAYER_RANGE.search(path) for path in paths if submodule_of(path) == "vision_model"}
     depth = max(int(span[2]) for span in spans.values() if span)
-    # The stack is split there, so no range of layers lies across it.
-    start = model.unfreeze_vit_layers % depth
+    # The stack is split there, so no range of layers is on both sides of it.
+    start = first_trained(model.unfreeze_vit_layers, depth) or 0
     thawed += [path for path, span in spans.items() if span and int(span[1]) >= start]
   return thawed

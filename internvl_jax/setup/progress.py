@@ -147,7 +147,9 @@ def open_log(run: Run, loader: TrainLoader) -> RunLog:
   config, setup, source = run.config, run.setup, run.source
   folder, writers = output_folder(config), []
   if distributed.is_first():
-    writers = open_writers(config.training, folder, total_steps=loader.total_steps)
+    writers = open_writers(
+      config.training, folder, total_steps=loader.total_steps, terms=run.setup.task.shown_terms
+    )
   return RunLog(
     config.training,
     folder,

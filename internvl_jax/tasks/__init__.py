@@ -1,15 +1,18 @@
 """Ways to learn: a package each, and a line each in `TASKS`.
 
 A package has `is_asked_for(config)` and `CONVERSATIONS`, how many conversations a line becomes, both without anything
-heavy, maybe `VARIANTS` of the planned recipe, and a module `task` with `open_task(config, source)`, which returns a `tasks.task.Task`.
+heavy, maybe `VARIANTS` of the planned recipe and `other_kind()`, which explains its lines to another task, and a module `task` with `open_task(config, source)`, which returns a `tasks.task.Task`.
 """
 
 import importlib
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from internvl_jax.config import TrainConfig
+
+if TYPE_CHECKING:
+  from internvl_jax.data.sample.line_keys import OtherKind
 
 TASKS: tuple[str, ...] = (
   "internvl_jax.tasks.preference",
@@ -27,6 +30,12 @@ def variants() -> dict[str, Callable[[TrainConfig], None]]:
   """Variants of the recipe that is planned for, by name: what makes a config of fine-tuning one of another task."""
   packages = map(importlib.import_module, TASKS)
   return {name: vary for package in packages for name, vary in getattr(package, "VARIANTS", {}).items()}
+
+
+def other_kinds() -> "tuple[OtherKind, ...]":
+  """Kinds of line of the tasks that are asked for by a setting, as the default task explains them where it meets them."""
+  packages = map(importlib.import_module, TASKS)
+  return tuple(package.other_kind() for package in packages if hasattr(package, "other_kind"))
 
 
 def conversations_a_line(config: TrainConfig) -> int:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import jax
 
-from internvl_jax.batch import SFTBatch
+from internvl_jax.batch import TokenBatch
 from internvl_jax.config import TrainConfig
 from internvl_jax.data.load.loader import TrainLoader
 from internvl_jax.data.load.task import DataTask
@@ -120,19 +120,21 @@ class Task:
     copy_prefix: what the paths of those copies begin with.
     held_out: setting -> meta file of held-out samples, or None.
     frame_name: the text before the number of a video's frame, for those who serve the model; None is the layout's.
+    shown_terms: metrics of its objective that log lines show: name -> text with a format, "margin {:.3g}".
     open_hooks: makes what it does at certain moments of a run; None: nothing.
   """
 
   name: str
   data: DataTask
   make_objective: Callable[..., Objective]
-  batch: type = SFTBatch
+  batch: type = TokenBatch
   sizes: Callable[[int], Mapping[str, int]] = lambda tokens: {}
   twice: tuple[str, ...] = ()
   abstract_copies: Callable[[Shapes, set[str]], dict[str, jax.ShapeDtypeStruct]] = lambda params, trainable: {}
   copy_prefix: str = ""
   held_out: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
   frame_name: str | None = None
+  shown_terms: Mapping[str, str] = dataclasses.field(default_factory=dict)
   open_hooks: Callable[[RunContext], Hooks] | None = None
 
   def hooks(self, context: RunContext) -> Hooks:

@@ -1,9 +1,13 @@
 """What of preference losses no recording has: BCO's running mean batch by batch, and EXO without label smoothing."""
 
+import re
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 
 from internvl_jax.losses.preference import (
+  LOSSES,
   LossSettings,
   PairLogProbs,
   initial_running,
@@ -37,3 +41,9 @@ def test_exo_takes_a_thousandth_where_nothing_is_smoothed():
   prefers = 1 / (1 + np.exp(-0.5 * margin))
   expected = prefers * np.log(prefers / 0.999) + (1 - prefers) * np.log((1 - prefers) / 0.001)
   np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_the_docs_name_the_losses():
+  text = (Path(__file__).parents[2] / "docs/preference.md").read_text()
+  (row,) = (line for line in text.splitlines() if line.startswith("| `loss_type` |"))
+  assert re.findall("`([a-z_]+)`", row.split("|")[2]) == list(LOSSES)

@@ -40,7 +40,7 @@ def service(tmp_path, monkeypatch):
 def test_a_service_is_a_file_and_a_line(tmp_path, service):
   """What fails when it is closed does not keep the others from being closed."""
   training = TrainingArguments(report_to="service", disable_tqdm=True)
-  writers = open_writers(training, tmp_path / "out", total_steps=4)
+  writers = open_writers(training, tmp_path / "out", total_steps=4, terms={})
   (added,) = [writer for writer in writers if type(writer).__name__ == "Service"]
   closed = []
   last = SimpleNamespace(
@@ -62,15 +62,17 @@ def test_a_service_is_a_file_and_a_line(tmp_path, service):
 
 
 def test_an_entry_as_a_line_of_the_log():
-  lines = LogLines(10)
+  lines = LogLines(10, {"margin": "margin {:.2f}", "not there": "{}"})
   lines.add_step(4, "0:45:00 left")
   entry = {
     "step": 4,
     "loss": 1.5,
     "learning_rate": 2e-5,
+    "margin": 0.125,
+    "another term": 1.0,
     "mfu": 0.4321,
     "peak_memory_bytes": 3 << 30,
     "epoch": 0.4,
   }
-  told = "step 4/10, loss 1.5000, learning_rate 2e-05, MFU 43.2%, 3.0 GiB at most, 0:45:00 left"
+  told = "step 4/10, loss 1.5000, margin 0.12, learning_rate 2e-05, MFU 43.2%, 3.0 GiB at most, 0:45:00 left"
   assert lines.line(entry) == told

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, SFTBatch
+from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, TokenBatch
 from internvl_jax.config import TrainConfig
 from internvl_jax.hf import published
 from internvl_jax.hf.families import FAMILIES
@@ -95,7 +95,7 @@ def batch():
   targets = np.pad(arrays["labels"][None, :, 1:], ((0, 0), (0, 0), (0, 1)), constant_values=IGNORE_INDEX)
   is_image = ids == families.IMAGE_TOKEN
   places = np.cumsum(is_image.reshape(-1)).reshape(ids.shape) - 1
-  return SFTBatch(
+  return TokenBatch(
     input_ids=ids,
     targets=targets.astype(np.int32),
     loss_weight=(targets != IGNORE_INDEX).astype(np.float32),

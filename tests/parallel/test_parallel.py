@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from internvl_jax.arguments import MeshConfig
-from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, SFTBatch
+from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, TokenBatch
 from internvl_jax.checkpoint.checkpointer import Checkpointer
 from internvl_jax.errors import UserError
 from internvl_jax.losses import vocab_parallel
@@ -87,7 +87,7 @@ def packed_batch(seed):
         index[0, row, start : start + 4] = 4 * (2 * row + i // 2) + np.arange(4)
   answers = (segments > 0) & (positions >= 5)
   targets = np.where(answers, rng.integers(0, VOCAB, shape), IGNORE_INDEX).astype("i4")
-  return SFTBatch(
+  return TokenBatch(
     input_ids=rng.integers(0, VOCAB, shape).astype("i4"),
     targets=targets,
     loss_weight=np.where(answers, rng.uniform(0.5, 1.5, shape), 0).astype("f4"),

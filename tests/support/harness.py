@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from internvl_jax.arguments import MeshConfig, ModelArguments, TrainingArguments
-from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, SFTBatch
+from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, TokenBatch
 from internvl_jax.models import functional
 from internvl_jax.models.decoder import DecoderConfig
 from internvl_jax.models.internvl import Execution, InternVL, InternVLConfig
@@ -56,7 +56,7 @@ def make_batch(rows=8, length=12, shards=1, accumulation=1, seed=0):
   pool = rows // 2 // shards
   for row in range(0, rows, 2):
     index[:, row, :4] = (row // 2 % pool) * 4 + np.arange(4)
-  return SFTBatch(
+  return TokenBatch(
     input_ids=ids,
     targets=targets.astype("i4"),
     loss_weight=(targets != IGNORE_INDEX).astype("f4"),
@@ -75,13 +75,13 @@ def reshape_batch(batch, accumulation, shards):
   length = batch.input_ids.shape[-1]
   fields = {
     name: getattr(batch, name).reshape(accumulation, rows, length)
-    for name in SFTBatch._fields
+    for name in TokenBatch._fields
     if name != "tiles"
   }
   tile = np.where(fields["image_index"] == NO_IMAGE, 0, fields["image_index"]) // 4
   local = tile % pool * 4 + fields["image_index"] % 4
   fields["image_index"] = np.where(fields["image_index"] == NO_IMAGE, NO_IMAGE, local).astype("i4")
-  return SFTBatch(**fields, tiles=tiles.reshape(accumulation, shards, pool, *tiles.shape[1:]))
+  return TokenBatch(**fields, tiles=tiles.reshape(accumulation, shards, pool, *tiles.shape[1:]))
 
 
 _AROUND_ONE = ("scale", "ls1", "ls2", "magnitude")

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from internvl_jax.arguments import LoaderConfig, TrainingArguments
-from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, SFTBatch
+from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, TokenBatch
 from internvl_jax.data.load.batching import EVENTS
 from internvl_jax.data.load.inspection import decode_all, examine
 from internvl_jax.data.load.loader import TrainLoader
@@ -206,7 +206,7 @@ def test_a_batch_is_as_its_schema_says(meta, tokenizer):
   with contextlib.closing(make_loader(meta, tokenizer, data=PACKED, shards=2)) as loader:
     batch = next(loader)
   A, R, S = batch.rows.input_ids.shape
-  assert isinstance(batch.rows, SFTBatch) and (A, R) == (2, 2)
+  assert isinstance(batch.rows, TokenBatch) and (A, R) == (2, 2)
   shapes = [(array.shape, array.dtype) for array in batch[1:]]
   K = S // 4
   assert shapes == [
@@ -258,7 +258,7 @@ def test_resume_is_bit_identical_for_any_workers_and_hosts(meta, tokenizer, name
     for _ in range(2):
       parts = [next(host) for host in hosts]
       joined = [np.concatenate(arrays, axis=1) for arrays in zip(*map(leaves, parts), strict=True)]
-      batches.append(PreferenceBatch(SFTBatch(*joined[:7]), *joined[7:]))
+      batches.append(PreferenceBatch(TokenBatch(*joined[:7]), *joined[7:]))
     assert hosts[0].next_step == wanted["next_step"]
   for batch, other in zip(batches, expected, strict=True):
     assert_equal(batch, other)

@@ -13,7 +13,7 @@ import pytest
 from internvl_jax import config_checks
 from internvl_jax.aot import recipe
 from internvl_jax.arguments import LOSS_WEIGHTS, MeshConfig, PreferenceConfig
-from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, SFTBatch
+from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, TokenBatch
 from internvl_jax.config import TrainConfig
 from internvl_jax.hf import published
 from internvl_jax.losses import preference
@@ -174,7 +174,7 @@ def make_pairs(rows=ROWS, seed=0, shards=1, fill=0, share=False):
       pair_index[0, row, pair] = number
       answers[0, row, pair] = 2 * pair + 1, 2 * pair + 2
       number += 1
-  batch = SFTBatch(
+  batch = TokenBatch(
     input_ids=ids,
     targets=targets,
     loss_weight=(targets != IGNORE_INDEX).astype("f4"),

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, SFTBatch
+from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, TokenBatch
 from internvl_jax.data.sample.notes import Note
 from internvl_jax.data.sample.sample import Sample
 from internvl_jax.data.schedule.shapes import tile_bucket
@@ -197,7 +197,7 @@ class Padding:
   at_least: tuple[int, int] = (0, 0)
 
 
-def assemble(micro_batches: Sequence[MicroBatch], padding: Padding) -> SFTBatch:
+def assemble(micro_batches: Sequence[MicroBatch], padding: Padding) -> TokenBatch:
   """Pads A micro-batches to the smallest buckets that hold them all.
 
   Rows are dealt to shards in blocks of R/D, and a shard's pool holds its rows' tiles in order of the rows. So
@@ -232,7 +232,7 @@ def assemble(micro_batches: Sequence[MicroBatch], padding: Padding) -> SFTBatch:
   targets[:, :, :-1] = labels[:, :, 1:]
   loss_weight = np.zeros_like(weights)
   loss_weight[:, :, :-1] = weights[:, :, 1:]
-  return SFTBatch(
+  return TokenBatch(
     input_ids=input_ids,
     targets=targets,
     loss_weight=np.where(targets != IGNORE_INDEX, loss_weight, np.float32(0)),

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from internvl_jax.batch import IGNORE_INDEX, Batch, SFTBatch
+from internvl_jax.batch import IGNORE_INDEX, Batch, TokenBatch
 from internvl_jax.data.sample.lines import LineSchema
 from internvl_jax.data.sample.sample import Sample
 from internvl_jax.data.sample.tokenize import IMAGE_CONTEXT, ChatTokenizer, ChatTokens, common_prompt
@@ -67,7 +67,7 @@ def _show_segment(part: ChatTokens, tokenizer: ChatTokenizer) -> str:
   return _show_tokens(part.input_ids, part.labels != IGNORE_INDEX, tokenizer)
 
 
-def _show_row(batch: SFTBatch, row: int, tokenizer: ChatTokenizer) -> str:
+def _show_row(batch: TokenBatch, row: int, tokenizer: ChatTokenizer) -> str:
   """One row of the first micro-batch; where a segment goes on from tokens that another one shows, it says so."""
   ids, segments, positions = (x[0, row] for x in (batch.input_ids, batch.segment_ids, batch.positions))
   length = int((segments > 0).sum())

@@ -5,6 +5,7 @@ nothing), and a line in `WRITERS`.
 """
 
 import importlib
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from internvl_jax.arguments import TrainingArguments
@@ -47,13 +48,16 @@ By name, so that a service's library is imported by the runs alone that report t
 """
 
 
-def open_writers(training: TrainingArguments, output_dir: AnyPath, *, total_steps: int) -> list[Writer]:
+def open_writers(
+  training: TrainingArguments, output_dir: AnyPath, *, total_steps: int, terms: Mapping[str, str]
+) -> list[Writer]:
   """The writers of a run: JSON files, log lines and a progress bar always, and the service that is asked for.
 
   Args:
     training: `report_to` names the service, `disable_tqdm` leaves out the bar.
     output_dir: the run's directory.
     total_steps: length of the run.
+    terms: the task's own metrics that log lines show: name -> text with a format.
   """
   from internvl_jax.metrics.writers.console import LogLines, ProgressBar
   from internvl_jax.metrics.writers.json_files import JsonFiles
@@ -63,5 +67,5 @@ def open_writers(training: TrainingArguments, output_dir: AnyPath, *, total_step
     module, _, name = WRITERS[training.report_to].partition(":")
     writers.append(getattr(importlib.import_module(module), name)(training, output_dir))
   writers.append(ProgressBar(total_steps, disable=training.disable_tqdm))
-  writers.append(LogLines(total_steps))
+  writers.append(LogLines(total_steps, terms))
   return writers

@@ -1,6 +1,7 @@
 """Metrics on the terminal: a progress bar, and a line of the log for each entry."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from absl import logging
@@ -8,10 +9,9 @@ from tqdm import tqdm
 
 from internvl_jax.metrics.writers import Writer
 
+_LOSS = {"loss": "loss {:.4f}"}
+
 _TEXTS = {
-  "loss": "loss {:.4f}",
-  "rewards/accuracies": "rewards/accuracies {:.3f}",
-  "rewards/margins": "rewards/margins {:.3g}",
   "grad_norm": "grad_norm {:.3g}",
   "learning_rate": "learning_rate {:.3g}",
   "skipped_steps": "{} steps skipped",
@@ -66,9 +66,10 @@ class ProgressBar(Writer):
 class LogLines(Writer):
   """A line of the log for each entry; scores are logged by what computes them."""
 
-  def __init__(self, total_steps: int):
-    """Sets it up."""
+  def __init__(self, total_steps: int, terms: Mapping[str, str]):
+    """Sets it up; `terms` are the task's own metrics to show, as `tasks.task.Task.shown_terms` has them."""
     self._total_steps, self._remaining = total_steps, ""
+    self._texts = {**_LOSS, **terms, **_TEXTS}
 
   def add_step(self, step: int, remaining: str) -> None:
     """Keeps how long the run still takes, for the next line."""
@@ -82,7 +83,7 @@ class LogLines(Writer):
   def line(self, entry: dict[str, Any]) -> str:
     """The entry as a line of the log."""
     parts = [f"step {entry['step']}/{self._total_steps}"]
-    parts += [text.format(entry[key]) for key, text in _TEXTS.items() if key in entry]
+    parts += [text.format(entry[key]) for key, text in self._texts.items() if key in entry]
     if "peak_memory_bytes" in entry:
       parts.append(f"{entry['peak_memory_bytes'] / 2**30:.1f} GiB at most")
     if self._remaining:

@@ -1,6 +1,11 @@
 """Preference optimization of pairs of a chosen and a rejected answer (MPO, arXiv:2411.10442)."""
 
+from typing import TYPE_CHECKING
+
 from internvl_jax.config import TrainConfig
+
+if TYPE_CHECKING:
+  from internvl_jax.data.sample.line_keys import OtherKind
 
 CONVERSATIONS = 2
 """A line becomes the prompt with each answer."""
@@ -9,6 +14,13 @@ CONVERSATIONS = 2
 def is_asked_for(config: TrainConfig) -> bool:
   """Whether the config asks for it."""
   return config.preference.loss_type is not None
+
+
+def other_kind() -> "OtherKind":
+  """Pairs, to tasks whose lines are others."""
+  from internvl_jax.tasks.preference.lines import PAIRS
+
+  return PAIRS
 
 
 def _mpo(config: TrainConfig) -> None:

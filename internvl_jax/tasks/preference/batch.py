@@ -2,7 +2,7 @@
 
 from typing import Annotated, NamedTuple
 
-from internvl_jax.batch import Array, Axes, SFTBatch
+from internvl_jax.batch import Array, Axes, TokenBatch
 
 
 class PreferenceBatch(NamedTuple):
@@ -24,7 +24,7 @@ class PreferenceBatch(NamedTuple):
       prompt; see `models.attention.Mask`. All 0 where prompts are not shared.
   """
 
-  rows: SFTBatch
+  rows: TokenBatch
   pair_weight: Annotated[Array, Axes("float32", "A", "R", "K")]
   pair_index: Annotated[Array, Axes("int32", "A", "R", "K")]
   reference: Annotated[Array, Axes("float32", "A", "R", "K", 2)]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from internvl_jax.batch import IGNORE_INDEX, SFTBatch
+from internvl_jax.batch import IGNORE_INDEX, TokenBatch
 from internvl_jax.losses import lm, preference, vocab_parallel
 from internvl_jax.losses.preference import LossSettings, PairLogProbs
 from internvl_jax.models.attention import SharedPrompts
@@ -131,7 +131,7 @@ class PreferenceOptimization(ForwardPass):
   def _shared(self, batch: PreferenceBatch) -> SharedPrompts | None:
     return SharedPrompts(batch.parent, answers=2) if self.shares_prompts else None
 
-  def _token_losses(self, model: InternVL, hidden: jax.Array, rows: SFTBatch) -> jax.Array:
+  def _token_losses(self, model: InternVL, hidden: jax.Array, rows: TokenBatch) -> jax.Array:
     """-log p [R, S] of the tokens to predict, 0 where there is none."""
     if not self.fused_loss:
       return lm.token_losses(model.logits(hidden), rows.targets)

@@ -14,6 +14,12 @@ from internvl_jax.tasks.preference.objective import PreferenceOptimization
 from internvl_jax.tasks.preference.policy import COPIES, abstract_copies, reference_policy
 from internvl_jax.tasks.task import Task
 
+SHOWN_TERMS = {
+  "rewards/accuracies": "rewards/accuracies {:.3f}",
+  "rewards/margins": "rewards/margins {:.3g}",
+}
+"""Metrics of `PreferenceOptimization` that log lines show."""
+
 
 def open_task(config: TrainConfig, source: Source) -> Task:
   """The task of a config, for a model."""
@@ -39,6 +45,7 @@ def open_task(config: TrainConfig, source: Source) -> Task:
     sizes=lambda tokens: {"K": pairs_of_row(tokens)},
     held_out={"preference.eval_meta_path": asked.eval_meta_path},
     frame_name=FRAME_NAME,
+    shown_terms=SHOWN_TERMS,
     open_hooks=functools.partial(PreferenceHooks, data),
     **({"twice": policy.parts, "abstract_copies": copies, "copy_prefix": COPIES} if in_memory else {}),
   )

@@ -2,7 +2,7 @@
 
 from internvl_jax.data.load.task import Conversations
 from internvl_jax.data.sample.conversations import ConversationLines
-from internvl_jax.tasks.preference.lines import PAIRS
+from internvl_jax.tasks import other_kinds
 
-DATA = Conversations(lines=ConversationLines(others=(PAIRS,)))
-"""Lines of conversations, which knows pairs when it meets them; see `load.task.DataTask`."""
+DATA = Conversations(lines=ConversationLines(others=other_kinds()))
+"""Lines of conversations, which explains other tasks' lines where it meets them; see `load.task.DataTask`."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import jax
 from jaxtyping import Array, Float, Key
 
-from internvl_jax.batch import SFTBatch
+from internvl_jax.batch import TokenBatch
 from internvl_jax.losses import lm
 from internvl_jax.models.internvl import InternVL
 from internvl_jax.objectives import ForwardPass, Outcome, Running
@@ -19,14 +19,14 @@ from internvl_jax.objectives import ForwardPass, Outcome, Running
 class SupervisedFineTuning(ForwardPass):
   """Next-token cross-entropy on the answers."""
 
-  def weights(self, batch: SFTBatch) -> Float[Array, "A R S"]:
+  def weights(self, batch: TokenBatch) -> Float[Array, "A R S"]:
     """Normalized weights [A, R, S] of an optimizer batch's tokens."""
     return self.normalized(batch.loss_weight)
 
   def loss(
     self,
     params: Mapping[str, jax.Array],
-    batch: SFTBatch,
+    batch: TokenBatch,
     weights: Float[Array, "R S"],
     key: Key[Array, ""],
     running: Running,
@@ -37,7 +37,7 @@ class SupervisedFineTuning(ForwardPass):
 
     Args:
       params: all parameters by path.
-      batch: one micro-batch: fields of SFTBatch without their leading A.
+      batch: one micro-batch: fields of TokenBatch without their leading A.
       weights: float32 [R, S], of `weights`.
       key: randomness of this micro-batch.
       running: see `Outcome`.
@@ -51,7 +51,7 @@ class SupervisedFineTuning(ForwardPass):
     return loss, Outcome(running, {})
 
   def _language_loss(
-    self, model: InternVL, hidden: jax.Array, batch: SFTBatch, weights: jax.Array
+    self, model: InternVL, hidden: jax.Array, batch: TokenBatch, weights: jax.Array
   ) -> jax.Array:
     if not self.fused_loss:
       return lm.cross_entropy(model.logits(hidden), batch.targets, weights)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from internvl_jax.arguments import LoaderConfig, TrainingArguments
-from internvl_jax.batch import SFTBatch
+from internvl_jax.batch import TokenBatch
 from internvl_jax.data.load.loader import TrainLoader
 from internvl_jax.data.load.settings import Shards
 from internvl_jax.data.where import DataError
@@ -61,7 +61,7 @@ class Hosts:
   def step(self):
     """The global batch: rows and shards of the hosts side by side."""
     parts = [next(loader) for loader in self.loaders]
-    return SFTBatch(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True)))
+    return TokenBatch(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True)))
 
   def state(self):
     """The state of the first host, with the counts of all, as a sum over hosts gives it to each."""

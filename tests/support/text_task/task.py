@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from internvl_jax.batch import IGNORE_INDEX, Array, Axes, SFTBatch
+from internvl_jax.batch import IGNORE_INDEX, Array, Axes, TokenBatch
 from internvl_jax.data.load import batching
 from internvl_jax.objectives import ForwardPass, Outcome
 from internvl_jax.tasks.task import Task
@@ -17,7 +17,7 @@ from tests.support.text_task.lines import TextLines
 class TextBatch(NamedTuple):
   """Tokens, and for each row whether it is long."""
 
-  rows: SFTBatch
+  rows: TokenBatch
   is_long: Annotated[Array, Axes("float32", "A", "R")]
 
 
