@@ -3,23 +3,36 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from internvl_jax.outputs import newest_checkpoint
-from tests.support.toy import REPOSITORY
+from tests.support import forked
 
 SAVER = Path(__file__).parents[1] / "support" / "saver.py"
 
 
-def start(folder, *arguments):
-  command = [sys.executable, str(SAVER), str(folder), "8", *map(str, arguments)]
-  environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(REPOSITORY)}
-  return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+class Saver:
+  """A process that saves until it is killed."""
+
+  def __init__(self, folder, *arguments):
+    self._log = folder / f"saver-{time.time_ns()}.txt"
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(forked.REPOSITORY)}
+    reads, writes = os.pipe()
+    with self._log.open("w") as stderr, os.fdopen(writes, "w") as stdout:
+      self.process = forked.start(
+        [str(SAVER), str(folder), "8", *map(str, arguments)],
+        environment=environment,
+        stdout=stdout.fileno(),
+        stderr=stderr.fileno(),
+      )
+    with os.fdopen(reads) as lines:
+      self.first_line = lines.readline()
+
+  def complaints(self):
+    return self._log.read_text()
 
 
 @pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
@@ -28,22 +41,22 @@ def test_a_killed_save_leaves_the_one_before(tmp_path, times):
   random.seed(0)
   newest = unfinished = 0
   for _ in range(times):
-    process = start(tmp_path)
-    assert process.stdout.readline() == f"restored {newest}\n", process.communicate()
+    saver = Saver(tmp_path)
+    assert saver.first_line == f"restored {newest}\n", saver.complaints()
     while newest_checkpoint(str(tmp_path)) in (None, newest):
-      assert process.poll() is None, process.communicate()
+      assert saver.process.poll() is None, saver.complaints()
       time.sleep(0.005)
     time.sleep(random.uniform(0, 0.5))
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    saver.process.kill()
+    assert saver.process.wait() == -signal.SIGKILL
     unfinished += any((tmp_path / "checkpoints").glob("*tmp*"))
     # What is chosen after the kill: a save that was under way may have been completed since the last look.
     assert newest_checkpoint(str(tmp_path)) > newest
     newest = newest_checkpoint(str(tmp_path))
-  process = start(tmp_path)
-  assert process.stdout.readline() == f"restored {newest}\n", process.communicate()
-  process.kill()
-  process.wait()
+  saver = Saver(tmp_path)
+  assert saver.first_line == f"restored {newest}\n", saver.complaints()
+  saver.process.kill()
+  saver.process.wait()
   # Kills did meet saves under way: of a few, chance may have missed them all.
   assert unfinished >= 5 or times < 20
   # What was half-written is gone, so that kills do not fill the disk.
@@ -51,9 +64,9 @@ def test_a_killed_save_leaves_the_one_before(tmp_path, times):
 
 
 def test_a_full_disk_is_one_line_and_costs_no_checkpoint(tmp_path):
-  process = start(tmp_path, 3)
-  _, stderr = process.communicate(timeout=120)
-  assert process.returncode == 1
+  saver = Saver(tmp_path, 3)
+  assert saver.process.wait(120) == 1
+  stderr = saver.complaints()
   # The file library's threads may complain about each other's end, in Python's own words.
   (error,) = [line for line in stderr.splitlines() if line.startswith("error:")]
   assert "orbax" not in stderr

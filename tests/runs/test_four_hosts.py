@@ -1,13 +1,11 @@
 """Four real processes of which one differs: all end, with a line that names what differs."""
 
 import json
-import shutil
 
 import pytest
 
 from tests.parallel.test_agreement import ended
 from tests.support.hosts import Job, make_world
-from tests.support.toy import CURVE
 
 ODD = 2
 
@@ -64,13 +62,10 @@ def weights(world):
 )
 def test_all_of_four_end_with_a_line_that_names_it(tmp_path, differ, named):
   worlds = [make_world(tmp_path / f"host{i}") for i in range(4)]
-  for world in worlds:
-    shutil.copyfile(CURVE / "init/model.safetensors", world / "model/model.safetensors")
-    shutil.copyfile(CURVE / "init/config.json", world / "model/config.json")
   recipe = worlds[0] / "recipe.py"
   recipe.write_text(recipe.read_text() + _SAMPLED)
   only = {ODD: differ(worlds[ODD])}
-  here = ("data.meta_path=meta.json", "model.model_name_or_path=model", "runtime.random_init=False")
+  here = ("data.meta_path=meta.json", "model.model_name_or_path=model")
   copies = ("mesh.data=4", "mesh.fsdp=1")
   job = Job(worlds[0], *here, *copies, processes=4, only=only, folders=tuple(worlds))
   errors = ended(job)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -10,15 +11,15 @@ import time
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from internvl_jax.config import TrainConfig
 from tests.support import forked
 from tests.support.toy import CURVE, REPOSITORY
 
 RECIPE = """
-import os, time
+import importlib, json, os, time
 from tests.support.hosts import tiny_config
-from internvl_jax import trainer
 from internvl_jax.trainer import CompiledSteps
 
 step, seconds = CompiledSteps.__call__, float(os.environ.get("STEP_SECONDS", 0))
@@ -28,7 +29,9 @@ def slow(self, *args):
   return step(self, *args)
 
 CompiledSteps.__call__ = slow
-trainer.LONG_STEP_SECONDS = float(os.environ.get("LONG_STEP_SECONDS", trainer.LONG_STEP_SECONDS))
+for name, value in json.loads(os.environ["CONSTANTS"]).items():
+  module, _, constant = name.rpartition(".")
+  setattr(importlib.import_module(f"internvl_jax.{module}"), constant, value)
 
 if "HEADERS" in os.environ:  # A folder, where each process counts what it reads of images to measure them.
   from internvl_jax.data.sample import images
@@ -59,8 +62,19 @@ def get_config(folder):
 SAMPLES = 30
 
 
+# Layers that the world's model has not, and the sizes of axes that are smaller in it.
+_LEFT_OUT = re.compile(r"vision_model.*layers\.[1-9]|language_model.*layers\.[2-9]")
+_SMALLER = {True: {48: 16, 96: 32, 144: 48}, False: {32: 16, 64: 32, 128: 64, 192: 64}}
+
+
+def _cut(name: str, value: np.ndarray) -> np.ndarray:
+  """The beginnings of a tensor's axes, as long as those of the world's model."""
+  sizes = _SMALLER[name.startswith("vision_model")]
+  return np.ascontiguousarray(value[tuple(slice(sizes.get(size, size)) for size in value.shape)])
+
+
 def make_world(folder: Path) -> Path:
-  """Writes a model's config, data and a recipe; returns the folder."""
+  """Writes a model, data and a recipe; returns the folder."""
   model = folder / "model"
   model.mkdir(parents=True)
   for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
@@ -69,6 +83,11 @@ def make_world(folder: Path) -> Path:
   config["vision_config"] |= {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32}
   config["llm_config"] |= {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64}
   (model / "config.json").write_text(json.dumps(config))
+  weights = load_file(CURVE / "init/model.safetensors")
+  save_file(
+    {name: _cut(name, value) for name, value in weights.items() if not _LEFT_OUT.search(name)},
+    model / "model.safetensors",
+  )
   lines = [_line(i) for i in range(SAMPLES)]
   (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   meta = {"shapes": {"root": str(CURVE / "data"), "annotation": "data.jsonl", "length": SAMPLES}}
@@ -89,7 +108,6 @@ def tiny_config(folder: str) -> TrainConfig:
   """The settings of all runs in a world."""
   config = TrainConfig()
   config.model.model_name_or_path = f"{folder}/model"
-  config.runtime.random_init = True
   config.data.meta_path = f"{folder}/meta.json"
   config.data.conv_style = "internvl2_5"
   config.data.force_image_size = 56
@@ -123,6 +141,7 @@ class Job:
     arguments: tuple[str, ...] = (),
     only: dict[int, tuple[str, ...]] | None = None,
     folders: tuple[Path, ...] = (),
+    constants: dict[str, float] | None = None,
   ):
     """Starts them.
 
@@ -137,6 +156,7 @@ class Job:
       arguments: the script's own.
       only: overrides of single processes, by their number.
       folders: working directory of each process, where they see other files under one path.
+      constants: other values of the package's constants, by "module.NAME".
     """
     self.world, self.out = world, world / out
     settings = [f"--config={world}/recipe.py:{world}"]
@@ -148,6 +168,7 @@ class Job:
       environment = os.environ | {
         "JAX_NUM_CPU_DEVICES": str(devices // processes),
         "STEP_SECONDS": str(step_seconds),
+        "CONSTANTS": json.dumps(constants or {}),
         "PYTHON": sys.executable,
         "PYTHONPATH": str(REPOSITORY),
       }

@@ -129,12 +129,32 @@ def test_budgets_hold_and_strict_mode_pads_tiles(meta, tokenizer):
   loader.close()
 
 
-@pytest.mark.parametrize("reduction", ["token", "sample", "square"])
-def test_packed_equals_unpacked(meta, tokenizer, reduction):
-  """The same samples give the same loss and gradients, whether they share a row or not."""
+@pytest.fixture(scope="module")
+def loss_and_gradients():
+  """A batch's loss and gradients of a small model; compiled once for batches of one shape."""
   source = open_source(CURVE / "init")
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   params = source.load(source.model.shapes, dict.fromkeys(source.model.shapes, place))
+  objective = SupervisedFineTuning(
+    model=source.model, how=Execution(), normalize_type="imagenet", fused_loss=True, all_gather=True
+  )
+
+  @jax.jit
+  @jax.value_and_grad
+  def compute(params, batch):
+    micro, weights = jax.tree.map(lambda leaf: leaf[0], (batch, objective.weights(batch)))
+    return objective.loss(params, micro, weights, jax.random.key(0), {})[0]
+
+  def flat(batch):
+    loss, gradients = compute(params, batch)
+    return loss, np.concatenate([np.ravel(gradients[path]) for path in params])
+
+  return flat
+
+
+@pytest.mark.parametrize("reduction", ["token", "sample", "square"])
+def test_packed_equals_unpacked(meta, tokenizer, loss_and_gradients, reduction):
+  """The same samples give the same loss and gradients, whether they share a row or not."""
   order = {"shuffle": False}
   packed = make_loader(
     meta,
@@ -163,19 +183,9 @@ def test_packed_equals_unpacked(meta, tokenizer, reduction):
   supervised = np.maximum((rows.loss_weight > 0).sum(-1, keepdims=True), 1)
   weights = rows.loss_weight * supervised ** {"token": 0.0, "sample": -1.0, "square": -0.5}[reduction]
   rows = rows._replace(loss_weight=(weights * chosen[None, :, None]).astype(np.float32))
-  objective = SupervisedFineTuning(
-    model=source.model, how=Execution(), normalize_type="imagenet", fused_loss=True, all_gather=True
-  )
-
-  @jax.jit
-  def loss(params, batch):
-    micro, weights = jax.tree.map(lambda leaf: leaf[0], (batch, objective.weights(batch)))
-    return objective.loss(params, micro, weights, jax.random.key(0), {})[0]
-
-  ours, our_grads = jax.value_and_grad(loss)(params, batch)
-  theirs, their_grads = jax.value_and_grad(loss)(params, rows)
+  ours, a = loss_and_gradients(batch)
+  theirs, b = loss_and_gradients(rows)
   np.testing.assert_allclose(ours, theirs, rtol=1e-5)
-  a, b = (np.concatenate([np.ravel(grads[path]) for path in params]) for grads in (our_grads, their_grads))
   assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) >= 0.9999
   np.testing.assert_allclose(np.linalg.norm(a), np.linalg.norm(b), rtol=1e-4)
   packed.close()
