@@ -21,6 +21,7 @@ def recorded_run(tmp_path_factory):
   folder = tmp_path_factory.mktemp("curve")
   done = run_training(folder, folder / "out", fresh=True)
   assert done.returncode == 0, done.stderr
+  assert done.stderr.count("Compiling the step for") == 2  # For 12 tiles, and for 16.
   return folder / "out"
 
 
@@ -29,14 +30,15 @@ def test_follows_the_recorded_curve(recorded_run):
 
 
 def test_follows_the_recorded_curve_of_internlm2_with_accumulation(tmp_path):
-  done = run_training(tmp_path, tmp_path / "out", curve=CURVE_INTERNLM2)
+  done = run_training(tmp_path, tmp_path / "out", "loader.tile_buckets=(8,)", curve=CURVE_INTERNLM2)
   assert done.returncode == 0, done.stderr
   assert_follows(tmp_path / "out", CURVE_INTERNLM2)
 
 
 def test_follows_the_recorded_curve_from_the_other_layout(tmp_path):
   convert(str(CURVE / "init"), tmp_path / "hf", HF, lora="merge")
-  done = run_training(tmp_path, tmp_path / "out", f"model.model_name_or_path={tmp_path / 'hf'}")
+  here = (f"model.model_name_or_path={tmp_path / 'hf'}", "loader.tile_buckets=(16,)")
+  done = run_training(tmp_path, tmp_path / "out", *here)
   assert done.returncode == 0, done.stderr
   assert_follows(tmp_path / "out", CURVE)
 
@@ -111,7 +113,10 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
   Drop path and shuffling draw random numbers.
   """
   settings = ("training.max_steps=10", "model.drop_path_rate=0.2", "loader.shuffle=True")
-  settings += (f"runtime.compilation_cache_dir={tmp_path / 'cache'}",)
+  settings += (
+    "loader.tile_buckets=(16,)",
+    f"runtime.compilation_cache_dir={tmp_path / 'cache'}",
+  )
   straight = tmp_path / "straight"
   assert run_training(tmp_path, straight, *settings, "training.save_strategy=no").returncode == 0
 
