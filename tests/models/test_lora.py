@@ -1,6 +1,7 @@
 """Adapters: what trains, what they compute, what merging gives, and how they come in and go out."""
 
 import dataclasses
+import functools
 import json
 import logging
 import shutil
@@ -123,13 +124,20 @@ def open_adapted(folder=CURVE / "init", *, vision=SPEC, text=SPEC, noise=True):
   return source, with_noise(params) if noise else params
 
 
-def test_fresh_adapters_change_nothing_and_are_kaiming_uniform():
+@functools.cache
+def without_adapters():
+  """The checkpoint's own parameters, and their logits."""
   plain = open_source(CURVE / "init")
-  base = plain.load(plain.model.shapes, dict.fromkeys(plain.model.shapes, PLACE))
+  params = plain.load(plain.model.shapes, dict.fromkeys(plain.model.shapes, PLACE))
+  return params, adapters.probe(plain, params)
+
+
+def test_fresh_adapters_change_nothing_and_are_kaiming_uniform():
+  base, logits = without_adapters()
   source, params = open_adapted(noise=False, text=dataclasses.replace(SPEC, use_dora=True))
   for path, value in base.items():
     np.testing.assert_array_equal(params[path], value, err_msg=path)
-  np.testing.assert_allclose(adapters.probe(source, params), adapters.probe(plain, base), rtol=0, atol=1e-5)
+  np.testing.assert_allclose(adapters.probe(source, params), logits, rtol=0, atol=1e-5)
   for path in source.fresh:
     value = np.asarray(params[path])
     if path.endswith(".a"):
@@ -151,9 +159,7 @@ def test_a_merge_keeps_the_logits_and_says_so(options, caplog):
     plain, merged = adapters.merge_and_check(source, params)
   assert "logits of a fixed input differ by at most" in caplog.text
   assert not lora.adapter_paths(merged) and merged.keys() == plain.model.shapes.keys()
-  base = open_source(CURVE / "init")
-  weights = base.load(base.model.shapes, dict.fromkeys(base.model.shapes, PLACE))
-  assert np.abs(before - adapters.probe(base, weights)).max() > 0.05  # the adapters do something
+  assert np.abs(before - without_adapters()[1]).max() > 0.05  # the adapters do something
   arrays = {path: jnp.asarray(np.asarray(value)) for path, value in merged.items()}
   np.testing.assert_allclose(adapters.probe(plain, arrays), before, rtol=0, atol=1e-4)
 
