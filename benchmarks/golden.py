@@ -5,8 +5,8 @@
 
 A change that is to leave the numbers alone is shown to do so here: each revision is checked out apart and trains the
 same runs by its own code, on this machine. `BASE..REVISION` is every commit between the two, one by one. The working
-tree is a revision, too, called `.`; it is compared with BASE where no other is named. What a commit computed is kept
-(--keep), and not computed again.
+tree is a revision, too, called `.`; it is compared with BASE where no other is named. What the package of a commit
+computed is kept (--keep): commits that change nothing in it are not run again.
 
 The runs are two recorded curves of the reference as they were recorded, and short ones of what else has numbers of
 its own. Exits with 1 where any number differs.
@@ -189,11 +189,12 @@ def checkout(revision: str) -> Iterator[Path]:
 
 
 def kept(revision: str, name: str, tree: Path, inputs: Path) -> dict:
-  """A run's numbers; a commit's are kept, by its name and by all that they depend on beside it."""
+  """A run's numbers; a commit's are kept, by its package's files and by all that they depend on beside these."""
   key = hashlib.sha256(
     json.dumps([dataclasses.asdict(RUNS[name]), RECIPE, sys.version, environment()]).encode()
   ).hexdigest()[:12]
-  file = Path(_KEEP.value) / f"{revision}-{name}-{key}.json"
+  source = revision if revision == "." else git("rev-parse", f"{revision}:internvl_jax")
+  file = Path(_KEEP.value) / f"{source}-{name}-{key}.json"
   if revision != "." and file.exists():
     return json.loads(file.read_text())
   found = train(name, tree, inputs)
