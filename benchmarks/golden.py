@@ -144,7 +144,12 @@ def main(argv: Sequence[str]) -> int:
     inputs = write_inputs(Path(folder))
     expected = numbers_of(base, names, inputs)
     for revision in others:
-      found = numbers_of(revision, names, inputs)
+      try:
+        found = numbers_of(revision, names, inputs)
+      except RuntimeError as error:
+        print(f"{base[:7]} -> {revision[:7]}  DOES NOT RUN: {str(error).splitlines()[-1]}", flush=True)
+        differs = True
+        continue
       differs |= not report(base, revision, expected, found)
   return int(differs)
 
@@ -234,7 +239,7 @@ def train(name: str, tree: Path, inputs: Path) -> dict:
       command, env=os.environ | given, cwd=out, capture_output=True, text=True, check=False
     )
     if ran.returncode:
-      raise RuntimeError(f"{name} at {tree}: {ran.stderr[-3000:]}")
+      raise RuntimeError(f"{name} at {tree}: {ran.stderr[-3000:].strip()}")
     history = json.loads((Path(out) / "trainer_state.json").read_text())["log_history"]
     weights = hashlib.sha256((Path(out) / "model.safetensors").read_bytes()).hexdigest()
   steps = [{key: entry[key] for key in COMPARED} for entry in history if "loss" in entry]
