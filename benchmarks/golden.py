@@ -9,7 +9,7 @@ tree is a revision, too, called `.`; it is compared with BASE where no other is 
 computed is kept (--keep): commits that change nothing in it are not run again.
 
 The runs are two recorded curves of the reference as they were recorded, and short ones of what else has numbers of
-its own. Exits with 1 where any number differs.
+its own. Exits with 1 where any number differs, or a revision does not run.
 """
 
 import contextlib
