@@ -173,6 +173,40 @@ def test_libtpu_class_token_is_cut_behind_a_barrier():
   assert barriers(lambda state, x: nnx.merge(graph, state).project(x), zeros, hidden) == 1
 
 
+def test_libtpu_queries_are_normalized_behind_a_barrier():
+  """Without the barrier, libtpu 0.0.52 ends in a failed check for norms over heads on some meshes."""
+  from flax import nnx
+
+  from internvl_jax.models.attention import Mask
+  from internvl_jax.models.decoder import DecoderAttention, DecoderConfig
+
+  sizes = {"vocab_size": 8, "hidden_size": 4, "intermediate_size": 4, "num_layers": 1, "head_dim": 2}
+
+  def count(**changes):
+    config = DecoderConfig(**sizes, num_heads=2, num_kv_heads=1, **changes)
+    graph, state = nnx.split(nnx.eval_shape(lambda: DecoderAttention(config, nnx.Rngs(0))))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
+    rotation = (jnp.ones((1, 3, 1)), jnp.zeros((1, 3, 1)))
+    options = {"mask": Mask(causal=True), "cache": None, "offset": None, "backend": "xla"}
+    attend = lambda state, x: nnx.merge(graph, state)(x, rotation=rotation, **options)  # noqa: E731
+    return barriers(attend, zeros, jnp.zeros((1, 3, 4)))
+
+  assert count(qk_norm=True) == count() + 1
+
+
+def test_libtpu_has_a_word_for_what_does_not_fit(monkeypatch):
+  """The status of a program that takes more memory than the chip has, by which `plan` knows it."""
+  pytest.importorskip("libtpu")
+  # libtpu ends the process at a flag of the CPU's that it does not know.
+  monkeypatch.setenv("XLA_FLAGS", "")
+  from internvl_jax.aot.target import open_target
+
+  place = jax.sharding.SingleDeviceSharding(open_target("v5e:2x2").devices[0])
+  lowered = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((1 << 33,), jnp.float32, sharding=place))
+  with pytest.raises(jax.errors.JaxRuntimeError, match=r"^RESOURCE_EXHAUSTED: "):
+    lowered.compile()
+
+
 def test_libtpu_is_kept_from_looking_for_a_tpu():
   from internvl_jax.aot.target import _NO_TPU
 
