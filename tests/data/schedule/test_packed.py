@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from internvl_jax.arguments import LoaderConfig, TrainingArguments
-from internvl_jax.batch import SFTBatch
+from internvl_jax.batch import TokenBatch
 from internvl_jax.data.load.loader import TrainLoader
 from internvl_jax.data.load.mixture import Mixture
 from internvl_jax.data.schedule import packing
@@ -182,7 +182,7 @@ def test_packed_equals_unpacked(meta, tokenizer, loss_and_gradients, reduction):
   assert chosen.sum() == len(samples)
   # Rows of others are left out, with their tiles in the pool. Rows of one sample take no reduction, so its weights are put there
   # by its definition.
-  rows = SFTBatch(*(array[:, chosen] for array in rows[:-1]), tiles=rows.tiles)
+  rows = TokenBatch(*(array[:, chosen] for array in rows[:-1]), tiles=rows.tiles)
   supervised = np.maximum((rows.loss_weight > 0).sum(-1, keepdims=True), 1)
   weights = rows.loss_weight * supervised ** {"token": 0.0, "sample": -1.0, "square": -0.5}[reduction]
   rows = rows._replace(loss_weight=weights.astype(np.float32))
