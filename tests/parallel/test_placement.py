@@ -114,7 +114,7 @@ def test_a_run_cuts_the_axis_and_says_so(caplog):
   with caplog.at_level("INFO"):
     mesh = open_mesh(config, jax.devices()[:6], open_shapes(config).model)
   assert mesh.shape[FSDP_OUTER] * mesh.shape["fsdp"] == 6 and mesh.shape["data"] == 1
-  assert f"mesh.fsdp=6: its devices stand as fsdp_outer={mesh.shape[FSDP_OUTER]} x" in caplog.text
+  assert f"mesh.fsdp=6: its devices are arranged as fsdp_outer={mesh.shape[FSDP_OUTER]} x" in caplog.text
 
 
 def warned(size, mesh):
