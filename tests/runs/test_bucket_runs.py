@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import time
 
 import numpy as np
 import pytest
 from safetensors.numpy import load
 
+from internvl_jax.outputs import checkpoint_steps, is_complete
 from internvl_jax.storage.paths import BucketPath
 from tests.support.buckets import long_on_one, names_in
 from tests.support.hosts import Job, assert_same_curve, history, make_world
@@ -59,8 +61,12 @@ def run(worlds, out: str, *overrides, **options) -> Job:
 @long_on_one
 def test_hosts_that_share_a_bucket_alone(bucket, worlds, straight):
   out = f"{bucket}/runs/a"
-  job = run(worlds, out, step_seconds=0.3)
-  job.wait_for("step 4/6")
+  # Slow steps: the second save waits for the first, so that steps are left once that is complete.
+  job = run(worlds, out, step_seconds=1)
+  job.wait_for("step 2/6")
+  while not any(is_complete(BucketPath(f"{out}/checkpoints/{step}")) for step in checkpoint_steps(out)):
+    assert job.processes[0].poll() is None, job.log()
+    time.sleep(0.1)
   # The one that the other met at, and that writes.
   job.processes[0].kill()
   assert 0 not in job.wait(120)
