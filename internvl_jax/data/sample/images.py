@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from internvl_jax.batch import PIXEL_STATISTICS
-from internvl_jax.data.sample import content, depth, notes, tiling
+from internvl_jax.data.sample import compiled, content, depth, notes, tiling
 from internvl_jax.data.sample.notes import Note, note
 from internvl_jax.data.sample.pool import TilePool
 from internvl_jax.data.source import files
@@ -33,6 +33,10 @@ Image.MAX_IMAGE_PIXELS = 1 << 28
 # Pillow refuses a PNG of which one text is longer than 1 MiB, as image editors write them. The reference raises this
 # limit too; that of all texts together, 64 MiB, stays.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+
+
+Picture = Image.Image | np.ndarray
+"""A decoded RGB image: Pillow's, or uint8 [height, width, 3] where a faster decoder made it."""
 
 
 def normalization(normalize_type: str) -> tuple[np.ndarray, np.ndarray]:
@@ -61,7 +65,7 @@ def fetched(source: Media, where: Where) -> Media:
     return Content(source, files.read_bytes(source))
 
 
-def open_image(source: Media, where: Where, noted: list[Note] | None = None) -> Image.Image:
+def open_image(source: Media, where: Where, noted: list[Note] | None = None) -> Picture:
   """The decoded image as RGB, in the orientation in which it is stored.
 
   Values of more than 8 bits are scaled, see `depth`. Else it is what Pillow makes of it, as in the reference.
@@ -75,13 +79,24 @@ def open_image(source: Media, where: Where, noted: list[Note] | None = None) -> 
     DataError: the file is missing, empty or damaged, or cannot be fetched.
   """
   with _opened(source, where, header=False) as image:
-    image.load()
-    # Converting what is RGB already would copy it.
-    whole, scaled = depth.to_rgb(image) if image.mode != "RGB" else (image, "")
+    whole, scaled = _decoded(image)
     if noted is not None:
       name = name_of(source)
       noted += [note(kind, where, f"image {name} {what}") for kind, what in _remarks(image, scaled)]
     return whole
+
+
+def _decoded(image: Any) -> tuple[Picture, str]:
+  """An opened image as RGB, and what was done to its values."""
+  decode = compiled.found().decode_jpeg
+  # Of four channels, as printers need, Pillow makes RGB in a way of its own.
+  if decode is not None and image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
+    image.fp.seek(0)
+    if (pixels := decode(image.fp.read())) is not None:
+      return pixels, ""
+  image.load()
+  # Converting what is RGB already would copy it.
+  return depth.to_rgb(image) if image.mode != "RGB" else (image, "")
 
 
 def _remarks(image: Image.Image, scaled: str) -> Iterator[tuple[str, str]]:
@@ -248,7 +263,7 @@ class Cutting:
 
 
 def image_tiles(
-  image: Image.Image,
+  image: Picture,
   cutting: Cutting,
   *,
   pad_color: tuple[int, int, int] | None = None,
@@ -271,40 +286,74 @@ def image_tiles(
   Returns:
     uint8 [tiles, tile_size, tile_size, 3].
   """
-  tile_size = cutting.tile_size
-  size = (tile_size, tile_size)
-  if not cutting.dynamic:
-    parts = [image]
-  else:
-    columns, rows = tiling.grid(image.width, image.height, cutting.min_tiles, cutting.max_tiles, tile_size)
-    whole = image.resize((columns * tile_size, rows * tile_size), Image.Resampling.BICUBIC)
-    with_thumbnail = cutting.use_thumbnail and columns * rows > 1
-    thumbnail = image.resize(size, Image.Resampling.BICUBIC) if with_thumbnail else None
-    if rng is None:  # Tiles are squares of their final size: padding and resizing would change nothing.
-      return _cut(whole, columns, rows, thumbnail, pool or TilePool(tile_size))
-    parts = [whole.crop(box) for box in _boxes(columns, rows, tile_size)]
-    parts += [] if thumbnail is None else [thumbnail]
+  pool = pool or TilePool(cutting.tile_size)
   if rng is not None:
-    parts = [jpeg_reencode(part, int(rng.integers(*JPEG_QUALITY, endpoint=True))) for part in parts]
-  elif pad_color is not None:
-    parts = [pad_to_square(part, pad_color) for part in parts]
-  parts = [part if part.size == size else part.resize(size, Image.Resampling.BICUBIC) for part in parts]
-  tiles = (pool or TilePool(tile_size)).take(len(parts))
-  return np.stack([np.asarray(part) for part in parts], out=tiles)
-
-
-def _cut(
-  whole: Image.Image, columns: int, rows: int, thumbnail: Image.Image | None, pool: TilePool
-) -> np.ndarray:
-  """Computes uint8 [tiles, side, side, 3]: the first row's tiles first, and the thumbnail last."""
-  side, count = whole.height // rows, rows * columns
-  tiles = pool.take(count + (thumbnail is not None))
-  # Written to where they stay: other ways, by Pillow's crop or through a contiguous array, copy once more.
-  grid = tiles[:count].reshape(rows, columns, side, side, 3)
-  grid[:] = np.asarray(whole).reshape(rows, side, columns, side, 3).swapaxes(1, 2)
-  if thumbnail is not None:
-    tiles[-1] = np.asarray(thumbnail)
+    return _augmented(_as_image(image), cutting, rng, pool)
+  # The tiles of a grid are squares of their final size: padding would change nothing.
+  if pad_color is not None and not cutting.dynamic:
+    image = pad_to_square(_as_image(image), pad_color)
+  columns, rows = _grid(image, cutting)
+  count = columns * rows
+  tiles = pool.take(count + _with_thumbnail(cutting, count))
+  resize, pixels = _resizer(image, cutting.tile_size)
+  resize(pixels, columns, tiles[:count])
+  if len(tiles) > count:
+    resize(pixels, 1, tiles[count:])
   return tiles
+
+
+def _grid(image: Picture, cutting: Cutting) -> tuple[int, int]:
+  """Finds (columns, rows) of an image's tiles, the thumbnail not counted."""
+  if not cutting.dynamic:
+    return 1, 1
+  return tiling.grid(*_size(image), cutting.min_tiles, cutting.max_tiles, cutting.tile_size)
+
+
+def _with_thumbnail(cutting: Cutting, count: int) -> bool:
+  return cutting.dynamic and cutting.use_thumbnail and count > 1
+
+
+def _resizer(image: Picture, side: int) -> tuple[Callable[[Any, int, np.ndarray], None], Picture]:
+  """Finds what resizes an image to tiles of this side, and the image as it takes it."""
+  compiled_resize = compiled.found().resize
+  if compiled_resize is not None and compiled_resize.suits(_size(image), side):
+    return compiled_resize, np.require(np.asarray(image), requirements="CW")
+  return _pillow_resize, _as_image(image)
+
+
+def _pillow_resize(image: Image.Image, columns: int, tiles: np.ndarray) -> None:
+  """Resizes an image to a grid of tiles, uint8 [tiles, side, side, 3], the first row's first."""
+  count, side = tiles.shape[:2]
+  rows = count // columns
+  whole = image.resize((columns * side, rows * side), Image.Resampling.BICUBIC)
+  # Written to where they stay: other ways, by Pillow's crop or through a contiguous array, copy once more.
+  grid = tiles.reshape(rows, columns, side, side, 3)
+  grid[:] = np.asarray(whole).reshape(rows, side, columns, side, 3).swapaxes(1, 2)
+
+
+def _augmented(image: Image.Image, cutting: Cutting, rng: np.random.Generator, pool: TilePool) -> np.ndarray:
+  """Computes the tiles, each after a round trip through JPEG, with Pillow alone."""
+  side, parts = cutting.tile_size, [image]
+  if cutting.dynamic:
+    columns, rows = _grid(image, cutting)
+    whole = image.resize((columns * side, rows * side), Image.Resampling.BICUBIC)
+    parts = [whole.crop(box) for box in _boxes(columns, rows, side)]
+    if _with_thumbnail(cutting, len(parts)):
+      parts.append(image.resize((side, side), Image.Resampling.BICUBIC))
+  parts = [jpeg_reencode(part, int(rng.integers(*JPEG_QUALITY, endpoint=True))) for part in parts]
+  tiles = pool.take(len(parts))
+  for tile, part in zip(tiles, parts, strict=True):
+    _pillow_resize(part, 1, tile[None])
+  return tiles
+
+
+def _size(image: Picture) -> tuple[int, int]:
+  """Finds (width, height)."""
+  return image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
+
+
+def _as_image(image: Picture) -> Image.Image:
+  return image if isinstance(image, Image.Image) else Image.fromarray(image)
 
 
 def _boxes(columns: int, rows: int, side: int) -> list[tuple[int, int, int, int]]:
