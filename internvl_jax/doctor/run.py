@@ -69,7 +69,8 @@ def examine_data(config: TrainConfig, request: Request) -> bool:
   print(sizes(reports))
   if config.data.use_packed_ds:
     print(fill(mixture, pack_settings(config.data)))
-  for line in [*note_lines(mixture, workers=os.cpu_count() or 1), *notes]:
+  remarks = [*note_lines(mixture, workers=os.cpu_count() or 1), *notes, *mixture.decoding_lines()]
+  for line in remarks:
     print(f"note: {line}")
   for line in [*(line for report in reports for line in report.examples), *damaged]:
     print(f"lost: {line}")

@@ -404,7 +404,7 @@ class TrainLoader:
     return "; ".join(f"{file}:{','.join(map(str, lines))}" for file, lines in named.items())
 
   def dataset_lines(self) -> list[str]:
-    """One line for each dataset, for the log."""
+    """Lines on the datasets and their images, for the log."""
     return self._mixture.dataset_lines()
 
   def fingerprint(self) -> str:

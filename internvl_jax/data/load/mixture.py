@@ -10,7 +10,7 @@ import numpy as np
 import tqdm
 
 from internvl_jax.arguments import DataTrainingArguments
-from internvl_jax.data.sample import images, video
+from internvl_jax.data.sample import compiled, images, video
 from internvl_jax.data.sample.conversations import CONVERSATION_LINES
 from internvl_jax.data.sample.fitting import Limits, Policy
 from internvl_jax.data.sample.lines import LineSchema
@@ -365,7 +365,7 @@ class Mixture:
     return dataset.why_lost(sample)
 
   def dataset_lines(self) -> list[str]:
-    """One line for each dataset, for the log."""
+    """One line for each dataset, and one on what decodes their images, for the log."""
     lines = []
     for dataset, size in zip(self.datasets, self.sizes, strict=True):
       spec, found = dataset.spec, len(dataset.file)
@@ -377,7 +377,11 @@ class Mixture:
         f"lines{stated}{pieces} x {spec.repeats}, {tiles}{', JPEG augmentation' if spec.data_augment else ''}, "
         f"root {spec.root or '.'}, {spec.annotation}"
       )
-    return lines
+    return lines + self.decoding_lines()
+
+  def decoding_lines(self) -> list[str]:
+    """A line on what decodes the images, if there are any."""
+    return [compiled.note()] if any(dataset.has_images() for dataset in self.datasets) else []
 
   def close(self) -> None:
     """Closes the annotation files."""

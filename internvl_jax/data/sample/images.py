@@ -88,7 +88,7 @@ def open_image(source: Media, where: Where, noted: list[Note] | None = None) -> 
 
 def _decoded(image: Any) -> tuple[Picture, str]:
   """An opened image as RGB, and what was done to its values."""
-  decode = compiled.found().decode_jpeg
+  decode = compiled.found(image.width * image.height).decode_jpeg
   # Of four channels, as printers need, Pillow makes RGB in a way of its own.
   if decode is not None and image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
     image.fp.seek(0)
@@ -295,7 +295,7 @@ def image_tiles(
   columns, rows = _grid(image, cutting)
   count = columns * rows
   tiles = pool.take(count + _with_thumbnail(cutting, count))
-  resize, pixels = _resizer(image, cutting.tile_size)
+  resize, pixels = _resizer(image, cutting.tile_size, count)
   resize(pixels, columns, tiles[:count])
   if len(tiles) > count:
     resize(pixels, 1, tiles[count:])
@@ -313,10 +313,11 @@ def _with_thumbnail(cutting: Cutting, count: int) -> bool:
   return cutting.dynamic and cutting.use_thumbnail and count > 1
 
 
-def _resizer(image: Picture, side: int) -> tuple[Callable[[Any, int, np.ndarray], None], Picture]:
-  """Finds what resizes an image to tiles of this side, and the image as it takes it."""
-  compiled_resize = compiled.found().resize
-  if compiled_resize is not None and compiled_resize.suits(_size(image), side):
+def _resizer(image: Picture, side: int, count: int) -> tuple[Callable[[Any, int, np.ndarray], None], Picture]:
+  """Finds what resizes an image to so many tiles of this side, and the image as it takes it."""
+  width, height = _size(image)
+  compiled_resize = compiled.found(max(width * height, count * side * side)).resize
+  if compiled_resize is not None and compiled_resize.suits((width, height), side):
     return compiled_resize, np.require(np.asarray(image), requirements="CW")
   return _pillow_resize, _as_image(image)
 

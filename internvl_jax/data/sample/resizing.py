@@ -32,6 +32,9 @@ def _columns_first_if_shorter(width: int, height: int, new_width: int, new_heigh
   return height - new_height > max(0, 2 * (width - new_width))
 
 
+ORDERS: tuple[Order, ...] = (_rows_first, _columns_first_if_shorter)
+
+
 @functools.lru_cache(maxsize=512)
 def weights(size: int, new_size: int) -> tuple[np.ndarray, np.ndarray]:
   """Finds the weighted sums by which one side of an image is resized.
@@ -125,7 +128,7 @@ def find() -> Resizer:
   images = [
     np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8) for (width, height), *_ in _TRIED
   ]
-  for order in (_rows_first, _columns_first_if_shorter):
+  for order in ORDERS:
     resizer = Resizer(order)
     if all(_equal(resizer, image, grid, side) for image, (_, grid, side) in zip(images, _TRIED, strict=True)):
       return resizer
