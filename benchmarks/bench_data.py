@@ -1,4 +1,4 @@
-"""Measures how fast photographs become batches, beside what decoding and resizing alone take.
+"""Measures how fast photographs become batches, beside what decoding and resizing by Pillow alone take.
 
   python benchmarks/bench_data.py [--images 240] [--rounds 20] [--json out.json]
   python benchmarks/bench_data.py --quick
@@ -11,6 +11,7 @@ Contenders, on the same JPEG files, on one core and then on all of them:
   plain    the floor, and of each tile, as torchvision does it, a resize to the size it has, ToTensor, Normalize; then
            all are stacked: float32 [tiles, 3, H, W].
   ours     `TrainLoader` with packed rows: plan, decode, cut, tokenise, pack, and hand over batch by batch.
+  bare     the same without the extra `decode`, so that Pillow decodes and resizes; on one core only.
 
 On one core a process is pinned to it, and of ours one thread decodes. On all cores the floor and the plain recipe are
 one pinned process a core, each with its share of the images; ours is one loader, whose threads or worker processes
@@ -35,6 +36,7 @@ import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import PIL
@@ -47,7 +49,7 @@ from bench_turns import Lane, Measured, Prepare, Turn, compare, take_turn
 from internvl_jax.arguments import DataTrainingArguments, LoaderConfig, TrainingArguments
 from internvl_jax.data.load import loader as loaders
 from internvl_jax.data.load.mixture import Mixture
-from internvl_jax.data.sample import images, tiling
+from internvl_jax.data.sample import compiled, images, tiling
 from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.data.schedule import order as orders
 from internvl_jax.data.schedule import packed_rows
@@ -88,7 +90,7 @@ def machine() -> str:
   cores = len(os.sched_getaffinity(0))
   return (
     f"{cores} cores of {processor()}, Linux {platform.release()}, Python {platform.python_version()}, "
-    f"numpy {np.__version__}, Pillow {PIL.__version__}, libjpeg-turbo {turbo}"
+    f"numpy {np.__version__}, Pillow {PIL.__version__}, libjpeg-turbo {turbo}; {compiled.note()}"
   )
 
 
@@ -246,7 +248,14 @@ def ours(job: Job) -> Iterator[Turn]:
   loader.close()
 
 
-KINDS = {"floor": floor, "plain": plain, "ours": ours}
+@contextlib.contextmanager
+def bare(job: Job) -> Iterator[Turn]:
+  """Consumes our loader, which finds nothing compiled."""
+  with mock.patch.object(compiled, "load", compiled.Compiled), ours(job) as turn:
+    yield turn
+
+
+KINDS = {"floor": floor, "plain": plain, "ours": ours, "bare": bare}
 
 
 @contextlib.contextmanager
@@ -289,6 +298,7 @@ def contenders() -> list[Contender]:
   found = [
     Contender("floor-1", "floor", one),
     Contender("plain-1", "plain", one),
+    Contender("bare-1", "bare", one),
     Contender("ours-1", "ours", one),
     Contender("floor-all", "floor", each),
     Contender("plain-all", "plain", each),
@@ -393,6 +403,7 @@ def our_tiles(job: Job, index: int) -> np.ndarray:
 
 RATIOS = (
   ("ours-1", "floor-1"),
+  ("bare-1", "floor-1"),
   ("ours-1", "plain-1"),
   ("ours-all-threads", "floor-all"),
   ("ours-all-processes", "floor-all"),

@@ -8,11 +8,11 @@ import contextlib
 import functools
 import importlib.metadata
 import io
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 from PIL import Image
 
 from internvl_jax.data.sample.resizing import Resizer, find
@@ -60,14 +60,12 @@ def found(pixels: int) -> Compiled:
 
 @functools.lru_cache(maxsize=1)
 def load() -> Compiled:
-  """Loads and checks what is installed: seconds for the first process on a machine, half a second afterwards.
-
-  Without the loops that resize, a decoder that makes arrays gains nothing: Pillow's resize takes its own images.
-  """
-  resize = decode = None
+  """Loads and checks what is installed: seconds for the first process on a machine, half a second afterwards."""
+  resize: Resizer | None = None
+  decode: Callable[[bytes], np.ndarray | None] | None = None
   with _pillow_instead("resizes", "Numba"):
     resize = find()
-  if resize is not None:
+    # Within, since its arrays would have to become Pillow's images for Pillow to resize them.
     with _pillow_instead("decodes JPEGs", "simplejpeg"):
       decode = _jpeg_decoder()
   return Compiled(resize, decode)
@@ -104,7 +102,8 @@ def _jpeg_decoder() -> Callable[[bytes], np.ndarray | None]:
 
   for file in _probes():
     with Image.open(io.BytesIO(file)) as image:
-      if not np.array_equal(decoded(file), np.asarray(image.convert("RGB"))):
+      found = decoded(file)
+      if found is None or not np.array_equal(found, np.asarray(image.convert("RGB"))):
         raise ValueError("it gives other pixels than Pillow")
   return decoded
 

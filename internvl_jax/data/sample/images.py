@@ -318,7 +318,7 @@ def _resizer(image: Picture, side: int, count: int) -> tuple[Callable[[Any, int,
   width, height = _size(image)
   compiled_resize = compiled.found(max(width * height, count * side * side)).resize
   if compiled_resize is not None and compiled_resize.suits((width, height), side):
-    return compiled_resize, np.require(np.asarray(image), requirements="CW")
+    return compiled_resize, np.require(np.asarray(image), requirements=["C", "W"])
   return _pillow_resize, _as_image(image)
 
 

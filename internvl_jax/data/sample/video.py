@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from internvl_jax.data.sample import images, video_file
+from internvl_jax.data.sample.images import Picture
 from internvl_jax.data.sample.notes import Note
 from internvl_jax.data.source import files
 from internvl_jax.data.source.media import Media, name_of
@@ -143,7 +144,7 @@ def read_frames(
   max_num_frame: int,
   rng: np.random.Generator | None,
   clip: Any = None,
-) -> list[Image.Image]:
+) -> list[Picture]:
   """Collects `iter_frames` in a list."""
   limits: dict[str, Any] = {"min_num_frame": min_num_frame, "max_num_frame": max_num_frame}
   return list(iter_frames(path, where, **limits, rng=rng, clip=clip))
@@ -158,7 +159,7 @@ def iter_frames(
   rng: np.random.Generator | None,
   clip: Any = None,
   noted: list[Note] | None = None,
-) -> Iterator[Image.Image]:
+) -> Iterator[Picture]:
   """Yields frames of a video in order, RGB, turned as the file says they are shown; images as `open_image` takes them.
 
   One at a time, because 32 frames of a large video are most of a gigabyte.
@@ -319,7 +320,7 @@ def _is_gif(path: str) -> bool:
 
 def _image_frames(
   paths: Sequence[Media], where: Where, wanted: int, sampling: Sampling, noted: list[Note] | None
-) -> Iterator[Image.Image]:
+) -> Iterator[Picture]:
   for index in frame_indices(len(paths), min(wanted, len(paths)), sampling):
     yield images.open_image(paths[index], where, noted)
 
