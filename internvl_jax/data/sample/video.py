@@ -193,7 +193,7 @@ def iter_frames(
 
 def _file_frames(
   copy: str, path: str, where: Where, wanted: int, sampling: Sampling, span: tuple[float, float] | None
-) -> Iterator[Image.Image]:
+) -> Iterator[Picture]:
   """Yields the frames of a file that FFmpeg reads; `copy` is read, `path` is what errors call it."""
   video = video_file.scan(copy, where, path)
   numbers = _frames_between(video.seconds, video.end, span, path, where)

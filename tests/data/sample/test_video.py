@@ -1,6 +1,7 @@
 """Frames of videos: which, how many, from whatever container, and what is said of files that are damaged."""
 
 import concurrent.futures
+import itertools
 import json
 import multiprocessing
 import os
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from internvl_jax.data.load.mixture import Mixture, limits_of
-from internvl_jax.data.sample import images, video, video_file
+from internvl_jax.data.sample import compiled, images, video, video_file
 from internvl_jax.data.sample.sample import SampleMaker
 from internvl_jax.data.source.meta import DatasetSpec
 from internvl_jax.data.where import DataError
@@ -190,6 +191,48 @@ def test_only_groups_that_hold_wanted_frames_are_decoded(tmp_path, monkeypatch):
   assert [number_in(image) for image in video_file.pictures(scanned, [3, 105, 107], WHERE)] == [3, 105, 107]
   # B-frames hold a few back.
   assert {3, 100, 107} <= set(decoded) <= {*range(10), *range(100, 115)}
+
+
+def test_frames_that_no_other_needs_are_passed_over(tmp_path, monkeypatch):
+  """The wanted ones are the same to the bit, whether references or not."""
+  path = write_video(
+    tmp_path / "a.mp4", range(120), opts={"x264-params": "bframes=3:b-adapt=0:scenecut=0:keyint=60"}
+  )
+  scanned = video_file.scan(path, WHERE)
+  unneeded, number, counted = video_file._unneeded, video_file.Video.number, []
+  monkeypatch.setattr(
+    video_file.Video, "number", lambda self, time, n: counted.append(n) or number(self, time, n)
+  )
+
+  def decode(numbers, *, skip):
+    monkeypatch.setattr(video_file, "_unneeded", unneeded if skip else lambda *_: np.zeros(0, bool))
+    counted.clear()
+    return [np.asarray(image) for image in video_file.pictures(scanned, numbers, WHERE)], len(counted)
+
+  for numbers in ([40, 41, 42, 43, 44], [7], [0, 59, 60, 119], [25, 55, 100]):
+    (found, fewer), (expected, all_of_them) = decode(numbers, skip=True), decode(numbers, skip=False)
+    np.testing.assert_array_equal(found, expected)
+  assert fewer < 0.7 * all_of_them
+
+
+def test_large_frames_are_arrays_turned_like_images(tmp_path):
+  assert compiled.load().resize is not None
+  image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8))
+  for sides in itertools.product((False, True), repeat=3):
+    turn = video_file.Turn(*sides)
+    np.testing.assert_array_equal(turn(np.asarray(image)), np.asarray(turn(image)))
+  path = str(tmp_path / "a.mp4")
+  with av.open(path, "w") as container:
+    out = container.add_stream("libx264", rate=25)
+    out.width, out.height, out.pix_fmt = 322, 246, "yuv420p"
+    noise = np.random.default_rng(0).integers(0, 256, (246, 322, 3), np.uint8)
+    container.mux(out.encode(av.VideoFrame.from_ndarray(noise, format="rgb24")))
+    container.mux(out.encode(None))
+  (found,) = video_file.pictures(video_file.scan(path, WHERE), [0], WHERE)
+  with av.open(path) as container:
+    expected = next(container.decode(video=0)).to_image()
+  assert isinstance(found, np.ndarray)
+  np.testing.assert_array_equal(found, np.asarray(expected))
 
 
 def test_a_key_frame_that_is_none_costs_time_and_no_frame(tmp_path):
