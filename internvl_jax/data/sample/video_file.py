@@ -355,7 +355,7 @@ def _unneeded(video: Video, numbers: Sequence[int]) -> np.ndarray:
   if video.times is None or video.packets is None:
     return np.zeros(0, bool)
   held = np.searchsorted(video.times, video.packets, "right") - 1
-  return (np.abs(held[:, None] - np.asarray(numbers)) > _NEAR).all(1)
+  return np.abs(held[:, None] - np.asarray(numbers)).min(1) > _NEAR
 
 
 def _nearest(number: int, before: tuple[int, Any], after: tuple[int, Any]) -> Any:
