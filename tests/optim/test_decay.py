@@ -104,3 +104,9 @@ def batch():
     image_index=np.where(is_image, places, NO_IMAGE).astype(np.int32),
     tiles=families.tiles()[None, None],
   )
+
+
+def test_names_are_compared_in_lower_case():
+  """As transformers compares them: what a module of somebody's is called may have capitals."""
+  names = {"first": "model.LayerNorm.weight", "second": "model.proj.weight"}
+  assert decays(names, "layernorm") == {"first": False, "second": True}
