@@ -406,6 +406,8 @@ class RuntimeConfig:
   # Tell where the run stands, with stacks, once a step, a save or a wait lasts this long, and every such time
   # again. Above what compiling the largest models takes, so that it means something.
   hang_seconds: int = 600
+  # Print a table of where the time from the command to the first step went; a line of it is always logged.
+  timings: bool = False
   # Steps whose first and last bound an XProf trace in output_dir/profile; empty: none.
   profile_steps: tuple[int, ...] = ()
   # Options of XLA, "xla_…=value" each, that go before what the program sets for the platform and before XLA_FLAGS.

@@ -17,6 +17,7 @@ from internvl_jax.metrics.run_log import RunLog
 from internvl_jax.metrics.trace import Trace
 from internvl_jax.parallel import distributed
 from internvl_jax.step import StepMetrics
+from internvl_jax.stopwatch import Stopwatch
 
 UNMOVED_STEPS = 20
 """So many steps in a row without a gradient or an image are no chance: also of small batches, of mixed data."""
@@ -41,6 +42,13 @@ class Callback(Protocol):
 
   def before_step(self, step: int) -> None:
     """The step is about to be handed to the devices."""
+
+  def after_first_step(self, done: float) -> None:
+    """The devices have finished the first step of this start.
+
+    Args:
+      done: when they had, as `time.perf_counter` counts.
+    """
 
   def after_step(self, step: int, metrics: StepMetrics) -> None:
     """The devices have finished the step; it is in the log."""
@@ -82,6 +90,28 @@ class Check(Callback):
     """Checks them."""
     if step == 0:
       self.check(params, batch)
+
+
+@dataclasses.dataclass
+class StartTimes(Callback):
+  """Logs how long it took from the command to the first step, and what of it each phase did.
+
+  Attributes:
+    stopwatch: measures it.
+    prints: whether to log the table, too.
+  """
+
+  stopwatch: Stopwatch
+  prints: bool = False
+
+  def after_first_step(self, done: float) -> None:
+    """Logs it, of the first process for all."""
+    self.stopwatch.stop(done)
+    if not distributed.is_first():
+      return
+    logging.info("%s", self.stopwatch.line())
+    if self.prints:
+      logging.info("From the command to the first step:\n%s", "\n".join(self.stopwatch.table()))
 
 
 @dataclasses.dataclass

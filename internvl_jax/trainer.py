@@ -30,6 +30,7 @@ from internvl_jax.optim.learning_rate import Schedule
 from internvl_jax.parallel import batches, distributed
 from internvl_jax.state import TrainState
 from internvl_jax.step import StepMetrics, TrainStep
+from internvl_jax.stopwatch import Stopwatch
 from internvl_jax.watchdog import Watchdog
 
 COMPILE_SECONDS = 1800
@@ -64,18 +65,21 @@ class BatchSource(Protocol):
 
 @dataclasses.dataclass
 class CompiledSteps:
-  """The jitted step, compiled ahead of its first use for each shape of batch, and saying so.
+  """The jitted step, compiled before its first use for each shape of batch, and saying so.
 
   Attributes:
     step: what to compile.
     mesh: its devices.
     xla_options: `runtime.xla_options`.
+    stopwatch: measures the parts of compiling.
   """
 
   step: TrainStep
   mesh: jax.sharding.Mesh
   xla_options: tuple[str, ...] = ()
+  stopwatch: Stopwatch = dataclasses.field(default_factory=Stopwatch)
   _programs: dict[tuple, Any] = dataclasses.field(default_factory=dict)
+  _begun: dict[tuple, concurrent.futures.Future] = dataclasses.field(default_factory=dict)
 
   def __call__(
     self, state: TrainState, frozen: dict[str, jax.Array], batch: Batch, learning_rate: float
@@ -91,8 +95,30 @@ class CompiledSteps:
     inputs = (state, frozen, batches.place_batch(batch, self.mesh), np.float32(learning_rate))
     shape = _shape(batch)
     if shape not in self._programs:
-      self._programs[shape] = self._compile(inputs)
+      begun = self._begun.pop(shape, None)
+      program = self._compile(inputs) if begun is None else begun.result()
+      # Collectives wait for their other side for half a minute only, and compilers are not equally fast everywhere.
+      distributed.barrier(f"program {len(self._programs)} is compiled", seconds=COMPILE_SECONDS)
+      self._programs[shape] = program
     return self._programs[shape](*inputs)
+
+  def compile_beside(self, state: TrainState, frozen: dict[str, Any], batch: Batch) -> None:
+    """Starts to compile for a shape of batch on a thread; `__call__` waits for it, and raises what goes wrong there.
+
+    Args:
+      state, frozen: shapes and shardings of what `__call__` will be given.
+      batch: shapes of its batch, as they are on this process.
+    """
+    inputs = (state, frozen, batches.abstract_placed(batch, self.mesh), jax.ShapeDtypeStruct((), np.float32))
+    thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
+    self._begun[_shape(batch)] = thread.submit(self._compile, inputs)
+    thread.shutdown(wait=False)
+
+  def close(self) -> None:
+    """Waits for what is being compiled and was not asked for."""
+    for begun in self._begun.values():
+      if error := begun.exception():
+        logging.debug("A program that no batch has asked for: %s", error)
 
   def knows(self, batch: Batch) -> bool:
     """Whether the step is compiled for this shape of batch."""
@@ -105,11 +131,13 @@ class CompiledSteps:
     shape = f"{A} x {R} rows of {S} tokens and {batch.rows.tiles.shape[2]} tiles a shard"
     hint = "" if self._programs else "; the first time takes a minute or two"
     logging.info("Compiling the step for %s%s", shape, hint)
-    lowered = jax.jit(self.step.__call__, donate_argnums=0).lower(*inputs)
-    program = compile_program(lowered, self.mesh.devices.flat[0].platform, self.xla_options)
+    with self.stopwatch.phase("trace"):
+      traced = jax.jit(self.step.__call__, donate_argnums=0).trace(*inputs)
+    with self.stopwatch.phase("lower"):
+      lowered = traced.lower()
+    with self.stopwatch.phase("compile"):
+      program = compile_program(lowered, self.mesh.devices.flat[0].platform, self.xla_options)
     logging.info("Compiled the step for %s in %.1f s", shape, time.perf_counter() - start)
-    # Collectives wait for their other side for half a minute only, and compilers are not equally fast everywhere.
-    distributed.barrier(f"program {len(self._programs)} is compiled", seconds=COMPILE_SECONDS)
     return program
 
 
@@ -124,6 +152,7 @@ class _InFlight:
 
   Attributes:
     step: steps taken before it.
+    is_first: of this start.
     fetched_in: seconds that the host waited for its batch.
     dispatched: when the devices got it.
     timed: whether its time counts: not where a program was compiled for it.
@@ -131,6 +160,7 @@ class _InFlight:
   """
 
   step: int
+  is_first: bool
   fetched_in: float
   dispatched: float
   timed: bool
@@ -256,7 +286,7 @@ class Trainer:
       state, metrics = self.steps(state, frozen, batch, self.schedule(step))
     self._finish_step()
     result = self._waiter.submit(_read, metrics)
-    self._in_flight = _InFlight(step, fetched_in, dispatched, not fresh, result)
+    self._in_flight = _InFlight(step, is_first, fetched_in, dispatched, not fresh, result)
     return state
 
   def _finish_step(self) -> None:
@@ -266,6 +296,9 @@ class Trainer:
       return
     with self.watchdog.phase("step", flight.step + 1):
       metrics, done = flight.result.result()
+    if flight.is_first:
+      for callback in self.callbacks:
+        callback.after_first_step(done)
     times = self._clock.times(fetched_in=flight.fetched_in, dispatched=flight.dispatched, done=done)
     self._steps_are_long = times is not None and times.compute >= LONG_STEP_SECONDS
     taken = flight.step + 1

@@ -12,6 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from internvl_jax.stopwatch import Stopwatch
+
 
 @dataclasses.dataclass
 class _Phase:
@@ -25,17 +27,29 @@ class Watchdog:
   """Prints host, phase, step and stacks once a phase lasts too long, and again every such time.
 
   Use it as a context manager; outside of it nothing is watched.
+
+  Attributes:
+    stopwatch: measures the phases of the start.
   """
 
-  def __init__(self, host: str, seconds: float, *, write: Callable[[str], None] | None = None):
+  def __init__(
+    self,
+    host: str,
+    seconds: float,
+    *,
+    write: Callable[[str], None] | None = None,
+    stopwatch: Stopwatch | None = None,
+  ):
     """Sets it up.
 
     Args:
       host: how this process calls itself.
       seconds: how long a phase may last unremarked.
       write: takes the text in place of stderr.
+      stopwatch: is told the phases, too; None: a new one.
     """
     self._host, self._seconds, self._write = host, seconds, write
+    self.stopwatch = Stopwatch() if stopwatch is None else stopwatch
     self._phases: list[_Phase] = []
     self._stopped = threading.Event()
     self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -53,7 +67,8 @@ class Watchdog:
     """Marks what the main thread does; of phases within each other the inner one counts."""
     self._phases.append(_Phase(name, step, time.monotonic()))
     try:
-      yield
+      with self.stopwatch.phase(name):
+        yield
     finally:
       self._phases.pop()
 

@@ -39,7 +39,7 @@ LAYERS = (
   ("digests",),
   ("storage",),
   ("arguments", "chips", "errors", "foreign", "watchdog"),
-  ("environment", "signals"),
+  ("environment", "signals", "stopwatch"),
 )
 
 # Room -> rooms of its own layer that it may import.

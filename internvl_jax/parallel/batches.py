@@ -55,6 +55,17 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
   return jax.tree.map(place, batch, batch_shardings(batch, mesh))
 
 
+def abstract_placed(batch: Any, mesh: Mesh) -> Any:
+  """The shapes and shardings of what `place_batch` makes of a batch, from the shapes of this process's part."""
+  parts = _num_parts(mesh)
+
+  def placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    A, fed, *rest = leaf.shape
+    return jax.ShapeDtypeStruct((A, parts * fed, *rest), leaf.dtype, sharding=sharding)
+
+  return jax.tree.map(placed, batch, batch_shardings(batch, mesh))
+
+
 @functools.cache
 def _num_parts(mesh: Mesh) -> int:
   """How many parts processes feed: see `data_parts`."""

@@ -1,5 +1,6 @@
 """Looks at held-out data before a run begins."""
 
+import concurrent.futures
 import dataclasses
 import os
 
@@ -22,17 +23,59 @@ _HELD_OUT_SHOWN = 5
 """Lines named in the message that refuses held-out data."""
 
 
-def held_out_problems(config: TrainConfig, source: Source, chat: ChatTokenizer, task: Task) -> list[str]:
-  """Why lines of `eval.annotation` and of the task's held-out data cannot be used, one text each.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeldOutCheck:
+  """A look at held-out data that is under way.
+
+  Attributes:
+    questions: gives why lines of `eval.annotation` cannot be asked; None where there are none.
+    others: why lines of the task's held-out data cannot be used.
+    drops: lines that cannot be used may be left out.
+  """
+
+  questions: concurrent.futures.Future[list[str]] | None
+  others: list[str]
+  drops: bool
+
+  def finish(self) -> None:
+    """Waits for it. Refuses held-out data that would end the run when they are read; pairs that may be dropped are told.
+
+    Raises:
+      UserError: a line cannot be used.
+    """
+    found = [*(self.questions.result() if self.questions is not None else []), *self.others]
+    if not found:
+      return
+    shown = " | ".join(found[:_HELD_OUT_SHOWN])
+    what = f"{len(found)} lines of the held-out data cannot be used: {shown}"
+    if self.drops and not any(NAME in line for line in found):
+      logging.warning("%s", what)
+      return
+    raise UserError(f"{what}; correct them before the run, which would end when it comes to them")
+
+
+def start_check(config: TrainConfig, source: Source, chat: ChatTokenizer, task: Task) -> HeldOutCheck:
+  """Begins to look at the lines of `eval.annotation` on a thread; those of the task's held-out data it has looked at.
 
   All of their images and videos are decoded, on all cores: what is found here is not found at the end of a run.
 
   Raises:
     UserError: a file cannot be opened at all.
   """
-  found, tokens_per_tile, workers = [], source.config.tokens_per_tile, os.cpu_count() or 1
+  questions = None
   if config.eval.annotation is not None:
-    found += QuestionFile.open(config.eval, config.data, chat, tokens_per_tile).problems(workers)
+    file = QuestionFile.open(config.eval, config.data, chat, source.config.tokens_per_tile)
+    thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="questions")
+    questions = thread.submit(file.problems, os.cpu_count() or 1)
+    thread.shutdown(wait=False)
+  # These ask other hosts, which only the main thread may.
+  others = pair_problems(config, source, chat, task)
+  return HeldOutCheck(questions=questions, others=others, drops=config.loader.on_bad_sample == "drop")
+
+
+def pair_problems(config: TrainConfig, source: Source, chat: ChatTokenizer, task: Task) -> list[str]:
+  """Why lines of the task's held-out data cannot be used, one text each."""
+  found, tokens_per_tile, workers = [], source.config.tokens_per_tile, os.cpu_count() or 1
   for meta_path in filter(None, task.held_out.values()):
     cache = config.loader.cache_dir or default_cache()
     mixture = Mixture(
@@ -49,20 +92,3 @@ def held_out_problems(config: TrainConfig, source: Source, chat: ChatTokenizer, 
     found += decode_all(mixture, packed=config.data.use_packed_ds, workers=workers)
     mixture.close()
   return found
-
-
-def check_held_out(config: TrainConfig, source: Source, chat: ChatTokenizer, task: Task) -> None:
-  """Refuses held-out data that would end the run when they are read; pairs that may be dropped are told.
-
-  Raises:
-    UserError: a line cannot be used.
-  """
-  found = held_out_problems(config, source, chat, task)
-  if not found:
-    return
-  shown = " | ".join(found[:_HELD_OUT_SHOWN])
-  what = f"{len(found)} lines of the held-out data cannot be used: {shown}"
-  if config.loader.on_bad_sample == "drop" and not any(NAME in line for line in found):
-    logging.warning("%s", what)
-    return
-  raise UserError(f"{what}; correct them before the run, which would end when it comes to them")

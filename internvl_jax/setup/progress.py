@@ -60,12 +60,16 @@ def begin_or_go_on(run: Run, data: Data, beginning: Beginning) -> Progress:
   log_parameters(run.setup)
   resumes = distributed.first_says(beginning == "resume")
   params = read_weights(run, all_of_it=not resumes or data.hooks.needs_start)
+  with run.watchdog.phase("held-out data"):
+    data.held_out.finish()
   begin_output(run.config, beginning)
   data.hooks.prepare(params, data.loader, resumes=resumes)
-  frozen = {path: value for path, value in params.items() if path not in run.setup.trainable}
-  frozen |= run.setup.copies(params)
-  if not resumes:
-    return begin(run, data, frozen, run.setup.create_state(params))
+  with run.watchdog.phase("state"):
+    frozen = {path: value for path, value in params.items() if path not in run.setup.trainable}
+    frozen |= run.setup.copies(params)
+    state = None if resumes else run.setup.create_state(params)
+  if state is not None:
+    return begin(run, data, frozen, state)
   # What trains is in the checkpoint, and there is no room for it twice.
   params.clear()
   return go_on(run, data, frozen)

@@ -28,7 +28,7 @@ from internvl_jax.parallel.agreement import agree
 from internvl_jax.serving import Export
 from internvl_jax.setup.devices import open_mesh, processes
 from internvl_jax.setup.export import open_export
-from internvl_jax.setup.held_out import check_held_out
+from internvl_jax.setup.held_out import HeldOutCheck, start_check
 from internvl_jax.setup.step import Setup, idle_on, set_up
 from internvl_jax.tasks.task import Hooks, RunContext
 from internvl_jax.watchdog import Watchdog
@@ -69,8 +69,10 @@ class Data:
     hooks: what the task does at certain moments of the run.
     without_images: it has none, and is told so: see `idle_on_text`.
     evaluation: answers that are scored during the run and at its end; None for none.
+    held_out: a look at what it will be scored on; `begin_or_go_on` waits for it.
   """
 
+  held_out: HeldOutCheck
   loader: TrainLoader
   hooks: Hooks
   without_images: bool
@@ -86,7 +88,10 @@ def open_run(config: TrainConfig, watchdog: Watchdog) -> Run:
   with watchdog.phase("model"):
     source, tokenizer = open_model(config)
   chat = ChatTokenizer(tokenizer, config.data.conv_style, rows=source.config.text.vocab_size)
-  setup = set_up(config, source, open_mesh(config, model=source.model))
+  with watchdog.phase("devices"):
+    mesh = open_mesh(config, model=source.model)
+  with watchdog.phase("set up"):
+    setup = set_up(config, source, mesh)
   export = open_export(config, source, tokenizer, chat, setup.task)
   tell(*idle_on(config, source))
   return Run(
@@ -121,8 +126,9 @@ def open_data(run: Run) -> Data:
   without_images = idle_on_text(setup.trainable, loader.has_images)
   tell(warmup_remark(config.training, loader.total_steps), without_images)
   with watchdog.phase("data"):
-    check_held_out(config, run.source, run.chat, setup.task)
+    held_out = start_check(config, run.source, run.chat, setup.task)
   return Data(
+    held_out=held_out,
     loader=loader,
     hooks=hooks,
     without_images=without_images is not None,

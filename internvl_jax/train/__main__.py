@@ -9,6 +9,7 @@ a self-contained checkpoint. docs/training.md describes what else it leaves ther
 from collections.abc import Sequence
 
 from internvl_jax import cli, signals
+from internvl_jax.stopwatch import Stopwatch
 
 _CONFIG = cli.define_config_flag()
 
@@ -16,11 +17,13 @@ _CONFIG = cli.define_config_flag()
 def main(argv: Sequence[str]) -> int:
   """Checks the config, then trains, saves and scores; returns the exit code."""
   del argv
+  stopwatch = Stopwatch.of_process()
   cli.set_up_logging()
   signals.set_last_line(signals.GOES_ON)
-  from internvl_jax.train.run import train
+  with stopwatch.phase("imports"):
+    from internvl_jax.train.run import train
 
-  return 0 if train(_CONFIG.value) else signals.STOPPED
+  return 0 if train(_CONFIG.value, stopwatch) else signals.STOPPED
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import jax
 from absl import logging
 
 from internvl_jax import cli, consistency
+from internvl_jax.batch import abstract_batch
 from internvl_jax.callbacks import (
   UNMOVED_STEPS,
   Callback,
@@ -16,6 +17,7 @@ from internvl_jax.callbacks import (
   FirstBatch,
   Profile,
   SkippedSteps,
+  StartTimes,
   Unmoved,
 )
 from internvl_jax.checkpoint.checkpointer import Checkpointer
@@ -32,6 +34,7 @@ from internvl_jax.optim.learning_rate import make_schedule
 from internvl_jax.output_dir import output_dir_held, output_folder
 from internvl_jax.outputs import (
   Beginning,
+  newest_checkpoint,
   write_json,
 )
 from internvl_jax.parallel import distributed
@@ -39,6 +42,7 @@ from internvl_jax.parallel.agreement import agree
 from internvl_jax.setup.devices import set_up_jax
 from internvl_jax.setup.progress import Progress, begin_or_go_on, best_params
 from internvl_jax.setup.run import Data, Run, open_data, open_run, tell
+from internvl_jax.stopwatch import Stopwatch
 from internvl_jax.tasks.task import Hooks
 from internvl_jax.trainer import CompiledSteps, Trainer
 from internvl_jax.watchdog import Watchdog
@@ -47,12 +51,17 @@ EXPORT_SECONDS = 3600
 """How long processes wait for the first one to write the model: 150 GB to a slow disk."""
 
 
-def train(config: TrainConfig) -> bool:
+def train(config: TrainConfig, stopwatch: Stopwatch | None = None) -> bool:
   """A whole run, from its config to the model in its output directory; on every process of the run alike.
+
+  Args:
+    config: of the run.
+    stopwatch: has measured the start so far; None: it begins here.
 
   Returns:
     Whether the model is there: not where the run was told to stop.
   """
+  stopwatch = stopwatch or Stopwatch()
   with distributed.initialized(config.runtime.distributed, cli.report):
     if jax.process_count() > 1:
       cli.set_up_logging(process=jax.process_index())
@@ -62,7 +71,7 @@ def train(config: TrainConfig) -> bool:
     if distributed.is_first():
       cli.warn_idle(config)
     with (
-      Watchdog(distributed.host_name(), config.runtime.hang_seconds) as watchdog,
+      Watchdog(distributed.host_name(), config.runtime.hang_seconds, stopwatch=stopwatch) as watchdog,
       output_dir_held(config, watchdog) as beginning,
     ):
       return _run(config, watchdog, beginning)
@@ -79,8 +88,9 @@ def _run(config: TrainConfig, watchdog: Watchdog, beginning: Beginning) -> bool:
   run = open_run(config, watchdog)
   # The data are checked before the weights are read: mistakes are likelier there, and cheaper to find.
   data = open_data(run)
+  steps = start_compiling(run, data, beginning)
   stop = distributed.StopSignal()
-  learned = learn(run, data, beginning, stop)
+  learned = learn(run, data, steps, beginning, stop)
   if learned is None:
     return False
   with watchdog.phase("export"), contextlib.nullcontext() if learned.saved else stop:
@@ -89,6 +99,27 @@ def _run(config: TrainConfig, watchdog: Watchdog, beginning: Beginning) -> bool:
     export(run, data, learned.params)
   tell(learned.remark)
   return True
+
+
+def start_compiling(run: Run, data: Data, beginning: Beginning) -> CompiledSteps:
+  """The step, which is compiled for the first batch on a thread, while weights are read.
+
+  Its shape is foreseen from sizes; of a run that goes on, it is that of the first batch of all, which is likely, too.
+  """
+  setup, loader = run.setup, data.loader
+  steps = CompiledSteps(
+    setup.step,
+    setup.mesh,
+    xla_options=run.config.runtime.xla_options,
+    stopwatch=run.watchdog.stopwatch,
+  )
+  newest = newest_checkpoint(str(output_folder(run.config))) if beginning == "resume" else 0
+  if distributed.first_says((newest or 0) < loader.total_steps):
+    with run.watchdog.phase("data"):
+      sizes = loader.next_sizes()
+    batch = abstract_batch(setup.task.batch, {**sizes, **setup.task.sizes(sizes["S"])}, jax.ShapeDtypeStruct)
+    steps.compile_beside(setup.abstract_state(), setup.abstract_frozen(), batch)
+  return steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,9 +155,11 @@ class Ended:
   checkpointer: Checkpointer
 
 
-def learn(run: Run, data: Data, beginning: Beginning, stop: distributed.StopSignal) -> Learned | None:
+def learn(
+  run: Run, data: Data, steps: CompiledSteps, beginning: Beginning, stop: distributed.StopSignal
+) -> Learned | None:
   """Trains from the first step, or from the newest checkpoint, to the last; None where it was told to stop before."""
-  ended = take_steps(run, data, beginning, stop)
+  ended = take_steps(run, data, steps, beginning, stop)
   loader, checkpointer, log = ended.loader, ended.checkpointer, ended.log
   saved = checkpointer.latest_step == ended.step
   tell(untaught_samples(loader.counters()))
@@ -149,11 +182,14 @@ def learn(run: Run, data: Data, beginning: Beginning, stop: distributed.StopSign
   )
 
 
-def take_steps(run: Run, data: Data, beginning: Beginning, stop: distributed.StopSignal) -> Ended:
+def take_steps(
+  run: Run, data: Data, steps: CompiledSteps, beginning: Beginning, stop: distributed.StopSignal
+) -> Ended:
   """Runs the loop; the optimizer's moments are gone when it returns."""
   progress = begin_or_go_on(run, data, beginning)
   with progress.log, stop, closed_after_error(progress.loader, progress.checkpointer):
-    state = make_trainer(run, data, progress, stop).run(progress.state, progress.frozen)
+    state = make_trainer(run, data, steps, progress, stop).run(progress.state, progress.frozen)
+  steps.close()
   best = progress.log.best_step(progress.checkpointer.steps)
   # There is no room for the last state beside the best one.
   is_last = best is None or best == progress.loader.total_steps
@@ -192,12 +228,14 @@ def closed_after_error(loader: TrainLoader, checkpointer: Checkpointer) -> Itera
     raise
 
 
-def make_trainer(run: Run, data: Data, progress: Progress, stop: distributed.StopSignal) -> Trainer:
+def make_trainer(
+  run: Run, data: Data, steps: CompiledSteps, progress: Progress, stop: distributed.StopSignal
+) -> Trainer:
   """The loop of a run."""
-  config, setup, loader = run.config, run.setup, progress.loader
+  config, loader = run.config, progress.loader
   return Trainer(
     training=config.training,
-    steps=CompiledSteps(setup.step, setup.mesh, xla_options=config.runtime.xla_options),
+    steps=steps,
     schedule=make_schedule(config.training, loader.total_steps),
     source=loader,
     checkpointer=progress.checkpointer,
@@ -217,6 +255,7 @@ def make_callbacks(run: Run, data: Data, loader: TrainLoader, log: RunLog) -> li
   told = {"vision_model", "mlp1"} if data.without_images else set()
   traced = runtime.profile_steps if distributed.is_first() else ()
   return [
+    StartTimes(run.watchdog.stopwatch, prints=runtime.timings),
     FirstBatch(lambda batch: show_batch(batch, run.chat)),
     Check(data.hooks.first_batch),
     Profile(Trace(output_folder(run.config) / "profile", traced)),

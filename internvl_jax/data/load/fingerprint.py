@@ -123,6 +123,30 @@ def content_of(mixture: Mixture, cache: str | os.PathLike[str] | None) -> dict[s
   return {"settings": settings, "tokenizer": maker.tokenizer.vocabulary(), "datasets": datasets}
 
 
+def check_state(state: Mapping[str, Any], content: Mapping[str, Any], mixture: Mixture) -> None:
+  """Refuses the loader's state of a run that began with other data; a state of earlier versions does not tell.
+
+  Args:
+    state: `TrainLoader.get_state`.
+    content: `content_of` the mixture.
+    mixture: of the run that goes on.
+
+  Raises:
+    DataError: it is of other data, or no such state.
+  """
+  if missing := {"next_step", "counters", "plan"} - state.keys():
+    raise DataError(
+      f"the loader's state lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(state))}"
+    )
+  if "content" in state:
+    check_same_content(state["content"], content, mixture)
+  else:
+    logging.warning(
+      "The checkpoint was made by an earlier version, which did not keep what its annotation files held: whether they "
+      "were changed since cannot be told"
+    )
+
+
 def check_same_content(then: Mapping[str, Any], now: Mapping[str, Any], mixture: Mixture) -> None:
   """Refuses to go on with other data than a run began with.
 

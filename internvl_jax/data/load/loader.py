@@ -1,6 +1,5 @@
 """The loader: an iterator over the schedule of a run, with workers that decode it, counters and exact resume."""
 
-import functools
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from internvl_jax.data.load.counters import Tally
 from internvl_jax.data.load.fingerprint import (
   Varying,
   Watched,
-  check_same_content,
+  check_state,
   content_of,
   first_varying,
   mixture_fingerprint,
@@ -136,7 +135,7 @@ class TrainLoader:
       shuffle=self._loader.shuffle,
       samples=tuple(self._mixture.sizes.tolist()),
       shape=shape,
-      length_of=functools.partial(_lengths, self._mixture),
+      length_of=self._mixture.lengths_of,
     )
     packed = pack_settings(self._data) if self._data.use_packed_ds else None
     return make_schedule(order, shape, self._training, self._mixture.size_of, packed, self._count_rows)
@@ -200,6 +199,22 @@ class TrainLoader:
     """Row lengths S that batches may have."""
     return self._shapes.sequence_sizes
 
+  @property
+  def _most_tiles(self) -> int:
+    """The most tiles of a row."""
+    packed = self.schedule.packing
+    return self._mixture.max_tiles() if packed is None else packed.max_tiles
+
+  def next_sizes(self) -> dict[str, int]:
+    """Sizes of the next batch's axes on this host, by their letters, as far as they can be told before it is decoded."""
+    shape, fed, side = self.schedule.shape, len(self._shards.fed), self._data.force_image_size
+    rows = self.schedule.cursor(self.next_step, self._cursor.get_state()).next_rows().rows
+    length, pool = self._shapes.fitting(
+      *self.schedule.room(rows, None if self._measured else self._mixture.sizes_now)
+    )
+    sizes = {"A": shape.accumulation, "R": fed * shape.rows_per_shard, "S": length}
+    return {**sizes, "D": fed, "T": pool, "H": side, "W": side}
+
   def epoch_of(self, step: int) -> float:
     """How many times the data have been seen after `step` optimizer steps."""
     return self.schedule.epoch_of(step)
@@ -262,10 +277,8 @@ class TrainLoader:
 
   def _start(self) -> DecodedAhead:
     """Starts decoding at the next step."""
-    shape, packed = self.schedule.shape, self.schedule.packing
-    fed = self._shards.fed
+    shape, fed = self.schedule.shape, self._shards.fed
     mine = range(fed.start * shape.rows_per_shard, fed.stop * shape.rows_per_shard)
-    most = self._mixture.max_tiles() if packed is None else packed.max_tiles
     source = MicroBatchSource(
       mixture=self._mixture,
       rows=self._cursor.micro_batches(),
@@ -274,7 +287,7 @@ class TrainLoader:
       tile_size=self._data.force_image_size,
       tokens_per_tile=self._tokens_per_tile,
       image_token_id=self._image_token_id,
-      max_tiles=tile_bucket(len(mine) * most, self._shapes.tile_sizes),
+      max_tiles=tile_bucket(len(mine) * self._most_tiles, self._shapes.tile_sizes),
       measured=self._measured,
     )
     return DecodedAhead(source, self._training.dataloader_num_workers, self._loader.prefetch)
@@ -354,7 +367,7 @@ class TrainLoader:
       DataError: the state is of other data or settings.
     """
     assert self._iterator is None, "batches were handed out"
-    self._check_content(state)
+    check_state(state, self._content, self._mixture)
     then_of, now_of = state["plan"], self._plan_fingerprint()
     # A fact of its kind of line that a state does not have was not so.
     for key in now_of | then_of:
@@ -370,20 +383,6 @@ class TrainLoader:
       self._cursor = self.schedule.cursor(self.next_step, state.get("rows"))
     except ValueError as error:
       raise _other_batches(str(error), "settings") from None
-
-  def _check_content(self, state: dict[str, Any]) -> None:
-    """Refuses the state of a run that began with other data; a state of earlier versions does not tell."""
-    if missing := {"next_step", "counters", "plan"} - state.keys():
-      raise DataError(
-        f"the loader's state lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(state))}"
-      )
-    if "content" in state:
-      check_same_content(state["content"], self._content, self._mixture)
-    else:
-      logging.warning(
-        "The checkpoint was made by an earlier version, which did not keep what its annotation files held: whether they "
-        "were changed since cannot be told"
-      )
 
   def _plan_fingerprint(self) -> dict[str, int]:
     """What must be equal for a step number to mean the same samples."""
@@ -404,8 +403,9 @@ class TrainLoader:
     return "; ".join(f"{file}:{','.join(map(str, lines))}" for file, lines in named.items())
 
   def dataset_lines(self) -> list[str]:
-    """Lines on the datasets and their images, for the log."""
-    return self._mixture.dataset_lines()
+    """Lines on the datasets and their images, and one for the programs that their batches may need, for the log."""
+    most = self._most_tiles * self.schedule.shape.rows_per_shard
+    return [*self._mixture.dataset_lines(), f"Batches: {self._shapes.programs_line(most)}"]
 
   def fingerprint(self) -> str:
     """A hash of the data and of all that makes samples of them; see `mixture_fingerprint`."""
@@ -443,8 +443,3 @@ def _log_fill(stats: packing.PackStats) -> None:
     "%d packed rows: %.1f %% of their tokens and %.1f %% of their tiles are filled, %.1f samples a row",
     *(stats.rows, 100 * stats.token_fill, 100 * stats.tile_fill, stats.samples_per_row),
   )
-
-
-def _lengths(mixture: Mixture, indices: np.ndarray) -> np.ndarray:
-  """Tokens of samples, int64 [n]; 0 for those that are lost."""
-  return mixture.size_of(indices)[:, 0].clip(0)

@@ -126,6 +126,14 @@ class Dataset:
       [self._pieces.lines[owners], numbers, self._pieces.firsts()[owners] + numbers]
     ).astype(np.int64)
 
+  def size_now(self, sample: int) -> tuple[int, int]:
+    """Measures tokens and tiles of a sample as if it could be of any length; (0, 0) where it cannot be read."""
+    try:
+      size = self._measure(self.file, self.locate(sample)[0])
+    except DataError:
+      return 0, 0
+    return size.tokens, size.tiles
+
   @property
   def template(self) -> Template:
     """How its turns are written."""
@@ -353,6 +361,16 @@ class Mixture:
       dataset = self.datasets[number]
       out[chosen] = dataset.sizes_of((indices[chosen] - first) % dataset.num_samples)
     return out
+
+  def lengths_of(self, indices: np.ndarray) -> np.ndarray:
+    """Computes int64 [n], tokens of samples of the mixture; 0 for those that are lost."""
+    return self.size_of(indices)[:, 0].clip(0)
+
+  def sizes_now(self, indices: np.ndarray) -> np.ndarray:
+    """Measures int64 [n, 2], tokens and tiles of samples of a mixture without an index; see `Dataset.size_now`."""
+    located = map(self._locate, indices.tolist())
+    sizes = [dataset.size_now(sample) for dataset, sample in located]
+    return np.array(sizes, np.int64).reshape(-1, 2)
 
   def index_of(self, index: int) -> str:
     """The folder of the index that knows how large a sample is; "" where its line states it."""

@@ -112,9 +112,14 @@ class Schedule:
     """How many times the data have been seen after so many optimizer steps."""
     return step * self.shape.rows / self.rows_per_epoch
 
-  def room(self, rows: list[Places]) -> tuple[int, int]:
-    """The tokens of the longest of a step's rows, and the tiles of the fullest shard in a micro-batch."""
-    sizes = self.size_of(np.concatenate([row.indices for row in rows])).clip(0)
+  def room(self, rows: list[Places], size_of: SizeOf | None = None) -> tuple[int, int]:
+    """The tokens of the longest of a step's rows, and the tiles of the fullest shard in a micro-batch.
+
+    Args:
+      rows: of the step.
+      size_of: sizes of samples; None: the schedule's own.
+    """
+    sizes = (size_of or self.size_of)(np.concatenate([row.indices for row in rows])).clip(0)
     owners = np.repeat(np.arange(len(rows)), [len(row.indices) for row in rows])
     tokens, tiles = (np.bincount(owners, column, len(rows)) for column in sizes.T)
     shards = tiles.reshape(self.shape.accumulation * self.shape.shards, -1).sum(-1)

@@ -47,6 +47,26 @@ class BatchShapes:
       tile_sizes=tile_sizes(data, loader, rows),
     )
 
+  def fitting(self, tokens: int, tiles: int) -> tuple[int, int]:
+    """The shape (S, T) of a batch whose longest row and fullest pool have so many tokens and tiles."""
+    length = next((size for size in self.sequence_sizes if size >= tokens), self.sequence_sizes[-1])
+    return length, tile_bucket(tiles, self.tile_sizes)
+
+  def programs_line(self, most_tiles: int) -> str:
+    """Says which programs there may be, for pools of up to so many tiles."""
+    pools, largest = {0}, tile_bucket(most_tiles, self.tile_sizes)
+    while max(pools) < largest:
+      pools.add(tile_bucket(max(pools) + 1, self.tile_sizes))
+    tiles = [size for size in sorted(pools) if size or not self.tile_sizes]
+    return (
+      f"rows of {_listed(self.sequence_sizes)} tokens, pools of {_listed(tiles)} tiles: at most "
+      f"{len(self.sequence_sizes) * len(tiles)} programs, each compiled when the first batch of its shape comes"
+    )
+
+
+def _listed(sizes: Sequence[int]) -> str:
+  return ", ".join(map(str, sizes))
+
 
 def pack_settings(data: DataTrainingArguments) -> PackSettings:
   """The budgets of packed rows."""
