@@ -18,6 +18,8 @@ OTHER = "other"
 _NAMES = {"data wait": "first batch", "step": "first step"}
 """What phases of the loop are before there was a step."""
 
+_WHOLE = "to the first step"
+
 _SHOWN_SECONDS = 0.05
 
 
@@ -156,11 +158,11 @@ class Stopwatch:
   def table(self) -> list[str]:
     """The lines of a table: seconds and processor time of each phase."""
     rows, beside = self.rows(), self.beside()
-    width = max(len(row.name) for row in [*rows, *beside]) + 2
+    width = max(map(len, [_WHOLE, *(row.name for row in [*rows, *beside])])) + 2
     lines = [f"{'phase':<{width}}{'seconds':>9}{'CPU s':>9}"]
     lines += [f"{row.name:<{width}}{row.seconds:>9.2f}{row.cpu or 0.0:>9.2f}" for row in rows]
     cpu = sum(row.cpu or 0.0 for row in rows)
-    lines.append(f"{'to the first step':<{width}}{self.seconds:>9.2f}{cpu:>9.2f}")
+    lines.append(f"{_WHOLE:<{width}}{self.seconds:>9.2f}{cpu:>9.2f}")
     if beside:
       lines.append("beside them, in other threads:")
       lines += [f"{row.name:<{width}}{row.seconds:>9.2f}" for row in beside]

@@ -4,9 +4,11 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
@@ -19,6 +21,7 @@ from internvl_jax.config_checks import problems
 from internvl_jax.environment import MEMORY_FRACTION, set_environment
 from internvl_jax.errors import UserError
 from internvl_jax.trainer import CompiledSteps
+from tests.support.harness import Harness, make_batch, toy
 
 ROOT = Path(__file__).parent.parent
 ROWS = [row for table in (OPTIONS, COMPILE_ONLY) for rows in table.values() for row in rows]
@@ -197,6 +200,60 @@ def test_the_step_is_compiled_with_them(rows, monkeypatch):
   steps = CompiledSteps(lambda: None, mesh, xla_options=("xla_gpu_autotune_level=2",))
   steps._compile((None, None, batch, 0.0))
   assert taken == [{SCHEDULER: True, "xla_gpu_autotune_level": 2}]
+
+
+@pytest.fixture(scope="module")
+def sharded():
+  """A toy step on a mesh that shards rows and parameters, with abstract inputs as a run has them before its weights."""
+  harness = Harness(toy(), mesh={"data": 2, "fsdp": 2}, freeze={"freeze_backbone": True})
+  abstract = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+    (harness.state, harness.frozen),
+  )
+  return harness, abstract
+
+
+def shapes_of(batch):
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batch)
+
+
+def test_what_is_compiled_beside_is_the_program_that_is_run(sharded, monkeypatch):
+  """Not another one for the arrays themselves; a batch of another shape gets its own."""
+  harness, abstract = sharded
+  compiled = []
+  compile_one = CompiledSteps._compile
+
+  def counted(self, inputs):
+    compiled.append(threading.current_thread().name.partition("_")[0])
+    return compile_one(self, inputs)
+
+  monkeypatch.setattr(CompiledSteps, "_compile", counted)
+  steps = CompiledSteps(harness.step, harness.mesh)
+  batch, other = make_batch(shards=4), make_batch(shards=4, length=16)
+  steps.compile_beside(*abstract, shapes_of(batch))
+  assert not steps.knows(batch)
+  state = jax.tree.map(jnp.copy, harness.state)
+  state, metrics = steps(state, harness.frozen, batch, 1e-2)
+  assert compiled == ["compile"] and steps.knows(batch) and not steps.knows(other)
+  assert float(metrics.loss) == float(harness.run(batch).loss)
+  steps(state, harness.frozen, other, 1e-2)
+  assert compiled == ["compile", "MainThread"]
+  assert [row.name for row in steps.stopwatch.beside()] == ["trace", "lower", "compile"]
+
+
+def test_an_error_beside_is_that_of_the_step(sharded):
+  harness, abstract = sharded
+
+  def fails(*inputs):
+    raise UserError("cannot be computed so")
+
+  step = type("Step", (), {"__call__": staticmethod(fails)})()
+  steps, batch = CompiledSteps(step, harness.mesh), make_batch(shards=4)
+  steps.compile_beside(*abstract, shapes_of(batch))
+  with pytest.raises(UserError, match="cannot be computed so"):
+    steps(harness.state, harness.frozen, batch, 1e-2)
+  steps.compile_beside(*abstract, shapes_of(batch))
+  steps.close()  # Nobody asked for it.
 
 
 def test_memory_is_taken_before_the_backend_starts():

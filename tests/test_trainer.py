@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -265,6 +266,22 @@ def test_asked_to_stop_it_saves_and_stops_before_the_next_batch(tmp_path):
   # The third step is in the log of that checkpoint, though no entry was due.
   assert [entry["step"] for entry in history] == [2] and saved[3][1]["pending"] == [2.0]
   assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 3
+
+
+def test_the_first_step_of_a_start_is_told_once(tmp_path):
+  told = []
+
+  class Told(Callback):
+    def after_first_step(self, done):
+      told.append((done, time.perf_counter()))
+
+    def after_step(self, step, metrics):
+      told.append(step)
+
+  began = time.perf_counter()
+  run(tmp_path, callbacks=[Told()], total=3)
+  (done, now), *steps = told
+  assert began < done <= now and steps == [1, 2, 3]
 
 
 def test_long_steps_are_not_handed_over_ahead(tmp_path, monkeypatch):

@@ -70,6 +70,35 @@ def test_resume_is_bit_identical_for_any_number_of_workers(meta, tokenizer):
   assert state == straight.get_state()
 
 
+@pytest.mark.parametrize(
+  ("data", "training"),
+  [
+    ({}, {}),
+    ({"dynamic_image_size": False}, {}),
+    ({}, {"group_by_length": True}),
+    ({"use_packed_ds": True, "max_packed_tokens": 512, "strict_mode": False}, {}),
+    ({"use_packed_ds": True, "max_packed_tokens": 512, "num_images_expected": 12}, {}),
+  ],
+)
+def test_shapes_are_foreseen(tokenizer, tmp_path, data, training):
+  write_dataset(tmp_path, 9, name="first", repeat_time=2)
+  meta = write_dataset(tmp_path, 5, name="second")
+  buckets = {"sequence_buckets": (32, 48, 64, 96, 128, 256, 512), "cache_dir": str(tmp_path / "cache")}
+  loader = make_loader(meta, tokenizer, data=data, loader=buckets, **training)
+  state = loader.get_state()
+  for _ in range(4):
+    sizes = loader.next_sizes()
+    assert sizes == loader.next_sizes()
+    batch = next(loader)
+    assert batch.input_ids.shape == tuple(sizes[axis] for axis in "ARS")
+    assert batch.tiles.shape == (*(sizes[axis] for axis in "ADTHW"), 3)
+  loader.close()
+  assert_equal(
+    [next(resumed(make_loader(meta, tokenizer, data=data, loader=buckets, **training), state))],
+    [next(make_loader(meta, tokenizer, data=data, loader=buckets, **training))],
+  )
+
+
 def test_unshuffled_order_and_batches_across_epochs(tokenizer, tmp_path):
   meta = write_dataset(tmp_path, 5)
   loader = make_loader(meta, tokenizer, loader={"shuffle": False}, max_steps=-1, num_train_epochs=2)
