@@ -412,8 +412,9 @@ class RuntimeConfig:
   profile_steps: tuple[int, ...] = ()
   # Options of XLA, "xla_…=value" each, that go before what the program sets for the platform and before XLA_FLAGS.
   xla_options: tuple[str, ...] = ()
-  # Folder of compiled programs, reused by later runs, also one of a bucket (gs://, s3://); None: compile anew.
-  compilation_cache_dir: str | None = None
+  # Folder of compiled programs, reused by later runs, also one of a bucket (gs://, s3://); "auto": what
+  # JAX_COMPILATION_CACHE_DIR names, or a folder in the user's cache folder; None: compile anew.
+  compilation_cache_dir: str | None = "auto"
 
 
 def parse_xla_option(text: str) -> tuple[str, bool | int | str]:

@@ -21,7 +21,9 @@ from jax.sharding import SingleDeviceSharding
 
 from internvl_jax.arguments import parse_xla_option
 from internvl_jax.errors import UserError
+from internvl_jax.storage.machine import processor
 from internvl_jax.storage.remote import is_remote
+from internvl_jax.storage.snapshots import default_cache
 
 Value: TypeAlias = bool | int | str
 
@@ -172,11 +174,42 @@ def use_full_precision() -> None:
   jax.config.update("jax_default_matmul_precision", FULL_PRECISION)
 
 
+AUTO = "auto"
+"""The value of `runtime.compilation_cache_dir` that leaves the folder to JAX's own setting, or to this program."""
+
+_MOST_BYTES = 10 << 30
+"""Of the folder that nobody has named: what was not used for longest goes."""
+
+
+def open_cache(setting: str | None) -> str | None:
+  """Lets compiled programs be reused by later runs; returns the folder, or None where they are compiled anew.
+
+  Args:
+    setting: `runtime.compilation_cache_dir`.
+  """
+  if setting != AUTO:
+    if setting:
+      set_cache(setting)
+    return setting
+  if named := jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
+    return named
+  folder = Path(default_cache(), "programs", f"{jax.lib.__version__}-{processor()}")
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "in_use").touch()
+  except OSError as error:
+    logging.info("Programs are compiled anew: %s cannot be written (%s)", folder, error.strerror or error)
+    return None
+  set_cache(str(folder))
+  jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES)
+  return str(folder)
+
+
 def set_cache(folder: str) -> None:
   """Lets compiled programs, and what was found by timing kernels on a GPU, be reused by later runs.
 
   Args:
-    folder: `runtime.compilation_cache_dir`.
+    folder: where to keep them.
   """
   jax.config.update("jax_compilation_cache_dir", folder)
   if "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES" in os.environ:

@@ -318,7 +318,9 @@ class Trainer:
     if evaluates:
       self._score(state, frozen, step)
     if saves:
+      start = time.perf_counter()
       self._save(state, step)
+      self.log.add_save(time.perf_counter() - start)
     self._clock.restart(time.perf_counter())
     return False
 

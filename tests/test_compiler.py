@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -309,3 +310,38 @@ def test_what_was_timed_is_kept_beside_the_programs(folder, given, expected, mon
   finally:
     for name, value in before.items():
       jax.config.update(name, value)
+
+
+@pytest.fixture
+def cache_settings(monkeypatch, tmp_path):
+  """JAX's settings as they are where nobody has named a cache."""
+  names = (
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_enable_xla_caches",
+    "jax_compilation_cache_max_size",
+  )
+  before = {name: getattr(jax.config, name) for name in names}
+  jax.config.update("jax_compilation_cache_dir", None)
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
+def test_programs_are_kept_where_nobody_says_otherwise(cache_settings, tmp_path, caplog):
+  folder = compiler.open_cache(TrainConfig().runtime.compilation_cache_dir)
+  assert folder is not None and Path(folder).parent == tmp_path / "caches" / "internvl_jax" / "programs"
+  assert jax.config.jax_compilation_cache_dir == folder and jax.config.jax_compilation_cache_max_size > 0
+  # What a variable of JAX's or an earlier call has named stays.
+  jax.config.update("jax_compilation_cache_dir", "/elsewhere")
+  assert compiler.open_cache("auto") == "/elsewhere" == jax.config.jax_compilation_cache_dir
+  assert compiler.open_cache("/named") == "/named" == jax.config.jax_compilation_cache_dir
+  assert compiler.open_cache(None) is None
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(cache_settings, tmp_path, caplog):
+  (tmp_path / "caches").write_text("a file")
+  with caplog.at_level(logging.INFO):
+    assert compiler.open_cache("auto") is None
+  assert jax.config.jax_compilation_cache_dir is None
+  assert re.search(r"compiled anew: .*caches.* cannot be written \(Not a directory\)", caplog.text)

@@ -382,6 +382,21 @@ def test_every_entry_tells_how_fast_it_goes(tmp_path):
     assert entry["peak_memory_bytes"] == 3 << 30
 
 
+def test_saves_tell_how_long_the_devices_waited(tmp_path, monkeypatch):
+  """In the entry that comes next, all of them since the last one; the save at the end holds nothing up."""
+
+  def save(self, state, *, loader, trainer):
+    time.sleep(0.02 * int(state.step))
+
+  monkeypatch.setattr(Saves, "save", save)
+  history, _ = run(tmp_path, save_steps=1)
+  pauses = [entry["save_pause_seconds"] for entry in history]
+  for pause, least in zip(pauses, (0.02, 0.1, 0.18), strict=True):
+    assert least <= pause < least + 0.02
+  history, _ = run(tmp_path, save_steps=6)
+  assert not any("save_pause_seconds" in entry for entry in history)
+
+
 def test_the_clock_tells_waiting_from_computing():
   clock = StepClock()
   assert clock.times(fetched_in=1, dispatched=1, done=5) is None

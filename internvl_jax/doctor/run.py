@@ -23,7 +23,7 @@ from internvl_jax.data.where import DataError
 from internvl_jax.errors import UserError
 from internvl_jax.open_model import open_model
 from internvl_jax.setup.export import open_export
-from internvl_jax.setup.held_out import held_out_problems
+from internvl_jax.setup.held_out import start_check
 from internvl_jax.storage.paths import filled_file, output_path
 from internvl_jax.tasks import open_task
 
@@ -74,7 +74,7 @@ def examine_data(config: TrainConfig, request: Request) -> bool:
     print(f"note: {line}")
   for line in [*(line for report in reports for line in report.examples), *damaged]:
     print(f"lost: {line}")
-  held_out = held_out_problems(config, source, chat, task)
+  held_out = start_check(config, source, chat, task).problems()
   for line in held_out:
     print(f"held out: {line}")
   write_outputs(mixture, chat, reports, request)

@@ -80,6 +80,7 @@ class Window:
     self.steps = 0
     self.supervised = self.tiles = self.flops = 0.0
     self.whole = self.data = self.compute = 0.0
+    self.save_pause = 0.0
 
   def add_times(self, counts: BatchCounts, times: StepTimes, useful: UsefulFlops) -> None:
     """Adds a step whose time is known."""

@@ -107,6 +107,10 @@ class RunLog:
     if self._due.logs(step):
       self.record(self._entry(step, float(metrics.grad_norm), next_rate))
 
+  def add_save(self, pause: float) -> None:
+    """Adds the seconds that the devices had nothing to do because of a save; writing it takes longer, beside them."""
+    self._window.save_pause += pause
+
   def _entry(self, step: int, grad_norm: float, learning_rate: float) -> dict[str, Any]:
     """The entry of the steps since the last one; a new window begins."""
     window, self._window = self._window, Window()
@@ -119,6 +123,7 @@ class RunLog:
       "step": step,
       "skipped_steps": window.skipped or None,
       **window.rates(self._gauges),
+      "save_pause_seconds": window.save_pause or None,
       "peak_memory_bytes": self._gauges.peak_memory(),
     }
     return {key: value for key, value in entry.items() if value is not None}

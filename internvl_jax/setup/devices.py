@@ -14,10 +14,10 @@ from internvl_jax.parallel import distributed, rules, zero
 from internvl_jax.parallel import mesh as meshes
 
 
-def set_up_jax(config: TrainConfig) -> None:
-  """Settings of JAX that the whole process shares."""
-  if config.runtime.compilation_cache_dir:
-    compiler.set_cache(config.runtime.compilation_cache_dir)
+def set_up_jax(config: TrainConfig, *, keeps_programs: bool = True) -> None:
+  """Settings of JAX that the whole process shares; tells where compiled programs are kept, where they are."""
+  if keeps_programs and (folder := compiler.open_cache(config.runtime.compilation_cache_dir)):
+    logging.info("Compiled programs are kept in %s (runtime.compilation_cache_dir)", folder)
   if not config.training.bf16:
     compiler.use_full_precision()
 

@@ -37,13 +37,17 @@ class HeldOutCheck:
   others: list[str]
   drops: bool
 
+  def problems(self) -> list[str]:
+    """Waits for it; returns why lines cannot be used, one text each."""
+    return [*(self.questions.result() if self.questions is not None else []), *self.others]
+
   def finish(self) -> None:
     """Waits for it. Refuses held-out data that would end the run when they are read; pairs that may be dropped are told.
 
     Raises:
       UserError: a line cannot be used.
     """
-    found = [*(self.questions.result() if self.questions is not None else []), *self.others]
+    found = self.problems()
     if not found:
       return
     shown = " | ".join(found[:_HELD_OUT_SHOWN])

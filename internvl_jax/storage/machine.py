@@ -1,5 +1,8 @@
 """Which machine this is, for those who share storage with others."""
 
+import functools
+import hashlib
+import platform
 import socket
 from pathlib import Path
 
@@ -10,3 +13,14 @@ def machine() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
   except OSError:
     return socket.gethostname()
+
+
+@functools.cache
+def processor() -> str:
+  """A name of the processor's kind and instructions, on which programs for CPUs depend: 12 hexadecimal digits."""
+  try:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+  except OSError:
+    lines = [platform.processor()]
+  kinds = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))} or lines)
+  return hashlib.sha256(" ".join(kinds).encode()).hexdigest()[:12]

@@ -12,7 +12,7 @@ from internvl_jax.errors import UserError
 from internvl_jax.eval.questions import QuestionFile
 from internvl_jax.hf.tokenizer import load_tokenizer
 from internvl_jax.open_model import open_model
-from internvl_jax.setup.held_out import check_held_out, held_out_problems
+from internvl_jax.setup.held_out import start_check
 from internvl_jax.tasks import open_task
 from tests.support.toy import CURVE, curve_config
 
@@ -95,7 +95,7 @@ def test_held_out_data_are_refused_before_the_first_step(config, chat, policy, t
   source, _ = open_model(config, with_weights=False)
   config.loader.on_bad_sample = policy
   config.loader.sequence_buckets = ()
-  check_held_out(config, source, chat, open_task(config, source))
+  start_check(config, source, chat, open_task(config, source)).finish()
   # Of pairs, which the loader reads, those may be dropped that its policy drops.
   pair = {"question": "what?", "chosen": "red", "rejected": "blue"}
   (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(pair)}\n{json.dumps(pair | {'image': 'gone.png'})}\n")
@@ -103,13 +103,13 @@ def test_held_out_data_are_refused_before_the_first_step(config, chat, policy, t
     json.dumps({"p": {"root": str(tmp_path), "annotation": "pairs.jsonl"}})
   )
   config.preference.loss_type, config.preference.eval_meta_path = "sigmoid", str(tmp_path / "pairs.json")
-  (message,) = held_out_problems(config, source, chat, open_task(config, source))
+  (message,) = start_check(config, source, chat, open_task(config, source)).problems()
   assert f"{tmp_path}/pairs.jsonl:2 (dataset 'p'): image not found" in message
   if policy == "drop":
-    check_held_out(config, source, chat, open_task(config, source))
+    start_check(config, source, chat, open_task(config, source)).finish()
     config.preference.eval_meta_path = None
     write(config, BAD["gone"][0])
   with pytest.raises(
     UserError, match=r"1 lines of the held-out data cannot be used: .*; correct them before the run"
   ):
-    check_held_out(config, source, chat, open_task(config, source))
+    start_check(config, source, chat, open_task(config, source)).finish()

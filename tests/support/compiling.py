@@ -2,16 +2,16 @@
 
 import contextlib
 import ctypes
-import functools
 import gc
 import hashlib
 import importlib.metadata
 import os
-import platform
 import subprocess
 import sys
 import zlib
 from pathlib import Path
+
+from internvl_jax.storage.machine import processor
 
 CACHES = Path(__file__).parents[2] / ".cache" / "jax"
 """Compiled programs of earlier runs of the tests: a folder for each kind of processor and version of JAX."""
@@ -91,14 +91,9 @@ def _is_whole(entry: Path) -> bool:
   return True
 
 
-@functools.cache
 def _machine() -> str:
-  """A name of what compiled programs depend on: the processor's instructions, and JAX's version."""
-  info = Path("/proc/cpuinfo")
-  lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
-  flags = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
-  version = importlib.metadata.version("jaxlib")
-  return f"{version}-{hashlib.sha256(' '.join(flags).encode()).hexdigest()[:12]}"
+  """A name of what compiled programs depend on: JAX's version, and the processor's instructions."""
+  return f"{importlib.metadata.version('jaxlib')}-{processor()}"
 
 
 def _known_flags(cache: Path) -> str:

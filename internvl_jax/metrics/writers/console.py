@@ -21,6 +21,7 @@ _TEXTS = {
   "supervised_tokens_per_second": "{:,.0f} supervised tokens/s",
   "tiles_per_second": "{:,.1f} tiles/s",
   "mfu": "MFU {:.1%}",
+  "save_pause_seconds": "{:.2g} s of pause for a save",
 }
 
 
