@@ -27,7 +27,7 @@ def get_config(arg: str = "") -> TrainConfig:
   config.data.force_image_size = 64
   config.data.normalize_type = "imagenet"
   config.data.max_seq_length = 64
-  config.loader.sequence_buckets = (44, 64)
+  config.loader.sequence_buckets = (48, 64)
   config.loader.tile_buckets = (32,)
 
   config.training.output_dir = f"{folder}/output"

@@ -25,7 +25,7 @@ def get_config(arg: str = "") -> TrainConfig:
   config.data.conv_style = "internvl2_5"
   config.data.force_image_size = 64
   config.data.max_seq_length = 64
-  config.loader.sequence_buckets = (88, 128)
+  config.loader.sequence_buckets = (56, 128)
   config.loader.tile_buckets = (32,)
 
   config.preference.loss_type = "sigmoid,bco_pair"
