@@ -332,6 +332,11 @@ def _read_shard(checkpoint: Checkpoint, names: Names, leaf: jax.ShapeDtypeStruct
 
   with np.errstate(over="ignore", invalid="ignore"):  # What becomes infinite is told by name.
     first = read(cells[0])
+    if len(cells) == 1:  # Tables of embeddings are the largest tensors: no second copy of them.
+      out = np.asarray(first, leaf.dtype, order="C")
+      if not dtypes.all_finite(out):
+        _blame(checkpoint, cells[0], leaf.dtype)
+      return out.reshape(*keys.shape[:-1], *out.shape)
     out = np.empty((len(cells), *first.shape), leaf.dtype)
     # Of a bucket, where each of them waits, several at a time.
     most = min(PARTS, AHEAD_BYTES // max(1, first.nbytes)) if checkpoint.pointers else 0
