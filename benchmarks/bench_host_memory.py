@@ -1,7 +1,7 @@
 """Memory of the host: of a mixture of millions of lines, and of a large checkpoint read by one host of a pod.
 
   python benchmarks/bench_host_memory.py mixture [--lines 10000000] [--datasets 10]
-  python benchmarks/bench_host_memory.py checkpoint [--size 2.5-78b] [--topology v5e:8x8]
+  python benchmarks/bench_host_memory.py checkpoint [--size 2.5-78b] [--topology v5e:8x8] [--parameters REGEX]
 
 Prints for each stage the peak of its own memory (anonymous: neither mapped from files nor there before), what arithmetic
 expects of it, the peak of all resident memory, and what of it is mapped from files at the end.
@@ -263,8 +263,8 @@ def tensors_of(source: Any) -> dict[str, tuple[int, ...]]:
   return found
 
 
-def one_host(folder: Path, config: Any, topology: str) -> list[Stage]:
-  """What the first host of a slice holds while it reads its part of a checkpoint."""
+def one_host(folder: Path, topology: str, parameters: str) -> list[Stage]:
+  """What the first host of a slice holds while it reads its part of a checkpoint, of some parameters."""
   import numpy as np
   from jax import ShapeDtypeStruct
 
@@ -290,6 +290,8 @@ def one_host(folder: Path, config: Any, topology: str) -> list[Stage]:
   assert checkpoint is not None
   plans, largest = [], 0
   for path, leaf in shapes.items():
+    if not re.search(parameters, path):
+      continue
     transform, lead = names[path].row.transform, names[path].lead
     sharding = reading_sharding(transform, lead, leaf.shape, places[path], far=False)
     indices = {str(index): index for index in sharding.addressable_devices_indices_map(leaf.shape).values()}
@@ -303,7 +305,7 @@ def one_host(folder: Path, config: Any, topology: str) -> list[Stage]:
   return found
 
 
-def checkpoint(folder: Path, size: str, topology: str) -> list[Stage]:
+def checkpoint(folder: Path, size: str, topology: str, parameters: str) -> list[Stage]:
   """All stages of a published model's checkpoint."""
   from internvl_jax.hf import published
   from internvl_jax.hf.model import source_of_config
@@ -311,7 +313,7 @@ def checkpoint(folder: Path, size: str, topology: str) -> list[Stage]:
   config = published.config_of(size)
   total = write_sparse(folder, config, tensors_of(source_of_config(config)), shard=5 << 30)
   print(f"{size}: {total / 1e9:.1f} GB in {len(list(folder.glob('*.safetensors')))} files")
-  return apart(one_host, folder, config, topology)
+  return apart(one_host, folder, topology, parameters)
 
 
 def table(stages: list[Stage]) -> list[str]:
@@ -334,12 +336,13 @@ def main() -> None:
   of_weights = parts.add_parser("checkpoint")
   of_weights.add_argument("--size", default="2.5-78b")
   of_weights.add_argument("--topology", default="v5e:8x8")
+  of_weights.add_argument("--parameters", default="", help="reads those alone whose path has this in it")
   asked = parser.parse_args()
   with tempfile.TemporaryDirectory() as folder:
     if asked.part == "mixture":
       found = mixture(Path(folder), asked.lines, asked.datasets)
     else:
-      found = checkpoint(Path(folder), asked.size, asked.topology)
+      found = checkpoint(Path(folder), asked.size, asked.topology, asked.parameters)
   print("\n".join(table(found)))
 
 

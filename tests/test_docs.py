@@ -32,6 +32,7 @@ RUN_BY = {
   "internvl_jax.verify": "tests/hf/test_parity.py",
   "benchmarks/bench_compile.py": "tests/test_docs.py",
   "benchmarks/bench_data.py": "tests/benchmarks/test_bench_data.py",
+  "benchmarks/bench_host_memory.py": "tests/benchmarks/test_bench_host_memory.py",
   "benchmarks/golden.py": "tests/test_docs.py",
   "benchmarks/gpu.py": "tests/benchmarks/test_bench_gpu.py",
   "benchmarks/memory.py": "tests/runs/test_memory.py",

@@ -349,3 +349,26 @@ def test_each_device_looks_at_what_it_reads(folder):
   place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
   with pytest.raises(UserError, match=r"mlp1\.3\.weight"):
     source.load(source.model.shapes, dict.fromkeys(source.model.shapes, place), paths={path})
+
+
+def test_a_tensor_that_is_read_as_one_is_not_copied(folder, monkeypatch):
+  """A table of embeddings is gigabytes of the host's memory, which a copy would take twice."""
+  source = open_source(folder)
+  assert source.checkpoint is not None
+  path, kept = "language_model.model.embed_tokens.embedding", []
+  leaf = source.model.shapes[path]
+  read = weights.Checkpoint.read
+
+  def keeps(self, name, index=None):
+    kept.append(read(self, name, index))
+    return kept[-1]
+
+  monkeypatch.setattr(weights.Checkpoint, "read", keeps)
+  names = weights.names_of(path, leaf.shape, source.table)
+  whole = (slice(None),) * len(leaf.shape)
+  for dtype, shares in ((np.float32, True), (ml_dtypes.bfloat16, False)):
+    asked = jax.ShapeDtypeStruct(leaf.shape, dtype)
+    found = weights._read_shard(source.checkpoint, names, asked, whole)
+    assert found.shape == leaf.shape and found.dtype == dtype and found.flags.c_contiguous
+    assert np.shares_memory(found, kept[-1]) == shares
+    np.testing.assert_array_equal(found, kept[-1].astype(dtype))
