@@ -6,6 +6,7 @@ that does not fit is reported together, with shapes, before any number is read.
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
@@ -28,6 +29,9 @@ from internvl_jax.trees import LAYER_RANGE
 
 MOST_TENSORS = 100_000
 """Most tensors of a file: the largest published model, of 94 layers and 128 experts, has 37,000 in all."""
+
+BLOCK_BYTES = 1 << 28
+"""Of a tensor on a disk, read at once, if its numbers are of four bytes."""
 
 TOLD = 40
 """How many tensors that do not fit are listed one by one."""
@@ -113,7 +117,24 @@ class Checkpoint:
     handle, key = self._handles[name]
     if index is None or all(part == slice(None) for part in index):
       return handle.get_tensor(key)
-    return handle.get_slice(key)[index]
+    tensor = handle.get_slice(key)
+    # Of a bucket, a run of bytes is read in parts already.
+    return tensor[index] if isinstance(handle, RangedTensors) or not index else _in_blocks(tensor, index)
+
+
+def _in_blocks(tensor: Any, index: Index) -> np.ndarray:
+  """The part of a tensor at `index`, a block of rows at a time: safetensors holds twice what it reads at once."""
+  (rows, *others), shape = index, tensor.get_shape()
+  start, stop, _ = rows.indices(shape[0])
+  count = max(1, BLOCK_BYTES // max(1, 4 * math.prod(shape[1:])))
+  if stop - start <= count:
+    return tensor[index]
+  first = tensor[slice(start, start + count), *others]
+  out = np.empty((stop - start, *first.shape[1:]), first.dtype)
+  out[:count] = first
+  for at in range(start + count, stop, count):
+    out[at - start : at - start + count] = tensor[slice(at, min(at + count, stop)), *others]
+  return out
 
 
 def _open(path: Path) -> Any:

@@ -372,3 +372,21 @@ def test_a_tensor_that_is_read_as_one_is_not_copied(folder, monkeypatch):
     assert found.shape == leaf.shape and found.dtype == dtype and found.flags.c_contiguous
     assert np.shares_memory(found, kept[-1]) == shares
     np.testing.assert_array_equal(found, kept[-1].astype(dtype))
+
+
+def test_a_long_tensor_is_read_in_blocks(folder, monkeypatch):
+  """Blocks of five rows, of which the last has fewer; also of a part, and of columns."""
+  checkpoint = weights.open_checkpoint(folder)
+  rows, columns = checkpoint.shapes[HEAD]
+  indices = [
+    (slice(0, rows - 1), slice(None)),
+    (slice(3, 14), slice(None)),
+    (slice(None), slice(1, columns)),
+    (slice(7, 8), slice(2, 5)),
+  ]
+  expected = [checkpoint.read(HEAD, index) for index in indices]
+  monkeypatch.setattr(weights, "BLOCK_BYTES", 5 * 4 * columns)
+  for index, whole in zip(indices, expected, strict=True):
+    found = checkpoint.read(HEAD, index)
+    np.testing.assert_array_equal(found, whole)
+    assert found.dtype == whole.dtype and found.size

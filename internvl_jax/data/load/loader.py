@@ -148,8 +148,8 @@ class TrainLoader:
     """
     packed = pack_settings(self._data)
     assert self._cache is not None
-    sizes = self._mixture.size_of(indices)
-    rows = count_rows(sizes, packed, self._cache, quiet=self._training.disable_tqdm)
+    # Of millions of samples, no name here keeps what is counted from going.
+    rows = count_rows(self._mixture.size_of(indices), packed, self._cache, quiet=self._training.disable_tqdm)
     if not rows:
       raise DataError(
         f"no sample fits a row of data.max_packed_tokens={packed.max_tokens} tokens and "

@@ -28,7 +28,9 @@ def count_rows(
     DataError: the cache cannot be written.
   """
   sizes = packable(sizes, packed)
-  key = hashlib.sha256(repr((packing.ALGORITHM, packed)).encode() + sizes.tobytes()).hexdigest()[:16]
+  digest = hashlib.sha256(repr((packing.ALGORITHM, packed)).encode())
+  digest.update(np.ascontiguousarray(sizes).data)
+  key = digest.hexdigest()[:16]
   path = pathlib.Path(cache) / f"rows-{key}.txt"
   with contextlib.suppress(FileNotFoundError, ValueError):  # Not there, or damaged.
     return int(path.read_text(encoding="ascii"))
