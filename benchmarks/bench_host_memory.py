@@ -178,8 +178,7 @@ def later_start(folder: Path, lines: int) -> list[Stage]:
   from internvl_jax.data.load.loader import TrainLoader
 
   found: list[Stage] = []
-  # The order of an epoch as int32, once to keep and once to shuffle; its samples' sizes in this order.
-  with measured("start", lines * (2 * 4 + BYTES_OF_EPOCH), found):
+  with measured("start", lines * BYTES_OF_EPOCH, found):
     opened = TrainLoader(data, training, loader, tokenizer, tokens_per_tile=256)
   with measured("first rows", 0, found):
     opened.next_sizes()
@@ -187,8 +186,9 @@ def later_start(folder: Path, lines: int) -> list[Stage]:
   return found
 
 
-BYTES_OF_EPOCH = 8 + 8 + 8
-"""Of a sample, while the rows of an epoch are counted: its index, tokens and tiles."""
+BYTES_OF_EPOCH = 4 + 8 + 2 * 16
+"""Of a sample, while the rows of an epoch are counted: its place in the order (int32, which stays), its index (int64), its
+tokens and tiles (int64) as they are in the indexes and as the packer takes them."""
 
 
 def worker(folder: Path, lines: int) -> list[Stage]:
