@@ -14,8 +14,8 @@ from internvl_jax.models.attention import BACKENDS, Mask, attention, triton, xla
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.parallel import rules
 
-FAST = ["xla", "splash_interpret", "triton_interpret"]
-WITH_PLACES = ["xla", "triton_interpret"]
+FAST = ["xla", "cpu", "splash_interpret", "triton_interpret"]
+WITH_PLACES = ["xla", "cpu", "triton_interpret"]
 """Those that take queries from any place of a row."""
 
 
@@ -149,7 +149,7 @@ def test_a_shared_prompt_is_seen_by_all_its_answers(backend, most):
     np.testing.assert_allclose(found[:, sees[answer]], alone[:, answer], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["triton_interpret"])
+@pytest.mark.parametrize("backend", ["cpu", "triton_interpret"])
 def test_shared_prompts_at_once_and_in_turns(backend):
   """Also beside a row in which nothing is shared."""
   ids, parents = (jnp.concatenate([x, x]) for x in answers())
@@ -196,7 +196,7 @@ def test_a_query_that_sees_nothing_gets_finite_numbers():
 # --- On a mesh ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["splash_interpret", "triton_interpret"])
+@pytest.mark.parametrize("backend", ["cpu", "splash_interpret", "triton_interpret"])
 @pytest.mark.parametrize(
   ("axes", "heads"),
   [

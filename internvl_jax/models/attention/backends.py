@@ -25,6 +25,13 @@ BACKENDS: tuple[Backend, ...] = (
     reason="without it, attention reads and writes scores in memory and takes a multiple of the time",
   ),
   Backend(
+    name="cpu",
+    function=f"{_ROOM}.cpu:attention",
+    platforms=("cpu",),
+    takes=_ALL | {"index of queries", "shared prompts"},
+    reason="by blocks that stay in a core's cache, without the hidden ones: 2 to 3 times as fast as 'xla'",
+  ),
+  Backend(
     name="xla",
     function=f"{_ROOM}.xla:attention",
     platforms=("tpu", "gpu", "cpu"),
