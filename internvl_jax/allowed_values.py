@@ -36,7 +36,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
   "training.save_strategy": ("no", "steps", "epoch"),
   "training.evaluation_strategy": ("no", "steps", "epoch"),
   "training.eval_strategy": ("no", "steps", "epoch"),
-  "runtime.attention": ("auto", "xla", "splash", "triton"),
+  "runtime.attention": ("auto", "cpu", "xla", "splash", "triton"),
   "runtime.experts": ("auto", "xla", "megablox", "triton"),
 }
 """Field -> the strings it takes (fields typed `Literal` say so themselves)."""

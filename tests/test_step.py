@@ -11,6 +11,7 @@ from internvl_jax.models import functional
 from internvl_jax.models.decoder import DecoderConfig
 from internvl_jax.models.gradients import matmul
 from internvl_jax.models.internvl import Execution, InternVL, InternVLConfig
+from internvl_jax.models.kernels import Kernels
 from internvl_jax.models.layers import remat_by_name
 from internvl_jax.models.moe import MoEConfig
 from internvl_jax.models.towers.internvit import InternViTConfig
@@ -210,7 +211,7 @@ def test_layers_after_the_selected_one_do_not_run():
       }
       one = single.bind({path: v for path, v in params.items() if not path.startswith(prefix)} | weights)
       x, _ = one.vision_model.encoder.layers.scan(
-        lambda module, x, _: (module(x, None, backend="xla"), {}), x
+        lambda module, x, _: (module(x, None, kernels=Kernels()), {}), x
       )
     return x
 

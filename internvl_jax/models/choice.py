@@ -6,6 +6,7 @@ import jax
 from absl import logging
 
 from internvl_jax.errors import UserError
+from internvl_jax.models.activations import BACKENDS as ACTIVATIONS
 from internvl_jax.models.attention import BACKENDS as ATTENTION
 from internvl_jax.models.grouped_matmul import BACKENDS as EXPERTS
 from internvl_jax.models.internvl import InternVLConfig
@@ -15,7 +16,7 @@ from internvl_jax.models.kernels import Backend, Device, Kernels, choose, find
 def choose_kernels(
   model: InternVLConfig, device: Device | None = None, *, attention: str = "auto", experts: str = "auto"
 ) -> Kernels:
-  """The backends of a model's attention and experts on a device: those asked for, or the best that fit.
+  """The backends of a model's attention, experts and activations on a device: those asked for, or the best that fit.
 
   Args:
     model: what they have to compute.
@@ -35,6 +36,7 @@ def choose_kernels(
     experts=_backend(
       "runtime.experts", experts if text.experts or experts != "auto" else "xla", EXPERTS, device
     ),
+    activations=choose(ACTIVATIONS, device)[0].name,
   )
 
 

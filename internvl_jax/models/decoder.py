@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from internvl_jax.models import lora
+from internvl_jax.models.activations import activations
 from internvl_jax.models.attention import Mask, SharedPrompts, attention
 from internvl_jax.models.kernels import Kernels
 from internvl_jax.models.layers import Embed, LayerStack, Linear, RMSNorm, make_param
@@ -178,14 +179,14 @@ class DecoderMLP(nnx.Module):
     self.down_proj = Linear(F, D, bias=bias, axes=(inner, "embed"), rngs=rngs)
 
   def __call__(
-    self, x: Float[Array, "B T D"], *, valid: Bool[Array, "B T"] | None, backend: str = "xla"
+    self, x: Float[Array, "B T D"], *, valid: Bool[Array, "B T"] | None, kernels: Kernels
   ) -> tuple[Float[Array, "B T D"], dict[str, jax.Array]]:
-    """Maps x [B, T, D]; all else, and the second result, is there for what has a router."""
-    del valid, backend
+    """Maps x [B, T, D]; `valid` and the second result are there for what has a router."""
+    del valid
     gate, up = (
       jnp.split(self.gate_up_proj(x), 2, axis=-1) if self.fused else (self.gate_proj(x), self.up_proj(x))
     )
-    return self.down_proj(jax.nn.silu(gate) * up), {}
+    return self.down_proj(activations(kernels.activations).swiglu(gate, up)), {}
 
 
 class DecoderLayer(nnx.Module):
@@ -207,7 +208,7 @@ class DecoderLayer(nnx.Module):
     x = _by_token(x)
     y, kv = self.self_attn(_by_token(self.input_layernorm(x)), backend=kernels.attention, **attend)
     x = x + y
-    y, router = self.mlp(_by_token(self.post_attention_layernorm(x)), valid=valid, backend=kernels.experts)
+    y, router = self.mlp(_by_token(self.post_attention_layernorm(x)), valid=valid, kernels=kernels)
     return _by_token(x + y), kv, router
 
 

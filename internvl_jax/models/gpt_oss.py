@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from internvl_jax.models.grouped_matmul import grouped_matmul
+from internvl_jax.models.kernels import Kernels
 from internvl_jax.models.layers import Linear, make_param
 from internvl_jax.models.moe import dispatch_to_experts, fresh_experts, router_statistics
 from internvl_jax.parallel.rules import Names
@@ -50,11 +51,11 @@ class GptOssMLP(nnx.Module):
     self.experts = GptOssExperts(config, hidden_size, rngs)
 
   def __call__(
-    self, x: Float[Array, "B T D"], *, valid: Bool[Array, "B T"] | None, backend: str = "xla"
+    self, x: Float[Array, "B T D"], *, valid: Bool[Array, "B T"] | None, kernels: Kernels | None = None
   ) -> tuple[Float[Array, "B T D"], dict[str, jax.Array]]:
     """Maps x [B, T, D]; `valid` bool [B, T] names the tokens that the second result counts, None all.
 
-    `backend` names how experts multiply: one of `grouped_matmul.BACKENDS`.
+    `kernels` names how experts multiply; None is XLA's way.
 
     Returns:
       The outputs [B, T, D] and `moe.router_statistics`.
@@ -62,7 +63,7 @@ class GptOssMLP(nnx.Module):
     # In float32: rounded scores would choose other experts.
     scores = self.router(x.astype(jnp.float32))
     best, chosen = jax.lax.top_k(scores, self.top_k)
-    y = self.experts(x, chosen, jax.nn.softmax(best, axis=-1), backend)
+    y = self.experts(x, chosen, jax.nn.softmax(best, axis=-1), (kernels or Kernels()).experts)
     return y, router_statistics(jax.nn.softmax(scores, axis=-1), chosen, valid)
 
 

@@ -93,10 +93,11 @@ class Device:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kernels:
-  """The backends of a forward pass: names of rows in the tables of `models.attention` and `models.grouped_matmul`."""
+  """The backends of a forward pass: rows of `models.attention`, `models.grouped_matmul` and `models.activations`."""
 
   attention: str = "xla"
   experts: str = "xla"
+  activations: str = "xla"
 
 
 def _capability(text: str) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from internvl_jax.models.grouped_matmul import grouped_matmul
+from internvl_jax.models.kernels import Kernels
 from internvl_jax.models.layers import Linear, make_param
 from internvl_jax.parallel.mesh import DATA_AXES, FSDP_OUTER
 from internvl_jax.parallel.rules import (
@@ -62,11 +63,11 @@ class MoE(nnx.Module):
     self.experts = SwiGLUExperts(config, hidden_size, rngs)
 
   def __call__(
-    self, x: Float[Array, "B T D"], *, valid: Bool[Array, "B T"] | None, backend: str = "xla"
+    self, x: Float[Array, "B T D"], *, valid: Bool[Array, "B T"] | None, kernels: Kernels | None = None
   ) -> tuple[Float[Array, "B T D"], dict[str, jax.Array]]:
     """Maps x [B, T, D]; `valid` bool [B, T] names the tokens that the second result counts, None all.
 
-    `backend` names how experts multiply: one of `grouped_matmul.BACKENDS`.
+    `kernels` names how experts multiply; None is XLA's way.
 
     Returns:
       The outputs [B, T, D] and `router_statistics`.
@@ -76,7 +77,9 @@ class MoE(nnx.Module):
     weights, chosen = jax.lax.top_k(probs, self.top_k)
     if self.normalize:
       weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    return self.experts(x, chosen, weights, backend), router_statistics(probs, chosen, valid)
+    return self.experts(x, chosen, weights, (kernels or Kernels()).experts), router_statistics(
+      probs, chosen, valid
+    )
 
 
 class SwiGLUExperts(nnx.Module):

@@ -13,6 +13,7 @@ from internvl_jax.arguments import MeshConfig
 from internvl_jax.models.functional import define
 from internvl_jax.models.gpt_oss import GptOssMLPConfig
 from internvl_jax.models.grouped_matmul import BACKENDS, grouped_matmul, triton
+from internvl_jax.models.kernels import Kernels
 from internvl_jax.models.moe import MoEConfig
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.parallel import rules
@@ -187,7 +188,7 @@ def layer_and_inputs(config):
 
   def run(backend, params, x):
     def loss(params, x):
-      return jnp.sum(jnp.sin(layer.bind(params)(x, valid=None, backend=backend)[0]))
+      return jnp.sum(jnp.sin(layer.bind(params)(x, valid=None, kernels=Kernels(experts=backend))[0]))
 
     return jax.value_and_grad(loss, argnums=(0, 1))(params, x)
 

@@ -9,6 +9,7 @@ from tests.support.cards import apart, compile_for, needs_compiler
 def layer_of_30b(backend, dtype):
   """A layer of 30B-A3B's experts, forward and backward, and the shapes that it takes: 65,536 rows."""
   from internvl_jax.models.functional import define
+  from internvl_jax.models.kernels import Kernels
   from internvl_jax.models.moe import MoEConfig
 
   config = MoEConfig(num_experts=128, top_k=8, intermediate_size=768, normalize_top_k=True)
@@ -17,7 +18,8 @@ def layer_of_30b(backend, dtype):
   params = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in layer.shapes.items()}
 
   def run(params, x, cotangent):
-    y, pull = jax.vjp(lambda params, x: layer.bind(params)(x, valid=None, backend=backend)[0], params, x)
+    kernels = Kernels(experts=backend)
+    y, pull = jax.vjp(lambda params, x: layer.bind(params)(x, valid=None, kernels=kernels)[0], params, x)
     return y, pull(cotangent)
 
   return run, (params, x, x)

@@ -9,6 +9,7 @@ import pytest
 from internvl_jax.aot import recipe
 from internvl_jax.errors import UserError
 from internvl_jax.hf import published
+from internvl_jax.models.activations import BACKENDS as ACTIVATIONS
 from internvl_jax.models.attention import BACKENDS as ATTENTION
 from internvl_jax.models.grouped_matmul import BACKENDS as EXPERTS
 from internvl_jax.models.kernels import Backend, Device, Kernels, choose, find
@@ -33,13 +34,13 @@ def of_size(size, device, **runtime):
   [
     ("2.5-8b", TPU, Kernels(attention="splash")),
     ("2.5-8b", H100, Kernels(attention="triton")),
-    ("2.5-8b", CPU, Kernels()),
+    ("2.5-8b", CPU, Kernels(attention="cpu", activations="from_inputs")),
     ("2.5-78b", H100, Kernels(attention="triton")),
     ("2-4b", H100, Kernels(attention="triton")),  # Heads of 96.
     ("3.5-30b-a3b", H100, Kernels(attention="triton", experts="triton")),
     ("3.5-30b-a3b", TPU, Kernels(attention="splash", experts="megablox")),
     ("3.5-20b-a4b", H100, Kernels(attention="triton", experts="triton")),  # Sinks and windows.
-    ("3.5-20b-a4b", CPU, Kernels()),
+    ("3.5-20b-a4b", CPU, Kernels(attention="cpu", activations="from_inputs")),
   ],
 )
 def test_auto_is_what_the_platform_has(size, device, expected):
@@ -128,7 +129,7 @@ def test_what_a_later_jax_may_drop_is_still_there():
   assert chosen.name == "xla" and "multiple of the time" in str(passed)
 
 
-@pytest.mark.parametrize("table", [ATTENTION, EXPERTS])
+@pytest.mark.parametrize("table", [ATTENTION, EXPERTS, ACTIVATIONS])
 def test_every_platform_has_a_backend_and_every_row_a_reason(table):
   for device in (TPU, H100, CPU):
     assert choose(table, device)[1] is None

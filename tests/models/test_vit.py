@@ -1,5 +1,6 @@
 """Parts of the ViT and the projector by themselves: which branch drop path acts on, and the exact GELU."""
 
+import functools
 import math
 
 import jax
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from internvl_jax.models.activations import BACKENDS
+from internvl_jax.models.kernels import Kernels
 from internvl_jax.models.projector import Projector
 from internvl_jax.models.towers.internvit import InternViTConfig, VisionLayer, VisionMLP
 
@@ -21,26 +24,27 @@ def test_drop_path_acts_on_each_branch_and_tile_by_itself():
   attention = layer.attn(layer.norm1(x), backend="xla")
   # Of four tiles: neither branch, attention alone, the perceptron alone, both at other scales.
   keep = jnp.array([[0.0, 2.0, 0.0, 0.5], [0.0, 0.0, 1.5, 3.0]])
-  found = layer(x, keep, backend="xla")
+  found = layer(x, keep, kernels=Kernels())
   middle = x + keep[0, :, None, None] * attention
-  expected = middle + keep[1, :, None, None] * layer.mlp(layer.norm2(middle))
+  expected = middle + keep[1, :, None, None] * layer.mlp(layer.norm2(middle), backend="xla")
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
   np.testing.assert_array_equal(found[0], x[0])
   np.testing.assert_allclose(
-    layer(x, None, backend="xla"), layer(x, jnp.ones((2, 4)), backend="xla"), atol=1e-6
+    layer(x, None, kernels=Kernels()), layer(x, jnp.ones((2, 4)), kernels=Kernels()), atol=1e-6
   )
 
 
-@pytest.mark.parametrize("part", ["vit", "projector"])
+@pytest.mark.parametrize("part", [*(row.name for row in BACKENDS), "projector"])
 def test_gelu_is_exact(part):
   """By the error function: its approximation by tanh is off by up to 5e-4."""
   x = np.linspace(-4, 4, 8)[None, None]
-  if part == "vit":
+  if part != "projector":
     config = InternViTConfig(
       hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1, patch_size=4, image_size=8
     )
-    module = VisionMLP(config, nnx.Rngs(0))
-    first, second, inputs = module.fc1, module.fc2, x
+    mlp = VisionMLP(config, nnx.Rngs(0))
+    module = functools.partial(mlp, backend=part)
+    first, second, inputs = mlp.fc1, mlp.fc2, x
   else:
     module = Projector(8, 8, rngs=nnx.Rngs(0))
     first, second = module.linear_1, module.linear_2

@@ -13,6 +13,7 @@ from flax import nnx
 
 from internvl_jax.models.attention import Mask, attention
 from internvl_jax.models.checkpoint_names import CONV, Row, linear, norm, row
+from internvl_jax.models.kernels import Kernels
 from internvl_jax.models.layers import LayerNorm, Linear, make_param
 from internvl_jax.models.towers.tower import (
   Form,
@@ -75,11 +76,11 @@ class SiglipLayer(nnx.Module):
     self.out_proj = Linear(C, C, **back)
     self.fc1, self.fc2 = Linear(C, F, **into), Linear(F, C, **back)
 
-  def __call__(self, x: jax.Array, keep: jax.Array | None, *, backend: str) -> jax.Array:
+  def __call__(self, x: jax.Array, keep: jax.Array | None, *, kernels: Kernels) -> jax.Array:
     x = constrain(x, "tiles", None, None)
     y, heads = self.layer_norm1(x), (*x.shape[:2], self.num_heads, -1)
     q, k, v = (make(y).reshape(heads) for make in (self.q_proj, self.k_proj, self.v_proj))
-    y = attention(q, k, v, Mask(causal=False), over="tiles", backend=backend)
+    y = attention(q, k, v, Mask(causal=False), over="tiles", backend=kernels.attention)
     x = x + drop_branch(self.out_proj(y.reshape(x.shape)), keep, 0)
     y = self.fc2(jax.nn.gelu(self.fc1(self.layer_norm2(x)), approximate=True))
     return constrain(x + drop_branch(y, keep, 1), "tiles", None, None)

@@ -72,17 +72,23 @@ class _Shape:
     return cls(B=B, T=T, S=S, K=K, G=N // K, H=H, TB=TB, SB=SB)
 
   @property
-  def I(self) -> int:  # noqa: E743
+  def query_blocks(self) -> int:
+    """I."""
     return -(-self.T // self.TB)
 
   @property
-  def J(self) -> int:
+  def key_blocks(self) -> int:
+    """J."""
     return -(-self.S // self.SB)
 
   def by_query(self, x: jax.Array) -> jax.Array:
     """Cuts x [B, T, N, ...] into [B, K, I, G*TB, ...] in float32."""
-    x = _cut(x.astype(jnp.float32), self.TB).reshape(self.B, self.I, self.TB, self.K, self.G, *x.shape[3:])
-    return jnp.moveaxis(x, (3, 4), (1, 3)).reshape(self.B, self.K, self.I, self.G * self.TB, *x.shape[5:])
+    x = _cut(x.astype(jnp.float32), self.TB).reshape(
+      self.B, self.query_blocks, self.TB, self.K, self.G, *x.shape[3:]
+    )
+    return jnp.moveaxis(x, (3, 4), (1, 3)).reshape(
+      self.B, self.K, self.query_blocks, self.G * self.TB, *x.shape[5:]
+    )
 
   def by_key(self, x: jax.Array) -> jax.Array:
     """Cuts x [B, S, K, H] into [B, K, J, SB, H] in float32."""
@@ -90,8 +96,8 @@ class _Shape:
 
   def join_queries(self, x: jax.Array) -> jax.Array:
     """From [B, K, I, G*TB, H] to [B, T, N, H]."""
-    x = x.reshape(self.B, self.K, self.I, self.G, self.TB, self.H).transpose(0, 2, 4, 1, 3, 5)
-    return x.reshape(self.B, self.I * self.TB, -1, self.H)[:, : self.T]
+    x = x.reshape(self.B, self.K, self.query_blocks, self.G, self.TB, self.H).transpose(0, 2, 4, 1, 3, 5)
+    return x.reshape(self.B, self.query_blocks * self.TB, -1, self.H)[:, : self.T]
 
   def join_keys(self, x: jax.Array) -> jax.Array:
     """From [B, K, J, SB, H] to [B, S, K, H]."""
@@ -143,13 +149,13 @@ def _tokens(mask: Mask, shape: _Shape) -> tuple[_Tokens, _Tokens]:
   if mask.parent is not None:
     prompt = queries(jnp.where(mask.answer_number > 0, mask.parent, _SEES_NONE))
     kv_prompt = keys(jnp.where(mask.is_prompt, mask.kv_parent, _SHARES_NONE))
-  places = jnp.arange(shape.J * shape.SB).reshape(1, shape.J, shape.SB)
+  places = jnp.arange(shape.key_blocks * shape.SB).reshape(1, shape.key_blocks, shape.SB)
   return _Tokens(queries(index[None]), segment, prompt), _Tokens(places, kv_segment, kv_prompt)
 
 
 def _spans(q: _Tokens, k: _Tokens, mask: Mask, shape: _Shape) -> tuple[jax.Array, jax.Array]:
   """Int [B, I] twice: the first block of keys of which a block of queries may see something, and the one after the last."""
-  some = jnp.ones((shape.B, shape.I, shape.J), bool)
+  some = jnp.ones((shape.B, shape.query_blocks, shape.key_blocks), bool)
   if q.segment is not None and k.segment is not None:
     meet = _meet(q.segment, k.segment)
     if q.prompt is not None and k.prompt is not None:
@@ -160,9 +166,9 @@ def _spans(q: _Tokens, k: _Tokens, mask: Mask, shape: _Shape) -> tuple[jax.Array
     some &= high >= k.index[:, None, :, 0]
     if mask.reach is not None:
       some &= low - k.index[:, None, :, -1] < mask.reach
-  place = jnp.arange(shape.J)
+  place = jnp.arange(shape.key_blocks)
   last = jnp.max(jnp.where(some, place + 1, 0), axis=-1)
-  return jnp.minimum(jnp.min(jnp.where(some, place, shape.J), axis=-1), last), last
+  return jnp.minimum(jnp.min(jnp.where(some, place, shape.key_blocks), axis=-1), last), last
 
 
 def _meet(q: jax.Array, k: jax.Array) -> jax.Array:
@@ -240,17 +246,17 @@ _dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-  """a [m, n] @ b [n, p]."""
+  """A [m, n] @ b [n, p]."""
   return _dot(a, b, (((1,), (0,)), ((), ())))
 
 
 def _by_rows(a: jax.Array, b: jax.Array) -> jax.Array:
-  """a [m, n] @ b [p, n].T, without a transposed copy."""
+  """A [m, n] @ b [p, n].T, without a transposed copy."""
   return _dot(a, b, (((1,), (1,)), ((), ())))
 
 
 def _by_columns(a: jax.Array, b: jax.Array) -> jax.Array:
-  """a [n, m].T @ b [n, p], without a transposed copy."""
+  """A [n, m].T @ b [n, p], without a transposed copy."""
   return _dot(a, b, (((0,), (0,)), ((), ())))
 
 
@@ -307,7 +313,7 @@ def _head_outputs(mask: Mask, shape: _Shape, head: _Head, sinks: jax.Array | Non
     total = jnp.where(total > 0, total, 1.0)
     return out / total[:, None], top + jnp.log(total)
 
-  return jax.lax.map(of_block, jnp.arange(shape.I))
+  return jax.lax.map(of_block, jnp.arange(shape.query_blocks))
 
 
 def _over_keys(add: Callable[[Any, Any], Any], carry: Any, head: _Head, i: Any) -> Any:
@@ -327,7 +333,7 @@ def _backward(saved: Any, g: jax.Array):
   dsinks = None
   if sinks is not None:
     share = jnp.exp(_by_head(sinks, shape)[:, :, None] - log_total) * inner
-    share = share.reshape(shape.B, shape.K, shape.I, shape.G, shape.TB)
+    share = share.reshape(shape.B, shape.K, shape.query_blocks, shape.G, shape.TB)
     dsinks = -jnp.sum(share, axis=(0, 2, 4)).reshape(-1).astype(sinks.dtype)
   dq = (shape.join_queries(dq) / math.sqrt(shape.H)).astype(q.dtype)
   return dq, shape.join_keys(dk).astype(k.dtype), shape.join_keys(dv).astype(v.dtype), None, dsinks
@@ -352,7 +358,7 @@ def _head_gradients(
     return tuple(kv), dq
 
   start = (jnp.zeros(head.k.shape), jnp.zeros(head.v.shape))
-  (dk, dv), dq = jax.lax.scan(of_block, start, jnp.arange(shape.I))
+  (dk, dv), dq = jax.lax.scan(of_block, start, jnp.arange(shape.query_blocks))
   return dq, dk, dv
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from internvl_jax.models.activations import activations
 from internvl_jax.models.attention import Mask, attention
 from internvl_jax.models.checkpoint_names import (
   CLASS_TOKEN,
@@ -25,6 +26,7 @@ from internvl_jax.models.checkpoint_names import (
   row,
 )
 from internvl_jax.models.gradients import matmul, scale, shift
+from internvl_jax.models.kernels import Kernels
 from internvl_jax.models.layers import LayerNorm, Linear, RMSNorm, make_param
 from internvl_jax.models.towers.tower import (
   Form,
@@ -100,8 +102,8 @@ class VisionMLP(nnx.Module):
     self.fc1 = Linear(C, F, bias=True, axes=("embed", "vision"), over="tiles", rngs=rngs)
     self.fc2 = Linear(F, C, bias=True, axes=("vision", "embed"), over="tiles", rngs=rngs)
 
-  def __call__(self, x: Float[Array, "I N C"]) -> Float[Array, "I N C"]:
-    return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+  def __call__(self, x: Float[Array, "I N C"], *, backend: str) -> Float[Array, "I N C"]:
+    return self.fc2(activations(backend).gelu(self.fc1(x)))
 
 
 class VisionLayer(nnx.Module):
@@ -118,13 +120,13 @@ class VisionLayer(nnx.Module):
     self.ls2 = make_param(jnp.full(C, config.initializer_factor), ("embed",))
 
   def __call__(
-    self, x: Float[Array, "I N C"], keep: Float[Array, "2 I"] | None, *, backend: str
+    self, x: Float[Array, "I N C"], keep: Float[Array, "2 I"] | None, *, kernels: Kernels
   ) -> Float[Array, "I N C"]:
     """Applies the block to x [I, 1+P, C]; `keep` [2, I] scales the branches of each tile (drop path)."""
     x = constrain(x, "tiles", None, None)
-    y = scale(self.attn(self.norm1(x), backend=backend), self.ls1[...].astype(x.dtype))
+    y = scale(self.attn(self.norm1(x), backend=kernels.attention), self.ls1[...].astype(x.dtype))
     x = x + drop_branch(y, keep, 0)
-    y = scale(self.mlp(self.norm2(x)), self.ls2[...].astype(x.dtype))
+    y = scale(self.mlp(self.norm2(x), backend=kernels.activations), self.ls2[...].astype(x.dtype))
     return constrain(x + drop_branch(y, keep, 1), "tiles", None, None)
 
 

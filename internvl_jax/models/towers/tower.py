@@ -108,7 +108,7 @@ class VisionTransformer(nnx.Module):
     Args:
       config: its sizes.
       make_embeddings: makes a module from tiles [I, side, side, 3] to [I, N, C].
-      make_layer: makes a block, called as `layer(x, keep, backend=name)` with x [I, N, C] and the drop path's
+      make_layer: makes a block, called as `layer(x, keep, kernels=kernels)` with x [I, N, C] and the drop path's
         factors of its two branches `keep` [2, I] or None.
       make_norm: makes the norm that the last hidden state goes through, if any; the others do not.
       select_layer: see above.
@@ -148,7 +148,7 @@ class VisionTransformer(nnx.Module):
       remat, unroll: see `LayerStack.scan`.
     """
     x = self.embeddings(tiles)
-    backend = (kernels or Kernels()).attention
+    backends = kernels or Kernels()
     xs = {} if drop_path is None else {"keep": _keep_branches(x.shape[0], *drop_path)}
     if dropout_key is not None:
       xs["dropout"] = jax.random.split(dropout_key, self.num_layers)
@@ -156,7 +156,7 @@ class VisionTransformer(nnx.Module):
     def apply(layer: Any, x: jax.Array, xs: dict[str, jax.Array]):
       if "dropout" in xs:
         lora.start_dropout(layer, xs["dropout"])
-      return layer(x, xs.get("keep"), backend=backend), {}
+      return layer(x, xs.get("keep"), kernels=backends), {}
 
     x, _ = self.encoder.layers.scan(apply, x, xs=xs, stop=self.run_layers, remat=remat, unroll=unroll)
     is_last = self.run_layers == self.num_layers
