@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from internvl_jax import compiler
+from internvl_jax import compiler, environment
 from internvl_jax.arguments import parse_xla_option
 from internvl_jax.compiler import COMPILE_ONLY, OPTIONS, check_overrides, compile_program, compiler_options
 from internvl_jax.config import TrainConfig
@@ -284,6 +285,50 @@ def test_jax_reads_the_fraction():
       check=True,
     )
     assert float(found.stdout) == expected
+
+
+@pytest.mark.parametrize(
+  ("environ", "pages", "accelerator", "expected"),
+  [
+    ({}, "always [madvise] never", False, True),
+    ({"GLIBC_TUNABLES": "glibc.malloc.check=1"}, "always [madvise] never", False, True),
+    ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, "always [madvise] never", False, False),
+    ({}, "[always] madvise never", False, False),
+    ({}, "always madvise [never]", False, False),
+    ({}, None, False, False),
+    ({}, "always [madvise] never", True, False),
+    ({"JAX_PLATFORMS": "cpu"}, "always [madvise] never", True, True),
+    ({"JAX_PLATFORMS": "cuda,cpu"}, "always [madvise] never", False, False),
+  ],
+)
+def test_huge_pages_are_asked_for_where_cpus_compute(
+  environ, pages, accelerator, expected, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(environment, "_glibc", lambda: (2, 36))
+  if pages is not None:
+    (tmp_path / "enabled").write_text(pages + "\n")
+  found = environment.wants_huge_pages(environ, tmp_path / "enabled", [tmp_path] if accelerator else [])
+  assert found == expected
+  monkeypatch.setattr(environment, "_glibc", lambda: (2, 34))
+  assert not environment.wants_huge_pages(environ, tmp_path / "enabled", [])
+
+
+def test_a_command_starts_anew_with_what_it_was_given(monkeypatch):
+  """And with a setting of glibc's more; not under a debugger, and not a second time."""
+  started = []
+  monkeypatch.setattr(environment, "wants_huge_pages", lambda environ: "hugetlb" not in str(environ))
+  monkeypatch.setattr(os, "execve", lambda *given: started.append(given))
+  monkeypatch.setattr(signal, "pthread_sigmask", lambda *_: None)
+  monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "-m", "internvl_jax.train", "--config=a b"])
+  monkeypatch.setattr(sys, "gettrace", lambda: None)
+  environment.restart_with_huge_pages({"GLIBC_TUNABLES": "glibc.malloc.check=1", "A": "b"})
+  ((path, arguments, given),) = started
+  assert path == sys.executable and arguments == [sys.executable, *sys.orig_argv[1:]]
+  assert given == {"GLIBC_TUNABLES": "glibc.malloc.check=1:glibc.malloc.hugetlb=1", "A": "b"}
+  environment.restart_with_huge_pages(given)
+  monkeypatch.setattr(sys, "gettrace", lambda: print)
+  environment.restart_with_huge_pages({})
+  assert len(started) == 1
 
 
 @pytest.mark.parametrize(

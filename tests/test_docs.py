@@ -39,6 +39,7 @@ RUN_BY = {
   "benchmarks/mutants.py": "tests/test_docs.py",
   "benchmarks/scale.py": "tests/benchmarks/test_scale.py",
   "benchmarks/scale_programs.py": "tests/benchmarks/test_scale.py",
+  "benchmarks/step.py": "tests/benchmarks/test_bench_step.py",
   "scripts/count_flops.py": "tests/test_docs.py",
   "scripts/plan_recipes.py": "tests/aot/test_plan_recipes.py",
   "scripts/plan_table.py": "tests/aot/test_plan_table.py",

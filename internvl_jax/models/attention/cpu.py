@@ -64,12 +64,10 @@ class _Shape:
   @classmethod
   def of(cls, q: jax.Array, k: jax.Array, mask: Mask) -> "_Shape":
     (B, T, N, H), (_, S, K, _) = q.shape, k.shape
-    if mask.causal or mask.segments is not None:
-      TB, SB = _even(T, max(32, QUERIES * K // N)), _even(S, KEYS)
-    else:
-      SB = _even(S, MOST_KEYS)
-      TB = _even(T, max(32, SCORES * K // (N * SB)))
-    return cls(B=B, T=T, S=S, K=K, G=N // K, H=H, TB=TB, SB=SB)
+    some = mask.causal or mask.segments is not None
+    keys = _even(S, KEYS if some else MOST_KEYS)
+    queries = _even(T, max(32, (QUERIES if some else SCORES // keys) * K // N))
+    return cls(B=B, T=T, S=S, K=K, G=N // K, H=H, TB=queries, SB=keys)
 
   @property
   def query_blocks(self) -> int:
@@ -124,13 +122,13 @@ class _Tokens(NamedTuple):
   """What is known of queries or keys, cut into blocks.
 
   Attributes:
-    index: int [1, blocks, block], along the keys.
+    place: int [1, blocks, block], along the keys.
     segment: int [B, blocks, block], rising; None: one segment.
     prompt: int [B, blocks, block]: of queries the segment whose prompt they see, of keys that whose prompt they are; no
       number stands for none on both sides. None: no prompt is shared.
   """
 
-  index: jax.Array
+  place: jax.Array
   segment: jax.Array | None
   prompt: jax.Array | None
 
@@ -139,14 +137,14 @@ _SEES_NONE, _SHARES_NONE = -1, -2
 
 
 def _tokens(mask: Mask, shape: _Shape) -> tuple[_Tokens, _Tokens]:
-  """Queries and keys; those that fill the last block are like the one before them, but for their index."""
+  """Queries and keys; those that fill the last block are like the one before them, but for keys' places."""
   queries, keys = (functools.partial(_cut, block=block, mode="edge") for block in (shape.TB, shape.SB))
   index = jnp.arange(shape.T) if mask.q_index is None else mask.q_index
   segment = kv_segment = prompt = kv_prompt = None
-  if mask.segments is not None and mask.kv_segments is not None:
-    rising = mask.rising()
+  rising = mask.rising()
+  if rising.segments is not None and rising.kv_segments is not None:
     segment, kv_segment = queries(rising.segments), keys(rising.kv_segments)
-  if mask.parent is not None:
+  if mask.parent is not None and mask.kv_parent is not None:
     prompt = queries(jnp.where(mask.answer_number > 0, mask.parent, _SEES_NONE))
     kv_prompt = keys(jnp.where(mask.is_prompt, mask.kv_parent, _SHARES_NONE))
   places = jnp.arange(shape.key_blocks * shape.SB).reshape(1, shape.key_blocks, shape.SB)
@@ -162,13 +160,13 @@ def _spans(q: _Tokens, k: _Tokens, mask: Mask, shape: _Shape) -> tuple[jax.Array
       meet |= _meet(q.prompt, k.prompt)
     some &= meet
   if mask.causal:
-    low, high = jnp.min(q.index, -1)[..., None], jnp.max(q.index, -1)[..., None]
-    some &= high >= k.index[:, None, :, 0]
+    low, high = jnp.min(q.place, -1)[..., None], jnp.max(q.place, -1)[..., None]
+    some &= high >= k.place[:, None, :, 0]
     if mask.reach is not None:
-      some &= low - k.index[:, None, :, -1] < mask.reach
-  place = jnp.arange(shape.key_blocks)
-  last = jnp.max(jnp.where(some, place + 1, 0), axis=-1)
-  return jnp.minimum(jnp.min(jnp.where(some, place, shape.key_blocks), axis=-1), last), last
+      some &= low - k.place[:, None, :, -1] < mask.reach
+  block = jnp.arange(shape.key_blocks)
+  last = jnp.max(jnp.where(some, block + 1, 0), axis=-1)
+  return jnp.minimum(jnp.min(jnp.where(some, block, shape.key_blocks), axis=-1), last), last
 
 
 def _meet(q: jax.Array, k: jax.Array) -> jax.Array:
@@ -189,10 +187,10 @@ def _visible(q: _Tokens, k: _Tokens, mask: Mask, shape: _Shape) -> jax.Array | N
     if q.prompt is not None and k.prompt is not None:
       visible[0] |= q.prompt[:, None] == k.prompt
   if mask.causal:
-    distance = q.index[:, None] - k.index
+    distance = q.place[:, None] - k.place
     visible.append(distance >= 0 if mask.reach is None else (distance >= 0) & (distance < mask.reach))
   elif shape.S % shape.SB:
-    visible.append((k.index < shape.S)[None])
+    visible.append((k.place < shape.S)[None])
   return functools.reduce(jnp.logical_and, visible) if visible else None
 
 
