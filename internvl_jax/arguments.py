@@ -374,8 +374,8 @@ class EvalConfig:
 class RuntimeConfig:
   """How the numbers are computed."""
 
-  # Attention backend: "xla", "splash" (kernels for TPUs), "triton" (kernels for NVIDIA cards), or "auto", which is the
-  # one made for the platform.
+  # Attention backend: "xla", "cpu" (blocks for CPUs' caches), "splash" (kernels for TPUs), "triton" (kernels for NVIDIA
+  # cards), or "auto", which is the one made for the platform.
   attention: str = "auto"
   # The same for the grouped matmul of experts: "xla", "megablox" (TPUs), "triton" (NVIDIA cards), or "auto".
   experts: str = "auto"

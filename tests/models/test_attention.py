@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from internvl_jax.arguments import MeshConfig
 from internvl_jax.metrics.flops import count_flops
-from internvl_jax.models.attention import BACKENDS, Mask, attention, triton, xla
+from internvl_jax.models.attention import BACKENDS, Mask, attention, cpu, triton, xla
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.parallel import rules
 
@@ -293,6 +293,21 @@ def test_kernels_meet_the_blocks_that_the_mask_leaves(name, transposed):
         assert (first, last) == (met[0], met[-1] + 1), "a block of nothing"
     assert first <= whole <= until <= last
     assert every[b, block, whole:until].all(), "what is hidden is not compared"
+
+
+@pytest.mark.parametrize("name", ["causal", "packed", "packed, no whole blocks", "window", "full segments"])
+def test_blocks_on_cpus_are_those_that_the_mask_leaves(name):
+  """From the first to the last of which something is visible, in each row for itself."""
+  length, options = MASKS[name]
+  mask = Mask(**({"segments": jnp.ones((1, length), int)} | options))
+  q, k = (jax.ShapeDtypeStruct((len(mask.segments), length, heads, 16), "f4") for heads in (8, 1))
+  shape = cpu._Shape.of(q, k, mask)
+  assert min(shape.query_blocks, shape.key_blocks) >= 2
+  some, _ = brute_force(mask, length, length, shape.TB, shape.SB)
+  first, last = cpu._spans(*cpu._tokens(mask, shape), mask, shape)
+  for b, block in np.ndindex(*some.shape[:2]):
+    met = np.flatnonzero(some[b, block])
+    assert (first[b, block], last[b, block]) == (met[0], met[-1] + 1)
 
 
 # --- The table ----------------------------------------------------------------------------------------------
