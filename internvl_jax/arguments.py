@@ -332,6 +332,9 @@ class LoaderConfig:
   # Sizes that a device's tile pool is padded to. Pools beyond the last one, and all pools where none is given,
   # take 1, 2, 3, 4, 6, 8, 12, 16, 24, ... tiles.
   tile_buckets: tuple[int, ...] = ()
+  # Optimizer steps among which packed rows are exchanged so that the devices of each step finish together; 0 takes the
+  # rows as they come. Nothing changes on a single data-parallel device. See docs/data.md.
+  balance_steps: int = 64
   # Micro-batches made ahead by each worker.
   prefetch: int = 4
   # Folder of the indexes of lines and sizes, and of copies of remote annotation files, on a disk of this machine; None:

@@ -35,6 +35,7 @@ ONLY_WITH: dict[str, tuple[str, ...]] = {
   "data.allow_overflow": _PACKED,
   "data.loss_reduction": _PACKED,
   "data.replacement": _PACKED,
+  "loader.balance_steps": _PACKED,
   "data.use_thumbnail": _DYNAMIC,
   "data.min_dynamic_patch": _DYNAMIC,
   "data.max_dynamic_patch": _DYNAMIC,
@@ -142,6 +143,7 @@ IDLE: dict[str, tuple[Idle, ...]] = {
 
 ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
   "data.strict_mode": (False,),
+  "loader.balance_steps": (0,),
   # One tile is what there is without a grid.
   "data.max_dynamic_patch": (1,),
   "lora.dropout": (0.0,),

@@ -456,7 +456,7 @@ def test_max_buffer_size(folder):
 
 def test_log_freq(loader_of, monkeypatch):
   told = []
-  monkeypatch.setattr(loaders, "_log_fill", lambda stats: told.append(stats.rows))
+  monkeypatch.setattr(loaders, "log_fill", lambda stats: told.append(stats.rows))
   loader = loader_of(**_PACKED, log_freq=2)
   next(loader)
   assert told == [2]

@@ -26,6 +26,7 @@ from internvl_jax.parallel import distributed
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.parallel.agreement import agree
 from internvl_jax.serving import Export
+from internvl_jax.setup.balance import run_row_cost
 from internvl_jax.setup.devices import open_mesh, processes
 from internvl_jax.setup.export import open_export
 from internvl_jax.setup.held_out import HeldOutCheck, start_check
@@ -139,11 +140,9 @@ def open_data(run: Run) -> Data:
 def open_loader(run: Run) -> tuple[Hooks, Callable[..., TrainLoader]]:
   """The task's hooks, and what makes the loader of the run's data."""
   config, setup = run.config, run.setup
+  shards = host_shards(setup.mesh)
   make = functools.partial(
-    TrainLoader,
-    tokenizer=run.chat,
-    tokens_per_tile=run.source.config.tokens_per_tile,
-    shards=host_shards(setup.mesh),
+    TrainLoader, tokenizer=run.chat, tokens_per_tile=run.source.config.tokens_per_tile, shards=shards
   )
   context = RunContext(
     config=config,
@@ -154,7 +153,9 @@ def open_loader(run: Run) -> tuple[Hooks, Callable[..., TrainLoader]]:
     watchdog=run.watchdog,
   )
   hooks = setup.task.hooks(context)
-  return hooks, functools.partial(make, config.data, config.training, config.loader, task=hooks.data)
+  balanced = dataclasses.replace(shards, row_cost=run_row_cost(config, run.source, setup.task))
+  settings = config.data, config.training, config.loader
+  return hooks, functools.partial(make, *settings, task=hooks.data, shards=balanced)
 
 
 def shared_files(run: Run, loader: TrainLoader) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from internvl_jax.data.load.fingerprint import (
   mixture_fingerprint,
   shared_facts,
 )
+from internvl_jax.data.load.messages import goes_on_as_it_began, log_evenness, log_fill, other_batches
 from internvl_jax.data.load.mixture import Mixture
 from internvl_jax.data.load.prefetch import DecodedAhead, MicroBatchSource
 from internvl_jax.data.load.row_count import count_rows
@@ -26,8 +27,10 @@ from internvl_jax.data.load.settings import Shards, check_settings
 from internvl_jax.data.load.task import CONVERSATIONS, DataTask
 from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.data.schedule import packing
+from internvl_jax.data.schedule.balance import Balance
 from internvl_jax.data.schedule.order import Places
-from internvl_jax.data.schedule.schedule import Schedule, StepShape, make_order, make_schedule
+from internvl_jax.data.schedule.packed_steps import StepShape
+from internvl_jax.data.schedule.schedule import Schedule, make_order, make_schedule
 from internvl_jax.data.schedule.shapes import BatchShapes, pack_settings, tile_bucket
 from internvl_jax.data.source.files import default_cache
 from internvl_jax.data.where import DataError
@@ -138,7 +141,9 @@ class TrainLoader:
       length_of=self._mixture.lengths_of,
     )
     packed = pack_settings(self._data) if self._data.use_packed_ds else None
-    return make_schedule(order, shape, self._training, self._mixture.size_of, packed, self._count_rows)
+    size_of, steps, cost = self._mixture.size_of, self._loader.balance_steps, self._shards.row_cost
+    balance = Balance(steps=steps, cost=cost) if steps and cost is not None else None
+    return make_schedule(order, shape, self._training, size_of, packed, self._count_rows, balance)
 
   def _count_rows(self, indices: np.ndarray) -> int:
     """Counts the packed rows that samples make.
@@ -299,7 +304,9 @@ class TrainLoader:
 
   def _take_rows(self, tally: Tally) -> list[Places]:
     """The samples of each row of a step, of all hosts; counts what packing passed over."""
-    rows, skipped = self._cursor.next_rows(self._report_fill)
+    rows, skipped, evenness = self._cursor.next_rows(self._report_fill)
+    if evenness is not None:
+      log_evenness(self._cursor.step, evenness)
     for event, indices in skipped._asdict().items():
       datasets = np.array([self._mixture.dataset_of(index) for index in indices.tolist()], np.int64)
       tally.add_skipped(event, datasets, map(self._mixture.why_lost, indices[:_REASONS].tolist()))
@@ -307,7 +314,7 @@ class TrainLoader:
 
   def _report_fill(self, stats: packing.PackStats) -> None:
     if stats.rows % self._data.log_freq == 0:
-      _log_fill(stats)
+      log_fill(stats)
 
   def _assemble(self, micro_batches: list[batching.MicroBatch], rows: list[Places]) -> Any:
     padding = batching.Padding(
@@ -373,16 +380,18 @@ class TrainLoader:
     for key in now_of | then_of:
       if (then := then_of.get(key, 0)) != (now := now_of.get(key, 0)):
         was = f"{key} was {then} when its state was saved and is {now} now"
-        raise _other_batches(was, "data and settings")
+        raise other_batches(was, "data and settings")
     if self.schedule.packing is not None and "rows" not in state:
-      raise _other_batches("its rows were not packed when its state was saved", "settings")
+      raise other_batches("its rows were not packed when its state was saved", "settings")
     self._tally.restore(state["counters"])
     self.next_step = int(state["next_step"])
     self._taught = self.next_step >= _UNTAUGHT
     try:
       self._cursor = self.schedule.cursor(self.next_step, state.get("rows"))
     except ValueError as error:
-      raise _other_batches(str(error), "settings") from None
+      raise other_batches(str(error), "settings") from None
+    if self._cursor.balance != self.schedule.balance:
+      logging.info("%s", goes_on_as_it_began(self._cursor.balance))
 
   def _plan_fingerprint(self) -> dict[str, int]:
     """What must be equal for a step number to mean the same samples."""
@@ -429,17 +438,3 @@ class TrainLoader:
     self._closed = True
     self._stop()
     self._mixture.close()
-
-
-def _other_batches(what: str, restore: str) -> DataError:
-  return DataError(
-    f"the run cannot go on with the same batches: {what}; restore the {restore} of then, or start anew with "
-    "training.overwrite_output_dir=True"
-  )
-
-
-def _log_fill(stats: packing.PackStats) -> None:
-  logging.info(
-    "%d packed rows: %.1f %% of their tokens and %.1f %% of their tiles are filled, %.1f samples a row",
-    *(stats.rows, 100 * stats.token_fill, 100 * stats.tile_fill, stats.samples_per_row),
-  )

@@ -8,6 +8,7 @@ import numpy as np
 
 from internvl_jax.arguments import LoaderConfig, TrainingArguments
 from internvl_jax.data.sample.fitting import Policy
+from internvl_jax.data.schedule.balance import RowCost
 from internvl_jax.data.source.hosts import ALONE, Hosts
 from internvl_jax.data.where import DataError
 
@@ -21,12 +22,14 @@ class Shards:
     mine: those whose rows this host feeds; None: all.
     hosts: the processes that make a loader at the same time; each measures a part of the data for all.
     all_sum: adds an array over the hosts, each shard counted once. All hosts call it at the same time.
+    row_cost: what packed rows cost a device, for `loader.balance_steps`; None: they are not balanced.
   """
 
   count: int = 1
   mine: range | None = None
   hosts: Hosts = ALONE
   all_sum: Callable[[np.ndarray], np.ndarray] = lambda counts: counts
+  row_cost: RowCost | None = None
 
   @property
   def fed(self) -> range:
@@ -63,6 +66,7 @@ def check_settings(
     ("training.gradient_accumulation_steps", training.gradient_accumulation_steps, 1),
     ("training.dataloader_num_workers", training.dataloader_num_workers, 0),
     ("loader.prefetch", loader.prefetch, 1),
+    ("loader.balance_steps", loader.balance_steps, 0),
     ("training.seed", training.seed, 0),
     ("training.data_seed", training.data_seed or 0, 0),
     ("tokens_per_tile", tokens_per_tile, 1),

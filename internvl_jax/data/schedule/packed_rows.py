@@ -1,6 +1,5 @@
 """The rows of a packed run, in order: which samples are in each, planned from sizes alone."""
 
-import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -12,8 +11,6 @@ from internvl_jax.data.schedule.order import Order, Places
 
 # Places of the stream whose sizes are looked up at a time.
 _CHUNK = 1024
-# Rows planned for elements that nobody has asked for yet: those of other workers, which never will.
-_KEPT = 4096
 
 
 class SizeOf(Protocol):
@@ -114,42 +111,3 @@ def packable(sizes: np.ndarray, settings: packing.PackSettings) -> np.ndarray:
   sizes = np.array(sizes, np.int64)
   sizes[sizes[:, 0] <= 0, 0] = settings.max_tokens + 1
   return sizes
-
-
-class PlannedRows:
-  """Rows by the number of their micro-batch, for workers that take every so-many-th, or threads that race.
-
-  Each worker process plans all rows for itself, which takes far less than decoding its share of them.
-  """
-
-  def __init__(
-    self,
-    plan: Order,
-    size_of: SizeOf,
-    settings: packing.PackSettings,
-    state: dict[str, Any],
-    rows: int,
-  ):
-    """Begins with micro-batch 0 at `state`; a micro-batch has so many rows."""
-    self._arguments = (plan, size_of, settings, state, rows)
-    self._rows = rows
-    self._lock = threading.Lock()
-    self._begin()
-
-  def __getitem__(self, element: int) -> list[Places]:
-    with self._lock:
-      if element not in self._planned and element < self._next:
-        self._begin()
-      while element not in self._planned:
-        self._planned[self._next] = [next(self._stream) for _ in range(self._rows)]
-        self._next += 1
-        self._planned.pop(self._next - _KEPT, None)
-      return self._planned.pop(element)
-
-  def _begin(self) -> None:
-    self._stream = RowStream(*self._arguments[:4])
-    self._next = 0
-    self._planned: dict[int, list[Places]] = {}
-
-  def __reduce__(self) -> tuple:
-    return PlannedRows, self._arguments

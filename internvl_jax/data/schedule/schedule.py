@@ -12,6 +12,7 @@ import numpy as np
 
 from internvl_jax.arguments import DataTrainingArguments, TrainingArguments
 from internvl_jax.data.schedule import packed_rows, packing
+from internvl_jax.data.schedule.balance import Balance
 from internvl_jax.data.schedule.grouping import GroupedOrder, LengthOf
 from internvl_jax.data.schedule.order import (
   DrawnOrder,
@@ -21,41 +22,17 @@ from internvl_jax.data.schedule.order import (
   ResampledOrder,
   total_steps,
 )
-from internvl_jax.data.schedule.packed_rows import PlannedRows, RowStream, SizeOf, Skipped
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class StepShape:
-  """How the rows of an optimizer step are dealt to micro-batches and devices.
-
-  Attributes:
-    accumulation: A, micro-batches of a step.
-    shards: D, data-parallel devices of all hosts.
-    rows_per_shard: rows of a device in a micro-batch.
-  """
-
-  accumulation: int
-  shards: int
-  rows_per_shard: int
-
-  @property
-  def micro_rows(self) -> int:
-    """R, rows of a micro-batch."""
-    return self.shards * self.rows_per_shard
-
-  @property
-  def rows(self) -> int:
-    """A * R, rows of a step."""
-    return self.accumulation * self.micro_rows
-
-  @classmethod
-  def of(cls, training: TrainingArguments, shards: int) -> "StepShape":
-    """The shape that the settings ask for, on so many data-parallel devices."""
-    return cls(
-      accumulation=training.gradient_accumulation_steps,
-      shards=shards,
-      rows_per_shard=training.per_device_train_batch_size,
-    )
+from internvl_jax.data.schedule.packed_rows import SizeOf, Skipped
+from internvl_jax.data.schedule.packed_steps import (
+  Evenness,
+  PackedPlan,
+  PackedSteps,
+  PlannedRows,
+  Report,
+  StepShape,
+  open_steps,
+  silent,
+)
 
 
 class MicroBatchRows(Protocol):
@@ -71,11 +48,14 @@ class StepRows(NamedTuple):
 
   Attributes:
     rows: the samples of each of its A * R rows, of all hosts.
-    skipped: samples before those of the next step that are in no row.
+    skipped: samples before those of the next step that are in no row; where rows are balanced, an equal part of those of
+      the window.
+    evenness: where rows are balanced, how even the steps are that begin with this one; None elsewhere.
   """
 
   rows: list[Places]
   skipped: Skipped
+  evenness: Evenness | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,6 +69,7 @@ class Schedule:
     packing: what a packed row may hold; None: a row is one sample.
     rows_per_epoch: rows that all samples make together.
     total_steps: optimizer steps of the run.
+    balance: how packed rows are balanced over devices; None: they are taken as they come.
   """
 
   order: Order
@@ -97,6 +78,7 @@ class Schedule:
   packing: packing.PackSettings | None
   rows_per_epoch: int
   total_steps: int
+  balance: Balance | None = None
 
   @property
   def num_samples(self) -> int:
@@ -140,12 +122,26 @@ class Schedule:
 
     Args:
       step: that comes next.
-      state: what `Cursor.get_state` gave there. Without it, packed rows begin anew.
+      state: what `Cursor.get_state` gave there. Without it, packed rows begin anew. With it, they are balanced or not as
+        they were then.
 
     Raises:
-      ValueError: the state is of other budgets, or of another version of the packing.
+      ValueError: the state is of other budgets, or of another version of the packing or the balancing.
     """
     return Cursor(self, step, state)
+
+  def packed_plan(self) -> PackedPlan | None:
+    """What packed rows are a function of; None where a row is one sample."""
+    if self.packing is None:
+      return None
+    return PackedPlan(
+      order=self.order,
+      size_of=self.size_of,
+      packing=self.packing,
+      shape=self.shape,
+      total_steps=self.total_steps,
+      balance=self.balance,
+    )
 
 
 class Cursor:
@@ -157,11 +153,10 @@ class Cursor:
 
   def __init__(self, schedule: Schedule, step: int, state: dict[str, Any] | None):
     self._schedule, self.step = schedule, step
-    self._stream: RowStream | None = None
-    if schedule.packing is not None:
-      self._stream = RowStream(schedule.order, schedule.size_of, schedule.packing, state)
+    self._plan = schedule.packed_plan()
+    self._packed: PackedSteps | None = None if self._plan is None else open_steps(self._plan, step, state)
 
-  def next_rows(self, report: Callable[[packing.PackStats], Any] = lambda stats: None) -> StepRows:
+  def next_rows(self, report: Report = silent) -> StepRows:
     """Goes on by a step.
 
     Args:
@@ -169,27 +164,26 @@ class Cursor:
     """
     shape = self._schedule.shape
     start, self.step = self.step * shape.rows, self.step + 1
-    if self._stream is None:
+    if self._packed is None:
       return StepRows(_single(self._schedule.order.places(start, shape.rows)), packed_rows.NONE_SKIPPED)
-    decided, rows = self._stream.decided, []
-    for _ in range(shape.rows):
-      rows.append(next(self._stream))
-      report(self._stream.stats)
-    return StepRows(rows, self._stream.skipped(decided, self._stream.decided))
+    rows = self._packed.next_rows(report)
+    return StepRows(rows, self._packed.skipped(), self._packed.evenness())
+
+  @property
+  def balance(self) -> Balance | None:
+    """How packed rows are balanced from here on; None: they are taken as they come."""
+    return None if self._packed is None else self._packed.balance
 
   def get_state(self) -> dict[str, Any] | None:
     """What the rows to come depend on beside the step, as JSON values; None where that is all."""
-    return None if self._stream is None else self._stream.get_state()
+    return None if self._packed is None else self._packed.get_state()
 
   def micro_batches(self) -> MicroBatchRows:
     """The rows of all micro-batches from here on; this cursor may go on meanwhile."""
     schedule = self._schedule
-    micro_rows = schedule.shape.micro_rows
-    if self._stream is None or schedule.packing is None:
-      return SingleRows(schedule.order, self.step * schedule.shape.accumulation, micro_rows)
-    return PlannedRows(
-      schedule.order, schedule.size_of, schedule.packing, self._stream.get_state(), micro_rows
-    )
+    if self._plan is not None and self._packed is not None:
+      return PlannedRows(self._plan, self.step, self._packed.get_state())
+    return SingleRows(schedule.order, self.step * schedule.shape.accumulation, schedule.shape.micro_rows)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -253,6 +247,7 @@ def make_schedule(
   size_of: SizeOf,
   packed: packing.PackSettings | None,
   count_rows: Callable[[np.ndarray], int],
+  balance: Balance | None = None,
 ) -> Schedule:
   """The schedule of a run.
 
@@ -263,11 +258,18 @@ def make_schedule(
     size_of: sizes of samples; asked only where rows are packed.
     packed: what a packed row may hold; None: a row is one sample.
     count_rows: counts the rows that an epoch's samples make, int64 [n] in their order, where rows are packed.
+    balance: how packed rows are balanced, where several devices share a micro-batch; None: not at all.
   """
   rows = order.num_samples if packed is None else count_rows(order.places(0, order.num_samples).indices)
   steps = training.max_steps
   if steps <= 0:
     steps = total_steps(rows, training.num_train_epochs, shape.rows)
   return Schedule(
-    order=order, shape=shape, size_of=size_of, packing=packed, rows_per_epoch=rows, total_steps=steps
+    order=order,
+    shape=shape,
+    size_of=size_of,
+    packing=packed,
+    rows_per_epoch=rows,
+    total_steps=steps,
+    balance=balance if shape.shards > 1 else None,
   )

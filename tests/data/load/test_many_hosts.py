@@ -10,6 +10,7 @@ from internvl_jax.arguments import LoaderConfig, TrainingArguments
 from internvl_jax.batch import TokenBatch
 from internvl_jax.data.load.loader import TrainLoader
 from internvl_jax.data.load.settings import Shards
+from internvl_jax.data.schedule.balance import UNIT, RowCost
 from internvl_jax.data.where import DataError
 from internvl_jax.errors import UserError
 from internvl_jax.outputs import read_from
@@ -21,8 +22,10 @@ SETTINGS = {
   "packed": ({**PACKED, "max_packed_tokens": 400}, {}),
   "grouped": ({"max_seq_length": 256}, {"group_by_length": True}),
   "plain": ({"max_seq_length": 256}, {}),
-  "drawn": ({**PACKED, "max_packed_tokens": 400, "replacement": True}, {}),
+  "balanced": ({**PACKED, "max_packed_tokens": 400}, {}),
+  "drawn and balanced": ({**PACKED, "max_packed_tokens": 400, "replacement": True}, {}),
 }
+COST = RowCost(per_tile=9 * UNIT, per_pair=UNIT // 32)
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +45,16 @@ class Hosts:
       self.open(
         arguments(meta, **FRAMES | data),
         TrainingArguments(**settings),
-        LoaderConfig(cache_dir=str(meta.parent / "cache"), on_bad_sample="drop", max_bad_fraction=0.5),
+        LoaderConfig(
+          cache_dir=str(meta.parent / "cache"), on_bad_sample="drop", max_bad_fraction=0.5, balance_steps=6
+        ),
         tokenizer,
-        host=range(host * each, (host + 1) * each),
+        shards=Shards(
+          count=SHARDS,
+          mine=range(host * each, (host + 1) * each),
+          all_sum=self.all_sum,
+          row_cost=COST if "balanced" in name else None,
+        ),
         state=state,
       )
       for host in range(hosts)
@@ -54,8 +64,7 @@ class Hosts:
     """What a collective gives, once all have said what they have read."""
     return counts if self.reads is None else sum(self.reads)
 
-  def open(self, *settings, host, state):
-    shards = Shards(count=SHARDS, mine=host, all_sum=self.all_sum)
+  def open(self, *settings, shards, state):
     return resumed(TrainLoader(*settings, tokens_per_tile=4, shards=shards), state)
 
   def step(self):
@@ -82,7 +91,7 @@ def digest(batch):
   return text.hexdigest()
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", ["packed", "grouped", "plain", "drawn and balanced"])
 @pytest.mark.parametrize(("before", "after"), [(3, 9), pytest.param(10, 100, marks=pytest.mark.slow)])
 def test_batches_after_other_workers_and_hosts(meta, tokenizer, name, before, after):
   """An epoch has four of them, or fewer; workers take seconds to start."""
@@ -198,6 +207,41 @@ def test_grouping_gives_the_same_samples_and_even_shards(meta, tokenizer):
   assert ours < 1.1 < theirs
   grouped.close()
   plain.close()
+
+
+def test_balanced_shards_are_even_and_the_log_says_so(meta, tokenizer, caplog):
+  def loads(batch):
+    pairs = ((batch.positions + 1) * (batch.segment_ids > 0)).sum(-1)
+    tokens = (batch.segment_ids > 0).sum(-1)
+    tiles = (batch.image_index >= 0).sum(-1) / 4
+    return (9 * tiles + tokens + pairs / 32).reshape(2, SHARDS, -1).sum(-1)
+
+  found = []
+  with caplog.at_level("INFO"):
+    for name in ("packed", "balanced"):
+      hosts = Hosts(meta, tokenizer, name, 1, max_steps=18)
+      each = [loads(hosts.step()) for _ in range(18)]
+      found.append(np.sum(np.max(each, axis=2)) / np.sum(np.mean(each, axis=2)))
+      hosts.close()
+  assert found[1] - 1 < 0.5 * (found[0] - 1)
+  told = [record.getMessage() for record in caplog.records if "slowest device" in record.getMessage()]
+  assert len(told) == 3 and told[1].startswith("Steps 7 to 12: the slowest device has 1.0")
+
+
+def test_a_run_goes_on_as_it_began_whether_balanced_or_not(meta, tokenizer, caplog):
+  for began, now, how in (("packed", "balanced", "are not balanced"), ("balanced", "packed", "over 6 steps")):
+    straight = Hosts(meta, tokenizer, began, 1, max_steps=9)
+    for _ in range(4):
+      straight.step()
+    state = straight.state()
+    rest = [digest(straight.step()) for _ in range(5)]
+    with caplog.at_level("INFO"):
+      other = Hosts(meta, tokenizer, now, 1, max_steps=9, state=state)
+    assert [digest(other.step()) for _ in range(5)] == rest
+    assert any("goes on as it began" in text and how in text for text in caplog.messages)
+    straight.close()
+    other.close()
+    caplog.clear()
 
 
 def test_shards_that_do_not_divide_are_refused(meta, tokenizer):

@@ -10,8 +10,9 @@ from internvl_jax.data.sample.long_samples import OVER_LONG, UNREADABLE
 from internvl_jax.data.schedule.grouping import GroupedOrder
 from internvl_jax.data.schedule.order import DrawnOrder, EpochOrder, ResampledOrder
 from internvl_jax.data.schedule.packed_rows import packable
+from internvl_jax.data.schedule.packed_steps import StepShape
 from internvl_jax.data.schedule.packing import PackSettings, count_rows
-from internvl_jax.data.schedule.schedule import Schedule, StepShape, make_order, make_schedule
+from internvl_jax.data.schedule.schedule import Schedule, make_order, make_schedule
 
 SAMPLES = 53
 SHAPE = StepShape(accumulation=2, shards=3, rows_per_shard=1)
