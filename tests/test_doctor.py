@@ -2,14 +2,21 @@
 
 import json
 import os
+import re
 import shutil
+import types
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from internvl_jax.config import TrainConfig
+from internvl_jax.data.schedule.balance import UNIT, RowCost
+from internvl_jax.data.schedule.shapes import pack_settings
+from internvl_jax.doctor import run
 from internvl_jax.hf.tokenizer import load_tokenizer
 from tests.support import forked
-from tests.support.toy import CURVE
+from tests.support.toy import ASSETS, CURVE
 
 RECIPE = """
 from tests.support.toy import curve_config
@@ -56,6 +63,33 @@ def test_good_data(data, tmp_path):
     supervised = tokenizer.decode([token for token in line["labels"] if token != -100])
     assert supervised == "".join(f"{answer}<|im_end|>" for answer in answers)
     assert line["input_ids"].count(tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")) == 4 * line["num_tiles"]
+
+
+def test_waiting_is_told_for_the_numbers_of_devices_that_data_suffice_for():
+  sizes = np.load(ASSETS / "packing_sizes.npz")["sizes"].astype(np.int64)
+  mixture = types.SimpleNamespace(
+    sizes=np.array([len(sizes)]),
+    num_samples=len(sizes),
+    size_of=lambda indices: sizes[indices],
+    lengths_of=lambda indices: sizes[indices, 0],
+  )
+  config = TrainConfig()
+  config.data.use_packed_ds, config.data.max_packed_tokens, config.data.num_images_expected = True, 8192, 40
+  cost = RowCost(per_tile=775 * UNIT, per_pair=UNIT // 8192)
+  stats = run.fill(mixture, pack_settings(config.data))
+  assert run.fill_line(stats).startswith(
+    "1,373 packed rows an epoch: 100.0 % of their tokens and 67.8 % of their tiles"
+  )
+  lines = run.waiting_lines(config, mixture, cost, stats.rows)
+  assert [line.split()[0] for line in lines] == ["8", "64"]
+  numbers = [list(map(float, re.findall(r"(\d\.\d+) times", line))) for line in lines]
+  assert all(1.05 < before < 1.2 and 1 < after < 1.02 for before, after in numbers), lines
+  assert lines[0].endswith("balanced over 64 steps")
+  config.loader.balance_steps = 0
+  assert all("balanced" not in line for line in run.waiting_lines(config, mixture, cost, stats.rows))
+  assert len(run.waiting_lines(config, mixture, cost, 64)) == 1 and not run.waiting_lines(
+    config, mixture, cost, 63
+  )
 
 
 def test_what_would_be_lost_is_named(data):

@@ -16,16 +16,26 @@ from internvl_jax.data.load.show import as_json, show_sample
 from internvl_jax.data.sample.notes import NotesShown
 from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.data.schedule import packing
-from internvl_jax.data.schedule.packed_rows import packable
+from internvl_jax.data.schedule.balance import RowCost, waiting
+from internvl_jax.data.schedule.packed_rows import RowStream, packable
+from internvl_jax.data.schedule.packed_steps import StepShape
+from internvl_jax.data.schedule.schedule import make_order
 from internvl_jax.data.schedule.shapes import pack_settings
 from internvl_jax.data.source.files import default_cache
 from internvl_jax.data.where import DataError
 from internvl_jax.errors import UserError
 from internvl_jax.open_model import open_model
+from internvl_jax.setup.balance import run_row_cost
 from internvl_jax.setup.export import open_export
 from internvl_jax.setup.held_out import start_check
 from internvl_jax.storage.paths import filled_file, output_path
 from internvl_jax.tasks import open_task
+
+# Numbers of devices that balance is reported for, of at most so many rows: what packs in a second or two.
+_DEVICES = (8, 64)
+_MEASURED_ROWS = 4096
+# Of fewer steps, one says little of the others.
+_LEAST_STEPS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +78,10 @@ def examine_data(config: TrainConfig, request: Request) -> bool:
   print(table(reports))
   print(sizes(reports))
   if config.data.use_packed_ds:
-    print(fill(mixture, pack_settings(config.data)))
+    stats = fill(mixture, pack_settings(config.data))
+    print(fill_line(stats))
+    for line in waiting_lines(config, mixture, run_row_cost(config, source, task), stats.rows):
+      print(line)
   remarks = [*note_lines(mixture, workers=os.cpu_count() or 1), *notes, *mixture.decoding_lines()]
   for line in remarks:
     print(f"note: {line}")
@@ -126,18 +139,53 @@ def sizes(reports: Sequence[DatasetReport]) -> str:
   return "\n".join(rows)
 
 
-def fill(mixture: Mixture, settings: packing.PackSettings) -> str:
-  """How full the packed rows of an epoch in file order are."""
+def fill(mixture: Mixture, settings: packing.PackSettings) -> packing.PackStats:
+  """Packs an epoch in file order."""
   packer = packing.Packer(settings)
   chosen = packable(mixture.size_of(np.arange(mixture.num_samples)), settings)
   for rows in (packer.feed(chosen), packer.flush()):
     for _ in rows:
       pass
-  stats = packer.stats
+  return packer.stats
+
+
+def fill_line(stats: packing.PackStats) -> str:
+  """How full packed rows are."""
   return (
     f"{stats.rows:,} packed rows an epoch: {100 * stats.token_fill:.1f} % of their tokens and "
     f"{100 * stats.tile_fill:.1f} % of their tiles are filled, {stats.samples_per_row:.1f} samples a row"
   )
+
+
+def waiting_lines(config: TrainConfig, mixture: Mixture, cost: RowCost, rows: int) -> list[str]:
+  """How long devices would wait for the slowest of them: a line for each number of devices that the data suffice for.
+
+  Args:
+    config: the run's.
+    mixture: its data, their sizes indexed.
+    cost: what rows cost a device.
+    rows: packed rows of an epoch.
+  """
+  rows = min(rows, _MEASURED_ROWS)
+  found = [devices for devices in _DEVICES if rows >= _LEAST_STEPS * devices]
+  if not found:
+    return []
+  shape = StepShape(accumulation=1, shards=1, rows_per_shard=1)
+  samples, shuffle = tuple(mixture.sizes.tolist()), config.loader.shuffle
+  order = make_order(
+    config.data, config.training, shuffle=shuffle, samples=samples, shape=shape, length_of=mixture.lengths_of
+  )
+  stream = RowStream(order, mixture.size_of, pack_settings(config.data))
+  chosen = [next(stream).indices for _ in range(rows)]
+  costs = cost.of_rows(mixture.size_of(np.concatenate(chosen)), np.array([len(row) for row in chosen]))
+  lines = []
+  for devices in found:
+    before, after = waiting(costs, devices, max(1, config.loader.balance_steps))
+    line = f"{devices} devices: the slowest has {before:.3f} times the mean's work as rows come"
+    if config.loader.balance_steps:
+      line += f", {after:.3f} times balanced over {config.loader.balance_steps} steps"
+    lines.append(line)
+  return lines
 
 
 def write_outputs(
