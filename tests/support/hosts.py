@@ -29,7 +29,7 @@ def slow(self, *args):
   return step(self, *args)
 
 CompiledSteps.__call__ = slow
-for name, value in json.loads(os.environ["CONSTANTS"]).items():
+for name, value in json.loads(os.environ.get("CONSTANTS", "{}")).items():
   module, _, constant = name.rpartition(".")
   setattr(importlib.import_module(f"internvl_jax.{module}"), constant, value)
 
