@@ -216,6 +216,7 @@ def test_programs_are_compiled_once(tmp_path, monkeypatch):
   module = load(BENCHMARKS / "scale_programs.py")
   results, calls = tmp_path / "results.json", []
   monkeypatch.setattr(module, "useful", lambda size: {})
+  monkeypatch.setattr("importlib.metadata.version", lambda name: "1.0")  # libtpu need not be installed.
   monkeypatch.setattr(module, "compiled", lambda asked, topology: calls.append(topology) or {"chips": 8})
   for topologies in ("v5p:2x2x2", "v5p:2x2x2,v5p:2x2x4"):
     options = [f"--topologies={topologies}", f"--results={results}"]

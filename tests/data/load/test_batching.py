@@ -10,6 +10,7 @@ from PIL import Image
 from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE
 from internvl_jax.data.load import batching
 from internvl_jax.data.load.mixture import Mixture, limits_of
+from internvl_jax.data.sample import compiled
 from internvl_jax.data.sample.sample import Sample, SampleMaker
 from internvl_jax.data.schedule import shapes
 from internvl_jax.data.source.meta import DatasetSpec
@@ -132,9 +133,10 @@ def test_mixture_repeats_and_shares(tokenizer, tmp_path):
     (0, 2),
   ] * 2 + [(1, 0), (1, 1)]
   assert [mixture.decode(0, i).where.line for i in range(8)] == [1, 2, 3, 1, 2, 3, 1, 2]
-  twice, share = mixture.dataset_lines()
+  twice, share, decoding = mixture.dataset_lines()
   assert twice.startswith("twice: 6 samples an epoch (75.0 %), 3 of 3 lines x 2, up to 4 tiles, root ")
   assert share.startswith("share: 2 samples an epoch (25.0 %), 2 of 10 lines x 1, ")
+  assert decoding == compiled.note()
   mixture.close()
   entries = json.loads(meta.read_text())
   entries["share"]["repeat_time"] = 0.05
