@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from internvl_jax.arguments import LoaderConfig
+from internvl_jax.data.schedule import balance
 from scale_model import (
   DAY,
   Assumptions,
@@ -41,7 +43,7 @@ RECORDED = REPOSITORY / "tests" / "assets" / "packing_sizes.npz"
 BEGIN, END = "<!-- benchmarks/scale.py: begin -->", "<!-- benchmarks/scale.py: end -->"
 """What is between them on a page is replaced."""
 
-POOLS = ("padded to the budget", "as they come")
+POOLS = ("padded to the budget", "as they come", "balanced")
 """How large pools of tiles are; the last is what all else supposes."""
 
 GIB = 2**30
@@ -114,7 +116,7 @@ class Outcome:
 
   @property
   def step(self) -> StepTime:
-    """The mean step with pools as large as the rows that come ask for."""
+    """The mean step with balanced rows."""
     return self.steps[POOLS[-1]]
 
   @property
@@ -155,7 +157,8 @@ def arguments() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
   parser.add_argument("--chips", default="", help="numbers of chips; all that were compiled for, if empty")
   parser.add_argument("--assume", default="", help="assumptions to change: NAME=VALUE,...")
-  parser.add_argument("--steps", type=int, default=128, help="drawn for each slice")
+  window = LoaderConfig().balance_steps
+  parser.add_argument("--steps", type=int, default=2 * window, help="drawn for each slice")
   parser.add_argument("--runs", type=int, default=16, help="of 30 days, drawn for each slice")
   parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
   parser.add_argument("--programs", default=str(PROGRAMS), help="what scale_programs.py wrote")
@@ -197,12 +200,34 @@ def drawn_slice(program: Program, rows: Rows, useful: Mapping[str, float], setti
   rng = np.random.default_rng((settings.seed, program.chips))
   drawn = rng.integers(len(rows.tiles), size=(settings.steps, program.shards))
   tiles = rows.tiles[drawn]
-  pools = np.full(settings.steps, program.tiles), fullest(tiles)
+  decoder = useful["per_token"] * rows.tokens[drawn] + useful["per_pair"] * rows.pairs[drawn]
+  costs = np.stack([useful["per_tile"] * tiles, decoder], axis=-1)
+  balanced = balanced_steps(np.round(costs / 1e6).astype(np.int64))
+  pools = np.full(settings.steps, program.tiles), fullest(tiles), fullest(tiles.ravel()[balanced])
   return Slice(
     program=program,
     useful=rows.useful(useful),
     tiles=float(rows.tiles.mean()),
     pools=dict(zip(POOLS, pools, strict=True)),
+  )
+
+
+def balanced_steps(costs: np.ndarray) -> np.ndarray:
+  """Assigns rows to steps of rows that cost the same, as a run does.
+
+  Args:
+    costs: int64 [steps, shards, 2] of the rows as they come, in the vision tower and in the decoder.
+
+  Returns:
+    int64 [steps, shards]: the places of the rows, counted through all steps.
+  """
+  steps, shards, _ = costs.shape
+  window = LoaderConfig().balance_steps
+  return np.concatenate(
+    [
+      start * shards + balance.even_steps(costs[start : start + window].reshape(-1, 2), shards)
+      for start in range(0, steps, window)
+    ]
   )
 
 
