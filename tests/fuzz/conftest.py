@@ -1,5 +1,7 @@
 """Seeded inputs, one by one; little memory and no worker processes, so that what goes wrong does so here."""
 
+import gc
+
 import pytest
 import transformers
 
@@ -11,8 +13,12 @@ from tests.support.toy import ASSETS
 @pytest.fixture(autouse=True)
 def confined(monkeypatch):
   monkeypatch.setattr("os.cpu_count", lambda: 1)
+  # A loader that ended badly holds a thread, and its stack, until it is collected.
+  seldom = gc.get_threshold()
+  gc.set_threshold(700, 10, 10)
   with judge.bounded_memory():
     yield
+  gc.set_threshold(*seldom)
 
 
 @pytest.fixture(scope="session")
