@@ -1,6 +1,7 @@
 """A bfloat16 training curve against the one in float32, by the whole program on the tests' recorded data."""
 
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -38,7 +39,8 @@ def losses(steps: int, *, bf16: bool) -> list[float]:
   with tempfile.TemporaryDirectory(prefix="internvl_jax_bench_") as folder:
     output = Path(folder) / "output"
     settings = [f"training.max_steps={steps}", f"training.bf16={bf16}", "training.save_strategy=no"]
-    command, environment = train_command(Path(folder), output, *settings)
+    arguments, environment = train_command(Path(folder), output, *settings)
+    command = [sys.executable, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
       raise UserError(f"the run with bf16={bf16} failed: {(done.stderr.splitlines() or ['no word'])[-1]}")
