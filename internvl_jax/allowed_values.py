@@ -157,6 +157,7 @@ RANGES: dict[str, Range] = {
   "eval.batch_size": _POSITIVE,
   "eval.max_new_tokens": _POSITIVE,
   "eval.limit": _POSITIVE,
+  "eval.show": Range(low=-1),
   "runtime.router_aux_loss_coef": NOT_NEGATIVE,
   "runtime.scan_unroll": _POSITIVE,
   "runtime.profile_steps": _POSITIVE,

@@ -371,6 +371,9 @@ class EvalConfig:
   max_new_tokens: int = 64
   # Score the first so many questions only; None: all.
   limit: int | None = None
+  # Write so many questions with their pictures and answers to output_dir/evaluations at every evaluation, always the
+  # same ones, drawn by training.seed; -1: all.
+  show: int = 0
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

@@ -11,6 +11,7 @@ from internvl_jax.adapters import merge_and_check
 from internvl_jax.config import TrainConfig
 from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.eval.scoring import Evaluation
+from internvl_jax.eval.shown import ShownFiles
 from internvl_jax.hf import export, peft
 from internvl_jax.hf import model_config as layouts
 from internvl_jax.hf.model import Source, base_name
@@ -29,9 +30,8 @@ def finish(
   chat: ChatTokenizer,
   prepared: Export,
   params: dict[str, jax.Array],
-  evaluation: Evaluation | None,
 ) -> None:
-  """Exports the model as a self-contained checkpoint, and its adapters apart; scores it where the config says so.
+  """Exports the model as a self-contained checkpoint, and its adapters apart.
 
   All processes take part, since each has shards of the parameters; the first one writes.
   """
@@ -59,10 +59,27 @@ def finish(
     writes=writes,
   )
   logging.info("Saved the model to %s", output_dir)
-  if evaluation is not None:
-    scores = evaluation.run(params)
-    if writes:
-      evaluation.write(scores, output_dir)
+
+
+def score_answers(
+  config: TrainConfig, evaluation: Evaluation, params: dict[str, jax.Array], step: int
+) -> None:
+  """Scores the final model's answers, and writes the scores, the answers and the samples that are shown.
+
+  All processes take part; the first one writes.
+
+  Args:
+    config: of the run.
+    evaluation: what is asked.
+    params: the model's, by path.
+    step: steps that the model has taken.
+  """
+  output_dir = output_folder(config)
+  scores = evaluation.run(params)
+  if distributed.is_first():
+    evaluation.write(scores, output_dir)
+    if scores.shown:
+      ShownFiles(output_dir).write(step, evaluation.name, scores.shown)
 
 
 def save_adapters(

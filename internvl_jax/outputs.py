@@ -26,6 +26,9 @@ CONFIG_FILE = "train_config.json"
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints to resume from."""
 
+EVALUATIONS = "evaluations"
+"""Folder of the samples that were shown at evaluations."""
+
 COMMIT_FILE = "commit_success.txt"
 """Marks a checkpoint in a bucket, where nothing can be renamed, as complete; Orbax's name for it."""
 
@@ -63,7 +66,7 @@ RUN_FILES = (
 )
 """The files a run writes at the root of its output directory, but for those of its task."""
 
-RUN_FOLDERS = (CHECKPOINTS, "adapter", "tensorboard", "profile")
+RUN_FOLDERS = (CHECKPOINTS, EVALUATIONS, "adapter", "tensorboard", "profile")
 """The folders a run writes there."""
 
 KEPT_FOLDERS = ("reference_logps",)

@@ -11,6 +11,7 @@ from internvl_jax.data.source.meta import DatasetSpec
 from internvl_jax.data.source.records import Records, open_records
 from internvl_jax.data.source.workers import map_items
 from internvl_jax.data.where import DataError, OverLengthError
+from internvl_jax.eval.shown import MOST_PICTURES, Picture, without_marks
 
 NAME = "eval.annotation"
 """What errors call the dataset: the setting that names it."""
@@ -25,11 +26,13 @@ class Asked(NamedTuple):
   Attributes:
     record: as it is in the file.
     sample: its tokens and tiles.
+    question: the turns before the last one, without the marks of images.
     answer: the one that is wanted, of the last turn.
   """
 
   record: dict[str, Any]
   sample: Sample
+  question: str
   answer: str
 
 
@@ -86,7 +89,7 @@ class QuestionFile:
       # Questions are not shortened as samples are.
       what = str(error).partition("; raise it")[0]
       raise OverLengthError(f"{what}; raise data.max_seq_length or delete the line") from error
-    last = self.maker.lines.plain(record, where)["conversations"][-1]
+    *before, last = self.maker.lines.plain(record, where)["conversations"]
     if last["from"] != "gpt":
       raise where.error(
         "the conversation does not end with an answer from 'gpt'; it cannot be scored; write the answer that is right, "
@@ -96,7 +99,17 @@ class QuestionFile:
       raise where.error(
         "no token of its last answer would be learned, so it cannot be scored; correct or delete the line"
       )
-    return Asked(record, sample, last["value"])
+    question = "\n".join(without_marks(turn["value"]) for turn in before if turn["from"] != "system")
+    return Asked(record, sample, question, last["value"])
+
+  def pictures(self, line: int) -> list[Picture]:
+    """Returns the first images of a question, or frames of its video, to be looked at.
+
+    Raises:
+      DataError: they cannot be read.
+    """
+    record, where = self.file.read(line), self.file.where(line)
+    return [Picture.of(image) for image in self.maker.pictures(record, where, MOST_PICTURES)]
 
   def problems(self, workers: int) -> list[str]:
     """Returns why lines cannot be asked, in order; all images and videos are decoded.

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.errors import UserError, redacted_json
 from internvl_jax.eval.greedy import GreedyDecoder, Prompt
 from internvl_jax.eval.questions import Asked, QuestionFile
+from internvl_jax.eval.shown import Picture, Shown, chosen_lines
 from internvl_jax.hf.model import Source
 from internvl_jax.models.internvl import Execution
 from internvl_jax.outputs import write_json
@@ -37,12 +39,16 @@ class Question:
     record: the line.
     learned: the answer as it is read back from its tokens; tokenizers that normalize text do not give it back as it
       was (Qwen's write letters and their accents as one).
+    text: the question, as people read it.
+    pictures: its images, where it is shown.
   """
 
   prompt: Prompt
   answer: str
   record: dict[str, Any]
   learned: str | None = None
+  text: str = ""
+  pictures: tuple[Picture, ...] | None = None
 
 
 _NO_PROMPT = Prompt(np.zeros(0, np.int32), np.zeros((0, 0, 0, 3), np.uint8))
@@ -50,12 +56,13 @@ _NO_PROMPT = Prompt(np.zeros(0, np.int32), np.zeros((0, 0, 0, 3), np.uint8))
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-  """Exact-match accuracy, in total and by group, and every answer given."""
+  """Exact-match accuracy, in total and by group, every answer given, and the samples that are shown."""
 
   accuracy: float
   num_questions: int
   by_group: dict[str, dict[str, float | int]]
   predictions: list[dict[str, Any]]
+  shown: list[Shown]
 
   def summary(self) -> dict[str, Any]:
     """Everything but the single answers, for eval_results.json."""
@@ -71,7 +78,7 @@ def score(questions: Sequence[Question], answers: Sequence[str], *, group_field:
     group_field: entry of the records to report by, or None.
   """
   groups: dict[str, list[bool]] = collections.defaultdict(list)
-  predictions, hits = [], []
+  predictions, hits, shown = [], [], []
   for question, answer in zip(questions, answers, strict=True):
     wanted = (question.answer, question.answer if question.learned is None else question.learned)
     hit = answer.strip() in [text.strip() for text in wanted]
@@ -81,10 +88,27 @@ def score(questions: Sequence[Question], answers: Sequence[str], *, group_field:
     predictions.append(
       {**question.record, "prediction": answer.strip(), "answer": question.answer, "correct": hit}
     )
+    if question.pictures is not None:
+      shown.append(
+        Shown(
+          question=question.text,
+          answer=question.answer,
+          prediction=answer.strip(),
+          scores={"accuracy": float(hit)},
+          pictures=question.pictures,
+        )
+      )
   by_group = {
     name: {"accuracy": float(np.mean(g)), "num_questions": len(g)} for name, g in sorted(groups.items())
   }
-  return Scores(float(np.mean(hits)), len(hits), by_group, predictions)
+  return Scores(float(np.mean(hits)), len(hits), by_group, predictions, shown)
+
+
+def for_log(scores: Scores) -> dict[str, float]:
+  """The scores of a run in progress, by their names in the log."""
+  return {"eval_accuracy": scores.accuracy} | {
+    f"eval_accuracy_{name}": float(group["accuracy"]) for name, group in scores.by_group.items()
+  }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,12 +120,14 @@ class Evaluation:
     questions: its lines.
     tokenizer: reads the answers.
     decoder: answers.
+    shown_lines: numbers of the questions that are shown at every evaluation.
   """
 
   config: EvalConfig
   questions: QuestionFile
   tokenizer: ChatTokenizer
   decoder: GreedyDecoder
+  shown_lines: frozenset[int] = frozenset()
 
   def check(self) -> None:
     """Refuses questions that cannot be asked, before any is.
@@ -134,13 +160,10 @@ class Evaluation:
       logging.warning("%s", line)
     return scores
 
-  def metrics(self, params: Mapping[str, jax.Array], step: int) -> dict[str, float]:
-    """The scores of a run in progress, for the log."""
-    del step
-    scores = self.run(params)
-    return {"eval_accuracy": scores.accuracy} | {
-      f"eval_accuracy_{name}": float(group["accuracy"]) for name, group in scores.by_group.items()
-    }
+  @property
+  def name(self) -> str:
+    """The set's name: its file's, without the suffix."""
+    return re.sub(r"[^\w.+-]", "_", self.questions.file.path.rpartition("/")[2].partition(".")[0]) or "eval"
 
   def write(self, scores: Scores, folder: str | AnyPath) -> None:
     """Writes eval_results.json and predictions.jsonl."""
@@ -155,12 +178,19 @@ class Evaluation:
     starts = range(0, total, self.decoder.batch_size)
     for start in tqdm(starts, unit="batch", desc="scoring", leave=False, disable=not is_first()):
       lines = range(start, min(start + self.decoder.batch_size, total))
-      yield [self._question(self.questions.read(line)) for line in lines]
+      yield [self._question(line, self.questions.read(line)) for line in lines]
 
-  def _question(self, asked: Asked) -> Question:
+  def _question(self, line: int, asked: Asked) -> Question:
     prompt = prompt_ids(asked.sample)
     learned = self.tokenizer.decode_answer(self.decoder.cut(asked.sample.input_ids[len(prompt) :]))
-    return Question(Prompt(prompt, asked.sample.tiles), asked.answer, asked.record, learned)
+    return Question(
+      prompt=Prompt(prompt, asked.sample.tiles),
+      answer=asked.answer,
+      record=asked.record,
+      learned=learned,
+      text=asked.question,
+      pictures=tuple(self.questions.pictures(line)) if line in self.shown_lines and is_first() else None,
+    )
 
 
 def prompt_ids(sample: Sample) -> np.ndarray:
@@ -179,6 +209,7 @@ def make_evaluation(
   how: Execution,
   *,
   stop_ids: tuple[int, ...] = (),
+  seed: int = 0,
 ) -> Evaluation | None:
   """The evaluation that a config asks for; None if it names no annotation.
 
@@ -189,6 +220,7 @@ def make_evaluation(
     tokenizer: of prompts and answers.
     how: how forward passes are computed.
     stop_ids: ids that end an answer beside the template's; a run's model learns to end by that one.
+    seed: chooses the questions that are shown.
   """
   if config.annotation is None:
     return None
@@ -201,9 +233,11 @@ def make_evaluation(
     max_new_tokens=config.max_new_tokens,
     batch_size=config.batch_size,
   )
+  questions = QuestionFile.open(config, data, tokenizer, source.config.tokens_per_tile)
   return Evaluation(
     config=config,
-    questions=QuestionFile.open(config, data, tokenizer, source.config.tokens_per_tile),
+    questions=questions,
     tokenizer=tokenizer,
     decoder=decoder,
+    shown_lines=chosen_lines(questions.limit, config.show, seed),
   )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from internvl_jax.arguments import TrainingArguments
+from internvl_jax.eval.shown import Shown
 from internvl_jax.intervals import Best, Due
 from internvl_jax.metrics.gauges import Gauges, StepTimes, Window
 from internvl_jax.metrics.writers import Writer
@@ -140,6 +141,11 @@ class RunLog:
     self.history.append(entry)
     for writer in self._writers:
       writer.add_entry(entry)
+
+  def add_predictions(self, step: int, set_name: str, shown: Sequence[Shown]) -> None:
+    """Passes samples of a held-out set that are shown at an evaluation to the writers."""
+    for writer in self._writers:
+      writer.predictions(step, set_name, shown)
 
   def is_scored(self, step: int) -> bool:
     """Whether the history has scores of the model after that step."""

@@ -138,9 +138,8 @@ def read_weights(run: Run, *, all_of_it: bool) -> dict[str, jax.Array]:
   return params
 
 
-def best_params(run: Run, checkpointer: Checkpointer, log: RunLog) -> dict[str, jax.Array]:
-  """The parameters that train, from the checkpoint whose model has the best score."""
-  step = log.best_step(checkpointer.steps)
+def best_params(run: Run, checkpointer: Checkpointer, step: int) -> dict[str, jax.Array]:
+  """The parameters that train, from the checkpoint of the step whose model has the best score."""
   logging.info("The best model is that of step %d", step)
   with run.watchdog.phase("restore"):
     return checkpointer.restore(run.setup.abstract_state(), step=step)[0].model_params()

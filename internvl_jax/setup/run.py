@@ -133,7 +133,9 @@ def open_data(run: Run) -> Data:
     loader=loader,
     hooks=hooks,
     without_images=without_images is not None,
-    evaluation=make_evaluation(config.eval, config.data, run.source, run.chat, setup.how),
+    evaluation=make_evaluation(
+      config.eval, config.data, run.source, run.chat, setup.how, seed=config.training.seed
+    ),
   )
 
 

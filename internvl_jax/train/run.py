@@ -26,8 +26,8 @@ from internvl_jax.config_checks import problems, validate
 from internvl_jax.data.load.counters import untaught_samples
 from internvl_jax.data.load.loader import TrainLoader
 from internvl_jax.data.load.show import show_batch
-from internvl_jax.eval.scoring import Evaluation
-from internvl_jax.finish import finish
+from internvl_jax.eval.scoring import Evaluation, for_log
+from internvl_jax.finish import finish, score_answers
 from internvl_jax.metrics.run_log import RunLog
 from internvl_jax.metrics.trace import Trace
 from internvl_jax.optim.learning_rate import make_schedule
@@ -96,7 +96,7 @@ def _run(config: TrainConfig, watchdog: Watchdog, beginning: Beginning) -> bool:
   with watchdog.phase("export"), contextlib.nullcontext() if learned.saved else stop:
     if not learned.saved:
       stop.listen()  # The model is all that is kept of this run.
-    export(run, data, learned.params)
+    export(run, data, learned)
   tell(learned.remark)
   return True
 
@@ -128,11 +128,13 @@ class Learned:
 
   Attributes:
     params: the parameters of the model that the run ends with.
+    step: steps that it has taken.
     saved: there is a checkpoint of the last step.
     remark: what to tell at the end, or None.
   """
 
   params: dict[str, jax.Array]
+  step: int
   saved: bool
   remark: str | None
 
@@ -143,11 +145,13 @@ class Ended:
 
   Attributes:
     step: steps taken.
+    model_step: the step whose model the run ends with.
     trained: the parameters that train; None where those of an earlier step are the best.
     frozen, loader, log, checkpointer: as in `Progress`.
   """
 
   step: int
+  model_step: int
   trained: dict[str, jax.Array] | None
   frozen: dict[str, jax.Array]
   loader: TrainLoader
@@ -171,12 +175,13 @@ def learn(
     return None
   params = {
     **ended.frozen,
-    **(best_params(run, checkpointer, log) if ended.trained is None else ended.trained),
+    **(best_params(run, checkpointer, ended.model_step) if ended.trained is None else ended.trained),
   }
   checkpointer.close()
   log.save_results(num_samples=loader.num_samples)
   return Learned(
     params={path: value for path, value in params.items() if path in run.source.model.shapes},
+    step=ended.model_step,
     saved=saved,
     remark=log.skipped_remark(),
   )
@@ -195,6 +200,7 @@ def take_steps(
   is_last = best is None or best == progress.loader.total_steps
   return Ended(
     step=int(state.step),
+    model_step=int(state.step) if best is None else best,
     trained=state.model_params() if is_last else None,
     frozen=progress.frozen,
     loader=progress.loader,
@@ -203,13 +209,15 @@ def take_steps(
   )
 
 
-def export(run: Run, data: Data, params: dict[str, jax.Array]) -> None:
+def export(run: Run, data: Data, learned: Learned) -> None:
   """Writes how held-out samples are scored, the final model, and how its answers score."""
-  scores = data.hooks.evaluate(params)
+  scores = data.hooks.evaluate(learned.params)
   if scores and distributed.is_first():
     write_json(output_folder(run.config) / f"{run.setup.task.name}_results.json", scores)
     logging.info("Held-out samples: %s", scores)
-  finish(run.config, run.source, run.tokenizer, run.chat, run.export, params, data.evaluation)
+  finish(run.config, run.source, run.tokenizer, run.chat, run.export, learned.params)
+  if data.evaluation is not None:
+    score_answers(run.config, data.evaluation, learned.params, learned.step)
   distributed.barrier("the model is saved", seconds=EXPORT_SECONDS)
 
 
@@ -242,7 +250,7 @@ def make_trainer(
     log=progress.log,
     watchdog=run.watchdog,
     stop=stop,
-    evaluate=joint_metrics(data.evaluation, data.hooks),
+    evaluate=joint_metrics(data.evaluation, data.hooks, progress.log),
     callbacks=make_callbacks(run, data, loader, progress.log),
   )
 
@@ -265,14 +273,19 @@ def make_callbacks(run: Run, data: Data, loader: TrainLoader, log: RunLog) -> li
 
 
 def joint_metrics(
-  evaluation: Evaluation | None, hooks: Hooks
+  evaluation: Evaluation | None, hooks: Hooks, log: RunLog
 ) -> Callable[[dict[str, jax.Array], int], dict[str, float]] | None:
   """What scores the model during a run: its answers, and the task's held-out samples; None for neither."""
   if evaluation is None and not hooks.evaluates:
     return None
 
   def metrics(params: dict[str, jax.Array], step: int) -> dict[str, float]:
-    answers = evaluation.metrics(params, step) if evaluation else {}
+    answers: dict[str, float] = {}
+    if evaluation is not None:
+      scores = evaluation.run(params)
+      answers = for_log(scores)
+      if scores.shown:
+        log.add_predictions(step, evaluation.name, scores.shown)
     return answers | hooks.evaluate(params)
 
   return metrics

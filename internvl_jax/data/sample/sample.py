@@ -12,6 +12,7 @@ from internvl_jax.arguments import DataTrainingArguments
 from internvl_jax.data.sample import fitting, images, line_media, tiling, video
 from internvl_jax.data.sample.conversations import CONVERSATION_LINES
 from internvl_jax.data.sample.fitting import Limits
+from internvl_jax.data.sample.images import Picture
 from internvl_jax.data.sample.lines import LineSchema
 from internvl_jax.data.sample.notes import Note
 from internvl_jax.data.sample.placeholders import with_places
@@ -250,6 +251,17 @@ class SampleMaker:
     plain = self.lines.plain(record, where)
     paths = line_media.image_paths(plain, where)
     return bool(paths) and line_media.stated_sizes(plain, len(paths)) is not None
+
+  def pictures(self, record: Any, where: Where, most: int) -> list[Picture]:
+    """Decodes the first `most` images of a parsed line as they are stored, or takes so many frames of its video.
+
+    Raises:
+      DataError: the line is wrong, or an image or the video cannot be read.
+    """
+    record = self.lines.plain(record, where)
+    if path := line_media.video_of(record, where):
+      return list(self._frames(self._rooted(path, where), record, where, most, None, []))
+    return [images.open_image(source, where) for source in self._sources(record, where)[:most]]
 
   def _sources(self, record: dict[str, Any], where: Where) -> list[Media]:
     """The files of the line's images."""

@@ -5,11 +5,14 @@ nothing), and a line in `WRITERS`.
 """
 
 import importlib
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from internvl_jax.arguments import TrainingArguments
 from internvl_jax.storage.paths import AnyPath
+
+if TYPE_CHECKING:
+  from internvl_jax.eval.shown import Shown  # The table below is read before anything heavy.
 
 
 class Writer(Protocol):
@@ -28,6 +31,15 @@ class Writer(Protocol):
 
   def add_entry(self, entry: dict[str, Any]) -> None:
     """An entry of the log history: means over some steps (it has a "learning_rate"), or scores ("eval_...")."""
+
+  def predictions(self, step: int, set_name: str, shown: "Sequence[Shown]") -> None:
+    """Samples of a held-out set that are shown at an evaluation (`eval.show`), always the same ones.
+
+    Args:
+      step: steps taken.
+      set_name: of the held-out set.
+      shown: question, pictures, wanted answer, prediction and scores of each.
+    """
 
   def save_state(self, state: dict[str, Any]) -> None:
     """A checkpoint was asked for: the run's state by the names of Hugging Face's trainer_state.json."""
@@ -51,7 +63,7 @@ By name, so that a service's library is imported by the runs alone that report t
 def open_writers(
   training: TrainingArguments, output_dir: AnyPath, *, total_steps: int, terms: Mapping[str, str]
 ) -> list[Writer]:
-  """The writers of a run: JSON files, log lines and a progress bar always, and the service that is asked for.
+  """The writers of a run: JSON files, shown samples, log lines and a progress bar always, and the service that is asked for.
 
   Args:
     training: `report_to` names the service, `disable_tqdm` leaves out the bar.
@@ -61,8 +73,9 @@ def open_writers(
   """
   from internvl_jax.metrics.writers.console import LogLines, ProgressBar
   from internvl_jax.metrics.writers.json_files import JsonFiles
+  from internvl_jax.metrics.writers.shown_files import ShownFilesWriter
 
-  writers: list[Writer] = [JsonFiles(output_dir)]
+  writers: list[Writer] = [JsonFiles(output_dir), ShownFilesWriter(output_dir)]
   if training.report_to in WRITERS:
     module, _, name = WRITERS[training.report_to].partition(":")
     writers.append(getattr(importlib.import_module(module), name)(training, output_dir))
