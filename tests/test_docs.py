@@ -68,6 +68,7 @@ ELSEWHERE = (
   "pytest",
   "sphinx-build",
   "xpk",
+  "docker",
   "python3",
   ".",
   "mpirun",
