@@ -7,8 +7,9 @@ from internvl_jax.arguments import DataTrainingArguments, EvalConfig
 from internvl_jax.data.sample.fitting import Limits
 from internvl_jax.data.sample.sample import Sample, SampleMaker
 from internvl_jax.data.sample.tokenize import ChatTokenizer
+from internvl_jax.data.source.interface import Records
 from internvl_jax.data.source.meta import DatasetSpec
-from internvl_jax.data.source.records import Records, open_records
+from internvl_jax.data.source.records import open_records
 from internvl_jax.data.source.workers import map_items
 from internvl_jax.data.where import DataError, OverLengthError
 from internvl_jax.eval.shown import MOST_PICTURES, Picture, without_marks

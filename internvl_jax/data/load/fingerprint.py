@@ -11,9 +11,10 @@ from absl import logging
 
 from internvl_jax.data.load.mixture import Dataset, Mixture
 from internvl_jax.data.source import files
+from internvl_jax.data.source.interface import Records
 from internvl_jax.data.source.line_digests import Digests, digests_of, first_difference
 from internvl_jax.data.source.meta import read_meta
-from internvl_jax.data.source.records import Records, open_records
+from internvl_jax.data.source.records import open_records
 from internvl_jax.data.where import DataError
 from internvl_jax.errors import redacted
 

@@ -13,7 +13,7 @@ from internvl_jax.data.sample.lines import LineSchema
 from internvl_jax.data.sample.long_samples import UNSUPERVISED
 from internvl_jax.data.sample.notes import Note
 from internvl_jax.data.sample.templates import Template
-from internvl_jax.data.source.records import Records
+from internvl_jax.data.source.interface import Records
 from internvl_jax.data.source.workers import map_items
 from internvl_jax.data.where import DataError
 

@@ -21,8 +21,9 @@ from internvl_jax.data.sample.templates import Template
 from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.data.source import files, sizes
 from internvl_jax.data.source.hosts import ALONE, Hosts
+from internvl_jax.data.source.interface import Records
 from internvl_jax.data.source.meta import DatasetSpec, read_meta
-from internvl_jax.data.source.records import Records, open_records
+from internvl_jax.data.source.records import open_records
 from internvl_jax.data.source.shared_sizes import index_sizes
 from internvl_jax.data.source.sizes import MeasureLines
 from internvl_jax.data.where import DataError, Where
@@ -393,7 +394,7 @@ class Mixture:
       lines.append(
         f"{spec.name}: {size} samples an epoch ({100 * size / self.num_samples:.1f} %), {dataset.lines} of {found} "
         f"lines{stated}{pieces} x {spec.repeats}, {tiles}{', JPEG augmentation' if spec.data_augment else ''}, "
-        f"root {spec.root or '.'}, {spec.annotation}"
+        f"root {spec.root or '.'}, {spec.annotation} ({dataset.file.kind})"
       )
     return lines + self.decoding_lines()
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from internvl_jax.data.sample import keys
 from internvl_jax.data.sample.tokenize import check_characters
+from internvl_jax.data.source.media import Content, media_of
 from internvl_jax.data.where import Where, shown
 
 SYSTEM_KEYS = ("system", "system_prompt")
@@ -167,6 +168,9 @@ def _media(record: dict[str, Any], where: Where) -> dict[str, Any]:
 
 def _path_of(entry: Any, key: str, where: Where) -> Any:
   """What an entry of `images` or `videos` names: a path, or the frames of a video."""
+  entry = media_of(entry, f"{key[:-1]} of {key!r}", where)
+  if isinstance(entry, Content):
+    return entry
   if isinstance(entry, dict) and not keys.says_nothing(entry.get("path")):
     rest = {name: value for name, value in entry.items() if name != "path" and not keys.says_nothing(value)}
     entry = entry if rest else entry["path"]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from internvl_jax.data.sample import video
-from internvl_jax.data.source.media import Media, is_media, name_of
+from internvl_jax.data.source.media import Media, is_media, media_of, name_of
 from internvl_jax.data.where import Where, shown
 
 # No image format has sides beyond 32 bits; Python's integers go on until they overflow a float.
@@ -29,17 +29,18 @@ def stated_sizes(record: Mapping[str, Any], num_images: int) -> list[tuple[int, 
 
 
 def image_paths(record: dict[str, Any], where: Where) -> list[Media]:
-  """Collects the line's images as written; none for text only.
+  """Collects the line's images as written, or their bytes; none for text only.
 
   Raises:
     DataError: they are none.
   """
   image = record.get("image")
   paths = image if isinstance(image, list) else [] if image in (None, "") else [image]
-  for path in paths:
+  found = [media_of(path, f"image {number}", where) for number, path in enumerate(paths, 1)]
+  for path in found:
     if not is_media(path):
       raise where.error(f"'image' must be a path or a list of paths, got {shown(image)}")
-  return paths
+  return found
 
 
 def video_of(record: dict[str, Any], where: Where) -> video.Source | None:
@@ -53,7 +54,9 @@ def video_of(record: dict[str, Any], where: Where) -> video.Source | None:
     return None
   if isinstance(path, list) and len(path) == 1:
     path = path[0]  # others list the videos of a line, and each as its path or those of its frames
-  paths = path if isinstance(path, list) else [path]
+  named = path if isinstance(path, list) else [path]
+  what = "image" if len(named) > 1 else "video"
+  paths = [media_of(each, f"{what} {number}", where) for number, each in enumerate(named, 1)]
   if not paths or not all(map(is_media, paths)):
     raise where.error(f"'video' must be one path or those of its frames, got {shown(path)}")
   if record.get("image"):

@@ -19,7 +19,7 @@ import numpy as np
 from internvl_jax.data.sample.fitting import Limits
 from internvl_jax.data.source.cache import cache_errors_named, locked, whole_file
 from internvl_jax.data.source.hosts import ALONE, Hosts, packed, unpacked
-from internvl_jax.data.source.records import Records
+from internvl_jax.data.source.interface import Records
 from internvl_jax.data.source.sizes import Sizes
 from internvl_jax.data.source.workers import map_items
 from internvl_jax.data.where import DataError, OverLengthError, UnsupervisedError

@@ -16,10 +16,12 @@ class Format(NamedTuple):
   Attributes:
     name: in words, to follow "is".
     remedy: how it becomes jsonl; {path} is replaced by the file's path, {jsonl} by the new one's.
+    kind: by which a kind of annotation file knows that it is its own; "" where there is none.
   """
 
   name: str
   remedy: str
+  kind: str = ""
 
   def explain(self, path: str) -> str:
     """What to say about a file of this format."""
@@ -35,6 +37,7 @@ _ARRAY = Format(
   "a JSON array (a list over the whole file)",
   "write a line for each entry: "
   + _PYTHON.format("[print(json.dumps(x)) for x in json.load(open(sys.argv[1], encoding='utf-8'))]"),
+  "array",
 )
 _OBJECT = Format(
   "JSON of which an object goes over several lines",
@@ -57,15 +60,16 @@ _TEXT = Format("text without JSON", f"name the annotation file, or {_AGAIN}")
 _BINARY = Format("binary data", f"name the annotation file, or {_AGAIN}")
 
 
-def _packed(name: str, command: str) -> Format:
-  return Format(f"packed by {name}", f"unpack it: {command}")
+def _packed(name: str, command: str, kind: str = "") -> Format:
+  return Format(f"packed by {name}", f"unpack it: {command}", kind)
 
 
-def _pandas(name: str, reader: str) -> Format:
+def _pandas(name: str, reader: str, kind: str = "") -> Format:
   return Format(
     name,
     f'write a line for each row: python -c "import pandas, sys; pandas.{reader}(sys.argv[1]).to_json(sys.argv[2], '
     "orient='records', lines=True, force_ascii=False)\" {path} {jsonl}; images in its columns must become files",
+    kind,
   )
 
 
@@ -73,6 +77,7 @@ _ARROW_STREAM = Format(
   "an Arrow stream, as of Hugging Face datasets",
   'write a line for each row: python -c "import datasets, sys; '
   'datasets.Dataset.from_file(sys.argv[1]).to_json(sys.argv[2])" {path} {jsonl}; images in its columns must become files',
+  "arrow_stream",
 )
 _UTF16 = Format("text in UTF-16", "write it as UTF-8: iconv -f UTF-16 -t UTF-8 {path} > {jsonl}")
 _UTF16_LE = Format("text in UTF-16", "write it as UTF-8: iconv -f UTF-16LE -t UTF-8 {path} > {jsonl}")
@@ -84,16 +89,16 @@ _HTML = Format(
 
 # What files begin with, the longer of two before the shorter.
 _BEGINNINGS: tuple[tuple[bytes, Format], ...] = (
-  (b"\x1f\x8b", _packed("gzip", "gunzip -c {path} > {jsonl}")),
+  (b"\x1f\x8b", _packed("gzip", "gunzip -c {path} > {jsonl}", "gzip")),
   (b"PK\x03\x04", _packed("zip", "unzip {path}")),
-  (b"BZh", _packed("bzip2", "bunzip2 -c {path} > {jsonl}")),
-  (b"\xfd7zXZ\0", _packed("xz", "xz -dc {path} > {jsonl}")),
-  (b"\x28\xb5\x2f\xfd", _packed("zstd", "zstd -dc {path} > {jsonl}")),
+  (b"BZh", _packed("bzip2", "bunzip2 -c {path} > {jsonl}", "bzip2")),
+  (b"\xfd7zXZ\0", _packed("xz", "xz -dc {path} > {jsonl}", "xz")),
+  (b"\x28\xb5\x2f\xfd", _packed("zstd", "zstd -dc {path} > {jsonl}", "zstd")),
   (b"\x04\x22\x4d\x18", _packed("lz4", "lz4 -dc {path} > {jsonl}")),
   (b"7z\xbc\xaf\x27\x1c", _packed("7-Zip", "7z x {path}")),
   (b"Rar!\x1a\x07", _packed("RAR", "unrar x {path}")),
-  (b"PAR1", _pandas("a Parquet table", "read_parquet")),
-  (b"ARROW1", _pandas("an Arrow (Feather) table", "read_feather")),
+  (b"PAR1", _pandas("a Parquet table", "read_parquet", "parquet")),
+  (b"ARROW1", _pandas("an Arrow (Feather) table", "read_feather", "arrow")),
   (b"FEA1", _pandas("a Feather table", "read_feather")),
   (b"ORC", _pandas("an ORC table", "read_orc")),
   (b"\xff\xff\xff\xff", _ARROW_STREAM),
@@ -138,7 +143,7 @@ def _by_beginning(head: bytes) -> Format | None:
     if head.startswith(beginning):
       return found
   if head[257:262] == b"ustar":
-    return _packed("tar", "tar xf {path}")
+    return _packed("tar", "tar xf {path}", "tar")
   if _PICKLE.match(head):
     return Format("a Python pickle (a PyTorch file or the like)", _AGAIN)
   even, odd = head[0:64:2].strip(b"\0"), head[1:64:2].strip(b"\0")

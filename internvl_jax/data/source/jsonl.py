@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from internvl_jax.data.source import formats, spans
+from internvl_jax.data.source import formats, json_text, spans
 from internvl_jax.data.source.spans import RecordFile, Spans
 from internvl_jax.data.where import DataError
 
@@ -18,25 +18,10 @@ _NEWLINE = 10
 _LINES_SEARCHED = 1000
 
 
-class _SaidTwiceError(Exception):
-  """A name is twice in an object; json would keep the last value and lose the first in silence."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  entries = dict(pairs)
-  if len(entries) < len(pairs):
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-      if found.setdefault(key, value) != value:
-        raise _SaidTwiceError(key)
-  return entries
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
-
-
 class JsonlFile(RecordFile):
   """The non-blank lines of a jsonl file."""
+
+  kind = "jsonl"
 
   def check_format(self) -> None:
     """Refuses a file that is no jsonl: each of its lines would be an error, with a remedy that does not help."""
@@ -68,21 +53,7 @@ class JsonlFile(RecordFile):
     Raises:
       DataError: the line is not JSON, or says two things under one name.
     """
-    text = self._line(index)
-    try:
-      return _DECODER.decode(text.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-      raise self.where(index).error(f"not UTF-8: {error}; save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
-      raise self.where(index).error(
-        f"broken JSON at column {error.colno}: {error.msg}; correct the line or delete it"
-      ) from error
-    except _SaidTwiceError as error:
-      raise self.where(index).error(
-        f"key {error.args[0]!r} stands twice in one object, with different values; keep one"
-      ) from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-      raise self.where(index).error(f"JSON that cannot be read: {error}; delete the line") from error
+    return json_text.parse(self._line(index), self.where(index))
 
   def _line(self, index: int) -> bytes:
     """Reads the bytes of a line, after a look at whether they are still one line of the file."""

@@ -12,7 +12,7 @@ import zlib
 from typing import NamedTuple
 
 from internvl_jax.data.source.cache import cache_errors_named, whole_file
-from internvl_jax.data.source.records import Records
+from internvl_jax.data.source.interface import Records
 
 MOST_BLOCKS = 1024
 """Digests of a file, at most: 16 kB in every checkpoint. Up to so many lines, each has its own."""

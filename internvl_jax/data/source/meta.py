@@ -6,11 +6,12 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from internvl_jax.arguments import MOST_TILES
-from internvl_jax.data.source import files, records
+from internvl_jax.data.source import files, hf_dataset, patterns, records
+from internvl_jax.data.source.media import may_exist
 from internvl_jax.data.where import DataError
 from internvl_jax.errors import did_you_mean, redacted
 
@@ -23,6 +24,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 # The first so many images and videos decide what a relative root is relative to. One would not do: it may be missing.
 _FILES_SOUGHT = 16
+_MEDIA_KEYS = ("image", "images", "video", "videos")
+_LONGEST_PATH = 4096  # What is longer is a picture in base64.
 # Sees each line so often in an epoch, at most: beyond it numbers of samples overflow, and nobody means it.
 _MOST_REPEATS = 1_000_000
 
@@ -34,7 +37,7 @@ class DatasetSpec:
   Attributes:
     name: its key in the meta file.
     root: folder or URL that image paths start from, "" for the working directory; already looked up.
-    annotation: path or URL of the annotation file; already looked up.
+    annotation: path or URL of the annotation file, or a pattern of several; already looked up.
     key: under which the meta file names it; see `records.Kind`.
     repeat_time: below 1, the share of lines used; else how often every line is seen in an epoch.
     data_augment: re-encode tiles as JPEG at a random quality.
@@ -74,6 +77,9 @@ def read_meta(
 
   The meta file, an `annotation` and a `root` may be URLs. What is relative in a remote meta file is meant from its
   folder; no image is looked for on another machine.
+
+  `annotation` may be a pattern (`shard-{000..127}.tar`, `part-*.parquet`) or a list; `root`, which may be a zip, may be left
+  out where records bring their images along.
 
   Args:
     path: of the meta file, or its URL.
@@ -131,10 +137,13 @@ def _spec(path: str, name: str, entry: Any, cache: str | os.PathLike[str] | None
     name: value for name, value in entry.items() if value is not None or name in ("root", key)
   }
   for setting, value in values.items():
-    _check_value(blame, setting, value)
-  annotation = _find_annotation(path, blame, values.pop(key))
-  first_records = records.kind_of(annotation, key).first_records
-  root = _find_root(path, blame, values.pop("root"), lambda: first_records(_local(annotation, blame, cache)))
+    several = setting == key and isinstance(value, list) and value and records.is_file(key)
+    for each in value if several else [value]:
+      _check_value(blame, setting, each)
+  annotation = _find_annotation(path, blame, values.pop(key), key)
+  root = _find_root(
+    path, blame, values.pop("root", ""), lambda: _first_records(annotation, key, blame, cache)
+  )
   return DatasetSpec(name=redacted(name), root=root, annotation=annotation, key=key, **values)
 
 
@@ -148,9 +157,8 @@ def _key_of(blame: str, entry: dict[str, Any]) -> str:
   named = [key for key in sources if key in entry]
   if len(named) > 1:
     raise DataError(f"{blame}: both {named[0]!r} and {named[1]!r} name its records; keep one")
-  for key in ("root", *(named or sources[:1])):
-    if key not in entry:
-      raise DataError(f"{blame}: key {key!r} is missing; it needs root and {' or '.join(sources)}")
+  if not named:
+    raise DataError(f"{blame}: key {sources[0]!r} is missing; it needs root and {' or '.join(sources)}")
   return named[0]
 
 
@@ -179,7 +187,19 @@ def _check_value(blame: str, key: str, value: Any) -> None:
     )
 
 
-def _find_annotation(meta: str, blame: str, annotation: str) -> str:
+def _find_annotation(meta: str, blame: str, annotation: str | list[str], key: str) -> str:
+  """The path, URL or pattern of what an entry names its records by; of a list, a pattern of its files."""
+  if not records.is_file(key):
+    return str(annotation)
+  if isinstance(annotation, str):
+    return _find_file(meta, blame, annotation)
+  found = [file for each in annotation for file in patterns.expand(_find_file(meta, blame, each))]
+  if odd := next((file for file in found if set(file) & set("{},")), None):
+    raise DataError(f"{blame}: {odd!r} has a comma or a brace, which a list of files may not; rename it")
+  return found[0] if len(found) == 1 else f"{{{','.join(found)}}}"
+
+
+def _find_file(meta: str, blame: str, annotation: str) -> str:
   if files.is_remote(annotation):
     return annotation  # Whoever reads it says if it is not there.
   folder = files.parent(meta)
@@ -187,9 +207,19 @@ def _find_annotation(meta: str, blame: str, annotation: str) -> str:
     return files.resolve_path(folder, annotation)
   tried = list(dict.fromkeys((pathlib.Path(annotation), pathlib.Path(folder, annotation))))
   for candidate in tried:
-    if os.path.isfile(candidate):
+    if _is_there(str(candidate)):
       return str(candidate)
   raise DataError(f"{blame}: annotation file not found; tried {' and '.join(str(t) for t in tried)}")
+
+
+def _is_there(path: str) -> bool:
+  """Whether a path is a file, a saved dataset, or a pattern of which the first file is there."""
+  if patterns.is_pattern(path):
+    try:
+      return os.path.isfile(patterns.expand(path)[0])
+    except DataError:
+      return False
+  return os.path.isfile(path) or hf_dataset.is_saved(path)
 
 
 def _find_root(meta: str, blame: str, root: str, first_records: Callable[[], Iterable[Any]]) -> str:
@@ -208,21 +238,19 @@ def _find_root(meta: str, blame: str, root: str, first_records: Callable[[], Ite
   if first := _first_files(first_records()):
 
     def found(folder: pathlib.Path) -> int:
-      # Not pathlib's exists, which raises for a path that is too long.
-      return sum(os.path.exists(folder / file) for file in first)
+      return sum(may_exist(str(folder / file)) for file in first)
 
     # Stable: the first of equals. What is missing will be named when it is read; a folder that exists makes the
     # better message.
-    candidates.sort(key=lambda folder: (-found(folder), not os.path.isdir(folder)))
+    candidates.sort(key=lambda folder: (-found(folder), not may_exist(f"{folder}/")))
   return "" if candidates[0] == pathlib.Path() else str(candidates[0])
 
 
-def _local(annotation: str, blame: str, cache: str | os.PathLike[str] | None) -> str:
-  """An annotation file that can be opened: of a remote one, the copy that its lines will be read from."""
-  if not files.is_remote(annotation):
-    return annotation
+def _first_records(
+  annotation: str, key: str, blame: str, cache: str | os.PathLike[str] | None
+) -> Iterable[Any]:
   try:
-    return files.cached_copy(annotation, cache)
+    return records.first_records(annotation, key, cache=cache)
   except OSError as error:
     raise DataError(f"{blame}: the annotation file {annotation} cannot be read: {error}") from error
 
@@ -232,14 +260,29 @@ def _first_files(first_records: Iterable[Any]) -> list[str]:
   found: list[str] = []
   for record in first_records:
     record = record if isinstance(record, dict) else {}
-    for key in ("image", "images", "video", "videos"):
-      paths = record.get(key)
-      paths = paths if isinstance(paths, list) else [paths]
-      paths = [path for path in paths if isinstance(path, str) and path]
+    for paths in map(_paths, _media_values(record)):
       found += [path for path in paths if not files.is_remote(path) and not os.path.isabs(path)]
     if len(found) >= _FILES_SOUGHT:
       break
   return found[:_FILES_SOUGHT]
+
+
+def _media_values(record: dict[str, Any]) -> Iterator[Any]:
+  """Yields what a record says of its images and videos: beside its texts, or in the parts of a message's content."""
+  yield from (record.get(key) for key in _MEDIA_KEYS)
+  messages = record.get("messages")
+  for message in messages if isinstance(messages, list) else ():
+    content = message.get("content") if isinstance(message, dict) else None
+    for part in content if isinstance(content, list) else ():
+      if isinstance(part, dict):
+        yield from (part.get(key) for key in (*_MEDIA_KEYS, "path"))
+
+
+def _paths(value: Any) -> Iterator[str]:
+  for path in value if isinstance(value, list) else [value]:
+    path = path.get("path") if isinstance(path, dict) and "bytes" not in path else path
+    if isinstance(path, str) and path and len(path) < _LONGEST_PATH:
+      yield path
 
 
 def _short(value: float) -> str:

@@ -1,73 +1,29 @@
-"""Where records come from: what is asked of an annotation file, and the kinds of them that there are.
+"""Where records come from: the kinds of annotation files that there are.
 
-A new kind is a file of this folder, with a class as `Records` asks for, and a line in `KINDS`.
+A new kind is a file of this folder, with a class as `interface.Records` asks for, and a line in `KINDS`.
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
-from internvl_jax.data.source import files, jsonl
-from internvl_jax.data.where import Where
-
-
-class Records(Protocol):
-  """The records of an annotation file by number, from 0: an image or a video with what is said about it.
-
-  Any record is read at any time, by any thread, and by worker processes, which get a pickled copy. A record is what
-  `docs/data.md` says of a line: {"image": ..., "conversations": [...]}, where the image or video may be its path, its
-  URL, or its bytes (see `media.Media`).
-
-  `RecordFile` has all of this but `read` for records that are ranges of bytes of one file.
-
-  Attributes:
-    path: of the file, as it was named; errors blame it.
-    dataset: the name of its dataset, for errors.
-    state: integers that change when the file does: the index of sizes keeps them.
-  """
-
-  path: str
-  dataset: str
-  state: tuple[int, int]
-
-  def __len__(self) -> int: ...
-
-  def read(self, index: int) -> Any:
-    """Reads a record. Raises DataError where it is broken, or the file has changed."""
-    ...
-
-  def where(self, index: int) -> Where:
-    """The place of a record, for errors about it."""
-    ...
-
-  def containing(self, text: bytes) -> Iterator[int]:
-    """Yields, ascending, the records whose bytes contain a text; others may be among them."""
-    ...
-
-  def checksum(self, start: int, stop: int) -> int:
-    """A number, never 0, that differs when the records from `start` to before `stop` do: fast, it is asked often."""
-    ...
-
-  def digest_records(self, start: int, stop: int) -> str:
-    """16 hexadecimal digits that tell the records from `start` to before `stop` from any others."""
-    ...
-
-  def digest(self) -> str:
-    """The SHA-256, in hex, of all."""
-    ...
-
-  def stamp(self) -> tuple[str, int, int, int, int]:
-    """What changes whenever the file is written to, put back or replaced: path, inode, size and two dates."""
-    ...
-
-  def check_unchanged(self) -> None:
-    """Raises DataError where the file is not what it was when it was opened."""
-    ...
-
-  def close(self) -> None:
-    """Closes the file; the next read opens it again."""
-    ...
+from internvl_jax.data.source import (
+  array,
+  files,
+  formats,
+  hf_dataset,
+  jsonl,
+  packed,
+  patterns,
+  several,
+  table,
+  tar,
+)
+from internvl_jax.data.source.interface import Records
+from internvl_jax.data.source.spans import local_file
+from internvl_jax.data.where import DataError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,20 +31,43 @@ class Kind:
   """A kind of annotation file.
 
   Attributes:
-    open: opens one: `open(path, dataset, cache=folder, root=setting)`, where errors about media name the setting.
+    open: opens one: `open(path, dataset, cache=folder, root=setting, local=path)`, where errors about media name the
+      setting, and `local` is a file of this machine with the content.
     first_records: yields parsed records at the beginning of a local file, without an index and without an error: by
       the media that they name it is told what a dataset's relative root is meant from.
     suffixes: ends of file names, with the dot, by which it is known.
-    key: under which a meta file names it. Of one key, the first kind is that of all other suffixes.
+    format: by which it is known from the first bytes of a file of any other name, see `formats.Format.kind`.
+    key: under which a meta file names it. Of one key, the first kind is that of all other files.
+    is_file: what the meta file names is a file or a folder; else a name that means something elsewhere.
   """
 
   open: Callable[..., Records]
   first_records: Callable[[str], Iterator[Any]]
   suffixes: tuple[str, ...] = ()
+  format: str = ""
   key: str = "annotation"
+  is_file: bool = True
 
 
-KINDS: tuple[Kind, ...] = (Kind(open=jsonl.JsonlFile, first_records=jsonl.first_records),)
+def _nothing(path: str) -> Iterator[Any]:
+  del path
+  return iter(())
+
+
+def _table(form: str, first_records: Callable[[str], Iterator[Any]] = _nothing) -> Kind:
+  return Kind(open=functools.partial(table.ArrowTable, form=form), first_records=first_records, format=form)
+
+
+KINDS: tuple[Kind, ...] = (
+  Kind(open=jsonl.JsonlFile, first_records=jsonl.first_records),
+  Kind(open=array.JsonArray, first_records=array.first_records, format="array"),
+  Kind(open=tar.TarFile, first_records=tar.first_records, format="tar"),
+  _table("parquet", table.parquet_first_records),
+  _table("arrow"),
+  _table("arrow_stream"),
+  Kind(open=hf_dataset.HfDataset, first_records=_nothing, format="saved dataset"),
+  Kind(open=hf_dataset.HfDataset, first_records=_nothing, key="dataset", is_file=False),
+)
 
 
 def keys() -> tuple[str, ...]:
@@ -96,11 +75,55 @@ def keys() -> tuple[str, ...]:
   return tuple(dict.fromkeys(kind.key for kind in KINDS))
 
 
-def kind_of(path: str, key: str = "annotation") -> Kind:
-  """The kind of an annotation file, by the key that names it and its suffix."""
+def is_file(key: str) -> bool:
+  """Whether what a meta file names under a key is a file, or several, or a folder."""
+  return next(kind.is_file for kind in KINDS if kind.key == key)
+
+
+def kind_of(path: str, key: str = "annotation", local: str | None = None) -> Kind:
+  """The kind of an annotation file, by the key that names it, its suffix, and its first bytes.
+
+  Args:
+    path: as it is named.
+    key: under which.
+    local: a file of this machine with its content; None: only its name is looked at.
+  """
   candidates = [kind for kind in KINDS if kind.key == key]
   suffix = files.suffix(path).lower()
-  return next((kind for kind in candidates if suffix in kind.suffixes), candidates[0])
+  found = next((kind for kind in candidates if suffix in kind.suffixes), None)
+  if found is None and local is not None and (name := _format_of(local)):
+    found = next((kind for kind in candidates if kind.format == name), None)
+  return found or candidates[0]
+
+
+def _format_of(local: str) -> str:
+  """What a file is by its first bytes, or a folder by its files; "" where that is not known, or is jsonl."""
+  if os.path.isdir(local):
+    return "saved dataset" if hf_dataset.is_saved(local) else ""
+  try:
+    with open(local, "rb") as file:
+      found = formats.recognized(file)
+  except OSError:
+    return ""  # Whoever reads it says so.
+  return found.kind if found is not None else ""
+
+
+def first_records(
+  path: str, key: str = "annotation", *, cache: str | os.PathLike[str] | None = None
+) -> Iterator[Any]:
+  """Yields parsed records at the beginning of an annotation file, without an index; see `Kind.first_records`.
+
+  Raises:
+    OSError: a remote one cannot be copied.
+    DataError: no file fits a pattern, or the cache cannot be written.
+  """
+  if not is_file(key):
+    return iter(())
+  local = local_file(patterns.expand(path)[0], cache)
+  name = _format_of(local)
+  if name in packed.READERS:
+    local = packed.unpacked(local, name, path, "", cache)
+  return kind_of(path, key, local).first_records(local)
 
 
 def open_records(
@@ -111,16 +134,36 @@ def open_records(
   cache: str | os.PathLike[str] | None = None,
   root: str | None = None,
 ) -> Records:
-  """Opens an annotation file.
+  """Opens an annotation file, or several that a pattern names.
 
   Args:
-    path: of the file, or its URL.
+    path: of the file, its URL, or a pattern; see `patterns.expand`.
     dataset: the name that errors use.
     key: under which a meta file names it.
-    cache: folder of caches; None keeps nothing but a remote file's copy, in `files.default_cache()`.
+    cache: folder of caches; None keeps nothing but copies of what is remote or packed, in `files.default_cache()`.
     root: the setting that says where its media are, where that is not the meta file.
 
   Raises:
-    DataError: the file is missing, unreadable, of another format, or has no record.
+    DataError: a file is missing, unreadable, of another format, or has no record.
   """
-  return kind_of(path, key).open(path, dataset, cache=cache, root=root)
+  open_one = functools.partial(_open_one, dataset=dataset, key=key, cache=cache, root=root)
+  if not is_file(key) or not patterns.is_pattern(path):
+    return open_one(path)
+  found = patterns.expand(path)
+  return several.SeveralFiles(path, dataset, [open_one(each) for each in found])
+
+
+def _open_one(
+  path: str, *, dataset: str, key: str, cache: str | os.PathLike[str] | None, root: str | None
+) -> Records:
+  local = path
+  if is_file(key):
+    try:
+      local = local_file(path, cache)
+    except OSError as error:
+      blame = f"{path}: dataset {dataset!r}"
+      raise DataError(f"{blame}: the annotation file cannot be read: {error}; restore it") from error
+    name = _format_of(local)
+    if name in packed.READERS:
+      local = packed.unpacked(local, name, path, dataset, cache)
+  return kind_of(path, key, local).open(path, dataset, cache=cache, root=root, local=local)

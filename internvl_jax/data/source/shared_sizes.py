@@ -24,7 +24,7 @@ from absl import logging
 from internvl_jax.data.source import sizes
 from internvl_jax.data.source.cache import cache_errors_named, locked
 from internvl_jax.data.source.hosts import Hosts, Sign, packed, unpacked
-from internvl_jax.data.source.records import Records
+from internvl_jax.data.source.interface import Records
 from internvl_jax.data.source.sizes import SIZE, Index, Measure, MeasureLines, Sizes
 from internvl_jax.data.source.workers import map_items
 from internvl_jax.storage.machine import machine

@@ -35,7 +35,7 @@ from absl import logging
 
 from internvl_jax.data.source import files
 from internvl_jax.data.source.cache import cache_errors_named, locked, whole_file
-from internvl_jax.data.source.records import Records
+from internvl_jax.data.source.interface import Records
 from internvl_jax.data.source.workers import map_items
 from internvl_jax.data.where import DataError
 

@@ -41,14 +41,17 @@ class RecordFile:
 
   A remote file is copied into the cache, and again when it has changed; what is read is the copy.
 
-  A kind overrides `check_format`, `find` and `read`.
+  A kind overrides `kind`, `check_format`, `find` and `read`.
 
   Attributes:
+    kind: what such a file is called where datasets are listed.
     path: of the file, as it was named: errors blame it, also where a copy is read.
     dataset: the name that errors use.
     local: path of what is read: the file, or its copy.
     state: the file's size, and when it was last written to, at the time when its records were found.
   """
+
+  kind = "file"
 
   def __init__(
     self,
@@ -57,6 +60,7 @@ class RecordFile:
     *,
     cache: str | os.PathLike[str] | None = None,
     root: str | None = None,
+    local: str | None = None,
   ):
     """Finds the records in one pass over the file, or in the cache.
 
@@ -65,6 +69,7 @@ class RecordFile:
       dataset: the name that errors use.
       cache: folder of caches; None keeps nothing but a remote file's copy, in `files.default_cache()`.
       root: the setting that says where its media are, where that is not the meta file.
+      local: path of a local file with its content, where that is known; None: the file, or a remote one's copy.
 
     Raises:
       DataError: the file is missing, unreadable, of another format, or has no record.
@@ -75,7 +80,7 @@ class RecordFile:
     self._file: BinaryIO | None = None
     self._cached: pathlib.Path | None = None
     try:
-      self.local = files.cached_copy(self.path, cache) if files.is_remote(self.path) else self.path
+      self.local = local or local_file(self.path, cache)
       self.state = self._stat()
       self.check_format()
       if cache is None:
@@ -142,6 +147,10 @@ class RecordFile:
     if self._file is not None:
       self._file.close()
       self._file = None
+
+  def release(self) -> None:
+    """Lets the file go, also while other threads read it: it is closed once the last of them is done."""
+    self._file = None
 
   # --- What tells a file from any other ---------------------------------------------------------------------
 
@@ -276,6 +285,11 @@ class RecordFile:
     self.__dict__.update(state)
     if self._cached is not None:
       self._open_index()
+
+
+def local_file(path: str, cache: str | os.PathLike[str] | None) -> str:
+  """The path of a file that can be opened here: of a remote one, its copy in the cache."""
+  return files.cached_copy(path, cache) if files.is_remote(path) else path
 
 
 def _checksum(rows: np.ndarray) -> bytes:

@@ -1,4 +1,4 @@
-"""A kind of annotation file is a file and a line: a tar of JSON and images, as webdataset writes them, is added here."""
+"""A kind of annotation file is a file and a line: one of JSON and images side by side is added here."""
 
 import io
 import json
@@ -59,14 +59,14 @@ class Shard(RecordFile):
 
 @pytest.fixture
 def shards(tmp_path, monkeypatch):
-  """The module of the new kind, which is registered for `.tar`."""
+  """The module of the new kind, which is registered for `.shard`."""
   (tmp_path / "package").mkdir()
   (tmp_path / "package" / "internvl_jax_shards.py").write_text(SHARDS)
   monkeypatch.syspath_prepend(tmp_path / "package")
   import internvl_jax_shards
 
   # The one line.
-  tar = Kind(open=internvl_jax_shards.Shard, first_records=lambda path: iter(()), suffixes=(".tar",))
+  tar = Kind(open=internvl_jax_shards.Shard, first_records=lambda path: iter(()), suffixes=(".shard",))
   monkeypatch.setattr(records, "KINDS", (*records.KINDS, tar))
   yield internvl_jax_shards
   sys.modules.pop("internvl_jax_shards")
@@ -74,7 +74,7 @@ def shards(tmp_path, monkeypatch):
 
 def as_shard(folder):
   """Writes the lines of toy.jsonl and their images as one tar."""
-  with tarfile.open(folder / "toy.tar", "w") as tar:
+  with tarfile.open(folder / "toy.shard", "w") as tar:
 
     def add(name, content):
       info = tarfile.TarInfo(name)
@@ -109,7 +109,7 @@ def test_a_new_kind_makes_the_batches_that_lines_and_files_make(shards, tmp_path
   data = {"use_packed_ds": packed, "max_packed_tokens": 600, "num_images_expected": 12, "strict_mode": False}
   expected, _ = batches_of(meta, tokenizer, cache, **data)
   as_shard(tmp_path)
-  meta.write_text(json.dumps({"toy": {"root": "", "annotation": "toy.tar"}}))
+  meta.write_text(json.dumps({"toy": {"root": "", "annotation": "toy.shard"}}))
   found, state = batches_of(meta, tokenizer, cache, **data)
   assert len(found) == 3 and max(batch.tiles.max() for batch in found) > 0
   for batch, other in zip(found, expected, strict=True):
@@ -122,29 +122,29 @@ def test_errors_name_the_record_and_its_bytes(shards, tmp_path, tokenizer):
   meta = write_dataset(tmp_path, 4)
   (tmp_path / "toy1.png").write_bytes(b"%PDF-1.4")
   as_shard(tmp_path)
-  meta.write_text(json.dumps({"toy": {"root": "", "annotation": "toy.tar"}}))
-  tar = tmp_path / "toy.tar"
+  meta.write_text(json.dumps({"toy": {"root": "", "annotation": "toy.shard"}}))
+  tar = tmp_path / "toy.shard"
   message = rf"{tar}:2 \(dataset 'toy'\): image {tar}/001.png cannot be decoded: it is a PDF; convert it"
   with pytest.raises(DataError, match=message):
     batches_of(meta, tokenizer, tmp_path / "cache")
 
 
 def test_a_kind_is_chosen_by_suffix_or_by_key(shards, tmp_path, monkeypatch):
-  assert kind_of("a.TAR").open is shards.Shard
+  assert kind_of("a.SHARD").open is shards.Shard
   assert (
-    kind_of("a.tar.jsonl").open is kind_of("a").open is kind_of("https://x.org/a?b.tar").open is JsonlFile
+    kind_of("a.shard.jsonl").open is kind_of("a").open is kind_of("https://x.org/a?b.shard").open is JsonlFile
   )
   of_key = Kind(open=shards.Shard, first_records=lambda path: iter(()), key="shards")
   monkeypatch.setattr(records, "KINDS", (records.KINDS[0], of_key))
   meta = write_dataset(tmp_path, 4)
   as_shard(tmp_path)
-  meta.write_text(json.dumps({"toy": {"root": "", "shards": "toy.tar"}}))
+  meta.write_text(json.dumps({"toy": {"root": "", "shards": "toy.shard"}}))
   (spec,) = read_meta(meta)
-  assert (spec.annotation, spec.key) == (str(tmp_path / "toy.tar"), "shards")
+  assert (spec.annotation, spec.key) == (str(tmp_path / "toy.shard"), "shards")
   assert len(open_records(spec.annotation, spec.name, key=spec.key)) == 4
   for entry, message in (
-    ({"annotation": "toy.jsonl", "shards": "toy.tar"}, "both 'annotation' and 'shards' name its records"),
-    ({"shard": "toy.tar"}, "unknown key 'shard'; did you mean 'shards'"),
+    ({"annotation": "toy.jsonl", "shards": "toy.shard"}, "both 'annotation' and 'shards' name its records"),
+    ({"shard": "toy.shard"}, "unknown key 'shard'; did you mean 'shards'"),
     ({}, "key 'annotation' is missing; it needs root and annotation or shards"),
     ({"shards": 3}, "'shards' must be a string, got 3"),
     ({"shards": "gone.tar"}, "annotation file not found; tried gone.tar"),
@@ -152,13 +152,6 @@ def test_a_kind_is_chosen_by_suffix_or_by_key(shards, tmp_path, monkeypatch):
     meta.write_text(json.dumps({"toy": {"root": "", **entry}}))
     with pytest.raises(DataError, match=message):
       read_meta(meta)
-
-
-def test_without_it_a_tar_is_refused_as_before(tmp_path):
-  write_dataset(tmp_path, 4)
-  as_shard(tmp_path)
-  with pytest.raises(DataError, match="it is packed by tar, not jsonl"):
-    open_records(str(tmp_path / "toy.tar"), "toy")
 
 
 def test_bytes_are_read_as_their_file_is(tmp_path):
