@@ -76,6 +76,8 @@ def examine_data(config: TrainConfig, request: Request) -> bool:
   planned = config.data.use_packed_ds or config.training.group_by_length
   damaged, notes = decode(mixture, packed=planned) if request.decode else ([], [])
   print(table(reports))
+  for dataset in mixture.datasets:
+    print(f"{dataset.spec.name} is read as {dataset.form()}")
   print(sizes(reports))
   if config.data.use_packed_ds:
     stats = fill(mixture, pack_settings(config.data))

@@ -4,12 +4,14 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from internvl_jax.arguments import DataTrainingArguments, EvalConfig
+from internvl_jax.data.sample.conversations import CONVERSATION_LINES
 from internvl_jax.data.sample.fitting import Limits
 from internvl_jax.data.sample.sample import Sample, SampleMaker
 from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.data.source.interface import Records
+from internvl_jax.data.source.media import described
 from internvl_jax.data.source.meta import DatasetSpec
-from internvl_jax.data.source.records import open_records
+from internvl_jax.data.source.records import first_read, open_records
 from internvl_jax.data.source.workers import map_items
 from internvl_jax.data.where import DataError, OverLengthError
 from internvl_jax.eval.shown import MOST_PICTURES, Picture, without_marks
@@ -25,7 +27,7 @@ class Asked(NamedTuple):
   """A line with a question.
 
   Attributes:
-    record: as it is in the file.
+    record: as it is in the file, media that it has as bytes by their names.
     sample: its tokens and tiles.
     question: the turns before the last one, without the marks of images.
     answer: the one that is wanted, of the last turn.
@@ -74,6 +76,7 @@ class QuestionFile:
       tokenizer=tokenizer,
       tokens_per_tile=tokens_per_tile,
       limits=Limits(data.max_seq_length, policy="error"),
+      lines=CONVERSATION_LINES.recognized(first_read(file)),
     )
     return cls(file=file, maker=maker, limit=min(len(file), config.limit or len(file)))
 
@@ -101,7 +104,7 @@ class QuestionFile:
         "no token of its last answer would be learned, so it cannot be scored; correct or delete the line"
       )
     question = "\n".join(without_marks(turn["value"]) for turn in before if turn["from"] != "system")
-    return Asked(record, sample, question, last["value"])
+    return Asked(described(record), sample, question, last["value"])
 
   def pictures(self, line: int) -> list[Picture]:
     """Returns the first images of a question, or frames of its video, to be looked at.

@@ -167,7 +167,7 @@ def note_lines(mixture: Mixture, *, workers: int) -> list[str]:
   for dataset in mixture.datasets:
     found: dict[str, tuple[int, int]] = {}
     groups = [range(i, min(i + _NOTES_GROUP, dataset.lines)) for i in range(0, dataset.lines, _NOTES_GROUP)]
-    count = _CountNotes(dataset.file, mixture.lines, dataset.template)
+    count = _CountNotes(dataset.file, dataset.maker.lines, dataset.template)
     for _, notes in map_items(count, groups, workers):
       for note, (lines, first) in notes.items():
         before, earlier = found.get(note, (0, first))

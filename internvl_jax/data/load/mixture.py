@@ -23,7 +23,7 @@ from internvl_jax.data.source import files, sizes
 from internvl_jax.data.source.hosts import ALONE, Hosts
 from internvl_jax.data.source.interface import Records
 from internvl_jax.data.source.meta import DatasetSpec, read_meta
-from internvl_jax.data.source.records import open_records
+from internvl_jax.data.source.records import first_read, open_records
 from internvl_jax.data.source.shared_sizes import index_sizes
 from internvl_jax.data.source.sizes import MeasureLines
 from internvl_jax.data.where import DataError, Where
@@ -215,6 +215,10 @@ class Dataset:
       **maker.lines.facts,
     }
 
+  def form(self) -> str:
+    """What kind of file its records are in, and in which form they are written."""
+    return f"{self.file.kind}, {self.maker.lines.form_name}"
+
   def _frames(self, line: int) -> int:
     """How many frames a line's video gives: the same in every epoch, so that its size is known."""
     data = self.maker.data
@@ -279,15 +283,15 @@ class Mixture:
     limits = limits_of(data, policy)
     self.datasets = []
     for number, spec in enumerate(read_meta(data.meta_path, cache=cache)):
+      file = open_records(spec.annotation, spec.name, key=spec.key, cache=cache)
       maker = SampleMaker(
         spec=spec,
         data=data,
         tokenizer=tokenizer,
         tokens_per_tile=tokens_per_tile,
         limits=limits,
-        lines=self.lines,
+        lines=self.lines.recognized(first_read(file)),
       )
-      file = open_records(spec.annotation, spec.name, key=spec.key, cache=cache)
       self.datasets.append(_checked(Dataset(spec, file, maker, number, seed), data))
     self._count()
 
@@ -394,7 +398,7 @@ class Mixture:
       lines.append(
         f"{spec.name}: {size} samples an epoch ({100 * size / self.num_samples:.1f} %), {dataset.lines} of {found} "
         f"lines{stated}{pieces} x {spec.repeats}, {tiles}{', JPEG augmentation' if spec.data_augment else ''}, "
-        f"root {spec.root or '.'}, {spec.annotation} ({dataset.file.kind})"
+        f"root {spec.root or '.'}, {spec.annotation} ({dataset.form()})"
       )
     return lines + self.decoding_lines()
 

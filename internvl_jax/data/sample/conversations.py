@@ -6,10 +6,10 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Self
 
-from internvl_jax.data.sample import keys, line_keys
+from internvl_jax.data.sample import forms, keys, line_keys
 from internvl_jax.data.sample.fitting import Limited, Limits, limited
 from internvl_jax.data.sample.line_keys import LineKeys, OtherKind
 from internvl_jax.data.sample.templates import Template
@@ -17,6 +17,7 @@ from internvl_jax.data.sample.tokenize import Chat
 from internvl_jax.data.where import Where, shown
 
 _TURN = frozenset(("from", "value"))
+_NOWHERE = Where("", "", 0)  # of a line that was read without an error before
 _ROLE_NAMES = {"user": "human", "assistant": "gpt"}
 _MASK_REMEDY = (
   "what is learned is said in turns by 'loss': true or false (or 1 or 0 under 'loss', 'loss_mask', 'weight'); write it "
@@ -30,25 +31,17 @@ _TURN_MEDIA_REMEDY = (
 )
 _TURN_REMEDIES = {"media": _TURN_MEDIA_REMEDY, "mask": _MASK_REMEDY, "roles": _ROLES_REMEDY}
 # Lines of other formats, known by their keys.
+_OTHER_FORM = "and the dataset's first lines have no such form; write all lines of a dataset in one form"
 _FORMATS = tuple(
   OtherKind(texts, f"key 'conversations' is missing; {what} (docs/data.md)")
   for texts, what in (
-    (
-      ("messages",),
-      "it has 'messages', as OpenAI, ms-swift and TRL write them: name them 'conversations', and in turns 'role' 'from' "
-      "('user' is 'human', 'assistant' 'gpt') and 'content' 'value'",
-    ),
-    (
-      ("query", "response"),
-      "it has 'query' and 'response', as ms-swift writes them: make them turns of 'human' and 'gpt'",
-    ),
+    (("messages",), f"it has 'messages', {_OTHER_FORM}"),
+    (("query", "response"), f"it has 'query' and 'response', {_OTHER_FORM}"),
+    (("prompt", "completion"), f"it has 'prompt' and 'completion', {_OTHER_FORM}"),
+    (("question", "answer"), f"it has 'question' and 'answer', {_OTHER_FORM}"),
     (
       ("instruction", "output"),
       "it has 'instruction' and 'output', as Alpaca: make them turns of 'human' and 'gpt'",
-    ),
-    (
-      ("prompt", "completion"),
-      "it has 'prompt' and 'completion', as TRL: make them turns of 'human' and 'gpt'",
     ),
     (("conversation",), "it has 'conversation'; did you mean 'conversations'?"),
     (("root", "annotation"), "it is an entry of a meta file, which data.meta_path names"),
@@ -62,9 +55,11 @@ class ConversationLines:
 
   Attributes:
     others: other kinds of lines that files may hold.
+    form: in which lines are written, a key of `forms.CONVERSATION_FORMS`.
   """
 
   others: tuple[OtherKind, ...] = ()
+  form: str = forms.NATIVE
 
   kind = "conversations"
   names: tuple[str, ...] = ()
@@ -88,18 +83,30 @@ class ConversationLines:
       roles_remedy=_ROLES_REMEDY,
     )
 
+  @property
+  def form_name(self) -> str:
+    """The form in which its lines are written, in words."""
+    return forms.CONVERSATION_FORMS[self.form].name
+
+  def recognized(self, records: Iterable[Any]) -> Self:
+    """Lines in the form of a dataset's first records."""
+    return dataclasses.replace(self, form=forms.form_of(records, forms.CONVERSATION_FORMS))
+
   def plain(self, record: Any, where: Where) -> dict[str, Any]:
     """A line with our keys alone, its system message among the turns.
 
     Raises:
-      DataError: see `line_keys.plain_record`; or a turn has something that would change what is seen or learned.
+      DataError: see `line_keys.plain_record`; or a turn has something that would change what is seen or learned, or the
+        line is of another form.
     """
+    record = forms.converted(record, where, self.form, forms.CONVERSATION_FORMS)
     plain = line_keys.plain_record(record, where, self.keys)
     has_system = any(key in record for key in line_keys.SYSTEM_KEYS)
     return plain if _are_plain(plain["conversations"], has_system) else _with_turns(record, plain, where)
 
   def unread(self, record: Mapping[str, Any], plain: Mapping[str, Any], template: Template) -> Iterator[str]:
     """Yields what of a line is not read, and what else one should know about it."""
+    record = forms.converted(record, _NOWHERE, self.form, forms.CONVERSATION_FORMS)
     yield from line_keys.unread_keys(record, self.keys)
     turns = record["conversations"]
     for turn in turns if isinstance(turns, list) else ():

@@ -1,7 +1,7 @@
 """The schema of a kind of line: which keys it has, and which conversations it becomes."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, Self
 
 from internvl_jax.data.sample.fitting import Limited, Limits
 from internvl_jax.data.sample.templates import Template
@@ -46,8 +46,21 @@ class LineSchema(Protocol):
     """What makes other samples of a line than those of a conversation: JSON values that are true, by name."""
     ...
 
+  @property
+  def form_name(self) -> str:
+    """The form in which its lines are written, in words; see `forms.Form`."""
+    ...
+
+  def recognized(self, records: Iterable[Any]) -> Self:
+    """This kind of line in the form of a dataset.
+
+    Args:
+      records: its first ones, parsed.
+    """
+    ...
+
   def plain(self, record: Any, where: Where) -> dict[str, Any]:
-    """A parsed line with our keys alone.
+    """A parsed line with our keys alone, in the reference's form.
 
     Raises:
       DataError: something about its texts is wrong, or is not read and would change what is seen or learned.

@@ -121,6 +121,17 @@ def media_of(value: Any, what: str, where: Where) -> Any:
   return value
 
 
+def described(value: Any) -> Any:
+  """A record's value with names in place of bytes, so that it can be written as JSON."""
+  if isinstance(value, Content):
+    return value.name
+  if isinstance(value, bytes | bytearray | memoryview):
+    return f"{len(value)} bytes"
+  if isinstance(value, dict):
+    return {key: described(entry) for key, entry in value.items()}
+  return [described(entry) for entry in value] if isinstance(value, list) else value
+
+
 def _of_mapping(value: Mapping[str, Any], what: str, where: Where) -> Any:
   rest = {key: entry for key, entry in value.items() if entry not in (None, "")}
   if (content := rest.get("bytes")) is not None:

@@ -3,6 +3,7 @@
 A new kind is a file of this folder, with a class as `interface.Records` asks for, and a line in `KINDS`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -68,6 +69,10 @@ KINDS: tuple[Kind, ...] = (
   Kind(open=hf_dataset.HfDataset, first_records=_nothing, format="saved dataset"),
   Kind(open=hf_dataset.HfDataset, first_records=_nothing, key="dataset", is_file=False),
 )
+
+
+# Records at the beginning of a file in which its form is looked for.
+_FORM_SOUGHT = 16
 
 
 def keys() -> tuple[str, ...]:
@@ -167,3 +172,10 @@ def _open_one(
     if name in packed.READERS:
       local = packed.unpacked(local, name, path, dataset, cache)
   return kind_of(path, key, local).open(path, dataset, cache=cache, root=root, local=local)
+
+
+def first_read(file: Records) -> Iterator[Any]:
+  """Yields the first records of a file that can be read, of which its form is told."""
+  for index in range(min(len(file), _FORM_SOUGHT)):
+    with contextlib.suppress(DataError):  # It is said when its turn comes.
+      yield file.read(index)

@@ -8,12 +8,12 @@ line may have a system message beside, in place of the template's: `system`, or 
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from internvl_jax.data.sample import line_keys
+from internvl_jax.data.sample import forms, line_keys
 from internvl_jax.data.sample.fitting import Limited, Limits
 from internvl_jax.data.sample.line_keys import LineKeys, OtherKind
 from internvl_jax.data.sample.templates import Template
@@ -62,9 +62,11 @@ class PairLines:
 
   Attributes:
     share_prompts: the tokens that both conversations of a pair begin with are in the row once.
+    form: in which lines are written, a key of `forms.PAIR_FORMS`.
   """
 
   share_prompts: bool = False
+  form: str = forms.NATIVE
 
   kind = "preference"
   names = KEYS
@@ -77,12 +79,22 @@ class PairLines:
     """That lines are pairs, and that prompts are shared where they are."""
     return {self.kind: True} | ({"share_prompts": True} if self.share_prompts else {})
 
+  @property
+  def form_name(self) -> str:
+    """The form in which its lines are written, in words."""
+    return forms.PAIR_FORMS[self.form].name
+
+  def recognized(self, records: Iterable[Any]) -> Self:
+    """Lines in the form of a dataset's first records."""
+    return dataclasses.replace(self, form=forms.form_of(records, forms.PAIR_FORMS))
+
   def plain(self, record: Any, where: Where) -> dict[str, Any]:
     """Returns a line with our keys alone.
 
     Raises:
       DataError: see `line_keys.plain_record` and `pair_of`.
     """
+    record = forms.converted(record, where, self.form, forms.PAIR_FORMS)
     plain = line_keys.plain_record(record, where, _LINE_KEYS)
     pair_of(plain, where)
     return plain
@@ -90,6 +102,7 @@ class PairLines:
   def unread(self, record: Mapping[str, Any], plain: Mapping[str, Any], template: Template) -> Iterator[str]:
     """Yields the keys of a line that nobody reads."""
     del plain, template
+    record = forms.converted(record, Where("", "", 0), self.form, forms.PAIR_FORMS)
     return line_keys.unread_keys(record, _LINE_KEYS)
 
   def conversations(self, record: Mapping[str, Any], where: Where) -> list[list[dict[str, str]]]:

@@ -125,8 +125,8 @@ REFUSED = {
   "other_content": (answer(content="no"), "turn 2: key 'content'"),
   "reasoning": (answer(reasoning_content="hm"), "turn 2: key 'reasoning_content'"),
   "empty_answer": (answer(value=" \n"), "turn 2 is an answer without text"),
-  "openai": ({"messages": []}, "it has 'messages', as OpenAI, ms-swift and TRL"),
-  "swift": ({"query": "a", "response": "b"}, "as ms-swift writes them"),
+  "openai": ({"messages": []}, "it has 'messages', and the dataset's first lines have no such form"),
+  "swift": ({"query": "a", "response": "b"}, "it has 'query' and 'response', and the dataset"),
   "alpaca": ({"instruction": "a", "output": "b"}, "as Alpaca"),
 }
 
