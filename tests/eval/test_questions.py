@@ -82,7 +82,7 @@ def test_questions_beyond_the_limit_are_not_asked(config, chat):
 
 
 def test_a_file_that_is_none(config, chat):
-  for text, cause in (("\n", "add lines, or do not name it"), ("[1,\n2]", "it is a JSON array")):
+  for text, cause in (("\n", "add lines, or do not name it"), ("a,b\n1,2\n", "it is a table of text")):
     with open(config.eval.annotation, "w") as file:
       file.write(text)
     with pytest.raises(DataError, match=cause):

@@ -9,7 +9,7 @@ that all keys that a form does not say are honored, refused or passed over as el
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from internvl_jax.data.sample import keys
@@ -81,15 +81,24 @@ def converted(record: Any, where: Where, form: str, forms: Mapping[str, Form]) -
 # --- Turns --------------------------------------------------------------------------------------------------
 
 
-class _Media:
-  """The images and videos that the parts of a record's messages bring along, in order."""
+class PartMedia:
+  """The images and videos that the parts of a record's messages bring along, in order.
+
+  Attributes:
+    found: those that parts say, by their kind.
+    places: how many parts there are of each kind.
+  """
 
   def __init__(self):
     self.found: dict[str, list[Any]] = {"image": [], "video": []}
     self.places = {"image": 0, "video": 0}
 
   def put_into(self, record: dict[str, Any], where: Where) -> dict[str, Any]:
-    """The record with them; where parts are places alone, those beside the messages are meant."""
+    """The record with them; where parts are places alone, those beside the messages are meant.
+
+    Raises:
+      DataError: some parts say what they are and others do not, or the line says it as well.
+    """
     for kind, values in self.found.items():
       if not values:
         continue
@@ -106,14 +115,24 @@ class _Media:
     return record
 
 
-def _turns(messages: Any, name: str, media: _Media, where: Where) -> Any:
-  """Turns of `from` and `value`, with what else the messages say."""
+def read_turns(messages: Any, name: str, media: PartMedia, where: Where) -> list[dict[str, Any]]:
+  """Turns of `from` and `value`, with what else the messages say.
+
+  Args:
+    messages: of `from` and `value`, or of `role` and `content`.
+    name: of their key, for errors.
+    media: gets what their parts bring along.
+    where: the line, for errors.
+
+  Raises:
+    DataError: they are no list of messages, or one is of a role or has a part that is not read.
+  """
   if not isinstance(messages, list) or not messages:
     raise where.error(f"{name!r} must be a list of at least one message, got {shown(messages)}; correct it")
   return [_turn(message, number, media, where) for number, message in enumerate(messages, 1)]
 
 
-def _turn(message: Any, number: int, media: _Media, where: Where) -> dict[str, Any]:
+def _turn(message: Any, number: int, media: PartMedia, where: Where) -> dict[str, Any]:
   if not isinstance(message, dict):
     raise where.error(f"turn {number} must be an object, got {shown(message)}; correct it")
   names = ("from", "value") if "from" in message else ("role", "content")
@@ -131,14 +150,14 @@ def _turn(message: Any, number: int, media: _Media, where: Where) -> dict[str, A
   return {"from": role, "value": _text(content, number, media, where), **rest}
 
 
-def _text(content: Any, number: int, media: _Media, where: Where) -> Any:
+def _text(content: Any, number: int, media: PartMedia, where: Where) -> Any:
   """The text of a turn; an image or a video among its parts is a placeholder and a line break."""
   if not isinstance(content, list):
     return "" if content is None else content
   return "".join(_part(part, number, media, where) for part in content)
 
 
-def _part(part: Any, number: int, media: _Media, where: Where) -> str:
+def _part(part: Any, number: int, media: PartMedia, where: Where) -> str:
   if isinstance(part, str):
     return part
   said = {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {}
@@ -183,8 +202,8 @@ def _from_list(name: str) -> Convert:
   """Converts a record whose turns are under a name."""
 
   def convert(record: dict[str, Any], where: Where) -> dict[str, Any]:
-    media = _Media()
-    turns = _turns(record[name], name, media, where)
+    media = PartMedia()
+    turns = read_turns(record[name], name, media, where)
     rest = {key: value for key, value in record.items() if key != name}
     return media.put_into({**rest, "conversations": turns}, where)
 
@@ -217,10 +236,10 @@ def _from_prompt(record: dict[str, Any], where: Where) -> dict[str, Any]:
   prompt, completion = record["prompt"], record["completion"]
   if not isinstance(prompt, list) and not isinstance(completion, list):
     return _from_pair("prompt", "completion")(record, where)
-  media = _Media()
-  turns = _turns(prompt, "prompt", media, where)
+  media = PartMedia()
+  turns = read_turns(prompt, "prompt", media, where)
   turns = [{**turn, "loss": False} if turn["from"] == "gpt" else turn for turn in turns]
-  turns += _turns(completion, "completion", media, where)
+  turns += read_turns(completion, "completion", media, where)
   rest = {key: value for key, value in record.items() if key not in ("prompt", "completion")}
   return media.put_into({**rest, "conversations": turns}, where)
 
@@ -229,13 +248,14 @@ def _pair(question: Any, answer: Any) -> list[dict[str, Any]]:
   return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
-def _as_it_is(record: dict[str, Any], where: Where) -> dict[str, Any]:
+def as_it_is(record: dict[str, Any], where: Where) -> dict[str, Any]:
+  """The record itself, of the reference's form."""
   del where
   return record
 
 
 CONVERSATION_FORMS: dict[str, Form] = {
-  NATIVE: Form(name="'conversations' of 'from' and 'value'", matches=_has_native_turns, convert=_as_it_is),
+  NATIVE: Form(name="'conversations' of 'from' and 'value'", matches=_has_native_turns, convert=as_it_is),
   "sharegpt": Form(
     name="'conversations' with roles of ShareGPT",
     matches=lambda record: isinstance(record.get("conversations"), list),
@@ -255,78 +275,3 @@ CONVERSATION_FORMS: dict[str, Form] = {
   ),
 }
 """Forms of lines with one conversation, in the order in which they are tried."""
-
-
-# --- Forms of preference pairs ------------------------------------------------------------------------------
-
-
-def _chosen_messages(record: Mapping[str, Any]) -> bool:
-  return all(isinstance(record.get(key), list) for key in ("chosen", "rejected"))
-
-
-def _from_chosen(record: dict[str, Any], where: Where) -> dict[str, Any]:
-  """Converts lists of messages: a prompt and two answers, or two conversations of the same prompt."""
-  media, both = _Media(), []
-  prompt = record.get("prompt")
-  for key in ("chosen", "rejected"):
-    # The prompt is read for the first answer; its media count once.
-    seen = _Media() if both else media
-    before = [] if keys.says_nothing(prompt) else prompt if isinstance(prompt, list) else [_user(prompt)]
-    both.append(_turns([*before, *record[key]], key, seen, where))
-  (question, system), (other, other_system) = (_question(turns, where) for turns in both)
-  if (question, system) != (other, other_system):
-    raise where.error("'chosen' and 'rejected' answer different prompts; correct one or delete the line")
-  rest = {key: value for key, value in record.items() if key not in ("prompt", "chosen", "rejected")}
-  if system is not None:
-    if not keys.says_nothing(rest.get("system")):
-      raise where.error("the line has 'system' and a message from 'system'; keep one")
-    rest["system"] = system
-  answers = {key: turns[-1]["value"] for key, turns in zip(("chosen", "rejected"), both, strict=True)}
-  return media.put_into({**rest, "question": question, **answers}, where)
-
-
-def _user(text: Any) -> dict[str, Any]:
-  return {"role": "user", "content": text}
-
-
-def _question(turns: Sequence[Mapping[str, Any]], where: Where) -> tuple[Any, Any]:
-  """The question and the system message before an answer."""
-  roles = [turn["from"] for turn in turns]
-  if roles not in (["human", "gpt"], ["system", "human", "gpt"]):
-    raise where.error(
-      f"a pair has one question and one answer, after an optional system message; got turns from {', '.join(roles)}"
-    )
-  if odd := next(_extras(turns), None):
-    raise where.error(f"key {odd!r} of a message is not read; take it out")
-  return turns[-2]["value"], turns[0]["value"] if len(turns) > 2 else None
-
-
-def _extras(turns: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-  for turn in turns:
-    yield from (
-      key for key, value in turn.items() if key not in ("from", "value") and not keys.says_nothing(value)
-    )
-
-
-def _from_prompt_pair(record: dict[str, Any], where: Where) -> dict[str, Any]:
-  del where
-  rest = {key: value for key, value in record.items() if key != "prompt"}
-  return {**rest, "question": record["prompt"]}
-
-
-PAIR_FORMS: dict[str, Form] = {
-  NATIVE: Form(
-    name="'question', 'chosen' and 'rejected'",
-    matches=lambda record: "question" in record and not _chosen_messages(record),
-    convert=_as_it_is,
-  ),
-  "messages": Form(
-    name="'chosen' and 'rejected' as messages", matches=_chosen_messages, convert=_from_chosen
-  ),
-  "prompt": Form(
-    name="'prompt', 'chosen' and 'rejected'",
-    matches=lambda record: all(isinstance(record.get(key), str) for key in ("prompt", "chosen", "rejected")),
-    convert=_from_prompt_pair,
-  ),
-}
-"""Forms of lines with a preference pair."""

@@ -20,6 +20,7 @@ from internvl_jax.data.sample.templates import Template
 from internvl_jax.data.sample.tokenize import IMAGE_PLACEHOLDER, Chat, common_prompt, supervised
 from internvl_jax.data.where import Where
 from internvl_jax.tasks.preference.fitting import limited_pair
+from internvl_jax.tasks.preference.forms import PAIR_FORMS
 
 KEYS = ("question", "chosen", "rejected")
 """What a line must have; `image` and `video` beside them are as in other lines."""
@@ -82,11 +83,11 @@ class PairLines:
   @property
   def form_name(self) -> str:
     """The form in which its lines are written, in words."""
-    return forms.PAIR_FORMS[self.form].name
+    return PAIR_FORMS[self.form].name
 
   def recognized(self, records: Iterable[Any]) -> Self:
     """Lines in the form of a dataset's first records."""
-    return dataclasses.replace(self, form=forms.form_of(records, forms.PAIR_FORMS))
+    return dataclasses.replace(self, form=forms.form_of(records, PAIR_FORMS))
 
   def plain(self, record: Any, where: Where) -> dict[str, Any]:
     """Returns a line with our keys alone.
@@ -94,7 +95,7 @@ class PairLines:
     Raises:
       DataError: see `line_keys.plain_record` and `pair_of`.
     """
-    record = forms.converted(record, where, self.form, forms.PAIR_FORMS)
+    record = forms.converted(record, where, self.form, PAIR_FORMS)
     plain = line_keys.plain_record(record, where, _LINE_KEYS)
     pair_of(plain, where)
     return plain
@@ -102,7 +103,7 @@ class PairLines:
   def unread(self, record: Mapping[str, Any], plain: Mapping[str, Any], template: Template) -> Iterator[str]:
     """Yields the keys of a line that nobody reads."""
     del plain, template
-    record = forms.converted(record, Where("", "", 0), self.form, forms.PAIR_FORMS)
+    record = forms.converted(record, Where("", "", 0), self.form, PAIR_FORMS)
     return line_keys.unread_keys(record, _LINE_KEYS)
 
   def conversations(self, record: Mapping[str, Any], where: Where) -> list[list[dict[str, str]]]:
