@@ -4,7 +4,6 @@ import dataclasses
 import math
 
 from internvl_jax.arguments import MOST_TILES
-from internvl_jax.metrics.writers import WRITERS
 
 REFUSED: dict[str, str] = {
   "training.fp16": "float16 would need loss scaling; use training.bf16=True, which does not",
@@ -31,7 +30,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "polynomial",
     "inverse_sqrt",
   ),
-  "training.report_to": (*WRITERS, "none"),
   "training.logging_strategy": ("no", "steps", "epoch"),
   "training.save_strategy": ("no", "steps", "epoch"),
   "training.evaluation_strategy": ("no", "steps", "epoch"),
@@ -47,9 +45,6 @@ INSTEAD_OF: dict[str, dict[str, str]] = {
       "moments are float32; mesh.fsdp (or training.deepspeed) shards them over the devices"
     ),
     r"paged_.*": "nothing is moved to the host's memory; mesh.fsdp shards the moments over the devices",
-  },
-  "training.report_to": {
-    r".*": "tensorboard (services such as W&B, MLflow and Comet read its files: wandb sync)",
   },
   "training.save_strategy": {
     r"best": "save_strategy='steps' or 'epoch' with load_best_model_at_end=True keeps the best"

@@ -10,7 +10,6 @@ which is put together and checked in `internvl_jax.config`.
 """
 
 import dataclasses
-import re
 from typing import Literal
 
 
@@ -163,8 +162,14 @@ class TrainingArguments:
   logging_steps: float = 500.0
   # Log after the first step, too.
   logging_first_step: bool = False
-  # "tensorboard" or "none".
+  # Trackers that get the metrics, with commas between: tensorboard, wandb, mlflow, trackio; "all" is each that is
+  # installed, "none" is none.
   report_to: str = "none"
+  # What trackers call the run; unset: the name of output_dir's last folder.
+  run_name: str | None = None
+  # What trackers file the run under (a project of W&B or Trackio, an experiment of MLflow); unset: what their own variable
+  # of the environment says (WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME, TRACKIO_PROJECT), or internvl_jax.
+  project: str | None = None
   # Where TensorBoard files go; output_dir/tensorboard if unset.
   logging_dir: str | None = None
   # Hide the progress bar.
@@ -412,6 +417,8 @@ class RuntimeConfig:
   # Tell where the run stands, with stacks, once a step, a save or a wait lasts this long, and every such time
   # again. Above what compiling the largest models takes, so that it means something.
   hang_seconds: int = 600
+  # Words by which trackers find the run.
+  tags: tuple[str, ...] = ()
   # Print a table of where the time from the command to the first step went; a line of it is always logged.
   timings: bool = False
   # Steps whose first and last bound an XProf trace in output_dir/profile; empty: none.
@@ -421,26 +428,3 @@ class RuntimeConfig:
   # Folder of compiled programs, reused by later runs, also one of a bucket (gs://, s3://); "auto": what
   # JAX_COMPILATION_CACHE_DIR names, or a folder in the user's cache folder; None: compile anew.
   compilation_cache_dir: str | None = "auto"
-
-
-def parse_xla_option(text: str) -> tuple[str, bool | int | str]:
-  """The name and the value of an entry of `xla_options`; a value that looks like a bool or an integer is one.
-
-  Raises:
-    ValueError: it is not "xla_…=value".
-  """
-  match = re.fullmatch(r"(?:--)?(xla_[a-z0-9_]+)=(.*)", text.strip())
-  if match is None:
-    raise ValueError(f"{text!r} is not xla_…=value")
-  name, value = match.groups()
-  if value.lower() in ("true", "false"):
-    return name, value.lower() == "true"
-  return name, int(value) if re.fullmatch(r"-?[0-9]+", value) else value
-
-
-def parse_distributed(setting: str) -> tuple[str, int, int] | None:
-  """The parts of "host:port,processes,process"; None for another form, and for numbers that cannot be."""
-  match = re.fullmatch(r"([^,\s]+:[0-9]+),([0-9]+),([0-9]+)", setting)
-  if match is None or int(match[3]) >= int(match[2]):
-    return None
-  return match[1], int(match[2]), int(match[3])

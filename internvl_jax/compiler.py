@@ -19,8 +19,8 @@ import numpy as np
 from absl import logging
 from jax.sharding import SingleDeviceSharding
 
-from internvl_jax.arguments import parse_xla_option
 from internvl_jax.errors import UserError
+from internvl_jax.runtime_options import parse_xla_option
 from internvl_jax.storage.machine import processor
 from internvl_jax.storage.remote import is_remote
 from internvl_jax.storage.snapshots import default_cache

@@ -24,11 +24,12 @@ from typing import Any, Literal
 
 from internvl_jax import unused_settings
 from internvl_jax.allowed_values import CHOICES, INSTEAD_OF, REFUSED
-from internvl_jax.arguments import parse_distributed, parse_xla_option
 from internvl_jax.config import FIELDS, LEAVES, TrainConfig, get, is_changed, setting_text, type_name
 from internvl_jax.config_paths import Command, path_problems
 from internvl_jax.errors import UserError, suggest
+from internvl_jax.metrics.writers import report_problems
 from internvl_jax.parallel import zero
+from internvl_jax.runtime_options import parse_distributed, parse_xla_option
 from internvl_jax.tasks import conversations_a_line
 from internvl_jax.tasks import settings as task_settings
 
@@ -279,6 +280,7 @@ def _mesh_problems(config: TrainConfig) -> Iterator[str]:
 
 
 def _runtime_problems(config: TrainConfig) -> Iterator[str]:
+  yield from report_problems(config.training.report_to)
   setting, steps = config.runtime.distributed, config.runtime.profile_steps
   if setting not in ("auto", "off") and parse_distributed(setting) is None:
     yield (

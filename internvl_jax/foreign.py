@@ -9,7 +9,7 @@ FOREIGN: dict[str, str] = {
   # The reference's.
   "split_annotations": "every host already reads only its share of the lines",
   "use_custom_flash_attn": "runtime.attention names the attention backend",
-  "wandb_project": "training.report_to='tensorboard' writes what W&B can read (wandb sync, sync_tensorboard)",
+  "wandb_project": "training.project is W&B's project, with training.report_to='wandb'",
   # What computes, and how.
   "local_rank": "processes find their place by themselves (runtime.distributed)",
   "tf32": "float32 is computed as float32; use training.bf16=True to be faster",
@@ -110,12 +110,9 @@ FOREIGN: dict[str, str] = {
     "`huggingface-cli upload ORG/NAME FOLDER` publishes the final model",
   ),
   # Logging.
-  "run_name": "the run is called as its training.output_dir",
-  "project": "training.report_to='tensorboard' writes what other services can read",
-  **dict.fromkeys(
-    ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
-    "training.report_to='tensorboard' writes what other services can read",
-  ),
+  "trackio_space_id": "TRACKIO_SPACE_ID in the environment names the Space",
+  "trackio_bucket_id": "TRACKIO_SPACE_ID in the environment names the Space, which has a bucket",
+  "trackio_static_space_id": "`trackio sync` makes a static Space of a run",
   "log_level": "--verbosity=1 tells more, --verbosity=-1 less",
   "log_level_replica": "the first process tells what all of them do, the others what goes wrong",
   "log_on_each_node": "the first process tells what all of them do, the others what goes wrong",
@@ -168,8 +165,6 @@ PASSING = frozenset(
       "per_device_eval_batch_size",
       "per_gpu_eval_batch_size",
       "eval_accumulation_steps",
-      "run_name",
-      "project",
     ),
     *("log_level", "log_level_replica", "log_on_each_node", "skip_memory_metrics", "eval_do_concat_batches"),
     *(

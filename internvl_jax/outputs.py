@@ -29,6 +29,9 @@ CHECKPOINTS = "checkpoints"
 EVALUATIONS = "evaluations"
 """Folder of the samples that were shown at evaluations."""
 
+TRACKERS_FILE = "trackers.json"
+"""The run's ids at trackers."""
+
 COMMIT_FILE = "commit_success.txt"
 """Marks a checkpoint in a bucket, where nothing can be renamed, as complete; Orbax's name for it."""
 
@@ -40,6 +43,7 @@ Beginning = Literal["new", "resume", "overwrite"]
 
 RUN_FILES = (
   CONFIG_FILE,
+  TRACKERS_FILE,
   "trainer_state.json",
   "train_results.json",
   "eval_results.json",

@@ -18,6 +18,8 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from internvl_jax.metrics.writers import trackers_named
+
 Values = Callable[[str], Any]
 """The value at a path such as "model.freeze_llm"."""
 
@@ -86,6 +88,10 @@ _CONSTANT = Idle(
   lambda value: value("training.lr_scheduler_type") == "constant",
   "with training.lr_scheduler_type='constant'; constant_with_warmup is the one that warms up",
 )
+_UNTRACKED = Idle(
+  lambda value: set(trackers_named(value("training.report_to"))) <= {"tensorboard"},
+  "without a tracker that has it: training.report_to='wandb', for example",
+)
 _NOT_SAVED = Idle(lambda value: value("training.save_strategy") == "no", "with training.save_strategy='no'")
 
 IDLE: dict[str, tuple[Idle, ...]] = {
@@ -124,9 +130,12 @@ IDLE: dict[str, tuple[Idle, ...]] = {
   ),
   "training.logging_dir": (
     Idle(
-      lambda value: value("training.report_to") != "tensorboard", "without training.report_to='tensorboard'"
+      lambda value: "tensorboard" not in trackers_named(value("training.report_to")),
+      "without training.report_to='tensorboard'",
     ),
   ),
+  "training.project": (_UNTRACKED,),
+  "runtime.tags": (_UNTRACKED,),
   "loader.max_bad_fraction": (
     Idle(
       lambda value: value("loader.on_bad_sample") == "error",

@@ -16,12 +16,12 @@ import pytest
 from jax.sharding import Mesh
 
 from internvl_jax import compiler, environment
-from internvl_jax.arguments import parse_xla_option
 from internvl_jax.compiler import COMPILE_ONLY, OPTIONS, check_overrides, compile_program, compiler_options
 from internvl_jax.config import TrainConfig
 from internvl_jax.config_checks import problems
 from internvl_jax.environment import MEMORY_FRACTION, set_environment
 from internvl_jax.errors import UserError
+from internvl_jax.runtime_options import parse_xla_option
 from internvl_jax.trainer import CompiledSteps
 from tests.support.harness import Harness, make_batch, toy
 

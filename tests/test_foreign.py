@@ -84,11 +84,11 @@ def test_what_is_so_anyway_is_accepted_in_silence(tmp_path):
 
 def test_what_changes_nothing_that_is_learned_is_said_once(tmp_path, caplog, monkeypatch):
   monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
-  config = parse(tmp_path, "config.training.run_name=first", "config.data.split_annotations=True")
+  config = parse(tmp_path, "config.training.log_level=debug", "config.data.split_annotations=True")
   with caplog.at_level("WARNING", logger="absl"):
     cli.warn_idle(config)
   assert caplog.messages == [
-    "training.run_name=first has no effect: the run is called as its training.output_dir",
+    "training.log_level=debug has no effect: --verbosity=1 tells more, --verbosity=-1 less",
     "data.split_annotations=True has no effect: every host already reads only its share of the lines",
   ]
 

@@ -38,7 +38,7 @@ LAYERS = (
   ("outputs", "intervals"),
   ("digests",),
   ("storage",),
-  ("arguments", "chips", "errors", "foreign", "watchdog"),
+  ("arguments", "chips", "errors", "foreign", "runtime_options", "watchdog"),
   ("environment", "signals", "stopwatch"),
 )
 
@@ -70,8 +70,16 @@ ONLY = {
   "config": {"arguments", "errors"},
   "config_paths": {"config", "tasks", "outputs", "storage", "hf"},
   "config_checks": {
-    *("config", "config_paths", "unused_settings", "allowed_values", "arguments", "errors"),
-    *("parallel", "data", "optim", "tasks"),
+    *(
+      "config",
+      "config_paths",
+      "unused_settings",
+      "allowed_values",
+      "arguments",
+      "runtime_options",
+      "errors",
+    ),
+    *("parallel", "data", "optim", "metrics", "tasks"),
   },
 }
 

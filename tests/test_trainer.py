@@ -17,7 +17,7 @@ from internvl_jax.errors import UserError
 from internvl_jax.metrics.gauges import Gauges, StepClock
 from internvl_jax.metrics.mfu import UsefulFlops
 from internvl_jax.metrics.run_log import RunLog
-from internvl_jax.metrics.writers import open_writers
+from internvl_jax.metrics.writers import TrackedRun, open_writers
 from internvl_jax.state import TrainState
 from internvl_jax.step import StepMetrics
 from internvl_jax.trainer import Trainer
@@ -84,7 +84,8 @@ class Saves:
 
 def make_log(tmp_path, training, total, peak=None):
   gauges = Gauges(USEFUL, peak, [SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 3 << 30})])
-  writers = open_writers(training, tmp_path, total_steps=total, terms={})
+  tracked = TrackedRun(training=training, output_dir=tmp_path)
+  writers = open_writers(tracked, total_steps=total, terms={})
   epoch_of = lambda step: step / total  # noqa: E731
   return RunLog(training, tmp_path, total_steps=total, epoch_of=epoch_of, gauges=gauges, writers=writers)
 

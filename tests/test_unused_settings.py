@@ -33,6 +33,8 @@ MAKES_IDLE = {
   "training.logging_first_step": {"training.logging_steps": 1},
   "training.eval_steps": {},
   "training.logging_dir": {},
+  "training.project": {"training.report_to": "tensorboard"},
+  "runtime.tags": {},
   "loader.max_bad_fraction": {},
   "loader.tile_buckets": {"data.use_packed_ds": True},
   **{path: {"preference.loss_type": "robust"} for path in IDLE if path.endswith("_loss_weight")},

@@ -4,7 +4,7 @@ import contextlib
 import datetime
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,10 +72,21 @@ class RunLog:
   def __enter__(self) -> "RunLog":
     return self
 
-  def __exit__(self, *_: object) -> None:
+  def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
     with contextlib.ExitStack() as stack:
       for writer in self._writers:
         stack.callback(writer.close)
+        if error is not None:
+          stack.callback(writer.fail, error)
+
+  @contextlib.contextmanager
+  def steps(self) -> Iterator[None]:
+    """The body takes the steps; writers are told when it is over, also after an error."""
+    try:
+      yield
+    finally:
+      for writer in self._writers:
+        writer.end_steps()
 
   def start(self, step: int) -> None:
     """Starts, or resumes, after `step` steps."""
@@ -170,6 +181,11 @@ class RunLog:
       f"{skipped} of {total} steps were skipped, since loss or gradient was not finite: the model is what the other "
       f"{total - skipped} made of it"
     )
+
+  def remarks(self) -> list[str]:
+    """What to tell at the end of the run, a line each; once the log is closed."""
+    remarks = [self.skipped_remark(), *(writer.remark() for writer in self._writers)]
+    return [remark for remark in remarks if remark is not None]
 
   def state(self) -> dict[str, Any]:
     """What a checkpoint keeps, as JSON values."""

@@ -17,8 +17,8 @@ import importlib.util
 import re
 from collections.abc import Callable, Mapping
 
-from internvl_jax.arguments import parse_distributed
 from internvl_jax.errors import UserError
+from internvl_jax.runtime_options import parse_distributed
 
 _PORT = 8476
 

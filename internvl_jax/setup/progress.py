@@ -15,7 +15,7 @@ from internvl_jax.intervals import best_of
 from internvl_jax.metrics import mfu
 from internvl_jax.metrics.gauges import Gauges
 from internvl_jax.metrics.run_log import RunLog
-from internvl_jax.metrics.writers import open_writers
+from internvl_jax.metrics.writers import TrackedRun, open_writers
 from internvl_jax.output_dir import begin_output, output_folder
 from internvl_jax.outputs import (
   Beginning,
@@ -150,9 +150,10 @@ def open_log(run: Run, loader: TrainLoader) -> RunLog:
   config, setup, source = run.config, run.setup, run.source
   folder, writers = output_folder(config), []
   if distributed.is_first():
-    writers = open_writers(
-      config.training, folder, total_steps=loader.total_steps, terms=run.setup.task.shown_terms
+    tracked = TrackedRun(
+      training=config.training, output_dir=folder, config=to_json(config), tags=config.runtime.tags
     )
+    writers = open_writers(tracked, total_steps=loader.total_steps, terms=run.setup.task.shown_terms)
   return RunLog(
     config.training,
     folder,

@@ -90,14 +90,15 @@ def _run(config: TrainConfig, watchdog: Watchdog, beginning: Beginning) -> bool:
   data = open_data(run)
   steps = start_compiling(run, data, beginning)
   stop = distributed.StopSignal()
-  learned = learn(run, data, steps, beginning, stop)
-  if learned is None:
-    return False
-  with watchdog.phase("export"), contextlib.nullcontext() if learned.saved else stop:
-    if not learned.saved:
-      stop.listen()  # The model is all that is kept of this run.
-    export(run, data, learned)
-  tell(learned.remark)
+  with contextlib.ExitStack() as opened:
+    learned = learn(run, data, steps, beginning, stop, opened)
+    if learned is None:
+      return False
+    with watchdog.phase("export"), contextlib.nullcontext() if learned.saved else stop:
+      if not learned.saved:
+        stop.listen()  # The model is all that is kept of this run.
+      export(run, data, learned)
+  tell(*learned.log.remarks())
   return True
 
 
@@ -130,13 +131,13 @@ class Learned:
     params: the parameters of the model that the run ends with.
     step: steps that it has taken.
     saved: there is a checkpoint of the last step.
-    remark: what to tell at the end, or None.
+    log: of the run.
   """
 
   params: dict[str, jax.Array]
   step: int
   saved: bool
-  remark: str | None
+  log: RunLog
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,10 +161,18 @@ class Ended:
 
 
 def learn(
-  run: Run, data: Data, steps: CompiledSteps, beginning: Beginning, stop: distributed.StopSignal
+  run: Run,
+  data: Data,
+  steps: CompiledSteps,
+  beginning: Beginning,
+  stop: distributed.StopSignal,
+  opened: contextlib.ExitStack,
 ) -> Learned | None:
-  """Trains from the first step, or from the newest checkpoint, to the last; None where it was told to stop before."""
-  ended = take_steps(run, data, steps, beginning, stop)
+  """Trains from the first step, or from the newest checkpoint, to the last; None where it was told to stop before.
+
+  The log stays open until the end of `opened`: results and scores are still to come.
+  """
+  ended = take_steps(run, data, steps, beginning, stop, opened)
   loader, checkpointer, log = ended.loader, ended.checkpointer, ended.log
   saved = checkpointer.latest_step == ended.step
   tell(untaught_samples(loader.counters()))
@@ -183,16 +192,22 @@ def learn(
     params={path: value for path, value in params.items() if path in run.source.model.shapes},
     step=ended.model_step,
     saved=saved,
-    remark=log.skipped_remark(),
+    log=log,
   )
 
 
 def take_steps(
-  run: Run, data: Data, steps: CompiledSteps, beginning: Beginning, stop: distributed.StopSignal
+  run: Run,
+  data: Data,
+  steps: CompiledSteps,
+  beginning: Beginning,
+  stop: distributed.StopSignal,
+  opened: contextlib.ExitStack,
 ) -> Ended:
   """Runs the loop; the optimizer's moments are gone when it returns."""
   progress = begin_or_go_on(run, data, beginning)
-  with progress.log, stop, closed_after_error(progress.loader, progress.checkpointer):
+  log = opened.enter_context(progress.log)
+  with log.steps(), stop, closed_after_error(progress.loader, progress.checkpointer):
     state = make_trainer(run, data, steps, progress, stop).run(progress.state, progress.frozen)
   steps.close()
   best = progress.log.best_step(progress.checkpointer.steps)

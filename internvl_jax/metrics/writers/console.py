@@ -58,7 +58,7 @@ class ProgressBar(Writer):
     if "learning_rate" in entry:
       self._last_loss = f"loss {entry.get('loss', math.nan):.4f}"
 
-  def close(self) -> None:
+  def end_steps(self) -> None:
     """Leaves the bar as it is."""
     if self.bar is not None:
       self.bar.close()
