@@ -82,6 +82,7 @@ def wandb_records(path):
 def test_wandb_offline(tmp_path, run_of, monkeypatch):
   pytest.importorskip("wandb")
   monkeypatch.setenv("WANDB_MODE", "offline")
+  monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staging"))
   run_id = run_of("wandb")
   files = sorted(tmp_path.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb"))
   assert len(files) == 2
@@ -99,16 +100,19 @@ def test_wandb_offline(tmp_path, run_of, monkeypatch):
   ]
   assert [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row] == LOSSES
   assert [(row["step"], row["eval/accuracy"]) for row in rows if "eval/accuracy" in row] == [(2, 0.25)]
-  tables = [row["predictions/held out"] for row in rows if "predictions/held out" in row]
-  assert [(table["_type"], table["nrows"]) for table in tables] == [("table-file", 2)] * 2
-  table = json.loads((files[0].parent / "files" / tables[0]["path"]).read_text())
+  paths = [row["predictions/held out/path"] for row in rows if row.get("predictions/held out/nrows") == 2]
+  assert len(paths) == 2
+  table = json.loads((files[0].parent / "files" / paths[0]).read_text())
   assert table["columns"] == COLUMNS and table["data"][0][2:] == [
     "What is <b>red</b>?",
     "that | this",
     "red",
     1.0,
   ]
-  assert table["data"][0][0]["_type"] == "image-file" and table["data"][1][1] is None
+  # The file lists pictures by their kind; they are in the artifact that goes with it.
+  assert [row[:2] for row in table["data"]] == [["Image", "Image"], ["Image", None]]
+  (first, _) = [record.artifact for record in records if record.HasField("artifact")]
+  assert len([content for content in first.manifest.contents if content.path.endswith(".png")]) == 3
   assert [record.exit.exit_code for record in records if record.HasField("exit")] == [1, 0]
 
 
@@ -129,11 +133,8 @@ def test_mlflow_in_a_file(tmp_path, run_of, monkeypatch):
 
 
 def test_trackio_on_this_machine(tmp_path, run_of, monkeypatch):
-  trackio = pytest.importorskip("trackio")
-  from trackio import sqlite_storage  # pyright: ignore[reportMissingImports]
-
-  for module in (trackio.utils, sqlite_storage):
-    monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
+  monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # Read when it is imported.
+  sqlite_storage = pytest.importorskip("trackio.sqlite_storage")
   name = run_of("trackio")
   logs = sqlite_storage.SQLiteStorage.get_logs("ours", name)
   losses = [(entry["step"], entry["train/loss"]) for entry in logs if "train/loss" in entry]
@@ -141,6 +142,6 @@ def test_trackio_on_this_machine(tmp_path, run_of, monkeypatch):
   tables = [entry["predictions/held out"] for entry in logs if "predictions/held out" in entry]
   row = tables[0]["_value"][0]
   assert len(tables) == 2 and list(row) == COLUMNS and row["prediction"] == "red"
-  assert (tmp_path / "trackio/media" / row["picture"]["file_path"]).is_file() or row["picture"]
+  assert (tmp_path / "trackio/media" / row["picture"]["file_path"]).is_file()
   config = sqlite_storage.SQLiteStorage.get_run_config("ours", name)
   assert (config["training"], config["tags"]) == (CONFIG["training"], ["first", "try"])

@@ -82,9 +82,9 @@ _ROOM = "internvl_jax.metrics.writers"
 
 TRACKERS: dict[str, Tracker] = {
   "tensorboard": Tracker(writer=f"{_ROOM}.tensorboard:TensorBoard", package="tensorboardX"),
-  "wandb": Tracker(writer=f"{_ROOM}.wandb:WeightsAndBiases", package="wandb"),
-  "mlflow": Tracker(writer=f"{_ROOM}.mlflow:MLflow", package="mlflow"),
-  "trackio": Tracker(writer=f"{_ROOM}.trackio:Trackio", package="trackio"),
+  "wandb": Tracker(writer=f"{_ROOM}.wandb_run:WeightsAndBiases", package="wandb"),
+  "mlflow": Tracker(writer=f"{_ROOM}.mlflow_run:MLflow", package="mlflow"),
+  "trackio": Tracker(writer=f"{_ROOM}.trackio_run:Trackio", package="trackio"),
 }
 """Name in `training.report_to` -> the tracker."""
 

@@ -10,16 +10,17 @@ from internvl_jax.eval.shown import Shown
 
 
 def shown_table(
-  shown: Sequence[Shown], as_image: Callable[[Image.Image], Any]
+  shown: Sequence[Shown], as_image: Callable[[Image.Image], Any], *, blank: Any = None
 ) -> tuple[list[str], list[list[Any]]]:
   """The columns and the rows of a table: pictures, question, answer, prediction and each score.
 
   Args:
     shown: the samples, a row each.
     as_image: makes the tracker's own image of a picture.
+    blank: stands where a sample has fewer pictures than others.
 
   Returns:
-    Names of the columns, and the rows; a sample that has fewer pictures or scores than others has None there.
+    Names of the columns, and the rows.
   """
   pictures = max((len(sample.pictures) for sample in shown), default=0)
   scores = list(dict.fromkeys(name for sample in shown for name in sample.scores))
@@ -29,6 +30,6 @@ def shown_table(
     images = [as_image(Image.open(io.BytesIO(picture.content))) for picture in sample.pictures]
     wanted = sample.answer if isinstance(sample.answer, str) else " | ".join(sample.answer)
     texts = [sample.question, wanted, sample.prediction]
-    empty = [None] * (pictures - len(images))
+    empty = [blank] * (pictures - len(images))
     rows.append([*images, *empty, *texts, *(sample.scores.get(name) for name in scores)])
   return [*places, "question", "answer", "prediction", *scores], rows

@@ -7,6 +7,7 @@ from typing import Any
 import mlflow  # pyright: ignore[reportMissingImports]
 from mlflow.entities import Metric, Param  # pyright: ignore[reportMissingImports]
 from mlflow.tracking import MlflowClient  # pyright: ignore[reportMissingImports]
+from PIL import Image
 
 from internvl_jax.eval.shown import Shown
 from internvl_jax.metrics.writers import TrackedRun, Writer, scalars
@@ -17,6 +18,8 @@ _PARAMS = 100
 
 _LONGEST = 500
 """Most characters of a parameter's value that all versions of servers take."""
+
+_BLANK = Image.new("RGB", (1, 1), "white")  # A column of images takes nothing else.
 
 
 class MLflow(Writer):
@@ -54,7 +57,7 @@ class MLflow(Writer):
 
   def predictions(self, step: int, set_name: str, shown: Sequence[Shown]) -> None:
     """Logs a table, a file for each evaluation."""
-    columns, rows = shown_table(shown, mlflow.Image)
+    columns, rows = shown_table(shown, mlflow.Image, blank=mlflow.Image(_BLANK))
     table = {column: [row[i] for row in rows] for i, column in enumerate(columns)}
     self._client.log_table(self._id, table, f"predictions/{set_name}-{step}.json")
 
