@@ -12,7 +12,7 @@ from internvl_jax.eval import shown as module
 from internvl_jax.eval.scoring import Prompt, Question, score
 from internvl_jax.eval.shown import Picture, Shown, ShownFiles, chosen_lines, without_marks
 from internvl_jax.metrics.run_log import RunLog
-from internvl_jax.metrics.writers import open_writers
+from internvl_jax.metrics.writers import TrackedRun, open_writers
 from internvl_jax.storage.paths import path_of
 from tests.support.buckets import bucket, names_in, one_store, store  # noqa: F401
 
@@ -104,7 +104,7 @@ def test_answers_are_shown_with_their_scores():
 
 def test_writers_of_metrics_get_what_is_shown(tmp_path):
   training = TrainingArguments(disable_tqdm=True)
-  writers = open_writers(training, tmp_path, total_steps=4, terms={})
+  writers = open_writers(TrackedRun(training=training, output_dir=tmp_path), total_steps=4, terms={})
   told = []
 
   class Table(type(writers[-1]).__mro__[1]):
