@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -174,9 +175,7 @@ class Reference:
         **settings,
       )
       sample = dataset[0]
-    return {
-      name: sample[name].cpu() for name in ("input_ids", "labels", "pixel_values", "image_flags")
-    }
+    return {name: sample[name].cpu() for name in ("input_ids", "labels", "pixel_values", "image_flags")}
 
   def forward(self, rows, **more):
     mask = rows["attention_mask"]
@@ -256,7 +255,9 @@ class Transformers:
       )
       after = self.processor.apply_chat_template(messages[: number + 1], tokenize=False)
       if not (after.startswith(before) and text.startswith(before)):
-        raise SystemExit("the chat template does not write an answer behind its prompt: no labels can be made")
+        raise SystemExit(
+          "the chat template does not write an answer behind its prompt: no labels can be made"
+        )
       start, stop = (len(self.tokenizer(part)["input_ids"]) for part in (before, after))
       while stop > start and not self.tokenizer.decode(plain[stop - 1 : stop]).strip():
         stop -= 1
@@ -275,7 +276,9 @@ class Transformers:
         place += 1
         continue
       if ids[place] != token:
-        raise SystemExit(f"token {place} of the processor's ids is not its tokenizer's: no labels can be made")
+        raise SystemExit(
+          f"token {place} of the processor's ids is not its tokenizer's: no labels can be made"
+        )
       if is_learned:
         labels[place] = token
       place += 1
@@ -443,12 +446,20 @@ def activations(model, text_picks):
 # --- What is recorded ---------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def signs():
+  """The vectors that sketches are taken by."""
+  return 2.0 * np.random.RandomState(0).randint(0, 2, (SKETCHES, BLOCK)) - 1
+
+
 def sketch(x):
   """Norm and eight projections of a tensor; see the top of this file."""
   flat = x.detach().reshape(-1).double()
-  rows = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).reshape(-1, BLOCK).sum(0).cpu().numpy()
-  signs = 2.0 * np.random.RandomState(0).randint(0, 2, (SKETCHES, BLOCK)) - 1
-  return float(flat.norm()), signs @ rows
+  rows = flat
+  if len(flat) > BLOCK:
+    rows = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).reshape(-1, BLOCK).sum(0)
+  rows = rows.cpu().numpy()
+  return float(flat.norm()), signs()[:, : len(rows)] @ rows
 
 
 def predictions(logits, labels):
@@ -500,7 +511,12 @@ def record_gradients(side, samples, device, full_below):
     if parameter.numel() <= full_below:
       kept[f"full:{name}"] = parameter.grad.float().cpu().numpy()
   side.model.zero_grad()
-  return loss.item(), {"names": np.array(names), "norm": np.array(norms), "sketch": np.array(sketches), **kept}
+  return loss.item(), {
+    "names": np.array(names),
+    "norm": np.array(norms),
+    "sketch": np.array(sketches),
+    **kept,
+  }
 
 
 def record_packed(side, samples, device):
@@ -612,7 +628,9 @@ def record(side, args):
   (output / "manifest.json").write_text(json.dumps(manifest, indent=1))
   for what, why in manifest["skipped"].items():
     print(f"not recorded: {what}: {why}")
-  print(f"{output}: recorded; now: python -m internvl_jax.certify --record {output} --model DIR --meta {args.meta}")
+  print(
+    f"{output}: recorded; now: python -m internvl_jax.certify --record {output} --model DIR --meta {args.meta}"
+  )
 
 
 def open_side(args):
@@ -626,22 +644,24 @@ def open_side(args):
     raise SystemExit(
       f"{args.model} is a checkpoint of the reference ({kind}), whose internvl_chat cannot be imported ({error}): put "
       "its folder on PYTHONPATH, in the environment that it trains in"
-    )
+    ) from error
 
 
 def arguments(argv=None):
   """The command line."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--model", required=True, help="folder of the checkpoint")
   parser.add_argument("--meta", required=True, help="meta file of your mixture")
   parser.add_argument("--samples", type=int, default=8, help="how many lines are recorded")
-  parser.add_argument("--deep", type=int, default=2, help="of how many activations and gradients are recorded")
+  parser.add_argument(
+    "--deep", type=int, default=2, help="of how many activations and gradients are recorded"
+  )
   parser.add_argument("--output", default="record", help="folder to write")
   parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
   parser.add_argument("--no-gradients", dest="gradients", action="store_false", help="saves their memory")
-  parser.add_argument("--full_below", type=int, default=8192, help="gradients of so many numbers are kept whole")
+  parser.add_argument(
+    "--full_below", type=int, default=8192, help="gradients of so many numbers are kept whole"
+  )
   parser.add_argument("--max_seq_length", type=int, default=8192)
   parser.add_argument("--use_fast_tokenizer", action="store_true")
   for name, kind in SETTINGS.items():

@@ -30,6 +30,7 @@ RUN_BY = {
   "internvl_jax.generate": "tests/test_docs.py",
   "internvl_jax.convert": "tests/hf/test_convert.py",
   "internvl_jax.verify": "tests/hf/test_parity.py",
+  "internvl_jax.certify": "tests/certify/test_command.py",
   "benchmarks/bench_balance.py": "tests/benchmarks/test_bench_balance.py",
   "benchmarks/bench_compile.py": "tests/test_docs.py",
   "benchmarks/bench_data.py": "tests/benchmarks/test_bench_data.py",

@@ -15,7 +15,6 @@ departs.
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 
@@ -24,7 +23,9 @@ from internvl_jax.errors import UserError
 
 _RECORDER = flags.DEFINE_bool("recorder", False, "Print the script that records, and do nothing else.")
 _RECORD = flags.DEFINE_string("record", None, "The folder that the script wrote.")
-_MODEL = flags.DEFINE_string("model", None, "Checkpoint folder, hub id or a bucket's URL: that of the recording.")
+_MODEL = flags.DEFINE_string(
+  "model", None, "Checkpoint folder, hub id or a bucket's URL: that of the recording."
+)
 _META = flags.DEFINE_string("meta", None, "Meta file of the mixture that was recorded.")
 _OUTPUT = flags.DEFINE_string("output", "certificate", "Folder to write.")
 _TOLERANCE = flags.DEFINE_float(
@@ -37,7 +38,7 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 32, "Longest answer to 
 def main(argv: Sequence[str]) -> None:
   """Prints the recorder; or compares, prints, writes, and ends with 1 if something departs."""
   del argv
-  from internvl_jax.certify.recording import open_recording, recorder
+  from internvl_jax.certify.recording import recorder
 
   if _RECORDER.value:
     sys.stdout.write(recorder().read_text(encoding="utf-8"))
@@ -47,23 +48,18 @@ def main(argv: Sequence[str]) -> None:
       "--record, --model and --meta are needed; --recorder prints the script that makes a recording"
     )
   cli.set_up_logging()
-  recording = open_recording(_RECORD.value)
-  from internvl_jax.certify import certificate, questions
-  from internvl_jax.certify.ours import open_ours
-  from internvl_jax.certify.run import compare, first_departure
+  from internvl_jax.certify.run import Request, certify
 
-  ours = open_ours(_MODEL.value, _META.value, recording.manifest["settings"])
-  findings = compare(recording, ours, _TOLERANCE.value)
-  folder = Path(_OUTPUT.value)
-  certificate.write(folder, findings, certificate.facts(recording, ours))
-  print(certificate.table(findings))
-  print(certificate.verdict(findings))
-  if _QUESTIONS.value:
-    count = questions.write(
-      folder / "questions.jsonl", ours, count=_QUESTIONS.value, max_new_tokens=_MAX_NEW_TOKENS.value
-    )
-    print(f"{folder / 'questions.jsonl'}: {count} questions with our answers")
-  sys.exit(0 if first_departure(findings) is None else 1)
+  request = Request(
+    record=_RECORD.value,
+    model=_MODEL.value,
+    meta=_META.value,
+    output=_OUTPUT.value,
+    tolerance=_TOLERANCE.value,
+    questions=_QUESTIONS.value,
+    max_new_tokens=_MAX_NEW_TOKENS.value,
+  )
+  sys.exit(0 if certify(request) else 1)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,12 @@ def first_departure(
   return found, largest
 
 
-STAGES = {"vision": "vision tower", "projector": "projector", "text": "language model", "logits": "output embedding"}
+STAGES = {
+  "vision": "vision tower",
+  "projector": "projector",
+  "text": "language model",
+  "logits": "output embedding",
+}
 
 
 _NAMES = {

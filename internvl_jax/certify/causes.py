@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from internvl_jax.batch import IGNORE_INDEX
 from internvl_jax.certify.activations import first_departure
 from internvl_jax.certify.ours import Ours, Rows
 from internvl_jax.certify.recording import Arrays
@@ -78,7 +77,11 @@ def _input_of(part: str, theirs: Arrays, ours: Ours) -> tuple[np.ndarray, np.nda
   kind, *rest = part.split(".")
   if part == "text.norm":
     layers = [int(m[1]) for name in theirs if (m := re.fullmatch(r"rows:text\.(\d+)", name))]
-    return theirs[f"rows:text.{max(layers)}"], np.asarray(ours.params["language_model.model.norm.scale"]), None
+    return (
+      theirs[f"rows:text.{max(layers)}"],
+      np.asarray(ours.params["language_model.model.norm.scale"]),
+      None,
+    )
   number, child = int(rest[0]), rest[1]
   x = theirs[f"rows:{kind}.{number - 1}" if number else f"rows:{kind}.embeddings"]
   weights = ours.layer(kind, number)
@@ -91,9 +94,7 @@ def _input_of(part: str, theirs: Arrays, ours: Ours) -> tuple[np.ndarray, np.nda
 
 def _of_norm(part: str, theirs: Arrays, ours: Ours) -> str:
   """The epsilon that makes their output of their input."""
-  x, scale, bias = (
-    None if a is None else np.asarray(a, np.float64) for a in _input_of(part, theirs, ours)
-  )
+  x, scale, bias = (None if a is None else np.asarray(a, np.float64) for a in _input_of(part, theirs, ours))
   assert x is not None and scale is not None
   y = theirs[f"rows:{part}"].astype(np.float64)
   if bias is not None:
@@ -105,7 +106,9 @@ def _of_norm(part: str, theirs: Arrays, ours: Ours) -> str:
   if epsilon < 0 or _distance(plain / np.sqrt(square + epsilon)[:, None], y) > _FOUND:
     return "the norm's kind or weights"
   config = ours.source.config
-  stated = getattr(config.vision, "layer_norm_eps", None) if part.startswith("vision") else config.text.rms_norm_eps
+  stated = (
+    getattr(config.vision, "layer_norm_eps", None) if part.startswith("vision") else config.text.rms_norm_eps
+  )
   return f"the norm's epsilon: about {epsilon:.1e} in theirs, {stated:.1e} in the checkpoint's config.json"
 
 
@@ -119,7 +122,9 @@ def _of_feed_forward(part: str, theirs: Arrays, ours: Ours) -> str:
   y = theirs[f"rows:{part}"]
   kind, *rest = part.split(".")
   if part == "projector":
-    weights = {path.removeprefix("mlp1."): np.asarray(a) for path, a in ours.params.items() if path.startswith("mlp1.")}
+    weights = {
+      path.removeprefix("mlp1."): np.asarray(a) for path, a in ours.params.items() if path.startswith("mlp1.")
+    }
     inner, second, up = theirs["rows:projector.linear_1"], "linear_2", 1.0
   else:
     weights = ours.layer(kind, int(rest[0]))
@@ -153,9 +158,7 @@ def _agrees(part: str, theirs: Arrays, rows: Rows, ours: Ours, config: InternVLC
   return first_departure(mine, theirs, [part], 1e-4)[0] is None
 
 
-def _of_rotary(
-  part: str, theirs: Arrays, rows: Rows, ours: Ours, frequencies: Sequence[float] | None
-) -> str:
+def _of_rotary(part: str, theirs: Arrays, rows: Rows, ours: Ours, frequencies: Sequence[float] | None) -> str:
   """The base of their rotary embedding, if that makes their attention of ours."""
   config = ours.source.config
   bases = [1e4, 5e5, 1e6, 5e6]
@@ -203,35 +206,29 @@ def of_packed(token: int, part: str, theirs: Arrays, rows: Rows, ours: Ours) -> 
 
 
 def of_loss(
-  theirs: float,
-  losses: Sequence[np.ndarray],
-  logits: Sequence[np.ndarray],
-  samples: Sequence[Arrays],
-  tolerance: float,
+  theirs: float, losses: Sequence[Mapping[int, np.ndarray]], samples: Sequence[Arrays], tolerance: float
 ) -> str:
   """Which other mean or target gives their loss; ours is the mean over all supervised tokens.
 
   Args:
     theirs: their loss.
-    losses: of the supervised tokens of each sample.
-    logits: of each sample [S, V].
+    losses: of the tokens of each sample, by the distance of a token's label; see `model_checks.Run`.
     samples: the recorded ones.
     tolerance: a relative difference.
   """
-  counts = np.array([max(len(loss), 1) for loss in losses])
-  sums = np.array([loss.sum() for loss in losses])
-  positions = sum(len(sample["input_ids"]) for sample in samples)
-  longest = max(len(sample["input_ids"]) for sample in samples)
+  counts = np.array([max(len(loss[1]), 1) for loss in losses])
+  sums = np.array([loss[1].sum() for loss in losses])
+  lengths = np.array([len(sample["input_ids"]) for sample in samples])
+  roots = (sums / counts**0.5).sum() / (counts**0.5).sum()
   candidates = {
     "the mean of the samples' means": (sums / counts).mean(),
-    "weighted by the square root of each sample's tokens (loss_reduction='square')": (sums / counts**0.5).sum()
-    / (counts**0.5).sum(),
+    "weighted by the square root of each sample's tokens (loss_reduction='square')": roots,
     "the sum over tokens": sums.sum(),
-    "divided by all tokens, also those that are not supervised": sums.sum() / positions,
-    "divided by all predictions, also those that are not supervised": sums.sum() / (positions - len(samples)),
-    "divided by all tokens and padding": sums.sum() / (longest * len(samples)),
-    "of each token's own label: labels are not shifted": _shifted(logits, samples, 0),
-    "of the label after the next: labels are shifted twice": _shifted(logits, samples, 2),
+    "divided by all tokens, also those that are not supervised": sums.sum() / lengths.sum(),
+    "divided by all predictions, also those that are not supervised": sums.sum() / (lengths - 1).sum(),
+    "divided by all tokens and padding": sums.sum() / (lengths.max() * len(lengths)),
+    "of each token's own label: labels are not shifted": _mean(losses, 0),
+    "of the label after the next: labels are shifted twice": _mean(losses, 2),
   }
   for name, value in candidates.items():
     if abs(value - theirs) <= tolerance * abs(theirs):
@@ -239,17 +236,9 @@ def of_loss(
   return ""
 
 
-def _shifted(logits: Sequence[np.ndarray], samples: Sequence[Arrays], shift: int) -> float:
-  """The mean loss of tokens that predict the label so many places on."""
-  found = []
-  for scores, sample in zip(logits, samples, strict=True):
-    targets = np.pad(sample["labels"], (0, shift), constant_values=IGNORE_INDEX)[shift:]
-    places = np.flatnonzero(targets != IGNORE_INDEX)
-    chosen = scores[places].astype(np.float64)
-    high = chosen.max(axis=1)
-    total = np.log(np.exp(chosen - high[:, None]).sum(axis=1)) + high
-    found.append(total - chosen[np.arange(len(places)), targets[places]])
-  return float(np.concatenate(found).mean())
+def _mean(losses: Sequence[Mapping[int, np.ndarray]], distance: int) -> float:
+  found = np.concatenate([loss[distance] for loss in losses])
+  return float(found.mean()) if len(found) else np.inf
 
 
 def of_gradients(sketches: np.ndarray, theirs: np.ndarray) -> str:

@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 
+from internvl_jax.certify.comparison import first_departure, largest_difference
 from internvl_jax.certify.findings import Finding, Status
 from internvl_jax.certify.ours import Ours
 from internvl_jax.certify.recording import Recording
-from internvl_jax.certify.run import first_departure, largest_difference
 
 _MARKS = {Status.AGREES: "✓", Status.KNOWN: "~", Status.DEPARTS: "✗", Status.ABSENT: "·"}
 _HEAD = ("", "stage", "agrees to", "compared", "where and why")

@@ -4,7 +4,8 @@ Ours runs on the recorded ids, labels and pixels, so that a difference of sample
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -20,40 +21,83 @@ _GRADIENTS = 1e-3
 """Of a parameter's gradient: sums over thousands of tokens, in another order."""
 
 
-def check_activations(recording: Recording, ours: Ours, tolerance: float) -> list[Finding]:
-  """A finding for each of the vision tower, the projector and the language model, and for the output embedding."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+  """What ours computes on a recorded sample; its logits, which are large, are not kept.
+
+  Attributes:
+    activations: norms and rows of every part.
+    difference: the largest relative difference of its logits from theirs.
+    token: the first place that has more than half of it.
+    losses: of the tokens that predict a label: by the number of places from a token to the label that it is compared with,
+      of which 1 is right.
+  """
+
+  activations: Arrays
+  difference: float
+  token: int
+  losses: Mapping[int, np.ndarray]
+
+
+def run_samples(recording: Recording, ours: Ours) -> list[Run]:
+  """Runs the model on all recorded samples."""
+  found = []
+  for number, theirs in enumerate(recording.samples):
+    picks = picks_of(recording.activations(number)) if number in recording.deep else None
+    logits, activations = ours.run(Rows.of([theirs]), picks)
+    logits = logits[0, : len(theirs["input_ids"])]
+    difference, token = compare_predictions(logits, theirs) if len(theirs["places"]) else (0.0, 0)
+    losses = {shift: token_losses(logits, theirs["labels"], shift) for shift in (0, 1, 2)}
+    kept = activations if picks else {}
+    found.append(Run(activations=kept, difference=difference, token=token, losses=losses))
+  return found
+
+
+def check_activations(
+  recording: Recording, ours: Ours, runs: Sequence[Run], tolerance: float
+) -> list[Finding]:
+  """A finding for each of the vision tower, the projector, the language model and the output embedding."""
   found: dict[str, Finding] = {}
   for number in recording.deep:
-    theirs, rows = recording.activations(number), Rows.of([recording.samples[number]])
-    _, mine = ours.run(rows, picks_of(theirs))
-    parts, before = names_in_order(theirs), 0.0
-    departed = False
-    for prefix, stage in STAGES.items():
-      chosen = [part for part in parts if part.split(".")[0] == prefix]
-      if not chosen:
-        continue
-      departure, largest = first_departure(mine, theirs, chosen, tolerance, before)
-      before = max(before, largest)
-      finding = Finding(
-        stage=stage,
-        status=Status.AGREES,
-        compared=f"{len(chosen)} parts, {len(recording.deep)} samples",
-        difference=largest,
-      )
-      if departure is not None:
-        finding = dataclasses.replace(
-          finding,
-          status=Status.DEPARTS,
-          where=f"{recording.place(number)}, {said_part(departure)}",
-          cause="follows from the stage above" if departed else causes.of_activation(departure.part, theirs, rows, ours, recording.manifest["rope_frequencies"]),
-        )
-        departed = True
-      known = found.get(stage)
-      if known is None or (known.status is Status.AGREES and departure is not None):
-        found[stage] = finding
+    for finding in _of_sample(recording, ours, number, runs[number].activations, tolerance):
+      known = found.get(finding.stage)
+      if known is None or (known.status is Status.AGREES and finding.status is Status.DEPARTS):
+        found[finding.stage] = finding
       elif known.status is finding.status:
-        found[stage] = dataclasses.replace(known, difference=max(known.difference or 0.0, largest))
+        largest = max(known.difference or 0.0, finding.difference or 0.0)
+        found[finding.stage] = dataclasses.replace(known, difference=largest)
   return list(found.values())
+
+
+def _of_sample(
+  recording: Recording, ours: Ours, number: int, mine: Arrays, tolerance: float
+) -> Iterator[Finding]:
+  """The findings of one sample."""
+  theirs = recording.activations(number)
+  parts, before, departed = names_in_order(theirs), 0.0, False
+  for prefix, stage in STAGES.items():
+    chosen = [part for part in parts if part.split(".")[0] == prefix]
+    if not chosen:  # A sample without images.
+      continue
+    departure, largest = first_departure(mine, theirs, chosen, tolerance, before)
+    before = max(before, largest)
+    finding = Finding(
+      stage=stage,
+      status=Status.AGREES,
+      compared=f"{len(chosen)} parts, {len(recording.deep)} samples",
+      difference=largest,
+    )
+    if departure is not None:
+      frequencies = recording.manifest["rope_frequencies"]
+      rows = Rows.of([recording.samples[number]])
+      finding = dataclasses.replace(
+        finding,
+        status=Status.DEPARTS,
+        where=f"{recording.place(number)}, {said_part(departure)}",
+        cause="" if departed else causes.of_activation(departure.part, theirs, rows, ours, frequencies),
+      )
+      departed = True
+    yield finding
 
 
 # --- Predictions --------------------------------------------------------------------------------------------
@@ -74,99 +118,80 @@ def compare_predictions(logits: np.ndarray, theirs: Arrays) -> tuple[float, int]
   return float(apart.max()), int(theirs["places"][np.argmax(apart >= apart.max() / 2)])
 
 
-def token_losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-  """Cross-entropy of the next token where it is supervised: logits [S, V], labels [S] not shifted -> [n]."""
-  places = np.flatnonzero(labels[1 : len(logits)] != IGNORE_INDEX)
+def token_losses(logits: np.ndarray, labels: np.ndarray, shift: int = 1) -> np.ndarray:
+  """Cross-entropy of the label so many places on, where there is one: logits [S, V], labels [S] not shifted -> [n]."""
+  targets = np.pad(labels, (0, shift), constant_values=IGNORE_INDEX)[shift:]
+  places = np.flatnonzero(targets != IGNORE_INDEX)
   chosen = logits[places].astype(np.float64)
-  high = chosen.max(axis=1)
+  high = chosen.max(axis=1, initial=-np.inf)
   total = np.log(np.exp(chosen - high[:, None]).sum(axis=1)) + high
-  return total - chosen[np.arange(len(places)), labels[places + 1]]
+  return total - chosen[np.arange(len(places)), targets[places]]
 
 
-def check_predictions(recording: Recording, ours: Ours, tolerance: float) -> list[Finding]:
+def check_predictions(recording: Recording, runs: Sequence[Run], tolerance: float) -> list[Finding]:
   """Findings about the logits of all samples, their losses, and the loss of the micro-batch."""
-  worst: list[tuple[float, int, int]] = []
-  losses: list[np.ndarray] = []
-  everything: list[np.ndarray] = []
-  for number, theirs in enumerate(recording.samples):
-    logits = ours.run(Rows.of([theirs]))[0][0, : len(theirs["input_ids"])]
-    if len(theirs["places"]):
-      difference, place = compare_predictions(logits, theirs)
-      worst.append((difference, number, place))
-    losses.append(token_losses(logits, theirs["labels"]))
-    everything.append(logits)
-  largest = max(difference for difference, _, _ in worst)
   count = sum(len(theirs["places"]) for theirs in recording.samples)
   finding = Finding(
     stage="logits",
     status=Status.AGREES,
     compared=f"{count:,} supervised tokens, {len(recording.samples)} samples",
-    difference=largest,
+    difference=max(run.difference for run in runs),
   )
-  departing = next((entry for entry in worst if entry[0] > tolerance), None)
+  departing = next((number for number, run in enumerate(runs) if run.difference > tolerance), None)
   if departing is not None:
-    _, number, place = departing
-    finding = dataclasses.replace(
-      finding,
-      status=Status.DEPARTS,
-      where=f"{recording.place(number)}, token {place}",
-      cause="follows from the stages above",
-    )
-  return [
-    finding,
-    _check_losses(recording, losses, everything, tolerance),
-    _check_batch_loss(recording, losses, everything, tolerance),
-  ]
+    where = f"{recording.place(departing)}, token {runs[departing].token}"
+    finding = dataclasses.replace(finding, status=Status.DEPARTS, where=where)
+  return [finding, _check_losses(recording, runs, tolerance), _check_batch_loss(recording, runs, tolerance)]
 
 
-def _check_losses(
-  recording: Recording, losses: Sequence[np.ndarray], logits: Sequence[np.ndarray], tolerance: float
-) -> Finding:
+def _check_losses(recording: Recording, runs: Sequence[Run], tolerance: float) -> Finding:
   theirs = np.array([float(sample["loss"]) for sample in recording.samples])
-  ours = np.array([loss.mean() if len(loss) else np.nan for loss in losses])
-  usable = np.isfinite(theirs) & np.isfinite(ours)
-  apart = np.abs(ours - theirs)[usable] / np.abs(theirs[usable]).max()
+  ours = np.array([run.losses[1].mean() if len(run.losses[1]) else np.nan for run in runs])
+  supervised = np.flatnonzero([len(run.losses[1]) > 0 for run in runs])
+  if not len(supervised):
+    return absent("loss", "no sample has a supervised token")
+  apart = np.abs(ours - theirs)[supervised] / np.abs(theirs[supervised]).max()
+  apart = np.where(np.isfinite(apart), apart, np.inf)
   finding = Finding(
     stage="loss",
     status=Status.AGREES,
-    compared=f"{int(usable.sum())} samples",
+    compared=f"{len(supervised)} samples",
     difference=float(apart.max()),
   )
   if apart.max() <= tolerance:
     return finding
-  number = int(np.flatnonzero(usable)[np.argmax(apart > tolerance)])
+  number = int(supervised[np.argmax(apart > tolerance)])
+  cause = causes.of_loss(theirs[number], [runs[number].losses], [recording.samples[number]], tolerance)
   return dataclasses.replace(
     finding,
     status=Status.DEPARTS,
     where=f"{recording.place(number)}: {theirs[number]:.6f} in theirs, {ours[number]:.6f} in ours",
-    cause=causes.of_loss(theirs[number], [losses[number]], [logits[number]], [recording.samples[number]], tolerance),
+    cause=cause,
   )
 
 
-def _check_batch_loss(
-  recording: Recording, losses: Sequence[np.ndarray], logits: Sequence[np.ndarray], tolerance: float
-) -> Finding:
+def _check_batch_loss(recording: Recording, runs: Sequence[Run], tolerance: float) -> Finding:
   stage = "loss of a micro-batch"
   if "batch_loss" not in recording.manifest:
     return absent(stage, recording.why_absent("gradients"))
   theirs = float(recording.manifest["batch_loss"])
-  chosen = [losses[number] for number in recording.deep]
-  ours = float(np.concatenate(chosen).mean())
+  losses = [runs[number].losses for number in recording.deep]
+  tokens = np.concatenate([loss[1] for loss in losses])
+  ours = float(tokens.mean()) if len(tokens) else np.nan
   apart = abs(ours - theirs) / abs(theirs)
   finding = Finding(
     stage=stage,
     status=Status.AGREES,
-    compared=f"{len(chosen)} samples, mean of {sum(map(len, chosen)):,} tokens",
+    compared=f"{len(losses)} samples, mean of {len(tokens):,} tokens",
     difference=apart,
   )
   if apart <= tolerance:
     return finding
-  samples = [recording.samples[number] for number in recording.deep]
   return dataclasses.replace(
     finding,
     status=Status.DEPARTS,
     where=f"{theirs:.6f} in theirs, {ours:.6f} in ours",
-    cause=causes.of_loss(theirs, chosen, [logits[number] for number in recording.deep], samples, tolerance),
+    cause=causes.of_loss(theirs, losses, [recording.samples[n] for n in recording.deep], tolerance),
   )
 
 
@@ -203,13 +228,18 @@ def check_packed(recording: Recording, ours: Ours, tolerance: float) -> Finding:
 SKETCHES, _BLOCK = 8, 65521
 
 
+@functools.cache
+def _signs() -> np.ndarray:
+  # The recorder's legacy generator, whose numbers never change.
+  return 2.0 * np.random.RandomState(0).randint(0, 2, (SKETCHES, _BLOCK)) - 1
+
+
 def sketch(x: np.ndarray) -> np.ndarray:
   """Eight projections of an array, by the formula of the recorder's docstring."""
   flat = x.reshape(-1).astype(np.float64)
-  rows = np.pad(flat, (0, -len(flat) % _BLOCK)).reshape(-1, _BLOCK).sum(0)
-  # The recorder's legacy generator, whose numbers never change.
-  signs = 2.0 * np.random.RandomState(0).randint(0, 2, (SKETCHES, _BLOCK)) - 1  # noqa: NPY002
-  return signs @ rows
+  if flat.size > _BLOCK:
+    flat = np.pad(flat, (0, -len(flat) % _BLOCK)).reshape(-1, _BLOCK).sum(0)
+  return _signs()[:, : len(flat)] @ flat
 
 
 def _apart(ours: Mapping[str, np.ndarray], theirs: Arrays, rename: Mapping[str, str]) -> dict[str, float]:
@@ -233,7 +263,11 @@ def _sketches(
   ours: Mapping[str, np.ndarray], theirs: Arrays, rename: Mapping[str, str]
 ) -> tuple[np.ndarray, np.ndarray]:
   """The sketches of the tensors that both have [parameters, SKETCHES]."""
-  both = [(ours[rename[str(name)]], projections) for name, projections in zip(theirs["names"], theirs["sketch"], strict=True) if rename[str(name)] in ours]
+  both = [
+    (ours[rename[str(name)]], projections)
+    for name, projections in zip(theirs["names"], theirs["sketch"], strict=True)
+    if rename[str(name)] in ours
+  ]
   return np.array([sketch(array) for array, _ in both]), np.array([projections for _, projections in both])
 
 
@@ -274,7 +308,9 @@ def check_update(recording: Recording, ours: Ours, tolerance: float) -> list[Fin
     return [absent(stage, recording.why_absent("update")) for stage in ("weight decay", "AdamW update")]
   applies = ours.decays()
   rename = {str(name): ours.tensor_name(str(name)) for name in theirs["names"]}
-  said = {rename[str(name)]: bool(flag) for name, flag in zip(theirs["names"], theirs["decayed"], strict=True)}
+  said = {
+    rename[str(name)]: bool(flag) for name, flag in zip(theirs["names"], theirs["decayed"], strict=True)
+  }
   said = {name: flag for name, flag in said.items() if name in applies}
   differing = [name for name, flag in said.items() if applies[name] != flag]
   decay = Finding(stage="weight decay", status=Status.AGREES, compared=f"{len(said)} parameters")

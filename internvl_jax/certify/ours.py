@@ -167,7 +167,9 @@ class Ours:
     """
     given = {"vision": (), "projector": (), "text": (), **(picks or {})}
     room = _PICKS * max(1, *(-(-len(chosen) // _PICKS) for chosen in given.values()))
-    places = {kind: np.resize([*chosen, *[0] * room], room).astype(np.int32) for kind, chosen in given.items()}
+    places = {
+      kind: np.resize([*chosen, *[0] * room], room).astype(np.int32) for kind, chosen in given.items()
+    }
     logits, found = self._program(config or self.source.config)(self.params, self._arrays(rows), places)
     return np.asarray(logits), {
       name: np.asarray(value)[: len(given[_kind_of(name)])] if name.startswith("rows:") else np.asarray(value)
@@ -221,6 +223,7 @@ class Ours:
         found[path[span.end() :]] = np.asarray(array[number - int(span[1])])
     return found
 
+  @functools.cache  # noqa: B019 (a checkpoint lives as long as the command)
   def update(self, learning_rate: float, weight_decay: float) -> dict[str, np.ndarray]:
     """What the run's AdamW adds to every tensor at the first step, for gradients equal to the parameters."""
     labels = dict.fromkeys(self.params, "all")

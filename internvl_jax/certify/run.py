@@ -1,58 +1,52 @@
-"""Compares a recording with what this program computes, stage by stage, in the order in which a number arises."""
+"""Compares a recording with this program, and prints and writes what it finds."""
 
 import dataclasses
-from collections.abc import Iterator
+from pathlib import Path
 
-import numpy as np
-
-from internvl_jax.certify import model_checks, sample_checks
-from internvl_jax.certify.findings import Finding, Status
-from internvl_jax.certify.ours import Ours
-from internvl_jax.certify.recording import Recording
-
-FOLLOWS = "follows from the stages above"
+from internvl_jax.certify import certificate, questions
+from internvl_jax.certify.comparison import compare, first_departure
+from internvl_jax.certify.ours import open_ours
+from internvl_jax.certify.recording import open_recording
 
 
-def compare(recording: Recording, ours: Ours, tolerance: float) -> list[Finding]:
-  """The findings of all stages.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+  """What is asked of a comparison.
 
-  Args:
-    recording: theirs.
-    ours: the same checkpoint and mixture here.
+  Attributes:
+    record: folder of the recording.
+    model: the checkpoint; see `open_source`.
+    meta: meta file of the mixture.
+    output: folder of the certificate.
     tolerance: largest relative difference of activations, logits and losses.
+    questions: how many questions are answered for servers.
+    max_new_tokens: longest answer to them.
+  """
+
+  record: str
+  model: str
+  meta: str
+  output: str = "certificate"
+  tolerance: float = 1e-4
+  questions: int = 8
+  max_new_tokens: int = 32
+
+
+def certify(request: Request) -> bool:
+  """Compares, prints a table, and writes certificate.md, certificate.html and questions.jsonl; whether nothing departs.
 
   Raises:
-    UserError: the recording is of another mixture or checkpoint.
+    UserError: the recording, the checkpoint or the mixture cannot be used, or are not of each other.
   """
-  samples = [ours.sample(entry["dataset"], entry["line"]) for entry in recording.manifest["samples"]]
-  found = sample_checks.check(recording, samples, ours.tokenizer, ours.data.normalize_type)
-  model = [
-    *model_checks.check_activations(recording, ours, tolerance),
-    *model_checks.check_predictions(recording, ours, tolerance),
-    model_checks.check_gradients(recording, ours),
-    model_checks.check_packed(recording, ours, tolerance),
-    *model_checks.check_update(recording, ours, tolerance),
-  ]
-  return [*found, *_with_consequences(model)]
-
-
-def _with_consequences(findings: list[Finding]) -> Iterator[Finding]:
-  """Findings about the model, where those that have no cause of their own are said to follow from an earlier one."""
-  departed = False
-  for finding in findings:
-    if finding.status is Status.DEPARTS and departed and not finding.cause:
-      finding = dataclasses.replace(finding, cause=FOLLOWS)
-    # What decays, and what AdamW does to given gradients, follows from nothing.
-    departed = departed or finding.status is Status.DEPARTS
-    yield finding
-
-
-def first_departure(findings: list[Finding]) -> Finding | None:
-  """The first stage that departs; None where none does."""
-  return next((finding for finding in findings if finding.status is Status.DEPARTS), None)
-
-
-def largest_difference(findings: list[Finding]) -> float:
-  """The largest relative difference of the stages that agree."""
-  found = [f.difference for f in findings if f.status is Status.AGREES and f.difference is not None]
-  return float(np.max(found)) if found else 0.0
+  recording = open_recording(request.record)
+  ours = open_ours(request.model, request.meta, recording.manifest["settings"])
+  findings = compare(recording, ours, request.tolerance)
+  folder = Path(request.output)
+  certificate.write(folder, findings, certificate.facts(recording, ours))
+  print(certificate.table(findings))
+  print(certificate.verdict(findings))
+  if request.questions:
+    path = folder / "questions.jsonl"
+    count = questions.write(path, ours, count=request.questions, max_new_tokens=request.max_new_tokens)
+    print(f"{path}: {count} questions with our answers")
+  return first_departure(findings) is None

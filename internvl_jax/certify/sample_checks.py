@@ -1,12 +1,13 @@
 """Compares samples: token ids, labels, tiles and pixels of every recorded line with what this program makes of it."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from internvl_jax.batch import IGNORE_INDEX, PIXEL_STATISTICS
-from internvl_jax.certify.findings import Finding, Status
+from internvl_jax.certify.findings import Finding, Status, absent
 from internvl_jax.certify.recording import Arrays, Recording
 from internvl_jax.data.sample.sample import Sample
 from internvl_jax.data.sample.tokenize import ChatTokenizer
@@ -15,6 +16,8 @@ from internvl_jax.data.sample.tokenize import ChatTokenizer
 _STEP = 1.01 / 255
 # Normalized pixels are computed by two operations in float32.
 _EXACT = 2e-6
+# Means and deviations are fitted to pixels that were rounded.
+_SAME_STATISTICS = 1e-3
 
 
 def check(recording: Recording, samples: Sequence[Sample], chat: ChatTokenizer, kind: str) -> list[Finding]:
@@ -103,7 +106,10 @@ def _ids(theirs: Arrays, ours: Sample, chat: ChatTokenizer) -> Difference | None
       "--conv_style when recording, or the checkpoint's chat template"
     )
   if images[0] != images[1]:
-    return where, f"{images[0]} image tokens in theirs, {images[1]} in ours: another number of tiles (see tiles)"
+    return (
+      where,
+      f"{images[0]} image tokens in theirs, {images[1]} in ours: another number of tiles (see tiles)",
+    )
   return where, f"the text between what is equal before and behind it: {texts}"
 
 
@@ -171,7 +177,6 @@ def normalized(tiles: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _pixels(recording: Recording, pairs: Sequence[Pair], kind: str) -> Finding:
-  std = np.array(PIXEL_STATISTICS[kind][1])[:, None, None]
   largest, rounded, count = 0.0, False, 0
   for number, (theirs, ours) in enumerate(pairs):
     a, b = theirs["pixel_values"], normalized(ours.tiles, kind)
@@ -181,57 +186,72 @@ def _pixels(recording: Recording, pairs: Sequence[Pair], kind: str) -> Finding:
     apart = np.abs(a - b)
     if (apart <= _EXACT).all():
       largest = max(largest, float(apart.max() / np.abs(a).max()))
-    elif (apart <= _STEP / std).all():
+      continue
+    found = _pixel_difference(a, b, ours.tiles, kind)
+    if found is None:
       rounded = True
-    else:
-      tile, channel, row, column = np.argwhere(apart > _STEP / std)[0]
-      return Finding(
-        stage="pixels",
-        status=Status.DEPARTS,
-        compared=f"{count:,} numbers",
-        difference=float(apart.max() / np.abs(a).max()),
-        where=f"{recording.place(number)}, tile {tile}, channel {channel} ({'RGB'[channel]}), row {row}, column {column}",
-        cause=_pixel_cause(a, b, ours.tiles),
-      )
-  if rounded:
+      continue
+    (tile, channel, row, column), cause = found
     return Finding(
       stage="pixels",
-      status=Status.KNOWN,
+      status=Status.DEPARTS,
       compared=f"{count:,} numbers",
-      cause="within one step of 8 bits: their resizing is torchvision's, which does not round as Pillow does",
+      difference=float(apart.max() / np.abs(a).max()),
+      where=f"{recording.place(number)}, tile {tile}, channel {channel} ({'RGB'[channel]}), row {row}, column {column}",
+      cause=cause,
     )
-  status = Status.AGREES if count else Status.ABSENT
-  return Finding(
-    stage="pixels",
-    status=status,
-    compared=f"{count:,} numbers",
-    difference=largest if count else None,
-    cause="" if count else "no sample has as many tiles on both sides",
+  finding = Finding(stage="pixels", status=Status.AGREES, compared=f"{count:,} numbers", difference=largest)
+  if not count:
+    return absent("pixels", "no sample has as many tiles on both sides")
+  if not rounded:
+    return finding
+  return dataclasses.replace(
+    finding,
+    status=Status.KNOWN,
+    difference=None,
+    cause="within one step of 8 bits: their resizing is torchvision's, which does not round as Pillow does",
   )
 
 
-def _pixel_cause(theirs: np.ndarray, ours: np.ndarray, tiles: np.ndarray) -> str:
-  """What would make theirs of ours."""
+def _pixel_difference(
+  theirs: np.ndarray, ours: np.ndarray, tiles: np.ndarray, kind: str
+) -> tuple[list[int], str] | None:
+  """Where pixels first differ by more than rounding, [tile, channel, row, column], and why; None where they do not."""
+  apart = np.abs(theirs - ours)
+  known = PIXEL_STATISTICS[kind]
   statistics = _statistics(theirs, tiles)
-  if statistics is not None:
-    mean, std = statistics
-    names = [_statistic_of(mean, 0), _statistic_of(std, 1)]
-    return f"normalized by the mean {names[0]} and the standard deviation {names[1]} (normalize_type)"
-  if np.abs(theirs[:, ::-1] - ours).max() < 0.1:
+  if statistics is not None and np.abs(np.array(statistics) - np.array(known)).max() > _SAME_STATISTICS:
+    names = [_statistic_of(values, which) for which, values in enumerate(statistics)]
+    cause = f"normalized by the mean {names[0]} and the standard deviation {names[1]} (normalize_type)"
+    return np.argwhere(apart > _EXACT)[0].tolist(), cause
+  beyond = np.argwhere(apart > _STEP / np.array(known[1])[:, None, None])
+  return (beyond[0].tolist(), _pixel_cause(theirs, ours)) if len(beyond) else None
+
+
+# Largest difference of a normalized pixel that is the same but for rounding.
+_SAME = 0.1
+
+
+def _pixel_cause(theirs: np.ndarray, ours: np.ndarray) -> str:
+  """What would make theirs of ours."""
+  if np.abs(theirs[:, ::-1] - ours).max() < _SAME:
     return "channels are in the order blue, green, red"
-  order = _order(theirs, ours)
-  if order is None:
-    return "the pixels are of another picture, or were augmented or resized otherwise"
-  count = len(order)
-  if order == [count - 1, *range(count - 1)]:
+  count = len(ours)
+
+  def is_order(order: Sequence[int]) -> bool:
+    return bool(np.abs(ours[list(order)] - theirs).max() < _SAME)
+
+  if is_order([count - 1, *range(count - 1)]):
     return "the thumbnail comes first, ours is last"
-  for rows in range(1, count + 1):
-    for cut in (count, count - 1):  # With and without a thumbnail at the end.
-      if rows > 1 and cut % rows == 0:
-        by_columns = np.arange(cut).reshape(rows, -1).T.ravel().tolist()
-        if order == [*by_columns, *range(cut, count)]:
-          return f"tiles are in another order: column by column, ours row by row ({rows} x {cut // rows})"
-  return f"tiles are in another order: theirs are our tiles {order}"
+  for cut in (count - 1, count):  # With a thumbnail at the end, and without.
+    for rows in (n for n in range(2, cut) if cut % n == 0):
+      by_columns = np.arange(cut).reshape(rows, -1).T.ravel().tolist()
+      if is_order([*by_columns, *range(cut, count)]):
+        return f"tiles are in another order: column by column, ours row by row ({rows} rows of {cut // rows})"
+  order = _order(theirs, ours)
+  if order is not None:
+    return f"tiles are in another order: theirs are our tiles {order}"
+  return "the pixels are of another picture, or were augmented or resized otherwise"
 
 
 def _statistics(theirs: np.ndarray, tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
@@ -245,16 +265,22 @@ def _statistics(theirs: np.ndarray, tiles: np.ndarray) -> tuple[np.ndarray, np.n
     slope, offset = np.polyfit(b, a, 1)
     if slope <= 0 or np.abs(slope * b + offset - a).max() > _STEP * slope:
       return None
-    stds.append(1 / slope), means.append(-offset / slope)
+    stds.append(1 / slope)
+    means.append(-offset / slope)
   return np.array(means), np.array(stds)
 
 
 def _order(theirs: np.ndarray, ours: np.ndarray) -> list[int] | None:
-  """Which of our tiles each of theirs is, if each is one."""
-  flat = ours.reshape(len(ours), -1)
-  order = [int(np.abs(flat - tile.reshape(1, -1)).mean(axis=1).argmin()) for tile in theirs]
-  same = np.abs(ours[order] - theirs).max() < 0.1
-  return order if same and len(set(order)) > 1 else None
+  """Which of our tiles each of theirs is, each of ours once, if there is such an order."""
+  left = list(range(len(ours)))
+  order = []
+  for tile in theirs:
+    nearest = min(left, key=lambda i, tile=tile: float(np.abs(ours[i] - tile).max()))
+    if np.abs(ours[nearest] - tile).max() >= _SAME:
+      return None
+    left.remove(nearest)
+    order.append(nearest)
+  return order
 
 
 def _statistic_of(values: np.ndarray, which: int) -> str:

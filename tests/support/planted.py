@@ -87,7 +87,7 @@ def pixel_mean(module, side):
 
 def system_message(module, side):
   template = side.processor.chat_template
-  side.processor.chat_template = re.sub(r"(system\\n)[^<{]+<", r"\1You are a helpful assistant.<", template)
+  side.processor.chat_template = re.sub(r"你是书生[^<]+", "You are a helpful assistant.", template)
   assert side.processor.chat_template != template
 
 
@@ -132,7 +132,10 @@ FAULTS = {
     cause=r"base is 1e\+06 in theirs",
   ),
   "tile order": Fault(
-    plant=changes_samples(tile_order), stage="pixels", where=r"tile 1, channel", cause=r"column by column"
+    plant=changes_samples(tile_order),
+    stage="pixels",
+    where=r"tile 1, channel",
+    cause=r"column by column, ours row by row \(2 rows of 4\)",
   ),
   "thumbnail first": Fault(
     plant=changes_samples(thumbnail_first),
@@ -152,7 +155,12 @@ FAULTS = {
     where=r"segment 2, language model, layer 0, attention: token \d+",
     cause=r"tokens see the segments before their own",
   ),
-  "pixel mean": Fault(plant=pixel_mean, stage="pixels", where=r"tile 0", cause=r"mean \(0.481, 0.458, 0.408\) of 'clip'"),
+  "pixel mean": Fault(
+    plant=pixel_mean,
+    stage="pixels",
+    where=r"tile 0",
+    cause=r"mean \(0.48\d, 0.45\d, 0.40\d\) of 'clip' and the standard deviation .* of 'imagenet'",
+  ),
   "system message": Fault(
     plant=system_message,
     stage="token ids",
@@ -160,7 +168,10 @@ FAULTS = {
     cause=r"the system message of the template: theirs .*helpful assistant",
   ),
   "tied head": Fault(
-    plant=tied_head, stage="output embedding", where=r"token 0", cause=r"tied to the input embedding in theirs"
+    plant=tied_head,
+    stage="output embedding",
+    where=r"token 0",
+    cause=r"tied to the input embedding in theirs",
   ),
   "norm epsilon": Fault(
     plant=norm_epsilon,
@@ -205,7 +216,14 @@ def record(folder, model, meta, fault=None, samples=2):
   module = recorder()
   kept = {name: getattr(module, name) for name in ("segment_mask", "decayed")}
   args = module.arguments(
-    [f"--model={model}", f"--meta={meta}", f"--samples={samples}", f"--output={folder}", "--full_below=64", "--device=cpu"]
+    [
+      f"--model={model}",
+      f"--meta={meta}",
+      f"--samples={samples}",
+      f"--output={folder}",
+      "--full_below=64",
+      "--device=cpu",
+    ]
   )
   torch.manual_seed(0)
   side = module.open_side(args)
