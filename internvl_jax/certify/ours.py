@@ -16,12 +16,15 @@ from internvl_jax import compiler, verification
 from internvl_jax.arguments import DataTrainingArguments, TrainingArguments
 from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE
 from internvl_jax.certify.taps import Kept, watch
+from internvl_jax.data.sample.conversations import CONVERSATION_LINES
 from internvl_jax.data.sample.fitting import Limits
+from internvl_jax.data.sample.lines import LineSchema
 from internvl_jax.data.sample.sample import Sample, SampleMaker
 from internvl_jax.data.sample.templates import get_template
 from internvl_jax.data.sample.tokenize import ChatTokenizer
-from internvl_jax.data.source.meta import read_meta
-from internvl_jax.data.source.records import open_records
+from internvl_jax.data.source.meta import DatasetSpec, read_meta
+from internvl_jax.data.source.records import first_read, open_records
+from internvl_jax.data.where import Where
 from internvl_jax.errors import UserError
 from internvl_jax.hf.model import Source, open_source
 from internvl_jax.hf.vocabulary import open_tokenizer
@@ -142,16 +145,20 @@ class Ours:
     records = open_records(spec.annotation, spec.name, key=spec.key)
     if line >= len(records):
       raise UserError(f"{spec.annotation}: has {len(records)} lines, but line {line + 1} is recorded")
-    return self.make(records.read(line), records.where(line), spec)
+    lines = CONVERSATION_LINES.recognized(first_read(records))
+    return self.make(records.read(line), records.where(line), spec, lines)
 
-  def make(self, record: Any, where: Any, spec: Any) -> Sample:
-    """The sample of a parsed line of a dataset."""
+  def make(
+    self, record: Any, where: Where, spec: DatasetSpec, lines: LineSchema = CONVERSATION_LINES
+  ) -> Sample:
+    """The sample of a parsed line of a dataset, whose lines are in the reference's form or in that of `lines`."""
     maker = SampleMaker(
       spec=spec,
       data=self.data,
       tokenizer=self.tokenizer,
       tokens_per_tile=self.source.config.tokens_per_tile,
       limits=Limits(self.data.max_seq_length, policy="error"),
+      lines=lines,
     )
     return maker.make(record, where)
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from internvl_jax.certify.ours import HOW, Ours
+from internvl_jax.data.sample.conversations import CONVERSATION_LINES
 from internvl_jax.data.sample.tokenize import IMAGE_PLACEHOLDER
 from internvl_jax.data.source.files import absolute
 from internvl_jax.data.source.media import join
 from internvl_jax.data.source.meta import DatasetSpec, read_meta
-from internvl_jax.data.source.records import open_records
+from internvl_jax.data.source.records import first_read, open_records
 from internvl_jax.data.where import Where
 from internvl_jax.eval.greedy import GreedyDecoder, Prompt
 from internvl_jax.eval.scoring import prompt_ids
@@ -63,11 +64,12 @@ def _asked(ours: Ours, count: int) -> Iterator[tuple[str, str, list[str], Where]
   specs = read_meta(ours.meta)
   for spec in specs:
     records, left = open_records(spec.annotation, spec.name, key=spec.key), -(-count // len(specs))
+    lines = CONVERSATION_LINES.recognized(first_read(records))
     for number in range(len(records)):
       if not left:
         break
       where = records.where(number)
-      found = _question(records.read(number), spec, where)
+      found = _question(lines.plain(records.read(number), where), spec, where)
       if found is not None:
         left -= 1
         yield f"{spec.name}-{number + 1}", *found, where
@@ -75,11 +77,9 @@ def _asked(ours: Ours, count: int) -> Iterator[tuple[str, str, list[str], Where]
 
 def _question(record: Any, spec: DatasetSpec, where: Where) -> tuple[str, list[str]] | None:
   """The first question of a line and its pictures; None where a server cannot be asked it in the same words."""
-  turns, images = record.get("conversations"), record.get("image", [])
+  turns, images = record.get("conversations"), record.get("image") or []
   images = images if isinstance(images, list) else [images]
   if not turns or turns[0].get("from") != "human" or "video" in record:
-    return None
-  if not all(isinstance(image, str) for image in images):
     return None
   text = turns[0]["value"]
   marks = f"{IMAGE_PLACEHOLDER}\n" * len(images)
@@ -88,4 +88,7 @@ def _question(record: Any, spec: DatasetSpec, where: Where) -> tuple[str, list[s
   rest = text.removeprefix(marks)
   if not text.startswith(marks) or IMAGE_PLACEHOLDER in rest:
     return None
-  return rest, [absolute(str(join(spec.root, image, where))) for image in images]
+  paths = [join(spec.root, image, where) for image in images]
+  # Pictures that are bytes of the data or in a zip have no path to send.
+  named = [absolute(path) for path in paths if isinstance(path, str)]
+  return (rest, named) if len(named) == len(paths) else None
