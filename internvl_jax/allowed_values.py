@@ -154,7 +154,7 @@ RANGES: dict[str, Range] = {
   "eval.limit": _POSITIVE,
   "eval.show": Range(low=-1),
   "runtime.router_aux_loss_coef": NOT_NEGATIVE,
-  "runtime.scan_unroll": _POSITIVE,
+  "runtime.scan_unroll": NOT_NEGATIVE,
   "runtime.profile_steps": _POSITIVE,
   "runtime.max_nonfinite_steps": _POSITIVE,
   "runtime.hang_seconds": _POSITIVE,

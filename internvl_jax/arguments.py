@@ -396,8 +396,8 @@ class RuntimeConfig:
   # Products of the layers' linear maps in eight bits, for speed: "int8" (NVIDIA from Ampere on, TPU from v5e on) or
   # "fp8" (NVIDIA from Ada and Hopper on). Weights are stored as before. See docs/training.md for what it costs.
   quantize: Literal["none", "int8", "fp8"] = "none"
-  # Layers unrolled in the body of the scans over layers.
-  scan_unroll: int = 1
+  # Layers in the body of the scans over layers. 0: one, and on CPUs all of a model of at most 12 that recomputes nothing.
+  scan_unroll: int = 0
   # Draw the weights at random from model_name_or_path's config.json, in place of reading them.
   random_init: bool = False
   # Give tokens of the tokenizer that the embeddings have no row for a new row, the mean of the old ones, as the image

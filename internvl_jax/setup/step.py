@@ -201,10 +201,26 @@ def execution(config: TrainConfig, model: InternVLConfig, device: Device | None 
   Raises:
     UserError: kernels asked for by name cannot run there, or not this model.
   """
+  device = device or Device.of(jax.devices()[0])
   remat = config.model.grad_checkpoint or config.training.gradient_checkpointing
   return Execution(
     dtype=jnp.bfloat16 if config.training.bf16 else jnp.float32,
     kernels=choose_kernels(model, device, attention=config.runtime.attention, experts=config.runtime.experts),
     remat=config.runtime.remat_policy if remat else None,
-    scan_unroll=config.runtime.scan_unroll,
+    scan_unroll=config.runtime.scan_unroll or _unroll(model, device, recomputes=remat),
   )
+
+
+_MOST_UNROLLED, _LEAST_WIDTH = 12, 256
+
+
+def _unroll(model: InternVLConfig, device: Device, *, recomputes: bool) -> int:
+  """How many layers the body of a scan holds where nobody says it: all, of shallow models on CPUs.
+
+  CPUs copy what a layer keeps for the backward pass into the scan's stacks and out of them, on one core: 11 % of a step of
+  two cores (benchmarks/step.py). Compiling takes longer for it, which narrow models do not earn back; and what layers
+  recompute has to stay in a loop, outside of which XLA finds that it is there already and keeps it.
+  """
+  layers = max(model.vision.num_layers, model.text.num_layers)
+  wide = min(model.vision.hidden_size, model.text.hidden_size) >= _LEAST_WIDTH
+  return layers if device.platform == "cpu" and wide and layers <= _MOST_UNROLLED and not recomputes else 1

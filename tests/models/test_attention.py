@@ -21,8 +21,9 @@ WITH_PLACES = ["xla", "cpu", "triton_interpret"]
 
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch):
-  """Blocks of XLA's that short rows have several of."""
+  """Blocks that short rows have several of."""
   monkeypatch.setattr(xla, "BLOCK", 64)
+  monkeypatch.setattr(cpu, "CORES", cpu.ONE_CORE)
 
 
 def arrays(length, *, sinks=False, heads=(4, 2), width=16, rows=2, dtype="f4"):

@@ -12,6 +12,7 @@ J blocks of SB keys.
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,9 +23,10 @@ from jaxtyping import Array, Float
 from internvl_jax.models.attention.mask import Mask
 from internvl_jax.models.attention.sharding import Over, shard_attention
 
-QUERIES, KEYS = 256, 64
-"""Queries of a block, over all heads of a group, and keys of a block: the fastest of 64 to 512 of either (AMD EPYC 9004,
-512 tokens, 8 and 2 heads of 64)."""
+ONE_CORE, CORES = (256, 64), (1024, 256)
+"""Queries of a block, over all heads of a group, and keys of a block, for one core and for several: the fastest of 64 to 2048
+queries and 64 to 512 keys (AMD EPYC 9004, 512 and 2,048 tokens, 8 and 2 heads of 64). XLA lets several cores work on a
+product of the larger blocks, and on none of the smaller ones."""
 
 SCORES = 2**17
 """Scores of a block of queries that sees all keys: 512 KiB, half of a core's second-level cache."""
@@ -65,8 +67,9 @@ class _Shape:
   def of(cls, q: jax.Array, k: jax.Array, mask: Mask) -> "_Shape":
     (B, T, N, H), (_, S, K, _) = q.shape, k.shape
     some = mask.causal or mask.segments is not None
-    keys = _even(S, KEYS if some else MOST_KEYS)
-    queries = _even(T, max(32, (QUERIES if some else SCORES // keys) * K // N))
+    most_queries, most_keys = CORES if _cores() > 1 else ONE_CORE
+    keys = _even(S, most_keys if some else MOST_KEYS)
+    queries = _even(T, max(32, (most_queries if some else SCORES // keys) * K // N))
     return cls(B=B, T=T, S=S, K=K, G=N // K, H=H, TB=queries, SB=keys)
 
   @property
@@ -100,6 +103,11 @@ class _Shape:
   def join_keys(self, x: jax.Array) -> jax.Array:
     """From [B, K, J, SB, H] to [B, S, K, H]."""
     return x.transpose(0, 2, 3, 1, 4).reshape(self.B, -1, self.K, self.H)[:, : self.S]
+
+
+def _cores() -> int:
+  """Cores that this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _even(length: int, most: int) -> int:
