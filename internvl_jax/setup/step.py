@@ -217,7 +217,7 @@ _MOST_UNROLLED, _LEAST_WIDTH = 12, 256
 def _unroll(model: InternVLConfig, device: Device, *, recomputes: bool) -> int:
   """How many layers the body of a scan holds where nobody says it: all, of shallow models on CPUs.
 
-  CPUs copy what a layer keeps for the backward pass into the scan's stacks and out of them, on one core: 11 % of a step of
+  CPUs copy what a layer keeps for the backward pass into the scan's stacks and out of them, on one core: about 10 % of a step of
   two cores (benchmarks/step.py). Compiling takes longer for it, which narrow models do not earn back; and what layers
   recompute has to stay in a loop, outside of which XLA finds that it is there already and keeps it.
   """
