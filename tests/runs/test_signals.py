@@ -230,13 +230,13 @@ def test_twenty_random_moments_from_start_to_export(tmp_path):
   assert straight.wait() == [0], straight.log()
   # Timed without the compilation, which those that are stopped find in the cache.
   begin = time.monotonic()
-  timed = Job(world, *SAVING, out="timed", step_seconds=0.1)
+  timed = Job(world, *SAVING, out="timed", step_seconds=0.1, fresh=True)
   assert timed.wait() == [0], timed.log()
   whole = time.monotonic() - begin
   stopped = []
   for i in range(20):
     kind = (signal.SIGINT, signal.SIGTERM)[i % 2]
-    job = Job(world, *SAVING, out=f"random{i // 4}", step_seconds=0.1)
+    job = Job(world, *SAVING, out=f"random{i // 4}", step_seconds=0.1, fresh=True)
     # After the interpreter's own start, before which nobody can listen.
     time.sleep(0.3 + rng.random() * whole)
     job.processes[0].send_signal(kind)

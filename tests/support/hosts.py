@@ -142,6 +142,7 @@ class Job:
     only: dict[int, tuple[str, ...]] | None = None,
     folders: tuple[Path, ...] = (),
     constants: dict[str, float] | None = None,
+    fresh: bool = False,
   ):
     """Starts them.
 
@@ -157,6 +158,7 @@ class Job:
       only: overrides of single processes, by their number.
       folders: working directory of each process, where they see other files under one path.
       constants: other values of the package's constants, by "module.NAME".
+      fresh: start Python anew, as a user does, in place of a fork that has imported the package.
     """
     self.world, self.out = world, world / out
     settings = [f"--config={world}/recipe.py:{world}"]
@@ -178,12 +180,14 @@ class Job:
       with log.open("w") as stderr:
         mine = [f"--config.{override}" for override in (only or {}).get(i, ())]
         folder = folders[i] if folders else None
-        if launcher is None:
-          run = ["-m", "internvl_jax.train", *settings, *mine]
+        run = ["-m", "internvl_jax.train", *settings, *mine]
+        if launcher is None and not fresh:
           started = forked.start(run, environment=environment, stderr=stderr.fileno(), folder=folder)
         else:
-          run = ["bash", str(REPOSITORY / "scripts/launch" / launcher), *arguments, *settings, *mine]
-          started = subprocess.Popen(run, env=environment, stderr=stderr, cwd=folder)
+          command = [sys.executable, *run]
+          if launcher is not None:
+            command = ["bash", f"{REPOSITORY}/scripts/launch/{launcher}", *arguments, *settings, *mine]
+          started = subprocess.Popen(command, env=environment, stderr=stderr, cwd=folder)
         self.processes.append(started)
 
   def wait(self, seconds: float = 300) -> list[int]:
