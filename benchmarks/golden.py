@@ -12,7 +12,6 @@ The runs are two recorded curves of the reference as they were recorded, and sho
 its own. Exits with 1 where any number differs, or a revision does not run.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -24,8 +23,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from absl import app, flags
+from revisions import REPOSITORY, checkout, git, revisions
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 ASSETS = REPOSITORY / "tests" / "assets"
 COMPARED = ("loss", "grad_norm", "learning_rate")
 
@@ -154,43 +153,10 @@ def main(argv: Sequence[str]) -> int:
   return int(differs)
 
 
-def revisions(asked: Sequence[str]) -> list[str]:
-  """The base first, then what is compared with it: commits, or `.`, the working tree."""
-  if len(asked) == 1 and ".." in asked[0]:
-    base, _, last = asked[0].partition("..")
-    between = git("rev-list", "--reverse", "--first-parent", f"{base}..{last or 'HEAD'}").split()
-    return [git("rev-parse", base), *between]
-  found = [name if name == "." else git("rev-parse", name) for name in asked]
-  return found if len(found) > 1 else [*found, "."]
-
-
-def git(*arguments: str) -> str:
-  ran = subprocess.run(
-    ["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, check=False
-  )
-  if ran.returncode:
-    raise app.UsageError(ran.stderr.strip())
-  return ran.stdout.strip()
-
-
 def numbers_of(revision: str, names: Sequence[str], inputs: Path) -> dict[str, dict]:
   """What a revision's runs computed, by their names; from where it is kept, if it is."""
   with checkout(revision) as tree:
     return {name: kept(revision, name, tree, inputs) for name in names}
-
-
-@contextlib.contextmanager
-def checkout(revision: str) -> Iterator[Path]:
-  """A folder with a revision's files."""
-  if revision == ".":
-    yield REPOSITORY
-    return
-  with tempfile.TemporaryDirectory() as folder:
-    archive = subprocess.run(
-      ["git", "-C", str(REPOSITORY), "archive", revision], stdout=subprocess.PIPE, check=True
-    )
-    subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
-    yield Path(folder)
 
 
 def kept(revision: str, name: str, tree: Path, inputs: Path) -> dict:

@@ -254,7 +254,7 @@ def test_bench_compile_compiles_the_step():
   assert benchmark.compile_seconds(depth=1, width=64) > 0
 
 
-@pytest.mark.parametrize("benchmark", ["golden", "memory", "checkpoint", "mutants"])
+@pytest.mark.parametrize("benchmark", ["golden", "plan_revisions", "memory", "checkpoint", "mutants"])
 def test_benchmarks_are_imported(benchmark, monkeypatch):
   monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
   assert callable(load(REPOSITORY / "benchmarks" / f"{benchmark}.py").main)
