@@ -362,13 +362,16 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class EvalConfig:
-  """Scoring by greedy answers: at the end of a run, and during it by eval_strategy."""
+  """Scoring on held-out sets, by greedy answers or by the loss: at the end of a run, and during it by eval_strategy."""
 
-  # A jsonl of questions in the training format; its last answer is what is scored. None: no scoring.
+  # A jsonl of questions in the training format; its last answer is what is scored. Or sets by their names, as JSON or in
+  # a JSON file: {"vqa": {"annotation": "vqa.jsonl", "root": "images", "metrics": ["vqa_accuracy"]}}. None: no scoring.
   annotation: str | None = None
-  # Prefix of the image paths.
+  # Metrics of sets that name none (docs/evaluation.md). With "loss" alone, nothing is generated.
+  metrics: tuple[str, ...] = ("accuracy",)
+  # Prefix of the image paths, of sets that name none.
   root: str = ""
-  # Name of the line's field by which scores are also reported; None: the total only.
+  # Name of the line's field by which scores are also reported, of sets that name none; None: the total only.
   group_field: str | None = None
   # Questions answered at once.
   batch_size: int = 64
@@ -376,8 +379,7 @@ class EvalConfig:
   max_new_tokens: int = 64
   # Score the first so many questions only; None: all.
   limit: int | None = None
-  # Write so many questions with their pictures and answers to output_dir/evaluations at every evaluation, always the
-  # same ones, drawn by training.seed; -1: all.
+  # Write so many questions, drawn by training.seed, with pictures and answers at every evaluation; -1: all.
   show: int = 0
 
 

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from internvl_jax import unused_settings
 from internvl_jax.allowed_values import CHOICES, INSTEAD_OF, REFUSED
+from internvl_jax.arguments import EvalConfig
 from internvl_jax.config import FIELDS, LEAVES, TrainConfig, get, is_changed, setting_text, type_name
 from internvl_jax.config_paths import Command, path_problems
 from internvl_jax.errors import UserError, suggest
@@ -227,6 +228,7 @@ def _evaluation_problems(config: TrainConfig) -> Iterator[str]:
     )
   held_out = list(task_settings.held_out(config))
   has_nothing = config.eval.annotation is None and not any(meta for _, meta in held_out)
+  yield from _set_problems(config.eval)
   if strategies and has_nothing:
     yield (
       f"training.eval_strategy={min(strategies)!r} has nothing to score while eval.annotation=None; "
@@ -255,10 +257,7 @@ def _best_model_problems(config: TrainConfig, strategy: str) -> Iterator[str]:
       "that what is saved is scored"
     )
   metric = (training.metric_for_best_model or "").removeprefix("eval_")
-  known, prefixes = [], []
-  if config.eval.annotation:
-    known += ["accuracy", *(["accuracy_GROUP"] if config.eval.group_field else [])]
-    prefixes += ["accuracy_"] if config.eval.group_field else []
+  known, prefixes = _answer_scores(config.eval)
   for scored, meta in task_settings.held_out(config):
     if meta:
       known += scored.metrics
@@ -268,6 +267,33 @@ def _best_model_problems(config: TrainConfig, strategy: str) -> Iterator[str]:
       f"training.metric_for_best_model={training.metric_for_best_model!r} is no score of this run; it has "
       f"{', '.join(known)}"
     )
+
+
+def _set_problems(config: EvalConfig) -> Iterator[str]:
+  """What is wrong with the held-out sets, as far as that is known without the network."""
+  # Imported late: it brings `data/` along, for which `--help` should not wait.
+  from internvl_jax.eval.sets import is_remote_json, read_sets
+
+  try:
+    if not is_remote_json(config.annotation or ""):
+      read_sets(config)
+  except UserError as error:
+    yield str(error)
+
+
+def _answer_scores(config: EvalConfig) -> tuple[list[str], list[str]]:
+  """The names of a run's scores of held-out sets, and what those of groups begin with."""
+  from internvl_jax.eval.sets import is_remote_json, read_sets
+
+  if is_remote_json(config.annotation or ""):
+    return ["the scores of eval.annotation"], [""]
+  try:
+    sets = read_sets(config)
+  except UserError:  # Told already.
+    return [], [""]
+  names = [(f"{asked.label}{metric}", asked.group_field) for asked in sets for metric in asked.metrics]
+  known = [name for metric, group in names for name in (metric, *([f"{metric}_GROUP"] if group else []))]
+  return known, [f"{metric}_" for metric, group in names if group]
 
 
 def _mesh_problems(config: TrainConfig) -> Iterator[str]:

@@ -57,7 +57,7 @@ def path_problems(config: TrainConfig, command: Command) -> Iterator[str]:
     yield from _projector_path_problems(config.model.mlp_path)
   files = {"data.meta_path": config.data.meta_path if "data.meta_path" in required else None}
   if command in ("train", "doctor"):
-    files["eval.annotation"] = config.eval.annotation
+    files["eval.annotation"] = _file_of_questions(config.eval.annotation)
     files |= {scored.setting: meta for scored, meta in task_settings.held_out(config)}
   for path, name in files.items():
     if name and not is_remote(name) and not os.path.isfile(name):
@@ -70,6 +70,13 @@ def path_problems(config: TrainConfig, command: Command) -> Iterator[str]:
       yield f"{path}={name!r}: runs write to folders, gs:// and s3:// only; name one of these"
   if "training.output_dir" in required and config.training.output_dir:
     yield from _output_path_problems(config)
+
+
+def _file_of_questions(annotation: str | None) -> str | None:
+  # Imported late: it brings `data/` along, for which `--help` should not wait.
+  from internvl_jax.eval.sets import is_json
+
+  return None if annotation is None or is_json(annotation) else annotation
 
 
 # A slash was lost, as shells and os.path.normpath do: the name of a folder called "gs:".

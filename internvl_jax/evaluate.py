@@ -1,9 +1,11 @@
-"""Scores a checkpoint's greedy answers on a jsonl of questions, by exact match.
+"""Scores a checkpoint on held-out sets: its greedy answers by the metrics of benchmarks, and the loss.
 
-  python -m internvl_jax.evaluate --model DIR --annotation test.jsonl [--root images] [--output DIR]
+  python -m internvl_jax.evaluate --model DIR --annotation test.jsonl [--root images] [--metrics anls,loss] [--output DIR]
+  python -m internvl_jax.evaluate --model DIR --annotation sets.json
 
-The lines have the training format; of each, the last answer is what is asked for, and each is asked alone.
-Writes eval_results.json (accuracy, also by the lines' field --group_field) and predictions.jsonl.
+The lines have the training format; of each, the last answer is what is asked for, and each is asked alone. sets.json names
+several sets and the metrics of each: {"vqa": {"annotation": "vqa.jsonl", "root": "images", "metrics": ["vqa_accuracy"]}}.
+Writes eval_results.json (the metrics, also by the lines' field --group_field) and predictions.jsonl.
 """
 
 import json
@@ -18,7 +20,12 @@ from internvl_jax.errors import UserError
 from internvl_jax.storage.paths import AnyPath, filled, is_bucket, output_path
 
 _MODEL = flags.DEFINE_string("model", None, "Checkpoint folder, hub id or a bucket's URL.", required=True)
-_ANNOTATION = flags.DEFINE_string("annotation", None, "The jsonl of questions.", required=True)
+_ANNOTATION = flags.DEFINE_string(
+  "annotation", None, "The jsonl of questions, or JSON that names several sets.", required=True
+)
+_METRICS = flags.DEFINE_list(
+  "metrics", ["accuracy"], "Metrics of sets that name none; see docs/evaluation.md."
+)
 _ROOT = flags.DEFINE_string("root", "", "Prefix of the image paths.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for the results; the model's folder if unset.")
 _GROUP_FIELD = flags.DEFINE_string("group_field", None, "Field of the lines to report by.")
@@ -36,13 +43,14 @@ def main(argv: Sequence[str]) -> None:
   del argv
   cli.set_up_logging()
   output = output_folder()
-  from internvl_jax.eval.scoring import make_evaluation
+  from internvl_jax.eval.scoring import make_evaluation, summary
   from internvl_jax.inference import open_for_inference
 
   opened = open_for_inference(_MODEL.value, bf16=_BF16.value, devices=_DEVICES.value)
   config = EvalConfig(
     annotation=_ANNOTATION.value,
     root=_ROOT.value,
+    metrics=tuple(_METRICS.value),
     group_field=_GROUP_FIELD.value,
     batch_size=_BATCH_SIZE.value,
     max_new_tokens=_MAX_NEW_TOKENS.value,
@@ -61,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
   scores = evaluation.run(opened.params)
   with filled(output) as folder:
     evaluation.write(scores, folder)
-  print(json.dumps(scores.summary(), indent=2))
+  print(json.dumps(summary(scores), indent=2))
 
 
 def output_folder() -> AnyPath:

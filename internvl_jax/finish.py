@@ -78,8 +78,9 @@ def score_answers(
   scores = evaluation.run(params)
   if distributed.is_first():
     evaluation.write(scores, output_dir)
-    if scores.shown:
-      ShownFiles(output_dir).write(step, evaluation.name, scores.shown)
+    for of_set in scores:
+      if of_set.shown:
+        ShownFiles(output_dir).write(step, of_set.asked.name, of_set.shown)
 
 
 def save_adapters(

@@ -96,16 +96,21 @@ class Best:
     return min(found.items(), key=lambda item: (-item[1] if self.greater else item[1], item[0]))
 
 
-def best_of(training: TrainingArguments, *, answers: bool) -> Best | None:
+def best_of(training: TrainingArguments, *, first: str | None) -> Best | None:
   """What the best model is known by; None without `load_best_model_at_end`.
 
   Args:
     training: names the metric or leaves it open.
-    answers: answers are scored; else pairs are.
+    first: the first score of held-out sets; None where there are none, and pairs are judged.
   """
   if not training.load_best_model_at_end:
     return None
-  usual = "accuracy" if answers else "rewards/accuracies"
-  metric = "eval_" + (training.metric_for_best_model or usual).removeprefix("eval_")
+  name = (training.metric_for_best_model or first or "rewards/accuracies").removeprefix("eval_")
   greater = training.greater_is_better
-  return Best(metric, not metric.endswith("loss") if greater is None else greater)
+  return Best(f"eval_{name}", not _is_loss(name) if greater is None else greater)
+
+
+def _is_loss(name: str) -> bool:
+  """Whether a score is a loss, of a set or of a group of it."""
+  metric = name.rpartition("/")[2]
+  return metric.endswith("loss") or metric.startswith("loss_")

@@ -48,6 +48,7 @@ ONLY_WITH: dict[str, tuple[str, ...]] = {
   "lora.targets": _WITH_LORA,
   "lora.use_dora": _WITH_LORA,
   "lora.use_rslora": _WITH_LORA,
+  "eval.metrics": ("eval.annotation",),
   "eval.root": ("eval.annotation",),
   "eval.group_field": ("eval.annotation",),
   "eval.batch_size": ("eval.annotation",),

@@ -459,7 +459,7 @@ HISTORY = [
 
 
 def best(among=(2, 4, 6), **settings):
-  found = best_of(TrainingArguments(**{"load_best_model_at_end": True} | settings), answers=True)
+  found = best_of(TrainingArguments(**{"load_best_model_at_end": True} | settings), first="accuracy")
   return found and found.of(HISTORY, among)
 
 
@@ -514,12 +514,12 @@ def test_metric_for_best_model():
   assert (
     best(metric_for_best_model="accuracy_red") == best(metric_for_best_model="eval_accuracy_red") == (2, 0.1)
   )
-  pairs = best_of(TrainingArguments(load_best_model_at_end=True), answers=False)
+  pairs = best_of(TrainingArguments(load_best_model_at_end=True), first=None)
   assert pairs == Best("eval_rewards/accuracies", True)
 
 
 def test_greater_is_better():
   assert best(greater_is_better=False) == (2, 0.5)
   assert best_of(
-    TrainingArguments(load_best_model_at_end=True, metric_for_best_model="loss"), answers=True
+    TrainingArguments(load_best_model_at_end=True, metric_for_best_model="loss"), first="accuracy"
   ) == Best("eval_loss", False)

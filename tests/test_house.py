@@ -68,7 +68,7 @@ ONLY = {
   "recipes": {"config", "errors"},
   "recipe_files": {"config", "errors", "foreign"},
   "config": {"arguments", "errors"},
-  "config_paths": {"config", "tasks", "outputs", "storage", "hf"},
+  "config_paths": {"config", "tasks", "outputs", "storage", "hf", "eval"},
   "config_checks": {
     *(
       "config",
@@ -79,7 +79,7 @@ ONLY = {
       "runtime_options",
       "errors",
     ),
-    *("parallel", "data", "optim", "metrics", "tasks"),
+    *("parallel", "data", "optim", "metrics", "tasks", "eval"),
   },
 }
 

@@ -17,13 +17,14 @@ from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.data.where import Where
 from internvl_jax.errors import UserError
 from internvl_jax.eval.greedy import GreedyDecoder, Prompt
-from internvl_jax.eval.scoring import Question, make_evaluation, score
+from internvl_jax.eval.scoring import Question, make_evaluation
 from internvl_jax.hf.model import open_source
 from internvl_jax.hf.tokenizer import load_tokenizer
 from internvl_jax.inference import open_for_inference
 from internvl_jax.inference_settings import differences, read_stated, recorded_settings
 from internvl_jax.open_model import open_model
 from tests.support import families
+from tests.support.held_out import score_set
 from tests.support.toy import CURVE
 
 HARMONY = ("<|start|>", "<|message|>", "<|channel|>", "<|return|>", "<|end|>")
@@ -135,10 +136,10 @@ def test_padding_is_no_part_of_an_answer():
 def test_an_answer_that_the_tokenizer_normalises_can_be_right():
   nothing = Prompt(np.zeros(0, "i4"), np.zeros((0, 1, 1, 3), "u1"))
   question = Question(nothing, "cafe\u0301", {}, "caf\u00e9")
-  assert score([question, question], ["caf\u00e9", "cafe\u0301"], group_field=None).accuracy == 1
-  assert score([question], ["cafe"], group_field=None).accuracy == 0
+  assert score_set([question, question], ["caf\u00e9", "cafe\u0301"]).metrics["accuracy"] == 1
+  assert score_set([question], ["cafe"]).metrics["accuracy"] == 0
   boxed = Question(nothing, "<box>[[1]]</box>", {})
-  assert score([boxed, boxed], ["<box>[[1]]</box>\n", "[[1]]"], group_field=None).accuracy == 0.5
+  assert score_set([boxed, boxed], ["<box>[[1]]</box>\n", "[[1]]"]).metrics["accuracy"] == 0.5
 
 
 def test_answers_that_end_otherwise_are_told():
@@ -181,8 +182,8 @@ def test_a_grounding_answer_that_is_right_scores_1(tmp_path):
       return [self.cut(np.array([*said, 0, 7])) for _ in prompts]
 
   parrot = Parrot(**{field.name: getattr(evaluation.decoder, field.name) for field in fields(GreedyDecoder)})
-  scores = replace(evaluation, decoder=parrot).run({})
-  assert scores.accuracy == 0.5
+  (scores,) = replace(evaluation, decoder=parrot).run({})
+  assert scores.metrics == {"accuracy": 0.5}
   assert [line["prediction"] for line in scores.predictions] == [ANSWERS[0]] * 2
 
 

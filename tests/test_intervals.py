@@ -39,11 +39,14 @@ def test_the_best_is_the_first_of_equals_among_those_saved():
 
 
 def test_what_the_best_is_known_by():
-  def best(answers=True, **settings):
-    return best_of(TrainingArguments(load_best_model_at_end=True, **settings), answers=answers)
+  def best(first="accuracy", **settings):
+    return best_of(TrainingArguments(load_best_model_at_end=True, **settings), first=first)
 
   assert best() == Best("eval_accuracy", greater=True)
-  assert best(answers=False) == Best("eval_rewards/accuracies", greater=True)
+  assert best(first=None) == Best("eval_rewards/accuracies", greater=True)
   assert best(metric_for_best_model="loss") == Best("eval_loss", greater=False)
+  assert best("docs/loss") == Best("eval_docs/loss", greater=False)
+  assert best(metric_for_best_model="vqa/loss_red") == Best("eval_vqa/loss_red", greater=False)
+  assert best("docs/anls") == Best("eval_docs/anls", greater=True)
   assert best(metric_for_best_model="eval_loss", greater_is_better=True) == Best("eval_loss", greater=True)
-  assert best_of(TrainingArguments(), answers=True) is None
+  assert best_of(TrainingArguments(), first="accuracy") is None

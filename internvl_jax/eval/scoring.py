@@ -1,10 +1,9 @@
-"""Scoring a model's greedy answers by exact match."""
+"""Scoring a model on held-out sets: its greedy answers by metrics, and the loss."""
 
 import collections
 import dataclasses
 import json
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -20,7 +19,11 @@ from internvl_jax.data.sample.sample import Sample
 from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.errors import UserError, redacted_json
 from internvl_jax.eval.greedy import GreedyDecoder, Prompt
-from internvl_jax.eval.questions import Asked, QuestionFile
+from internvl_jax.eval.loss import HeldOutLoss, TokenLoss
+from internvl_jax.eval.metrics import LOSS, METRICS
+from internvl_jax.eval.metrics.answered import Answered
+from internvl_jax.eval.questions import Asked, QuestionFile, open_questions
+from internvl_jax.eval.sets import EvalSet
 from internvl_jax.eval.shown import Picture, Shown, chosen_lines
 from internvl_jax.hf.model import Source
 from internvl_jax.models.internvl import Execution
@@ -31,7 +34,7 @@ from internvl_jax.storage.paths import AnyPath, path_of, write_whole
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-  """A prompt, the answer wanted, and the other entries of its line of the jsonl.
+  """A prompt, the answer wanted, and the other entries of its line of the annotation file.
 
   Attributes:
     prompt: what the model reads.
@@ -39,6 +42,7 @@ class Question:
     record: the line.
     learned: the answer as it is read back from its tokens; tokenizers that normalize text do not give it back as it
       was (Qwen's write letters and their accents as one).
+    answers: all that are right; empty: the one.
     text: the question, as people read it.
     pictures: its images, where it is shown.
   """
@@ -47,18 +51,49 @@ class Question:
   answer: str
   record: dict[str, Any]
   learned: str | None = None
+  answers: tuple[str, ...] = ()
   text: str = ""
   pictures: tuple[Picture, ...] | None = None
+
+  def answered(self, prediction: str) -> Answered:
+    """What metrics see of it, with the model's answer."""
+    return Answered(
+      prediction=prediction,
+      answers=self.answers or (self.answer,),
+      question=self.text,
+      record=self.record,
+      spellings=(self.answer, *([] if self.learned is None else [self.learned])),
+    )
+
+  def shown(self, prediction: str, scores: Mapping[str, float]) -> Shown:
+    """What is shown of it."""
+    return Shown(
+      question=self.text,
+      answer=list(self.answers) if len(self.answers) > 1 else self.answer,
+      prediction=prediction,
+      scores=dict(scores),
+      pictures=self.pictures or (),
+    )
 
 
 _NO_PROMPT = Prompt(np.zeros(0, np.int32), np.zeros((0, 0, 0, 3), np.uint8))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Scores:
-  """Exact-match accuracy, in total and by group, every answer given, and the samples that are shown."""
+  """How a set is scored.
 
-  accuracy: float
+  Attributes:
+    asked: the set.
+    metrics: means over the questions; of the loss, over the tokens that are learned.
+    num_questions: of the set.
+    by_group: the same of each group.
+    predictions: every answer given, as a line of predictions.jsonl.
+    shown: the samples that are shown.
+  """
+
+  asked: EvalSet
+  metrics: dict[str, float]
   num_questions: int
   by_group: dict[str, dict[str, float | int]]
   predictions: list[dict[str, Any]]
@@ -66,68 +101,94 @@ class Scores:
 
   def summary(self) -> dict[str, Any]:
     """Everything but the single answers, for eval_results.json."""
-    return {"accuracy": self.accuracy, "num_questions": self.num_questions, "by_group": self.by_group}
+    return {**self.metrics, "num_questions": self.num_questions, "by_group": self.by_group}
+
+  def for_log(self) -> dict[str, float]:
+    """The metrics by their names in the log: eval_<set>/<metric>, and eval_<set>/<metric>_<group>."""
+    start = f"eval_{self.asked.label}"
+    found = {f"{start}{metric}": value for metric, value in self.metrics.items()}
+    for name, group in self.by_group.items():
+      found |= {f"{start}{metric}_{name}": float(group[metric]) for metric in self.metrics}
+    return found
+
+  def line(self) -> str:
+    """The metrics as a text."""
+    parts = [f"{metric} {value:.4f}" for metric, value in self.metrics.items()]
+    first = next(iter(self.metrics))
+    parts += [f"{name} {group[first]:.4f}" for name, group in self.by_group.items()]
+    return ", ".join(parts)
 
 
-def score(questions: Sequence[Question], answers: Sequence[str], *, group_field: str | None) -> Scores:
-  """Compares answers with what was wanted, special tokens included, white space around them apart.
+def score(
+  asked: EvalSet,
+  questions: Sequence[Question],
+  answers: Sequence[str],
+  losses: Sequence[TokenLoss] = (),
+) -> Scores:
+  """Scores a set.
 
   Args:
+    asked: the set, with its metrics.
     questions: what was asked.
-    answers: what came back, in the same order.
-    group_field: entry of the records to report by, or None.
+    answers: what came back, in the same order; "" of sets without answers.
+    losses: of the same lines; empty where the set has no such metric.
   """
-  groups: dict[str, list[bool]] = collections.defaultdict(list)
-  predictions, hits, shown = [], [], []
-  for question, answer in zip(questions, answers, strict=True):
-    wanted = (question.answer, question.answer if question.learned is None else question.learned)
-    hit = answer.strip() in [text.strip() for text in wanted]
-    hits.append(hit)
-    if group_field is not None:
-      groups[str(question.record.get(group_field, "(none)"))].append(hit)
-    predictions.append(
-      {**question.record, "prediction": answer.strip(), "answer": question.answer, "correct": hit}
-    )
+  answers = [answer.strip() for answer in answers]
+  answered = [question.answered(answer) for question, answer in zip(questions, answers, strict=True)]
+  each = {metric: METRICS[metric](answered) for metric in asked.metrics if metric != LOSS}
+  groups: dict[str, list[int]] = collections.defaultdict(list)
+  if asked.group_field is not None:
+    for i, question in enumerate(questions):
+      groups[str(question.record.get(asked.group_field, "(none)"))].append(i)
+
+  def means(chosen: Sequence[int]) -> dict[str, float]:
+    found = {metric: float(np.mean([values[i] for i in chosen])) for metric, values in each.items()}
+    return found | ({LOSS: TokenLoss.mean([losses[i] for i in chosen])} if losses else {})
+
+  predictions, shown = [], []
+  for i, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+    scores = {metric: values[i] for metric, values in each.items()}
+    scores |= {LOSS: losses[i].mean([losses[i]])} if losses else {}
+    predictions.append(_prediction(asked, question, answer, scores))
     if question.pictures is not None:
-      shown.append(
-        Shown(
-          question=question.text,
-          answer=question.answer,
-          prediction=answer.strip(),
-          scores={"accuracy": float(hit)},
-          pictures=question.pictures,
-        )
-      )
-  by_group = {
-    name: {"accuracy": float(np.mean(g)), "num_questions": len(g)} for name, g in sorted(groups.items())
-  }
-  return Scores(float(np.mean(hits)), len(hits), by_group, predictions, shown)
+      shown.append(question.shown(answer, scores))
+  return Scores(
+    asked=asked,
+    metrics=means(range(len(questions))),
+    num_questions=len(questions),
+    by_group={name: {**means(lines), "num_questions": len(lines)} for name, lines in sorted(groups.items())},
+    predictions=predictions,
+    shown=shown,
+  )
 
 
-def for_log(scores: Scores) -> dict[str, float]:
-  """The scores of a run in progress, by their names in the log."""
-  return {"eval_accuracy": scores.accuracy} | {
-    f"eval_accuracy_{name}": float(group["accuracy"]) for name, group in scores.by_group.items()
-  }
+def _prediction(
+  asked: EvalSet, question: Question, answer: str, scores: Mapping[str, float]
+) -> dict[str, Any]:
+  """A line of predictions.jsonl."""
+  line = {**question.record, "prediction": answer, "answer": question.answer, "scores": dict(scores)}
+  if asked.label:
+    line["set"] = asked.name
+  return line | ({"correct": bool(scores["accuracy"])} if "accuracy" in scores else {})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-  """A jsonl of questions, ready to be asked.
+  """Held-out sets, ready to be scored.
 
   Attributes:
-    config: what to score.
-    questions: its lines.
+    sets: their questions.
     tokenizer: reads the answers.
     decoder: answers.
-    shown_lines: numbers of the questions that are shown at every evaluation.
+    loss: computes the loss.
+    shown_lines: of each set, numbers of the questions that are shown at every evaluation.
   """
 
-  config: EvalConfig
-  questions: QuestionFile
+  sets: tuple[QuestionFile, ...]
   tokenizer: ChatTokenizer
   decoder: GreedyDecoder
-  shown_lines: frozenset[int] = frozenset()
+  loss: HeldOutLoss
+  shown_lines: tuple[frozenset[int], ...]
 
   def check(self) -> None:
     """Refuses questions that cannot be asked, before any is.
@@ -135,52 +196,56 @@ class Evaluation:
     Raises:
       UserError: with all that is wrong, a line each.
     """
-    if found := self.questions.problems(os.cpu_count() or 1):
+    found = [line for questions in self.sets for line in questions.problems(os.cpu_count() or 1)]
+    if found:
       raise UserError("\n".join([f"{len(found)} lines cannot be scored:", *found] if found[1:] else found))
 
-  def run(self, params: Mapping[str, jax.Array]) -> Scores:
-    """Asks every question alone and scores the answers."""
-    questions: list[Question] = []
-    answers: list[str] = []
-    ids: list[np.ndarray] = []
+  def run(self, params: Mapping[str, jax.Array]) -> list[Scores]:
+    """Scores all sets, each question asked alone."""
+    return [
+      self._run(questions, shown, dict(params))
+      for questions, shown in zip(self.sets, self.shown_lines, strict=True)
+    ]
+
+  def _run(self, file: QuestionFile, shown: frozenset[int], params: dict[str, jax.Array]) -> Scores:
+    questions, answers, ids, losses = list[Question](), list[str](), list[np.ndarray](), list[TokenLoss]()
     start = time.perf_counter()
-    for group in self._groups():
-      tokens = self.decoder(dict(params), [question.prompt for question in group])
-      answers += [self.tokenizer.decode_answer(row) for row in tokens]
-      ids += tokens
+    for lines in self._batches(file):
+      asked = [file.read(line) for line in lines]
+      group = [self._question(file, line, each, shown) for line, each in zip(lines, asked, strict=True)]
+      if file.asked.generates:
+        tokens = self.decoder(params, [question.prompt for question in group])
+        ids += tokens
+        answers += [self.tokenizer.decode_answer(row) for row in tokens]
+      else:
+        answers += [""] * len(group)
+      if LOSS in file.asked.metrics:
+        losses += self.loss(params, [each.sample for each in asked])
       # Only what the report needs is kept: the tiles of a large set would not fit.
       questions += [dataclasses.replace(question, prompt=_NO_PROMPT) for question in group]
-    scores = score(questions, answers, group_field=self.config.group_field)
-    logging.info(
-      "Scored %d questions in %.0f s: accuracy %.4f%s",
-      *(scores.num_questions, time.perf_counter() - start, scores.accuracy),
-      "".join(f", {name} {group['accuracy']:.4f}" for name, group in scores.by_group.items()),
-    )
+    scores = score(file.asked, questions, answers, losses)
+    name = f" of {file.asked.name}" if file.asked.label else ""
+    seconds = time.perf_counter() - start
+    logging.info("Scored %d questions%s in %.0f s: %s", len(questions), name, seconds, scores.line())
     for line in self.decoder.unusual_ends(ids):
       logging.warning("%s", line)
     return scores
 
-  @property
-  def name(self) -> str:
-    """The set's name: its file's, without the suffix."""
-    return re.sub(r"[^\w.+-]", "_", self.questions.file.path.rpartition("/")[2].partition(".")[0]) or "eval"
-
-  def write(self, scores: Scores, folder: str | AnyPath) -> None:
+  def write(self, scores: Sequence[Scores], folder: str | AnyPath) -> None:
     """Writes eval_results.json and predictions.jsonl."""
     folder = path_of(folder)
-    write_json(folder / "eval_results.json", scores.summary())
-    lines = (json.dumps(redacted_json(line), ensure_ascii=False) + "\n" for line in scores.predictions)
+    write_json(folder / "eval_results.json", summary(scores))
+    predictions = (line for of_set in scores if of_set.asked.generates for line in of_set.predictions)
+    lines = (json.dumps(redacted_json(line), ensure_ascii=False) + "\n" for line in predictions)
     write_whole(folder / "predictions.jsonl", "".join(lines).encode())
 
-  def _groups(self) -> Iterator[list[Question]]:
-    """The questions in batches, read as they are needed."""
-    total = self.questions.limit
-    starts = range(0, total, self.decoder.batch_size)
+  def _batches(self, file: QuestionFile) -> Iterator[range]:
+    """The numbers of a set's questions in batches, behind a bar of how far it is."""
+    starts = range(0, file.limit, self.decoder.batch_size)
     for start in tqdm(starts, unit="batch", desc="scoring", leave=False, disable=not is_first()):
-      lines = range(start, min(start + self.decoder.batch_size, total))
-      yield [self._question(line, self.questions.read(line)) for line in lines]
+      yield range(start, min(start + self.decoder.batch_size, file.limit))
 
-  def _question(self, line: int, asked: Asked) -> Question:
+  def _question(self, file: QuestionFile, line: int, asked: Asked, shown: frozenset[int]) -> Question:
     prompt = prompt_ids(asked.sample)
     learned = self.tokenizer.decode_answer(self.decoder.cut(asked.sample.input_ids[len(prompt) :]))
     return Question(
@@ -188,9 +253,17 @@ class Evaluation:
       answer=asked.answer,
       record=asked.record,
       learned=learned,
+      answers=asked.answers,
       text=asked.question,
-      pictures=tuple(self.questions.pictures(line)) if line in self.shown_lines and is_first() else None,
+      pictures=tuple(file.pictures(line)) if line in shown and is_first() else None,
     )
+
+
+def summary(scores: Sequence[Scores]) -> dict[str, Any]:
+  """The content of eval_results.json: the scores of the only set, or those of each set by its name."""
+  if len(scores) == 1 and not scores[0].asked.label:
+    return scores[0].summary()
+  return {of_set.asked.name: of_set.summary() for of_set in scores}
 
 
 def prompt_ids(sample: Sample) -> np.ndarray:
@@ -224,20 +297,19 @@ def make_evaluation(
   """
   if config.annotation is None:
     return None
-  decoder = GreedyDecoder(
-    model=source.model,
-    how=how,
-    normalize_type=data.normalize_type,
-    image_token_id=tokenizer.image_token_id,
-    stop_ids=tuple(dict.fromkeys((tokenizer.stop_token_id, *stop_ids))),
-    max_new_tokens=config.max_new_tokens,
-    batch_size=config.batch_size,
-  )
-  questions = QuestionFile.open(config, data, tokenizer, source.config.tokens_per_tile)
+  forward: dict[str, Any] = {
+    "model": source.model,
+    "how": how,
+    "normalize_type": data.normalize_type,
+    "image_token_id": tokenizer.image_token_id,
+    "batch_size": config.batch_size,
+  }
+  stops = tuple(dict.fromkeys((tokenizer.stop_token_id, *stop_ids)))
+  sets = open_questions(config, data, tokenizer, source.config.tokens_per_tile)
   return Evaluation(
-    config=config,
-    questions=questions,
+    sets=sets,
     tokenizer=tokenizer,
-    decoder=decoder,
-    shown_lines=chosen_lines(questions.limit, config.show, seed),
+    decoder=GreedyDecoder(**forward, stop_ids=stops, max_new_tokens=config.max_new_tokens),
+    loss=HeldOutLoss(**forward),
+    shown_lines=tuple(chosen_lines(questions.limit, config.show, seed) for questions in sets),
   )

@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import os
+from collections.abc import Sequence
 
 from absl import logging
 
@@ -12,7 +13,8 @@ from internvl_jax.data.load.mixture import Mixture
 from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.data.source.files import default_cache
 from internvl_jax.errors import UserError
-from internvl_jax.eval.questions import NAME, QuestionFile
+from internvl_jax.eval.questions import QuestionFile, open_questions
+from internvl_jax.eval.sets import NAME
 from internvl_jax.hf.model import (
   Source,
 )
@@ -68,13 +70,17 @@ def start_check(config: TrainConfig, source: Source, chat: ChatTokenizer, task: 
   """
   questions = None
   if config.eval.annotation is not None:
-    file = QuestionFile.open(config.eval, config.data, chat, source.config.tokens_per_tile)
+    sets = open_questions(config.eval, config.data, chat, source.config.tokens_per_tile)
     thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="questions")
-    questions = thread.submit(file.problems, os.cpu_count() or 1)
+    questions = thread.submit(_all_problems, sets)
     thread.shutdown(wait=False)
   # These ask other hosts, which only the main thread may.
   others = pair_problems(config, source, chat, task)
   return HeldOutCheck(questions=questions, others=others, drops=config.loader.on_bad_sample == "drop")
+
+
+def _all_problems(sets: Sequence[QuestionFile]) -> list[str]:
+  return [line for questions in sets for line in questions.problems(os.cpu_count() or 1)]
 
 
 def pair_problems(config: TrainConfig, source: Source, chat: ChatTokenizer, task: Task) -> list[str]:

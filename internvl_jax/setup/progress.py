@@ -11,6 +11,7 @@ from internvl_jax.checkpoint.checkpointer import Checkpointer
 from internvl_jax.config import to_json
 from internvl_jax.data.load.loader import TrainLoader
 from internvl_jax.errors import UserError
+from internvl_jax.eval.sets import first_score
 from internvl_jax.intervals import best_of
 from internvl_jax.metrics import mfu
 from internvl_jax.metrics.gauges import Gauges
@@ -164,7 +165,7 @@ def open_log(run: Run, loader: TrainLoader) -> RunLog:
       peak=mfu.peak_flops(jax.devices()),
       devices=jax.local_devices(),
     ),
-    best=best_of(config.training, answers=config.eval.annotation is not None),
+    best=best_of(config.training, first=first_score(config.eval)),
     writers=writers,
   )
 

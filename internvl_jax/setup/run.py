@@ -19,6 +19,7 @@ from internvl_jax.data.load.loader import TrainLoader
 from internvl_jax.data.load.settings import Shards
 from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.eval.scoring import Evaluation, make_evaluation
+from internvl_jax.eval.sets import read_sets
 from internvl_jax.hf.model import Source
 from internvl_jax.open_model import open_model
 from internvl_jax.optim.learning_rate import warmup_remark
@@ -162,9 +163,11 @@ def open_loader(run: Run) -> tuple[Hooks, Callable[..., TrainLoader]]:
 
 def shared_files(run: Run, loader: TrainLoader) -> dict[str, Any]:
   """What must be equal on all hosts when the data are opened: lines, order, tokenizer, weights, what is scored."""
-  annotations = {"eval.annotation": run.config.eval.annotation}
+  sets = read_sets(run.config.eval)
+  annotations = {asked.spec().name: asked.spec().annotation for asked in sets}
   scored = files_digest(annotations, run.setup.task.held_out, run.config.loader.cache_dir)
-  return {**loader.shared_facts(), **scored, **consistency.weights(run.source)}
+  named = {"the sets of eval.annotation": [dataclasses.asdict(asked) for asked in sets]}
+  return {**loader.shared_facts(), **scored, **named, **consistency.weights(run.source)}
 
 
 def host_shards(mesh: jax.sharding.Mesh) -> Shards:

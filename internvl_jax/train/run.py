@@ -26,7 +26,7 @@ from internvl_jax.config_checks import problems, validate
 from internvl_jax.data.load.counters import untaught_samples
 from internvl_jax.data.load.loader import TrainLoader
 from internvl_jax.data.load.show import show_batch
-from internvl_jax.eval.scoring import Evaluation, for_log
+from internvl_jax.eval.scoring import Evaluation
 from internvl_jax.finish import finish, score_answers
 from internvl_jax.metrics.run_log import RunLog
 from internvl_jax.metrics.trace import Trace
@@ -297,10 +297,10 @@ def joint_metrics(
   def metrics(params: dict[str, jax.Array], step: int) -> dict[str, float]:
     answers: dict[str, float] = {}
     if evaluation is not None:
-      scores = evaluation.run(params)
-      answers = for_log(scores)
-      if scores.shown:
-        log.add_predictions(step, evaluation.name, scores.shown)
+      for scores in evaluation.run(params):
+        answers |= scores.for_log()
+        if scores.shown:
+          log.add_predictions(step, scores.asked.name, scores.shown)
     return answers | hooks.evaluate(params)
 
   return metrics

@@ -9,7 +9,7 @@ from internvl_jax.arguments import EvalConfig
 from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.data.where import DataError
 from internvl_jax.errors import UserError
-from internvl_jax.eval.questions import QuestionFile
+from internvl_jax.eval.questions import open_questions
 from internvl_jax.hf.tokenizer import load_tokenizer
 from internvl_jax.open_model import open_model
 from internvl_jax.setup.held_out import start_check
@@ -64,7 +64,7 @@ def write(config, *records):
 
 def test_what_cannot_be_asked_is_named_line_by_line(config, chat):
   write(config, GOOD, *(record for record, _ in BAD.values()), GOOD)
-  found = QuestionFile.open(config.eval, config.data, chat, 4).problems(workers=0)
+  found = open_questions(config.eval, config.data, chat, 4)[0].problems(workers=0)
   assert len(found) == len(BAD)
   for number, (message, (name, (_, cause))) in enumerate(zip(found, BAD.items(), strict=True), 2):
     assert message.startswith(f"{config.eval.annotation}:{number} (dataset 'eval.annotation'): "), message
@@ -77,7 +77,7 @@ def test_what_cannot_be_asked_is_named_line_by_line(config, chat):
 def test_questions_beyond_the_limit_are_not_asked(config, chat):
   write(config, GOOD, GOOD, BAD["gone"][0])
   asked = EvalConfig(annotation=config.eval.annotation, root=config.eval.root, limit=2)
-  questions = QuestionFile.open(asked, config.data, chat, 4)
+  (questions,) = open_questions(asked, config.data, chat, 4)
   assert questions.problems(workers=0) == [] and questions.read(1).answer == "red"
 
 
@@ -86,7 +86,7 @@ def test_a_file_that_is_none(config, chat):
     with open(config.eval.annotation, "w") as file:
       file.write(text)
     with pytest.raises(DataError, match=cause):
-      QuestionFile.open(config.eval, config.data, chat, 4)
+      open_questions(config.eval, config.data, chat, 4)
 
 
 @pytest.mark.parametrize("policy", ["error", "drop"])

@@ -9,12 +9,13 @@ from PIL import Image
 
 from internvl_jax.arguments import EvalConfig, TrainingArguments
 from internvl_jax.eval import shown as module
-from internvl_jax.eval.scoring import Prompt, Question, score
+from internvl_jax.eval.scoring import Question
 from internvl_jax.eval.shown import Picture, Shown, ShownFiles, chosen_lines, without_marks
 from internvl_jax.metrics.run_log import RunLog
 from internvl_jax.metrics.writers import TrackedRun, open_writers
 from internvl_jax.storage.paths import path_of
 from tests.support.buckets import bucket, names_in, one_store, store  # noqa: F401
+from tests.support.held_out import NO_PROMPT, score_set
 
 
 def picture(color, size=(8, 8)):
@@ -90,13 +91,12 @@ def test_a_question_is_read_without_its_marks():
 
 
 def test_answers_are_shown_with_their_scores():
-  nothing = Prompt(np.zeros(0, np.int32), np.zeros((0, 0, 0, 3), np.uint8))
   asked = [
-    Question(nothing, "red", {}, text="which?", pictures=(picture("red"),)),
-    Question(nothing, "red", {}, text="not shown"),
-    Question(nothing, "red", {}, text="no picture", pictures=()),
+    Question(NO_PROMPT, "red", {}, text="which?", pictures=(picture("red"),)),
+    Question(NO_PROMPT, "red", {}, text="not shown"),
+    Question(NO_PROMPT, "red", {}, text="no picture", pictures=()),
   ]
-  first, last = score(asked, [" blue", "red", "red "], group_field=None).shown
+  first, last = score_set(asked, [" blue", "red", "red "]).shown
   assert (first.question, first.answer, first.prediction) == ("which?", "red", "blue")
   assert first.scores == {"accuracy": 0.0} and first.pictures == (picture("red"),)
   assert last.question == "no picture" and last.scores == {"accuracy": 1.0} and last.pictures == ()

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from internvl_jax.arguments import MeshConfig
 from internvl_jax.eval.greedy import GreedyDecoder, Prompt
-from internvl_jax.eval.scoring import Question, score
+from internvl_jax.eval.scoring import Question
 from internvl_jax.hf import arrangement, saving, weights
 from internvl_jax.hf import model_config as layouts
 from internvl_jax.hf.export import ModelFiles, save_model
@@ -19,6 +19,7 @@ from internvl_jax.hf.tokenizer import load_tokenizer
 from internvl_jax.models.internvl import Execution, normalize_tiles
 from internvl_jax.parallel import rules
 from internvl_jax.parallel.mesh import make_mesh
+from tests.support.held_out import score_set
 from tests.support.toy import CURVE
 
 PLACE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -226,8 +227,8 @@ def test_scores_by_group():
   questions = [
     Question(nothing, answer, {"type": kind}) for answer, kind in [("a", "x"), ("b", "x"), ("c", "y")]
   ]
-  scores = score(questions, ["a", " b\n", "d"], group_field="type")
-  assert scores.accuracy == pytest.approx(2 / 3) and scores.num_questions == 3
+  scores = score_set(questions, ["a", " b\n", "d"], group_field="type")
+  assert scores.metrics == {"accuracy": pytest.approx(2 / 3)} and scores.num_questions == 3
   assert scores.by_group == {
     "x": {"accuracy": 1.0, "num_questions": 2},
     "y": {"accuracy": 0.0, "num_questions": 1},

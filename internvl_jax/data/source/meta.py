@@ -6,7 +6,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from internvl_jax.arguments import MOST_TILES
@@ -92,6 +92,22 @@ def read_meta(
   entries = _read_object(path)
   if not entries:
     raise DataError(f"{path}: the mixture is empty: 0 datasets; add an entry")
+  return specs_of(entries, path, cache=cache)
+
+
+def specs_of(
+  entries: Mapping[str, Any], path: str, *, cache: str | os.PathLike[str] | None = None
+) -> list[DatasetSpec]:
+  """Checks the entries of a meta file, or of what else has such entries.
+
+  Args:
+    entries: by the datasets' names.
+    path: of the file that they are from, as errors name it; what is relative may be meant from its folder.
+    cache: see `read_meta`.
+
+  Raises:
+    DataError: an entry is wrong.
+  """
   return [_spec(path, name, entry, cache) for name, entry in entries.items()]
 
 

@@ -18,15 +18,15 @@ class Answered:
     answers: what is right: one answer, or those of several people.
     question: its text.
     record: its line of the annotation file.
-    learned: the first answer as it is read back from its tokens; tokenizers that normalize text do not give it back as
-      it was (Qwen's write letters and their accents as one).
+    spellings: the answer of the line's last turn as it is written and as it is read back from its tokens; tokenizers
+      that normalize text do not give it back as it was (Qwen's write letters and their accents as one). Empty: `answers`.
   """
 
   prediction: str
   answers: tuple[str, ...]
   question: str = ""
   record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  learned: str | None = None
+  spellings: tuple[str, ...] = ()
 
   def options(self) -> dict[str, str]:
     """The texts of the options by their letters; empty where the question has none.

@@ -6,16 +6,14 @@ from internvl_jax.eval.metrics.answered import Answered
 
 
 def accuracy(answered: Sequence[Answered]) -> list[float]:
-  """1 where the answer is a wanted one to the letter, white space around both apart; the case counts.
+  """1 where the answer is that of the line's last turn to the letter, white space around both apart; the case counts.
 
-  What the wanted answer's tokens give back is accepted as well: a model cannot answer otherwise.
+  What the turn's tokens give back is accepted as well: a model cannot answer otherwise.
   """
-  return [float(one.prediction.strip() in _stripped(one)) for one in answered]
-
-
-def _stripped(one: Answered) -> list[str]:
-  learned = [] if one.learned is None else [one.learned]
-  return [text.strip() for text in (*one.answers, *learned)]
+  return [
+    float(one.prediction.strip() in [text.strip() for text in one.spellings or one.answers])
+    for one in answered
+  ]
 
 
 def exact_match(answered: Sequence[Answered]) -> list[float]:
