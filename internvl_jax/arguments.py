@@ -186,10 +186,12 @@ class TrainingArguments:
   eval_strategy: str = "no"
   # Score every so many optimizer steps; below 1, a share of all steps; unset: logging_steps.
   eval_steps: float | None = None
+  # Score before the first step, too.
+  eval_on_start: bool = False
   # The final model is that of the checkpoint with the best score, in place of the last step's.
   load_best_model_at_end: bool = False
-  # The score it goes by: "accuracy", "accuracy_GROUP", or of pairs "rewards/accuracies", "rewards/margins", ...;
-  # unset: accuracy, or the pairs' rewards/accuracies where no answers are scored.
+  # The score it goes by: "accuracy", "loss", "SET/METRIC", "METRIC_GROUP", or of pairs "rewards/accuracies", ...; unset:
+  # the first metric of the first set, or the pairs' rewards/accuracies where there is none.
   metric_for_best_model: str | None = None
   # Whether the greatest value is the best; unset: of all metrics but losses.
   greater_is_better: bool | None = None

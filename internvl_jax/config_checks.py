@@ -234,6 +234,10 @@ def _evaluation_problems(config: TrainConfig) -> Iterator[str]:
       f"training.eval_strategy={min(strategies)!r} has nothing to score while eval.annotation=None; "
       f"name a jsonl there ({'; '.join(scored.hint for scored, _ in held_out)}) or set the strategy to 'no'"
     )
+  if training.eval_on_start and has_nothing:
+    yield (
+      "training.eval_on_start=True has nothing to score while eval.annotation=None; name a jsonl there, or set it to False"
+    )
   if training.load_best_model_at_end and len(strategies) < 2 and not (strategies and has_nothing):
     yield from _best_model_problems(config, min(strategies, default="no"))
 

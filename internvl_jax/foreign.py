@@ -80,7 +80,6 @@ FOREIGN: dict[str, str] = {
   "do_predict": "`python -m internvl_jax.generate` answers, `python -m internvl_jax.evaluate` scores",
   "evaluate_during_training": "training.eval_strategy says when eval.annotation is scored",
   "eval_delay": "training.eval_strategy says when eval.annotation is scored",
-  "eval_on_start": "`python -m internvl_jax.evaluate` scores a checkpoint that has not been trained",
   "per_device_eval_batch_size": "eval.batch_size is the number of questions answered at once",
   "per_gpu_train_batch_size": "training.per_device_train_batch_size is its name",
   "per_gpu_eval_batch_size": "eval.batch_size is the number of questions answered at once",

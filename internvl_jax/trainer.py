@@ -224,6 +224,8 @@ class Trainer:
     """
     first = int(state.step)
     self.log.start(first)
+    if first == 0 and self.training.eval_on_start and self.evaluate is not None:
+      self._score(state, frozen, first)
     self._clock.restart(time.perf_counter())
     for step in range(first, self._total_steps):
       if self._steps_are_long:

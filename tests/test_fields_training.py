@@ -446,6 +446,11 @@ def test_eval_steps():
   assert due("scores", eval_strategy="steps", logging_steps=4) == [4, 8]
 
 
+def test_eval_on_start():
+  (line,) = refusals(eval_on_start=True)
+  assert "eval_on_start=True has nothing to score" in line and not refusals(eval_on_start=False)
+
+
 # --- The best ----------------------------------------------------------------------------------------------
 
 

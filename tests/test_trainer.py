@@ -436,6 +436,16 @@ def test_the_last_step_is_scored_where_the_best_is_looked_for(tmp_path):
   assert list(scored(history)) == [2, 4]
 
 
+def test_a_run_may_be_scored_before_its_first_step(tmp_path):
+  """The entry of step 0 is no step's, and a run that goes on does not repeat it."""
+  evaluate = lambda params, step: {"eval_accuracy": float(step)}  # noqa: E731
+  history, _ = run(tmp_path, evaluate=evaluate, eval_on_start=True)
+  assert history[0] == {"eval_accuracy": 0.0, "epoch": 0.0, "step": 0} and list(scored(history)) == [0]
+  assert json.loads((tmp_path / "train_results.json").read_text())["train_loss"] == 2.5
+  again, _ = run(tmp_path, evaluate=pytest.fail, history=history, eval_on_start=True)
+  assert again == history
+
+
 def test_shares_of_the_run_are_written_as_steps(tmp_path):
   _, saved = run(tmp_path, save_steps=0.34, eval_steps=0.5)
   assert list(saved) == [3, 6]

@@ -103,8 +103,9 @@ class QuestionFile:
       what = str(error).partition("; raise it")[0]
       raise OverLengthError(f"{what}; raise data.max_seq_length or delete the line") from error
     *before, last = self.maker.lines.plain(record, where)["conversations"]
+    question = "\n".join(without_marks(turn["value"]) for turn in before if turn["from"] != "system")
     if not self.asked.generates and not sample.fully_masked:
-      return Asked(record, sample, "", last["value"], (last["value"],))
+      return Asked(described(record), sample, question, last["value"], (last["value"],))
     if last["from"] != "gpt":
       raise where.error(
         "the conversation does not end with an answer from 'gpt'; it cannot be scored; write the answer that is right, "
@@ -114,7 +115,6 @@ class QuestionFile:
       raise where.error(
         "no token of its last answer would be learned, so it cannot be scored; correct or delete the line"
       )
-    question = "\n".join(without_marks(turn["value"]) for turn in before if turn["from"] != "system")
     return Asked(described(record), sample, question, last["value"], _answers(record, last["value"], where))
 
   def pictures(self, line: int) -> list[Picture]:

@@ -246,10 +246,13 @@ class Evaluation:
       yield range(start, min(start + self.decoder.batch_size, file.limit))
 
   def _question(self, file: QuestionFile, line: int, asked: Asked, shown: frozenset[int]) -> Question:
-    prompt = prompt_ids(asked.sample)
-    learned = self.tokenizer.decode_answer(self.decoder.cut(asked.sample.input_ids[len(prompt) :]))
+    prompt, learned = _NO_PROMPT, None
+    if file.asked.generates:
+      prompt = Prompt(prompt_ids(asked.sample), asked.sample.tiles)
+      learned = self.decoder.cut(asked.sample.input_ids[len(prompt.input_ids) :])
+      learned = self.tokenizer.decode_answer(learned)
     return Question(
-      prompt=Prompt(prompt, asked.sample.tiles),
+      prompt=prompt,
       answer=asked.answer,
       record=asked.record,
       learned=learned,

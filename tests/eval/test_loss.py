@@ -39,17 +39,21 @@ def samples():
 
 def plain_loss(definition, params, sample):
   """The sum of a sample's token losses by the plain logits of a row of its own."""
-  model = definition.bind(params)
-  ids = jnp.asarray(sample.input_ids)[None]
-  features, index = jnp.zeros((1, 0, 0)), jnp.full(ids.shape, NO_IMAGE)
-  if len(sample.tiles):
-    features = model.extract_features(normalize_tiles(jnp.asarray(sample.tiles), "imagenet"), Execution())
-    features = features.reshape(1, -1, features.shape[-1])
-    index = jnp.where(ids == IMAGE, jnp.cumsum(ids == IMAGE, axis=1) - 1, NO_IMAGE)
-  x = model.embed(ids, index, features, Execution())
-  positions = jnp.arange(ids.shape[1])[None]
-  hidden, _ = model.decode(x, Execution(), positions=positions, segment_ids=jnp.ones_like(ids))
-  return float(jnp.sum(token_losses(model.logits(hidden)[0, :-1], jnp.asarray(sample.labels[1:]))))
+
+  @jax.jit
+  def run(params, ids, targets, tiles):
+    model = definition.bind(params)
+    features, index = jnp.zeros((1, 0, 0)), jnp.full(ids.shape, NO_IMAGE)
+    if len(tiles):
+      features = model.extract_features(normalize_tiles(tiles, "imagenet"), Execution())
+      features = features.reshape(1, -1, features.shape[-1])
+      index = jnp.where(ids == IMAGE, jnp.cumsum(ids == IMAGE, axis=1) - 1, NO_IMAGE)
+    x = model.embed(ids, index, features, Execution())
+    positions = jnp.arange(ids.shape[1])[None]
+    hidden, _ = model.decode(x, Execution(), positions=positions, segment_ids=jnp.ones_like(ids))
+    return jnp.sum(token_losses(model.logits(hidden)[0, :-1], targets))
+
+  return float(run(params, sample.input_ids[None], sample.labels[1:], sample.tiles))
 
 
 def loss_of(definition, batch_size):

@@ -81,6 +81,37 @@ def test_questions_beyond_the_limit_are_not_asked(config, chat):
   assert questions.problems(workers=0) == [] and questions.read(1).answer == "red"
 
 
+def one_set(config, **settings):
+  asked = EvalConfig(annotation=config.eval.annotation, root=config.eval.root, **settings)
+  return lambda chat: open_questions(asked, config.data, chat, 4)[0]
+
+
+def test_what_is_read_of_a_line(config, chat):
+  people = [{"answer": "red", "answer_id": 1}, {"answer": "dark red", "answer_id": 2}]
+  several = {
+    "image": ["a.png", "a.png"],
+    "conversations": turns("<image><image>\nwhat?", "red", "sure?", "yes"),
+  }
+  write(config, GOOD | {"answers": people}, several | {"answers": "yes"}, GOOD | {"answers": []})
+  questions = one_set(config)(chat)
+  first, second, third = map(questions.read, range(3))
+  assert (first.question, first.answer, first.answers) == ("what?", "red", ("red", "dark red"))
+  assert (second.question, second.answers, third.answers) == ("what?\nred\nsure?", ("yes",), ("red",))
+  (picture,) = questions.pictures(0)
+  assert [picture, picture] == questions.pictures(1)
+  write(config, GOOD | {"answers": [["red"]]})
+  (message,) = one_set(config)(chat).problems(workers=0)
+  assert "'answers' must be a list of texts" in message
+
+
+def test_the_loss_alone_needs_no_answer_at_the_end(config, chat):
+  dialog = [*turns("what?", "red", "sure?"), {"from": "gpt", "value": "yes", "loss": False}]
+  write(config, GOOD | {"conversations": dialog}, BAD["unlearned"][0])
+  found = one_set(config, metrics=("loss",))(chat)
+  assert "no token of its last answer" in "".join(found.problems(workers=0)) and found.read(0).answer == "yes"
+  assert len(found.problems(workers=0)) == 1 and len(one_set(config)(chat).problems(workers=0)) == 2
+
+
 def test_a_file_that_is_none(config, chat):
   for text, cause in (("\n", "add lines, or do not name it"), ("a,b\n1,2\n", "it is a table of text")):
     with open(config.eval.annotation, "w") as file:
