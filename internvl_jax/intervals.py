@@ -57,7 +57,7 @@ class Due:
     if strategy == "epoch":
       # As in the Trainer, a run ends its last epoch, wherever that stops.
       return step == self.total_steps or math.floor(self.epoch_of(step)) > math.floor(self.epoch_of(step - 1))
-    return strategy == "steps" and step % every == 0
+    return strategy == "steps" and step > 0 and step % every == 0
 
 
 def steps_of(interval: float, total: int) -> int:

@@ -28,6 +28,11 @@ def test_what_is_due_when():
   assert steps("scores", eval_strategy="steps", eval_steps=4) == [4, 8]
 
 
+def test_nothing_is_due_before_the_first_step():
+  due = Due(training=TrainingArguments(eval_strategy="steps"), total_steps=4, epoch_of=float)
+  assert not (due.saves(0) or due.scores(0) or due.logs(0))
+
+
 def test_the_best_is_the_first_of_equals_among_those_saved():
   history = [
     {"step": step, "eval_x": value} for step, value in ((1, 0.9), (2, 0.5), (3, 0.7), (4, 0.7), (5, 0.5))

@@ -7,6 +7,7 @@ import pytest
 from internvl_jax.arguments import EvalConfig
 from internvl_jax.config_checks import problems
 from internvl_jax.config_paths import path_problems
+from internvl_jax.data.source.records import open_records
 from internvl_jax.data.where import DataError
 from internvl_jax.eval.sets import first_score, read_sets
 from tests.support.configurations import sound_config
@@ -68,6 +69,13 @@ def test_several_sets(files, inline):
     assert (found.spec().annotation, found.spec().root) == (f"data/{found.name}.jsonl", "data/images")
   assert every.spec().lines_used(10) == 5 and not every.spec().data_augment
   assert vqa.generates and first_score(EvalConfig(annotation=annotation)) == "vqa/vqa_accuracy"
+
+
+def test_a_set_of_several_files_has_their_lines_in_order(files):
+  (both,) = sets('{"both": ["data/vqa.jsonl", "data/docs.jsonl"]}', root="data/images")
+  spec = both.spec()
+  records = open_records(spec.annotation, spec.name, key=spec.key)
+  assert len(records) == 2 and records.where(1).file.endswith("docs.jsonl") and spec.root == "data/images"
 
 
 @pytest.mark.parametrize("text", ["[1]", json.dumps(LINE), json.dumps(LINE) + "\n" + json.dumps(LINE), "{"])
