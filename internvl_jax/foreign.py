@@ -87,7 +87,7 @@ FOREIGN: dict[str, str] = {
   "eval_do_concat_batches": "answers are scored one by one",
   "eval_use_gather_object": "answers are scored one by one",
   "batch_eval_metrics": "answers are scored one by one",
-  "prediction_loss_only": "answers are scored by exact match",
+  "prediction_loss_only": "eval.metrics=('loss',) computes the loss alone",
   "predict_with_generate": "answers are always generated",
   "generation_max_length": "eval.max_new_tokens is the longest answer",
   "generation_num_beams": "answers are greedy",

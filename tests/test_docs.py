@@ -26,7 +26,7 @@ RUN_BY = {
   "internvl_jax.train": "tests/runs/test_run.py",
   "internvl_jax.doctor": "tests/test_doctor.py",
   "internvl_jax.plan": "tests/aot/test_plan.py",
-  "internvl_jax.evaluate": "tests/eval/test_scoring.py",
+  "internvl_jax.evaluate": "tests/runs/test_evaluations.py",
   "internvl_jax.generate": "tests/test_docs.py",
   "internvl_jax.convert": "tests/hf/test_convert.py",
   "internvl_jax.verify": "tests/hf/test_parity.py",

@@ -41,7 +41,7 @@ def test_all_metrics_but_our_own_are_compared():
 
 
 def test_accuracy_is_to_the_letter():
-  assert score("accuracy", " red ", "blue", "red\n") == 1 and score("accuracy", "Red", "red") == 0
+  assert score("accuracy", "red", "blue", " red\n") == 1 and score("accuracy", "Red", "red") == 0
   learned = Answered(prediction="\u00e9", answers=("other",), spellings=("e\u0301", "\u00e9"))
   assert METRICS["accuracy"]([learned]) == [1]
   assert score("exact_match", "Red", "red") == 1

@@ -16,7 +16,7 @@ def choice(answered: Sequence[Answered]) -> list[float]:
   As the reference scores ScienceQA (`post_process` of its eval/scienceqa/evaluate_scienceqa.py), which has MMBench's rule
   and takes "(B)" for B, too.
   """
-  return [float(chosen_letter(one.prediction.strip(), one.options()) in one.answers) for one in answered]
+  return [float(chosen_letter(one.prediction, one.options()) in one.answers) for one in answered]
 
 
 def chosen_letter(text: str, options: Mapping[str, str]) -> str | None:

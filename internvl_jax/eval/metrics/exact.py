@@ -11,8 +11,7 @@ def accuracy(answered: Sequence[Answered]) -> list[float]:
   What the turn's tokens give back is accepted as well: a model cannot answer otherwise.
   """
   return [
-    float(one.prediction.strip() in [text.strip() for text in one.spellings or one.answers])
-    for one in answered
+    float(one.prediction in [text.strip() for text in one.spellings or one.answers]) for one in answered
   ]
 
 
@@ -21,10 +20,7 @@ def exact_match(answered: Sequence[Answered]) -> list[float]:
 
   As the reference scores OCR-VQA and AI2D (`evaluate_exact_match_accuracy` of its eval/vqa/evaluate_vqa.py).
   """
-  return [
-    float(one.prediction.strip().lower() in [text.strip().lower() for text in one.answers])
-    for one in answered
-  ]
+  return [float(one.prediction.lower() in [text.strip().lower() for text in one.answers]) for one in answered]
 
 
 def contains(answered: Sequence[Answered]) -> list[float]:

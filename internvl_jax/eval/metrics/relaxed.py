@@ -14,7 +14,7 @@ def relaxed_accuracy(answered: Sequence[Answered]) -> list[float]:
   defines it, and an answer of 0 is compared as a text: so does the reference's eval/vqa/evaluate_vqa.py, whose published
   numbers are made so.
   """
-  return [float(any(_is_right(wanted, one.prediction.strip()) for wanted in one.answers)) for one in answered]
+  return [float(any(_is_right(wanted, one.prediction) for wanted in one.answers)) for one in answered]
 
 
 def _is_right(wanted: str, given: str) -> bool:
