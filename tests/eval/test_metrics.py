@@ -99,6 +99,14 @@ def test_options_are_read_from_the_line_or_from_the_question():
   assert score("mmmu", "it must be (B)", "B", question=question) == 1
 
 
+def test_the_letter_that_is_named_last_counts():
+  for form in ("({})", "{}"):
+    text = " or ".join(form.format(letter) for letter in "ABA")
+    assert (
+      score("mmmu", text, "A", options=["x", "y"]) == 1 and score("mmmu", text, "B", options=["x", "y"]) == 0
+    )
+
+
 def test_a_guess_does_not_depend_on_what_was_scored_before():
   asked = [Answered(prediction="?", answers=("A",), record={"options": ["x", "y"]})] * 20
   first = METRICS["mmmu"](asked)
