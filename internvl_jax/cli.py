@@ -91,8 +91,10 @@ def define_config_flag(
   return holder
 
 
-def run_app(main: Callable[[list[str]], Any]) -> None:
+def run_app(main: Callable[[list[str]], Any], *, positional: bool = False) -> None:
   """Runs a command's `main(argv)` under absl; ends the process.
+
+  `positional` passes words that are no flags on to `main`, behind the program's name; those after "--" as they are.
 
   A `UserError`, a path that cannot be opened and a full disk become a line on stderr and exit code 1
   (`--verbosity=1` shows where they came from), and so does a wrong command line. Any other exception is a bug and
@@ -120,7 +122,7 @@ def run_app(main: Callable[[list[str]], Any]) -> None:
       print(usage(sys.modules[main.__module__].__doc__ or "", flags.FLAGS, FLAG, full=full))
       sys.exit(0)
     try:
-      return parse_flags(argv)
+      return parse_flags(argv, positional=positional)
     except UserError as error:
       _exit_with(error)
 
@@ -176,13 +178,20 @@ class _BarAwareHandler(stdlib_logging.Handler):
     tqdm.write(redacted(self.format(record)), file=sys.stderr)
 
 
-def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
+def parse_flags(
+  argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS, *, positional: bool = False
+) -> list[str]:
   """Parses a command line (the program's name first) and returns what is left: the program's name.
+
+  With `positional`, also the words that are no flags, which may stand among them, and "--" with what follows it.
 
   Raises:
     UserError: The command line or the recipe is wrong.
   """
-  args = flag_values.read_flags_from_files(list(argv), force_gnu=False)
+  at = list(argv).index("--") if positional and "--" in argv else len(argv)
+  args = flag_values.read_flags_from_files(list(argv[:at]), force_gnu=positional)
+  if positional:
+    flag_values.set_gnu_getopt()
   cleared: list[str] = []
   if FLAG in flag_values and not _asks_for_help(args):
     args, _passed[:] = _without_foreign(args)
@@ -199,6 +208,8 @@ def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS
     raise UserError(_explain_unknown_flag(error, flag_values)) from error
   except flags.Error as error:
     raise UserError(_one_line(error)) from error
+  if positional:
+    return [*rest, *argv[at:]]
   if len(rest) > 1:
     raise UserError(f"unexpected argument {rest[1]!r}; flags are written --name=value, booleans too")
   for path in cleared:

@@ -49,6 +49,11 @@ def problems(config: TrainConfig, command: Command = "train") -> list[str]:
   mistyped = list(_type_problems(config))
   if mistyped:  # The other checks calculate with the values.
     return mistyped
+  return [*value_problems(config), *path_problems(config, command)]
+
+
+def value_problems(config: TrainConfig) -> list[str]:
+  """Those of the values, which have their types: nothing is said of files and folders."""
   checks: tuple[Callable[[TrainConfig], Iterator[str]], ...] = (
     _support_problems,
     _range_problems,
@@ -61,8 +66,7 @@ def problems(config: TrainConfig, command: Command = "train") -> list[str]:
     _mesh_problems,
     _runtime_problems,
   )
-  found = [line for check in checks for line in check(config)]
-  return [*found, *path_problems(config, command)]
+  return [line for check in checks for line in check(config)]
 
 
 def _is_a(value: Any, annotation: Any) -> bool:

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "internvl_jax"
 NAME = PACKAGE.name
 
-FRONT_DOORS = ("train", "plan", "doctor", "convert", "verify", "certify", "evaluate", "generate")
+FRONT_DOORS = ("train", "plan", "doctor", "convert", "verify", "certify", "evaluate", "generate", "from_script")
 
 # From the top of the house to its bottom. A room may import itself and the rooms of lower layers; rooms of one
 # layer do not know each other, except where ALSO says so.
@@ -20,6 +20,8 @@ LAYERS = (
   ("aot", "answering", "conversion", "verification"),
   ("setup", "finish"),
   ("cli", "open_model", "output_dir"),
+  ("nearest_recipe",),
+  ("reference_arguments",),
   ("help_text", "config_checks", "recipes", "recipe_files"),
   ("config_paths",),
   ("tasks",),
@@ -61,8 +63,12 @@ ONLY = {
     "environment",
     "errors",
     "foreign",
+    "nearest_recipe",
+    "reference_arguments",
     "signals",
   },
+  "nearest_recipe": {"config", "recipe_files", "reference_arguments"},
+  "reference_arguments": {"config", "errors", "foreign"},
   "help_text": {"config", "errors"},
   # Read before anything heavy.
   "recipes": {"config", "errors"},

@@ -1,0 +1,292 @@
+"""Turns a launch into a recipe: the nearest published one, and what the script says differently."""
+
+import dataclasses
+import os
+import re
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+from internvl_jax.config import FIELDS, TrainConfig, get
+from internvl_jax.config_checks import value_problems
+from internvl_jax.errors import UserError, redacted
+from internvl_jax.from_script.launches import Launch
+from internvl_jax.nearest_recipe import LAUNCH, differing, nearest
+from internvl_jax.parallel import zero
+from internvl_jax.recipe_files import load_recipe
+from internvl_jax.reference_arguments import Arguments
+
+_WIDTH = 106
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+  """A recipe that says what a script says.
+
+  Attributes:
+    base: the published recipe, "internvl2_5/finetune:8b,lora".
+    numbers: of its argument: "devices=4,batch=64"; empty if the script's are those of the recipe, None if they are
+      among the settings.
+    settings: path -> value that differs from the base.
+    config: what the recipe says, of which `base_config` is what the base says.
+    left_out: "--name value" -> why no field has it; what changes nothing that is learned.
+    lost: the same of what would change what is learned, or left.
+    remarks: what else is to be known.
+  """
+
+  base: str
+  numbers: str | None
+  settings: dict[str, Any]
+  config: TrainConfig
+  base_config: TrainConfig
+  left_out: dict[str, str]
+  lost: dict[str, str]
+  remarks: list[str]
+
+
+def make_recipe(launch: Launch, arguments: Arguments) -> Recipe:
+  """The recipe of a launch.
+
+  Args:
+    launch: of the script.
+    arguments: its program's, without problems.
+
+  Raises:
+    UserError: the settings contradict each other, or the batch is none.
+  """
+  values, remarks = {**arguments.values}, []
+  remarks += _set_by_program(launch, values, arguments)
+  base = nearest(values)
+  config, numbers = _with_batch(base.spec, launch, values)
+  settings = {path: values.get(path, FIELDS[path].default) for path in differing(values, base.config)}
+  if numbers is None:
+    settings |= {path: values.get(path, FIELDS[path].default) for path in LAUNCH}
+    settings |= {"mesh.sequence": 1, "mesh.fsdp": launch.devices or -1}
+  for path, value in settings.items():
+    _set(config, path, value)
+  lost = _drop_refused(config, base.config, settings)
+  left_out, lost_too = _left_out(arguments, values)
+  return Recipe(
+    base=base.spec,
+    numbers=numbers,
+    settings=settings,
+    config=config,
+    base_config=base.config,
+    left_out=left_out,
+    lost=lost | lost_too,
+    remarks=remarks,
+  )
+
+
+def _set(config: TrainConfig, path: str, value: Any) -> None:
+  leaf, name = path.split(".")
+  setattr(getattr(config, leaf), name, value)
+
+
+_OF_3_5 = ("split_annotations", "use_custom_flash_attn")
+"""Arguments that the programs of InternVL3.5 alone have."""
+
+
+def _set_by_program(launch: Launch, values: dict[str, Any], arguments: Arguments) -> list[str]:
+  """Adds what the program sets by itself; returns what is to be said of it."""
+  if not re.search(r"(mpo|dpo)", launch.program.rpartition("/")[2]) or "preference.loss_type" in values:
+    return []
+  model = values.get("model.model_name_or_path") or ""
+  if any(argument.name in _OF_3_5 for argument in arguments.foreign) or "InternVL3_5" in model:
+    added: dict[str, Any] = {
+      "preference.loss_type": "sigmoid,bco_pair",
+      "preference.sigmoid_loss_weight": 0.8,
+    }
+    added |= {"preference.bco_pair_loss_weight": 0.2, "preference.rpo_alpha": 1.0}
+  else:
+    added = {"preference.loss_type": "sigmoid"}
+  values |= added
+  words = ", ".join(f"{path}={value!r}" for path, value in added.items())
+  return [f"{launch.program} sets by itself: {words}"]
+
+
+# --- The batch ----------------------------------------------------------------------------------------------
+
+
+def rows_of(config: TrainConfig, devices: int) -> int:
+  """The rows of an optimizer step on so many devices."""
+  training = config.training
+  rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * devices
+  return rows // config.mesh.sequence
+
+
+def _with_batch(base: str, launch: Launch, values: dict[str, Any]) -> tuple[TrainConfig, str | None]:
+  """The base with the launch's batch on its devices, and the numbers that do that; None if numbers cannot."""
+  per_device, steps = (values.get(path, FIELDS[path].default) for path in LAUNCH)
+  if per_device < 1 or steps < 1:
+    raise UserError(
+      f"--per_device_train_batch_size {per_device} and --gradient_accumulation_steps {steps} make no batch; where the "
+      "script computes them, BATCH_SIZE must be at least PER_DEVICE_BATCH_SIZE times GPUS"
+    )
+  config, devices = load_recipe(base), launch.devices
+  if devices is None:
+    same = _batch_of(config) == (per_device, steps * config.mesh.sequence)
+    return config, "" if same else None
+  pinned, rows = f"devices={devices}", per_device * steps * devices
+  for numbers in (
+    pinned,
+    f"{pinned},per_device={per_device}",
+    f"{pinned},batch={rows}",
+    f"{pinned},per_device={per_device},batch={rows}",
+  ):
+    try:
+      tried = load_recipe(f"{base},{numbers}")
+    except UserError:  # It does not divide.
+      continue
+    if tried.training.per_device_train_batch_size == per_device and rows_of(tried, devices) == rows:
+      is_the_scripts = numbers == pinned and _batch_of(tried) == _batch_of(config)
+      return (config, "") if is_the_scripts else (tried, numbers)
+  return config, None
+
+
+def _batch_of(config: TrainConfig) -> tuple[int, int]:
+  return config.training.per_device_train_batch_size, config.training.gradient_accumulation_steps
+
+
+# --- What has no field --------------------------------------------------------------------------------------
+
+_REFUSED = re.compile(r"(\w+\.\w+)=.* (?:is not supported|must be one of)\b")
+
+
+def _drop_refused(config: TrainConfig, base: TrainConfig, settings: dict[str, Any]) -> dict[str, str]:
+  """Takes values that no run here can have back to the base's; returns them with the reasons.
+
+  Raises:
+    UserError: settings contradict each other.
+  """
+  lost = {}
+  for line in value_problems(config):
+    path = found[1] if (found := _REFUSED.match(line)) else ""
+    if path in settings:
+      lost[f"--{path.partition('.')[2]} {settings.pop(path)}"] = f"{line}; left at {get(base, path)!r}"
+      _set(config, path, get(base, path))
+  if remaining := value_problems(config):
+    raise UserError("\n".join(remaining))
+  return lost
+
+
+def _left_out(arguments: Arguments, values: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+  """What no field has, or recipes leave, with the reasons: without and with a change of what is learned or left."""
+  kept: dict[str, str] = {}
+  lost: dict[str, str] = {}
+  for argument in arguments.foreign:
+    if argument.why or not argument.changes_nothing:
+      (kept if argument.changes_nothing else lost)[f"--{argument.name} {argument.value}"] = argument.why
+  if values.get("training.overwrite_output_dir"):
+    kept["--overwrite_output_dir True"] = (
+      "a restarted command goes on from its newest checkpoint; the flag would delete what an earlier run left"
+    )
+  if file := values.get("training.deepspeed"):
+    _explain_zero(file, kept, lost)
+  return kept, lost
+
+
+def _explain_zero(file: str, kept: dict[str, str], lost: dict[str, str]) -> None:
+  flag = f"--deepspeed {file}"
+  kept[flag] = (
+    "mesh.fsdp shards parameters, gradients and moments over all devices: the same numbers, least memory"
+  )
+  if os.path.isfile(file):
+    lines = zero.problems(file, TrainConfig().training)
+    lost |= {f"{flag}, offload": line.partition(": ")[2] for line in lines if "offload" in line}
+  elif "offload" in file:
+    lost[f"{flag}, offload"] = "is not done here: `python -m internvl_jax.plan` tells whether it fits without"
+
+
+# --- Texts --------------------------------------------------------------------------------------------------
+
+
+def recipe_text(recipe: Recipe, launch: Launch, *, script: str, file: str) -> str:
+  """The recipe as a file of Python.
+
+  Args:
+    recipe: what it says.
+    launch: what it was made of.
+    script: its path.
+    file: where it is to be.
+  """
+  base = f"{recipe.base},{recipe.numbers}" if recipe.numbers else recipe.base
+  signature, about, load = (
+    'arg: str = ""',
+    "; `arg` may be devices=N, batch=N and per_device=N",
+    'f"{BASE},{arg}"',
+  )
+  if recipe.numbers is None:
+    signature, about, load = "", "", "BASE"
+  return "\n".join(
+    [
+      *_docstring(recipe, launch, script=script, file=file),
+      "",
+      "from internvl_jax.config import TrainConfig",
+      "from internvl_jax.recipe_files import load_recipe",
+      "",
+      f'BASE = "{base}"',
+      "",
+      "",
+      f"def get_config({signature}) -> TrainConfig:",
+      f'  """The recipe{about}."""',
+      f"  config = load_recipe({load})",
+      *(f"  config.{path} = {value!r}" for path, value in recipe.settings.items()),
+      "  return config",
+      "",
+    ]
+  )
+
+
+def _docstring(recipe: Recipe, launch: Launch, *, script: str, file: str) -> list[str]:
+  lines = [
+    f"Trains what {os.path.basename(script)} trains: the recipe {recipe.base}, and what the script says differently.",
+    "",
+    *_wrapped(f"The script starts {launch.program} by {launch.launcher}, {batch_text(recipe, launch)}."),
+    "",
+    f"  python -m internvl_jax.train --config {file}",
+  ]
+  if recipe.numbers is not None:
+    lines += ["", f"{file}:devices=N keeps the batch on N devices."]
+  if recipe.lost:
+    lines += ["", "What the script asks and this recipe does not:", *_listed(recipe.lost)]
+  text = "\n".join(lines).replace("\\", "\\\\").replace('"', "'")
+  return [f'"""{text}', '"""']
+
+
+def batch_text(recipe: Recipe, launch: Launch) -> str:
+  """The batch in words: "on 2 devices, 16 rows a step (4 a device, 2 micro-batches)"."""
+  training, sharing = recipe.config.training, recipe.config.mesh.sequence
+  each = "a device" if sharing == 1 else f"every {sharing} devices, which share rows"
+  parts = (
+    f"{training.per_device_train_batch_size} {each}, {training.gradient_accumulation_steps} micro-batches"
+  )
+  if launch.devices is None:
+    return f"on as many devices as there are ({parts})"
+  return f"on {launch.devices} devices, {rows_of(recipe.config, launch.devices)} rows a step ({parts})"
+
+
+def report(recipe: Recipe) -> str:
+  """What differs from the published recipe, and what has no field, for the terminal."""
+  lines = [
+    f"nearest published recipe: {recipe.base}, which differs in{'' if recipe.settings else ' nothing'}"
+  ]
+  for path, value in recipe.settings.items():
+    lines.append(f"  {path} = {value!r}, there {get(recipe.base_config, path)!r}")
+  if recipe.numbers:
+    lines.append(f"numbers of the launch: {recipe.numbers}")
+  if recipe.lost:
+    lines += ["NOT carried over:", *_listed(recipe.lost)]
+  if recipe.left_out:
+    lines += ["left out, with no change of what is learned:", *_listed(recipe.left_out)]
+  return redacted("\n".join([*lines, *recipe.remarks]))
+
+
+def _listed(entries: Mapping[str, str]) -> list[str]:
+  return [line for item in entries.items() for line in _wrapped(": ".join(item), "  ")]
+
+
+def _wrapped(text: str, indent: str = "") -> list[str]:
+  return textwrap.wrap(
+    text, _WIDTH, initial_indent=indent, subsequent_indent=indent * 2, break_on_hyphens=False
+  )

@@ -1,0 +1,91 @@
+"""Finds the published recipe from which a configuration differs least."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from internvl_jax.config import FIELDS, TrainConfig, get
+from internvl_jax.recipe_files import load_module, load_recipe, recipe_folder, recipe_names
+from internvl_jax.reference_arguments import LEAVES
+
+LAUNCH = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
+"""Fields that follow from the devices and the batch, which a recipe's argument sets."""
+
+OURS = ("training.deepspeed", "training.overwrite_output_dir")
+"""Fields that scripts set and recipes leave, see `internvl_jax.recipes`."""
+
+COMPARED = tuple(path for path in FIELDS if path.partition(".")[0] in LEAVES and path not in (*LAUNCH, *OURS))
+"""The fields by which scripts and recipes are compared."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Published:
+  """A published recipe.
+
+  Attributes:
+    spec: "internvl2_5/finetune:8b,lora".
+    config: what it says.
+  """
+
+  spec: str
+  config: TrainConfig
+
+  @property
+  def size(self) -> str:
+    """Of its model: "8b"."""
+    return self.spec.partition(":")[2].partition(",")[0]
+
+
+@functools.cache
+def published_recipes() -> tuple[Published, ...]:
+  """All recipes of the published scripts, with their sizes and variants."""
+  found = []
+  for name in recipe_names():
+    module = load_module(str(recipe_folder() / f"{name}.py"))
+    for choice in getattr(module, "CHOICES", ()):
+      spec = f"{name}:{choice}"
+      found.append(Published(spec=spec, config=load_recipe(spec)))
+  return tuple(found)
+
+
+def nearest(values: Mapping[str, Any]) -> Published:
+  """The recipe that has the fewest other values, of those of the same task and of a model of the same size.
+
+  Args:
+    values: of fields, by their paths; all others have their defaults.
+  """
+  whole = {path: values.get(path, FIELDS[path].default) for path in COMPARED}
+  sizes = {recipe.size for recipe in published_recipes()}
+  size = _size_of(whole["model.model_name_or_path"])
+  generation = _generation_of(whole["model.model_name_or_path"])
+  prefers = whole["preference.loss_type"] is not None
+
+  def distance(recipe: Published) -> tuple[bool, bool, int, bool]:
+    config = recipe.config
+    return (
+      (config.preference.loss_type is not None) != prefers,
+      size in sizes and size != recipe.size,
+      len(differing(whole, config)),
+      generation != _generation_of(config.model.model_name_or_path),
+    )
+
+  return min(published_recipes(), key=distance)
+
+
+def differing(values: Mapping[str, Any], config: TrainConfig) -> list[str]:
+  """The paths of `COMPARED` at which a configuration has another value than `values`, or than the default."""
+  return [path for path in COMPARED if get(config, path) != values.get(path, FIELDS[path].default)]
+
+
+def _size_of(model: str | None) -> str:
+  """The size that a checkpoint's name tells, as recipes write it: "8b"; empty if it tells none."""
+  found = re.search(r"(?<![\dA-Za-z.])(?<!\d_)(\d+)[bB](?![A-Za-z])", (model or "").rstrip("/"))
+  return f"{found[1]}b" if found else ""
+
+
+def _generation_of(model: str | None) -> str:
+  """The generation that a checkpoint's name tells: "2_5"; empty if it tells none."""
+  found = re.search(r"[iI]ntern[vV][lL](\d(?:[_.]\d)?)(?!\d)", model or "")
+  return re.sub(r"\W", "_", found[1]) if found else ""
