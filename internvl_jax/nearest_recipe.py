@@ -19,6 +19,31 @@ OURS = ("training.deepspeed", "training.overwrite_output_dir")
 COMPARED = tuple(path for path in FIELDS if path.partition(".")[0] in LEAVES and path not in (*LAUNCH, *OURS))
 """The fields by which scripts and recipes are compared."""
 
+_STAGE1 = "work_dirs/internvl_chat_v1_5/internvl_chat_v1_5_{}_dynamic_res_pretrain"
+
+SLIPS: dict[str, tuple[str, str]] = {
+  # Other folders than those where the next stage's script looks.
+  "internvl1_5/stage1:2b": ("training.output_dir", _STAGE1.format("internlm2_1_8b")),
+  "internvl1_5/stage1:4b": ("training.output_dir", _STAGE1.format("phi3_3_8b")),
+  "internvl1_5/stage1:26b": ("training.output_dir", _STAGE1.format("internlm2_20b")),
+  "internvl1_5/stage1:40b": ("training.output_dir", _STAGE1.format("hermes2_yi34b")),
+  "internvl3_5/sft:20b": (
+    "training.output_dir",
+    "work_dirs/internvl3_5_gpt_oss_20b_sft/internvl3_5_gpt_oss_20b_stage2_sft",
+  ),
+  # The folder that the run itself writes.
+  "internvl1_5/stage2:4b": (
+    "model.model_name_or_path",
+    "./work_dirs/internvl_chat_v1_5_phi3_3_8b_dynamic_res_finetune",
+  ),
+  # The name of the LoRA run's folder.
+  "internvl2_5/finetune:26b": (
+    "training.output_dir",
+    "work_dirs/internvl_chat_v2_5/internvl2_5_26b_dynamic_res_2nd_finetune_lora",
+  ),
+}
+"""Recipe -> a field, and what its published script says there by mistake."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Published:
@@ -72,6 +97,12 @@ def nearest(values: Mapping[str, Any]) -> Published:
     )
 
   return min(published_recipes(), key=distance)
+
+
+def slips_of(spec: str, values: Mapping[str, Any]) -> dict[str, Any]:
+  """The mistakes of a recipe's published script that `values` repeat: their paths and values."""
+  path, value = SLIPS.get(spec, ("", None))
+  return {path: value} if path in values and values[path] == value else {}
 
 
 def differing(values: Mapping[str, Any], config: TrainConfig) -> list[str]:

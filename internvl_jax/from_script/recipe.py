@@ -11,7 +11,7 @@ from internvl_jax.config import FIELDS, TrainConfig, get
 from internvl_jax.config_checks import value_problems
 from internvl_jax.errors import UserError, redacted
 from internvl_jax.from_script.launches import Launch
-from internvl_jax.nearest_recipe import LAUNCH, differing, nearest
+from internvl_jax.nearest_recipe import LAUNCH, differing, nearest, slips_of
 from internvl_jax.parallel import zero
 from internvl_jax.recipe_files import load_recipe
 from internvl_jax.reference_arguments import Arguments
@@ -57,6 +57,11 @@ def make_recipe(launch: Launch, arguments: Arguments) -> Recipe:
   values, remarks = {**arguments.values}, []
   remarks += _set_by_program(launch, values, arguments)
   base = nearest(values)
+  for path, slip in slips_of(base.spec, values).items():
+    values[path] = get(base.config, path)
+    remarks.append(
+      f"{path}={slip!r} is a slip of the published script; the recipe's {values[path]!r} is taken"
+    )
   config, numbers = _with_batch(base.spec, launch, values)
   settings = {path: values.get(path, FIELDS[path].default) for path in differing(values, base.config)}
   if numbers is None:
@@ -182,20 +187,21 @@ def _left_out(arguments: Arguments, values: dict[str, Any]) -> tuple[dict[str, s
       "a restarted command goes on from its newest checkpoint; the flag would delete what an earlier run left"
     )
   if file := values.get("training.deepspeed"):
-    _explain_zero(file, kept, lost)
+    kept |= _explain_zero(file)
   return kept, lost
 
 
-def _explain_zero(file: str, kept: dict[str, str], lost: dict[str, str]) -> None:
+def _explain_zero(file: str) -> dict[str, str]:
   flag = f"--deepspeed {file}"
-  kept[flag] = (
-    "mesh.fsdp shards parameters, gradients and moments over all devices: the same numbers, least memory"
-  )
+  said = {
+    flag: "mesh.fsdp shards parameters, gradients and moments over all devices: the same numbers, least memory"
+  }
+  offload = "offload" in file
   if os.path.isfile(file):
-    lines = zero.problems(file, TrainConfig().training)
-    lost |= {f"{flag}, offload": line.partition(": ")[2] for line in lines if "offload" in line}
-  elif "offload" in file:
-    lost[f"{flag}, offload"] = "is not done here: `python -m internvl_jax.plan` tells whether it fits without"
+    offload = any("offload" in line for line in zero.problems(file, TrainConfig().training))
+  if offload:
+    said[f"{flag}, offload"] = "is not done here: `python -m internvl_jax.plan` tells whether it fits without"
+  return said
 
 
 # --- Texts --------------------------------------------------------------------------------------------------
