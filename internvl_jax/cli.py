@@ -22,6 +22,7 @@ them in place of what the command does.
 """
 
 import errno
+import functools
 import logging as stdlib_logging
 import re
 import sys
@@ -42,7 +43,11 @@ from internvl_jax.environment import set_environment
 from internvl_jax.errors import UserError, redacted
 from internvl_jax.foreign import FOREIGN, answer
 from internvl_jax.help_text import config_text, usage
+from internvl_jax.pasted_arguments import explain_pasted
 from internvl_jax.recipe_files import FLAG, explain_unknown, load_recipe
+
+_BOOLEANS = ("true", "false", "t", "f", "1", "0")
+"""What absl takes for a boolean."""
 
 PRINT_FLAG = "print_config"
 """Name of the flag that asks for the configuration's values in place of what the command does."""
@@ -194,6 +199,9 @@ def parse_flags(
     flag_values.set_gnu_getopt()
   cleared: list[str] = []
   if FLAG in flag_values and not _asks_for_help(args):
+    args = _with_equals_signs(args)
+    if pasted := explain_pasted(args[1:], _command_of(args[0]), functools.partial(_is_flag, flag_values)):
+      raise UserError(pasted)
     args, _passed[:] = _without_foreign(args)
     # ml_collections looks for overrides by itself, in sys.argv; it has no public way to be told of others.
     flag: Any = flag_values[FLAG]
@@ -205,7 +213,7 @@ def parse_flags(
   except flags.IllegalFlagValueError as error:
     raise UserError(_explain_value(error)) from error
   except flags.UnrecognizedFlagError as error:
-    raise UserError(_explain_unknown_flag(error, flag_values)) from error
+    raise UserError(_explain_unknown_flag(error)) from error
   except flags.Error as error:
     raise UserError(_one_line(error)) from error
   if positional:
@@ -216,6 +224,38 @@ def parse_flags(
     leaf, name = path.split(".")
     setattr(getattr(flag_values[FLAG].value, leaf), name, None)
   return rest
+
+
+def _command_of(program: str) -> str:
+  """How a user starts this program."""
+  spec = sys.modules["__main__"].__spec__
+  return f"python -m {spec.name.removesuffix('.__main__')}" if spec else f"python {program}"
+
+
+def _is_flag(flag_values: flags.FlagValues, name: str) -> bool:
+  return name in flag_values or name.removeprefix("no") in flag_values
+
+
+def _with_equals_signs(args: Sequence[str]) -> list[str]:
+  """Joins overrides with the values that follow them after a space, of booleans only what is one: `--config.x True`."""
+  joined: list[str] = []
+  for word in args:
+    match = _OVERRIDE.fullmatch(joined[-1]) if joined else None
+    if match and match[1] and word.lower() in _BOOLEANS:
+      raise UserError(f"{joined[-1]} takes no value, but {word!r} follows; write --{FLAG}.{match[2]}=...")
+    if match and match[3] is None and not match[1] and _is_value(match[2], word):
+      joined[-1] += f"={word}"
+    else:
+      joined.append(word)
+  return joined
+
+
+def _is_value(path: str, word: str) -> bool:
+  """Whether a word that follows an override without a value is its value."""
+  kinds = typing.get_args(FIELDS[path].type) or (FIELDS[path].type,) if path in FIELDS else ()
+  if bool in kinds:
+    return word.lower() in _BOOLEANS or (type(None) in kinds and word == "None")
+  return not word.startswith("--")
 
 
 def _asks_for_help(args: Sequence[str]) -> bool:
@@ -250,17 +290,10 @@ def _check_overrides(args: Sequence[str], *, has_default: bool) -> None:
     raise UserError("\n".join(explain_unknown(path) for path in unknown))
 
 
-def _explain_unknown_flag(error: flags.UnrecognizedFlagError, flag_values: flags.FlagValues) -> str:
-  """A flag of the reference's scripts is a field here; others may be misspelt."""
-  name = error.flagname
-  fields = [path for path in FIELDS if path.rpartition(".")[2] == name] if FLAG in flag_values else []
-  if fields:
-    return f"--{name}: a field of the recipe; write --{FLAG}.{fields[0]}=..."
-  if name in FOREIGN:
-    return f"--{name}: there is no such flag; {FOREIGN[name]}"
+def _explain_unknown_flag(error: flags.UnrecognizedFlagError) -> str:
   found = re.search(r"Did you mean: ([\w.]+)", str(error))
   hint = f"; did you mean --{found[1]}?" if found else ""
-  return f"--{name}: there is no such flag{hint}"
+  return f"--{error.flagname}: there is no such flag{hint}"
 
 
 def _split_cleared(args: Sequence[str]) -> tuple[list[str], list[str]]:

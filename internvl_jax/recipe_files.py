@@ -25,6 +25,9 @@ from internvl_jax.foreign import FOREIGN
 FLAG = "config"
 """Name of the flag that takes a recipe."""
 
+SCRIPT_SUFFIXES = (".sh", ".bash", ".sbatch", ".slurm")
+"""Ends of the names of launch scripts."""
+
 _PACKAGE = Path(__file__).parent
 
 
@@ -49,6 +52,10 @@ def find_recipe(name: str) -> str:
   Raises:
     UserError: there is none.
   """
+  if name.endswith(SCRIPT_SUFFIXES):
+    raise UserError(
+      f"--{FLAG}={name}: is a launch script; `python -m internvl_jax.from_script {name}` makes a recipe of it"
+    )
   if name.endswith(".py") or os.path.isfile(name):
     if os.path.isfile(name):
       return name

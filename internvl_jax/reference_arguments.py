@@ -6,6 +6,7 @@ and a JSON file in place of all of them. A name that comes twice has its last va
 
 import dataclasses
 import json
+import os
 import re
 import types
 import typing
@@ -13,9 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from internvl_jax.arguments import TrainingArguments
 from internvl_jax.config import FIELDS, type_name
 from internvl_jax.errors import UserError, suggest
 from internvl_jax.foreign import FOREIGN, answer
+from internvl_jax.parallel import zero
 
 LEAVES = ("model", "data", "training", "preference")
 """Groups of fields whose names are arguments of the reference's programs."""
@@ -192,3 +195,35 @@ def _one(name: str, value: str, kinds: Sequence[Any], annotation: Any) -> Any:
       except ValueError:
         continue
   raise UserError(f"--{name} {value} must be {type_name(annotation)}")
+
+
+# --- What is left out -----------------------------------------------------------------------------------------
+
+
+def left_out_of(arguments: Arguments) -> tuple[dict[str, str], dict[str, str]]:
+  """What no field has, or recipes leave, with the reasons: without and with a change of what is learned or left."""
+  kept: dict[str, str] = {}
+  lost: dict[str, str] = {}
+  for argument in arguments.foreign:
+    if argument.why or not argument.changes_nothing:
+      (kept if argument.changes_nothing else lost)[f"--{argument.name} {argument.value}"] = argument.why
+  if arguments.values.get("training.overwrite_output_dir"):
+    kept["--overwrite_output_dir True"] = (
+      "a restarted command goes on from its newest checkpoint; the flag would delete what an earlier run left"
+    )
+  if file := arguments.values.get("training.deepspeed"):
+    kept |= _explain_zero(file)
+  return kept, lost
+
+
+def _explain_zero(file: str) -> dict[str, str]:
+  flag = f"--deepspeed {file}"
+  said = {
+    flag: "mesh.fsdp shards parameters, gradients and moments over all devices: the same numbers, least memory"
+  }
+  offload = "offload" in file
+  if os.path.isfile(file):
+    offload = any("offload" in line for line in zero.problems(file, TrainingArguments()))
+  if offload:
+    said[f"{flag}, offload"] = "is not done here: `python -m internvl_jax.plan` tells whether it fits without"
+  return said

@@ -76,8 +76,15 @@ def read_script(
     raise UserError(
       f"{script}: did not end in {sandbox.SECONDS:g} s; take out what waits, or loops without an end"
     )
-  if errors := list(dict.fromkeys(_errors(outcome.told))):
-    raise UserError("\n".join(_explain(script, error) for error in errors))
+  errors = [_explain(script, error) for error in dict.fromkeys(_errors(outcome.told))]
+  errors += [
+    f"{script}, line {call.line}: {call.program} is an argument of no command: the line before is a comment, or does not end "
+    "in a backslash"
+    for call in outcome.calls
+    if not call.found and call.program.startswith("-")
+  ]
+  if errors:
+    raise UserError("\n".join(errors))
   launches = _launches(outcome, text)
   not_run = [call for call in outcome.calls if not call.found or not _is_training(call)]
   names = list(dict.fromkeys(f"{call.program}{_at(call.line)}" for call in not_run))

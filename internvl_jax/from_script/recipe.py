@@ -12,9 +12,8 @@ from internvl_jax.config_checks import value_problems
 from internvl_jax.errors import UserError, redacted
 from internvl_jax.from_script.launches import Launch
 from internvl_jax.nearest_recipe import LAUNCH, differing, nearest, slips_of
-from internvl_jax.parallel import zero
 from internvl_jax.recipe_files import load_recipe
-from internvl_jax.reference_arguments import Arguments
+from internvl_jax.reference_arguments import Arguments, left_out_of
 
 _WIDTH = 106
 
@@ -70,7 +69,7 @@ def make_recipe(launch: Launch, arguments: Arguments) -> Recipe:
   for path, value in settings.items():
     _set(config, path, value)
   lost = _drop_refused(config, base.config, settings)
-  left_out, lost_too = _left_out(arguments, values)
+  left_out, lost_too = left_out_of(arguments)
   return Recipe(
     base=base.spec,
     numbers=numbers,
@@ -173,35 +172,6 @@ def _drop_refused(config: TrainConfig, base: TrainConfig, settings: dict[str, An
   if remaining := value_problems(config):
     raise UserError("\n".join(remaining))
   return lost
-
-
-def _left_out(arguments: Arguments, values: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
-  """What no field has, or recipes leave, with the reasons: without and with a change of what is learned or left."""
-  kept: dict[str, str] = {}
-  lost: dict[str, str] = {}
-  for argument in arguments.foreign:
-    if argument.why or not argument.changes_nothing:
-      (kept if argument.changes_nothing else lost)[f"--{argument.name} {argument.value}"] = argument.why
-  if values.get("training.overwrite_output_dir"):
-    kept["--overwrite_output_dir True"] = (
-      "a restarted command goes on from its newest checkpoint; the flag would delete what an earlier run left"
-    )
-  if file := values.get("training.deepspeed"):
-    kept |= _explain_zero(file)
-  return kept, lost
-
-
-def _explain_zero(file: str) -> dict[str, str]:
-  flag = f"--deepspeed {file}"
-  said = {
-    flag: "mesh.fsdp shards parameters, gradients and moments over all devices: the same numbers, least memory"
-  }
-  offload = "offload" in file
-  if os.path.isfile(file):
-    offload = any("offload" in line for line in zero.problems(file, TrainConfig().training))
-  if offload:
-    said[f"{flag}, offload"] = "is not done here: `python -m internvl_jax.plan` tells whether it fits without"
-  return said
 
 
 # --- Texts --------------------------------------------------------------------------------------------------
