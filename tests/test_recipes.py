@@ -1,8 +1,6 @@
 """Every published launch script is a recipe and its argument, and says the same."""
 
 import ast
-import gzip
-import json
 import os
 import re
 import subprocess
@@ -17,15 +15,10 @@ from internvl_jax.config_checks import problems
 from internvl_jax.errors import UserError
 from internvl_jax.foreign import FOREIGN
 from internvl_jax.recipe_files import load_module, load_recipe
+from tests.support.launch_scripts import SCRIPTS
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
-
-# The 117 launch scripts of OpenGVLab/InternVL at 2410d1d as data: path under shell/ -> the numbers of the launch, and
-# the arguments as the script writes them. `output_dir` has the script's variables filled in.
-SCRIPTS = json.loads(
-  gzip.decompress((Path(__file__).parent / "assets" / "launch_scripts.json.gz").read_bytes())
-)
 
 # Script -> recipe. The first rule that matches the whole path; then sizes are renamed.
 RULES = (

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from internvl_jax.errors import UserError
-from internvl_jax.from_script import sandbox
+from internvl_jax.from_script import messages, sandbox
 from internvl_jax.from_script.devices import devices_of
 from internvl_jax.from_script.sandbox import FOLDER, PROGRAM, Outcome, Request
 from internvl_jax.from_script.stand_ins import LAUNCHERS, Call
@@ -71,27 +71,31 @@ def read_script(
   """
   text = _text_of(script)
   request = Request(script=script, arguments=tuple(arguments), environ=dict(environ or {}))
-  request, outcome, assumed = _mended(request, _defaults(text))
+  request, outcome, assumed = _mended(request, text)
   if not outcome.ended:
     raise UserError(
       f"{script}: did not end in {sandbox.SECONDS:g} s; take out what waits, or loops without an end"
     )
-  errors = [_explain(script, error) for error in dict.fromkeys(_errors(outcome.told))]
+  calls = [dataclasses.replace(call, place=_place(script, text, call)) for call in outcome.calls]
+  errors = messages.explain_errors(script, outcome.told)
   errors += [
     f"{script}, line {call.line}: {call.program} is an argument of no command: the line before is a comment, or does not end "
     "in a backslash"
-    for call in outcome.calls
+    for call in calls
     if not call.found and call.program.startswith("-")
   ]
   if errors:
     raise UserError("\n".join(errors))
+  outcome = dataclasses.replace(outcome, calls=calls)
   launches = _launches(outcome, text)
-  not_run = [call for call in outcome.calls if not call.found or not _is_training(call)]
+  not_run = [call for call in calls if not call.found or not _is_training(call)]
   names = list(dict.fromkeys(f"{call.program}{_at(call.line)}" for call in not_run))
   if not launches:
     raise UserError(_explain_nothing(script, outcome, names))
   again = dataclasses.replace(request, answer="2 2")
-  if not_run and _launches(sandbox.run(again), text) != launches:
+  if not_run and [launch.words for launch in _launches(sandbox.run(again), text)] != [
+    launch.words for launch in launches
+  ]:
     raise UserError(
       f"{script}: what {', '.join(names)} would print decides about the arguments, and none of it was run; write the "
       "values in its place"
@@ -104,6 +108,10 @@ def _text_of(script: str) -> str:
     return Path(script).read_text(encoding="utf-8")
   except UnicodeDecodeError:
     raise UserError(f"{script}: is no text file") from None
+
+
+def _place(script: str, text: str, call: Call) -> str:
+  return f"{call.place.rpartition(':')[0]}:{messages.line_of_call(script, text, call)}"
 
 
 def _at(line: int) -> str:
@@ -160,16 +168,7 @@ def _launches(outcome: Outcome, text: str) -> list[Launch]:
   return list(found.values())
 
 
-# --- What stands in the way ---------------------------------------------------------------------------------
-
-_MESSAGE = re.compile(r"^([^+:\n][^:\n]*): line (\d+): ([^`\n].*)$", re.MULTILINE)
-_UNBOUND = re.compile(r"^[^+\n].*: line (\d+): ([A-Za-z_]\w*): unbound variable$", re.MULTILINE)
-_MISSING = re.compile(
-  r"^[^+:\n][^:\n]*: (?:line \d+: )?(cd: )?([^:\n]+): No such file or directory$", re.MULTILINE
-)
-
-# Of builtins that fail where the script runs, and change nothing about its arguments.
-_HARMLESS = ("ulimit:", "wait:", "kill:", "disown:", "bind:", "fg:", "bg:", "trap:", "stty:")
+# --- What the script lacks -----------------------------------------------------------------------------------
 
 # Files that set up a shell, not a training: taken as empty.
 _SETUP = re.compile(
@@ -177,22 +176,26 @@ _SETUP = re.compile(
 )
 
 
-def _mended(request: Request, defaults: Mapping[str, str]) -> tuple[Request, Outcome, dict[str, str]]:
+def _mended(request: Request, text: str) -> tuple[Request, Outcome, dict[str, str]]:
   """Runs a script anew as long as it lacks what is known; the last run, and the variables that schedulers would set.
 
   Raises:
     UserError: variables have no value, all of them by name.
   """
-  unset: dict[str, str] = {}
+  defaults = _defaults(text)
+  unset: dict[str, int] = {}
   assumed: dict[str, str] = {}
   outcome = sandbox.run(request)
   for _ in range(_RERUNS):
-    if unbound := _UNBOUND.search(outcome.told):
-      line, name = unbound.groups()
-      (assumed if name in defaults else unset)[name] = defaults.get(name, line)
-      request = dataclasses.replace(request, environ={**request.environ, name: defaults.get(name, "")})
-    elif added := _lacking(request, outcome):
+    if added := _lacking(request, outcome):
       request = dataclasses.replace(request, at={**request.at, **added})
+    elif (unbound := messages.unbound_variable(outcome.told)) and not messages.other_errors(outcome.told):
+      file, name, line = unbound
+      if name in defaults:
+        assumed[name] = defaults[name]
+      else:
+        unset[name] = messages.line_of_variable(request.script, text, file=file, name=name, line=line)
+      request = dataclasses.replace(request, environ={**request.environ, name: defaults.get(name, "")})
     else:
       break
     outcome = sandbox.run(request)
@@ -207,47 +210,23 @@ def _mended(request: Request, defaults: Mapping[str, str]) -> tuple[Request, Out
 
 def _lacking(request: Request, outcome: Outcome) -> dict[str, str]:
   """Something that the script did not find, and what to put there; empty if there is nothing."""
-  for is_cd, path in _MISSING.findall(outcome.told):
-    path = path.strip("'`")
-    options = [FOLDER] if is_cd else [*_contents(path)]
-    for what in options:
-      at = os.path.dirname(path) if what == FOLDER and not is_cd else path
-      if at and at not in request.at and not at.startswith("/proc"):
-        return {at: what}
+  for is_cd, path in messages.missing_paths(outcome.told):
+    what = FOLDER if is_cd else _content(path)
+    at = os.path.dirname(path) if what == FOLDER and not is_cd else path
+    if at and at not in request.at and not at.startswith("/proc"):
+      return {at: what}
   return {}
 
 
-def _contents(path: str) -> list[str]:
+def _content(path: str) -> str:
   if os.path.basename(path) in LAUNCHERS:
-    return [PROGRAM]
+    return PROGRAM
   if _SETUP.search(path):
-    return [""]
+    return ""
   file = Path(os.path.expanduser(path))
   if file.is_file() and file.stat().st_size <= _LONGEST_FILE:
-    return [file.read_text(encoding="utf-8", errors="replace")]
-  return [FOLDER]  # The one that a file is to be written into.
-
-
-def _errors(told: str) -> list[tuple[str, str, str]]:
-  """Where bash says that it failed: file, line, message."""
-  found = _MESSAGE.findall(told)
-  return [error for error in found if not error[2].startswith(_HARMLESS)]
-
-
-def _explain(script: str, error: tuple[str, str, str]) -> str:
-  file, line, message = error
-  place = (
-    f"{script}, line {line}" if os.path.basename(file) == os.path.basename(script) else f"{file}, line {line}"
-  )
-  if message.endswith("unbound variable"):
-    name = message.partition(":")[0]
-    return f"{place}: {name if name.startswith('$') else '$' + name} has no value; give the script's arguments after --"
-  if "restricted" in message:
-    return (
-      f"{place}: {message} (this machine has no way to keep what a script writes in a folder of its own, so it runs in "
-      "restricted bash); take it out, or name the program without its folder"
-    )
-  return f"{place}: {message}"
+    return file.read_text(encoding="utf-8", errors="replace")
+  return FOLDER  # The one that a file is to be written into.
 
 
 # --- What schedulers set ------------------------------------------------------------------------------------

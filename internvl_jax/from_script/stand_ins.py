@@ -90,7 +90,7 @@ def startup_text(not_run: str) -> str:
 command_not_found_handle() {{ {not_run} "$@"; }}
 export {LINE}
 set -T
-trap '{LINE}="${{BASH_SOURCE[0]}}:$LINENO"' DEBUG
+trap '[[ ${{FUNCNAME[0]-}} = command_not_found_handle ]] || {LINE}="${{BASH_SOURCE[0]-}}:$LINENO"' DEBUG
 """
 
 

@@ -57,5 +57,10 @@ def script_of(name, launcher=""):
   lines += [f"OUTPUT_DIR={shlex.quote(script['arguments']['output_dir'])}", ""]
   lines += ['if [ ! -d "$OUTPUT_DIR" ]; then', '  mkdir -p "$OUTPUT_DIR"', "fi", ""]
   start = launcher.replace("PROGRAM", program).replace("NODES", "${WORLD_SIZE}" if over_nodes else "1")
-  given = [f'  --{key} "{value}" \\' if value[:1] != "$" else f"  --{key} {value} \\" for key, value in arguments.items()]
-  return "\n".join([*lines, start.rstrip("\n"), *given, '  2>&1 | tee -a "${OUTPUT_DIR}/training_log.txt"', ""])
+  given = [
+    f'  --{key} "{value}" \\' if value[:1] != "$" else f"  --{key} {value} \\"
+    for key, value in arguments.items()
+  ]
+  return "\n".join(
+    [*lines, start.rstrip("\n"), *given, '  2>&1 | tee -a "${OUTPUT_DIR}/training_log.txt"', ""]
+  )
