@@ -49,6 +49,9 @@ LEAVES: dict[str, type] = {
 }
 """The leaf classes by their name in the tree."""
 
+OF_THE_REFERENCE = ("model", "data", "training", "preference")
+"""The leaves whose fields are arguments of the reference's programs, under the same names."""
+
 FIELDS: dict[str, dataclasses.Field] = {
   f"{name}.{field.name}": field for name, leaf in LEAVES.items() for field in dataclasses.fields(leaf)
 }

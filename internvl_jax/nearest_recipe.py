@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from internvl_jax.config import FIELDS, TrainConfig, get
+from internvl_jax.config import FIELDS, OF_THE_REFERENCE, TrainConfig, get
 from internvl_jax.recipe_files import load_module, load_recipe, recipe_folder, recipe_names
-from internvl_jax.reference_arguments import LEAVES
+from internvl_jax.tasks import package_for
 
 LAUNCH = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
 """Fields that follow from the devices and the batch, which a recipe's argument sets."""
@@ -16,7 +16,9 @@ LAUNCH = ("training.per_device_train_batch_size", "training.gradient_accumulatio
 OURS = ("training.deepspeed", "training.overwrite_output_dir")
 """Fields that scripts set and recipes leave, see `internvl_jax.recipes`."""
 
-COMPARED = tuple(path for path in FIELDS if path.partition(".")[0] in LEAVES and path not in (*LAUNCH, *OURS))
+COMPARED = tuple(
+  path for path in FIELDS if path.partition(".")[0] in OF_THE_REFERENCE and path not in (*LAUNCH, *OURS)
+)
 """The fields by which scripts and recipes are compared."""
 
 _STAGE1 = "work_dirs/internvl_chat_v1_5/internvl_chat_v1_5_{}_dynamic_res_pretrain"
@@ -81,22 +83,28 @@ def nearest(values: Mapping[str, Any]) -> Published:
   Args:
     values: of fields, by their paths; all others have their defaults.
   """
-  whole = {path: values.get(path, FIELDS[path].default) for path in COMPARED}
+  asked = TrainConfig()
+  for path, value in values.items():
+    put(asked, path, value)
   sizes = {recipe.size for recipe in published_recipes()}
-  size = _size_of(whole["model.model_name_or_path"])
-  generation = _generation_of(whole["model.model_name_or_path"])
-  prefers = whole["preference.loss_type"] is not None
+  size = _size_of(asked.model.model_name_or_path)
+  generation = _generation_of(asked.model.model_name_or_path)
 
   def distance(recipe: Published) -> tuple[bool, bool, int, bool]:
-    config = recipe.config
     return (
-      (config.preference.loss_type is not None) != prefers,
+      package_for(recipe.config) != package_for(asked),
       size in sizes and size != recipe.size,
-      len(differing(whole, config)),
-      generation != _generation_of(config.model.model_name_or_path),
+      len(differing(values, recipe.config)),
+      generation != _generation_of(recipe.config.model.model_name_or_path),
     )
 
   return min(published_recipes(), key=distance)
+
+
+def put(config: TrainConfig, path: str, value: Any) -> None:
+  """Sets the field at a path such as "model.freeze_llm"."""
+  leaf, name = path.split(".")
+  setattr(getattr(config, leaf), name, value)
 
 
 def slips_of(spec: str, values: Mapping[str, Any]) -> dict[str, Any]:

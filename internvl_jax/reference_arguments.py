@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from internvl_jax.arguments import TrainingArguments
-from internvl_jax.config import FIELDS, type_name
+from internvl_jax.config import FIELDS, OF_THE_REFERENCE, type_name
 from internvl_jax.errors import UserError, suggest
 from internvl_jax.foreign import FOREIGN, answer
 from internvl_jax.parallel import zero
 
-LEAVES = ("model", "data", "training", "preference")
-"""Groups of fields whose names are arguments of the reference's programs."""
-
-PATHS: dict[str, str] = {path.partition(".")[2]: path for path in FIELDS if path.partition(".")[0] in LEAVES}
+PATHS: dict[str, str] = {
+  path.partition(".")[2]: path for path in FIELDS if path.partition(".")[0] in OF_THE_REFERENCE
+}
 """Argument -> the path of its field."""
 
 _LISTS = ("report_to", "loss_type")

@@ -1,6 +1,7 @@
 """Command lines: recipes and overrides, and how a mistake in them is told."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -268,22 +269,97 @@ def test_help_is_answered_before_anything_heavy_is_imported(command):
 @pytest.mark.parametrize(
   ("args", "message"),
   [
-    (
-      ("--learning_rate=1",),
-      "--learning_rate: a field of the recipe; write --config.training.learning_rate=...",
-    ),
-    (("--model_name_or_path=x",), "write --config.model.model_name_or_path=..."),
-    (("--use_custom_flash_attn=1",), "there is no such flag; runtime.attention names"),
     (("--nope=1",), "--nope: there is no such flag"),
     (("--confg=x",), "--confg: there is no such flag; did you mean --config?"),
     (("--config.training.ddp_timeout=1",), "there is no such field; runtime.hang_seconds"),
     (("--config.training.lerning_rate=1",), "did you mean training.learning_rate?"),
   ],
 )
-def test_flags_of_the_reference_are_answered(tmp_path, args, message):
+def test_flags_that_there_are_not_are_answered(tmp_path, args, message):
   with pytest.raises(UserError) as error:
     parse(tmp_path, *args)
   assert message in str(error.value) and "\n" not in str(error.value)
+
+
+PASTED = """
+--model_name_or_path "OpenGVLab/InternVL2_5-8B" --freeze_llm True --use_llm_lora 16 --conv_style internvl2_5
+--output_dir 'my runs/one' --lr_scheduler_kwargs '{"min_lr_rate": 0.1}' --loss_weights 0.8 0.2 --bf16 --do_train
+--overwrite_output_dir True --deepspeed zero_stage1_config.json --run_name one --neftune_noise_alpha 5 --tf32 False
+--nproc_per_node 8 --seed x
+"""
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["with a recipe", "without"])
+def test_arguments_of_the_reference_are_answered_all_at_once(tmp_path, named):
+  recipe = tmp_path / "recipe.py"
+  recipe.write_text(RECIPE)
+  words = [*([f"--config={recipe}"] if named else []), "--config.training.seed", "7", *shlex.split(PASTED)]
+  argv = ["command", *words]
+  values = flags.FlagValues()
+  cli.define_config_flag(values, argv)
+  with pytest.raises(UserError) as error:
+    cli.parse_flags(argv, values)
+  first, command, *others = str(error.value).splitlines()
+  assert first.startswith("--model_name_or_path, --freeze_llm, --use_llm_lora, --conv_style, --output_dir, ")
+  assert [line.partition(":")[0].partition("; ")[0] for line in others] == [
+    "--neftune_noise_alpha 5",
+    "--run_name one",
+    "--overwrite_output_dir True",
+    "--deepspeed zero_stage1_config.json",
+    "--nproc_per_node is no argument of the reference's programs",
+    "--seed x must be int",
+  ]
+  # The command can be given as it is.
+  argv = ["command", *shlex.split(command.partition(" --")[2].join(["--", ""]))]
+  assert (f"--config={recipe}" in argv) == named
+  values = flags.FlagValues()
+  holder = cli.define_config_flag(values, argv)
+  cli.parse_flags(argv, values)
+  config = holder.value
+  assert config.model.use_llm_lora == 16 and config.model.freeze_llm and config.training.bf16
+  assert config.training.output_dir == "my runs/one" and config.training.seed == 7
+  assert config.training.lr_scheduler_kwargs == '{"min_lr_rate": 0.1}'
+  assert config.preference.loss_weights == (0.8, 0.2)
+  assert config.model.freeze_backbone is not named  # The nearest recipe's.
+
+
+def test_one_argument_of_the_reference(tmp_path):
+  with pytest.raises(UserError) as error:
+    parse(tmp_path, "--learning-rate=1")
+  first, command = str(error.value).splitlines()
+  assert first.startswith(
+    "--learning_rate is an argument of the reference's programs; here, recipes have fields"
+  )
+  assert command.endswith("recipe.py --config.training.learning_rate=1.0")
+
+
+def test_overrides_may_have_a_space(tmp_path):
+  config = parse(
+    tmp_path,
+    *(
+      "--config.model.freeze_llm",
+      "True",
+      "--config.model.grad_checkpoint",
+      "false",
+      "--config.training.bf16",
+    ),
+    *("--config.training.greater_is_better", "None", "--config.training.max_steps", "-1"),
+    *("--config.training.save_total_limit", "None", "--config.training.ddp_find_unused_parameters", "False"),
+    *("--config.model.freeze_mlp", "--config.data.meta_path", "true"),
+  )
+  assert (config.model.freeze_llm, config.model.grad_checkpoint, config.model.freeze_mlp) == (
+    True,
+    False,
+    True,
+  )
+  assert config.training.bf16 and config.training.max_steps == -1 and config.data.meta_path == "true"
+  assert config.training.greater_is_better is None and config.training.save_total_limit is None
+  with pytest.raises(
+    UserError, match=r"--noconfig.model.freeze_llm takes no value, but 'True' follows; write --config"
+  ):
+    parse(tmp_path, "--noconfig.model.freeze_llm", "True")
+  with pytest.raises(UserError, match="unexpected argument 'maybe'"):
+    parse(tmp_path, "--config.model.freeze_llm", "maybe")
 
 
 def test_a_far_name_is_not_suggested(tmp_path):

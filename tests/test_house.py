@@ -68,7 +68,7 @@ ONLY = {
     "signals",
   },
   "pasted_arguments": {"nearest_recipe", "recipe_files", "reference_arguments"},
-  "nearest_recipe": {"config", "recipe_files", "reference_arguments"},
+  "nearest_recipe": {"config", "recipe_files", "tasks"},
   "reference_arguments": {"arguments", "config", "errors", "foreign", "parallel"},
   "help_text": {"config", "errors"},
   # Read before anything heavy.

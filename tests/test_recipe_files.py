@@ -53,6 +53,10 @@ def test_no_recipe_needs_another_file_of_its_folder(tmp_path):
       "--config=configs/internvl2_5/mpo.py: no such recipe file; the package's own is named without folder and "
       "suffix: internvl2_5/mpo",
     ),
+    (
+      "shell/mine.sh",
+      "--config=shell/mine.sh: is a launch script; `python -m internvl_jax.from_script shell/mine.sh` makes a recipe",
+    ),
     ("notes.txt", "--config=notes.txt: a recipe is a Python file, so its name must end in .py"),
   ],
 )

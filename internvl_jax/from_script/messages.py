@@ -48,7 +48,9 @@ def _explain(script: str, error: tuple[str, str, str]) -> str:
   place = f"{script if is_of(script, file) else file}, line {line}"
   if message.endswith("unbound variable"):
     name = message.partition(":")[0]
-    remedy = "give the script's arguments after --" if name.startswith("$") else f"add {name}=... to the command"
+    remedy = (
+      "give the script's arguments after --" if name.startswith("$") else f"add {name}=... to the command"
+    )
     return f"{place}: {name} has no value; {remedy}"
   if "restricted" in message:
     return (

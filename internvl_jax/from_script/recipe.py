@@ -11,9 +11,10 @@ from internvl_jax.config import FIELDS, TrainConfig, get
 from internvl_jax.config_checks import value_problems
 from internvl_jax.errors import UserError, redacted
 from internvl_jax.from_script.launches import Launch
-from internvl_jax.nearest_recipe import LAUNCH, differing, nearest, slips_of
+from internvl_jax.nearest_recipe import LAUNCH, differing, nearest, put, slips_of
 from internvl_jax.recipe_files import load_recipe
 from internvl_jax.reference_arguments import Arguments, left_out_of
+from internvl_jax.tasks import settings as task_settings
 
 _WIDTH = 106
 
@@ -67,7 +68,7 @@ def make_recipe(launch: Launch, arguments: Arguments) -> Recipe:
     settings |= {path: values.get(path, FIELDS[path].default) for path in LAUNCH}
     settings |= {"mesh.sequence": 1, "mesh.fsdp": launch.devices or -1}
   for path, value in settings.items():
-    _set(config, path, value)
+    put(config, path, value)
   lost = _drop_refused(config, base.config, settings)
   left_out, lost_too = left_out_of(arguments)
   return Recipe(
@@ -82,31 +83,13 @@ def make_recipe(launch: Launch, arguments: Arguments) -> Recipe:
   )
 
 
-def _set(config: TrainConfig, path: str, value: Any) -> None:
-  leaf, name = path.split(".")
-  setattr(getattr(config, leaf), name, value)
-
-
-_OF_3_5 = ("split_annotations", "use_custom_flash_attn")
-"""Arguments that the programs of InternVL3.5 alone have."""
-
-
 def _set_by_program(launch: Launch, values: dict[str, Any], arguments: Arguments) -> list[str]:
   """Adds what the program sets by itself; returns what is to be said of it."""
-  if not re.search(r"(mpo|dpo)", launch.program.rpartition("/")[2]) or "preference.loss_type" in values:
-    return []
-  model = values.get("model.model_name_or_path") or ""
-  if any(argument.name in _OF_3_5 for argument in arguments.foreign) or "InternVL3_5" in model:
-    added: dict[str, Any] = {
-      "preference.loss_type": "sigmoid,bco_pair",
-      "preference.sigmoid_loss_weight": 0.8,
-    }
-    added |= {"preference.bco_pair_loss_weight": 0.2, "preference.rpo_alpha": 1.0}
-  else:
-    added = {"preference.loss_type": "sigmoid"}
+  others = {argument.name for argument in arguments.foreign}
+  added = task_settings.set_by_program(launch.program, values, others)
   values |= added
   words = ", ".join(f"{path}={value!r}" for path, value in added.items())
-  return [f"{launch.program} sets by itself: {words}"]
+  return [f"{launch.program} sets by itself: {words}"] if added else []
 
 
 # --- The batch ----------------------------------------------------------------------------------------------
@@ -168,7 +151,7 @@ def _drop_refused(config: TrainConfig, base: TrainConfig, settings: dict[str, An
     path = found[1] if (found := _REFUSED.match(line)) else ""
     if path in settings:
       lost[f"--{path.partition('.')[2]} {settings.pop(path)}"] = f"{line}; left at {get(base, path)!r}"
-      _set(config, path, get(base, path))
+      put(config, path, get(base, path))
   if remaining := value_problems(config):
     raise UserError("\n".join(remaining))
   return lost

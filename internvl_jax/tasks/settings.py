@@ -8,7 +8,8 @@ import functools
 import importlib
 import importlib.util
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
 
 from internvl_jax import allowed_values, unused_settings
 from internvl_jax.allowed_values import Range
@@ -20,6 +21,11 @@ from internvl_jax.unused_settings import Rules
 def _no_problems(config: TrainConfig) -> Iterator[str]:
   del config
   return iter(())
+
+
+def _nothing_set(program: str, values: Mapping[str, Any], others: Collection[str]) -> Mapping[str, Any]:
+  del program, values, others
+  return {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +56,8 @@ class TaskSettings:
     folders: fields that name folders to write to.
     held_out: what it scores; None for nothing.
     files: names of the files that it writes at the root of the output directory.
+    set_by_program: what the reference's program for it sets by itself, by paths: of the program's name, the values that it
+      was given, and the names of arguments that no field has; empty of another program.
   """
 
   ranges: Mapping[str, Range] = dataclasses.field(default_factory=dict)
@@ -58,6 +66,7 @@ class TaskSettings:
   folders: tuple[str, ...] = ()
   held_out: HeldOut | None = None
   files: tuple[str, ...] = ()
+  set_by_program: Callable[[str, Mapping[str, Any], Collection[str]], Mapping[str, Any]] = _nothing_set
 
 
 @functools.cache
@@ -75,6 +84,12 @@ def ranges() -> dict[str, Range]:
 def rules() -> Rules:
   """When fields have no effect, by what all tasks say."""
   return functools.reduce(operator.or_, (own.rules for own in of_tasks()), unused_settings.RULES)
+
+
+def set_by_program(program: str, values: Mapping[str, Any], others: Collection[str]) -> dict[str, Any]:
+  """What a training program of the reference sets by itself, by paths; see `TaskSettings`."""
+  sets = (dict(own.set_by_program(program, values, others)) for own in of_tasks())
+  return functools.reduce(operator.or_, sets, {})
 
 
 def held_out(config: TrainConfig) -> Iterator[tuple[HeldOut, str | None]]:

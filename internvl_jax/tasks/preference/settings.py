@@ -1,6 +1,8 @@
 """The settings of preference optimization: their values, what they contradict, and where they have no effect."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 from internvl_jax.allowed_values import ABOVE_0, NOT_NEGATIVE, Range
 from internvl_jax.arguments import LOSS_WEIGHTS, PreferenceConfig
@@ -104,6 +106,27 @@ _RULES = Rules(
   },
 )
 
+_OF_3_5 = {"split_annotations", "use_custom_flash_attn"}
+"""Arguments that the programs of InternVL3.5 alone have."""
+
+
+def _set_by_program(program: str, values: Mapping[str, Any], others: Collection[str]) -> Mapping[str, Any]:
+  """The losses: internvl_chat_mpo.py of InternVL3.5 sets them whatever it is given; the earlier one's default is DPO's."""
+  if not re.search("mpo|dpo", re.split(r"[/.]", program.removesuffix(".py"))[-1]):
+    return {}
+  of_3_5 = bool(_OF_3_5 & set(others))
+  if values.get("preference.loss_type") and not of_3_5:
+    return {}
+  if of_3_5 or "InternVL3_5" in (values.get("model.model_name_or_path") or ""):
+    return {
+      "preference.loss_type": "sigmoid,bco_pair",
+      "preference.sigmoid_loss_weight": 0.8,
+      "preference.bco_pair_loss_weight": 0.2,
+      "preference.rpo_alpha": 1.0,
+    }
+  return {"preference.loss_type": "sigmoid"}
+
+
 SETTINGS = TaskSettings(
   ranges={
     "preference.beta": ABOVE_0,
@@ -122,5 +145,6 @@ SETTINGS = TaskSettings(
     prefixes=("rewards/", "logps/"),
   ),
   files=("preference_results.json", "reference.json"),
+  set_by_program=_set_by_program,
 )
 """What preference optimization says of its settings."""
