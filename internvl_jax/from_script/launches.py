@@ -48,7 +48,7 @@ class Reading:
   Attributes:
     launches: the trainings that it starts, in their order.
     assumed: variables that schedulers set, and their values here.
-    not_run: commands that were not run, as "conda (line 3)".
+    not_run: commands that were not run, as "conda (line 3)", and files that were not read, as "/root/.bashrc".
   """
 
   launches: list[Launch]
@@ -77,30 +77,38 @@ def read_script(
       f"{script}: did not end in {sandbox.SECONDS:g} s; take out what waits, or loops without an end"
     )
   calls = [dataclasses.replace(call, place=_place(script, text, call)) for call in outcome.calls]
-  errors = messages.explain_errors(script, outcome.told)
-  errors += [
+  if errors := [*messages.explain_errors(script, outcome.told), *_cut_off(script, calls)]:
+    raise UserError("\n".join(errors))
+  launches = _launches(dataclasses.replace(outcome, calls=calls), text)
+  not_run = [call for call in calls if not call.found or not _is_training(call)]
+  names = list(dict.fromkeys(f"{call.program}{_at(call.line)}" for call in not_run))
+  if not launches:
+    raise UserError(_explain_nothing(script, outcome, names))
+  if not_run and _without_lines(_launches(_with_other_answers(request), text)) != _without_lines(launches):
+    raise UserError(
+      f"{script}: what {', '.join(names)} would print decides about the launch, and none of it was run; write the values in "
+      "its place"
+    )
+  not_read = [path for path, what in request.at.items() if what == ""]
+  return Reading(launches=launches, assumed=assumed, not_run=[*names, *not_read])
+
+
+def _with_other_answers(request: Request) -> Outcome:
+  return sandbox.run(dataclasses.replace(request, answer="2 2"))
+
+
+def _without_lines(launches: Sequence[Launch]) -> list[Launch]:
+  return [dataclasses.replace(launch, line=0) for launch in launches]
+
+
+def _cut_off(script: str, calls: Sequence[Call]) -> list[str]:
+  """A line for each argument that has become a command."""
+  return [
     f"{script}, line {call.line}: {call.program} is an argument of no command: the line before is a comment, or does not end "
     "in a backslash"
     for call in calls
     if not call.found and call.program.startswith("-")
   ]
-  if errors:
-    raise UserError("\n".join(errors))
-  outcome = dataclasses.replace(outcome, calls=calls)
-  launches = _launches(outcome, text)
-  not_run = [call for call in calls if not call.found or not _is_training(call)]
-  names = list(dict.fromkeys(f"{call.program}{_at(call.line)}" for call in not_run))
-  if not launches:
-    raise UserError(_explain_nothing(script, outcome, names))
-  again = dataclasses.replace(request, answer="2 2")
-  if not_run and [launch.words for launch in _launches(sandbox.run(again), text)] != [
-    launch.words for launch in launches
-  ]:
-    raise UserError(
-      f"{script}: what {', '.join(names)} would print decides about the arguments, and none of it was run; write the "
-      "values in its place"
-    )
-  return Reading(launches=launches, assumed=assumed, not_run=names)
 
 
 def _text_of(script: str) -> str:

@@ -73,7 +73,7 @@ def line_of_call(script: str, text: str, call: Call) -> int:
   """The line of a call's first word; that of the file that the script sources, where it is there; 0 if not known."""
   words = (call.program, *call.before[:1])
   if is_of(script, call.place.rpartition(":")[0]):
-    for line, said in _lines_around(text, call.line, last=call.line):
+    for line, said in _lines_around(text, call.line):
       if any(word in said for word in words):
         return line
   return call.line
@@ -88,10 +88,10 @@ def line_of_variable(script: str, text: str, *, file: str, name: str, line: int)
   return line
 
 
-def _lines_around(text: str, line: int, last: int | None = None) -> Iterator[tuple[int, str]]:
+def _lines_around(text: str, line: int) -> Iterator[tuple[int, str]]:
   """The lines of a command, from the one before the given one on."""
   lines = text.splitlines()
-  for number in range(max(line - 1, 1), min(last or len(lines), len(lines)) + 1):
+  for number in range(max(line - 1, 1), len(lines) + 1):
     yield number, lines[number - 1]
     if number >= line and not lines[number - 1].endswith("\\"):
       return

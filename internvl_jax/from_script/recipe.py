@@ -1,6 +1,7 @@
 """Turns a launch into a recipe: the nearest published one, and what the script says differently."""
 
 import dataclasses
+import json
 import os
 import re
 import textwrap
@@ -190,11 +191,15 @@ def recipe_text(recipe: Recipe, launch: Launch, *, script: str, file: str) -> st
       f"def get_config({signature}) -> TrainConfig:",
       f'  """The recipe{about}."""',
       f"  config = load_recipe({load})",
-      *(f"  config.{path} = {value!r}" for path, value in recipe.settings.items()),
+      *(f"  config.{path} = {_literal(value)}" for path, value in recipe.settings.items()),
       "  return config",
       "",
     ]
   )
+
+
+def _literal(value: Any) -> str:
+  return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 def _docstring(recipe: Recipe, launch: Launch, *, script: str, file: str) -> list[str]:

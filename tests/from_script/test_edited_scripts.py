@@ -149,11 +149,15 @@ REFUSED = {
   "a contradiction": (put("max_dynamic_patch", "6 --min_dynamic_patch 9"), "mine.sh, line {torchrun}: data.min_dynamic_patch=9 is above"),
   "cards are counted": (
     TORCHRUN.replace("${GPUS:-2}", "$(nvidia-smi -L | wc -l)"),
-    "mine.sh: what nvidia-smi (line {nvidia-smi}) would print decides about the arguments",
+    "mine.sh: what nvidia-smi (line {nvidia-smi}) would print decides about the launch",
+  ),
+  "cards are counted for the launcher": (
+    TORCHRUN.replace("=${GPUS}", "=$(nvidia-smi -L | wc -l)"),
+    "mine.sh: what nvidia-smi (line {nvidia-smi}) would print decides about the launch",
   ),
   "Python calculates": (
     TORCHRUN.replace("$((BATCH_SIZE / PER_DEVICE_BATCH_SIZE / GPUS))", "$(python -c 'print(16//4//2)')"),
-    "mine.sh: what python (line {python -c}) would print decides about the arguments",
+    "mine.sh: what python (line {python -c}) would print decides about the launch",
   ),
   "a loop": (
     "for LR in 1e-5 2e-5; do\nOUT=out/$LR\n" + put("learning_rate", "$LR", put("output_dir", "$OUT")) + "done\n",
@@ -283,6 +287,12 @@ def test_mpo_programs_set_losses_of_their_own():
   assert "sets by itself: preference.loss_type='sigmoid'" in said
   config, *_ = read(own.replace("InternVL3-8B-Instruct", "InternVL3_5-8B-Instruct"))
   assert config.preference.terms == (("sigmoid", 0.8), ("bco_pair", 0.2)) and config.preference.rpo_alpha == 1
+
+
+def test_what_was_not_run_is_said():
+  said = read(SET_UP + TORCHRUN)[2]
+  if sandbox.has_namespaces():
+    assert "not run: conda (line 2), module (line 3), pip (line 4), " in said and "/.bashrc" in said
 
 
 def test_hosts_that_differ_in_their_rank_alone_train_once():
