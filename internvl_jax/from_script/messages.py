@@ -70,13 +70,12 @@ def is_of(script: str, file: str) -> bool:
 
 
 def line_of_call(script: str, text: str, call: Call) -> int:
-  """The line of a call's first word; that of the file that the script sources, where it is there; 0 if not known."""
+  """The line of a call's first word; 0 if it is in another file, which the script reads."""
+  if not is_of(script, call.place.rpartition(":")[0]):
+    return 0
   words = (call.program, *call.before[:1])
-  if is_of(script, call.place.rpartition(":")[0]):
-    for line, said in _lines_around(text, call.line):
-      if any(word in said for word in words):
-        return line
-  return call.line
+  lines = (line for line, said in _lines_around(text, call.line) if any(word in said for word in words))
+  return next(lines, call.line)
 
 
 def line_of_variable(script: str, text: str, *, file: str, name: str, line: int) -> int:

@@ -25,8 +25,8 @@ from internvl_jax.from_script.stand_ins import Call
 SECONDS = 20.0
 """What a script may take."""
 
-FOLDER = "folder"
-PROGRAM = "program"
+FOLDER = "\0folder"
+PROGRAM = "\0program"
 """What may be put at a path of the script's file system, besides the texts of files."""
 
 _READING = (

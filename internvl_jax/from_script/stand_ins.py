@@ -81,7 +81,9 @@ def _parse(record: bytes) -> Call:
 
 
 def startup_text(not_run: str) -> str:
-  """What bash reads before the script (BASH_ENV): it keeps the line of each command, and looks for stand-ins first.
+  """What bash reads before the script (BASH_ENV): it keeps the line of each command, and records what is not found.
+
+  Of `bash -c`, which has no file, the line is that of the script.
 
   Args:
     not_run: how `NOT_RUN` is called.
@@ -90,7 +92,8 @@ def startup_text(not_run: str) -> str:
 command_not_found_handle() {{ {not_run} "$@"; }}
 export {LINE}
 set -T
-trap '[[ ${{FUNCNAME[0]-}} = command_not_found_handle ]] || {LINE}="${{BASH_SOURCE[0]-}}:$LINENO"' DEBUG
+trap '[[ -z ${{BASH_SOURCE[0]-}} || ${{FUNCNAME[0]-}} = command_not_found_handle ]] ||
+  {LINE}="${{BASH_SOURCE[0]}}:$LINENO"' DEBUG
 """
 
 

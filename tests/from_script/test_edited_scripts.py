@@ -180,6 +180,14 @@ def test_an_edited_script_is_refused_with_the_line(name):
   assert message in str(error.value)
 
 
+def test_lines_are_those_of_the_script():
+  assert read(TORCHRUN)[2].startswith(
+    f"mine.sh, line {line_of(TORCHRUN, 'torchrun')}: torchrun internvl/train"
+  )
+  nested = "\n\n" + RIGHT["bash -c"][0]
+  assert read(nested)[2].startswith("mine.sh, line 3: torchrun internvl/train")
+
+
 def test_variables_and_arguments_mend_what_was_refused():
   config, *_ = read(put("meta_path", "$DATA/meta.json"), DATA="d")
   assert config.data.meta_path == "d/meta.json"
