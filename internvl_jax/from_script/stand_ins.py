@@ -88,12 +88,14 @@ def startup_text(not_run: str) -> str:
   Args:
     not_run: how `NOT_RUN` is called.
   """
+  # In one line, for LINENO counts those of the trap, too.
+  own = "-z ${BASH_SOURCE[0]-} || ${FUNCNAME[0]-} = command_not_found_handle"
+  keep = f'[[ {own} ]] || {LINE}="${{BASH_SOURCE[0]}}:$LINENO"'
   return f"""\
 command_not_found_handle() {{ {not_run} "$@"; }}
 export {LINE}
 set -T
-trap '[[ -z ${{BASH_SOURCE[0]-}} || ${{FUNCNAME[0]-}} = command_not_found_handle ]] ||
-  {LINE}="${{BASH_SOURCE[0]}}:$LINENO"' DEBUG
+trap '{keep}' DEBUG
 """
 
 
