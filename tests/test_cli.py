@@ -284,7 +284,7 @@ def test_flags_that_there_are_not_are_answered(tmp_path, args, message):
 PASTED = """
 --model_name_or_path "OpenGVLab/InternVL2_5-8B" --freeze_llm True --use_llm_lora 16 --conv_style internvl2_5
 --output_dir 'my runs/one' --lr_scheduler_kwargs '{"min_lr_rate": 0.1}' --loss_weights 0.8 0.2 --bf16 --do_train
---overwrite_output_dir True --deepspeed zero_stage1_config.json --run_name one --neftune_noise_alpha 5 --tf32 False
+--overwrite_output_dir True --deepspeed zero_stage1_config.json --log_level info --neftune_noise_alpha 5 --tf32 False
 --nproc_per_node 8 --seed x
 """
 
@@ -303,7 +303,7 @@ def test_arguments_of_the_reference_are_answered_all_at_once(tmp_path, named):
   assert first.startswith("--model_name_or_path, --freeze_llm, --use_llm_lora, --conv_style, --output_dir, ")
   assert [line.partition(":")[0].partition("; ")[0] for line in others] == [
     "--neftune_noise_alpha 5",
-    "--run_name one",
+    "--log_level info",
     "--overwrite_output_dir True",
     "--deepspeed zero_stage1_config.json",
     "--nproc_per_node is no argument of the reference's programs",

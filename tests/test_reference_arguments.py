@@ -99,9 +99,8 @@ def test_a_json_file(tmp_path):
 def test_what_no_field_has_is_said_or_lost():
   given = parse(
     [
-      "--run_name",
-      "a",
-      "b",
+      "--log_level",
+      "info",
       "--tf32",
       "False",
       "--neftune_noise_alpha",
@@ -113,10 +112,10 @@ def test_what_no_field_has_is_said_or_lost():
     ]
   )
   assert given.foreign[0] == Foreign(
-    name="run_name", value="a b", changes_nothing=True, why="the run is called as its training.output_dir"
+    name="log_level", value="info", changes_nothing=True, why="--verbosity=1 tells more, --verbosity=-1 less"
   )
   left, lost = left_out_of(given)
-  assert list(left) == ["--run_name a b", "--deepspeed z.json"]
+  assert list(left) == ["--log_level info", "--deepspeed z.json"]
   assert list(lost) == ["--neftune_noise_alpha 5", "--hub_token ***"]
 
 

@@ -70,7 +70,7 @@ def make_recipe(launch: Launch, arguments: Arguments) -> Recipe:
     settings |= {"mesh.sequence": 1, "mesh.fsdp": launch.devices or -1}
   for path, value in settings.items():
     put(config, path, value)
-  lost = _drop_refused(config, base.config, settings)
+  lost = _drop_refused(config, base.config, settings, remarks)
   left_out, lost_too = left_out_of(arguments)
   return Recipe(
     base=base.spec,
@@ -138,11 +138,16 @@ def _batch_of(config: TrainConfig) -> tuple[int, int]:
 
 # --- What has no field --------------------------------------------------------------------------------------
 
-_REFUSED = re.compile(r"(\w+\.\w+)=.* (?:is not supported|must be one of)\b")
+_REFUSED = re.compile(r"(\w+\.\w+)=.* (?:is not supported|must be one of|is no tracker)\b")
+_INSTALLED_LATER = "which is not installed"
 
 
-def _drop_refused(config: TrainConfig, base: TrainConfig, settings: dict[str, Any]) -> dict[str, str]:
+def _drop_refused(
+  config: TrainConfig, base: TrainConfig, settings: dict[str, Any], remarks: list[str]
+) -> dict[str, str]:
   """Takes values that no run here can have back to the base's; returns them with the reasons.
+
+  What has to be installed before the run is added to `remarks`.
 
   Raises:
     UserError: settings contradict each other.
@@ -153,7 +158,9 @@ def _drop_refused(config: TrainConfig, base: TrainConfig, settings: dict[str, An
     if path in settings:
       lost[f"--{path.partition('.')[2]} {settings.pop(path)}"] = f"{line}; left at {get(base, path)!r}"
       put(config, path, get(base, path))
-  if remaining := value_problems(config):
+  remaining = value_problems(config)
+  remarks += [line for line in remaining if _INSTALLED_LATER in line]
+  if remaining := [line for line in remaining if _INSTALLED_LATER not in line]:
     raise UserError("\n".join(remaining))
   return lost
 

@@ -10,6 +10,7 @@ from internvl_jax.config_checks import value_problems
 from internvl_jax.errors import UserError
 from internvl_jax.from_script import sandbox
 from internvl_jax.from_script.run import convert
+from internvl_jax.metrics import writers
 from internvl_jax.recipe_files import load_recipe
 from tests.support.launch_scripts import FULL, LORA, SFT_3_5, script_of
 
@@ -260,7 +261,7 @@ def test_arguments_in_a_json_file():
 
 
 def test_what_has_no_field_is_said_with_its_reason():
-  more = "--run_name first --neftune_noise_alpha 5 --hub_token hf_secret --optim adamw_bnb_8bit --fp16 True --tf32 False"
+  more = "--log_level info --neftune_noise_alpha 5 --hub_token hf_secret --optim adamw_bnb_8bit --fp16 True --tf32 False"
   config, recipe, said = read(put("bf16", f"False {more}"))
   assert changes(config) == {"training.bf16": False}
   lost, left = said.split("NOT carried over:")[1].split("left out, with no change")
@@ -272,12 +273,28 @@ def test_what_has_no_field_is_said_with_its_reason():
   ):
     assert words in lost and words in recipe
   for words in (
-    "--run_name first: ",
+    "--log_level info: ",
     "--deepspeed zero_stage1_config.json: mesh.fsdp",
     "--overwrite_output_dir True: ",
   ):
     assert words in left
   assert "tf32" not in said and "hf_secret" not in said + recipe
+
+
+def test_trackers_are_kept_where_there_are_such(monkeypatch):
+  monkeypatch.setattr(writers, "is_installed", lambda name: name == "tensorboard")
+  text = put("report_to", "wandb tensorboard --run_name first")
+  Path("mine.sh").write_text(text)
+  recipe, said = convert("mine.sh", {}, (), number=None, file="mine.py")
+  assert (
+    'config.training.report_to = "wandb,tensorboard"' in recipe
+    and "pip install 'internvl_jax[wandb]'" in said
+  )
+  config, _, said = read(put("report_to", "comet_ml"))
+  assert (
+    config.training.report_to == "tensorboard"
+    and "--report_to comet_ml: " in said.split("NOT carried over")[1]
+  )
 
 
 def test_offloading_is_said_of_a_file_that_is_there():
