@@ -11,7 +11,17 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "internvl_jax"
 NAME = PACKAGE.name
 
-FRONT_DOORS = ("train", "plan", "doctor", "convert", "verify", "certify", "evaluate", "generate", "from_script")
+FRONT_DOORS = (
+  "train",
+  "plan",
+  "doctor",
+  "convert",
+  "verify",
+  "certify",
+  "evaluate",
+  "generate",
+  "from_script",
+)
 
 # From the top of the house to its bottom. A room may import itself and the rooms of lower layers; rooms of one
 # layer do not know each other, except where ALSO says so.
