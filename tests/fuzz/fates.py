@@ -142,7 +142,7 @@ def _fates(micro: MicroBatch, loader: TrainLoader) -> list[tuple[int, str]]:
       error = next(errors)
       found.append((line_of(error), error))
     else:
-      where = loader._mixture.where(index)
+      where = loader._samples.where(index)
       found.append((where.line, f"{where}: no token is supervised" if masked else TRAINED))
   return found
 

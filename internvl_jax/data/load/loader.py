@@ -1,6 +1,5 @@
 """The loader: an iterator over the schedule of a run, with workers that decode it, counters and exact resume."""
 
-import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -10,30 +9,18 @@ from absl import logging
 from internvl_jax.arguments import DataTrainingArguments, LoaderConfig, TrainingArguments
 from internvl_jax.data.load import batching
 from internvl_jax.data.load.counters import Tally
-from internvl_jax.data.load.fingerprint import (
-  Varying,
-  Watched,
-  check_state,
-  content_of,
-  first_varying,
-  mixture_fingerprint,
-  shared_facts,
-)
+from internvl_jax.data.load.fingerprint import Varying
 from internvl_jax.data.load.messages import goes_on_as_it_began, log_evenness, log_fill, other_batches
-from internvl_jax.data.load.mixture import Mixture
 from internvl_jax.data.load.prefetch import DecodedAhead, MicroBatchSource
-from internvl_jax.data.load.row_count import count_rows
+from internvl_jax.data.load.samples import Settings
 from internvl_jax.data.load.settings import Shards, check_settings
+from internvl_jax.data.load.streaming import open_samples
 from internvl_jax.data.load.task import CONVERSATIONS, DataTask
 from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.data.schedule import packing
-from internvl_jax.data.schedule.balance import Balance
 from internvl_jax.data.schedule.order import Places
-from internvl_jax.data.schedule.packed_steps import StepShape
-from internvl_jax.data.schedule.schedule import Schedule, make_order, make_schedule
-from internvl_jax.data.schedule.shapes import BatchShapes, pack_settings, tile_bucket
-from internvl_jax.data.source.files import default_cache
-from internvl_jax.data.where import DataError
+from internvl_jax.data.schedule.schedule import Schedule
+from internvl_jax.data.schedule.shapes import BatchShapes, tile_bucket
 
 # Reasons looked up of samples that a step passes over.
 _REASONS = 5
@@ -71,7 +58,6 @@ class TrainLoader:
   neither packs nor groups, never measured it.)
 
   Attributes:
-    schedule: which samples each step sees.
     next_step: optimizer steps handed out so far.
   """
 
@@ -104,64 +90,16 @@ class TrainLoader:
     self._data, self._training, self._loader = data, training, loader
     self._task, self._shards = task, shards
     self._tokens_per_tile, self._image_token_id = tokens_per_tile, tokenizer.image_token_id
-    # Shapes are the same on all hosts only if they are known before anything is decoded.
-    self._measured = data.use_packed_ds or training.group_by_length or shards.are_split
-    self._cache = loader.cache_dir or (default_cache() if self._measured else None)
-    self._mixture = self._open_mixture(tokenizer)
-    self._content, self._watched = content_of(self._mixture, self._cache), Watched(self._mixture)
-    self.schedule = self._make_schedule()
+    # What `MicroBatchSource` and the messages ask by numbers, and what the run does with it.
+    self._source = open_samples(Settings(data, training, loader, tokenizer, tokens_per_tile, shards, task))
+    self._samples = self._source.samples
     self._shapes = self._make_shapes()
     self._begin()
 
-  def _open_mixture(self, tokenizer: ChatTokenizer) -> Mixture:
-    """Finds all samples, and measures them where that is wanted."""
-    mixture = Mixture(
-      self._data,
-      tokenizer,
-      tokens_per_tile=self._tokens_per_tile,
-      seed=self._training.seed,
-      policy=self._loader.on_over_length,
-      cache=self._cache,
-      lines=self._task.lines,
-    )
-    if self._measured:
-      assert self._cache is not None
-      quiet, hosts = self._training.disable_tqdm, self._shards.hosts
-      mixture.index_sizes(self._cache, workers=os.cpu_count() or 1, quiet=quiet, hosts=hosts)
-    return mixture
-
-  def _make_schedule(self) -> Schedule:
-    shape = StepShape.of(self._training, self._shards.count)
-    order = make_order(
-      self._data,
-      self._training,
-      shuffle=self._loader.shuffle,
-      samples=tuple(self._mixture.sizes.tolist()),
-      shape=shape,
-      length_of=self._mixture.lengths_of,
-    )
-    packed = pack_settings(self._data) if self._data.use_packed_ds else None
-    size_of, steps, cost = self._mixture.size_of, self._loader.balance_steps, self._shards.row_cost
-    balance = Balance(steps=steps, cost=cost) if steps and cost is not None else None
-    return make_schedule(order, shape, self._training, size_of, packed, self._count_rows, balance)
-
-  def _count_rows(self, indices: np.ndarray) -> int:
-    """Counts the packed rows that samples make.
-
-    Raises:
-      DataError: no sample fits a row.
-    """
-    packed = pack_settings(self._data)
-    assert self._cache is not None
-    # Of millions of samples, no name here keeps what is counted from going.
-    rows = count_rows(self._mixture.size_of(indices), packed, self._cache, quiet=self._training.disable_tqdm)
-    if not rows:
-      raise DataError(
-        f"no sample fits a row of data.max_packed_tokens={packed.max_tokens} tokens and "
-        f"data.num_images_expected={packed.max_tiles} tiles; raise them. The first: "
-        f"{self._mixture.why_lost(int(indices[0]))}"
-      )
-    return rows
+  @property
+  def schedule(self) -> Schedule:
+    """Which samples each step sees."""
+    return self._source.schedule
 
   def _make_shapes(self) -> BatchShapes:
     # A sample's conversations share one row, each behind the prompt, which need not be one that they can share.
@@ -173,7 +111,7 @@ class TrainLoader:
     """Goes to the first step."""
     self.next_step = 0
     self._cursor = self.schedule.cursor()
-    self._tally = Tally(self._mixture.names, self._loader, hosts=self._shards.feeders, epoch=self.num_samples)
+    self._tally = Tally(self._samples.names, self._loader, hosts=self._shards.feeders, epoch=self.num_samples)
     self._handed: dict[int, list[Places]] = {}
     self._iterator: DecodedAhead | None = None
     self._ready: _Ready | None = None
@@ -182,12 +120,12 @@ class TrainLoader:
   @property
   def num_samples(self) -> int:
     """Samples of an epoch."""
-    return self.schedule.num_samples
+    return self._source.num_samples
 
   @property
   def global_batch(self) -> int:
     """A * R rows of an optimizer step, of all hosts."""
-    return self.schedule.shape.rows
+    return self.schedule.shape.rows * self._source.lanes
 
   @property
   def total_steps(self) -> int:
@@ -208,17 +146,28 @@ class TrainLoader:
   def _most_tiles(self) -> int:
     """The most tiles of a row."""
     packed = self.schedule.packing
-    return self._mixture.max_tiles() if packed is None else packed.max_tiles
+    return self._samples.max_tiles() if packed is None else packed.max_tiles
 
   def next_sizes(self) -> dict[str, int]:
     """Sizes of the next batch's axes on this host, by their letters, as far as they can be told before it is decoded."""
     shape, fed, side = self.schedule.shape, len(self._shards.fed), self._data.force_image_size
     rows = self.schedule.cursor(self.next_step, self._cursor.get_state()).next_rows().rows
-    length, pool = self._shapes.fitting(
-      *self.schedule.room(rows, None if self._measured else self._mixture.sizes_now)
-    )
+    length, pool = self._shapes.fitting(*self._room(rows, measure=True))
     sizes = {"A": shape.accumulation, "R": fed * shape.rows_per_shard, "S": length}
     return {**sizes, "D": fed, "T": pool, "H": side, "W": side}
+
+  def _room(self, rows: list[Places], *, measure: bool = False) -> tuple[int, int]:
+    """Tokens and tiles that all hosts' batches of these rows have room for; (0, 0) where that is not known.
+
+    Args:
+      rows: of a step.
+      measure: sizes that are not indexed are found out.
+    """
+    if self._source.lanes > 1:  # Other hosts have rows that are not seen here.
+      return self._shapes.sequence_sizes[-1], self._most_tiles * self.schedule.shape.rows_per_shard
+    if self._source.measured:
+      return self.schedule.room(rows)
+    return self.schedule.room(rows, self._samples.sizes_now) if measure else (0, 0)
 
   def epoch_of(self, step: int) -> float:
     """How many times the data have been seen after `step` optimizer steps."""
@@ -273,7 +222,9 @@ class TrainLoader:
       tally = self._tally.copy()
       rows = self._take_rows(tally)
       self._count(micro_batches, tally)
-      return _Ready(self._assemble(micro_batches, rows), tally, rows, before)
+      ready = _Ready(self._assemble(micro_batches, rows), tally, rows, before)
+      self._source.advance(before, self._cursor.step - 1)
+      return ready
     except Exception:
       # Whoever goes on after the error must meet it again, not the batch after it.
       self._stop()
@@ -282,10 +233,9 @@ class TrainLoader:
 
   def _start(self) -> DecodedAhead:
     """Starts decoding at the next step."""
-    shape, fed = self.schedule.shape, self._shards.fed
-    mine = range(fed.start * shape.rows_per_shard, fed.stop * shape.rows_per_shard)
+    shape, mine = self.schedule.shape, self._source.mine()
     source = MicroBatchSource(
-      mixture=self._mixture,
+      samples=self._samples,
       rows=self._cursor.micro_batches(),
       mine=mine,
       count=(self.total_steps - self.next_step) * shape.accumulation,
@@ -293,9 +243,9 @@ class TrainLoader:
       tokens_per_tile=self._tokens_per_tile,
       image_token_id=self._image_token_id,
       max_tiles=tile_bucket(len(mine) * self._most_tiles, self._shapes.tile_sizes),
-      measured=self._measured,
+      measured=self._source.measured,
     )
-    return DecodedAhead(source, self._training.dataloader_num_workers, self._loader.prefetch)
+    return DecodedAhead(source, self._source.workers, self._loader.prefetch)
 
   def _stop(self) -> None:
     if self._iterator is not None:
@@ -308,8 +258,8 @@ class TrainLoader:
     if evenness is not None:
       log_evenness(self._cursor.step, evenness)
     for event, indices in skipped._asdict().items():
-      datasets = np.array([self._mixture.dataset_of(index) for index in indices.tolist()], np.int64)
-      tally.add_skipped(event, datasets, map(self._mixture.why_lost, indices[:_REASONS].tolist()))
+      datasets = np.array([self._samples.dataset_of(index) for index in indices.tolist()], np.int64)
+      tally.add_skipped(event, datasets, map(self._samples.why_lost, indices[:_REASONS].tolist()))
     return rows
 
   def _report_fill(self, stats: packing.PackStats) -> None:
@@ -324,7 +274,7 @@ class TrainLoader:
       tile_sizes=self._shapes.tile_sizes,
       # As in the reference, tokens of rows that hold one sample weigh the same.
       loss_reduction=self._data.loss_reduction if self._data.use_packed_ds else "token",
-      at_least=self.schedule.room(rows) if self._measured else (0, 0),
+      at_least=self._room(rows),
     )
     return self._task.assemble(micro_batches, padding)
 
@@ -361,11 +311,11 @@ class TrainLoader:
 
     Tells of annotation files that were touched since the last time.
     """
-    self._watched.tell()
+    self._source.tell_changes()
     state = {"next_step": self.next_step, "counters": self.counters(), "plan": self._plan_fingerprint()}
-    state["content"] = self._content
+    state["content"] = self._source.content
     rows = self._ready.before if self._ready else self._cursor.get_state()
-    return state if rows is None else {**state, "rows": rows}
+    return {**state, **self._source.pack_state(rows, self.next_step)}
 
   def set_state(self, state: dict[str, Any]) -> None:
     """Goes to where an earlier loader said `get_state`; before the first batch.
@@ -374,20 +324,18 @@ class TrainLoader:
       DataError: the state is of other data or settings.
     """
     assert self._iterator is None, "batches were handed out"
-    check_state(state, self._content, self._mixture)
+    rows = self._source.unpack_state(state)
     then_of, now_of = state["plan"], self._plan_fingerprint()
     # A fact of its kind of line that a state does not have was not so.
     for key in now_of | then_of:
       if (then := then_of.get(key, 0)) != (now := now_of.get(key, 0)):
         was = f"{key} was {then} when its state was saved and is {now} now"
         raise other_batches(was, "data and settings")
-    if self.schedule.packing is not None and "rows" not in state:
-      raise other_batches("its rows were not packed when its state was saved", "settings")
     self._tally.restore(state["counters"])
     self.next_step = int(state["next_step"])
     self._taught = self.next_step >= _UNTAUGHT
     try:
-      self._cursor = self.schedule.cursor(self.next_step, state.get("rows"))
+      self._cursor = self.schedule.cursor(self.next_step, rows)
     except ValueError as error:
       raise other_batches(str(error), "settings") from None
     if self._cursor.balance != self.schedule.balance:
@@ -407,34 +355,34 @@ class TrainLoader:
     named: dict[str, list[int]] = {}
     for row in self._handed[step]:
       for index in row.indices.tolist():
-        where = self._mixture.where(index)
+        where = self._samples.where(index)
         named.setdefault(where.file, []).append(where.line)
     return "; ".join(f"{file}:{','.join(map(str, lines))}" for file, lines in named.items())
 
   def dataset_lines(self) -> list[str]:
     """Lines on the datasets and their images, and one for the programs that their batches may need, for the log."""
     most = self._most_tiles * self.schedule.shape.rows_per_shard
-    return [*self._mixture.dataset_lines(), f"Batches: {self._shapes.programs_line(most)}"]
+    return [*self._samples.dataset_lines(), f"Batches: {self._shapes.programs_line(most)}"]
 
   def fingerprint(self) -> str:
-    """A hash of the data and of all that makes samples of them; see `mixture_fingerprint`."""
-    return mixture_fingerprint(self._mixture)
+    """A hash of the data and of all that makes samples of them; see `samples.SampleSource`."""
+    return self._source.fingerprint()
 
   def shared_facts(self) -> dict[str, Any]:
     """What the loaders of all hosts must have alike, as JSON values by their names in messages."""
     plan = {f"{name} of the plan": value for name, value in self._plan_fingerprint().items()}
-    return {**shared_facts(self._content, self._mixture), **plan, "steps of the run": self.total_steps}
+    return {**self._source.shared_facts(), **plan, "steps of the run": self.total_steps}
 
   def first_varying(self) -> Varying | None:
     """The first dataset of which a sample may differ between epochs; None if none does."""
-    return first_varying(self._mixture)
+    return self._source.first_varying()
 
   def has_images(self) -> bool:
     """Whether any sample has an image or a video, as far as that can be told before it is read."""
-    return any(dataset.has_images() for dataset in self._mixture.datasets)
+    return self._source.has_images()
 
   def close(self) -> None:
     """Ends the workers and closes the files. The state can still be read."""
     self._closed = True
     self._stop()
-    self._mixture.close()
+    self._samples.close()

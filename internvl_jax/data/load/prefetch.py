@@ -11,7 +11,7 @@ import numpy as np
 from absl import flags
 
 from internvl_jax.data.load import batching
-from internvl_jax.data.load.mixture import Mixture
+from internvl_jax.data.load.samples import Samples
 from internvl_jax.data.sample.long_samples import OVER_LONG, UNREADABLE, UNSUPERVISED, kind_of_loss
 from internvl_jax.data.sample.pool import SharedSlots, SharedTiles, TilePool, keep_freed_memory
 from internvl_jax.data.sample.sample import Sample
@@ -32,7 +32,7 @@ class MicroBatchSource:
   """Random access to the micro-batches of the stream, decoded on demand: what Grain's workers call.
 
   Attributes:
-    mixture: decodes samples.
+    samples: decodes them.
     rows: the samples of the R rows of each element, of all hosts.
     mine: the rows that this host decodes.
     count: number of elements.
@@ -41,10 +41,10 @@ class MicroBatchSource:
     image_token_id: the id of image tokens.
     max_tiles: capacity for the tiles of a micro-batch.
     shared: where worker processes write the tiles; None: to memory of their own.
-    measured: the mixture's sizes are known, and a sample of another size is an error.
+    measured: the sizes of samples are known, and a sample of another size is an error.
   """
 
-  mixture: Mixture
+  samples: Samples
   rows: MicroBatchRows
   mine: range
   count: int
@@ -90,16 +90,16 @@ class MicroBatchSource:
   def _sample(self, epoch: int, index: int, pool: TilePool) -> Sample | batching.Lost:
     # A lost sample travels beside the others, so that the main process decides about it, and only once the batch
     # is consumed: the same moment for any number of workers.
-    dataset = self.mixture.dataset_of(index)
-    planned = self.mixture.size_of(np.array([index]))[0] if self.measured else None
+    dataset = self.samples.dataset_of(index)
+    planned = self.samples.size_of(np.array([index]))[0] if self.measured else None
     if planned is not None and planned[0] <= 0:
       # Its place has no room, even if what was wrong is mended by now.
-      return batching.Lost(dataset, _EVENTS[int(planned[0])], self.mixture.why_lost(index))
+      return batching.Lost(dataset, _EVENTS[int(planned[0])], self.samples.why_lost(index))
     start = pool.used
     try:
-      sample = self.mixture.decode(epoch, index, pool)
+      sample = self.samples.decode(epoch, index, pool)
       if planned is not None:
-        batching.check_planned(sample, planned, self.mixture.index_of)
+        batching.check_planned(sample, planned, self.samples.index_of)
       return sample
     except DataError as error:
       pool.rewind(start)

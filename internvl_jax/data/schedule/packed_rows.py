@@ -9,8 +9,8 @@ from internvl_jax.data.sample.long_samples import OVER_LONG, UNREADABLE, UNSUPER
 from internvl_jax.data.schedule import packing
 from internvl_jax.data.schedule.order import Order, Places
 
-# Places of the stream whose sizes are looked up at a time.
-_CHUNK = 1024
+CHUNK = 1024
+"""Places of the stream whose sizes are looked up at a time."""
 
 
 class SizeOf(Protocol):
@@ -48,6 +48,7 @@ class RowStream:
     size_of: SizeOf,
     settings: packing.PackSettings,
     state: dict[str, Any] | None = None,
+    chunk: int = CHUNK,
   ):
     """Goes to the beginning, or to where `get_state` was called.
 
@@ -56,11 +57,12 @@ class RowStream:
       size_of: their sizes.
       settings: budgets; what fits no row is left out.
       state: of an earlier stream.
+      chunk: places whose sizes are looked up at a time; rows do not depend on it.
 
     Raises:
       ValueError: the state is of other settings.
     """
-    self._plan, self._size_of = plan, size_of
+    self._plan, self._size_of, self._chunk = plan, size_of, chunk
     self._packer = packing.Packer(settings)
     if state is not None:
       self._packer.set_state(state)
@@ -79,7 +81,7 @@ class RowStream:
     into_epoch = position % self._plan.num_samples
     if not into_epoch and self._packer.decided < position:
       return self._packer.flush()
-    count = min(_CHUNK, self._plan.num_samples - into_epoch)
+    count = min(self._chunk, self._plan.num_samples - into_epoch)
     return self._packer.feed(self._sizes(position, count))
 
   def get_state(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from internvl_jax.arguments import TrainingArguments
 from internvl_jax.data.schedule import balance, packing
 from internvl_jax.data.schedule.balance import Balance
 from internvl_jax.data.schedule.order import Order, Places
-from internvl_jax.data.schedule.packed_rows import RowStream, SizeOf, Skipped
+from internvl_jax.data.schedule.packed_rows import CHUNK, RowStream, SizeOf, Skipped
 
 # Micro-batches planned that nobody has asked for yet: those of other workers, which never will.
 _KEPT = 4096
@@ -70,6 +70,7 @@ class PackedPlan:
     shape: how the rows of a step are dealt.
     total_steps: of the run; the last window ends there, so that a run of one epoch sees every sample.
     balance: how rows are balanced; None: they are taken as they come.
+    chunk: samples whose sizes are looked up at a time.
   """
 
   order: Order
@@ -78,6 +79,7 @@ class PackedPlan:
   shape: StepShape
   total_steps: int
   balance: Balance | None = None
+  chunk: int = CHUNK
 
 
 class Evenness(NamedTuple):
@@ -149,7 +151,7 @@ class StepsAsTheyCome:
   def __init__(self, plan: PackedPlan, state: dict[str, Any] | None):
     """Begins at the state of a `RowStream`."""
     self._rows = plan.shape.rows
-    self._stream = RowStream(plan.order, plan.size_of, plan.packing, state)
+    self._stream = RowStream(plan.order, plan.size_of, plan.packing, state, plan.chunk)
     self._decided = self._stream.decided
 
   def next_rows(self, report: Report = silent) -> list[Places]:
@@ -217,7 +219,7 @@ class BalancedSteps:
     """Goes to a step; see `open_steps`."""
     self._plan, self.balance, self._step = plan, settings, step
     packed = None if state is None else state["packed"]
-    self._stream = RowStream(plan.order, plan.size_of, plan.packing, packed)
+    self._stream = RowStream(plan.order, plan.size_of, plan.packing, packed, plan.chunk)
     self._window: _Window | None = None
     self._coming = (
       self._begin(step) if state is None else self._begin(int(state["first"]), int(state["steps"]))

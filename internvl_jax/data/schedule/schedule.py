@@ -70,6 +70,7 @@ class Schedule:
     rows_per_epoch: rows that all samples make together.
     total_steps: optimizer steps of the run.
     balance: how packed rows are balanced over devices; None: they are taken as they come.
+    chunk: samples whose sizes are looked up at a time, where rows are packed.
   """
 
   order: Order
@@ -79,6 +80,7 @@ class Schedule:
   rows_per_epoch: int
   total_steps: int
   balance: Balance | None = None
+  chunk: int = packed_rows.CHUNK
 
   @property
   def num_samples(self) -> int:
@@ -141,6 +143,7 @@ class Schedule:
       shape=self.shape,
       total_steps=self.total_steps,
       balance=self.balance,
+      chunk=self.chunk,
     )
 
 

@@ -186,6 +186,13 @@ def open_file(path: str) -> BinaryIO:
   return io.BufferedReader(_Blocks(path), BLOCK_BYTES) if is_remote(path) else open(path, "rb")
 
 
+def open_forward(path: str) -> Any:
+  """Opens a file for whoever reads all of it in order: a remote one is fetched as it is read, and kept nowhere."""
+  if not is_remote(path):
+    return open(path, "rb", buffering=0)
+  return remote.ask(path, lambda system: system.open(path, "rb"))
+
+
 @contextlib.contextmanager
 def local_copy(path: str, size: int | None = None, content: bytes | None = None) -> Iterator[str]:
   """Gives the path of a file with the same content and suffix on a local disk, for the time of the `with`.

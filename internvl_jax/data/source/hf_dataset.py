@@ -96,3 +96,13 @@ class HfDataset(TableRecords):
   def files(self) -> list[str]:
     """Its Arrow files."""
     return [entry["filename"] for entry in self._data.cache_files]
+
+
+def undecoded(data: Any, module: Any) -> Any:
+  """A streamed dataset whose pictures are the bytes of their files."""
+  for name, feature in (data.features or {}).items():
+    if isinstance(feature, module.Image):
+      data = data.cast_column(name, module.Image(decode=False))
+    elif isinstance(getattr(feature, "feature", None), module.Image):
+      data = data.cast_column(name, module.List(module.Image(decode=False)))
+  return data

@@ -19,6 +19,7 @@ from internvl_jax.data.source import (
   packed,
   patterns,
   several,
+  streams,
   table,
   tar,
 )
@@ -68,6 +69,10 @@ KINDS: tuple[Kind, ...] = (
   _table("arrow_stream"),
   Kind(open=hf_dataset.HfDataset, first_records=_nothing, format="saved dataset"),
   Kind(open=hf_dataset.HfDataset, first_records=_nothing, key="dataset", is_file=False),
+  *(
+    Kind(open=streams.refused, first_records=_nothing, key=key, is_file=key == "stream")
+    for key in streams.KEYS
+  ),
 )
 
 
@@ -122,13 +127,14 @@ def first_records(
     OSError: a remote one cannot be copied.
     DataError: no file fits a pattern, or the cache cannot be written.
   """
-  if not is_file(key):
-    return iter(())
-  local = local_file(patterns.expand(path)[0], cache)
+  first = patterns.expand(path)[0] if is_file(key) else path
+  if not is_file(key) or (key in streams.KEYS and files.is_remote(first)):
+    return iter(())  # A stream is not copied.
+  local = local_file(first, cache)
   name = _format_of(local)
   if name in packed.READERS:
     local = packed.unpacked(local, name, path, "", cache)
-  return kind_of(path, key, local).first_records(local)
+  return kind_of(path, "annotation" if key in streams.KEYS else key, local).first_records(local)
 
 
 def open_records(
@@ -152,7 +158,7 @@ def open_records(
     DataError: a file is missing, unreadable, of another format, or has no record.
   """
   open_one = functools.partial(_open_one, dataset=dataset, key=key, cache=cache, root=root)
-  if not is_file(key) or not patterns.is_pattern(path):
+  if not is_file(key) or key in streams.KEYS or not patterns.is_pattern(path):
     return open_one(path)
   found = patterns.expand(path)
   return several.SeveralFiles(path, dataset, [open_one(each) for each in found])
@@ -162,7 +168,7 @@ def _open_one(
   path: str, *, dataset: str, key: str, cache: str | os.PathLike[str] | None, root: str | None
 ) -> Records:
   local = path
-  if is_file(key):
+  if is_file(key) and key not in streams.KEYS:
     try:
       local = local_file(path, cache)
     except OSError as error:

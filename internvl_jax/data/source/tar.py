@@ -80,6 +80,8 @@ class TarFile(RecordFile):
       try:
         found = itertools.chain.from_iterable(_record_spans(members(_reader(file))))
         bounds = np.fromiter(found, np.int64)
+        if len(bounds) and bounds[-1] - _BLOCK >= self.state[0]:
+          raise _BrokenError("the tar ends early")
       except _BrokenError as error:
         raise DataError(f"{self.path}: dataset {self.dataset!r}: {error.args[0]}; restore it") from None
     return Spans(*bounds.reshape(-1, 2).T.copy())
@@ -144,7 +146,7 @@ def records_in_order(file: BinaryIO, path: str, dataset: str) -> Iterator[tuple[
   forward = _Forward(file)
   number = 0
   try:
-    contents = ((m, forward(m.start, m.size)) for m in members(forward))
+    contents = ((m, _whole(forward, m.start, m.size)) for m in members(forward))
     for _, group in itertools.groupby(contents, lambda found: found[0].key):
       number += 1
       files = list(group)

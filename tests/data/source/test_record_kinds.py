@@ -237,6 +237,11 @@ def test_tars_that_are_cut_or_changed_are_named(tmp_path, folder):
   path.write_bytes(whole[:1000] + b"\1" * 4000)
   with pytest.raises(DataError, match=r"a\.tar: dataset 'toy': no header of a tar at byte"):
     open_records(str(path), "toy")
+  path.write_bytes(whole[: records.span(10)[1] - 512])
+  with pytest.raises(DataError, match=r"a\.tar: dataset 'toy': the tar ends early; restore it"):
+    open_records(str(path), "toy")
+  path.write_bytes(whole[: records.span(10)[1]])  # without the end's empty blocks
+  assert len(open_records(str(path), "toy")) == 11
   records.close()
 
 
