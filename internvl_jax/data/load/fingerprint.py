@@ -234,13 +234,13 @@ def files_digest(
   Raises:
     DataError: a file cannot be read.
   """
-  paths = {setting: path for setting, path in annotations.items() if path is not None}
+  paths = {setting: (path, "annotation") for setting, path in annotations.items() if path is not None}
   for setting, meta_path in metas.items():
     specs = [] if meta_path is None else read_meta(meta_path, cache=cache)
-    paths |= {f"dataset {spec.name!r} of {setting}": spec.annotation for spec in specs}
+    paths |= {f"dataset {spec.name!r} of {setting}": (spec.annotation, spec.key) for spec in specs}
   return {
-    f"the content of {name}": open_records(path, name, cache=cache).digest()[:16]
-    for name, path in paths.items()
+    f"the content of {name}": open_records(path, name, key=key, cache=cache).digest()[:16]
+    for name, (path, key) in paths.items()
   }
 
 

@@ -23,7 +23,7 @@ from internvl_jax.data.schedule.packed_steps import StepShape
 from internvl_jax.data.schedule.schedule import Schedule
 from internvl_jax.data.schedule.shapes import pack_settings
 from internvl_jax.data.source import streams
-from internvl_jax.data.source.meta import DatasetSpec, read_meta
+from internvl_jax.data.source.meta import DatasetSpec, names_streams, read_meta
 from internvl_jax.data.where import DataError
 
 # Samples read at a time where rows look ahead: they are in memory with their images.
@@ -41,9 +41,9 @@ def open_samples(settings: Settings) -> SampleSource:
     DataError: the meta file names both, or a setting is wrong.
   """
   meta = settings.data.meta_path
-  specs = [] if meta is None else read_meta(meta, cache=settings.loader.cache_dir)
-  if not any(spec.key in streams.KEYS for spec in specs):
+  if meta is None or not names_streams(meta):
     return IndexedSamples(settings)
+  specs = read_meta(meta, cache=settings.loader.cache_dir)
   if odd := next((spec for spec in specs if spec.key not in streams.KEYS), None):
     raise DataError(
       f"{meta}: dataset {odd.name!r} is read by number, and others are streams; name all as streams, or none"

@@ -1,6 +1,7 @@
 """Datasets of the library `datasets`: saved on disk, or by their name on the Hugging Face hub."""
 
 import os
+import zlib
 from typing import Any
 
 from internvl_jax.data.source.table import TableRecords
@@ -96,6 +97,12 @@ class HfDataset(TableRecords):
   def files(self) -> list[str]:
     """Its Arrow files."""
     return [entry["filename"] for entry in self._data.cache_files]
+
+  def stamp(self) -> tuple[str, int, int, int, int]:
+    """What changes whenever its files do; of one that is in memory alone, what `datasets` tells it by."""
+    if self.files():
+      return super().stamp()
+    return self.path, zlib.crc32(self._data._fingerprint.encode()), len(self), 0, 0
 
 
 def undecoded(data: Any, module: Any) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from internvl_jax.arguments import MOST_TILES
-from internvl_jax.data.source import files, hf_dataset, patterns, records
+from internvl_jax.data.source import files, hf_dataset, patterns, records, streams
 from internvl_jax.data.source.media import may_exist
 from internvl_jax.data.where import DataError
 from internvl_jax.errors import did_you_mean, redacted
@@ -111,6 +111,16 @@ def specs_of(
   return [_spec(path, name, entry, cache) for name, entry in entries.items()]
 
 
+def names_streams(path: str) -> bool:
+  """Whether an entry of a meta file names a stream, of which nothing is looked up.
+
+  Raises:
+    DataError: the meta file is missing or is not JSON.
+  """
+  entries = _read_object(path).values()
+  return any(key in streams.KEYS for entry in entries if isinstance(entry, dict) for key in entry)
+
+
 def _read_object(path: str) -> dict[str, Any]:
   try:
     text = files.read_bytes(path).decode("utf-8-sig")
@@ -174,7 +184,9 @@ def _key_of(blame: str, entry: dict[str, Any]) -> str:
   if len(named) > 1:
     raise DataError(f"{blame}: both {named[0]!r} and {named[1]!r} name its records; keep one")
   if not named:
-    raise DataError(f"{blame}: key {sources[0]!r} is missing; it needs root and {' or '.join(sources)}")
+    raise DataError(
+      f"{blame}: key {sources[0]!r} is missing; records are named by one of {', '.join(sources)}"
+    )
   return named[0]
 
 

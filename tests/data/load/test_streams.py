@@ -247,8 +247,8 @@ def test_over_long_records_are_split_and_go_on_exactly(folder, tokenizer):
   record = {
     "image": ["toy0.png", "toy1.png", "toy3.png"],
     "conversations": [
-      {"from": "human", "value": "<image>\nwhat?" + " blue" * 150},
-      {"from": "gpt", "value": "red"},
+      {"from": "human", "value": "<image>\nwhat?" + " blue" * 20},
+      {"from": "gpt", "value": "red " * 120},
       {"from": "human", "value": "<image>\n<image>\nwhat?"},
       {"from": "gpt", "value": "red " * 150},
     ],

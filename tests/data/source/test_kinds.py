@@ -145,7 +145,7 @@ def test_a_kind_is_chosen_by_suffix_or_by_key(shards, tmp_path, monkeypatch):
   for entry, message in (
     ({"annotation": "toy.jsonl", "shards": "toy.shard"}, "both 'annotation' and 'shards' name its records"),
     ({"shard": "toy.shard"}, "unknown key 'shard'; did you mean 'shards'"),
-    ({}, "key 'annotation' is missing; it needs root and annotation or shards"),
+    ({}, "key 'annotation' is missing; records are named by one of annotation, shards"),
     ({"shards": 3}, "'shards' must be a string, got 3"),
     ({"shards": "gone.tar"}, "annotation file not found; tried gone.tar"),
   ):
