@@ -96,7 +96,9 @@ def write_parquet(path: Path, count: int) -> None:
   first = next(batches)
   # One call writes one group, of a table that is not copied.
   table = pyarrow.Table.from_batches([first, *batches])
-  pyarrow.parquet.write_table(table, path, row_group_size=max(count, 1))
+  # Neither packed nor as a dictionary: pictures of a real table are not alike.
+  options = {"compression": "none", "use_dictionary": False}
+  pyarrow.parquet.write_table(table, path, row_group_size=max(count, 1), **options)
 
 
 def write_tar(path: Path, count: int) -> None:

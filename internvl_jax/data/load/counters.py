@@ -86,20 +86,24 @@ class Tally:
       name: dict(zip(COUNTERS, row, strict=True)) for name, row in zip(self._names, counts, strict=True)
     }
 
-  def add_skipped(self, event: str, datasets: np.ndarray, reasons: Iterable[str]) -> None:
+  def add_skipped(
+    self, event: str, datasets: np.ndarray, reasons: Iterable[str], *, by_all: bool = True
+  ) -> None:
     """Counts samples that are in no row.
 
     Args:
       event: what befell them.
       datasets: int [n], of each.
       reasons: why, for the first of them.
+      by_all: all hosts pass over the same ones; else these are this host's.
 
     Raises:
       DataError: the settings say that one such ends the run.
     """
     lost = np.bincount(datasets, minlength=len(self.planned))
-    self.planned[:, 0] += lost
-    self.planned[:, COUNTERS.index(event)] += lost
+    counts = self.planned if by_all else self.read
+    counts[:, 0] += lost
+    counts[:, COUNTERS.index(event)] += lost
     self._note(event, reasons)
 
   def add(self, micro: MicroBatch) -> None:

@@ -259,7 +259,8 @@ class TrainLoader:
       log_evenness(self._cursor.step, evenness)
     for event, indices in skipped._asdict().items():
       datasets = np.array([self._samples.dataset_of(index) for index in indices.tolist()], np.int64)
-      tally.add_skipped(event, datasets, map(self._samples.why_lost, indices[:_REASONS].tolist()))
+      reasons = map(self._samples.why_lost, indices[:_REASONS].tolist())
+      tally.add_skipped(event, datasets, reasons, by_all=self._source.lanes == 1)
     return rows
 
   def _report_fill(self, stats: packing.PackStats) -> None:

@@ -24,8 +24,8 @@ from internvl_jax.data.where import DataError, Where
 
 _BLOCK = 512
 # Read at once where headers are looked for: small members lie several in it, large ones are not read for nothing.
-_AHEAD = 1 << 14
-_REGULAR = (b"0", b"\0", b"7", b"")
+_AHEAD, _ALONE = 1 << 16, 1 << 12
+_REGULAR = b"0\x007"
 _SEARCHED = 1000
 # Members that are texts by their suffixes, beside .json; WebDataset's names.
 _TEXTS = ("txt", "text", "caption")
@@ -229,23 +229,24 @@ def members(read: Reader) -> Iterator[Member]:
   """
   place, first, named, sized = 0, 0, None, None
   while header := read(place, _BLOCK):
-    if not header.rstrip(b"\0"):
+    if not header[0] and not header.strip(b"\0"):
       return  # The end has two empty blocks.
     if len(header) < _BLOCK:
       raise _BrokenError("the tar ends within a header")
-    size, kind = _size_of(header, place), header[156:157]
-    start, place = place + _BLOCK, place + _BLOCK + -(-size // _BLOCK) * _BLOCK
-    if kind in (b"L", b"x", b"X"):  # It names the next member, and says its size where that is large.
+    size, kind = _size_of(header, place), header[156]
+    start = place + _BLOCK
+    place = start + (size + _BLOCK - 1 & -_BLOCK)
+    if kind in b"LxX":  # It names the next member, and says its size where that is large.
       long_name, long_size = _extended(_whole(read, start, size), kind)
       named, sized = long_name or named, long_size if long_size is not None else sized
       continue
     if kind in _REGULAR:
       if sized is not None:
-        size, place = sized, start + -(-sized // _BLOCK) * _BLOCK
+        size, place = sized, start + (sized + _BLOCK - 1 & -_BLOCK)
       name = named or _name_of(header)
       if not _base(name).startswith(("__", "._")) and not name.endswith("/"):
         yield Member(name, first, start, size)
-    if kind not in (b"g", b"K"):
+    if kind not in b"gK":
       first, named, sized = place, None, None
 
 
@@ -258,17 +259,19 @@ def _name_of(header: bytes) -> str:
 
 def _size_of(header: bytes, place: int) -> int:
   field = header[124:136]
-  if field[0] & 0x80:  # GNU: a binary number
-    return int.from_bytes(field, "big") & (1 << 88) - 1
   try:
+    if not field[11] and field[:11].isdigit():  # as most write it
+      return int(field[:11], 8)
+    if field[0] & 0x80:  # GNU: a binary number
+      return int.from_bytes(field, "big") & (1 << 88) - 1
     return int(field.strip(b" \0") or b"0", 8)
   except ValueError:
     raise _BrokenError(f"no header of a tar at byte {place}") from None
 
 
-def _extended(content: bytes, kind: bytes) -> tuple[str | None, int | None]:
+def _extended(content: bytes, kind: int) -> tuple[str | None, int | None]:
   """The name and the size that a header before a member says."""
-  if kind == b"L":
+  if kind == ord("L"):
     return content.partition(b"\0")[0].decode("utf-8", errors="surrogateescape"), None
   name, size = None, None
   while content:
@@ -290,20 +293,29 @@ def _whole(read: Reader, start: int, size: int) -> bytes:
 
 
 def _record_spans(found: Iterable[Member]) -> Iterator[tuple[int, int]]:
-  for _, group in itertools.groupby(found, lambda member: member.key):
-    files = list(group)
-    yield files[0].first, files[-1].end
+  """Yields where the members of each record begin and end. Of millions, each step counts."""
+  key, first, end = None, 0, 0
+  for member in found:
+    if member.key != key:
+      if key is not None:
+        yield first, end
+      key, first = member.key, member.first
+    end = member.end
+  if key is not None:
+    yield first, end
 
 
 def _reader(file: BinaryIO) -> Reader:
-  """Reads from an open file, a little ahead."""
-  start, ahead = 0, b""
+  """Reads from an open file, ahead where small members lie side by side."""
+  descriptor, start, ahead = file.fileno(), 0, b""
 
   def read(place: int, size: int) -> bytes:
     nonlocal start, ahead
-    if not start <= place <= place + size <= start + len(ahead):
-      start, ahead = place, os.pread(file.fileno(), max(size, _AHEAD), place)
-    return ahead[place - start : place - start + size]
+    inside = place - start
+    if inside < 0 or inside + size > len(ahead):
+      near = 0 <= inside - len(ahead) < _AHEAD or inside < len(ahead)
+      start, inside, ahead = place, 0, os.pread(descriptor, max(size, _AHEAD if near else _ALONE), place)
+    return ahead[inside : inside + size]
 
   return read
 

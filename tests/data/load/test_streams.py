@@ -179,6 +179,27 @@ def test_hosts_read_shards_of_their_own_and_resume(folder, tokenizer):
   alone.close()
 
 
+def test_what_hosts_pass_over_is_counted_by_all(folder, tokenizer):
+  lines = lines_of(records_of(folder)).splitlines(keepends=True)
+  for shard in range(2):
+    (folder / f"lost-{shard}.jsonl").write_bytes(
+      b"".join([b"{}\n"] * (shard + 1) + lines[shard * 20 : shard * 20 + 20])
+    )
+  entry = {"root": "", "stream": "lost-{0..1}.jsonl"}
+  drop = {"on_bad_sample": "drop", "shuffle": False, "max_bad_fraction": 0.5}
+
+  def run(hosts):
+    shards = Shards(count=2, mine=range(hosts.me, hosts.me + 1), hosts=hosts, all_sum=hosts_sum(hosts))
+    loader = open_loader(folder, tokenizer, entry, shards=shards, loader=drop, **PACKED)
+    next(loader)
+    state = loader.get_state()
+    loader.close()
+    return state
+
+  _, (one, other) = on_hosts(2, run)
+  assert one == other and one["counters"]["toy"]["unreadable"] == 3
+
+
 def hosts_sum(hosts):
   def all_sum(counts):
     parts = hosts.gather(np.ascontiguousarray(counts, np.int64).tobytes())

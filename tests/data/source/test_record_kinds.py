@@ -245,6 +245,24 @@ def test_tars_that_are_cut_or_changed_are_named(tmp_path, folder):
   records.close()
 
 
+def test_sizes_in_headers_are_read_as_they_are_written():
+  def size(field):
+    return tar._size_of(b"\0" * 124 + field + b"\0" * 376, 0)
+
+  for field, expected in (
+    (b"00000000010\0", 8),
+    (b"         10\0", 8),
+    (b"10 \0".ljust(12, b"\0"), 8),
+    (b"100000000000", 1 << 33),
+    (b"\x80" + (1 << 40).to_bytes(11, "big"), 1 << 40),
+    (b"\0" * 12, 0),
+  ):
+    assert size(field) == expected
+  for field in (b"00000000090\0", b"x0000000000\0"):
+    with pytest.raises(Exception, match="no header of a tar at byte 0"):
+      size(field)
+
+
 def test_a_tar_is_read_forward_from_what_cannot_go_back(tmp_path, folder):
   path = tmp_path / "a.tar"
   write_tar(path, members_of(records_of(folder), folder))
