@@ -117,11 +117,15 @@ def write_tables(folder: pathlib.Path) -> dict[str, dict]:
   with pyarrow.ipc.new_stream(str(folder / "stream.arrow"), table.schema) as writer:
     writer.write_table(table, max_chunksize=4)
   saved = datasets.Dataset.from_list(with_images(records, folder, as_struct))
-  saved.save_to_disk(folder / "saved", num_proc=None)
+  saved.save_to_disk(folder / "saved")
+  saved.cast_column("image", datasets.Image()).save_to_disk(folder / "pictures")
+  (folder / "hub").mkdir(exist_ok=True)  # the hub knows a folder's files by their splits
+  saved.to_parquet(folder / "hub/train.parquet")
   (folder / "lines.jsonl.zst").write_bytes(zstandard.compress(lines_of(records)))
-  names = ("bytes.parquet", "bytes.arrow", "stream.arrow", "saved")
+  names = ("bytes.parquet", "bytes.arrow", "stream.arrow", "saved", "pictures")
   return {
     **{name: {"annotation": name} for name in names},
+    "by_name": {"dataset": f"{folder}/hub:train"},
     "paths.parquet": {"root": "", "annotation": "paths.parquet"},
     "zstd": {"root": "", "annotation": "lines.jsonl.zst"},
   }
