@@ -12,11 +12,12 @@ from internvl_jax import compiler
 from internvl_jax.arguments import DataTrainingArguments, MeshConfig
 from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.errors import UserError
+from internvl_jax.hf.changes import Changes
 from internvl_jax.hf.model import Source, open_source
 from internvl_jax.hf.vocabulary import open_tokenizer
 from internvl_jax.inference_settings import read_stated
 from internvl_jax.models.choice import choose_kernels
-from internvl_jax.models.internvl import Execution
+from internvl_jax.models.internvl import Execution, InternVLConfig
 from internvl_jax.parallel import rules
 from internvl_jax.parallel.mesh import make_mesh
 
@@ -55,7 +56,7 @@ def open_for_inference(folder: str | Path, *, bf16: bool, devices: int = 1) -> I
   Raises:
     UserError: it cannot be run.
   """
-  source = open_source(folder)
+  source = open_source(folder, by_layer(devices))
   # Before the weights are read, which takes long.
   files = open_tokenizer(folder)
   stated = read_stated(source, files)
@@ -66,21 +67,38 @@ def open_for_inference(folder: str | Path, *, bf16: bool, devices: int = 1) -> I
   logging.info("An answer ends at %s", ", ".join(ends))
   for note in stated.generation.notes:
     logging.warning("%s", note)
-  dtype = jnp.bfloat16 if bf16 else jnp.float32
-  if not bf16:
-    compiler.use_full_precision()
-  shapes = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in source.model.shapes.items()}
-  params = source.load(shapes, _places(source, shapes, devices))
-  how = Execution(dtype=dtype, kernels=choose_kernels(source.config))
+  how = execution(source.config, bf16=bf16)
   return Inference(
     source=source,
-    params=params,
+    params=load_params(source, how, devices),
     tokenizer=tokenizer,
     data=stated.data,
     how=how,
     stop_ids=stop_ids,
     max_new_tokens=stated.generation.max_new_tokens,
   )
+
+
+def execution(config: InternVLConfig, *, bf16: bool) -> Execution:
+  """How answers of a model are computed, in bfloat16 or in full float32."""
+  if not bf16:
+    compiler.use_full_precision()
+  return Execution(dtype=jnp.bfloat16 if bf16 else jnp.float32, kernels=choose_kernels(config))
+
+
+def load_params(source: Source, how: Execution, devices: int = 1) -> dict[str, jax.Array]:
+  """A checkpoint's weights in the dtype that is computed in, on so many devices.
+
+  Raises:
+    UserError: there are fewer devices, or the weights cannot be read.
+  """
+  shapes = {path: jax.ShapeDtypeStruct(leaf.shape, how.dtype) for path, leaf in source.model.shapes.items()}
+  return source.load(shapes, _places(source, shapes, devices))
+
+
+def by_layer(devices: int = 1) -> Changes:
+  """What is different about a model that only answers: on a CPU, each layer's weights are arrays of their own."""
+  return Changes(stacked=devices > 1 or jax.default_backend() != "cpu")
 
 
 def _places(source: Source, shapes: dict[str, jax.ShapeDtypeStruct], devices: int) -> dict[str, Any]:

@@ -1,38 +1,84 @@
 """Greedy answers with a key-value cache.
 
-Letters: B rows, S tokens of a padded prompt, T tiles, P tokens of a tile, N new tokens.
+    prompts -> padded rows -> prefill: cache, first token -> chunks of tokens, one loop on the device each
+
+The programs depend on lengths by few steps only (`rounded_up`), and not on how long answers may be.
+
+Letters: B rows, S tokens of a padded prompt, T tiles, P tokens of a tile, N new tokens, V vocabulary.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from internvl_jax.batch import NO_IMAGE
+from internvl_jax.models.decoder import KVCache
 from internvl_jax.models.functional import ModelDef
 from internvl_jax.models.internvl import Execution, InternVL, normalize_tiles
 from internvl_jax.parallel import rules
 from internvl_jax.parallel.host_arrays import fetch
 
+CHUNK = 64
+"""The most tokens that a call of the device's loop decodes."""
+
+STREAMED = 4
+"""The most tokens that a stream waits for."""
+
+ROOM = 256
+"""Slots of a cache for new tokens; longer answers make it grow, by half of what it is."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """One question: token ids up to where the answer begins, and its tiles [t, H, W, 3] in uint8."""
+  """One question.
+
+  Attributes:
+    input_ids: token ids up to where the answer begins.
+    tiles: uint8 [t, H, W, 3].
+    number: of the question, which what is drawn for its answer depends on.
+  """
 
   input_ids: np.ndarray
   tiles: np.ndarray
+  number: int = 0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoding:
+  """Rows that are being answered.
+
+  Attributes:
+    cache: keys and values of prompts and of answers so far.
+    offset: int, the first free slot.
+    token: int [B], the next token of each row, which is not in the cache yet.
+    position: int [B], its position.
+    real: int [B], 0 of rows that only fill up the batch.
+    done: bool [B], rows whose answer has ended.
+    draw: what a subclass keeps of each row to choose tokens by; None of greedy ones.
+  """
+
+  cache: KVCache
+  offset: jax.Array
+  token: jax.Array
+  position: jax.Array
+  real: jax.Array
+  done: jax.Array
+  draw: Any = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class GreedyDecoder:
   """Answers prompts in batches of one size, taking the likeliest token each time.
 
-  Prompts are padded on the left to a multiple of PROMPT_STEP, so that all rows' answers begin at the same
-  slot of the cache; padding is a segment that no token sees. Where the parameters are sharded over a mesh, rows and heads
-  are sharded over it, and the cache with them.
+  Prompts are padded on the left (`rounded_up`), so that all rows' answers begin at the same slot of the cache; padding is a
+  segment that no token sees. Where the parameters are sharded over a mesh, rows and heads are sharded over it, and the
+  cache with them. Decoders that differ in `max_new_tokens` or `batch_size` alone share compiled programs.
 
   Attributes:
     model: the model's definition.
@@ -49,25 +95,58 @@ class GreedyDecoder:
   normalize_type: str
   image_token_id: int
   stop_ids: tuple[int, ...]
-  max_new_tokens: int
-  batch_size: int
-
-  PROMPT_STEP = 32
+  max_new_tokens: int = dataclasses.field(compare=False)
+  batch_size: int = dataclasses.field(compare=False)
 
   def __call__(self, params: dict[str, jax.Array], prompts: Sequence[Prompt]) -> list[np.ndarray]:
     """The answers' token ids, without the token that ended them."""
     answers: list[np.ndarray] = []
-    mesh = rules.mesh_of(params)
     for start in range(0, len(prompts), self.batch_size):
       group = prompts[start : start + self.batch_size]
-      with rules.scope(mesh):
-        tokens = fetch(self._generate(params, *self._pad(group)))
+      tokens = np.concatenate(list(self._chunks(params, group, CHUNK)), axis=1)
       answers += [self.cut(row) for row in tokens[: len(group)]]
     return answers
 
-  def choose(self, logits: jax.Array) -> jax.Array:
-    """The next token of each row, int [B], by its logits [B, V]."""
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  def stream(self, params: dict[str, jax.Array], prompt: Prompt) -> Iterator[np.ndarray]:
+    """The token ids of one answer, a few at a time, without the token that ends it."""
+    for tokens in self._chunks(params, [prompt], STREAMED):
+      yield self.cut(tokens[0])
+
+  def _chunks(
+    self, params: dict[str, jax.Array], group: Sequence[Prompt], longest: int
+  ) -> Iterator[np.ndarray]:
+    """Tokens [B, n] of a batch, n at most `longest`, until all answers have ended; after a stop token they mean nothing.
+
+    Args:
+      params: the weights.
+      group: the prompts, B or fewer.
+      longest: the most tokens at a time.
+    """
+    mesh, padded = rules.mesh_of(params), self._pad(group)
+    length, made = padded[0].shape[1], 0
+    slots = rounded_up(length + min(self.max_new_tokens, ROOM))
+    with rules.scope(mesh):
+      state = self._prefill(params, *padded, self.begin(group), slots=slots)
+    while made < self.max_new_tokens:
+      count = min(self.max_new_tokens - made, longest)
+      with rules.scope(mesh):
+        if length + made + count > state.cache.slots:
+          wanted = max(length + made + count, state.cache.slots * 3 // 2)
+          state = _with_slots(state, slots=rounded_up(min(length + self.max_new_tokens, wanted)))
+        state, tokens, ended = self._proceed(params, state, np.int32(count))
+        tokens, (new, done) = fetch(tokens), fetch(ended)
+      made += count
+      yield tokens[:, :new]
+      if done:
+        return
+
+  def begin(self, group: Sequence[Prompt]) -> Any:
+    """What `choose` keeps of each row of a batch, before its first token."""
+    del group
+
+  def choose(self, logits: jax.Array, draw: Any) -> tuple[jax.Array, Any]:
+    """The next token of each row, int [B], by its logits [B, V], and what is kept of the rows."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32), draw
 
   def cut(self, row: np.ndarray) -> np.ndarray:
     """The token ids up to the first one that ends an answer."""
@@ -89,8 +168,7 @@ class GreedyDecoder:
 
   def _pad(self, group: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """input_ids and segment_ids [B, S], tiles [T, H, W, 3] of all rows in order."""
-    longest = max(len(prompt.input_ids) for prompt in group)
-    length = -(-longest // self.PROMPT_STEP) * self.PROMPT_STEP
+    length = rounded_up(max(len(prompt.input_ids) for prompt in group))
     ids = np.zeros((self.batch_size, length), np.int32)
     segments = np.zeros((self.batch_size, length), np.int32)
     for row, prompt in enumerate(group):
@@ -103,9 +181,9 @@ class GreedyDecoder:
     tiles[: len(pool)] = pool
     return ids, segments, tiles
 
-  @functools.partial(jax.jit, static_argnums=0)
-  def _generate(self, params, input_ids, segment_ids, tiles):
-    """The N tokens that follow each row [B, N]; after a stop token they mean nothing."""
+  @functools.partial(jax.jit, static_argnums=0, static_argnames="slots")
+  def _prefill(self, params, input_ids, segment_ids, tiles, draw, *, slots: int) -> Decoding:
+    """The rows with their prompts in a cache of so many slots, and the first token of their answers."""
     model = self.model.bind(params)
     B, S = input_ids.shape
     features = jnp.zeros((1, 0, 0), self.how.dtype)
@@ -116,31 +194,75 @@ class GreedyDecoder:
     order = jnp.cumsum(is_image.reshape(-1)).reshape(B, S) - 1
     x = model.embed(input_ids, jnp.where(is_image, order, NO_IMAGE), features, self.how)
 
-    decoder = model.language_model.model
     positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
-    cache = decoder.make_cache(B, S + self.max_new_tokens, self.how.dtype)
-    run = functools.partial(decoder.extend, kernels=self.how.kernels)
-    hidden, cache = run(x, cache, jnp.int32(0), positions=positions, segment_ids=segment_ids)
-    first = self.choose(model.logits(hidden[:, -1:])[:, 0])
+    hidden, cache = model.language_model.model.prefill(
+      x, positions=positions, segment_ids=segment_ids, kernels=self.how.kernels
+    )
+    token, draw = self.choose(model.logits(hidden[:, -1:])[:, 0], draw)
     real = segment_ids.max(axis=1)
-    stop_ids = jnp.array(self.stop_ids, jnp.int32)
+    return Decoding(
+      cache=cache.with_slots(slots),
+      offset=jnp.int32(S),
+      token=token,
+      position=positions[:, -1] + 1,
+      real=real,
+      # Rows that only fill up the batch are done from the start.
+      done=real == 0,
+      draw=draw,
+    )
+
+  @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+  def _proceed(self, params, state: Decoding, limit):
+    """Decodes at most `limit` tokens, or until all rows are done.
+
+    Returns:
+      The rows, the tokens [B, CHUNK], and int [2]: how many of them were made, and whether all rows are done.
+    """
+    model, stop_ids = self.model.bind(params), jnp.array(self.stop_ids, jnp.int32)
+    decoder = model.language_model.model
 
     def unfinished(carry):
-      i, _, _, done, _ = carry
-      return (i < self.max_new_tokens) & ~jnp.all(done)
+      i, state, _ = carry
+      return (i < limit) & ~jnp.all(state.done)
 
     def extend(carry):
-      i, token, cache, done, out = carry
-      out = out.at[:, i].set(token)
-      done = done | jnp.isin(token, stop_ids)
-      x = decoder.embed_tokens(token[:, None], dtype=self.how.dtype)
-      hidden, cache = run(
-        x, cache, S + i, positions=(positions[:, -1] + 1 + i)[:, None], segment_ids=real[:, None]
+      i, state, out = carry
+      out = out.at[:, i].set(state.token)
+      x = decoder.embed_tokens(state.token[:, None], dtype=self.how.dtype)
+      hidden, cache = decoder.extend(
+        x,
+        state.cache,
+        state.offset,
+        positions=state.position[:, None],
+        segment_ids=state.real[:, None],
+        kernels=self.how.kernels,
       )
-      token = self.choose(model.logits(hidden[:, -1:])[:, 0])
-      return i + 1, token, cache, done, out
+      token, draw = self.choose(model.logits(hidden[:, -1:])[:, 0], state.draw)
+      state = dataclasses.replace(
+        state,
+        cache=cache,
+        offset=state.offset + 1,
+        token=token,
+        position=state.position + 1,
+        done=state.done | jnp.isin(state.token, stop_ids),
+        draw=draw,
+      )
+      return i + 1, state, out
 
-    out = jnp.full((B, self.max_new_tokens), self.stop_ids[0], jnp.int32)
-    # Rows that only fill up the batch are done from the start.
-    carry = (jnp.int32(0), first, cache, real == 0, out)
-    return jax.lax.while_loop(unfinished, extend, carry)[-1]
+    out = jnp.full((state.token.shape[0], CHUNK), self.stop_ids[0], jnp.int32)
+    made, state, out = jax.lax.while_loop(unfinished, extend, (jnp.int32(0), state, out))
+    return state, out, jnp.stack([made, jnp.all(state.done).astype(jnp.int32)])
+
+
+@functools.partial(jax.jit, static_argnames="slots")
+def _with_slots(state: Decoding, *, slots: int) -> Decoding:
+  return dataclasses.replace(state, cache=state.cache.with_slots(slots))
+
+
+def rounded_up(length: int) -> int:
+  """A length up to which rows are padded: a multiple of 32, and of ever larger powers of two.
+
+  At most an eighth is added beyond 256, and a power of two has eight lengths: so many programs are compiled at most.
+  """
+  step = max(32, 1 << max((length - 1).bit_length() - 4, 0))
+  return -(-length // step) * step

@@ -20,6 +20,7 @@ class Changes:
     vocab_size: rows of the embeddings; the last `new_tokens` are of tokens that have none yet.
     new_tokens: how many.
     quantize: see InternVLConfig.
+    stacked: see DecoderConfig.
   """
 
   image_size: int | None = None
@@ -32,6 +33,7 @@ class Changes:
   vocab_size: int | None = None
   new_tokens: int = 0
   quantize: str = "none"
+  stacked: bool = True
 
 
 UNCHANGED = Changes()
@@ -65,6 +67,7 @@ def changed(
     config.text,
     vocab_size=changes.vocab_size or config.text.vocab_size,
     tie_word_embeddings=tied,
+    stacked=changes.stacked,
     lora=specs["language_model"],
   )
   select_layer = config.select_layer if changes.select_layer is None else changes.select_layer

@@ -9,7 +9,7 @@ V vocabulary, L layers.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,8 @@ class DecoderConfig:
     sinks: a learned attention sink for each head (gpt-oss).
     windows: how many keys each layer's queries see, None for all; empty for all layers.
     tie_word_embeddings: the output embedding is the input embedding.
+    stacked: the layers' weights are in stacks, for one scan; else each layer has arrays of its own, which CPUs need not
+      copy out of a stack for every token that they decode.
     lora: adapters of the layers' linear maps.
   """
 
@@ -73,29 +75,75 @@ class DecoderConfig:
   sinks: bool = False
   windows: tuple[int | None, ...] = ()
   tie_word_embeddings: bool = False
+  stacked: bool = True
   lora: LoRASpec | None = None
-
-
-class KVCache(nnx.Pytree):
-  """Keys and values of the tokens seen so far, for every layer.
-
-  Attributes:
-    k, v: [layers, B, S, K, H].
-    segment_ids: int [B, S]; 0 marks slots that no query may see.
-  """
-
-  def __init__(
-    self, k: Float[Array, "L B S K H"], v: Float[Array, "L B S K H"], segment_ids: Int[Array, "B S"]
-  ):
-    self.k = nnx.data(k)
-    self.v = nnx.data(v)
-    self.segment_ids = nnx.data(segment_ids)
 
 
 KeysAndValues: TypeAlias = tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
 
-_CACHED = ("rows", None, "heads", None)
-"""How a cache's keys and values [B, S, K, H] are sharded: new ones are written into slots, which stay together."""
+_CACHED = (None, "rows", "heads", None, None)
+"""How a cache's keys and values [L, B, K, S, H] are sharded: new ones are written into slots, which stay together."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+  """Keys and values of the tokens seen so far, for every layer.
+
+  Attributes:
+    layers: for each segment of the layers' stack by its name, keys and values [layers, B, K, S, H]: heads come before
+      slots, as products of queries with keys want them, so that nothing is transposed for each token.
+    segment_ids: int [B, S]; 0 marks slots that no query may see.
+  """
+
+  layers: dict[str, KeysAndValues]
+  segment_ids: Int[Array, "B S"]
+
+  @property
+  def slots(self) -> int:
+    """S."""
+    return self.segment_ids.shape[1]
+
+  def with_slots(self, slots: int) -> "KVCache":
+    """The cache with so many slots, the new ones empty."""
+    more = slots - self.slots
+
+    def grow(x: jax.Array) -> jax.Array:
+      return constrain(jnp.pad(x, [(0, 0)] * 3 + [(0, more), (0, 0)]), *_CACHED)
+
+    return KVCache(jax.tree.map(grow, self.layers), jnp.pad(self.segment_ids, ((0, 0), (0, more))))
+
+
+class LayerCache(NamedTuple):
+  """The cache while a layer is run: the arrays of its segment, of which it changes its own slots in place.
+
+  Attributes:
+    k, v: [layers, B, K, S, H].
+    layer: its number in the segment.
+    offset: the slot of the first new token.
+  """
+
+  k: Float[Array, "L B K S H"]
+  v: Float[Array, "L B K S H"]
+  layer: Int[Array, ""] | int
+  offset: Int[Array, ""]
+
+  def write(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> "LayerCache":
+    """The cache with the keys and values of new tokens."""
+    start = (self.layer, 0, 0, self.offset, 0)
+
+    def written(old: jax.Array, new: jax.Array) -> jax.Array:
+      new = new.astype(old.dtype).swapaxes(1, 2)[None]
+      return constrain(jax.lax.dynamic_update_slice(old, new, start), *_CACHED)
+
+    return self._replace(k=written(self.k, k), v=written(self.v, v))
+
+  def read(self) -> KeysAndValues:
+    """The layer's keys and values [B, S, K, H]."""
+    k, v = (
+      jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False).swapaxes(1, 2) for x in (self.k, self.v)
+    )
+    return k, v
 
 
 class DecoderAttention(nnx.Module):
@@ -127,24 +175,25 @@ class DecoderAttention(nnx.Module):
     *,
     rotation: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
     mask: Mask,
-    cache: KeysAndValues | None,
-    offset: Int[Array, ""] | None,
+    cache: LayerCache | None,
     backend: str,
-  ) -> tuple[Float[Array, "B T D"], KeysAndValues]:
-    """Attends over x [B, T, D]; with a cache (k, v) over what it holds, x's own keys written at `offset`."""
+  ) -> tuple[Float[Array, "B T D"], KeysAndValues | LayerCache]:
+    """Attends over x [B, T, D]; with a cache over what it holds, x's own keys and values among it.
+
+    Returns:
+      The new x, and its keys and values, or the cache with them.
+    """
     q, k, v = self._project(x)
     if self.q_norm is not None and self.k_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
     q, k = rotate(q, *rotation), rotate(k, *rotation)
+    kept: KeysAndValues | LayerCache = (k, v)
     if cache is not None:
-      assert offset is not None
-      k, v = (
-        constrain(jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), offset, axis=1), *_CACHED)
-        for old, new in zip(cache, (k, v), strict=True)
-      )
+      kept = cache.write(k, v)
+      k, v = kept.read()
     sinks = None if self.sinks is None else self.sinks[...]
     out = attention(q, k, v, mask, sinks=sinks, backend=backend)
-    return self.o_proj(out.reshape(*x.shape[:2], -1)), (k, v)
+    return self.o_proj(out.reshape(*x.shape[:2], -1)), kept
 
   def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries [B, T, N, H], keys and values [B, T, K, H]."""
@@ -203,8 +252,8 @@ class DecoderLayer(nnx.Module):
 
   def __call__(
     self, x: Float[Array, "B T D"], *, valid: Bool[Array, "B T"] | None, kernels: Kernels, **attend: Any
-  ) -> tuple[Float[Array, "B T D"], KeysAndValues, dict[str, jax.Array]]:
-    """Returns the new x, the keys and values, and statistics of the router where there is one."""
+  ) -> tuple[Float[Array, "B T D"], KeysAndValues | LayerCache, dict[str, jax.Array]]:
+    """Returns the new x, its keys and values or the cache with them, and statistics of the router if there is one."""
     x = _by_token(x)
     y, kv = self.self_attn(_by_token(self.input_layernorm(x)), backend=kernels.attention, **attend)
     x = x + y
@@ -224,7 +273,8 @@ class Decoder(nnx.Module):
     self.kv_shape = (config.num_layers, config.num_kv_heads, config.head_dim)
     self.rope, self.windows = config.rope, config.windows
     self.embed_tokens = Embed(config.vocab_size, config.hidden_size, rngs=rngs)
-    self.layers = LayerStack(lambda r: DecoderLayer(config, r), bounds=(0, config.num_layers), rngs=rngs)
+    bounds = (0, config.num_layers) if config.stacked else tuple(range(config.num_layers + 1))
+    self.layers = LayerStack(lambda r: DecoderLayer(config, r), bounds=bounds, rngs=rngs)
     self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
   def __call__(
@@ -264,7 +314,6 @@ class Decoder(nnx.Module):
     options = {
       "rotation": rotations(self.rope, positions, self.kv_shape[-1], bound=T),
       "cache": None,
-      "offset": None,
       "kernels": kernels or Kernels(),
       "valid": None if segment_ids is None else segment_ids > 0,
     }
@@ -277,6 +326,38 @@ class Decoder(nnx.Module):
 
     x, router = self.layers.scan(apply, x, xs=xs, remat=remat, unroll=unroll)
     return self.norm(x), router
+
+  def prefill(
+    self,
+    x: Float[Array, "B T D"],
+    *,
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    kernels: Kernels | None = None,
+  ) -> tuple[Float[Array, "B T D"], KVCache]:
+    """Runs the first T tokens of every row; the cache that comes back has as many slots.
+
+    Args:
+      x: [B, T, D]. positions: int [B, T].
+      segment_ids: int [B, T]; 0 marks padding, which nobody will see.
+      kernels: the backends; None is XLA's.
+    """
+    T = x.shape[1]
+    mask, xs = self._mask(T, segments=segment_ids)
+    options = {
+      "rotation": rotations(self.rope, positions, self.kv_shape[-1], bound=T),
+      "cache": None,
+      "kernels": kernels or Kernels(),
+      "valid": None,
+    }
+
+    def apply(layer: Any, x: jax.Array, state: KeysAndValues, number: Any, xs: dict[str, jax.Array]):
+      x, kept, _ = layer(x, mask=_of_layer(mask, xs), **options)
+      state = LayerCache(*state, number, jnp.int32(0)).write(*kept)[:2]
+      return x, state
+
+    x, layers = self.layers.thread(apply, x, self._empty(x.shape[0], T, x.dtype), xs=xs)
+    return self.norm(x), KVCache(layers, segment_ids)
 
   def extend(
     self,
@@ -297,31 +378,31 @@ class Decoder(nnx.Module):
       segment_ids: int [B, T]; 0 marks padding, which nobody will see.
       kernels: the backends, of which attention's is not used: it is made for long rows, not for a few queries.
     """
-    slots = cache.segment_ids.shape[1]
     kv_segments = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segment_ids, offset, axis=1)
     mask, xs = self._mask(
-      slots, segments=segment_ids, kv_segments=kv_segments, q_index=offset + jnp.arange(x.shape[1])
+      cache.slots, segments=segment_ids, kv_segments=kv_segments, q_index=offset + jnp.arange(x.shape[1])
     )
     options = {
-      "rotation": rotations(self.rope, positions, self.kv_shape[-1], bound=slots),
-      "offset": offset,
+      "rotation": rotations(self.rope, positions, self.kv_shape[-1], bound=cache.slots),
       "kernels": Kernels(experts=(kernels or Kernels()).experts),
       "valid": None,
     }
 
-    def apply(layer: Any, x: jax.Array, xs: dict[str, jax.Array]):
-      x, (k, v), _ = layer(x, mask=_of_layer(mask, xs), cache=(xs["k"], xs["v"]), **options)
-      return x, {"k": k, "v": v}
+    def apply(layer: Any, x: jax.Array, state: KeysAndValues, number: Any, xs: dict[str, jax.Array]):
+      x, kept, _ = layer(x, mask=_of_layer(mask, xs), cache=LayerCache(*state, number, offset), **options)
+      return x, kept[:2]
 
-    x, kv = self.layers.scan(apply, x, xs={"k": cache.k, "v": cache.v, **xs})
-    return self.norm(x), KVCache(kv["k"], kv["v"], kv_segments)
+    x, layers = self.layers.thread(apply, x, cache.layers, xs=xs)
+    return self.norm(x), KVCache(layers, kv_segments)
 
-  def make_cache(self, batch: int, length: int, dtype: jnp.dtype) -> KVCache:
-    """An empty cache for `batch` rows of at most `length` tokens."""
-    layers, heads, width = self.kv_shape
-    shape = (layers, batch, length, heads, width)
-    k, v = (constrain(jnp.zeros(shape, dtype), None, *_CACHED) for _ in range(2))
-    return KVCache(k, v, jnp.zeros((batch, length), jnp.int32))
+  def _empty(self, batch: int, slots: int, dtype: jnp.dtype) -> dict[str, KeysAndValues]:
+    """Keys and values for `batch` rows of at most `slots` tokens, by the stack's segments."""
+    _, heads, width = self.kv_shape
+
+    def empty(layers: int) -> jax.Array:
+      return constrain(jnp.zeros((layers, batch, heads, slots, width), dtype), *_CACHED)
+
+    return {name: (empty(count), empty(count)) for name, count in self.layers.sizes.items()}
 
   def _mask(self, length: int, **options: Any) -> tuple[Mask, dict[str, Any]]:
     """The mask over so many keys, and for the scan an array [L] of windows where layers differ in them."""

@@ -165,6 +165,49 @@ class LayerStack(nnx.Module):
       return x, outputs[0]
     return x, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs) if outputs else {}
 
+  @property
+  def sizes(self) -> dict[str, int]:
+    """How many layers each segment has, by its name."""
+    bounds = ((name, *map(int, name.split(":"))) for name in self.segments)
+    return {name: stop - start for name, start, stop in bounds}
+
+  def thread(
+    self,
+    apply: Callable[..., Any],
+    x: Shaped[Array, "*carry"],
+    states: dict[str, Any],
+    *,
+    xs: dict[str, jax.Array] | None = None,
+  ) -> tuple[Shaped[Array, "*carry"], dict[str, Any]]:
+    """Runs x through all layers, each of which changes its part of its segment's state in place.
+
+    Args:
+      apply: function (layer, x, state of the segment, number of the layer in it, slice of xs) -> (x, state).
+      x: the carry.
+      states: by the segments' names.
+      xs: per-layer inputs, each with a leading axis of all layers.
+
+    Returns:
+      The last carry, and the states.
+    """
+    found, start = {}, 0
+    for name, count in self.sizes.items():
+      graph, weights = nnx.split(self.segments[name])
+
+      def body(carry: Any, inputs: Any, graph: Any = graph):
+        layer_weights, number, layer_xs = inputs
+        return apply(nnx.merge(graph, layer_weights), *carry, number, layer_xs), None
+
+      own = jax.tree.map(lambda leaf, a=start, n=count: leaf[a : a + n], xs or {})
+      if count == 1:
+        first = jax.tree.map(lambda leaf: leaf[0], (weights, own))
+        (x, found[name]), _ = body((x, states[name]), (first[0], 0, first[1]))
+      else:
+        inputs = (weights, jnp.arange(count), own)
+        (x, found[name]), _ = jax.lax.scan(body, (x, states[name]), inputs)
+      start += count
+    return x, found
+
 
 def remat_by_name(policy: str | None, *, in_scan: bool = True) -> Callable[..., Any] | None:
   """The rematerialization wrapper of that name: None, "full" or "dots" (see RuntimeConfig.remat_policy).

@@ -1,5 +1,6 @@
 """Greedy answers: their logits, where they end, and that a mesh changes neither them nor the size of its cache."""
 
+import dataclasses
 import functools
 from typing import ClassVar
 
@@ -11,7 +12,8 @@ import pytest
 from internvl_jax.arguments import MeshConfig
 from internvl_jax.batch import NO_IMAGE
 from internvl_jax.errors import UserError
-from internvl_jax.eval.greedy import GreedyDecoder, Prompt
+from internvl_jax.eval import greedy
+from internvl_jax.eval.greedy import GreedyDecoder, Prompt, rounded_up
 from internvl_jax.inference import open_for_inference
 from internvl_jax.models.functional import define
 from internvl_jax.models.internvl import Execution, InternVL, normalize_tiles
@@ -58,14 +60,15 @@ def make_decoder(definition, kind=GreedyDecoder, stop_ids=(VOCAB,)):
   )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Recording(GreedyDecoder):
   """Keeps the logits that each token was chosen by."""
 
   logits: ClassVar[list] = []
 
-  def choose(self, logits):
+  def choose(self, logits, draw):
     jax.debug.callback(lambda value: self.logits.append(np.asarray(value)), logits, ordered=True)
-    return super().choose(logits)
+    return super().choose(logits, draw)
 
 
 def all_logits(definition, params, rows):
@@ -112,6 +115,35 @@ def test_logits_are_those_of_the_whole_row_and_answers_end_at_their_stop_token()
   assert len(stopped[1]) < NEW
 
 
+def test_a_stream_and_a_cache_that_grows_give_the_same_tokens(monkeypatch):
+  """Layers by themselves, chunks of a few tokens and a cache without room for the answer change no token."""
+  definition, params = parts("dense")
+  params = jax.device_put(params, jax.devices()[0])
+  long = dataclasses.replace(make_decoder(definition), max_new_tokens=40, batch_size=2)
+  expected = long(params, prompts()[:2])
+  config = model("dense")
+  config = dataclasses.replace(config, text=dataclasses.replace(config.text, stacked=False))
+  split = define(lambda rngs: InternVL(config, rngs=rngs))
+  name, count = "language_model.model.layers.", config.text.num_layers
+  by_layer = {path: value for path, value in params.items() if not path.startswith(name)}
+  for path in params.keys() - by_layer.keys():
+    rest = path.removeprefix(f"{name}0:{count}")
+    by_layer |= {f"{name}{i}:{i + 1}{rest}": params[path][i : i + 1] for i in range(count)}
+  assert by_layer.keys() == split.shapes.keys()
+  monkeypatch.setattr(greedy, "ROOM", 2)
+  streamed = dataclasses.replace(long, model=split, batch_size=1)
+  for prompt, answer in zip(prompts(), expected, strict=False):
+    parts_of = list(streamed.stream(by_layer, prompt))
+    assert {len(part) for part in parts_of} == {greedy.STREAMED}
+    np.testing.assert_array_equal(np.concatenate(parts_of), answer)
+
+
+def test_lengths_are_rounded_up_by_little():
+  for length in range(1, 5000):
+    assert length <= greedy.rounded_up(length) <= max(length * 1.125, length + 31)
+  assert len({greedy.rounded_up(length) for length in range(4097, 8193)}) == 8
+
+
 def test_what_is_said_of_answers():
   decoder = make_decoder(None, stop_ids=(7, 9))
   assert decoder.cut(np.array([3, 9, 4, 7])).tolist() == [3] and decoder.cut(np.array([3, 4])).tolist() == [
@@ -145,12 +177,13 @@ def test_answers_on_a_mesh(name, axes):
   if name != "dense":
     return  # A program is not compiled twice for what the other shows.
   padded = decoder._pad(prompts())
+  slots = rounded_up(padded[0].shape[1] + NEW)
   with rules.scope(mesh):
-    program = GreedyDecoder._generate.lower(decoder, placed, *padded).compile().as_text()
+    state = decoder._prefill(placed, *padded, None, slots=slots)
+    program = GreedyDecoder._proceed.lower(decoder, placed, state, np.int32(NEW)).compile().as_text()
   layers, heads, width = config.text.num_layers, config.text.num_kv_heads, config.text.head_dim
-  slots = padded[0].shape[1] + NEW
   rows = ROWS // 2
-  spread, whole = (f"f32[{layers},{r},{slots},{k},{width}]" for r, k in ((rows, heads // 2), (ROWS, heads)))
+  spread, whole = (f"f32[{layers},{r},{k},{slots},{width}]" for r, k in ((rows, heads // 2), (ROWS, heads)))
   assert spread in program and whole not in program
 
 
