@@ -16,7 +16,7 @@ from tqdm import tqdm
 from internvl_jax.arguments import DataTrainingArguments, EvalConfig
 from internvl_jax.batch import IGNORE_INDEX
 from internvl_jax.data.sample.sample import Sample
-from internvl_jax.data.sample.tokenize import ChatTokenizer
+from internvl_jax.data.sample.tokenize import ChatTokenizer, ChatTokens
 from internvl_jax.errors import UserError, redacted_json
 from internvl_jax.eval.greedy import GreedyDecoder, Prompt
 from internvl_jax.eval.loss import HeldOutLoss, TokenLoss
@@ -269,8 +269,8 @@ def summary(scores: Sequence[Scores]) -> dict[str, Any]:
   return {of_set.asked.name: of_set.summary() for of_set in scores}
 
 
-def prompt_ids(sample: Sample) -> np.ndarray:
-  """The token ids of a sample up to where its last answer begins."""
+def prompt_ids(sample: Sample | ChatTokens) -> np.ndarray:
+  """The token ids of a sample or a conversation up to where its last answer begins."""
   supervised = sample.labels != IGNORE_INDEX
   end = np.flatnonzero(supervised)[-1] + 1
   before = np.flatnonzero(~supervised[:end])
