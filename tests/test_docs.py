@@ -36,6 +36,7 @@ RUN_BY = {
   "benchmarks/bench_compile.py": "tests/test_docs.py",
   "benchmarks/bench_data.py": "tests/benchmarks/test_bench_data.py",
   "benchmarks/bench_host_memory.py": "tests/benchmarks/test_bench_host_memory.py",
+  "benchmarks/decoding.py": "tests/benchmarks/test_bench_decoding.py",
   "benchmarks/golden.py": "tests/test_docs.py",
   "benchmarks/gpu.py": "tests/benchmarks/test_bench_gpu.py",
   "benchmarks/memory.py": "tests/runs/test_memory.py",

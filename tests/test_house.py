@@ -26,6 +26,7 @@ FRONT_DOORS = (
 # From the top of the house to its bottom. A room may import itself and the rooms of lower layers; rooms of one
 # layer do not know each other, except where ALSO says so.
 LAYERS = (
+  ("api",),
   FRONT_DOORS,
   ("aot", "answering", "conversion", "verification"),
   ("setup", "finish"),
@@ -108,7 +109,7 @@ def room_of(path: Path) -> str:
 def allowed(room: str) -> set[str]:
   (depth,) = [i for i, layer in enumerate(LAYERS) if room in layer]
   below = {name for layer in LAYERS[depth + 1 :] for name in layer}
-  if room not in (*FRONT_DOORS, "aot", "setup", "finish", "cli", "open_model", "output_dir", "tasks"):
+  if room not in ("api", *FRONT_DOORS, "aot", "setup", "finish", "cli", "open_model", "output_dir", "tasks"):
     below -= {"config", "config_checks", "config_paths", "cli"}
   return {room} | ONLY.get(room, below | ALSO.get(room, set()))
 
