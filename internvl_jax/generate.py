@@ -21,6 +21,7 @@ from absl import flags, logging
 
 from internvl_jax import cli, signals
 from internvl_jax.errors import UserError
+from internvl_jax.storage import remote
 
 _MODEL = flags.DEFINE_string("model", None, "Checkpoint folder, hub id or a bucket's URL.", required=True)
 _QUESTION = flags.DEFINE_string("question", None, "What to ask.")
@@ -106,6 +107,8 @@ def check_flags() -> None:
     raise UserError("--inputs and --output go together: the file of questions, and the one of answers")
   if _INPUTS.value and not os.path.isfile(_INPUTS.value):
     raise UserError(f"--inputs={_INPUTS.value}: no such file")
+  if _OUTPUT.value and remote.scheme(_OUTPUT.value):
+    raise UserError(f"--output={_OUTPUT.value}: answers are added to a file of this machine only; name one")
   if _INPUTS.value and (_IMAGE.value or _VIDEO.value or _SYSTEM.value):
     raise UserError("--image, --video and --system have no effect with --inputs; lines have their own")
   for image in _IMAGE.value:

@@ -92,6 +92,23 @@ def test_prompts_are_those_of_training(frames):
     np.testing.assert_array_equal(found.tiles, tiles, err_msg=question.text)
 
 
+def test_the_prompt_of_a_conversation_is_the_reference_s_text():
+  """What its `chat` makes of a history, of images by their number of tiles, and of its template's system message."""
+  history = [(Question("What?", images=IMAGES[:1]), "A dog.")]
+  found = Prompter(opened=opened(), max_tiles=2).prompt(Question("And?", images=IMAGES[1:3], history=history))
+  system = opened().tokenizer.template.system_message
+  tokens = opened().source.config.tokens_per_tile
+  counts = [
+    Prompter(opened=opened(), max_tiles=2).prompt(Question("?", images=[path])).tiles for path in IMAGES
+  ]
+  one, two, three = (f"<img>{'<IMG_CONTEXT>' * len(tiles) * tokens}</img>" for tiles in counts)
+  assert opened().tokenizer.decode(found.input_ids, special=True) == (
+    f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{one}\nWhat?<|im_end|>\n"
+    "<|im_start|>assistant\nA dog.<|im_end|>\n"
+    f"<|im_start|>user\nImage-2: {two}\nImage-3: {three}\nAnd?<|im_end|>\n<|im_start|>assistant\n"
+  )
+
+
 def test_images_of_every_kind_and_videos_beside_them(frames):
   path = IMAGES[0]
   picture = Image.open(path).convert("RGB")
