@@ -112,10 +112,14 @@ class Model:
       UserError: as in `answer`.
     """
     how = How.of(settings)
-    prompter = self.prompter(how.max_tiles, how.frames)
-    asked = [_question(one) for one in questions]
-    prompts = [prompter.prompt(one, number=number) for number, one in enumerate(asked)]
-    return self.decode(prompts, self.decoder(how, batch_size))
+    prompter, decoder = self.prompter(how.max_tiles, how.frames), self.decoder(how, batch_size)
+    asked = list(enumerate(map(_question, questions)))
+    answers = []
+    # The tiles of all questions together might not fit the memory.
+    for start in range(0, len(asked), batch_size):
+      group = asked[start : start + batch_size]
+      answers += self.decode([prompter.prompt(one, number=number) for number, one in group], decoder)
+    return answers
 
   def stream(
     self,
