@@ -35,8 +35,9 @@ def test_a_file_of_questions(tmp_path):
   image = next((CURVE / "data/images").iterdir()).name
   lines = [{"question": "What?", "image": image}, {"question": "What?", "image": "nowhere.png"}]
   (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  inputs, output = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
   options = ("--max_new_tokens=2", "--batch_size=2", f"--root={CURVE / 'data/images'}")
-  done = generate(tmp_path, f"--model={CURVE / 'init'}", "--inputs=q.jsonl", "--output=a.jsonl", *options)
-  assert done.returncode == 0 and "1 lines could not be asked; a.jsonl says why" in done.stderr, done.stderr
+  done = generate(tmp_path, f"--model={CURVE / 'init'}", f"--inputs={inputs}", f"--output={output}", *options)
+  assert done.returncode == 0 and f"1 lines could not be asked; {output} says why" in done.stderr, done.stderr
   found = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
   assert found[0]["answer"] and "nowhere.png" in found[1]["error"]
