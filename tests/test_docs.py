@@ -33,6 +33,7 @@ RUN_BY = {
   "internvl_jax.verify": "tests/hf/test_parity.py",
   "internvl_jax.certify": "tests/certify/test_command.py",
   "benchmarks/bench_balance.py": "tests/benchmarks/test_bench_balance.py",
+  "benchmarks/bench_forms.py": "tests/benchmarks/test_bench_forms.py",
   "benchmarks/bench_compile.py": "tests/test_docs.py",
   "benchmarks/bench_data.py": "tests/benchmarks/test_bench_data.py",
   "benchmarks/bench_host_memory.py": "tests/benchmarks/test_bench_host_memory.py",
