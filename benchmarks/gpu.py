@@ -12,6 +12,7 @@ Parts, each of one or more units, in the order in which they are run:
   experts    the grouped matmul alone at a layer of 30B-A3B
   curve      50 steps in bfloat16 against float32 on the tests' recorded data
   tilings    other tilings of attention's kernels
+  costs      what a tile, a token and a pair of attention cost in the step, as `loader.balance_costs` takes them
 
 Every unit is a process of its own, so that it has the card for itself and one that fails takes no other along. A unit
 that would not end in time is left out, and one that does not end in time is stopped; both are said. Every row is written
@@ -93,6 +94,7 @@ def list_units(toy: bool) -> list[Unit]:
     )
   ]
   adapters = [] if toy else [Unit(name="step/3-8b-lora", functions=("gpu_steps:measure",), seconds=70)]
+  costs = ["toy"] if toy else ["3-1b", "3-2b", "3-8b-lora"]
   compare = ("gpu_attention:compare", "gpu_experts:compare")
   return [
     Unit(name="kernels", functions=compare, seconds=50),
@@ -102,6 +104,10 @@ def list_units(toy: bool) -> list[Unit]:
     *adapters,
     Unit(name="curve", functions=("gpu_curve:measure",), seconds=60),
     Unit(name="tilings", functions=("gpu_attention:sweep",), seconds=60),
+    *(
+      Unit(name=f"costs/{case}", functions=("gpu_costs:measure",), seconds=90 if toy else 150)
+      for case in costs
+    ),
   ]
 
 
@@ -259,7 +265,7 @@ def run_here(unit: Unit, results: Results) -> None:
   """Measures what a unit is for; an error is written down with its rows before it ends the process."""
   options: dict[str, Any] = {"toy": _TOY.value}
   part = gpu_report.part_of(unit.name)
-  if part in ("step", "torch"):
+  if part in ("step", "torch", "costs"):
     gpu_steps = importlib.import_module("gpu_steps")
     options |= {"case": gpu_steps.CASES[unit.case], "remat": _REMAT.value}
   if part == "step":

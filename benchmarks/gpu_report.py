@@ -104,6 +104,16 @@ _CURVE = (
   Column("root mean square", _number("root_mean_square", ".4f")),
   Column("mean", _number("mean", "+.4f")),
 )
+_COSTS = (
+  Column("model", _text("case")),
+  Column("trains", _text("trains")),
+  Column("attention, remat", lambda row, machine: f"{row['attention']}, {row['remat']}"),
+  Column("setting", lambda row, machine: f"`{row['setting']}`" if row["setting"] else "none: tokens cost 0"),
+  Column("ms of every step", _number("constant", ".3g")),
+  Column("largest error", _number("worst", ".1%")),
+  Column("a tile, times its FLOPs over a token's", _number("tile_of_flops", ".2f")),
+  Column("a pair", _number("pair_of_flops", ".2f")),
+)
 
 PARTS: dict[str, tuple[str, tuple[Column, ...]]] = {
   "kernels": (
@@ -116,6 +126,7 @@ PARTS: dict[str, tuple[str, tuple[Column, ...]]] = {
   "experts": ("Grouped matmul alone", _ALONE),
   "curve": ("Bfloat16 against float32", _CURVE),
   "tilings": ("Tilings of `models/attention/triton.py`", _TILINGS),
+  "costs": ("Costs for `loader.balance_costs`, by fits to times of the training step", _COSTS),
 }
 """Title and columns by part, in the order of the page."""
 

@@ -1,5 +1,7 @@
 """Rows as packing makes them, from numbers alone: several segments, image tokens that fit the tiles, a little padding."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, TokenBatch
@@ -12,14 +14,14 @@ IMAGES = 0.82
 """The most of a segment's tokens that stand for tiles."""
 
 
-def segment_lengths(tokens: int) -> list[int]:
+def segment_lengths(tokens: int, shares: Sequence[float] = SHARES) -> list[int]:
   """Lengths of the segments of a row of so many tokens."""
-  return [max(2, int(share * tokens)) for share in SHARES]
+  return [max(2, int(share * tokens)) for share in shares]
 
 
-def segment_ids(tokens: int) -> np.ndarray:
+def segment_ids(tokens: int, shares: Sequence[float] = SHARES) -> np.ndarray:
   """The segments of a row, int32 [tokens]: from 1, 0 at padding."""
-  lengths = segment_lengths(tokens)
+  lengths = segment_lengths(tokens, shares)
   ids = np.repeat(np.arange(1, len(lengths) + 1, dtype=np.int32), lengths)
   return np.pad(ids, (0, tokens - len(ids)))
 
@@ -30,13 +32,19 @@ def causal_pairs(tokens: int, window: int | None = None) -> int:
   return int(sum((count if window is None else np.minimum(count, window)).sum() for count in counts))
 
 
-def tiles_of(length: int, per_tile: int) -> int:
-  """Tiles of a segment of that length."""
-  return int(IMAGES * length) // per_tile
+def tiles_of(length: int, per_tile: int, images: float = IMAGES) -> int:
+  """Tiles of a segment of that length, of whose tokens at most a share stands for them."""
+  return int(images * length) // per_tile
 
 
 def packed_batch(
-  tokens: int, *, per_tile: int, side: int, image_token: int, pool: int | None = None
+  tokens: int,
+  *,
+  per_tile: int,
+  side: int,
+  image_token: int,
+  pool: int | None = None,
+  shares: Sequence[float] = SHARES,
 ) -> TokenBatch:
   """One packed row and its pool of tiles, as an optimizer step takes them.
 
@@ -48,10 +56,12 @@ def packed_batch(
     per_tile: tokens that stand for a tile.
     side: of a tile, in pixels.
     image_token: the id at image tokens; text tokens are drawn from the ids below it.
-    pool: tiles of the pool; None takes the size that the loader pads them to.
+    pool: tiles of the pool, which are never fewer than the row shows; None takes the size that the loader pads them to.
+    shares: of the row's tokens, those of each segment.
   """
   rng = np.random.default_rng(0)
-  ids = segment_ids(tokens)
+  ids = segment_ids(tokens, shares)
+  shown = IMAGES if pool is None else min(IMAGES, pool * per_tile / tokens)
   row = {
     "input_ids": np.where(ids > 0, rng.integers(3, image_token, tokens, dtype=np.int32), 0).astype(np.int32),
     "targets": np.full(tokens, IGNORE_INDEX, np.int32),
@@ -60,8 +70,8 @@ def packed_batch(
     "image_index": np.full(tokens, NO_IMAGE, np.int32),
   }
   start = features = 0
-  for length in segment_lengths(tokens):
-    images = per_tile * tiles_of(length, per_tile)
+  for length in segment_lengths(tokens, shares):
+    images = per_tile * tiles_of(length, per_tile, shown)
     row["positions"][start : start + length] = np.arange(length)
     row["input_ids"][start + 1 : start + 1 + images] = image_token
     row["image_index"][start + 1 : start + 1 + images] = features + np.arange(images)

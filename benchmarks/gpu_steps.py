@@ -75,11 +75,16 @@ CASES = {
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Ready:
-  """A case on one device: the run's setup, its batch of numpy arrays, and the FLOPs that a step needs."""
+  """A case on one device: the run's setup, its batch of numpy arrays, and the FLOPs that rows need."""
 
   setup: Setup
   batch: TokenBatch
-  flops: float
+  useful: mfu.UsefulFlops
+
+  @property
+  def flops(self) -> float:
+    """FLOPs that a step over the batch needs."""
+    return self.useful.of(count(self.batch))
 
 
 def prepare(case: Case, *, remat: str, pool: int | None) -> Ready:
@@ -96,7 +101,21 @@ def prepare(case: Case, *, remat: str, pool: int | None) -> Ready:
     pool=pool,
   )
   useful = mfu.useful_flops(source.config, source.model.shapes, setup.trainable)
-  return Ready(setup=setup, batch=batch, flops=useful.of(count(batch)))
+  return Ready(setup=setup, batch=batch, useful=useful)
+
+
+def start(setup: Setup) -> tuple[TrainState, dict[str, jax.Array]]:
+  """Draws the weights: the state at the first step, and what is frozen."""
+  params = setup.source.load(setup.shapes, setup.places.params)
+  frozen = {path: value for path, value in params.items() if path not in setup.trainable}
+  return setup.create_state(params), frozen
+
+
+def compiled(setup: Setup, state: TrainState, frozen: dict[str, jax.Array], batch: TokenBatch) -> Any:
+  """The program of a step over such a batch, as `trainer.CompiledSteps` compiles it, which keeps its own to itself."""
+  inputs = state, frozen, batches.place_batch(batch, setup.mesh), np.float32(1e-5)
+  lowered = jax.jit(setup.step.__call__, donate_argnums=0).lower(*inputs)
+  return compile_program(lowered, setup.mesh.devices.flat[0].platform)
 
 
 def measure(
@@ -105,20 +124,12 @@ def measure(
   """Draws the weights, compiles the step, takes steps, and adds a row."""
   ready = prepare(case, remat=remat, pool=pool)
   setup, batch = ready.setup, ready.batch
-  params = setup.source.load(setup.shapes, setup.places.params)
-  frozen = {path: value for path, value in params.items() if path not in setup.trainable}
-  state = setup.create_state(params)
-  del params
-  start = time.perf_counter()
-  rate = np.float32(1e-5)
-  inputs = state, frozen, batches.place_batch(batch, setup.mesh), rate
-  # As `trainer.CompiledSteps` does it, which keeps its programs to itself.
-  lowered = jax.jit(setup.step.__call__, donate_argnums=0).lower(*inputs)
-  program = compile_program(lowered, setup.mesh.devices.flat[0].platform)
-  compiled_in = time.perf_counter() - start
-  del inputs
+  state, frozen = start(setup)
+  began = time.perf_counter()
+  program = compiled(setup, state, frozen, batch)
+  compiled_in = time.perf_counter() - began
   peak_before = peak_bytes()
-  timing, losses = take_steps(program, state, frozen, setup, batch, samples=2 if toy else 5)
+  _, timing, losses = take_steps(program, state, frozen, setup, batch, samples=2 if toy else 5)
   counts = count(batch)
   results.add(
     unit,
@@ -151,8 +162,8 @@ def take_steps(
   batch: TokenBatch,
   *,
   samples: int,
-) -> tuple[Timing, list[float]]:
-  """Times steps that follow each other, with the host ahead of the device as in a run, and returns their losses.
+) -> tuple[TrainState, Timing, list[float]]:
+  """Times steps that follow each other, with the host ahead of the device as in a run; also the state after them.
 
   The batch goes to the device anew for every step. Samples are of four steps, after two that are not timed.
   """
@@ -164,7 +175,7 @@ def take_steps(
       state, metrics = program(state, frozen, batches.place_batch(batch, setup.mesh), rate)
     losses.append(float(metrics.loss))
     seconds.append((time.perf_counter() - start) / steps)
-  return Timing.of(seconds[1:], 4), losses
+  return state, Timing.of(seconds[1:], 4), losses
 
 
 def peak_bytes() -> int | None:

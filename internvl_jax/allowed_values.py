@@ -148,6 +148,7 @@ RANGES: dict[str, Range] = {
   # A pool without tiles is what a batch of text needs.
   "loader.tile_buckets": NOT_NEGATIVE,
   "loader.balance_steps": NOT_NEGATIVE,
+  "loader.balance_costs": NOT_NEGATIVE,
   "loader.prefetch": _POSITIVE,
   "eval.batch_size": _POSITIVE,
   "eval.max_new_tokens": _POSITIVE,

@@ -342,6 +342,9 @@ class LoaderConfig:
   # Optimizer steps among which packed rows are exchanged so that the devices of each step finish together; 0 takes the
   # rows as they come. Nothing changes on a single data-parallel device. See docs/data.md.
   balance_steps: int = 64
+  # What balance_steps takes a tile, a token and a pair of attention to cost, in any one unit of time: three numbers, as
+  # benchmarks/gpu.py measures them; empty: in proportion to the model's FLOPs. A run that resumes keeps those it began with.
+  balance_costs: tuple[float, ...] = ()
   # Micro-batches made ahead by each worker.
   prefetch: int = 4
   # Folder of the indexes of lines and sizes, and of copies of remote annotation files, on a disk of this machine; None:

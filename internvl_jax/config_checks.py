@@ -175,6 +175,11 @@ def _data_problems(config: TrainConfig) -> Iterator[str]:
     buckets = get(config, path)
     if list(buckets) != sorted(set(buckets)):
       yield f"{path}={buckets} must rise from entry to entry; use {tuple(sorted(set(buckets)))}"
+  if (costs := loader.balance_costs) and (len(costs) != 3 or costs[1] == 0):
+    yield (
+      f"loader.balance_costs={costs} must be the costs of a tile, a token and a pair of attention, the token's above 0, "
+      "such as (0.4, 0.0005, 6e-8)"
+    )
   # All that a line becomes is in one row.
   answers = 1 if data.use_packed_ds else conversations_a_line(config)
   if loader.sequence_buckets and max(loader.sequence_buckets) < answers * data.max_seq_length:

@@ -38,6 +38,7 @@ ONLY_WITH: dict[str, tuple[str, ...]] = {
   "data.loss_reduction": _PACKED,
   "data.replacement": _PACKED,
   "loader.balance_steps": _PACKED,
+  "loader.balance_costs": _PACKED,
   "data.use_thumbnail": _DYNAMIC,
   "data.min_dynamic_patch": _DYNAMIC,
   "data.max_dynamic_patch": _DYNAMIC,
@@ -142,6 +143,9 @@ IDLE: dict[str, tuple[Idle, ...]] = {
       lambda value: value("loader.on_bad_sample") == "error",
       "with loader.on_bad_sample='error': the first lost sample ends the run",
     ),
+  ),
+  "loader.balance_costs": (
+    Idle(lambda value: value("loader.balance_steps") == 0, "with loader.balance_steps=0"),
   ),
   "loader.tile_buckets": (
     Idle(

@@ -37,6 +37,7 @@ MAKES_IDLE = {
   "runtime.tags": {},
   "loader.max_bad_fraction": {},
   "loader.tile_buckets": {"data.use_packed_ds": True},
+  "loader.balance_costs": {"data.use_packed_ds": True, "loader.balance_steps": 0},
   **{path: {"preference.loss_type": "robust"} for path in IDLE if path.endswith("_loss_weight")},
 }
 MAKES_IDLE["preference.robust_loss_weight"] = {"preference.loss_type": "sigmoid,bco_pair"}

@@ -24,6 +24,7 @@ from internvl_jax.open_model import open_shapes
 from internvl_jax.parallel import batches
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.parallel.placement_table import placement_warnings
+from internvl_jax.setup.balance import planned_balance
 from internvl_jax.setup.devices import open_mesh
 from internvl_jax.setup.step import set_up
 from internvl_jax.state import TrainState
@@ -89,6 +90,7 @@ class StepPlan:
     state, frozen, batch: as the step takes them, without numbers.
     xla_options: `runtime.xla_options`.
     warnings: a run's warnings about the sharding of the parameters.
+    balance: how packed rows are balanced, see `setup.balance.planned_balance`; None: they are taken as they come.
   """
 
   source: Source
@@ -101,6 +103,7 @@ class StepPlan:
   batch: Batch
   xla_options: tuple[str, ...] = ()
   warnings: tuple[str, ...] = ()
+  balance: dict[str, Any] | None = None
 
   @property
   def shards(self) -> int:
@@ -125,7 +128,8 @@ def plan_step(
   mesh = open_mesh(config, target.devices, source.model)
   meshes.check_lengths([shape.tokens], mesh)
   setup = set_up(config, source, mesh, device=Device.of(target.devices[0]))
-  batch = shape.batch(meshes.data_parallel_size(mesh), setup.task)
+  shards = meshes.data_parallel_size(mesh)
+  batch = shape.batch(shards, setup.task)
   batch = jax.tree.map(
     lambda leaf, place: leaf.update(sharding=place), batch, batches.batch_shardings(batch, mesh)
   )
@@ -140,6 +144,7 @@ def plan_step(
     batch=batch,
     xla_options=config.runtime.xla_options,
     warnings=tuple(placement_warnings(setup.shapes, setup.places)),
+    balance=planned_balance(config, source, setup.task, shards),
   )
 
 

@@ -79,6 +79,7 @@ class Report:
   Attributes:
     topology, chips, mesh: the devices and how they are arranged.
     batch: micro-batches, rows of a shard, tokens and tiles of a row, data shards.
+    balance: how packed rows are balanced over data shards, and by which costs; None: they are taken as they come.
     warnings: lines on parameters that too few devices share.
     execution: dtype, attention, experts (None in a dense model) and remat.
     parameters, trainable: how many.
@@ -103,6 +104,7 @@ class Report:
   chips: int
   mesh: dict[str, int]
   batch: dict[str, int]
+  balance: dict[str, Any] | None = None
   warnings: list[str] = dataclasses.field(default_factory=list)
   execution: dict[str, Any]
   parameters: int
@@ -155,6 +157,7 @@ def make_report(plan: StepPlan, compiled: Compiled, target: Target, *, limit: in
     chips=plan.mesh.size,
     mesh=dict(plan.mesh.shape),
     batch={**dataclasses.asdict(plan.shape), "shards": plan.shards},
+    balance=plan.balance,
     warnings=list(plan.warnings),
     execution={
       "dtype": jax.numpy.dtype(how.dtype).name,
@@ -348,10 +351,22 @@ def _head(report: Report) -> list[str]:
     f"{report.topology}: {report.chips} devices, mesh {mesh}",
     f"a step: {batch['accumulation']} x {batch['shards']} x {batch['rows']} rows (micro-batches, data shards, rows of "
     f"one) of {batch['tokens']} tokens and {batch['tiles']} tiles",
+    *_balance(report.balance),
     f"computed in {how['dtype']}, attention {how['attention']}, "
     + (f"experts {how['experts']}, " if how["experts"] else "")
     + f"rematerialized: {how['remat'] or 'nothing'}",
     *(f"warning: {line}" for line in report.warnings),
+  ]
+
+
+def _balance(found: dict[str, Any] | None) -> list[str]:
+  """How rows are balanced, in a line."""
+  if found is None:
+    return []
+  by = "loader.balance_costs" if found["measured"] else "FLOPs"
+  return [
+    f"rows are balanced over {found['steps']} steps: by {by}, a tile costs {found['tokens_a_tile']:.4g} tokens and a pair "
+    f"of attention {found['tokens_a_pair']:.2g} (doctor says how even the data's rows get)"
   ]
 
 

@@ -50,6 +50,15 @@ def planned(tmp_path_factory):
 # --- The report ---------------------------------------------------------------------------------------------
 
 
+def test_how_rows_are_balanced_is_a_line(planned):
+  _, found = planned
+  assert found.balance is None and "balanced" not in report.render(found)
+  balance = {"steps": 64, "tokens_a_tile": 775.2, "tokens_a_pair": 0.00012, "measured": True}
+  told = dataclasses.replace(found, balance=balance)
+  line = "rows are balanced over 64 steps: by loader.balance_costs, a tile costs 775.2 tokens and a pair of attention 0.00012"
+  assert line in report.render(told) and told.as_json()["balance"] == balance
+
+
 def test_memory_adds_up_to_what_the_arrays_take(planned):
   plan, found = planned
   assert found.total == sum(found.memory.values())

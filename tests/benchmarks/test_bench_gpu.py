@@ -14,7 +14,7 @@ from tests.support import forked
 from tests.support.scripts import load
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
-PARTS = {"kernels", "step", "torch", "attention", "experts", "tilings", "curve"}
+PARTS = {"kernels", "step", "torch", "attention", "experts", "tilings", "curve", "costs"}
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +129,40 @@ def test_a_row_is_what_packing_makes():
   assert gpu_rows.causal_pairs(512, window=9) == (seen & near).sum()
 
 
+def test_a_row_shows_no_more_tiles_than_its_pool_has():
+  import gpu_rows
+
+  for segments in (1, 4, 16):
+    for pool in (1, 5, 40):
+      shares = [0.99 / segments] * segments
+      row = gpu_rows.packed_batch(512, per_tile=16, side=28, image_token=100, pool=pool, shares=shares)
+      assert row.tiles.shape[2] == pool and row.image_index.max() < 16 * pool
+      assert row.segment_ids.max() == segments
+
+
+def test_costs_are_those_that_were_planted():
+  import gpu_costs
+  from internvl_jax.errors import UserError
+
+  tiles, tokens, pairs = [8, 24, 8, 24] * 3, [4096] * 6 + [8192] * 6, [1e6, 1e6, 8e6, 8e6, 3e5, 3e5] * 2
+  features = np.array([tiles, tokens, pairs]).T
+
+  def fitted(*costs):
+    return gpu_costs.fit(features.tolist(), (features @ costs[:3] + costs[3]).tolist())
+
+  found = fitted(2.5, 0.02, 4e-6, 15.0)
+  np.testing.assert_allclose(
+    (found.tile, found.token, found.pair, found.constant), (2.5, 0.02, 4e-6, 15), rtol=1e-6
+  )
+  assert found.worst < 1e-9 and found.setting == "loader.balance_costs=(2.5,0.02,4e-06)"
+  # Costs are never below 0, and the error says what they miss.
+  odd = fitted(2.5, 0.02, -1e-6, 15.0)
+  assert odd.pair == 0 and odd.worst > 0.01
+  assert fitted(2.5, 0.0, 4e-6, 15.0).setting is None
+  with pytest.raises(UserError, match="do not tell tiles, tokens, pairs and the rest apart"):
+    gpu_costs.fit([[8, 4096, 1e6], [24, 4096, 1e6], [8, 4096, 8e6], [24, 4096, 8e6]], [1, 2, 3, 4])
+
+
 def test_a_page_gets_its_tables_between_its_markers(tmp_path):
   import gpu_report
   from internvl_jax.errors import UserError
@@ -207,7 +241,7 @@ def test_another_tiling_is_the_one_that_runs():
 
 @pytest.mark.slow
 def test_everything_at_toy_size(tmp_path):
-  found, table = run(tmp_path, "--toy")
+  found, table = run(tmp_path, "--toy", "--minutes=15")
   units = found["units"]
   assert {name.partition("/")[0] for name in units} == PARTS
   assert {unit["status"] for unit in units.values()} == {"done"}, units
@@ -215,6 +249,11 @@ def test_everything_at_toy_size(tmp_path):
   (step,) = units["step/toy"]["rows"]
   assert step["ms"] > 0 and step["planned_bytes"] > 0 and step["tiles"] <= step["pool"]
   assert math.isfinite(step["first_loss"]) and step["last_loss"] < step["first_loss"]
+  (costs,) = units["costs/toy"]["rows"]
+  assert len(costs["batches"]) == len(costs["times_ms"]) == 12 and costs["constant"] >= 0
+  assert {tuple(batch[:2]) for batch in costs["batches"]} == {
+    (tiles, tokens) for tiles in (math.ceil(step["pool"] / 3), step["pool"]) for tokens in (32, 64)
+  }
   for name in ("attention", "experts", "tilings"):
     assert units[name]["rows"] and all(row["ms"] > 0 and row["tflops"] > 0 for row in units[name]["rows"])
   (curve,) = units["curve"]["rows"]

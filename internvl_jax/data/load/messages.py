@@ -22,11 +22,11 @@ def other_batches(what: str, restore: str) -> DataError:
 
 
 def goes_on_as_it_began(balance: Balance | None) -> str:
-  """The line for a run whose rows are balanced in another way than `loader.balance_steps` and the model say now."""
+  """The line for a run whose rows are balanced in another way than settings and model say now."""
   how = "are not balanced" if balance is None else f"are balanced over {balance.steps} steps"
   return (
     f"The run goes on as it began: its packed rows {how}, by the costs of then. Runs that begin anew follow "
-    "loader.balance_steps"
+    "loader.balance_steps and loader.balance_costs"
   )
 
 

@@ -24,7 +24,7 @@ ALGORITHM = "balanced-1"
 """Changes whenever the same rows would be in other steps: a state of another one is refused."""
 
 UNIT = 1 << 24
-"""The cost of a token in the decoder's matrix products; what all costs are measured in."""
+"""The cost of a token in the decoder's matrix products, by FLOPs; what all costs are measured in."""
 
 # The devices of steps need not be nearer to each other: buckets of tiles and kernels' blocks are coarser.
 _EVEN_PERCENT = 101

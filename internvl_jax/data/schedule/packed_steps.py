@@ -287,9 +287,15 @@ class BalancedSteps:
 
   def _completed(self, report: Report) -> _Window:
     """The coming window with all of its rows, assigned."""
-    window, shape = self._coming, self._plan.shape
-    self._plan_rows(window.steps * shape.rows, report)
+    window = self._coming
+    self._plan_rows(window.steps * self._plan.shape.rows, report)
     window.decided = window.decided[0], self._stream.decided
+    self._assign(window)
+    return window
+
+  def _assign(self, window: _Window) -> None:
+    """Assigns a window's rows to its steps and their devices: all that balance adds to planning."""
+    shape = self._plan.shape
     sizes = self._plan.size_of(np.concatenate([row.indices for row in window.rows]))
     costs = self.balance.cost.of_rows(sizes, np.array([len(row.indices) for row in window.rows]))
     window.assigned = balance.assign(costs, shape.accumulation, shape.shards, shape.rows)
@@ -300,7 +306,6 @@ class BalancedSteps:
       for each in (totals.reshape(window.assigned.shape), totals[window.assigned])
     )
     window.evenness = Evenness(window.steps, before, after)
-    return window
 
 
 class PlannedRows:

@@ -36,11 +36,11 @@ def meta(tmp_path_factory):
 class Hosts:
   """The loaders of several hosts, as one."""
 
-  def __init__(self, meta, tokenizer, name, hosts, *, state=None, **training):
+  def __init__(self, meta, tokenizer, name, hosts, *, state=None, shards=SHARDS, cost=COST, **training):
     data, more = SETTINGS[name]
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 120}
     settings |= {"disable_tqdm": True} | more | training
-    each, self.reads = SHARDS // hosts, None
+    each, self.reads = shards // hosts, None
     self.loaders = [
       self.open(
         arguments(meta, **FRAMES | data),
@@ -50,10 +50,10 @@ class Hosts:
         ),
         tokenizer,
         shards=Shards(
-          count=SHARDS,
+          count=shards,
           mine=range(host * each, (host + 1) * each),
           all_sum=self.all_sum,
-          row_cost=COST if "balanced" in name else None,
+          row_cost=cost if "balanced" in name else None,
         ),
         state=state,
       )
@@ -242,6 +242,33 @@ def test_a_run_goes_on_as_it_began_whether_balanced_or_not(meta, tokenizer, capl
     straight.close()
     other.close()
     caplog.clear()
+
+
+def test_balanced_batches_are_the_same_on_one_to_four_hosts_and_from_three_to_two(meta, tokenizer):
+  one_row = {
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "max_steps": 12,
+    "shards": 12,
+  }
+  found, states = {}, {}
+  for hosts in (1, 2, 3, 4):
+    loaders = Hosts(meta, tokenizer, "balanced", hosts, **one_row)
+    found[hosts] = [digest(loaders.step()) for _ in range(4)]  # Of a window of six.
+    states[hosts] = loaders.state()
+    found[hosts] += [digest(loaders.step()) for _ in range(4 * (hosts == 1))]
+    loaders.close()
+  assert len(set(found[1])) == 8
+  assert found[2] == found[3] == found[4] == found[1][:4]
+  assert states[1] == states[2] == states[3] == states[4]
+  # By other costs, rows would be in other steps, but a run goes on by those that it began with.
+  other = RowCost(per_tile=0, per_pair=UNIT)
+  resumed_on_two = Hosts(meta, tokenizer, "balanced", 2, state=states[3], cost=other, **one_row)
+  assert [digest(resumed_on_two.step()) for _ in range(4)] == found[1][4:]
+  resumed_on_two.close()
+  anew = Hosts(meta, tokenizer, "balanced", 2, cost=other, **one_row)
+  assert [digest(anew.step()) for _ in range(4)] != found[1][:4]
+  anew.close()
 
 
 def test_shards_that_do_not_divide_are_refused(meta, tokenizer):
