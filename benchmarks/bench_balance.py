@@ -1,7 +1,7 @@
 """Measures how long devices wait for the slowest with packed rows as they come and with balanced ones, and planning.
 
   python benchmarks/bench_balance.py [--steps 128] [--sizes 2.5-1b 2.5-8b] [--shards 8 64 512] [--json out.json]
-  python benchmarks/bench_balance.py --samples 1000000 [--shards 64]
+  python benchmarks/bench_balance.py --samples 1000000 [--shards 64] [--plain]
 
 The first prints, for two mixtures, slowest over mean: what the slowest device of each step computes over what devices
 compute on average, by FLOPs, when all of the model is trained. `padded` has the same for what devices run in fact: pools
@@ -12,7 +12,8 @@ long as their FLOPs say, and attention's pairs. The mixtures:
   recorded   6,000 sizes of the recipes' data (tests/assets/packing_sizes.npz), shuffled anew for each epoch
   heavy      texts of log-normal length, some a whole row long, images of Pareto-distributed numbers of tiles, videos
 
-The second times the planner on so many samples of the recorded sizes, with and without balance, each in a fresh process.
+The second times the planner on so many samples of the recorded sizes, balanced, and of that the balance alone; with
+--plain also rows as they come. Each runs in a fresh process.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from internvl_jax.data.schedule import balance, packing
 from internvl_jax.data.schedule.balance import Balance, RowCost
 from internvl_jax.data.schedule.order import EpochOrder
 from internvl_jax.data.schedule.packed_rows import RowStream
-from internvl_jax.data.schedule.packed_steps import StepShape
+from internvl_jax.data.schedule.packed_steps import BalancedSteps, StepShape
 from internvl_jax.data.schedule.schedule import make_schedule
 from internvl_jax.data.schedule.shapes import tile_bucket
 from internvl_jax.hf import published
@@ -52,7 +53,7 @@ def main() -> None:
   """Prints the table, and writes all numbers as JSON if asked to."""
   asked = arguments()
   print(bench_data.machine())
-  result = time_planner(asked.samples, asked.shards[0]) if asked.samples else measure_balance(asked)
+  result = time_planner(asked) if asked.samples else measure_balance(asked)
   if asked.json:
     pathlib.Path(asked.json).write_text(json.dumps({"machine": bench_data.machine(), **result}, indent=2))
 
@@ -64,6 +65,7 @@ def arguments() -> argparse.Namespace:
   parser.add_argument("--sizes", nargs="+", default=["2.5-1b", "2.5-8b", "2.5-26b"], help="published sizes")
   parser.add_argument("--shards", nargs="+", type=int, default=[8, 64, 512], help="numbers of devices")
   parser.add_argument("--samples", type=int, default=0, help="time the planner on so many samples")
+  parser.add_argument("--plain", action="store_true", help="with --samples: also plan rows as they come")
   parser.add_argument("--json", help="file for all numbers")
   return parser.parse_args()
 
@@ -173,15 +175,16 @@ def compare(sizes: np.ndarray, lengths: np.ndarray, cost: RowCost, shards: int) 
 # --- Planning -----------------------------------------------------------------------------------------------
 
 
-def time_planner(samples: int, shards: int) -> dict[str, Any]:
-  """Times the planner on an epoch of so many samples, with rows as they come and balanced."""
+def time_planner(asked: argparse.Namespace) -> dict[str, Any]:
+  """Times the planner on an epoch of so many samples, with rows as they come if that is asked for, and balanced."""
+  samples, shards = asked.samples, asked.shards[0]
   result: dict[str, Any] = {"samples": samples, "devices": shards}
-  for name, window in (("as they come", 0), ("balanced", WINDOW)):
+  for name, window in [("as they come", 0)] * asked.plain + [("balanced", WINDOW)]:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
       result[name] = found = pool.apply(plan, (samples, shards, window))
     print(
       f"{name:<14}{1e6 * found['seconds'] / samples:>7.1f} s of CPU a million samples, {found['first_seconds']:.2f} s before "
-      f"the first step, peak {found['peak_mb']:+.0f} MB"
+      f"the first step, {found['balance_seconds']:.1f} s for balance, peak {found['peak_mb']:+.0f} MB"
     )
   return result
 
@@ -202,13 +205,34 @@ def plan(samples: int, shards: int, window: int) -> dict[str, float]:
     settings,
   )
   schedule.order.places(0, 1)  # The shuffled order itself is not what is measured.
+  added = count_seconds(BalancedSteps, "_assign")
   before, start = peak_mb(), time.process_time()
   cursor = schedule.cursor()
   cursor.next_rows()
   first = time.process_time() - start
   for _ in range(schedule.total_steps - 1):
     cursor.next_rows()
-  return {"seconds": time.process_time() - start, "first_seconds": first, "peak_mb": peak_mb() - before}
+  return {
+    "seconds": time.process_time() - start,
+    "first_seconds": first,
+    "balance_seconds": sum(added),
+    "peak_mb": peak_mb() - before,
+  }
+
+
+def count_seconds(owner: type, name: str) -> list[float]:
+  """Seconds of CPU of every call of a method from now on, appended to the list that is returned."""
+  method, found = getattr(owner, name), []
+
+  def timed(*args: Any) -> Any:
+    start = time.process_time()
+    try:
+      return method(*args)
+    finally:
+      found.append(time.process_time() - start)
+
+  setattr(owner, name, timed)
+  return found
 
 
 def peak_mb() -> float:
