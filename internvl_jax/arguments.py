@@ -424,6 +424,8 @@ class RuntimeConfig:
   # Tell where the run stands, with stacks, once a step, a save or a wait lasts this long, and every such time
   # again. Above what compiling the largest models takes, so that it means something.
   hang_seconds: int = 600
+  # Write output_dir/report.html, the run on a page, at its end; `python -m internvl_jax.report` writes it at any time.
+  report: bool = True
   # Words by which trackers find the run.
   tags: tuple[str, ...] = ()
   # Print a table of where the time from the command to the first step went; a line of it is always logged.

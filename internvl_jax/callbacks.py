@@ -99,14 +99,17 @@ class StartTimes(Callback):
   Attributes:
     stopwatch: measures it.
     prints: whether to log the table, too.
+    record: is called afterwards.
   """
 
   stopwatch: Stopwatch
   prints: bool = False
+  record: Callable[[], None] = lambda: None
 
   def after_first_step(self, done: float) -> None:
     """Logs it, of the first process for all."""
     self.stopwatch.stop(done)
+    self.record()
     if not distributed.is_first():
       return
     logging.info("%s", self.stopwatch.line())

@@ -134,6 +134,13 @@ def run_app(main: Callable[[list[str]], Any], *, positional: bool = False) -> No
   app.run(guarded, flags_parser=guarded_parse)
 
 
+def recipe_named(flag_values: flags.FlagValues = flags.FLAGS) -> str | None:
+  """What `--config` names; None where there is no such flag, or it is not given."""
+  if FLAG not in flag_values or flag_values[FLAG].value is None:
+    return None
+  return config_flags.get_config_filename(flag_values[FLAG])
+
+
 _passed: list[str] = []
 """What is to be said of arguments on the command line that no field has and that were accepted."""
 

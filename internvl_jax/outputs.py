@@ -29,6 +29,15 @@ CHECKPOINTS = "checkpoints"
 EVALUATIONS = "evaluations"
 """Folder of the samples that were shown at evaluations."""
 
+FACTS_FILE = "run_facts.json"
+"""Where and how a run was started, and what its data are like."""
+
+LOG_FOLDER = "log"
+"""Folder of the log's entries as they come, a file for each start."""
+
+REPORT_FILE = "report.html"
+"""The run on a page."""
+
 TRACKERS_FILE = "trackers.json"
 """The run's ids at trackers."""
 
@@ -43,6 +52,8 @@ Beginning = Literal["new", "resume", "overwrite"]
 
 RUN_FILES = (
   CONFIG_FILE,
+  FACTS_FILE,
+  REPORT_FILE,
   TRACKERS_FILE,
   "trainer_state.json",
   "train_results.json",
@@ -70,7 +81,7 @@ RUN_FILES = (
 )
 """The files a run writes at the root of its output directory, but for those of its task."""
 
-RUN_FOLDERS = (CHECKPOINTS, EVALUATIONS, "adapter", "tensorboard", "profile")
+RUN_FOLDERS = (CHECKPOINTS, EVALUATIONS, LOG_FOLDER, "adapter", "tensorboard", "profile")
 """The folders a run writes there."""
 
 KEPT_FOLDERS = ("reference_logps",)

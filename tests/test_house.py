@@ -20,6 +20,7 @@ FRONT_DOORS = (
   "certify",
   "evaluate",
   "generate",
+  "report",
   "from_script",
 )
 
@@ -28,7 +29,7 @@ FRONT_DOORS = (
 LAYERS = (
   ("api",),
   FRONT_DOORS,
-  ("aot", "answering", "conversion", "verification"),
+  ("aot", "answering", "conversion", "reporting", "verification"),
   ("setup", "finish"),
   ("cli", "open_model", "output_dir"),
   ("pasted_arguments",),

@@ -23,6 +23,7 @@ from internvl_jax.eval.sets import read_sets
 from internvl_jax.hf.model import Source
 from internvl_jax.open_model import open_model
 from internvl_jax.optim.learning_rate import warmup_remark
+from internvl_jax.output_dir import output_folder
 from internvl_jax.parallel import distributed
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.parallel.agreement import agree
@@ -30,6 +31,7 @@ from internvl_jax.serving import Export
 from internvl_jax.setup.balance import run_row_cost
 from internvl_jax.setup.devices import open_mesh, processes
 from internvl_jax.setup.export import open_export
+from internvl_jax.setup.facts import RunFacts
 from internvl_jax.setup.held_out import HeldOutCheck, start_check
 from internvl_jax.setup.step import Setup, idle_on, set_up
 from internvl_jax.tasks.task import Hooks, RunContext
@@ -51,6 +53,7 @@ class Run:
     chat: the same, as conversations are tokenized.
     export: how the final model will be exported and served.
     setup: mesh, objective, optimizer and step.
+    facts: what is recorded of it beside its metrics.
   """
 
   config: TrainConfig
@@ -60,6 +63,7 @@ class Run:
   chat: ChatTokenizer
   export: Export
   setup: Setup
+  facts: RunFacts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,8 +85,13 @@ class Data:
   evaluation: Evaluation | None
 
 
-def open_run(config: TrainConfig, watchdog: Watchdog) -> Run:
+def open_run(config: TrainConfig, watchdog: Watchdog, recipe: str | None = None) -> Run:
   """Opens the model's checkpoint and sets up how it trains; reads no weights.
+
+  Args:
+    config: of the run.
+    watchdog: is told what it is at.
+    recipe: what the command line named, to be recorded.
 
   Raises:
     UserError: it cannot train so.
@@ -104,6 +113,7 @@ def open_run(config: TrainConfig, watchdog: Watchdog) -> Run:
     chat=chat,
     export=export,
     setup=setup,
+    facts=RunFacts(output_folder(config), config, recipe),
   )
 
 

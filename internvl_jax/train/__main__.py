@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
   with stopwatch.phase("imports"):
     from internvl_jax.train.run import train
 
-  return 0 if train(_CONFIG.value, stopwatch) else signals.STOPPED
+  return 0 if train(_CONFIG.value, stopwatch, recipe=cli.recipe_named()) else signals.STOPPED
 
 
 if __name__ == "__main__":

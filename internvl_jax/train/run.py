@@ -33,12 +33,14 @@ from internvl_jax.metrics.trace import Trace
 from internvl_jax.optim.learning_rate import make_schedule
 from internvl_jax.output_dir import output_dir_held, output_folder
 from internvl_jax.outputs import (
+  REPORT_FILE,
   Beginning,
   newest_checkpoint,
   write_json,
 )
 from internvl_jax.parallel import distributed
 from internvl_jax.parallel.agreement import agree
+from internvl_jax.reporting.page import write_report
 from internvl_jax.setup.devices import set_up_jax
 from internvl_jax.setup.progress import Progress, begin_or_go_on, best_params
 from internvl_jax.setup.run import Data, Run, open_data, open_run, tell
@@ -51,12 +53,13 @@ EXPORT_SECONDS = 3600
 """How long processes wait for the first one to write the model: 150 GB to a slow disk."""
 
 
-def train(config: TrainConfig, stopwatch: Stopwatch | None = None) -> bool:
+def train(config: TrainConfig, stopwatch: Stopwatch | None = None, *, recipe: str | None = None) -> bool:
   """A whole run, from its config to the model in its output directory; on every process of the run alike.
 
   Args:
     config: of the run.
     stopwatch: has measured the start so far; None: it begins here.
+    recipe: what the command line named, to be recorded; None for none.
 
   Returns:
     Whether the model is there: not where the run was told to stop.
@@ -74,7 +77,7 @@ def train(config: TrainConfig, stopwatch: Stopwatch | None = None) -> bool:
       Watchdog(distributed.host_name(), config.runtime.hang_seconds, stopwatch=stopwatch) as watchdog,
       output_dir_held(config, watchdog) as beginning,
     ):
-      return _run(config, watchdog, beginning)
+      return _run(config, watchdog, beginning, recipe)
 
 
 def shared_start(config: TrainConfig) -> dict[str, Any]:
@@ -83,9 +86,9 @@ def shared_start(config: TrainConfig) -> dict[str, Any]:
   return {**shared_settings(config), **against, **consistency.programs()}
 
 
-def _run(config: TrainConfig, watchdog: Watchdog, beginning: Beginning) -> bool:
+def _run(config: TrainConfig, watchdog: Watchdog, beginning: Beginning, recipe: str | None) -> bool:
   set_up_jax(config)
-  run = open_run(config, watchdog)
+  run = open_run(config, watchdog, recipe)
   # The data are checked before the weights are read: mistakes are likelier there, and cheaper to find.
   data = open_data(run)
   steps = start_compiling(run, data, beginning)
@@ -206,7 +209,9 @@ def take_steps(
 ) -> Ended:
   """Runs the loop; the optimizer's moments are gone when it returns."""
   progress = begin_or_go_on(run, data, beginning)
+  opened.callback(report_run, run.config)  # Once the log is closed, however the run ends.
   log = opened.enter_context(progress.log)
+  run.facts.begin(int(progress.state.step))
   with log.steps(), stop, closed_after_error(progress.loader, progress.checkpointer):
     state = make_trainer(run, data, steps, progress, stop).run(progress.state, progress.frozen)
   steps.close()
@@ -222,6 +227,17 @@ def take_steps(
     log=progress.log,
     checkpointer=progress.checkpointer,
   )
+
+
+def report_run(config: TrainConfig) -> None:
+  """Writes the report page; that it cannot be written is a warning, since the run is more than its report."""
+  if not (config.runtime.report and distributed.is_first()):
+    return
+  folder = output_folder(config)
+  try:
+    logging.info("The run on a page: %s", write_report(folder, folder / REPORT_FILE, ended=True))
+  except Exception as error:  # Whatever it is: files of any kind are read.
+    logging.warning("The report could not be written (%s: %s)", type(error).__name__, error)
 
 
 def export(run: Run, data: Data, learned: Learned) -> None:
@@ -272,13 +288,17 @@ def make_trainer(
 
 def make_callbacks(run: Run, data: Data, loader: TrainLoader, log: RunLog) -> list[Callback]:
   """What watches the loop of a run."""
-  runtime = run.config.runtime
+  runtime, stopwatch = run.config.runtime, run.watchdog.stopwatch
   trained = {path.partition(".")[0] for path in run.setup.trainable}
   # Of data without images it was told what learns from images alone.
   told = {"vision_model", "mlp1"} if data.without_images else set()
   traced = runtime.profile_steps if distributed.is_first() else ()
   return [
-    StartTimes(run.watchdog.stopwatch, prints=runtime.timings),
+    StartTimes(
+      stopwatch,
+      prints=runtime.timings,
+      record=lambda: run.facts.after_first_step(stopwatch, loader),
+    ),
     FirstBatch(lambda batch: show_batch(batch, run.chat)),
     Check(data.hooks.first_batch),
     Profile(Trace(output_folder(run.config) / "profile", traced)),

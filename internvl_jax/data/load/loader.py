@@ -360,6 +360,10 @@ class TrainLoader:
         named.setdefault(where.file, []).append(where.line)
     return "; ".join(f"{file}:{','.join(map(str, lines))}" for file, lines in named.items())
 
+  def size_counts(self) -> list[dict[str, Any]]:
+    """How many lines have how many tokens and tiles, by dataset; empty where sizes are not measured."""
+    return self._source.size_counts()
+
   def dataset_lines(self) -> list[str]:
     """Lines on the datasets and their images, and one for the programs that their batches may need, for the log."""
     most = self._most_tiles * self.schedule.shape.rows_per_shard

@@ -20,6 +20,7 @@ from internvl_jax.data.load.messages import other_batches
 from internvl_jax.data.load.mixture import Mixture
 from internvl_jax.data.load.row_count import count_rows
 from internvl_jax.data.load.settings import Shards
+from internvl_jax.data.load.size_counts import size_counts
 from internvl_jax.data.load.task import DataTask
 from internvl_jax.data.sample.pool import TilePool
 from internvl_jax.data.sample.sample import Sample
@@ -171,6 +172,10 @@ class SampleSource(Protocol):
     """Whether any sample has an image or a video, as far as that can be told before it is read."""
     ...
 
+  def size_counts(self) -> list[dict[str, Any]]:
+    """How many lines have how many tokens and tiles, by dataset; empty where sizes are not known."""
+    ...
+
 
 class IndexedSamples:
   """Data that are read by number, see `SampleSource`: every step is planned for all hosts alike."""
@@ -285,3 +290,7 @@ class IndexedSamples:
   def has_images(self) -> bool:
     """Whether any sample has an image or a video, as far as that can be told before it is read."""
     return any(dataset.has_images() for dataset in self.samples.datasets)
+
+  def size_counts(self) -> list[dict[str, Any]]:
+    """How many lines have how many tokens and tiles, by dataset; empty where sizes are not measured."""
+    return size_counts(self.samples) if self.measured else []

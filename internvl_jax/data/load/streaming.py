@@ -203,6 +203,10 @@ class StreamedSamples:
     """Always true: that is not known before a stream is read."""
     return True
 
+  def size_counts(self) -> list[dict[str, Any]]:
+    """None: sizes are not known before a stream is read."""
+    return []
+
 
 def _check(settings: Settings, specs: Sequence[DatasetSpec]) -> None:
   """Refuses what needs to know how many samples there are.

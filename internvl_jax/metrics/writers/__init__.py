@@ -173,10 +173,14 @@ def open_writers(run: TrackedRun, *, total_steps: int, terms: Mapping[str, str])
   """
   from internvl_jax.metrics.writers.background import Background
   from internvl_jax.metrics.writers.console import LogLines, ProgressBar
-  from internvl_jax.metrics.writers.json_files import JsonFiles
+  from internvl_jax.metrics.writers.json_files import JsonFiles, LogFiles
   from internvl_jax.metrics.writers.shown_files import ShownFilesWriter
 
-  writers: list[Writer] = [JsonFiles(run.output_dir), ShownFilesWriter(run.output_dir)]
+  writers: list[Writer] = [
+    JsonFiles(run.output_dir),
+    LogFiles(run.output_dir),
+    ShownFilesWriter(run.output_dir),
+  ]
   writers += [Background(name, TRACKERS[name].writer, run) for name in trackers_named(run.training.report_to)]
   writers.append(ProgressBar(total_steps, disable=run.training.disable_tqdm))
   writers.append(LogLines(total_steps, terms))
