@@ -29,6 +29,7 @@ RUN_BY = {
   "internvl_jax.evaluate": "tests/runs/test_evaluations.py",
   "internvl_jax.generate": "tests/test_docs.py",
   "internvl_jax.from_script": "tests/from_script/test_command.py",
+  "internvl_jax.report": "tests/reporting/test_report.py",
   "internvl_jax.convert": "tests/hf/test_convert.py",
   "internvl_jax.verify": "tests/hf/test_parity.py",
   "internvl_jax.certify": "tests/certify/test_command.py",

@@ -38,30 +38,32 @@ _NOT_DRAWN = {"train/epoch", "eval/epoch", "train/peak_memory_bytes", "train/sav
 
 def charts(series: Mapping[str, Series]) -> list[dict[str, Any]]:
   """The charts of a run, as JSON values: first the usual ones, then the scores, then the task's own metrics."""
-  usual = {name for _, _, names in _CHARTS for name in names}
-  known = [(title, unit, names) for title, unit, names in _CHARTS if any(name in series for name in names)]
-  scores: dict[str, list[str]] = {}
+  found = []
+  for title, unit, names in _CHARTS:
+    if members := [name for name in names if name in series]:
+      found.append(_chart(title, unit, {_NAMES.get(name, title): series[name] for name in members}))
+  scores: dict[str, dict[str, Series]] = {}
   for name in sorted(series):
     if name.startswith("eval/") and name not in _NOT_DRAWN:
-      scores.setdefault(_metric(name), []).append(name)
-  others = sorted(name for name in series if name.startswith("train/") and name not in usual | _NOT_DRAWN)
-  groups = [*known, *(("Held out: " + title, "", tuple(names)) for title, names in scores.items())]
-  groups += [(name.partition("/")[2], "", (name,)) for name in others]
-  return [
-    _chart(title, unit, {name: series[name] for name in names if name in series})
-    for title, unit, names in groups
-  ]
+      metric, of = _score(name.removeprefix("eval/"))
+      scores.setdefault(metric, {})[of] = series[name]
+  found += [_chart(f"Held out: {metric.replace('_', ' ')}", "", of) for metric, of in scores.items()]
+  usual = {name for _, _, names in _CHARTS for name in names} | _NOT_DRAWN
+  terms = sorted(name for name in series if name.startswith("train/") and name not in usual)
+  return found + [_chart(name.removeprefix("train/"), "", {name: series[name]}) for name in terms]
 
 
-def _metric(name: str) -> str:
-  """What a score measures: "accuracy" of eval/accuracy_cats, and of eval/docvqa/accuracy."""
-  parts = name.split("/")[1:]
-  return parts[-1].partition("_")[0] if len(parts) == 1 and parts[0].startswith("accuracy") else parts[-1]
+def _score(name: str) -> tuple[str, str]:
+  """What a score measures, and of what: "anls" of "docvqa/anls" is docvqa's, "accuracy_cats" that of a group."""
+  of, _, metric = name.rpartition("/")
+  if not of and metric.startswith("accuracy"):
+    return "accuracy", metric.removeprefix("accuracy").removeprefix("_") or "all"
+  return (metric, of) if of else (metric, metric)
 
 
 def _chart(title: str, unit: str, members: Mapping[str, Series]) -> dict[str, Any]:
   scale = 100.0 if unit == "%" else 1.0
-  curves = [{"name": _NAMES.get(name, name), **decimated(one, scale)} for name, one in members.items()]
+  curves = [{"name": name, **decimated(one, scale)} for name, one in members.items()]
   return {"title": title, "unit": unit, "curves": curves}
 
 

@@ -28,7 +28,7 @@ function short(value) {
 
 function exact(value) {
   const size = Math.abs(value);
-  return size !== 0 && size < 1e-3 ? value.toExponential(3).replace("e-", "e−") : (+value.toPrecision(5)).toLocaleString("en");
+  return size !== 0 && size < 1e-3 ? value.toExponential(3).replace("e-", "e−") : value.toLocaleString("en", { maximumSignificantDigits: 5 });
 }
 
 // Round numbers from low to high, about `count` of them.

@@ -4,14 +4,19 @@ import bisect
 import contextlib
 import dataclasses
 import json
+import time
 from array import array
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from internvl_jax.errors import UserError
 from internvl_jax.metrics.writers import scalars
 from internvl_jax.outputs import CONFIG_FILE, EVALUATIONS, FACTS_FILE, LEASE_FILE, LOG_FOLDER
 from internvl_jax.storage.paths import AnyPath
+
+_STALE_SECONDS = 60
+"""Many heartbeats of a lease, on a disk whose clock is nearly right."""
 
 
 @dataclasses.dataclass
@@ -50,7 +55,7 @@ class RunFiles:
     scores: eval_results.json.
     facts: run_facts.json.
     series: the log, by the names that trackers have ("train/loss").
-    is_running: a run holds the directory, or has not released it.
+    is_running: a run holds the directory.
     shown: {set: {step: lines}} of the samples shown at evaluations.
   """
 
@@ -90,9 +95,19 @@ def read_run(folder: AnyPath) -> RunFiles:
     scores=_json(folder / "eval_results.json"),
     facts=_json(folder / FACTS_FILE),
     series=read_series(folder / LOG_FOLDER, history),
-    is_running=(folder / LEASE_FILE).exists(),
+    is_running=_is_held(folder / LEASE_FILE),
     shown=_read_shown(folder / EVALUATIONS),
   )
+
+
+def _is_held(path: AnyPath) -> bool:
+  """Whether a run renews its lease; one that a crash has left is old. Of a bucket, only that there is one is known."""
+  if not isinstance(path, Path):
+    return path.exists()
+  try:
+    return time.time() - path.stat().st_mtime < _STALE_SECONDS
+  except FileNotFoundError:
+    return False
 
 
 def read_series(folder: AnyPath, history: list[dict[str, Any]]) -> dict[str, Series]:
@@ -123,8 +138,7 @@ def read_series(folder: AnyPath, history: list[dict[str, Any]]) -> dict[str, Ser
 def _add(found: dict[str, Series], entry: dict[str, Any]) -> None:
   step = entry["step"]
   for name, value in scalars(entry).items():
-    if isinstance(value, int | float):
-      found.setdefault(name, Series()).add(step, value)
+    found.setdefault(name, Series()).add(step, value)
 
 
 def _lines(path: AnyPath) -> Iterator[dict[str, Any]]:

@@ -102,7 +102,7 @@ def samples(run: RunFiles) -> dict[str, Any]:
   """The ledger of samples: `events` that happened, and `rows` by dataset with their counts; the last row is the sum."""
   data: dict[str, dict[str, int]] = run.state.get("data", {})
   events = [event for event in EVENTS if any(counts.get(event) for counts in data.values())]
-  named = [(name, counts) for name, counts in data.items()]
+  named = list(data.items())
   if len(named) > 1:
     keys = ("samples", *events)
     named.append(("all", {key: sum(counts.get(key, 0) for counts in data.values()) for key in keys}))
@@ -211,9 +211,8 @@ class _Pictures:
     """The picture as a data: URL; None where it is not there, or does not fit."""
     if name not in self._known:
       content = self._run.picture(name)
-      fits = content is not None and len(content) <= self._left
       self._known[name] = None
-      if fits:
+      if content is not None and len(content) <= self._left:
         self._left -= len(content)
         self._known[name] = f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
     return self._known[name]
