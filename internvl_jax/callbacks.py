@@ -99,7 +99,7 @@ class StartTimes(Callback):
   Attributes:
     stopwatch: measures it.
     prints: whether to log the table, too.
-    record: is called afterwards.
+    record: is called afterwards, on the first process.
   """
 
   stopwatch: Stopwatch
@@ -109,12 +109,12 @@ class StartTimes(Callback):
   def after_first_step(self, done: float) -> None:
     """Logs it, of the first process for all."""
     self.stopwatch.stop(done)
-    self.record()
     if not distributed.is_first():
       return
     logging.info("%s", self.stopwatch.line())
     if self.prints:
       logging.info("From the command to the first step:\n%s", "\n".join(self.stopwatch.table()))
+    self.record()
 
 
 @dataclasses.dataclass

@@ -33,6 +33,9 @@ _NAMES = {
   "train/data_seconds_per_step": "waiting for data",
 }
 
+_TERMS = ("rewards", "logps", "losses")
+"""Names of a task's own metrics begin so; what stands before the slash of other scores is the set."""
+
 _NOT_DRAWN = {"train/epoch", "eval/epoch", "train/peak_memory_bytes", "train/save_pause_seconds"}
 
 
@@ -58,7 +61,7 @@ def _score(name: str) -> tuple[str, str]:
   of, _, metric = name.rpartition("/")
   if not of and metric.startswith("accuracy"):
     return "accuracy", metric.removeprefix("accuracy").removeprefix("_") or "all"
-  return (metric, of) if of else (metric, metric)
+  return (metric, of) if of and of not in _TERMS else (name, name)
 
 
 def _chart(title: str, unit: str, members: Mapping[str, Series]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def summary(run: RunFiles, *, ended: bool) -> list[tuple[str, str]]:
     ("epochs", _last(run, "train/epoch", "{:.2f}")),
     ("loss", _last(run, "train/loss", "{:.4f}")),
     *((_score_name(name), _last(run, name, "{:.4g}")) for name in _scores(run)),
-    ("accuracy at the end", _number(run.scores.get("accuracy"), "{:.4f}")),
+    *_final_scores(run),
     ("time of a step", _last(run, "train/seconds_per_step", "{:.3g} s")),
     ("MFU", _last(run, "train/mfu", "{:.1%}")),
     ("memory of a device", _gib(_latest(run, "train/peak_memory_bytes"))),
@@ -66,6 +66,18 @@ def summary(run: RunFiles, *, ended: bool) -> list[tuple[str, str]]:
 def _scores(run: RunFiles) -> list[str]:
   """The first few scores of held-out data."""
   return [name for name in sorted(run.series) if name.startswith("eval/") and name != "eval/epoch"][:3]
+
+
+def _final_scores(run: RunFiles) -> list[tuple[str, str | None]]:
+  """The scores of the final model: of the only set, or of each set by its name."""
+  scores = run.scores
+  sets = {"": scores} if "num_questions" in scores else {f"{name} ": of for name, of in scores.items()}
+  return [
+    (f"{name}{metric} at the end".replace("_", " "), _number(value, "{:.4g}"))
+    for name, of in sets.items()
+    for metric, value in of.items()
+    if metric != "num_questions" and isinstance(value, int | float)
+  ][:4]
 
 
 def _score_name(name: str) -> str:

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import jax
+from absl import logging
 
 import internvl_jax
 from internvl_jax import consistency
@@ -56,7 +57,10 @@ class RunFacts:
       "phases": _seconds(stopwatch.rows()),
       "beside": _seconds(stopwatch.beside()),
     }
-    self._facts["data"] = redacted_json(loader.size_counts())
+    try:
+      self._facts["data"] = redacted_json(loader.size_counts())
+    except Exception as error:  # Whatever it is, the run is more than its statistics.
+      logging.warning("The data's sizes could not be counted (%s: %s)", type(error).__name__, error)
     write_json(self._path, self._facts)
 
 

@@ -45,6 +45,7 @@ from internvl_jax.setup.devices import set_up_jax
 from internvl_jax.setup.progress import Progress, begin_or_go_on, best_params
 from internvl_jax.setup.run import Data, Run, open_data, open_run, tell
 from internvl_jax.stopwatch import Stopwatch
+from internvl_jax.storage.paths import BucketPath
 from internvl_jax.tasks.task import Hooks
 from internvl_jax.trainer import CompiledSteps, Trainer
 from internvl_jax.watchdog import Watchdog
@@ -234,6 +235,9 @@ def report_run(config: TrainConfig) -> None:
   if not (config.runtime.report and distributed.is_first()):
     return
   folder = output_folder(config)
+  # Who stops a run gives it some seconds, and a bucket may be slow.
+  if isinstance(folder, BucketPath) and not (folder / "train_results.json").exists():
+    return
   try:
     logging.info("The run on a page: %s", write_report(folder, folder / REPORT_FILE, ended=True))
   except Exception as error:  # Whatever it is: files of any kind are read.

@@ -65,6 +65,17 @@ def assert_follows(output_dir, curve):
     assert ours["learning_rate"] == theirs["learning_rate"], step
 
 
+def test_leaves_a_report_and_what_it_is_made_of(recorded_run):
+  (log,) = (recorded_run / "log").glob("*.jsonl")
+  lines = [json.loads(line) for line in log.read_text().splitlines()]
+  assert lines == [{"start": 0}, *log_history(recorded_run)]
+  (start,) = json.loads((recorded_run / "run_facts.json").read_text())["starts"]
+  assert start["seconds_to_first_step"] > 0 and start["changed"] == []
+  assert start["recipe"].endswith(f"recipe.py:{recorded_run},curve")
+  page = (recorded_run / "report.html").read_text()
+  assert "24 of 24" in page and "finished" in page and "Changed from the recipe" in page
+
+
 def test_leaves_a_model_that_stands_alone(recorded_run):
   source = CURVE / "init"
   trained, start = load_file(recorded_run / "model.safetensors"), load_file(source / "model.safetensors")
