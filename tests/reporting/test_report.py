@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from internvl_jax import report
 from internvl_jax.config import TrainConfig, to_json
 from internvl_jax.errors import UserError
 from internvl_jax.eval.shown import Picture, Shown, ShownFiles
@@ -17,7 +16,7 @@ from internvl_jax.metrics.writers.json_files import LogFiles
 from internvl_jax.reporting import curves, page, sections
 from internvl_jax.reporting.page import render, write_report
 from internvl_jax.reporting.run_files import Series, read_run, read_series
-from tests.support import browser
+from tests.support import browser, forked
 
 HOSTILE = '</script><script>alert("x")</script><img src="https://example.com/x.png" onerror=alert(1)>'
 DATA = {
@@ -216,11 +215,14 @@ def test_the_page_is_one_file(tmp_path):
   assert "url(" not in rendered and "@import" not in rendered
 
 
-def test_the_command(tmp_path, capsys):
-  report.main(["report", str(run_at(tmp_path))])
-  assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
-  with pytest.raises(UserError, match="name the output directory"):
-    report.main(["report"])
+def test_the_command(tmp_path):
+  environment = os.environ | {"PYTHONPATH": str(forked.REPOSITORY)}
+  command = ["-m", "internvl_jax.report", "--output", str(tmp_path / "page.html")]
+  done = forked.run([*command, str(run_at(tmp_path))], environment=environment, folder=tmp_path)
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.strip() == str(tmp_path / "page.html") and (tmp_path / "page.html").is_file()
+  done = forked.run(command, environment=environment, folder=tmp_path)
+  assert done.returncode == 1 and "name the output directory of one run" in done.stderr
 
 
 LOUD = """(() => {
