@@ -1,6 +1,7 @@
 """Writes the report of a run: one HTML page with its curves, data, predictions, settings and environment.
 
-  python -m internvl_jax.report OUTPUT_DIR [--output report.html]
+  python -m internvl_jax.report OUTPUT_DIR
+  python -m internvl_jax.report --output page.html OUTPUT_DIR
 
 The run may be over, under way, stopped or crashed. The page holds all it needs, so it can be sent or archived as it is.
 """
