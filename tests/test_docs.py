@@ -33,6 +33,7 @@ RUN_BY = {
   "internvl_jax.convert": "tests/hf/test_convert.py",
   "internvl_jax.verify": "tests/hf/test_parity.py",
   "internvl_jax.certify": "tests/certify/test_command.py",
+  "internvl_jax.integrations.vlmevalkit": "tests/test_integrations.py",
   "benchmarks/bench_balance.py": "tests/benchmarks/test_bench_balance.py",
   "benchmarks/bench_forms.py": "tests/benchmarks/test_bench_forms.py",
   "benchmarks/bench_compile.py": "tests/test_docs.py",
@@ -80,6 +81,7 @@ ELSEWHERE = (
   "transformers",
   "lmdeploy",
   "sglang.launch_server",
+  "lmms_eval",
   "python3",
   ".",
   "mpirun",
@@ -88,7 +90,7 @@ ELSEWHERE = (
 """Programs of others, or that the gate itself runs."""
 
 # In the pages' own examples: files that a reader has.
-OWN = re.compile(r"(.*/)?(my_\w+|RECIPE|FILE)\.py|F|\.\.\.")
+OWN = re.compile(r"(.*/)?(my_\w+|RECIPE|FILE)\.(py|json)|F|\.\.\.")
 
 _FENCE = re.compile(r"^```(?:bash|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _INDENTED = re.compile(

@@ -27,6 +27,7 @@ FRONT_DOORS = (
 # From the top of the house to its bottom. A room may import itself and the rooms of lower layers; rooms of one
 # layer do not know each other, except where ALSO says so.
 LAYERS = (
+  ("integrations",),
   ("api",),
   FRONT_DOORS,
   ("aot", "answering", "conversion", "reporting", "verification"),
