@@ -1,7 +1,7 @@
 """Questions of the mixture with our greedy answers, for whoever asks a server the same.
 
-A line of questions.jsonl: {"id", "question", "pictures": [path], "answer", "answer_ids"}. Pictures come before the question,
-each with a line break behind it, as chat templates write them.
+A line of questions.jsonl: {"id", "question", "pictures": [path], "answer", "answer_ids",
+"prompt_tokens"}. Pictures come before the question, each with a line break behind it, as chat templates write them.
 """
 
 import json
@@ -46,13 +46,15 @@ def write(path: Path, ours: Ours, *, count: int, max_new_tokens: int) -> int:
     if not pictures:
       del record["image"]
     sample = ours.make(record, where, DatasetSpec(name=name, root="", annotation=where.file))
-    (answer,) = decoder(ours.params, [Prompt(prompt_ids(sample), sample.tiles)])
+    prompt = Prompt(prompt_ids(sample), sample.tiles)
+    (answer,) = decoder(ours.params, [prompt])
     entry = {
       "id": name,
       "question": question,
       "pictures": pictures,
       "answer": ours.tokenizer.decode_answer(answer).strip(),
       "answer_ids": answer.tolist(),
+      "prompt_tokens": len(prompt.input_ids),
     }
     lines.append(json.dumps(entry, ensure_ascii=False))
   path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

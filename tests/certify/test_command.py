@@ -39,7 +39,7 @@ def test_the_command(hf_model, hf_ours, tmp_path, monkeypatch, capsys):
   assert "norms decay in theirs" in (tmp_path / "certificate/certificate.md").read_text()
   (line,) = (tmp_path / "certificate/questions.jsonl").read_text().splitlines()
   question = json.loads(line)
-  assert question.keys() == {"id", "question", "pictures", "answer", "answer_ids"}
+  assert question.keys() == {"id", "question", "pictures", "answer", "answer_ids", "prompt_tokens"}
   assert question["id"] == "easy-1" and question["question"] == "what shape is present?"
   assert all(os.path.isfile(picture) for picture in question["pictures"])
   assert len(question["pictures"]) == 1 and 0 < len(question["answer_ids"]) <= 4
