@@ -182,7 +182,7 @@ def later_start(folder: Path, lines: int) -> list[Stage]:
     opened = TrainLoader(data, training, loader, tokenizer, tokens_per_tile=256)
   with measured("first rows", 0, found):
     opened.next_sizes()
-  (folder / "sent").write_bytes(pickle.dumps((opened._mixture, opened._cursor.micro_batches())))
+  (folder / "sent").write_bytes(pickle.dumps((opened._samples, opened._cursor.micro_batches())))
   return found
 
 

@@ -187,7 +187,7 @@ def test_libtpu_queries_are_normalized_behind_a_barrier():
     graph, state = nnx.split(nnx.eval_shape(lambda: DecoderAttention(config, nnx.Rngs(0))))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
     rotation = (jnp.ones((1, 3, 1)), jnp.zeros((1, 3, 1)))
-    options = {"mask": Mask(causal=True), "cache": None, "offset": None, "backend": "xla"}
+    options = {"mask": Mask(causal=True), "cache": None, "backend": "xla"}
     attend = lambda state, x: nnx.merge(graph, state)(x, rotation=rotation, **options)  # noqa: E731
     return barriers(attend, zeros, jnp.zeros((1, 3, 4)))
 

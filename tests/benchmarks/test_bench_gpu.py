@@ -62,7 +62,7 @@ def test_parts_that_are_asked_for_and_parts_that_do_not_fit(tmp_path):
 
 def test_what_cannot_be_is_said_in_a_line(tmp_path):
   for flags, words in (
-    (["--toy", "--only=kernel"], "--only=kernel: there is no such part; there are attention, curve, "),
+    (["--toy", "--only=kernel"], "--only=kernel: there is no such part; there are attention, costs, "),
     (["--toy", "--page=page.md"], "--page: what --toy measures says nothing"),
     ([], "JAX sees no NVIDIA card, but a cpu"),
   ):

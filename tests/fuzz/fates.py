@@ -116,11 +116,13 @@ def by_run(meta: Path, tokenizer: Any, **how: Any) -> tuple[dict[int, list[str]]
         fates[line].append(fate)
       add(self, micro)
 
-    def skipped(self: counting.Tally, event: str, datasets: np.ndarray, reasons: Any) -> None:
+    def skipped(
+      self: counting.Tally, event: str, datasets: np.ndarray, reasons: Any, *, by_all: bool = True
+    ) -> None:
       reasons = list(reasons)
       for reason in reasons:
         fates[line_of(reason)].append(reason)
-      skip(self, event, datasets, reasons)
+      skip(self, event, datasets, reasons, by_all=by_all)
 
     patch.setattr(counting.Tally, "add", added)
     patch.setattr(counting.Tally, "add_skipped", skipped)

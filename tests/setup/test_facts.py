@@ -1,6 +1,7 @@
 """What is recorded of a run beside its metrics."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -34,14 +35,19 @@ def started(config, step, loader, recipe=None):
   return json.loads((output_folder(config) / "run_facts.json").read_text())
 
 
-def test_each_start_is_recorded(tmp_path):
+def test_each_start_is_recorded(tmp_path, monkeypatch):
+  monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "internvl_jax.train", "--config", "a b.py"])
   config = curve_config(tmp_path)
   assert started(config, 0, Loader([{"name": "one"}]))["data"] == [{"name": "one"}]
   found = started(config, 7, Loader([]))
   first, second = found["starts"]
   assert (first["step"], second["step"], found["data"]) == (0, 7, [])
   assert first["seconds_to_first_step"] == pytest.approx(100) and "weights" in dict(first["phases"])
-  assert first["platform"] == "cpu" and first["versions"]["jax"] and "pytest" in first["command"]
+  assert (
+    first["platform"] == "cpu"
+    and first["versions"]["jax"]
+    and first["command"].endswith("-m internvl_jax.train --config 'a b.py'")
+  )
   assert first["recipe"] is None and ["training.logging_steps", 500.0, 1] in first["changed"]
 
 

@@ -199,7 +199,7 @@ def test_images_that_cannot_be_read_are_named(tmp_path, tokenizer, name):
     (0, "'image' must be a path or a list of paths, got '0'"),
     (False, "'image' must be a path or a list of paths, got 'False'"),
     ({}, "'image' must be a path or a list of paths, got '{}'"),
-    ({"path": "a.png"}, "'image' must be a path or a list of paths, got"),
+    ({"name": "a.png"}, "'image' must be a path or a list of paths, got"),
     ([["a.png"]], "'image' must be a path or a list of paths, got"),
     ([None], "'image' must be a path or a list of paths, got '[None]'"),
     ([""], "'image' must be a path or a list of paths, got"),
