@@ -12,11 +12,11 @@ is `generate` of transformers' InternVLForConditionalGeneration with fused atten
 import argparse
 import dataclasses
 import json
-import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
+
+import paired_runs
 
 HERE = Path(__file__).parent
 SIDES = {"ours": HERE / "decoding_ours.py", "torch": HERE / "decoding_torch.py"}
@@ -59,15 +59,7 @@ class Timing:
 
 def run_side(side: str, folder: Path, rows: int, tokens: int, cores: int, repeats: int = 3) -> Timing:
   """Times one side, in a process on the first cores."""
-  chosen = ",".join(map(str, sorted(os.sched_getaffinity(0))[:cores]))
-  command = ["taskset", "-c", chosen, sys.executable, str(SIDES[side]), str(folder)]
-  command += map(str, (rows, tokens, repeats))
-  environment = {**os.environ, "OMP_NUM_THREADS": str(cores), "JAX_PLATFORMS": "cpu"}
-  environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
-  done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-  if done.returncode:
-    raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
-  return Timing(**json.loads(done.stdout.splitlines()[-1]))
+  return Timing(**paired_runs.run(SIDES[side], folder, rows, tokens, repeats, cores=cores))
 
 
 def compare(pairs: list[tuple[Timing, Timing]]) -> dict[str, float]:
@@ -90,8 +82,7 @@ def compare(pairs: list[tuple[Timing, Timing]]) -> dict[str, float]:
 
 def make(folder: Path, size: str) -> None:
   """Writes the model and the prompts, where they are not there yet."""
-  if not (folder / "batch.npz").exists():
-    subprocess.run([sys.executable, str(SIDES["torch"]), str(folder), "--make", size], check=True)
+  paired_runs.make(SIDES["torch"], folder, size)
 
 
 def main() -> int:
@@ -108,11 +99,9 @@ def main() -> int:
   make(folder, arguments.size)
   worst, results = 0.0, {}
   for rows in arguments.rows:
-    pairs = []
-    for number in range(arguments.pairs):
-      sides = sorted(SIDES, reverse=bool(number % 2))
-      timed = {side: run_side(side, folder, rows, arguments.tokens, arguments.cores) for side in sides}
-      pairs.append((timed["ours"], timed["torch"]))
+    pairs = paired_runs.in_turn(
+      arguments.pairs, lambda side, rows=rows: run_side(side, folder, rows, arguments.tokens, arguments.cores)
+    )
     results[rows] = found = compare(pairs)
     worst = max(worst, found["other"])
     print(

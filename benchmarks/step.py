@@ -11,12 +11,12 @@ InternVLForConditionalGeneration with fused attention and fused AdamW; it needs 
 import argparse
 import dataclasses
 import json
-import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import paired_runs
 
 HERE = Path(__file__).parent
 SIDES = {"ours": HERE / "step_ours.py", "torch": HERE / "step_torch.py"}
@@ -47,14 +47,7 @@ class Timing:
 
 def run_side(side: str, folder: Path, steps: int, cores: int) -> Timing:
   """Times one side, in a process on the first cores."""
-  chosen = ",".join(map(str, sorted(os.sched_getaffinity(0))[:cores]))
-  command = ["taskset", "-c", chosen, sys.executable, str(SIDES[side]), str(folder), str(steps)]
-  environment = {**os.environ, "OMP_NUM_THREADS": str(cores), "JAX_PLATFORMS": "cpu"}
-  environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
-  done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-  if done.returncode:
-    raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
-  return Timing(**json.loads(done.stdout.splitlines()[-1]))
+  return Timing(**paired_runs.run(SIDES[side], folder, steps, cores=cores))
 
 
 def compare(pairs: list[tuple[Timing, Timing]]) -> dict[str, float]:
@@ -75,18 +68,12 @@ def compare(pairs: list[tuple[Timing, Timing]]) -> dict[str, float]:
 
 def measure(folder: Path, *, pairs: int, steps: int, cores: int) -> dict[str, float]:
   """Runs pairs in turn and compares them; which side is first alternates."""
-  found = []
-  for number in range(pairs):
-    sides = sorted(SIDES, reverse=bool(number % 2))
-    timed = {side: run_side(side, folder, steps, cores) for side in sides}
-    found.append((timed["ours"], timed["torch"]))
-  return compare(found)
+  return compare(paired_runs.in_turn(pairs, lambda side: run_side(side, folder, steps, cores)))
 
 
 def make(folder: Path, size: str) -> None:
   """Writes the model and the batch, where they are not there yet."""
-  if not (folder / "batch.npz").exists():
-    subprocess.run([sys.executable, str(SIDES["torch"]), str(folder), "--make", size], check=True)
+  paired_runs.make(SIDES["torch"], folder, size)
 
 
 def main() -> int:

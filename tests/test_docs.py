@@ -261,8 +261,7 @@ def test_bench_compile_compiles_the_step():
 
 
 @pytest.mark.parametrize("benchmark", ["golden", "plan_revisions", "memory", "checkpoint", "mutants"])
-def test_benchmarks_are_imported(benchmark, monkeypatch):
-  monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+def test_benchmarks_are_imported(benchmark):
   assert callable(load(REPOSITORY / "benchmarks" / f"{benchmark}.py").main)
 
 

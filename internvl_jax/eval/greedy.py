@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from internvl_jax.batch import NO_IMAGE
+from internvl_jax.eval.embedding import embed_rows, pool_tiles
 from internvl_jax.models.decoder import KVCache
 from internvl_jax.models.functional import ModelDef
-from internvl_jax.models.internvl import Execution, InternVL, normalize_tiles
+from internvl_jax.models.internvl import Execution, InternVL
 from internvl_jax.parallel import rules
 from internvl_jax.parallel.host_arrays import fetch
 
@@ -174,26 +174,21 @@ class GreedyDecoder:
     for row, prompt in enumerate(group):
       ids[row, length - len(prompt.input_ids) :] = prompt.input_ids
       segments[row, length - len(prompt.input_ids) :] = 1
-    pool = np.concatenate([prompt.tiles for prompt in group])
-    # Pools grow by powers of two, so that few programs are compiled.
-    room = 1 << (len(pool) - 1).bit_length() if len(pool) else 0
-    tiles = np.zeros((room, *pool.shape[1:]), np.uint8)
-    tiles[: len(pool)] = pool
-    return ids, segments, tiles
+    return ids, segments, pool_tiles([prompt.tiles for prompt in group])
 
   @functools.partial(jax.jit, static_argnums=0, static_argnames="slots")
   def _prefill(self, params, input_ids, segment_ids, tiles, draw, *, slots: int) -> Decoding:
     """The rows with their prompts in a cache of so many slots, and the first token of their answers."""
     model = self.model.bind(params)
-    B, S = input_ids.shape
-    features = jnp.zeros((1, 0, 0), self.how.dtype)
-    if tiles.shape[0]:
-      encoded = model.extract_features(normalize_tiles(tiles, self.normalize_type), self.how)
-      features = encoded.reshape(1, -1, encoded.shape[-1])
-    is_image = (input_ids == self.image_token_id) & (segment_ids > 0)
-    order = jnp.cumsum(is_image.reshape(-1)).reshape(B, S) - 1
-    x = model.embed(input_ids, jnp.where(is_image, order, NO_IMAGE), features, self.how)
-
+    x = embed_rows(
+      model,
+      self.how,
+      input_ids,
+      segment_ids,
+      tiles,
+      image_token_id=self.image_token_id,
+      normalize_type=self.normalize_type,
+    )
     positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
     hidden, cache = model.language_model.model.prefill(
       x, positions=positions, segment_ids=segment_ids, kernels=self.how.kernels
@@ -202,7 +197,7 @@ class GreedyDecoder:
     real = segment_ids.max(axis=1)
     return Decoding(
       cache=cache.with_slots(slots),
-      offset=jnp.int32(S),
+      offset=jnp.int32(input_ids.shape[1]),
       token=token,
       position=positions[:, -1] + 1,
       real=real,

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE
+from internvl_jax.batch import IGNORE_INDEX
 from internvl_jax.data.sample.sample import Sample
+from internvl_jax.eval.embedding import embed_rows, pool_tiles
 from internvl_jax.losses.vocab_parallel import linear_token_losses
 from internvl_jax.models.functional import ModelDef
-from internvl_jax.models.internvl import Execution, InternVL, normalize_tiles
+from internvl_jax.models.internvl import Execution, InternVL
 from internvl_jax.parallel import rules
 from internvl_jax.parallel.host_arrays import fetch
 
@@ -85,25 +86,22 @@ class HeldOutLoss:
       ids[row, :length], segments[row, :length] = sample.input_ids, 1
       # A token's target is the one behind it.
       targets[row, : length - 1] = sample.labels[1:]
-    pool = np.concatenate([sample.tiles for sample in group])
-    room = 1 << (len(pool) - 1).bit_length() if len(pool) else 0
-    tiles = np.zeros((room, *pool.shape[1:]), np.uint8)
-    tiles[: len(pool)] = pool
-    return ids, targets, segments, tiles
+    return ids, targets, segments, pool_tiles([sample.tiles for sample in group])
 
   @functools.partial(jax.jit, static_argnums=0)
   def _totals(self, params, input_ids, targets, segment_ids, tiles):
     """The sums of the rows' token losses, float32 [B]."""
     model = self.model.bind(params)
-    B, S = input_ids.shape
-    features = jnp.zeros((1, 0, 0), self.how.dtype)
-    if tiles.shape[0]:
-      encoded = model.extract_features(normalize_tiles(tiles, self.normalize_type), self.how)
-      features = encoded.reshape(1, -1, encoded.shape[-1])
-    is_image = (input_ids == self.image_token_id) & (segment_ids > 0)
-    order = jnp.cumsum(is_image.reshape(-1)).reshape(B, S) - 1
-    x = model.embed(input_ids, jnp.where(is_image, order, NO_IMAGE), features, self.how)
-    positions = jnp.broadcast_to(jnp.arange(S), (B, S))
+    x = embed_rows(
+      model,
+      self.how,
+      input_ids,
+      segment_ids,
+      tiles,
+      image_token_id=self.image_token_id,
+      normalize_type=self.normalize_type,
+    )
+    positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
     hidden, _ = model.decode(x, self.how, positions=positions, segment_ids=segment_ids)
     losses = linear_token_losses(hidden, model.language_model.output_embedding, targets)
     return jnp.sum(losses, axis=1)
