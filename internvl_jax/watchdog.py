@@ -64,12 +64,18 @@ class Watchdog:
 
   @contextlib.contextmanager
   def phase(self, name: str, step: int | None = None) -> Iterator[None]:
-    """Marks what the main thread does; of phases within each other the inner one counts."""
+    """Marks what the main thread does; of phases within each other the inner one counts.
+
+    Once an inner phase is over, the outer one's time begins anew: it has not been waiting.
+    """
     self._phases.append(_Phase(name, step, time.monotonic()))
     try:
       with self.stopwatch.phase(name):
         yield
     finally:
+      # In this order: the thread that watches may look in between.
+      for outer in self._phases[-2:-1]:
+        outer.start, outer.reports = time.monotonic(), 0
       self._phases.pop()
 
   def _watch(self) -> None:

@@ -92,3 +92,15 @@ def pytest_addoption(parser):
 
 # Fixtures of all tests that need a bucket; pytest finds them by name here.
 from tests.support.buckets import bucket, store  # noqa: E402, F401
+
+
+@pytest.fixture
+def absl_log(caplog, monkeypatch):
+  """`caplog` of absl's warnings, each once, also where a command of this process has set its logging up."""
+  from absl import logging
+
+  # pytest listens at the root, and, since 9.2, also at loggers that do not propagate when a test begins.
+  monkeypatch.setattr(logging.get_absl_logger(), "handlers", [])
+  monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
+  with caplog.at_level("WARNING", logger="absl"):
+    yield caplog

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from absl import flags, logging
+from absl import flags
 
 from internvl_jax import cli
 from internvl_jax.config import FIELDS
@@ -82,12 +82,10 @@ def test_what_is_so_anyway_is_accepted_in_silence(tmp_path):
   assert cli._passed == []
 
 
-def test_what_changes_nothing_that_is_learned_is_said_once(tmp_path, caplog, monkeypatch):
-  monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
+def test_what_changes_nothing_that_is_learned_is_said_once(tmp_path, absl_log):
   config = parse(tmp_path, "config.training.log_level=debug", "config.data.split_annotations=True")
-  with caplog.at_level("WARNING", logger="absl"):
-    cli.warn_idle(config)
-  assert caplog.messages == [
+  cli.warn_idle(config)
+  assert absl_log.messages == [
     "training.log_level=debug has no effect: --verbosity=1 tells more, --verbosity=-1 less",
     "data.split_annotations=True has no effect: every host already reads only its share of the lines",
   ]

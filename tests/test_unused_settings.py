@@ -3,7 +3,6 @@
 import re
 
 import pytest
-from absl import logging
 
 from internvl_jax import cli, config_checks
 from internvl_jax.arguments import LOSS_WEIGHTS, TrainingArguments
@@ -138,11 +137,9 @@ def test_another_way_to_learn_is_refused_with_the_way_out():
   )
 
 
-def test_remarks_reach_the_log(caplog, monkeypatch):
-  monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
-  with caplog.at_level("WARNING", logger="absl"):
-    cli.warn_idle(changed(**{"data.max_buffer_size": 3}))
-  assert caplog.messages == ["data.max_buffer_size=3 has no effect without data.use_packed_ds"]
+def test_remarks_reach_the_log(absl_log):
+  cli.warn_idle(changed(**{"data.max_buffer_size": 3}))
+  assert absl_log.messages == ["data.max_buffer_size=3 has no effect without data.use_packed_ds"]
 
 
 def test_what_the_published_recipes_ask_for_in_vain():
