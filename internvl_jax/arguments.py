@@ -3,7 +3,7 @@
 `ModelArguments` and `DataTrainingArguments` carry exactly the names, types and defaults of the
 reference's command line (OpenGVLab/InternVL, `internvl_chat`), and `TrainingArguments` those of Hugging
 Face's `TrainingArguments`, so that an existing launch script can be read across line by line. What neither
-has a name for lives in the small configs below them.
+has a name for lives in the small configs below them, and the settings of tasks in `internvl_jax.task_arguments`.
 
 This module imports nothing of the package: a package takes its leaf from here and never sees the whole tree,
 which is put together and checked in `internvl_jax.config`.
@@ -213,74 +213,6 @@ class TrainingArguments:
   group_by_length: bool = False
   # Accepted for compatibility: batches hold only what the model reads.
   remove_unused_columns: bool = True
-
-
-@dataclasses.dataclass(kw_only=True, slots=True)
-class PreferenceConfig:
-  """Preference optimization (MPO), under TRL's names."""
-
-  # One loss or a comma list, e.g. "sigmoid,bco_pair"; None trains by supervised fine-tuning.
-  loss_type: str | None = None
-  # How closely the policy is held to the reference: the larger, the closer.
-  beta: float = 0.1
-  # Probability that a pair's answers are the wrong way round, for the losses that take one into account.
-  label_smoothing: float = 0.0
-  # Weight of the chosen answers' cross-entropy.
-  rpo_alpha: float | None = None
-  # Weights of the losses of `loss_type`, in its order; () takes the fields below, and 1 for a loss that has none.
-  loss_weights: tuple[float, ...] = ()
-  # Weight of "sigmoid" in a comma list.
-  sigmoid_loss_weight: float = 1.0
-  # Weight of "hinge" in a comma list.
-  hinge_loss_weight: float = 1.0
-  # Weight of "ipo" in a comma list.
-  ipo_loss_weight: float = 1.0
-  # Weight of "bco_pair" in a comma list.
-  bco_pair_loss_weight: float = 1.0
-  # Weight of "sppo_hard" in a comma list.
-  sppo_hard_loss_weight: float = 1.0
-  # Weight of "nca_pair" in a comma list.
-  nca_pair_loss_weight: float = 1.0
-  # Weight of "robust" in a comma list.
-  robust_loss_weight: float = 1.0
-  # Weight of "aot" in a comma list.
-  aot_loss_weight: float = 1.0
-  # Weight of "aot_pair" in a comma list.
-  aot_pair_loss_weight: float = 1.0
-  # Weight of "exo_pair" in a comma list.
-  exo_pair_loss_weight: float = 1.0
-  # Compute the reference policy's log-probabilities once, before training, and keep them on disk; otherwise the
-  # reference is held in memory beside the policy.
-  precompute_reference: bool = False
-  # Folder of what was computed; None: `reference_logps` in training.output_dir.
-  reference_cache_dir: str | None = None
-  # A pair's answers share their prompt's tokens. Models with attention windows lay pairs out in full all the same.
-  share_prompts: bool = True
-  # A meta file of held-out pairs, which are judged at the end of a run and, by eval_strategy, during it.
-  eval_meta_path: str | None = None
-
-  @property
-  def kinds(self) -> tuple[str, ...]:
-    """The losses of `loss_type`."""
-    return () if self.loss_type is None else tuple(kind.strip() for kind in self.loss_type.split(","))
-
-  @property
-  def terms(self) -> tuple[tuple[str, float], ...]:
-    """The losses of `loss_type` with their weights."""
-    weights = self.loss_weights or tuple(
-      getattr(self, LOSS_WEIGHTS[kind]) if kind in LOSS_WEIGHTS else 1.0 for kind in self.kinds
-    )
-    return tuple(zip(self.kinds, weights, strict=True))
-
-
-_WEIGHT = "_loss_weight"
-
-LOSS_WEIGHTS: dict[str, str] = {
-  field.name.removesuffix(_WEIGHT): field.name
-  for field in dataclasses.fields(PreferenceConfig)
-  if field.name.endswith(_WEIGHT)
-}
-"""Preference loss -> its own weight's field in `PreferenceConfig`; TRL gives newer losses none."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

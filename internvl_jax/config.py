@@ -1,4 +1,4 @@
-"""The whole configuration: the tree of the leaves that `internvl_jax.arguments` defines.
+"""The whole configuration: the tree of the leaves that `internvl_jax.arguments` and `internvl_jax.task_arguments` define.
 
 `internvl_jax.config_checks` says what it must not hold; `internvl_jax.cli` reads it from a recipe and from flags.
 """
@@ -17,11 +17,11 @@ from internvl_jax.arguments import (
   LoRAConfig,
   MeshConfig,
   ModelArguments,
-  PreferenceConfig,
   RuntimeConfig,
   TrainingArguments,
 )
 from internvl_jax.errors import redacted_json
+from internvl_jax.task_arguments import GrpoConfig, PreferenceConfig
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -36,6 +36,7 @@ class TrainConfig:
   data: DataTrainingArguments = dataclasses.field(default_factory=DataTrainingArguments)
   training: TrainingArguments = dataclasses.field(default_factory=TrainingArguments)
   preference: PreferenceConfig = dataclasses.field(default_factory=PreferenceConfig)
+  grpo: GrpoConfig = dataclasses.field(default_factory=GrpoConfig)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
   loader: LoaderConfig = dataclasses.field(default_factory=LoaderConfig)

@@ -54,7 +54,7 @@ LAYERS = (
   ("outputs", "intervals"),
   ("digests",),
   ("storage",),
-  ("arguments", "chips", "errors", "foreign", "runtime_options", "watchdog"),
+  ("arguments", "task_arguments", "chips", "errors", "foreign", "runtime_options", "watchdog"),
   ("environment", "signals", "stopwatch"),
 )
 
@@ -87,7 +87,7 @@ ONLY = {
   # Read before anything heavy.
   "recipes": {"config", "errors"},
   "recipe_files": {"config", "errors", "foreign"},
-  "config": {"arguments", "errors"},
+  "config": {"arguments", "task_arguments", "errors"},
   "config_paths": {"config", "tasks", "outputs", "storage", "hf", "eval"},
   "config_checks": {
     *(
@@ -265,7 +265,7 @@ def test_a_fact_is_said_once(pattern):
 
 def test_nobody_above_the_tasks_names_one():
   """The grep: `preference` is a word of `tasks/`, of the losses, and of the settings."""
-  homes = ("tasks", "losses", "config", "arguments")
+  homes = ("tasks", "losses", "config", "task_arguments")
   found = {
     str(path.relative_to(PACKAGE))
     for path in FILES

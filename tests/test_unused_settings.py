@@ -5,11 +5,12 @@ import re
 import pytest
 
 from internvl_jax import cli, config_checks
-from internvl_jax.arguments import LOSS_WEIGHTS, TrainingArguments
+from internvl_jax.arguments import TrainingArguments
 from internvl_jax.config import FIELDS, TrainConfig, type_name
 from internvl_jax.config_checks import idle_settings
 from internvl_jax.data.load.counters import untaught_samples
 from internvl_jax.optim.learning_rate import warmup_remark
+from internvl_jax.task_arguments import LOSS_WEIGHTS
 from internvl_jax.tasks.settings import rules
 from internvl_jax.unused_settings import REFUSED_IDLE
 from tests.test_recipes import SCRIPTS, load, recipe_of
@@ -34,6 +35,7 @@ MAKES_IDLE = {
   "training.logging_dir": {},
   "training.project": {"training.report_to": "tensorboard"},
   "runtime.tags": {},
+  "data.use_packed_ds": {"grpo.reward_funcs": ("exact_match",)},
   "loader.max_bad_fraction": {},
   "loader.tile_buckets": {"data.use_packed_ds": True},
   "loader.balance_costs": {"data.use_packed_ds": True, "loader.balance_steps": 0},
@@ -50,13 +52,24 @@ def changed(**values):
   return config
 
 
+# Of fields that take names, and of those whose only other value asks for nothing.
+OTHER_VALUES = {
+  "runtime.remat_policy": "dots",
+  "data.strict_mode": None,
+  "preference.share_prompts": None,
+  "grpo.loss_type": "bnpo",
+  "grpo.importance_sampling_level": "sequence",
+  "grpo.scale_rewards": "none",
+}
+
+
 def other_value(path):
   """A sound value that asks for something, other than the field's default."""
   default, kind = FIELDS[path].default, type_name(FIELDS[path].type)
   if path == "data.loss_reduction":
     return "sample"
-  if path in ("runtime.remat_policy", "data.strict_mode", "preference.share_prompts"):
-    return "dots" if path == "runtime.remat_policy" else None
+  if path in OTHER_VALUES:
+    return OTHER_VALUES[path]
   if kind == "bool":
     return not default
   if kind.startswith("tuple"):
@@ -77,7 +90,7 @@ def test_tables_name_fields():
   assert {switch for switches in ONLY_WITH.values() for switch in switches} <= set(FIELDS)
   assert set(ASKS_NOTHING) | set(REFUSED_IDLE) <= set(ONLY_WITH) | set(IDLE)
   assert set(MAKES_IDLE) == set(IDLE)
-  named = re.compile(r"\b(?:model|data|training|preference|loader|lora|eval|runtime)\.\w+")
+  named = re.compile(r"\b(?:model|data|training|preference|grpo|loader|lora|eval|runtime)\.\w+")
   reasons = " ".join(
     idle.why if isinstance(idle.why, str) else idle.why() for cases in IDLE.values() for idle in cases
   )

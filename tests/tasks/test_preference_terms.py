@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from internvl_jax import config_checks
-from internvl_jax.arguments import LOSS_WEIGHTS, PreferenceConfig
 from internvl_jax.config import TrainConfig
 from internvl_jax.losses import preference
 from internvl_jax.losses.preference import LossSettings, PairLogProbs
+from internvl_jax.task_arguments import LOSS_WEIGHTS, PreferenceConfig
 from internvl_jax.tasks.preference import settings
 from internvl_jax.tasks.preference.objective import PreferenceOptimization
 

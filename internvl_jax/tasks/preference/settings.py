@@ -5,9 +5,9 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from internvl_jax.allowed_values import ABOVE_0, NOT_NEGATIVE, Range
-from internvl_jax.arguments import LOSS_WEIGHTS, PreferenceConfig
 from internvl_jax.config import FIELDS, TrainConfig
 from internvl_jax.errors import suggest
+from internvl_jax.task_arguments import LOSS_WEIGHTS, PreferenceConfig
 from internvl_jax.tasks.settings import HeldOut, TaskSettings
 from internvl_jax.unused_settings import Idle, Rules, Values
 
