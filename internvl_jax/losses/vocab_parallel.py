@@ -10,6 +10,7 @@ Letters: R rows, S tokens, E width, V vocabulary; on a device: M tokens, n chunk
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -39,21 +40,40 @@ def linear_token_losses(
   Returns:
     float32 [R, S], sharded like the tokens; 0 at IGNORE_INDEX.
   """
+  return over_vocabulary(_chunked, hidden, kernel, targets)
+
+
+def over_vocabulary(
+  compute: Callable[..., Any], hidden: Float[Array, "R S E"], kernel: Float[Array, "E V"], *tokens: Any
+) -> Any:
+  """What is computed of every token from its logits, chunk by chunk, on a mesh or without one.
+
+  Args:
+    compute: function (axes that hold pieces of E, axes that split the vocabulary, x [M, E], chunks [n, pieces of E, C],
+      entries [n, C], arrays of `tokens` [M, ...]) -> arrays [M, ...] in any structure; see `_chunked`.
+    hidden: [R, S, E] in the compute dtype.
+    kernel: [E, V], cast to the dtype of `hidden`.
+    tokens: what else is known of each token, arrays [R, S, ...].
+
+  Returns:
+    what `compute` does, [R, S, ...], sharded like the tokens.
+  """
   mesh = mesh_in_scope()
   if mesh is None:
-    return _local(hidden, kernel, targets, jnp.arange(1), split=_Split(kernel.shape[1]))
+    return _local(hidden, kernel, jnp.arange(1), *tokens, compute=compute, split=_Split(kernel.shape[1]))
   (R, S, E), V = hidden.shape, kernel.shape[1]
-  rows, tokens = dividing_axes(ACTIVATIONS["rows"], R, mesh), dividing_axes(ACTIVATIONS["tokens"], S, mesh)
+  rows, places = dividing_axes(ACTIVATIONS["rows"], R, mesh), dividing_axes(ACTIVATIONS["tokens"], S, mesh)
   width = stored_over("table", E, mesh)
-  vocab = tuple(axis for axis in ACTIVATIONS["vocab"] if axis in tokens and axis in width)
+  vocab = tuple(axis for axis in ACTIVATIONS["vocab"] if axis in places and axis in width)
   gathered = tuple(axis for axis in width if axis not in vocab)
   parts = math.prod(mesh.shape[axis] for axis in vocab)
+  over = spec(rows, places)
   return jax.shard_map(
-    functools.partial(_local, split=_Split(V, gathered, vocab, parts)),
-    in_specs=(spec(rows, tokens, ()), spec(width, ()), spec(rows, tokens), spec(vocab)),
-    out_specs=spec(rows, tokens),
+    functools.partial(_local, compute=compute, split=_Split(V, gathered, vocab, parts)),
+    in_specs=(spec(rows, places, ()), spec(width, ()), spec(vocab), *[over] * len(tokens)),
+    out_specs=over,
     check_vma=False,
-  )(hidden, kernel, targets, jnp.arange(parts))
+  )(hidden, kernel, jnp.arange(parts), *tokens)
 
 
 class _Split(NamedTuple):
@@ -73,14 +93,23 @@ class _Split(NamedTuple):
 
 
 def _local(
-  hidden: jax.Array, kernel: jax.Array, targets: jax.Array, part: jax.Array, *, split: _Split
-) -> jax.Array:
-  """A device's part of `linear_token_losses`; `part` [1] is which of the parts of the vocabulary is its own."""
+  hidden: jax.Array,
+  kernel: jax.Array,
+  part: jax.Array,
+  *tokens: jax.Array,
+  compute: Callable[..., Any],
+  split: _Split,
+) -> Any:
+  """A device's part of `over_vocabulary`; `part` [1] is which of the parts of the vocabulary is its own."""
   vocabulary, gathered, vocab, parts = split
-  E, own = hidden.shape[-1], targets.shape[1]
+  E, own = hidden.shape[-1], hidden.shape[1]
   if vocab:
-    hidden, targets = (jax.lax.all_gather(x, vocab, axis=1, tiled=True) for x in (hidden, targets))
-  chunk = _chunk_width(targets.size, math.ceil(vocabulary / parts))
+    hidden, tokens = (
+      jax.tree.map(lambda x: jax.lax.all_gather(x, vocab, axis=1, tiled=True), part)
+      for part in (hidden, tokens)
+    )
+  R, S = hidden.shape[:2]
+  chunk = _chunk_width(R * S, math.ceil(vocabulary / parts))
   padded = math.ceil(vocabulary / (parts * chunk)) * parts * chunk
   kernel = jnp.pad(kernel, ((0, 0), (0, padded - vocabulary)))
   if vocab:
@@ -89,10 +118,14 @@ def _local(
   # Entries of the vocabulary by chunk; -1, which is no target, where it is padded.
   entries = part[0] * (padded // parts) + jnp.arange(padded // parts).reshape(-1, chunk)
   entries = jnp.where(entries < vocabulary, entries, -1)
-  flat = (hidden.reshape(-1, E), chunks, entries, targets.reshape(-1))
-  losses: jax.Array = _chunked(gathered, vocab, *flat)
-  losses = losses.reshape(targets.shape)
-  return jax.lax.dynamic_slice_in_dim(losses, part[0] * own, own, axis=1) if vocab else losses
+  flat = (x.reshape(R * S, *x.shape[2:]) for x in tokens)
+  found = compute(gathered, vocab, hidden.reshape(-1, E), chunks, entries, *flat)
+
+  def own_part(x: jax.Array) -> jax.Array:
+    x = x.reshape(R, S, *x.shape[1:])
+    return jax.lax.dynamic_slice_in_dim(x, part[0] * own, own, axis=1) if vocab else x
+
+  return jax.tree.map(own_part, found)
 
 
 def _chunk_width(tokens: int, vocabulary: int) -> int:
@@ -137,7 +170,7 @@ def _losses(
     carry: tuple[jax.Array, ...], chunk: tuple[jax.Array, jax.Array]
   ) -> tuple[tuple[jax.Array, ...], None]:
     top, scaled, picked = carry
-    logits = _logits(gathered, x, *chunk)
+    logits = logits_of(gathered, x, *chunk)
     new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
     scaled = scaled * jnp.exp(top - new_top) + jnp.sum(jnp.exp(logits - new_top[:, None]), axis=-1)
     picked += jnp.sum(jnp.where(chunk[1] == targets[:, None], logits, 0.0), axis=-1)
@@ -154,13 +187,16 @@ def _losses(
   return jnp.where(targets != IGNORE_INDEX, log_sum - picked, 0.0), log_sum
 
 
-def _logits(gathered: MeshAxes, x: jax.Array, piece: jax.Array, entries: jax.Array) -> jax.Array:
-  """Scores [M, C] in float32."""
-  logits = jnp.dot(x, _all_gathered(gathered, piece, x.dtype), preferred_element_type=jnp.float32)
+def logits_of(
+  gathered: MeshAxes, x: Float[Array, "M E"], piece: Float[Array, "width C"], entries: Int[Array, " C"]
+) -> Float[Array, "M C"]:
+  """Scores [M, C] in float32, the least there is where the vocabulary is padded."""
+  logits = jnp.dot(x, all_gathered(gathered, piece, x.dtype), preferred_element_type=jnp.float32)
   return jnp.where(entries >= 0, logits, jnp.finfo(jnp.float32).min)
 
 
-def _all_gathered(gathered: MeshAxes, piece: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def all_gathered(gathered: MeshAxes, piece: Float[Array, "width C"], dtype: jnp.dtype) -> Float[Array, "E C"]:
+  """All-gathers a chunk of the kernel [E, C] in that dtype from its pieces along E."""
   piece = piece.astype(dtype)
   return jax.lax.all_gather(piece, gathered, axis=0, tiled=True) if gathered else piece
 
@@ -183,9 +219,9 @@ def _chunked_backward(
 
   def add(dx: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
     piece, entries = chunk
-    probs = jnp.exp(_logits(gathered, x, piece, entries) - log_sum[:, None])
+    probs = jnp.exp(logits_of(gathered, x, piece, entries) - log_sum[:, None])
     d_logits = ((probs - (entries == targets[:, None])) * weights[:, None]).astype(x.dtype)
-    dx += jnp.dot(d_logits, _all_gathered(gathered, piece, x.dtype).T, preferred_element_type=jnp.float32)
+    dx += jnp.dot(d_logits, all_gathered(gathered, piece, x.dtype).T, preferred_element_type=jnp.float32)
     if needs_kernel is None:
       return dx, None
     d_piece = jnp.dot(x.T, d_logits, preferred_element_type=jnp.float32)
