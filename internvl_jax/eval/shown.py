@@ -9,8 +9,10 @@ import functools
 import hashlib
 import io
 import json
+import os
+import tempfile
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -31,15 +33,51 @@ _QUALITY = 85
 _PICTURES = "pictures"
 
 
-@dataclasses.dataclass(frozen=True)
-class Picture:
-  """A picture as a JPEG of at most `SIDE` pixels a side.
+class _Spool:
+  """Files' contents by their names, each once, in one file of this machine that has no name and ends with the process.
 
-  Attributes:
-    content: the file's bytes.
+  Of a large set that is shown whole, all pictures together would not fit into memory.
   """
 
-  content: bytes
+  def __init__(self):
+    """Opens nothing yet."""
+    self._begin()
+
+  def _begin(self) -> None:
+    self._file: IO[bytes] | None = None
+    self._places: dict[str, tuple[int, int]] = {}
+    self._process, self._end = os.getpid(), 0
+
+  def put(self, name: str, content: bytes) -> None:
+    """Keeps a content, unless it is there."""
+    if self._process != os.getpid():  # A fork writes to a file of its own.
+      self._begin()
+    if name in self._places:
+      return
+    self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115 - it stays open.
+    os.pwrite(self._file.fileno(), content, self._end)
+    self._places[name] = self._end, len(content)
+    self._end += len(content)
+
+  def get(self, name: str) -> bytes:
+    """The content of a name that was put."""
+    assert self._file is not None
+    start, length = self._places[name]
+    return os.pread(self._file.fileno(), length, start)
+
+
+_SPOOL = _Spool()
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+  """A picture as a JPEG of at most `SIDE` pixels a side, kept on disk.
+
+  Attributes:
+    name: its file's path from the folder of evaluations: pictures/<sha16>.jpg, by its content.
+  """
+
+  name: str
 
   @classmethod
   def of(cls, image: Image.Image | np.ndarray) -> "Picture":
@@ -47,12 +85,14 @@ class Picture:
     small = Image.fromarray(image) if isinstance(image, np.ndarray) else image.copy()
     small.thumbnail((SIDE, SIDE))
     small.save(content := io.BytesIO(), "JPEG", quality=_QUALITY)
-    return cls(content.getvalue())
+    name = f"{_PICTURES}/{hashlib.sha256(content.getvalue()).hexdigest()[:16]}.jpg"
+    _SPOOL.put(name, content.getvalue())
+    return cls(name)
 
-  @functools.cached_property
-  def name(self) -> str:
-    """Its file's path from the folder of evaluations: pictures/<sha16>.jpg, by its content."""
-    return f"{_PICTURES}/{hashlib.sha256(self.content).hexdigest()[:16]}.jpg"
+  @property
+  def content(self) -> bytes:
+    """The file's bytes."""
+    return _SPOOL.get(self.name)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

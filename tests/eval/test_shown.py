@@ -1,5 +1,6 @@
 """Samples that are shown at every evaluation, and their files."""
 
+import dataclasses
 import io
 import json
 
@@ -36,6 +37,8 @@ def test_a_picture_is_a_small_jpeg_named_by_its_content(size, shown):
   with Image.open(io.BytesIO(ours.content)) as opened:
     assert opened.format == "JPEG" and opened.size == shown
   assert ours.name == picture("red", size).name != picture("blue", size).name
+  # Nothing but the name is held in memory.
+  assert dataclasses.asdict(ours) == {"name": ours.name}
   array = np.asarray(Image.new("RGB", size, "red"))
   assert Picture.of(array).name == ours.name and ours.name.startswith("pictures/") and len(ours.name) == 29
 
