@@ -24,8 +24,8 @@ from internvl_jax.data.source.meta import read_meta
 from internvl_jax.data.where import DataError
 from internvl_jax.storage import remote
 from internvl_jax.storage.paths import BucketPath, put
-from tests.data.sample.test_video import write_folder, write_gif, write_video
 from tests.support.data_toys import WHERE, arguments, turns, write_dataset, write_jsonl
+from tests.support.videos import write_folder, write_gif, write_video
 from tests.support.web_toys import object_store, web_server
 
 P = 4
