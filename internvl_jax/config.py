@@ -21,7 +21,7 @@ from internvl_jax.arguments import (
   TrainingArguments,
 )
 from internvl_jax.errors import redacted_json
-from internvl_jax.task_arguments import GrpoConfig, PreferenceConfig
+from internvl_jax.task_arguments import DistillationConfig, GrpoConfig, PreferenceConfig
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -37,6 +37,7 @@ class TrainConfig:
   training: TrainingArguments = dataclasses.field(default_factory=TrainingArguments)
   preference: PreferenceConfig = dataclasses.field(default_factory=PreferenceConfig)
   grpo: GrpoConfig = dataclasses.field(default_factory=GrpoConfig)
+  distillation: DistillationConfig = dataclasses.field(default_factory=DistillationConfig)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
   loader: LoaderConfig = dataclasses.field(default_factory=LoaderConfig)

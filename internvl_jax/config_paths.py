@@ -50,7 +50,7 @@ def path_problems(config: TrainConfig, command: Command) -> Iterator[str]:
       yield f"{path}={get(config, path)!r} must be set: --config.{path}=..."
   yield from _parts_problems(config)
   yield from _url_problems(config)
-  for path in ("model.model_name_or_path", *PARTS):
+  for path in ("model.model_name_or_path", *PARTS, *(() if command == "plan" else _checkpoints_of_tasks())):
     if get(config, path):
       yield from _model_path_problems(path, get(config, path))
   if config.model.mlp_path and command != "plan":  # which reads no weights
@@ -72,6 +72,10 @@ def path_problems(config: TrainConfig, command: Command) -> Iterator[str]:
     yield from _output_path_problems(config)
 
 
+def _checkpoints_of_tasks() -> tuple[str, ...]:
+  return tuple(path for own in task_settings.of_tasks() for path in own.checkpoints)
+
+
 def _file_of_questions(annotation: str | None) -> str | None:
   # Imported late: it brings `data/` along, for which `--help` should not wait.
   from internvl_jax.eval.sets import is_json
@@ -85,7 +89,7 @@ _HALF_A_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)(.*)")
 
 def _url_problems(config: TrainConfig) -> Iterator[str]:
   """URLs that are none, or stand where a folder is wanted, of which libraries would make one called "gs:"."""
-  of_tasks = [path for own in task_settings.of_tasks() for path in own.folders]
+  of_tasks = [path for own in task_settings.of_tasks() for path in (*own.folders, *own.checkpoints)]
   of_tasks += [scored.setting for scored, _ in task_settings.held_out(config)]
   for path in (*_NAMED, *of_tasks):
     if (name := get(config, path)) and (found := _HALF_A_URL.match(name)):
@@ -167,7 +171,7 @@ def _output_path_problems(config: TrainConfig) -> Iterator[str]:
     yield from (f"training.output_dir={line}" for line in _unread(output))
   elif os.path.exists(output) and not os.path.isdir(output):
     yield f"training.output_dir={output!r} is a file; name a folder"
-  for path in ("model.model_name_or_path", *PARTS, "model.mlp_path"):
+  for path in ("model.model_name_or_path", *PARTS, "model.mlp_path", *_checkpoints_of_tasks()):
     name = get(config, path)
     folder = os.path.dirname(name) if name and name.endswith(PROJECTOR_SUFFIXES) else name
     if folder and is_remote(folder) == is_remote(output) and would_write_over(folder, output):

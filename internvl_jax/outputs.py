@@ -84,7 +84,7 @@ RUN_FILES = (
 RUN_FOLDERS = (CHECKPOINTS, EVALUATIONS, LOG_FOLDER, "adapter", "tensorboard", "profile")
 """The folders a run writes there."""
 
-KEPT_FOLDERS = ("reference_logps",)
+KEPT_FOLDERS = ("reference_logps", "teacher_logps")
 """Folders that a run makes and that no run deletes: they record what they were made of, and took a pass over the data."""
 
 RUN_MARKS = (CONFIG_FILE, "trainer_state.json", CHECKPOINTS)

@@ -76,6 +76,25 @@ LOSS_WEIGHTS: dict[str, str] = {
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
+class DistillationConfig:
+  """Distillation: the model that trains also learns the next-token probabilities of a teacher."""
+
+  # The teacher: a checkpoint in either layout, a PEFT adapter's folder, the URL of one in a bucket (gs://, s3://), or a hub
+  # id; None trains without.
+  teacher: str | None = None
+  # How many of the teacher's likeliest next tokens are kept for each supervised token; all others are one class together.
+  top_k: int = 64
+  # What the logits of teacher and student are divided by.
+  temperature: float = 1.0
+  # Weight of the divergence from the teacher; the labels' cross-entropy has 1 less this.
+  weight: float = 0.5
+  # The divergence: "forward" is KL(teacher, student), "reverse" KL(student, teacher).
+  divergence: Literal["forward", "reverse"] = "forward"
+  # Folder of the teacher's log-probabilities, or of a bucket's; None: `teacher_logps` in training.output_dir.
+  cache_dir: str | None = None
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
 class GrpoConfig:
   """Reinforcement by verifiable rewards (GRPO, GSPO): answers are sampled and scored, under TRL's names."""
 

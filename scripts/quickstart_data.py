@@ -10,6 +10,7 @@ makes
   quickstart/preferences/meta.json      pairs of a right and a wrong answer, and held_out.json of held-out ones: what
                                         configs/quickstart_mpo.py goes on with
   quickstart/init/                      config.json and tokenizer of a small InternVL, without weights
+  quickstart/student/                   the same of one of half its size: what configs/quickstart_distill.py trains
 
 The images and questions are those of the PyPI package easy-vqa (Zhou, 2019): 64 x 64 pixels, a shape in a
 colour, 13 possible answers. `--holdout N` scores on N training images, taken out of training, in place of the
@@ -20,7 +21,7 @@ import collections
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,6 +85,10 @@ LANGUAGE = {
   "tie_word_embeddings": False,
 }
 
+# The student of configs/quickstart_distill.py: about half the parameters.
+SMALLER_VISION = {"hidden_size": 48, "intermediate_size": 144}
+SMALLER_LANGUAGE = {"hidden_size": 48, "intermediate_size": 96}
+
 
 class Question(NamedTuple):
   """A question about an image, and its answer."""
@@ -118,7 +123,8 @@ def main(argv: Sequence[str]) -> None:
   write_data(out / "data", train, test, scored)
   copy_images(out / "data" / "images", paths)
   write_preferences(out / "preferences", train, test, scored)
-  write_model(out / "init", train)
+  write_model(out / "init", train, VISION, LANGUAGE)
+  write_model(out / "student", train, VISION | SMALLER_VISION, LANGUAGE | SMALLER_LANGUAGE)
   print(
     f"{len(train)} training and {len(test)} held-out questions are in {out}/data, the model's config in {out}/init"
   )
@@ -209,8 +215,10 @@ def copy_images(folder: Path, paths: dict[str, dict[int, str]]) -> None:
       shutil.copyfile(path, folder / split / f"{number}.png")
 
 
-def write_model(folder: Path, train: Sequence[Question]) -> None:
-  """Writes a tokenizer of the words in the training questions, and the config of a model that uses it."""
+def write_model(
+  folder: Path, train: Sequence[Question], vision: Mapping[str, Any], language: Mapping[str, Any]
+) -> None:
+  """Writes a tokenizer of the words in the training questions, and the config of a model of these parts that uses it."""
   folder.mkdir(parents=True, exist_ok=True)
   tokenizer = build_tokenizer(train)
   tokenizer.save(str(folder / "tokenizer.json"))
@@ -232,9 +240,9 @@ def write_model(folder: Path, train: Sequence[Question]) -> None:
     "force_image_size": 64,
     "ps_version": "v2",
     "select_layer": -1,
-    "vision_config": VISION,
+    "vision_config": dict(vision),
     "llm_config": {
-      **LANGUAGE,
+      **language,
       "vocab_size": vocabulary,
       "bos_token_id": special["<|endoftext|>"],
       "eos_token_id": special["<|im_end|>"],

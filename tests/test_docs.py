@@ -59,6 +59,7 @@ RUN_BY = {
   "scripts/server_toy.py": "tests/test_server_toy.py",
   "scripts/quickstart.sh": "tests/test_docs.py",
   "scripts/quickstart_mpo.sh": "tests/test_docs.py",
+  "scripts/quickstart_distill.sh": "tests/test_docs.py",
   "scripts/test.sh": "tests/test_docs.py",
   "scripts/launch/local.sh": "tests/runs/test_hosts.py",
   "scripts/launch/supervised.sh": "tests/runs/test_hosts.py",

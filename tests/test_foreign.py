@@ -47,7 +47,7 @@ def test_tables_fit_together():
   # mesh.fsdp is a number of devices, training.fsdp would be a text.
   assert set(FOREIGN) & {path.split(".")[1] for path in FIELDS} == {"fsdp"}
   assert set(HARMLESS) == set(FOREIGN) > PASSING
-  named = re.compile(r"\b(?:model|data|training|preference|loader|lora|eval|runtime|mesh)\.\w+")
+  named = re.compile(r"\b(?:model|data|training|preference|distillation|loader|lora|eval|runtime|mesh)\.\w+")
   assert set(named.findall(" ".join(FOREIGN.values()))) - {"training.md"} <= set(FIELDS)
   assert not [name for name, why in FOREIGN.items() if "\n" in why or why.endswith(".")]
 

@@ -60,6 +60,7 @@ OTHER_VALUES = {
   "grpo.loss_type": "bnpo",
   "grpo.importance_sampling_level": "sequence",
   "grpo.scale_rewards": "none",
+  "distillation.divergence": "reverse",
 }
 
 
@@ -90,7 +91,7 @@ def test_tables_name_fields():
   assert {switch for switches in ONLY_WITH.values() for switch in switches} <= set(FIELDS)
   assert set(ASKS_NOTHING) | set(REFUSED_IDLE) <= set(ONLY_WITH) | set(IDLE)
   assert set(MAKES_IDLE) == set(IDLE)
-  named = re.compile(r"\b(?:model|data|training|preference|grpo|loader|lora|eval|runtime)\.\w+")
+  named = re.compile(r"\b(?:model|data|training|preference|grpo|distillation|loader|lora|eval|runtime)\.\w+")
   reasons = " ".join(
     idle.why if isinstance(idle.why, str) else idle.why() for cases in IDLE.values() for idle in cases
   )

@@ -24,6 +24,12 @@ def fetch(array: Shaped[Array, "..."], cell: tuple[int, ...] = ()) -> Shaped[np.
   return np.asarray(array[cell] if cell else array)
 
 
+def fetch_rows(array: Shaped[Array, "A R ..."]) -> Shaped[np.ndarray, "A rows ..."]:
+  """This process's rows of an array that is sharded along its second axis alone, in this host's memory."""
+  pieces = {shard.index[1].start or 0: shard.data for shard in array.addressable_shards}
+  return np.concatenate([np.asarray(pieces[start]) for start in sorted(pieces)], axis=1)
+
+
 @functools.cache
 def _replicate(depth: int, everywhere: NamedSharding) -> Callable[..., jax.Array]:
   """A program that copies a part to every device; the part's place is an argument, so layers share it."""

@@ -60,6 +60,7 @@ def begin_or_go_on(run: Run, data: Data, beginning: Beginning) -> Progress:
   """
   log_parameters(run.setup)
   resumes = distributed.first_says(beginning == "resume")
+  data.hooks.before_weights(data.loader)
   params = read_weights(run, all_of_it=not resumes or data.hooks.needs_start)
   with run.watchdog.phase("held-out data"):
     data.held_out.finish()

@@ -160,6 +160,7 @@ def open_loader(run: Run) -> tuple[Hooks, Callable[..., TrainLoader]]:
   context = RunContext(
     config=config,
     source=run.source,
+    tokenizer=run.tokenizer,
     objective=setup.objective,
     mesh=setup.mesh,
     make_loader=make,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
   from internvl_jax.data.sample.line_keys import OtherKind
 
 TASKS: tuple[str, ...] = (
+  "internvl_jax.tasks.distillation",
   "internvl_jax.tasks.grpo",
   "internvl_jax.tasks.preference",
   "internvl_jax.tasks.sft",

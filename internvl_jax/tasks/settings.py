@@ -54,6 +54,7 @@ class TaskSettings:
     rules: when fields have no effect.
     problems: what of a config contradicts itself, a line each.
     folders: fields that name folders to write to.
+    checkpoints: fields that name checkpoints that are read, as model.model_name_or_path does.
     held_out: what it scores; None for nothing.
     files: names of the files that it writes at the root of the output directory.
     set_by_program: what the reference's program for it sets by itself, by paths: of the program's name, the values that it
@@ -64,6 +65,7 @@ class TaskSettings:
   rules: Rules = dataclasses.field(default_factory=Rules)
   problems: Callable[[TrainConfig], Iterator[str]] = _no_problems
   folders: tuple[str, ...] = ()
+  checkpoints: tuple[str, ...] = ()
   held_out: HeldOut | None = None
   files: tuple[str, ...] = ()
   set_by_program: Callable[[str, Mapping[str, Any], Collection[str]], Mapping[str, Any]] = _nothing_set

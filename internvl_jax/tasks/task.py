@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
+from transformers import PreTrainedTokenizerBase
 
 from internvl_jax.batch import TokenBatch
 from internvl_jax.config import TrainConfig
@@ -25,7 +26,8 @@ class RunContext:
   Attributes:
     config: all settings.
     source: the model.
-    objective: what the task makes of it.
+    tokenizer: the model's.
+    objective: what the task makes of the model.
     mesh: the devices.
     make_loader: `TrainLoader`, but for the leaves of the config that it takes first.
     watchdog: is told what the run is at.
@@ -33,6 +35,7 @@ class RunContext:
 
   config: TrainConfig
   source: Source
+  tokenizer: PreTrainedTokenizerBase
   objective: Any
   mesh: jax.sharding.Mesh
   make_loader: Callable[..., TrainLoader]
@@ -55,6 +58,14 @@ class Hooks(Protocol):
   @property
   def evaluates(self) -> bool:
     """Whether there is something that `evaluate` scores; known once `prepare` was called."""
+    ...
+
+  def before_weights(self, loader: TrainLoader) -> None:
+    """Is called before the model's weights are read, while the devices' memory is free; on all hosts at once.
+
+    Args:
+      loader: of the run.
+    """
     ...
 
   def prepare(self, params: Mapping[str, jax.Array], loader: TrainLoader, *, resumes: bool) -> None:
@@ -91,6 +102,9 @@ class NoHooks:
   data: DataTask
   needs_start = False
   evaluates = False
+
+  def before_weights(self, loader: TrainLoader) -> None:
+    """Does nothing."""
 
   def prepare(self, params: Mapping[str, jax.Array], loader: TrainLoader, *, resumes: bool) -> None:
     """Does nothing."""

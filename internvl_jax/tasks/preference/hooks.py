@@ -13,6 +13,7 @@ from internvl_jax.errors import UserError
 from internvl_jax.outputs import write_json
 from internvl_jax.parallel import distributed
 from internvl_jax.storage.paths import path_of
+from internvl_jax.tasks.precomputed import checksum, reader_in_order
 from internvl_jax.tasks.preference.batch import PreferenceBatch
 from internvl_jax.tasks.preference.data import PairData
 from internvl_jax.tasks.preference.reference import (
@@ -20,13 +21,9 @@ from internvl_jax.tasks.preference.reference import (
   PairScorer,
   ReferenceLogProbs,
   check_start,
-  checksum,
 )
 from internvl_jax.tasks.task import RunContext
 from internvl_jax.trees import select
-
-_NO_END = 1 << 40
-"""Steps of a loader that is read for as long as it takes."""
 
 
 class PreferenceHooks:
@@ -53,6 +50,9 @@ class PreferenceHooks:
       )
       self._lookup = ReferenceLogProbs(path_of(folder))
     self.data = dataclasses.replace(data, reference=self._lookup)
+
+  def before_weights(self, loader: TrainLoader) -> None:
+    """Does nothing: the reference is the policy, whose weights are still to be read."""
 
   def prepare(self, params: Mapping[str, jax.Array], loader: TrainLoader, *, resumes: bool) -> None:
     """Computes what the reference says, by the policy that has not taken a step, where that is asked for.
@@ -125,15 +125,9 @@ class PreferenceHooks:
 
   def _scorer(self, meta_path: str | None, title: str) -> PairScorer:
     """Reads a mixture in order, every sample once."""
-    config = self._config
-    data = dataclasses.replace(config.data, meta_path=meta_path, use_data_resampling=False, replacement=False)
-    training = dataclasses.replace(
-      config.training, max_steps=_NO_END, gradient_accumulation_steps=1, group_by_length=False
-    )
-    loader = dataclasses.replace(config.loader, shuffle=False)
     return PairScorer(
       objective=self._objective,
-      make_loader=lambda: self._make_loader(data, training, loader, task=self._pairs),
+      make_loader=reader_in_order(self._config, self._make_loader, meta_path, self._pairs),
       mesh=self._mesh,
       title=title,
       watchdog=self._watchdog,

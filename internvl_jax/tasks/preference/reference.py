@@ -9,9 +9,7 @@ pass over the data; a folder keeps them together with what they depend on:
 
 import dataclasses
 import functools
-import hashlib
 import io
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,18 +24,14 @@ from tqdm import tqdm
 
 from internvl_jax.data.load.loader import TrainLoader
 from internvl_jax.errors import UserError
-from internvl_jax.outputs import write_json
 from internvl_jax.parallel import batches, distributed, rules
 from internvl_jax.storage.paths import AnyPath, write_whole
+from internvl_jax.tasks.precomputed import WAIT_SECONDS, KeyedFolder
 from internvl_jax.tasks.preference.batch import PreferenceBatch
 from internvl_jax.tasks.preference.objective import PreferenceOptimization
 from internvl_jax.watchdog import Watchdog
 
-_KEY, _LOGPS = "key.json", "logps.npy"
-_ANEW = "delete the folder to compute the log-probabilities anew"
-
-WAIT_SECONDS = 600
-"""How long processes wait for what the first one writes."""
+_LOGPS = "logps.npy"
 
 DRIFT = {jnp.dtype(jnp.float32): 1e-5, jnp.dtype(jnp.bfloat16): 3e-2}
 """How far, relative to 1 + |log-probability|, rounding may take the reference from the policy that it is: rows of
@@ -96,6 +90,7 @@ class ReferenceLogProbs:
   def __init__(self, folder: AnyPath):
     """Names the folder; nothing is read before `open_or_make`."""
     self.folder = folder
+    self._kept = KeyedFolder(folder=folder, setting="preference.reference_cache_dir", model="reference")
     self._logps: np.ndarray | None = None
 
   def __call__(self, indices: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n 2"]:
@@ -127,12 +122,9 @@ class ReferenceLogProbs:
       UserError: what is there is of another checkpoint, other data or other settings, or damaged; or not all hosts
         see the folder.
     """
-    if self.folder.exists() and not self.folder.is_dir():
-      raise UserError(f"preference.reference_cache_dir={self.folder}: is a file; name a folder")
-    # Hosts may see a shared folder's newest entries at different times; one of them looks for all.
-    if distributed.first_says((self.folder / _KEY).exists()):
-      self._check_seen()
-      self._check(key)
+    if self._kept.has():
+      self._kept.check_seen()
+      self._kept.check(key)
       logging.info("Reference log-probabilities: those in %s", self.folder)
     else:
       logps = compute()
@@ -140,18 +132,11 @@ class ReferenceLogProbs:
         self.folder.mkdir(parents=True, exist_ok=True)
         np.save(content := io.BytesIO(), logps)
         write_whole(self.folder / _LOGPS, content.getvalue())
-        write_json(self.folder / _KEY, dict(key))
+        self._kept.write_key(key)
       logging.info("Reference log-probabilities of %d pairs: written to %s", len(logps), self.folder)
       distributed.barrier("the reference's log-probabilities are written", seconds=WAIT_SECONDS)
-      self._check_seen()
+      self._kept.check_seen()
     self._logps = self._open(key["samples"])
-
-  def _check_seen(self) -> None:
-    if not (self.folder / _KEY).is_file():
-      raise UserError(
-        f"preference.reference_cache_dir={self.folder}: {distributed.host_name()} does not see what process 0 has there; "
-        "name a folder of a file system that all hosts share"
-      )
 
   def _open(self, samples: int) -> np.ndarray:
     path = self.folder / _LOGPS
@@ -160,49 +145,10 @@ class ReferenceLogProbs:
         np.load(path, mmap_mode="r") if isinstance(path, Path) else np.load(io.BytesIO(path.read_bytes()))
       )
     except (OSError, ValueError, EOFError) as error:
-      raise UserError(f"{path}: damaged or missing ({error}); {_ANEW}") from None
+      raise UserError(f"{path}: damaged or missing ({error}); {self._kept.anew}") from None
     if logps.shape != (samples, 2):
-      raise UserError(f"{path}: has the shape {logps.shape}, expected {(samples, 2)}; {_ANEW}")
+      raise UserError(f"{path}: has the shape {logps.shape}, expected {(samples, 2)}; {self._kept.anew}")
     return logps
-
-  def _check(self, key: Mapping[str, Any]) -> None:
-    path = self.folder / _KEY
-    try:
-      stored = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-      raise UserError(f"{path}: damaged ({error}); {_ANEW}") from None
-    if not isinstance(stored, dict):
-      raise UserError(f"{path}: damaged (no JSON object); {_ANEW}")
-    differing = [name for name in key if stored.get(name) != key[name]]
-    if differing:
-      name = differing[0]
-      raise UserError(
-        f"{self.folder}: these log-probabilities are of another reference: {name} is {stored.get(name)} there and "
-        f"{key[name]} here ({', '.join(differing)} differ); name another folder (preference.reference_cache_dir), or "
-        "delete this one to compute them anew"
-      )
-
-
-def checksum(params: Mapping[str, jax.Array], dtype: jnp.dtype) -> str:
-  """A number of the parameters' contents in that dtype, as hex: the same for any sharding."""
-  sums = {path: jax.device_get(_bit_sums(value, jnp.dtype(dtype))) for path, value in params.items()}
-  text = json.dumps({path: [list(params[path].shape), *map(int, sums[path])] for path in sorted(params)})
-  return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _bit_sums(value: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-  """Two sums over the bits, weighted by place, modulo 2^32: integers, which add up to the same in any order."""
-  bits = jax.lax.bitcast_convert_type(value.astype(dtype), jnp.uint16 if dtype.itemsize == 2 else jnp.uint32)
-  place, stride = jnp.zeros(value.shape, jnp.uint32), 1
-  for axis in reversed(range(value.ndim)):
-    place += jax.lax.broadcasted_iota(jnp.uint32, value.shape, axis) * jnp.uint32(stride % 2**32)
-    stride *= value.shape[axis]
-  bits = bits.astype(jnp.uint32) + jnp.uint32(1)
-  # Odd factors, so that no place loses bits.
-  factors = (2 * place + 1, (place * jnp.uint32(2654435761) ^ (place >> 16)) | 1)
-  first, second = (jnp.sum(bits * factor, dtype=jnp.uint32) for factor in factors)
-  return first, second
 
 
 # --- At the start, and on held-out pairs --------------------------------------------------------------------
