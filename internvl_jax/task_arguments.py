@@ -112,7 +112,7 @@ class GrpoConfig:
   top_p: float = 1.0
   # Tokens are drawn from so many of the likeliest ones; 0: from all.
   top_k: int = 0
-  # Answers that each data-parallel device decodes at once; None: all of a step's. Fewer need less memory for the cache.
+  # Prompts that each data-parallel device answers at once; None: all of a step's. Fewer need less memory for the cache.
   rollout_batch_size: int | None = None
   # How losses of tokens become one: by answer ("grpo"), by token ("bnpo" of a micro-batch, "dapo" of a step), over a constant
   # ("dr_grpo"), or by token with weights that are clipped in place of ratios ("cispo").

@@ -59,6 +59,10 @@ class BatchSource(Protocol):
     """
     ...
 
+  def metrics(self) -> Mapping[str, float]:
+    """Scalars of the batch that was handed out last, for the log; the same on all processes."""
+    ...
+
   def get_state(self) -> dict[str, Any]: ...
   def counters(self) -> dict[str, Any]: ...
 
@@ -156,6 +160,7 @@ class _InFlight:
     fetched_in: seconds that the host waited for its batch.
     dispatched: when the devices got it.
     timed: whether its time counts: not where a program was compiled for it.
+    told: scalars of its batch.
     result: its metrics, and when the devices were through.
   """
 
@@ -164,6 +169,7 @@ class _InFlight:
   fetched_in: float
   dispatched: float
   timed: bool
+  told: Mapping[str, float]
   result: concurrent.futures.Future[tuple[StepMetrics, float]]
 
 
@@ -275,6 +281,7 @@ class Trainer:
     start = time.perf_counter()
     with self.watchdog.phase("data wait", step + 1):
       batch = self.source.next({**frozen, **state.params})
+    told = self.source.metrics()
     fetched_in, self._ahead_in = self._ahead_in + time.perf_counter() - start, 0.0
     if is_first:
       with self.watchdog.phase("compile", step + 1):
@@ -288,7 +295,7 @@ class Trainer:
       state, metrics = self.steps(state, frozen, batch, self.schedule(step))
     self._finish_step()
     result = self._waiter.submit(_read, metrics)
-    self._in_flight = _InFlight(step, is_first, fetched_in, dispatched, not fresh, result)
+    self._in_flight = _InFlight(step, is_first, fetched_in, dispatched, not fresh, told, result)
     return state
 
   def _finish_step(self) -> None:
@@ -298,6 +305,7 @@ class Trainer:
       return
     with self.watchdog.phase("step", flight.step + 1):
       metrics, done = flight.result.result()
+    metrics = metrics._replace(terms={**metrics.terms, **flight.told})
     if flight.is_first:
       for callback in self.callbacks:
         callback.after_first_step(done)

@@ -30,19 +30,7 @@ READ_ELSEWHERE = {
 }
 
 # Fields that nothing reads yet although they are not in a table of config.py. To be emptied, never filled.
-PENDING: set[str] = {
-  f"grpo.{name}"
-  for name in (
-    *(
-      "num_generations",
-      "max_completion_length",
-      "rollout_batch_size",
-      "num_iterations",
-      "num_completions_to_print",
-    ),
-    *("importance_sampling_level", "epsilon", "epsilon_high", "scale_rewards", "mask_truncated_completions"),
-  )
-}
+PENDING: set[str] = set()
 
 
 # --- Fields -------------------------------------------------------------------------------------------------

@@ -50,6 +50,27 @@ def test_preferences_that_contradict_themselves(config, settings, words):
   assert words in line
 
 
+@pytest.mark.parametrize(
+  ("settings", "words"),
+  [
+    ({"preference.loss_type": "sigmoid"}, "a run learns in one way; leave one at its default"),
+    (
+      {"grpo.reward_weights": (1.0, 2.0)},
+      "has 2 weights for the 1 rewards of grpo.reward_funcs=('exact_match',)",
+    ),
+    ({"grpo.reward_weights": (0.0,)}, "optimize nothing; raise a weight"),
+    ({"grpo.loss_type": "cispo"}, "needs grpo.epsilon_high, the largest weight of a token"),
+    ({"data.use_packed_ds": True}, "a row holds one prompt and its answers; set it to False"),
+    ({"grpo.num_generations": 1}, "grpo.num_generations=1 must be at least 2"),
+  ],
+)
+def test_rewards_that_contradict_themselves(config, settings, words):
+  for path, value in {"grpo.reward_funcs": ("exact_match",), **settings}.items():
+    set_field(config, path, value)
+  (line,) = problems(config)
+  assert words in line
+
+
 def test_held_out_pairs_that_are_not_there(config):
   set_field(config, "preference.loss_type", "sigmoid")
   set_field(config, "preference.eval_meta_path", "nowhere.json")

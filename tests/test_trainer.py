@@ -56,6 +56,9 @@ class Batches:
   def prefetch(self):
     pass
 
+  def metrics(self):
+    return {}
+
   def get_state(self):
     return {"next_step": self.taken}
 

@@ -8,7 +8,14 @@ from typing import Any
 
 from internvl_jax.aot import report as reports
 from internvl_jax.aot.price import check_price, price
-from internvl_jax.aot.program import BatchShape, batch_shape, compile_step, plan_step
+from internvl_jax.aot.program import (
+  BatchShape,
+  Compiled,
+  batch_shape,
+  compile_beside,
+  compile_step,
+  plan_step,
+)
 from internvl_jax.aot.search import as_json, search, summary
 from internvl_jax.aot.target import Target, open_target
 from internvl_jax.config import TrainConfig
@@ -67,7 +74,24 @@ def compile_once(config: TrainConfig, request: Request) -> dict[str, Any]:
   limit = target.memory if request.limit is None else request.limit
   report = reports.make_report(plan, compiled, target, limit=limit)
   print(reports.render(report))
-  return report.as_json() | _print_price(report, target, request.pricing)
+  beside = {
+    name: _print_beside(name, program, limit)
+    for name, program in compile_beside(plan, target, optimization_level=request.optimization_level).items()
+  }
+  found = report.as_json() | _print_price(report, target, request.pricing)
+  return found | ({"beside": beside} if beside else {})
+
+
+def _print_beside(name: str, program: Compiled, limit: int | None) -> dict[str, Any]:
+  """Prints what a program needs that the task runs beside the step, and returns it as plain values."""
+  total = sum(program.stats[kind] for kind in ("argument", "output", "temp")) - program.stats["alias"]
+  fits = program.refusal is None and (limit is None or total <= limit)
+  parts = ", ".join(f"{kind}s {program.stats[kind] / reports.GIB:.2f}" for kind in ("argument", "temp"))
+  print(
+    f"Beside the step, {name}: {total / reports.GIB:.2f} GiB a device ({parts}), "
+    f"{'fits' if fits else 'does not fit'}; compiled in {program.compile_seconds:.0f} s"
+  )
+  return {"total_bytes": total, "fits": fits, **program.stats}
 
 
 def search_fewest(config: TrainConfig, request: Request) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from internvl_jax.setup.devices import open_mesh
 from internvl_jax.setup.step import set_up
 from internvl_jax.state import TrainState
 from internvl_jax.step import TrainStep
-from internvl_jax.tasks import conversations_a_line
+from internvl_jax.tasks import longest_sample
 from internvl_jax.tasks.task import Task
 
 
@@ -62,7 +62,7 @@ def batch_shape(config: TrainConfig, *, tokens: int | None = None, tiles: int | 
   """The largest batch that the config's data can make, or one with so many tokens and tiles a row."""
   data = config.data
   # A line's conversations are in one row.
-  longest = longest_row(data, data.max_seq_length * conversations_a_line(config))
+  longest = longest_row(data, longest_sample(config))
   if data.use_packed_ds:
     most = data.num_images_expected
   else:
@@ -194,6 +194,29 @@ def compile_step(
   start = time.perf_counter()
   # As `trainer.CompiledSteps` does it.
   lowered = jax.jit(plan.step.__call__, donate_argnums=0).lower(*plan.inputs)
+  return compile_lowered(lowered, start, plan, target, optimization_level=optimization_level, dump=dump)
+
+
+def compile_beside(plan: StepPlan, target: Target, *, optimization_level: str = "O0") -> dict[str, Compiled]:
+  """Compiles what the task runs beside the step, by its names; see `compile_step`."""
+  found = {}
+  for name, (function, inputs) in plan.task.beside(plan.step.objective, plan.mesh, plan.batch).items():
+    start = time.perf_counter()
+    lowered = jax.jit(function).lower({**plan.frozen, **plan.state.params}, *inputs)
+    found[name] = compile_lowered(lowered, start, plan, target, optimization_level=optimization_level)
+  return found
+
+
+def compile_lowered(
+  lowered: Any,
+  start: float,
+  plan: StepPlan,
+  target: Target,
+  *,
+  optimization_level: str = "O0",
+  dump: str | None = None,
+) -> Compiled:
+  """Compiles a program of a plan that was lowered since `start`; see `compile_step`."""
   lowered_at = time.perf_counter()
   if not target.compile_only:
     compiled = compile_program(lowered, target.platform, plan.xla_options)

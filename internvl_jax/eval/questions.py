@@ -1,6 +1,7 @@
 """The questions of a held-out set: opened, checked before a run begins, and read one by one."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from internvl_jax.arguments import DataTrainingArguments, EvalConfig
@@ -103,7 +104,7 @@ class QuestionFile:
       what = str(error).partition("; raise it")[0]
       raise OverLengthError(f"{what}; raise data.max_seq_length or delete the line") from error
     *before, last = self.maker.lines.plain(record, where)["conversations"]
-    question = "\n".join(without_marks(turn["value"]) for turn in before if turn["from"] != "system")
+    question = question_of(before)
     if not self.asked.generates and not sample.fully_masked:
       return Asked(described(record), sample, question, last["value"], (last["value"],))
     if last["from"] != "gpt":
@@ -115,7 +116,9 @@ class QuestionFile:
       raise where.error(
         "no token of its last answer would be learned, so it cannot be scored; correct or delete the line"
       )
-    return Asked(described(record), sample, question, last["value"], _answers(record, last["value"], where))
+    return Asked(
+      described(record), sample, question, last["value"], right_answers(record, last["value"], where)
+    )
 
   def pictures(self, line: int) -> list[Picture]:
     """Returns the first images of a question, or frames of its video, to be looked at.
@@ -151,8 +154,17 @@ def open_questions(
   )
 
 
-def _answers(record: dict[str, Any], answer: str, where: Where) -> tuple[str, ...]:
-  """All answers to a line that are right: its `answers`, texts or VQA's objects with an 'answer', or the wanted one."""
+def question_of(turns: Sequence[Mapping[str, str]]) -> str:
+  """The text of the turns before an answer, without the system's and without the marks of images."""
+  return "\n".join(without_marks(turn["value"]) for turn in turns if turn["from"] != "system")
+
+
+def right_answers(record: Mapping[str, Any], answer: str, where: Where) -> tuple[str, ...]:
+  """All answers to a line that are right: its `answers`, texts or VQA's objects with an 'answer', or the wanted one.
+
+  Raises:
+    DataError: `answers` are none.
+  """
   given = record.get("answers")
   if given in (None, []):
     return (answer,)

@@ -367,6 +367,7 @@ class Decoder(nnx.Module):
     *,
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
+    prompt: int | None = None,
     kernels: Kernels | None = None,
   ) -> tuple[Float[Array, "B T D"], KVCache]:
     """Runs the next T tokens of every row against a cache, writing them at slots offset..offset+T-1.
@@ -376,11 +377,19 @@ class Decoder(nnx.Module):
       cache: what the rows hold so far.
       offset: scalar int, the slot of the first of these tokens, the same for every row.
       segment_ids: int [B, T]; 0 marks padding, which nobody will see.
+      prompt: the segment that all new tokens see besides their own, of models without windows: T answers to one prompt go
+        on side by side. None: tokens see their own segment alone.
       kernels: the backends, of which attention's is not used: it is made for long rows, not for a few queries.
     """
     kv_segments = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segment_ids, offset, axis=1)
+    prompts = {}
+    if prompt is not None:
+      assert not any(self.windows)
+      prompts["parent"] = jnp.full_like(segment_ids, prompt)
+      prompts["kv_parent"] = jnp.where(kv_segments == prompt, prompt, 0)
+    q_index = offset + jnp.arange(x.shape[1])
     mask, xs = self._mask(
-      cache.slots, segments=segment_ids, kv_segments=kv_segments, q_index=offset + jnp.arange(x.shape[1])
+      cache.slots, segments=segment_ids, kv_segments=kv_segments, q_index=q_index, **prompts
     )
     options = {
       "rotation": rotations(self.rope, positions, self.kv_shape[-1], bound=cache.slots),

@@ -126,7 +126,7 @@ def open_data(run: Run) -> Data:
   config, setup, watchdog = run.config, run.setup, run.watchdog
   with watchdog.phase("data"):
     hooks, make_loader = open_loader(run)
-    loader = make_loader()
+    loader = hooks.source(make_loader())
   meshes.check_lengths(loader.sequence_sizes, setup.mesh)
   logging.info("Data:\n%s", "\n".join(loader.dataset_lines()))
   logging.info(
@@ -164,6 +164,7 @@ def open_loader(run: Run) -> tuple[Hooks, Callable[..., TrainLoader]]:
     objective=setup.objective,
     mesh=setup.mesh,
     make_loader=make,
+    chat=run.chat,
     watchdog=run.watchdog,
   )
   hooks = setup.task.hooks(context)

@@ -1,7 +1,7 @@
 """Ways to learn: a package each, and a line each in `TASKS`.
 
 A package has `is_asked_for(config)` and `CONVERSATIONS`, how many conversations a line becomes, both without anything
-heavy, maybe `VARIANTS` of the planned recipe and `other_kind()`, which explains its lines to another task, and a module `task` with `open_task(config, source)`, which returns a `tasks.task.Task`.
+heavy, maybe `VARIANTS` of the planned recipe, `longest_sample(config)` where its rows are longer than its lines, and `other_kind()`, which explains its lines to another task, and a module `task` with `open_task(config, source)`, which returns a `tasks.task.Task`.
 """
 
 import importlib
@@ -43,6 +43,14 @@ def other_kinds() -> "tuple[OtherKind, ...]":
 def conversations_a_line(config: TrainConfig) -> int:
   """How many conversations a line of the data becomes, which share one row."""
   return package_for(config).CONVERSATIONS
+
+
+def longest_sample(config: TrainConfig) -> int:
+  """The most tokens of a row that is learned from, where rows are not packed: all that a line becomes."""
+  package = package_for(config)
+  if hasattr(package, "longest_sample"):
+    return package.longest_sample(config)
+  return config.data.max_seq_length * package.CONVERSATIONS
 
 
 def open_task(config: TrainConfig, source: Any) -> Any:

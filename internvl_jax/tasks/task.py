@@ -1,19 +1,25 @@
 """The task interface: samples, batch, objective and hooks of a way to learn. Packages above never ask which task it is."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 from transformers import PreTrainedTokenizerBase
 
 from internvl_jax.batch import TokenBatch
+from internvl_jax.callbacks import Callback
 from internvl_jax.config import TrainConfig
 from internvl_jax.data.load.loader import TrainLoader
 from internvl_jax.data.load.task import DataTask
+from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.hf.model import Source
+from internvl_jax.metrics.run_log import RunLog
 from internvl_jax.step import Objective
 from internvl_jax.watchdog import Watchdog
+
+Program = tuple[Callable[..., Any], tuple[Any, ...]]
+"""A function of all parameters by path and of more inputs, and the shapes of these."""
 
 Shapes = Mapping[str, Any]
 """Parameters, or their shapes with shardings, by path."""
@@ -29,6 +35,7 @@ class RunContext:
     tokenizer: the model's.
     objective: what the task makes of the model.
     mesh: the devices.
+    chat: the tokenizer.
     make_loader: `TrainLoader`, but for the leaves of the config that it takes first.
     watchdog: is told what the run is at.
   """
@@ -39,6 +46,7 @@ class RunContext:
   objective: Any
   mesh: jax.sharding.Mesh
   make_loader: Callable[..., TrainLoader]
+  chat: ChatTokenizer
   watchdog: Watchdog
 
 
@@ -68,6 +76,14 @@ class Hooks(Protocol):
     """
     ...
 
+  def source(self, loader: TrainLoader) -> TrainLoader:
+    """Where batches come from: the loader of the data, or what stands in its place and asks it for samples."""
+    ...
+
+  def callbacks(self, log: RunLog) -> Sequence[Callback]:
+    """What of the task watches the loop."""
+    ...
+
   def prepare(self, params: Mapping[str, jax.Array], loader: TrainLoader, *, resumes: bool) -> None:
     """Is called before the first step, on all hosts at once.
 
@@ -91,17 +107,28 @@ class Hooks(Protocol):
     ...
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class NoHooks:
-  """The hooks of a task that does nothing beside its steps.
+class PlainHooks:
+  """The hooks of a task that does nothing beside its steps; those of others inherit what they do not need.
 
   Attributes:
     data: the task's.
   """
 
-  data: DataTask
   needs_start = False
   evaluates = False
+
+  def __init__(self, data: DataTask):
+    """Keeps the data."""
+    self.data = data
+
+  def source(self, loader: TrainLoader) -> TrainLoader:
+    """The loader itself."""
+    return loader
+
+  def callbacks(self, log: RunLog) -> Sequence[Callback]:
+    """None."""
+    del log
+    return ()
 
   def before_weights(self, loader: TrainLoader) -> None:
     """Does nothing."""
@@ -116,6 +143,11 @@ class NoHooks:
     """Scores nothing."""
     del params
     return {}
+
+
+def _nothing_beside(objective: Any, mesh: jax.sharding.Mesh, batch: Any) -> Mapping[str, Program]:
+  del objective, mesh, batch
+  return {}
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -135,6 +167,8 @@ class Task:
     held_out: setting -> meta file of held-out samples, or None.
     frame_name: the text before the number of a video's frame, for those who serve the model; None is the layout's.
     shown_terms: metrics of its objective that log lines show: name -> text with a format, "margin {:.3g}".
+    beside: function (objective, mesh, shapes of a step's batch) -> programs on the devices that it runs beside the step, for
+      plans: name -> function of all parameters and of more inputs, and the shapes of these.
     open_hooks: makes what it does at certain moments of a run; None: nothing.
   """
 
@@ -149,8 +183,9 @@ class Task:
   held_out: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
   frame_name: str | None = None
   shown_terms: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  beside: Callable[[Any, jax.sharding.Mesh, Any], Mapping[str, Program]] = _nothing_beside
   open_hooks: Callable[[RunContext], Hooks] | None = None
 
   def hooks(self, context: RunContext) -> Hooks:
     """What it does at certain moments of a run."""
-    return NoHooks(self.data) if self.open_hooks is None else self.open_hooks(context)
+    return PlainHooks(self.data) if self.open_hooks is None else self.open_hooks(context)

@@ -308,6 +308,7 @@ def make_callbacks(run: Run, data: Data, loader: TrainLoader, log: RunLog) -> li
     Profile(Trace(output_folder(run.config) / "profile", traced)),
     Unmoved(trained - told, min(UNMOVED_STEPS, loader.total_steps)),
     SkippedSteps(log, loader.batch_samples, limit=runtime.max_nonfinite_steps),
+    *data.hooks.callbacks(log),
   ]
 
 

@@ -21,6 +21,7 @@ from internvl_jax.data.schedule import packing
 from internvl_jax.data.schedule.order import Places
 from internvl_jax.data.schedule.schedule import Schedule
 from internvl_jax.data.schedule.shapes import BatchShapes, tile_bucket
+from internvl_jax.data.where import Where
 
 # Reasons looked up of samples that a step passes over.
 _REASONS = 5
@@ -200,6 +201,10 @@ class TrainLoader:
     self.next_step += 1
     return ready.batch
 
+  def metrics(self) -> dict[str, float]:
+    """Nothing: what there is to tell of data is in the counters."""
+    return {}
+
   def prefetch(self) -> None:
     """Puts the next batch together, for `__next__` to hand out; state and counters stay those before it.
 
@@ -359,6 +364,14 @@ class TrainLoader:
         where = self._samples.where(index)
         named.setdefault(where.file, []).append(where.line)
     return "; ".join(f"{file}:{','.join(map(str, lines))}" for file, lines in named.items())
+
+  def record(self, index: int) -> tuple[Any, dict[str, Any]]:
+    """The parsed line that a sample of the last batches comes from, and what of it is read."""
+    return self._samples.record(index)
+
+  def where(self, index: int) -> Where:
+    """The line that a sample comes from."""
+    return self._samples.where(index)
 
   def size_counts(self) -> list[dict[str, Any]]:
     """How many lines have how many tokens and tiles, by dataset; empty where sizes are not measured."""

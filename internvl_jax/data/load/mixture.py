@@ -325,6 +325,13 @@ class Mixture:
     dataset, sample = self._locate(index)
     return dataset.file.where(dataset.locate(sample)[0])
 
+  def record(self, index: int) -> tuple[Any, dict[str, Any]]:
+    """The parsed line that a sample of the mixture comes from, and what of it is read."""
+    dataset, sample = self._locate(index)
+    line = dataset.locate(sample)[0]
+    record, where = dataset.file.read(line), dataset.file.where(line)
+    return record, dataset.maker.lines.plain(record, where)
+
   def decode(self, epoch: int, index: int, pool: TilePool | None = None) -> Sample:
     """A sample of the mixture. Augmentation and a video's frames depend on seed, epoch and index alone.
 

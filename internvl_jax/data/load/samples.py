@@ -53,6 +53,10 @@ class Samples(Protocol):
     """The line that a sample comes from."""
     ...
 
+  def record(self, index: int) -> tuple[Any, dict[str, Any]]:
+    """The parsed line that a sample comes from, and what of it is read (`LineSchema.plain`)."""
+    ...
+
   def decode(self, epoch: int, index: int, pool: TilePool | None = None) -> Sample:
     """A sample, decoded. Raises DataError where it cannot be made."""
     ...

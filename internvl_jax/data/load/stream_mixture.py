@@ -238,6 +238,11 @@ class StreamMixture:
     with self._lock:
       return self._wheres[index][0] if index in self._wheres else self._at(index).where
 
+  def record(self, index: int) -> tuple[Any, dict[str, Any]]:
+    """The record that a sample comes from, and what of it is read; of samples that were not let go."""
+    met = self._at(index)
+    return met.record, self._makers[met.dataset].lines.plain(met.record, met.where)
+
   def decode(self, epoch: int, index: int, pool: TilePool | None = None) -> Sample:
     """A sample, decoded. Augmentation and a video's frames depend on seed, host and number alone.
 

@@ -45,7 +45,7 @@ def attention(
   """
   row = find(BACKENDS, backend)
   needs = mask.needs | ({"sinks"} if sinks is not None else set())
-  if mask.parent is not None and "shared prompts" not in row.takes:
+  if "shared prompts" in needs - row.takes:
     return _in_turns(q, k, v, mask, sinks=sinks, over=over, backend=backend)
   if missing := needs - row.takes:
     raise ValueError(f"attention backend {backend!r} has no {' and no '.join(sorted(missing))}: use 'xla'")

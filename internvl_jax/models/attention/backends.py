@@ -1,5 +1,6 @@
 """The table of attention's backends."""
 
+from internvl_jax.models.attention.mask import CACHED_PROMPTS
 from internvl_jax.models.kernels import Backend
 
 _ROOM = "internvl_jax.models.attention"
@@ -35,14 +36,14 @@ BACKENDS: tuple[Backend, ...] = (
     name="xla",
     function=f"{_ROOM}.xla:attention",
     platforms=("tpu", "gpu", "cpu"),
-    takes=_ALL | {"index of queries"},
+    takes=_ALL | {"index of queries", CACHED_PROMPTS},
     reason="runs everywhere; memory is linear in the length, and blocks that the mask hides whole are skipped",
   ),
   Backend(
     name="plain",
     function=f"{_ROOM}.xla:plain",
     platforms=(),
-    takes=_ALL | {"index of queries"},
+    takes=_ALL | {"index of queries", CACHED_PROMPTS},
     reason="all scores in memory: what the others are compared with, and what operations are counted by",
   ),
   Backend(

@@ -11,6 +11,9 @@ from jaxtyping import Array, Bool, Int
 
 from internvl_jax.parallel.rules import MeshAxes, spec
 
+CACHED_PROMPTS = "shared prompts of a cache"
+"""The feature of a backend (`Mask.needs`) by which new tokens of several answers see their prompt in a cache."""
+
 
 class SharedPrompts(NamedTuple):
   """Which segments of rows see the prompts of others.
@@ -78,7 +81,9 @@ class Mask:
   @property
   def needs(self) -> set[str]:
     """The optional features of a backend that this mask needs (`backends.BACKENDS`)."""
-    found = {"shared prompts"} if self.parent is not None else set()
+    found = set[str]()
+    if self.parent is not None:
+      found.add("shared prompts" if self.q_index is None else CACHED_PROMPTS)
     if self.reach is not None:
       found.add("windows")
     return found | ({"index of queries"} if self.q_index is not None else set())

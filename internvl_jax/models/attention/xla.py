@@ -36,7 +36,9 @@ def attention(
   over: Over,
 ) -> Float[Array, "B T N H"]:
   """`models.attention.attention`, by blocks where there are more queries than one holds."""
-  return shard_attention(_plain if q.shape[1] <= BLOCK else _by_blocks, q, k, v, mask, sinks, over)
+  few = q.shape[1] <= BLOCK
+  assert few or mask.parent is None, "blocks of queries know no shared prompts"
+  return shard_attention(_plain if few else _by_blocks, q, k, v, mask, sinks, over)
 
 
 def plain(
@@ -81,7 +83,10 @@ def _visible(mask: Mask, T: int, S: int) -> jax.Array | None:
   visible = None
   if mask.segments is not None:
     assert mask.kv_segments is not None
-    visible = (mask.segments[:, :, None] == mask.kv_segments[:, None, :])[:, None, None]
+    visible = mask.segments[:, :, None] == mask.kv_segments[:, None, :]
+    if mask.parent is not None:
+      visible |= (mask.parent[:, :, None] == mask.kv_segments[:, None, :]) & mask.is_prompt[:, None, :]
+    visible = visible[:, None, None]
   if mask.causal:
     order = _in_order(mask, jnp.arange(T) if mask.q_index is None else mask.q_index, jnp.arange(S))
     visible = order[None, None, None] if visible is None else visible & order[None, None, None]

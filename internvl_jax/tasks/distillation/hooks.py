@@ -1,10 +1,6 @@
 """What distillation does beside its steps: it asks the teacher."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
-
-import jax
 
 from internvl_jax.data.load.loader import TrainLoader
 from internvl_jax.errors import UserError
@@ -13,18 +9,15 @@ from internvl_jax.tasks.distillation.cache import TeacherLogProbs
 from internvl_jax.tasks.distillation.data import DistillationData, TeacherData
 from internvl_jax.tasks.distillation.teacher import Pass, open_teacher
 from internvl_jax.tasks.precomputed import KeyedFolder, reader_in_order
-from internvl_jax.tasks.task import RunContext
+from internvl_jax.tasks.task import PlainHooks, RunContext
 
 
-class DistillationHooks:
+class DistillationHooks(PlainHooks):
   """The hooks of a run by `Distillation`; see `tasks.task.Hooks`.
 
   Attributes:
     data: conversations, with what the teacher says of them.
   """
-
-  needs_start = False
-  evaluates = False
 
   def __init__(self, data: DistillationData, context: RunContext):
     """Opens the teacher, and sees that it suits the student; nothing is computed before `before_weights`.
@@ -32,6 +25,7 @@ class DistillationHooks:
     Raises:
       UserError: it does not.
     """
+    super().__init__(data)
     config = context.config
     asked = config.distillation
     assert config.training.output_dir is not None
@@ -61,14 +55,3 @@ class DistillationHooks:
       asks = Pass(teacher=self._teacher, known=self._known, make_loader=self._make_loader, quiet=self._quiet)
       asks.run(key)
     self._known.open(loader.num_samples)
-
-  def prepare(self, params: Mapping[str, jax.Array], loader: TrainLoader, *, resumes: bool) -> None:
-    """Does nothing."""
-
-  def first_batch(self, params: dict[str, jax.Array], batch: Any) -> None:
-    """Does nothing."""
-
-  def evaluate(self, params: Mapping[str, jax.Array]) -> dict[str, float]:
-    """Scores nothing."""
-    del params
-    return {}

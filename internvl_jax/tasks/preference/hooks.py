@@ -2,16 +2,15 @@
 
 import dataclasses
 import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
+from internvl_jax.callbacks import Callback
 from internvl_jax.data.load.loader import TrainLoader
 from internvl_jax.errors import UserError
-from internvl_jax.outputs import write_json
-from internvl_jax.parallel import distributed
+from internvl_jax.metrics.run_log import RunLog
 from internvl_jax.storage.paths import path_of
 from internvl_jax.tasks.precomputed import checksum, reader_in_order
 from internvl_jax.tasks.preference.batch import PreferenceBatch
@@ -20,6 +19,7 @@ from internvl_jax.tasks.preference.reference import (
   PairEvaluation,
   PairScorer,
   ReferenceLogProbs,
+  check_same_reference,
   check_start,
 )
 from internvl_jax.tasks.task import RunContext
@@ -37,7 +37,7 @@ class PreferenceHooks:
 
   def __init__(self, data: PairData, context: RunContext):
     """Names what there will be; nothing is computed before `prepare`."""
-    config = context.config
+    self._context, config = context, context.config
     self._config, self._source, self._watchdog = config, context.source, context.watchdog
     self._objective, self._mesh = context.objective, context.mesh
     self._make_loader, self._pairs = context.make_loader, data
@@ -53,6 +53,15 @@ class PreferenceHooks:
 
   def before_weights(self, loader: TrainLoader) -> None:
     """Does nothing: the reference is the policy, whose weights are still to be read."""
+
+  def source(self, loader: TrainLoader) -> TrainLoader:
+    """The loader itself."""
+    return loader
+
+  def callbacks(self, log: RunLog) -> Sequence[Callback]:
+    """None."""
+    del log
+    return ()
 
   def prepare(self, params: Mapping[str, jax.Array], loader: TrainLoader, *, resumes: bool) -> None:
     """Computes what the reference says, by the policy that has not taken a step, where that is asked for.
@@ -75,7 +84,7 @@ class PreferenceHooks:
       scorer = self._scorer(self._config.data.meta_path, "reference")
       self._lookup.open_or_make(self._key(params, loader), lambda: scorer.score(params))
     else:
-      self._check_same_reference(params, resumes)
+      check_same_reference(self._context, params, resumes=resumes)
     if asked.eval_meta_path is not None:
       scorer = self._scorer(asked.eval_meta_path, "held-out pairs")
       self._evaluation = PairEvaluation(scorer=scorer, reference=scorer.score(params), beta=asked.beta)
@@ -103,25 +112,6 @@ class PreferenceHooks:
       "dtype": str(jax.numpy.dtype(dtype)),
       "samples": loader.num_samples,
     }
-
-  def _check_same_reference(self, params: Mapping[str, jax.Array], resumes: bool) -> None:
-    """Remembers what the reference in memory was made of, so that a run which goes on has the same.
-
-    Raises:
-      UserError: it has another.
-    """
-    path = path_of(self._config.training.output_dir or "") / "reference.json"
-    reference = select(params, set(self._source.without_fresh_adapters().shapes))
-    now = checksum(reference, self._objective.how.dtype)
-    if resumes and distributed.first_says(path.exists()):
-      if (then := json.loads(path.read_text(encoding="utf-8"))["checkpoint"]) != now:
-        raise UserError(
-          f"{path}: this run's reference policy had the checksum {then}, but {self._config.model.model_name_or_path} has "
-          f"{now} in {jax.numpy.dtype(self._objective.how.dtype)}; name the checkpoint that the run began with, or begin "
-          "anew with training.overwrite_output_dir=True"
-        )
-    elif distributed.is_first():
-      write_json(path, {"checkpoint": now})
 
   def _scorer(self, meta_path: str | None, title: str) -> PairScorer:
     """Reads a mixture in order, every sample once."""

@@ -10,6 +10,7 @@ pass over the data; a folder keeps them together with what they depend on:
 import dataclasses
 import functools
 import io
+import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,11 +25,14 @@ from tqdm import tqdm
 
 from internvl_jax.data.load.loader import TrainLoader
 from internvl_jax.errors import UserError
+from internvl_jax.outputs import write_json
 from internvl_jax.parallel import batches, distributed, rules
-from internvl_jax.storage.paths import AnyPath, write_whole
-from internvl_jax.tasks.precomputed import WAIT_SECONDS, KeyedFolder
+from internvl_jax.storage.paths import AnyPath, path_of, write_whole
+from internvl_jax.tasks.precomputed import WAIT_SECONDS, KeyedFolder, checksum
 from internvl_jax.tasks.preference.batch import PreferenceBatch
 from internvl_jax.tasks.preference.objective import PreferenceOptimization
+from internvl_jax.tasks.task import RunContext
+from internvl_jax.trees import select
 from internvl_jax.watchdog import Watchdog
 
 _LOGPS = "logps.npy"
@@ -79,6 +83,31 @@ class PairScorer:
     with rules.scope(self.mesh):
       logps = jax.lax.map(lambda micro: self.objective.answer_logps(params, micro), batch)
       return batch.pair_index, logps
+
+
+def check_same_reference(context: RunContext, params: Mapping[str, jax.Array], *, resumes: bool) -> None:
+  """Remembers what the reference in memory was made of, so that a run which goes on has the same.
+
+  Args:
+    context: of the run.
+    params: all parameters by path, as they are in the checkpoint that the run began with.
+    resumes: the run goes on.
+
+  Raises:
+    UserError: it has another.
+  """
+  config, dtype = context.config, context.objective.how.dtype
+  path = path_of(config.training.output_dir or "") / "reference.json"
+  now = checksum(select(params, set(context.source.without_fresh_adapters().shapes)), dtype)
+  if resumes and distributed.first_says(path.exists()):
+    if (then := json.loads(path.read_text(encoding="utf-8"))["checkpoint"]) != now:
+      raise UserError(
+        f"{path}: this run's reference policy had the checksum {then}, but {config.model.model_name_or_path} has "
+        f"{now} in {jax.numpy.dtype(dtype)}; name the checkpoint that the run began with, or begin anew with "
+        "training.overwrite_output_dir=True"
+      )
+  elif distributed.is_first():
+    write_json(path, {"checkpoint": now})
 
 
 # --- On disk ------------------------------------------------------------------------------------------------
