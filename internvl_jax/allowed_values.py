@@ -122,6 +122,7 @@ RANGES: dict[str, Range] = {
   "training.max_steps": _AXIS,
   "training.learning_rate": NOT_NEGATIVE,
   "training.weight_decay": NOT_NEGATIVE,
+  "training.l2_to_start": NOT_NEGATIVE,
   "training.adam_beta1": _BELOW_1,
   "training.adam_beta2": _BELOW_1,
   "training.adam_epsilon": ABOVE_0,

@@ -134,6 +134,8 @@ class TrainingArguments:
   learning_rate: float = 5e-5
   # Decoupled weight decay, on what the reference's names make decay: not on biases and most norms (`optim.labels.decays`).
   weight_decay: float = 0.0
+  # Decoupled decay of what trains towards where the run began, in place of towards 0 (L2-SP); see docs/forgetting.md.
+  l2_to_start: float = 0.0
   # Decay of AdamW's mean of gradients, for each step.
   adam_beta1: float = 0.9
   # Decay of AdamW's mean of squared gradients.
@@ -144,8 +146,8 @@ class TrainingArguments:
   max_grad_norm: float = 1.0
   # adamw_torch (the same as adamw_torch_fused, adamw_torch_xla, adamw_apex_fused), adafactor, lion_32bit, muon, sgd.
   optim: str = "adamw_torch"
-  # Arguments of the optimizer: "momentum=0.9,nesterov=true". With any optimizer, ema_decay=0.999 keeps averages of the weights,
-  # which are scored and exported; vision_model_rate, mlp1_rate, language_model_rate and adapters_rate multiply the learning rate.
+  # Arguments of the optimizer: "momentum=0.9,nesterov=true". With any optimizer, ema_decay=0.999 keeps averages of the weights
+  # (see checkpoint.export_average); vision_model_rate, mlp1_rate, language_model_rate and adapters_rate multiply the learning rate.
   optim_args: str | None = None
   # linear, cosine, constant, constant_with_warmup, cosine_with_restarts, cosine_with_min_lr, polynomial,
   # inverse_sqrt.
@@ -292,6 +294,8 @@ class CheckpointConfig:
   export_layout: Literal["internvl", "hf"] = "internvl"
   # Number format of the final model; "auto" is bfloat16 under bf16=True, else float32.
   export_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+  # Where training.optim_args keeps an average of the weights, it is scored and exported; False: the last weights are.
+  export_average: bool = True
   # A checkpoint in the internvl layout whose Python files come along; None: those of the model's own checkpoint. One
   # of the hf layout has none, and programs that open the internvl layout do so by its code.
   code: str | None = None

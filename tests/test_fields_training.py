@@ -80,6 +80,22 @@ def test_weight_decay():
   assert updates(0.0, start=2.0, weight_decay=0.25) == [0.5] and updates(0.0, start=2.0) == [0.0]
 
 
+def test_l2_to_start():
+  assert updates(1.0, start=2.0, optim="sgd", l2_to_start=0.25) == [1.0]  # It is where it began.
+  optimizer = make_optimizer(
+    TrainingArguments(optim="sgd", l2_to_start=0.25), labels={"w": "mlp1"}, decay={"w": True}
+  )
+  state = optimizer.init({"w": jnp.float32(2)})
+  given = {"grad_norm": jnp.float32(0), "learning_rate": jnp.float32(0.5)}
+  update, _ = optimizer.update({"w": jnp.float32(0)}, state, {"w": jnp.float32(1)}, **given)
+  assert float(update["w"]) == 0.5 * 0.25
+  (line,) = refusals(l2_to_start=200.0, learning_rate=5e-3)
+  assert (
+    "l2_to_start=200 times training.learning_rate=0.005 is 1: each step would carry the weights past" in line
+  )
+  assert not refusals(l2_to_start=199.0, learning_rate=5e-3) and "at least 0" in refusals(l2_to_start=-1.0)[0]
+
+
 def test_adam_beta1():
   # The second direction: (b1 (1 - b1) g1 + (1 - b1) g2) / (1 - b1^2), over the root of mean squares, which is 1.
   for beta in (0.5, 0.9):

@@ -1,6 +1,7 @@
 """The optimizer: one optax transformation from gradients to what is added to the parameters.
 
-    gradients -> clip -> OPTIMIZERS[training.optim] -> weight decay -> learning rate -> ADDITIONS of training.optim_args -> updates
+    gradients -> clip -> OPTIMIZERS[training.optim] -> weight decay, decay to the start -> learning rate
+              -> ADDITIONS of training.optim_args -> updates
 
 Only parameters that train go through it, by path; what is frozen has neither gradient nor state. `update` takes two
 keyword arguments: `grad_norm` and `learning_rate`, see `transformations`.
@@ -21,6 +22,7 @@ from optax import contrib
 
 from internvl_jax.arguments import TrainingArguments
 from internvl_jax.errors import UserError
+from internvl_jax.optim.anchor import decay_to_start
 from internvl_jax.optim.average import average_weights
 from internvl_jax.optim.labels import ADAPTERS
 from internvl_jax.optim.transformations import clip_by_global_norm, scale_by_learning_rate
@@ -164,6 +166,7 @@ def make_optimizer(
   chain = optax.chain(
     optimizer.make(**fields, **own),
     optax.add_decayed_weights(training.weight_decay, mask=dict(decay)),
+    *([decay_to_start(training.l2_to_start)] if training.l2_to_start else []),
     scale_by_learning_rate(),
     *(add(given[name], labels) for name, add in ADDITIONS.items() if name in given),
   )
@@ -197,7 +200,13 @@ def _value(training: TrainingArguments, optimizer: Optimizer, name: str, text: s
 
 
 def problems(training: TrainingArguments) -> Iterator[str]:
-  """What keeps training.optim_args from being used, for training.optim that is one of OPTIMIZERS."""
+  """What keeps the optimizer's settings from being used, for training.optim that is one of OPTIMIZERS."""
+  pull = training.learning_rate * training.l2_to_start
+  if pull >= 1:
+    yield (
+      f"training.l2_to_start={training.l2_to_start:g} times training.learning_rate={training.learning_rate:g} is {pull:g}: each "
+      "step would carry the weights past where they began; lower it until the product is well below 1"
+    )
   try:
     make_optimizer(training, labels={}, decay={})
   except UserError as error:

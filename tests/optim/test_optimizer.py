@@ -116,7 +116,9 @@ def test_averages_of_weights():
   places = on_one_device(after)
   state = TrainState(jnp.int32(2), jax.device_put(after, places.params), state)
   assert float(state.model_params()["a"]) == pytest.approx(average)
-  assert TrainState(jnp.int32(2), after, ()).model_params() is after
+  assert state.keeps_average and state.model_params(average=False) is state.params
+  plain = TrainState(jnp.int32(2), after, ())
+  assert not plain.keeps_average and plain.model_params() is after
 
 
 def test_settings_that_an_optimizer_does_not_read_are_said():
