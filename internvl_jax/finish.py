@@ -1,6 +1,7 @@
 """The end of a run: exports the model and its adapters, and scores its answers."""
 
 import os
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +31,20 @@ def finish(
   chat: ChatTokenizer,
   prepared: Export,
   params: dict[str, jax.Array],
+  weights_from: str | None = None,
 ) -> None:
   """Exports the model as a self-contained checkpoint, and its adapters apart.
 
   All processes take part, since each has shards of the parameters; the first one writes.
+
+  Args:
+    config: of the run.
+    source: the model.
+    tokenizer: as it is written.
+    chat: the same, with the run's template.
+    prepared: how the model is served.
+    params: all parameters by path.
+    weights_from: which weights they are, for config.json, where there are several kinds.
   """
   output_dir = output_folder(config)
   writes = distributed.is_first()
@@ -54,15 +65,20 @@ def finish(
       serving=prepared.serving,
       eos_token_id=chat.stop_token_id,
       settings=recorded_settings(config.data, chat.template),
+      weights_from=weights_from,
       code=prepared.code,
     ),
     writes=writes,
   )
-  logging.info("Saved the model to %s", output_dir)
+  logging.info("Saved the model to %s%s", output_dir, f": {weights_from}" if weights_from else "")
 
 
 def score_answers(
-  config: TrainConfig, evaluation: Evaluation, params: dict[str, jax.Array], step: int
+  config: TrainConfig,
+  evaluation: Evaluation,
+  params: dict[str, jax.Array],
+  step: int,
+  start: Mapping[str, float],
 ) -> None:
   """Scores the final model's answers, and writes the scores, the answers and the samples that are shown.
 
@@ -73,9 +89,10 @@ def score_answers(
     evaluation: what is asked.
     params: the model's, by path.
     step: steps that the model has taken.
+    start: scores of the model that the run began with, by their names in the log; empty where there are none.
   """
   output_dir = output_folder(config)
-  scores = evaluation.run(params)
+  scores = evaluation.run(params, start)
   if distributed.is_first():
     evaluation.write(scores, output_dir)
     for of_set in scores:

@@ -32,17 +32,25 @@ class TrainState:
   opt_state: optax.OptState
   running: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
-  def model_params(self) -> dict[str, jax.Array]:
+  @property
+  def keeps_average(self) -> bool:
+    """Whether the optimizer keeps averages of the weights; see `model_params`."""
+    return optax.tree.get(self.opt_state, "average") is not None
+
+  def model_params(self, *, average: bool = True) -> dict[str, jax.Array]:
     """The parameters by which the model is scored and exported: the optimizer's averages, where it keeps some.
 
     Averages are arrays by path under the name `average` in the optimizer's state; see `optim.average`. They are sharded as
     the parameters are.
+
+    Args:
+      average: False takes the parameters themselves (`checkpoint.export_average`).
     """
-    average = optax.tree.get(self.opt_state, "average")
-    if average is None:
+    if not average or not self.keeps_average:
       return self.params
-    shardings = {path: self.params[path].sharding for path in average}
-    return {**self.params, **jax.jit(lambda tree: tree, out_shardings=shardings)(average)}
+    averages: Any = optax.tree.get(self.opt_state, "average")
+    shardings = {path: self.params[path].sharding for path in averages}
+    return {**self.params, **jax.jit(lambda tree: tree, out_shardings=shardings)(averages)}
 
   @classmethod
   def create(

@@ -199,6 +199,7 @@ class Trainer:
     watchdog: is told what the loop does.
     stop: whether to stop early.
     evaluate: function (parameters, step) -> metrics to log, or None.
+    scores_average: of an optimizer that keeps averages of the weights, score those (`checkpoint.export_average`).
     callbacks: are told what happens; in this order.
   """
 
@@ -211,6 +212,7 @@ class Trainer:
   watchdog: Watchdog
   stop: Stop
   evaluate: Callable[[dict[str, jax.Array], int], dict[str, float]] | None = None
+  scores_average: bool = True
   callbacks: Sequence[Callback] = ()
 
   def __post_init__(self):
@@ -337,7 +339,8 @@ class Trainer:
   def _score(self, state: TrainState, frozen: dict[str, jax.Array], step: int) -> None:
     assert self.evaluate is not None
     with self.watchdog.phase("eval", step):
-      scores = self.evaluate({**frozen, **state.model_params()}, step)
+      params = state.model_params(average=self.scores_average)
+      scores = self.evaluate({**frozen, **params}, step)
     self.log.record({**scores, "epoch": self.log.epoch(step), "step": step})
 
   def _score_the_last(self, state: TrainState, frozen: dict[str, jax.Array], step: int) -> None:

@@ -118,6 +118,7 @@ def run(
   evaluate=None,
   history=(),
   callbacks=(),
+  scores_average=True,
   **training,
 ):
   training = TrainingArguments(logging_steps=2, disable_tqdm=True, **training)
@@ -135,6 +136,7 @@ def run(
     watchdog=Watchdog("here", 600),
     stop=StopAt(stop_at),
     evaluate=evaluate,
+    scores_average=scores_average,
     callbacks=[*callbacks, SkippedSteps(log, loader.batch_samples, limit=limit)],
   )
   with log:
@@ -447,6 +449,15 @@ def test_a_run_may_be_scored_before_its_first_step(tmp_path):
   assert json.loads((tmp_path / "train_results.json").read_text())["train_loss"] == 2.5
   again, _ = run(tmp_path, evaluate=pytest.fail, history=history, eval_on_start=True)
   assert again == history
+
+
+def test_averages_of_the_weights_are_scored_unless_the_last_ones_are_asked_for(tmp_path, monkeypatch):
+  asked = []
+  monkeypatch.setattr(TrainState, "model_params", lambda state, *, average: asked.append(average) or {})
+  evaluate = lambda params, step: {"eval_accuracy": 1.0}  # noqa: E731
+  run(tmp_path, evaluate=evaluate, eval_on_start=True)
+  run(tmp_path, evaluate=evaluate, eval_on_start=True, scores_average=False)
+  assert asked == [True, False]
 
 
 def test_shares_of_the_run_are_written_as_steps(tmp_path):

@@ -79,6 +79,10 @@ class Question:
 _NO_PROMPT = Prompt(np.zeros(0, np.int32), np.zeros((0, 0, 0, 3), np.uint8))
 
 
+CHANGE = "_change"
+"""What the name of a score ends with that is the difference to the start's."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scores:
   """How a set is scored.
@@ -90,6 +94,7 @@ class Scores:
     by_group: the same of each group.
     predictions: every answer given, as a line of predictions.jsonl.
     shown: the samples that are shown.
+    start: scores that they are compared with, those of the model that a run began with, by their names in the log.
   """
 
   asked: EvalSet
@@ -98,25 +103,56 @@ class Scores:
   by_group: dict[str, dict[str, float | int]]
   predictions: list[dict[str, Any]]
   shown: list[Shown]
+  start: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
   def summary(self) -> dict[str, Any]:
     """Everything but the single answers, for eval_results.json."""
-    return {**self.metrics, "num_questions": self.num_questions, "by_group": self.by_group}
+    by_group = {name: {**group, **self._changes(name)} for name, group in self.by_group.items()}
+    return {**self.metrics, **self._changes(), "num_questions": self.num_questions, "by_group": by_group}
 
   def for_log(self) -> dict[str, float]:
-    """The metrics by their names in the log: eval_<set>/<metric>, and eval_<set>/<metric>_<group>."""
-    start = f"eval_{self.asked.label}"
-    found = {f"{start}{metric}": value for metric, value in self.metrics.items()}
-    for name, group in self.by_group.items():
-      found |= {f"{start}{metric}_{name}": float(group[metric]) for metric in self.metrics}
+    """The metrics by their names in the log: eval_<set>/<metric>, and eval_<set>/<metric>_<group>.
+
+    Each is followed by its change since the start, where that is known: eval_<set>/<metric>_change.
+    """
+    found: dict[str, float] = {}
+    for name in (None, *self.by_group):
+      values = self._values(name)
+      found |= {self._logged(metric, name): value for metric, value in values.items()}
+      found |= {self._logged(metric, name): value for metric, value in self._changes(name).items()}
     return found
 
   def line(self) -> str:
     """The metrics as a text."""
-    parts = [f"{metric} {value:.4f}" for metric, value in self.metrics.items()]
+    parts = [f"{metric} {value:.4f}{self._shown_change(metric)}" for metric, value in self.metrics.items()]
     first = next(iter(self.metrics))
-    parts += [f"{name} {group[first]:.4f}" for name, group in self.by_group.items()]
-    return ", ".join(parts)
+    parts += [
+      f"{name} {group[first]:.4f}{self._shown_change(first, name)}" for name, group in self.by_group.items()
+    ]
+    return ", ".join(parts) + (", in brackets the change since the start" if self._changes() else "")
+
+  def _values(self, group: str | None = None) -> dict[str, float]:
+    """The metrics of a group; None: of the set."""
+    values = self.metrics if group is None else self.by_group[group]
+    return {metric: float(values[metric]) for metric in self.metrics}
+
+  def _changes(self, group: str | None = None) -> dict[str, float]:
+    """What became of each metric since the start, by <metric>_change."""
+    values = {metric: (value, self._logged(metric, group)) for metric, value in self._values(group).items()}
+    return {
+      f"{metric}{CHANGE}": value - self.start[name]
+      for metric, (value, name) in values.items()
+      if name in self.start
+    }
+
+  def _logged(self, metric: str, group: str | None) -> str:
+    """What the log calls a metric, or the change of one."""
+    metric, change = metric.removesuffix(CHANGE), CHANGE if metric.endswith(CHANGE) else ""
+    return f"eval_{self.asked.label}{metric}{'' if group is None else f'_{group}'}{change}"
+
+  def _shown_change(self, metric: str, group: str | None = None) -> str:
+    change = self._changes(group).get(f"{metric}{CHANGE}")
+    return "" if change is None else f" ({change:+.4f})"
 
 
 def score(
@@ -124,6 +160,7 @@ def score(
   questions: Sequence[Question],
   answers: Sequence[str],
   losses: Sequence[TokenLoss] = (),
+  start: Mapping[str, float] | None = None,
 ) -> Scores:
   """Scores a set.
 
@@ -132,6 +169,7 @@ def score(
     questions: what was asked.
     answers: what came back, in the same order; "" of sets without answers.
     losses: of the same lines; empty where the set has no such metric.
+    start: scores of the start by their names in the log, if they are known.
   """
   answers = [answer.strip() for answer in answers]
   answered = [question.answered(answer) for question, answer in zip(questions, answers, strict=True)]
@@ -159,6 +197,7 @@ def score(
     by_group={name: {**means(lines), "num_questions": len(lines)} for name, lines in sorted(groups.items())},
     predictions=predictions,
     shown=shown,
+    start=start or {},
   )
 
 
@@ -200,14 +239,25 @@ class Evaluation:
     if found:
       raise UserError("\n".join([f"{len(found)} lines cannot be scored:", *found] if found[1:] else found))
 
-  def run(self, params: Mapping[str, jax.Array]) -> list[Scores]:
-    """Scores all sets, each question asked alone."""
+  def run(self, params: Mapping[str, jax.Array], start: Mapping[str, float] | None = None) -> list[Scores]:
+    """Scores all sets, each question asked alone.
+
+    Args:
+      params: the model's, by path.
+      start: scores of the model that a run began with, by their names in the log; None: they are not known.
+    """
     return [
-      self._run(questions, shown, dict(params))
+      self._run(questions, shown, dict(params), start)
       for questions, shown in zip(self.sets, self.shown_lines, strict=True)
     ]
 
-  def _run(self, file: QuestionFile, shown: frozenset[int], params: dict[str, jax.Array]) -> Scores:
+  def _run(
+    self,
+    file: QuestionFile,
+    shown: frozenset[int],
+    params: dict[str, jax.Array],
+    start_scores: Mapping[str, float] | None,
+  ) -> Scores:
     questions, answers, ids, losses = list[Question](), list[str](), list[np.ndarray](), list[TokenLoss]()
     start = time.perf_counter()
     for lines in self._batches(file):
@@ -223,7 +273,7 @@ class Evaluation:
         losses += self.loss(params, [each.sample for each in asked])
       # Only what the report needs is kept: the tiles of a large set would not fit.
       questions += [dataclasses.replace(question, prompt=_NO_PROMPT) for question in group]
-    scores = score(file.asked, questions, answers, losses)
+    scores = score(file.asked, questions, answers, losses, start_scores)
     name = f" of {file.asked.name}" if file.asked.label else ""
     seconds = time.perf_counter() - start
     logging.info("Scored %d questions%s in %.0f s: %s", len(questions), name, seconds, scores.line())

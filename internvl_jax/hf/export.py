@@ -23,6 +23,9 @@ from internvl_jax.storage.paths import AnyPath, filled, path_of
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 
+WEIGHTS_FROM = "weights_from"
+"""The entry of config.json that tells an average of weights, or an interpolation, from the last weights of a run."""
+
 _AUTO_MAP = {
   "AutoConfig": "configuration_internvl_chat.InternVLChatConfig",
   "AutoModel": "modeling_internvl_chat.InternVLChatModel",
@@ -58,6 +61,7 @@ class ModelFiles:
     eos_token_id: id that ends an answer; None keeps the source's.
     settings: entries of config.json that the run fixed, beside those of the model.
     code: a folder with the Python files of the internvl layout; None: the source's, if it has some.
+    weights_from: which weights these are, where config.json has to tell ("the average of the weights ..."); None: it does not.
   """
 
   layout: Layout
@@ -68,6 +72,7 @@ class ModelFiles:
   eos_token_id: int | list[int] | None = None
   settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   code: Path | None = None
+  weights_from: str | None = None
 
 
 def save_model(
@@ -130,6 +135,10 @@ def _config(source: Source, files: ModelFiles) -> dict[str, Any]:
     image_token_id=ids[IMAGE_TOKEN],
     **files.settings,
   )
+  # What it says of the source's weights is not true of others.
+  config.pop(WEIGHTS_FROM, None)
+  if files.weights_from is not None:
+    config[WEIGHTS_FROM] = files.weights_from
   if files.layout is config_io.INTERNVL and files.code is not None:
     config["auto_map"] = auto_map(files.code)
   return config

@@ -158,6 +158,12 @@ class RunLog:
     for writer in self._writers:
       writer.predictions(step, set_name, shown)
 
+  @property
+  def start_scores(self) -> dict[str, float]:
+    """The scores of the model before the first step (`training.eval_on_start`), by their names; empty where there are none."""
+    entries = (entry for entry in self.history if entry["step"] == 0 and "learning_rate" not in entry)
+    return {name: value for name, value in next(entries, {}).items() if name.startswith("eval_")}
+
   def is_scored(self, step: int) -> bool:
     """Whether the history has scores of the model after that step."""
     return any(entry["step"] == step and "learning_rate" not in entry for entry in self.history)

@@ -58,6 +58,9 @@ def charts(series: Mapping[str, Series]) -> list[dict[str, Any]]:
 
 def _score(name: str) -> tuple[str, str]:
   """What a score measures, and of what: "anls" of "docvqa/anls" is docvqa's, "accuracy_cats" that of a group."""
+  if name.endswith("_change"):
+    metric, of = _score(name.removesuffix("_change"))
+    return f"{metric}, change since the start", of
   of, _, metric = name.rpartition("/")
   if not of and metric.startswith("accuracy"):
     return "accuracy", metric.removeprefix("accuracy").removeprefix("_") or "all"

@@ -52,7 +52,10 @@ def summary(run: RunFiles, *, ended: bool) -> list[tuple[str, str]]:
     ("steps", f"{last_step(run):,}" + (f" of {total:,}" if total else "")),
     ("epochs", _last(run, "train/epoch", "{:.2f}")),
     ("loss", _last(run, "train/loss", "{:.4f}")),
-    *((_score_name(name), _last(run, name, "{:.4g}")) for name in _scores(run)),
+    *(
+      (_score_name(name), _scored(_latest(run, name), _latest(run, f"{name}_change")))
+      for name in _scores(run)
+    ),
     *_final_scores(run),
     ("time of a step", _last(run, "train/seconds_per_step", "{:.3g} s")),
     ("MFU", _last(run, "train/mfu", "{:.1%}")),
@@ -64,8 +67,9 @@ def summary(run: RunFiles, *, ended: bool) -> list[tuple[str, str]]:
 
 
 def _scores(run: RunFiles) -> list[str]:
-  """The first few scores of held-out data."""
-  return [name for name in sorted(run.series) if name.startswith("eval/") and name != "eval/epoch"][:3]
+  """The first few scores of held-out data; their changes are told beside them."""
+  names = [name for name in run.series if name.startswith("eval/") and name != "eval/epoch"]
+  return [name for name in sorted(names) if name.removesuffix("_change") not in {*names} - {name}][:3]
 
 
 def _final_scores(run: RunFiles) -> list[tuple[str, str | None]]:
@@ -73,11 +77,17 @@ def _final_scores(run: RunFiles) -> list[tuple[str, str | None]]:
   scores = run.scores
   sets = {"": scores} if "num_questions" in scores else {f"{name} ": of for name, of in scores.items()}
   return [
-    (f"{name}{metric} at the end".replace("_", " "), _number(value, "{:.4g}"))
+    (f"{name}{metric} at the end".replace("_", " "), _scored(value, of.get(f"{metric}_change")))
     for name, of in sets.items()
     for metric, value in of.items()
-    if metric != "num_questions" and isinstance(value, int | float)
+    if metric != "num_questions" and not metric.endswith("_change") and isinstance(value, int | float)
   ][:4]
+
+
+def _scored(value: Any, change: Any) -> str | None:
+  """A score, and its change since the start where that is known."""
+  text, changed = _number(value, "{:.4g}"), _number(change, "{:+.4g}")
+  return text if text is None or changed is None else f"{text} ({changed} since the start)"
 
 
 def _score_name(name: str) -> str:

@@ -13,6 +13,7 @@ from internvl_jax.hf.model import (
 )
 from internvl_jax.optim.labels import ADAPTERS, labels_of, trained
 from internvl_jax.serving import Export, ExportSettings
+from internvl_jax.setup.step import Setup
 from internvl_jax.tasks.task import Task
 
 
@@ -39,6 +40,28 @@ def open_export(
   for line in [*export.notes, *adapter_notes(config, source)]:
     logging.warning("Export: %s", line)
   return export
+
+
+def exported_weights(config: TrainConfig, setup: Setup, step: int) -> str | None:
+  """Which weights a run exports, for the exported config.json, where there are two kinds; None where there is one.
+
+  Args:
+    config: of the run.
+    setup: of the run.
+    step: that the weights are of.
+  """
+  if not setup.abstract_state().keeps_average:
+    return None
+  if config.checkpoint.export_average:
+    return f"the average of the weights (training.optim_args={config.training.optim_args}) after step {step}"
+  return f"the last weights, of step {step}, not their average (checkpoint.export_average=False)"
+
+
+def average_remark(config: TrainConfig, setup: Setup) -> str | None:
+  """A line for the log where there is no average to export and the settings are about one; None where that is so."""
+  if config.checkpoint.export_average or setup.abstract_state().keeps_average:
+    return None
+  return "checkpoint.export_average=False has no effect: no average is kept without training.optim_args=ema_decay=0.999"
 
 
 def adapter_notes(config: TrainConfig, source: Source) -> list[str]:

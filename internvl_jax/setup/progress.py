@@ -144,7 +144,8 @@ def best_params(run: Run, checkpointer: Checkpointer, step: int) -> dict[str, ja
   """The parameters that train, from the checkpoint of the step whose model has the best score."""
   logging.info("The best model is that of step %d", step)
   with run.watchdog.phase("restore"):
-    return checkpointer.restore(run.setup.abstract_state(), step=step)[0].model_params()
+    state, _, _ = checkpointer.restore(run.setup.abstract_state(), step=step)
+    return state.model_params(average=run.config.checkpoint.export_average)
 
 
 def open_log(run: Run, loader: TrainLoader) -> RunLog:

@@ -30,7 +30,7 @@ from internvl_jax.parallel.agreement import agree
 from internvl_jax.serving import Export
 from internvl_jax.setup.balance import run_row_cost
 from internvl_jax.setup.devices import open_mesh, processes
-from internvl_jax.setup.export import open_export
+from internvl_jax.setup.export import average_remark, open_export
 from internvl_jax.setup.facts import RunFacts
 from internvl_jax.setup.held_out import HeldOutCheck, start_check
 from internvl_jax.setup.step import Setup, idle_on, set_up
@@ -104,7 +104,7 @@ def open_run(config: TrainConfig, watchdog: Watchdog, recipe: str | None = None)
   with watchdog.phase("set up"):
     setup = set_up(config, source, mesh)
   export = open_export(config, source, tokenizer, chat, setup.task)
-  tell(*idle_on(config, source))
+  tell(*idle_on(config, source), average_remark(config, setup))
   return Run(
     config=config,
     watchdog=watchdog,

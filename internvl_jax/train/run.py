@@ -42,6 +42,7 @@ from internvl_jax.parallel import distributed
 from internvl_jax.parallel.agreement import agree
 from internvl_jax.reporting.page import write_report
 from internvl_jax.setup.devices import set_up_jax
+from internvl_jax.setup.export import exported_weights
 from internvl_jax.setup.progress import Progress, begin_or_go_on, best_params
 from internvl_jax.setup.run import Data, Run, open_data, open_run, tell
 from internvl_jax.stopwatch import Stopwatch
@@ -222,7 +223,7 @@ def take_steps(
   return Ended(
     step=int(state.step),
     model_step=int(state.step) if best is None else best,
-    trained=state.model_params() if is_last else None,
+    trained=state.model_params(average=run.config.checkpoint.export_average) if is_last else None,
     frozen=progress.frozen,
     loader=progress.loader,
     log=progress.log,
@@ -250,9 +251,10 @@ def export(run: Run, data: Data, learned: Learned) -> None:
   if scores and distributed.is_first():
     write_json(output_folder(run.config) / f"{run.setup.task.name}_results.json", scores)
     logging.info("Held-out samples: %s", scores)
-  finish(run.config, run.source, run.tokenizer, run.chat, run.export, learned.params)
+  weights_from = exported_weights(run.config, run.setup, learned.step)
+  finish(run.config, run.source, run.tokenizer, run.chat, run.export, learned.params, weights_from)
   if data.evaluation is not None:
-    score_answers(run.config, data.evaluation, learned.params, learned.step)
+    score_answers(run.config, data.evaluation, learned.params, learned.step, learned.log.start_scores)
   distributed.barrier("the model is saved", seconds=EXPORT_SECONDS)
 
 
@@ -286,6 +288,7 @@ def make_trainer(
     watchdog=run.watchdog,
     stop=stop,
     evaluate=joint_metrics(data.evaluation, data.hooks, progress.log),
+    scores_average=config.checkpoint.export_average,
     callbacks=make_callbacks(run, data, loader, progress.log),
   )
 
@@ -322,7 +325,7 @@ def joint_metrics(
   def metrics(params: dict[str, jax.Array], step: int) -> dict[str, float]:
     answers: dict[str, float] = {}
     if evaluation is not None:
-      for scores in evaluation.run(params):
+      for scores in evaluation.run(params, log.start_scores):
         answers |= scores.for_log()
         if scores.shown:
           log.add_predictions(step, scores.asked.name, scores.shown)

@@ -78,6 +78,22 @@ def test_several_metrics_of_a_named_set():
   assert second["scores"]["loss"] == 1 / 3 and "correct" not in second
 
 
+def test_scores_are_told_beside_those_of_the_start():
+  """By metric and by group; what the start was not scored by has no change."""
+  questions = [Question(NO_PROMPT, "red", {"kind": kind}) for kind in "ab"]
+  start = {"eval_vqa/accuracy": 0.75, "eval_vqa/accuracy_b": 0.25, "eval_other/anls": 0.5}
+  options = {"label": "vqa/", "group_field": "kind", "start": start}
+  scores = score_set(questions, ["red", "blue"], "accuracy", "contains", **options)
+  changes = {"eval_vqa/accuracy_change": -0.25, "eval_vqa/accuracy_b_change": -0.25}
+  logged = scores.for_log()
+  assert {name: value for name, value in logged.items() if name.endswith("_change")} == changes
+  assert logged["eval_vqa/accuracy"] == 0.5 and logged["eval_vqa/contains_a"] == 1.0
+  assert scores.summary()["accuracy_change"] == -0.25 and "contains_change" not in scores.summary()
+  assert scores.summary()["by_group"]["b"]["accuracy_change"] == -0.25
+  told = "accuracy 0.5000 (-0.2500), contains 0.5000, a 1.0000, b 0.0000 (-0.2500), in brackets the change since the start"
+  assert scores.line() == told
+
+
 def test_a_set_without_answers_has_no_predictions(tmp_path):
   """A set of the loss alone writes its scores, and no line of predictions.jsonl."""
   questions = [Question(NO_PROMPT, "red", {})]

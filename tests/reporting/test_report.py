@@ -70,14 +70,17 @@ def run_at(folder, *, state=True, starts=(START | TIMES,), steps=40, shown=True)
   log.start(0)
   for step in range(1, steps + 1):
     log.add_entry(entry(step, data_seconds_per_step=0.1, seconds_per_step=1.0, mfu=0.4))
-  log.add_entry({"step": steps, "epoch": 1.0, "eval_docvqa/anls": 0.5, "eval_accuracy": 0.25})
+  changes = {"eval_docvqa/anls_change": -0.125, "eval_accuracy_cats_change": 0.5}
+  scores = {"eval_docvqa/anls": 0.5, "eval_accuracy": 0.25, "eval_accuracy_cats": 0.75}
+  log.add_entry({"step": steps, "epoch": 1.0, **scores, **changes})
   log.close()
   if starts:
     (folder / "run_facts.json").write_text(json.dumps({"starts": list(starts), "data": [SIZES]}))
   if state:
     whole = {"global_step": steps, "max_steps": steps, "data": DATA, "log_history": []}
     (folder / "trainer_state.json").write_text(json.dumps(whole))
-    (folder / "eval_results.json").write_text(json.dumps({"docvqa": {"anls": 0.5125, "num_questions": 8}}))
+    results = {"docvqa": {"anls": 0.5125, "anls_change": 0.0125, "num_questions": 8}}
+    (folder / "eval_results.json").write_text(json.dumps(results))
     (folder / "train_results.json").write_text(json.dumps({"train_runtime": 61.0}))
   if shown:
     files, picture = ShownFiles(folder), Picture.of(Image.new("RGB", (600, 300), "green"))
@@ -105,8 +108,9 @@ def test_a_whole_run(tmp_path):
     "epochs": "0.40",
     "loss": "0.1000",
     "accuracy": "0.25",
-    "docvqa anls": "0.5",
-    "docvqa anls at the end": "0.5125",
+    "accuracy cats": "0.75 (+0.5 since the start)",
+    "docvqa anls": "0.5 (-0.125 since the start)",
+    "docvqa anls at the end": "0.5125 (+0.0125 since the start)",
     "time of a step": "1 s",
     "MFU": "40.0%",
     "time of the last start": "0:01:01",
@@ -118,10 +122,14 @@ def test_a_whole_run(tmp_path):
   assert (
     "From the command to the first step: 9.5 s" in found and "--config.training.learning_rate=2e-5" in found
   )
-  assert [chart["title"] for chart in curves.charts(run.series)][-2:] == [
+  charts = {chart["title"]: chart for chart in curves.charts(run.series)}
+  assert list(charts)[-4:] == [
     "Held out: accuracy",
+    "Held out: accuracy, change since the start",
     "Held out: anls",
+    "Held out: anls, change since the start",
   ]
+  assert [curve["name"] for curve in charts["Held out: accuracy"]["curves"]] == ["all", "cats"]
 
 
 def test_all_that_comes_from_the_run_is_escaped(tmp_path):
@@ -261,7 +269,7 @@ def test_in_a_browser(tmp_path):
       assert seen.errors == []
       widths, paths, pictures, reading, changed = seen.answers
       assert widths == [width, width]
-      assert paths == 8 and pictures
+      assert paths == 11 and pictures
       assert reading == "step 40 0.1"
       assert changed == [True, True, True, "0.9"]
   assert page._policy("", "").startswith("default-src 'none'; img-src data:; ")

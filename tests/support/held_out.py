@@ -15,6 +15,6 @@ def make_set(*metrics, label="", group_field=None):
   )
 
 
-def score_set(questions, answers, *metrics, losses=(), **options):
+def score_set(questions, answers, *metrics, losses=(), start=None, **options):
   """The scores of answers to the questions of such a set."""
-  return score(make_set(*metrics, **options), questions, answers, losses)
+  return score(make_set(*metrics, **options), questions, answers, losses, start)

@@ -51,7 +51,8 @@ def text(tmp_path_factory):
     config.training.per_device_train_batch_size = 4
     config.training.save_strategy = "no"
     for field, value in settings.items():
-      setattr(config.training, field, value)
+      leaf, _, of_leaf = field.rpartition(".")
+      setattr(getattr(config, leaf or "training"), of_leaf, value)
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(tasks, "TASKS", ("tests.support.text_task", *tasks.TASKS))
       patch.setattr(training_run, "CompiledSteps", Recorded)
@@ -74,18 +75,59 @@ def test_a_task_is_a_folder_and_a_line(plain):
   assert (out / "model.safetensors").is_file()
 
 
-def test_averages_of_the_weights_are_exported_and_the_run_stays_as_it_is(text, plain):
+EMA = {"optim_args": "ema_decay=0.5", "save_strategy": "steps"}
+
+
+def exported(out):
+  """The weights of an export, and what it says of them."""
+  said = json.loads((out / "config.json").read_text()).get("weights_from")
+  return verification.load(open_source(out)), said
+
+
+@pytest.fixture(scope="module")
+def averaged(text):
+  """The same run with averages: its log, the weights by step, and what it exports, then and by the same command again."""
+  out, weights = text("averaged", **EMA)
+  history, first = log_history(out), exported(out)
+  text("averaged", **EMA, **{"checkpoint.export_average": False})
+  return history, weights, first, exported(out)
+
+
+def test_averages_of_the_weights_are_exported_and_the_run_stays_as_it_is(averaged, plain):
   """The updates are compiled together with the averages and may be rounded otherwise: equal to the bit is the first step."""
-  out, weights = plain
-  averaged, (start, first, second) = text("averaged", optim_args="ema_decay=0.5")
-  ours, theirs = log_history(averaged), log_history(out)
+  (out, weights), theirs = plain, log_history(plain[0])
+  ours, (start, first, second), (found, said), _ = averaged
   for key in ("loss", "grad_norm"):
     assert ours[0][key] == theirs[0][key]
     np.testing.assert_allclose(ours[1][key], theirs[1][key], rtol=1e-6)
 
-  exported, last = (verification.load(open_source(folder)) for folder in (averaged, out))
+  last, of_last = exported(out)
   for path, value in second.items():
     average = 0.5 * (0.5 * start[path] + 0.5 * first[path]) + 0.5 * value
-    np.testing.assert_allclose(exported[path], average, rtol=1e-6, atol=1e-7, err_msg=path)
+    np.testing.assert_allclose(found[path], average, rtol=1e-6, atol=1e-7, err_msg=path)
     np.testing.assert_array_equal(last[path], weights[-1][path], err_msg=path)
     assert np.abs(average - value).max() > 1e-4, path
+  assert said == "the average of the weights (training.optim_args=ema_decay=0.5) after step 2"
+  assert of_last is None
+
+
+def test_the_same_command_exports_the_last_weights_where_that_is_asked_for(averaged):
+  _, (_, _, second), _, (found, said) = averaged
+  for path, value in second.items():
+    np.testing.assert_array_equal(found[path], value, err_msg=path)
+  assert said == "the last weights, of step 2, not their average (checkpoint.export_average=False)"
+
+
+def test_averages_of_adapters_are_exported_apart_and_merged(text):
+  """Each factor's average, in adapter/ and in the merged model: of the products' average no adapter of that rank exists."""
+  settings = {**EMA, "save_strategy": "no", "model.use_llm_lora": 2, "model.freeze_llm": True}
+  out, (start, first, second) = text("adapters", **settings)
+  apart, merged = (verification.load(open_source(folder)) for folder in (out / "adapter", out))
+  for path, value in second.items():
+    average = 0.5 * (0.5 * start[path] + 0.5 * first[path]) + 0.5 * value
+    np.testing.assert_allclose(apart[path], average, rtol=1e-6, atol=1e-7, err_msg=path)
+    if path.endswith(".adapter.b"):
+      assert np.abs(average - value).max() > 1e-4, path
+      kernel, a = path.replace(".adapter.b", ".kernel"), apart[path.removesuffix("b") + "a"]
+      whole = apart[kernel] + 2.0 * np.asarray(a) @ average
+      np.testing.assert_allclose(merged[kernel], whole, atol=1e-5, err_msg=path)
