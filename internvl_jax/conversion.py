@@ -1,7 +1,10 @@
-"""Writes a checkpoint in another layout, with its LoRA adapters merged or apart; `internvl_jax.convert` is the command."""
+"""Writes a checkpoint in another layout, with its LoRA adapters merged or apart, or interpolated with another one.
+
+`internvl_jax.convert` is the command.
+"""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,11 +20,12 @@ from internvl_jax.data.sample.tokenize import ChatTokenizer
 from internvl_jax.errors import UserError
 from internvl_jax.hf import export, peft
 from internvl_jax.hf import model_config as layouts
+from internvl_jax.hf.interpolated import InterpolatedParameter, check_same_model
 from internvl_jax.hf.model import Source, open_source
 from internvl_jax.hf.model_config import Layout
 from internvl_jax.hf.vocabulary import open_tokenizer
 from internvl_jax.inference_settings import Stated, read_stated, recorded_settings
-from internvl_jax.models.lora import adapter_paths
+from internvl_jax.models.lora import adapter_paths, merge
 from internvl_jax.parallel import rules
 from internvl_jax.parallel.mesh import make_mesh
 from internvl_jax.storage.paths import AnyPath
@@ -43,10 +47,10 @@ def convert(
   Raises:
     UserError: the source cannot be read, the layout has no form for it, or `dst` is not empty.
   """
-  if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-    raise UserError(f"--dst={dst} is there and not empty; name a new folder")
+  _check_new(dst)
   source = open_source(src)
   files = model_files(source, open_tokenizer(src), layout, code)
+  files = dataclasses.replace(files, weights_from=source.raw.get(export.WEIGHTS_FROM))
   if dtype is None:
     dtype = _stored_dtype(source)
   if lora == "peft":
@@ -59,6 +63,71 @@ def convert(
   files = dataclasses.replace(files, dtype=dtype)
   export.save_model(dst, base, params, files, remedy=f"make room, {again}")
   logging.info("Wrote %s in the layout %s", dst, layout.name)
+
+
+def interpolate(
+  src: str,
+  start: str,
+  dst: AnyPath,
+  layout: Layout,
+  weights: Sequence[float],
+  *,
+  dtype: Any = None,
+  code: str | None = None,
+) -> None:
+  """Writes models between a fine-tuned one and the one that it was trained from (WiSE-FT, arXiv:2109.01903).
+
+  Adapters are merged first. Parameters are interpolated in float32 as they are written, layer by layer, so that neither
+  model is ever in memory; only the check of a merge holds one.
+
+  Args:
+    src: the fine-tuned checkpoint: a folder, a hub id or a bucket's URL.
+    start: the one that it was trained from.
+    dst: a folder that is new or empty: of the model, or of several, each in a folder that is named by its weight.
+    layout: of what is written.
+    weights: of `src`, in [0, 1]: 0 is `start`, 1 is `src`.
+    dtype: of the weights written; None is bfloat16 where both have that alone, else float32.
+    code: a folder with the Python files of the internvl layout; None: those of `src`.
+
+  Raises:
+    UserError: one cannot be read, they are of different models or tokenizers, or `dst` is not empty.
+  """
+  _check_new(dst)
+  end_source, start_source = open_source(src), open_source(start)
+  tokenizer = open_tokenizer(src)
+  if tokenizer.get_vocab() != open_tokenizer(start).get_vocab():
+    raise UserError(
+      f"--interpolate={start}: its tokenizer has other tokens than that of {src}; name the checkpoint that was trained from"
+    )
+  check_same_model(without_adapters(start_source), without_adapters(end_source))
+  files = model_files(end_source, tokenizer, layout, code)
+  dtype = dtype or np.promote_types(*map(_stored_dtype, (end_source, start_source)))
+  source, ends = _merged_lazily(end_source)
+  _, starts = _merged_lazily(start_source)
+  again = f"remove {dst}, which is not complete, and start the same command again"
+  signals.set_last_line(f"Stopped; {again}")
+  for weight in weights:
+    params = {path: InterpolatedParameter(starts[path], ends[path], weight) for path in source.model.shapes}
+    said = f"an interpolation: {weight:g} of {src}, {1 - weight:g} of {start}"
+    folder = dst / f"{weight:g}" if len(weights) > 1 else dst
+    of_weight = dataclasses.replace(files, dtype=dtype, weights_from=said)
+    export.save_model(folder, source, params, of_weight, remedy=f"make room, {again}")
+    logging.info("Wrote %s: %s", folder, said)
+
+
+def _merged_lazily(source: Source) -> tuple[Source, Mapping[str, Any]]:
+  """A model without adapters and its parameters in float32, merged where there are adapters; read when they are asked for."""
+  if not source.specs:
+    return source, source.lazy(jnp.float32)
+  _weights(source, "merge", jnp.float32)  # Checks that the logits stay the same; the weights are let go of.
+  scales = {part: spec.scale for part, spec in source.specs.items()}
+  return without_adapters(source), merge(source.lazy(jnp.float32), scales)
+
+
+def _check_new(dst: AnyPath) -> None:
+  """Refuses a folder that has something in it."""
+  if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+    raise UserError(f"--dst={dst} is there and not empty; name a new folder")
 
 
 def model_files(

@@ -2,10 +2,12 @@
 
   python -m internvl_jax.evaluate --model DIR --annotation test.jsonl [--root images] [--metrics anls,loss] [--output DIR]
   python -m internvl_jax.evaluate --model DIR --annotation sets.json
+  python -m internvl_jax.evaluate --model SWEEP --annotation sets.json
 
 The lines have the training format; of each, the last answer is what is asked for, and each is asked alone. sets.json names
 several sets and the metrics of each: {"vqa": {"annotation": "vqa.jsonl", "root": "images", "metrics": ["vqa_accuracy"]}}.
-Writes eval_results.json (the metrics, also by the lines' field --group_field) and predictions.jsonl.
+Writes eval_results.json (the metrics, also by the lines' field --group_field) and predictions.jsonl. Of a folder of models, such
+as `convert --interpolate` writes, each is scored, and a table is printed; sweep_results.json has them all.
 """
 
 import json
@@ -17,9 +19,11 @@ from absl import flags, logging
 from internvl_jax import cli
 from internvl_jax.arguments import EvalConfig
 from internvl_jax.errors import UserError
-from internvl_jax.storage.paths import AnyPath, filled, is_bucket, output_path
+from internvl_jax.storage.paths import AnyPath, filled, is_bucket, output_path, path_of
 
-_MODEL = flags.DEFINE_string("model", None, "Checkpoint folder, hub id or a bucket's URL.", required=True)
+_MODEL = flags.DEFINE_string(
+  "model", None, "Checkpoint folder, or one of several; hub id or a bucket's URL.", required=True
+)
 _ANNOTATION = flags.DEFINE_string(
   "annotation", None, "The jsonl of questions, or JSON that names several sets.", required=True
 )
@@ -43,10 +47,8 @@ def main(argv: Sequence[str]) -> None:
   del argv
   cli.set_up_logging()
   output = output_folder()
-  from internvl_jax.eval.scoring import make_evaluation, summary
-  from internvl_jax.inference import open_for_inference
+  from internvl_jax import sweep
 
-  opened = open_for_inference(_MODEL.value, bf16=_BF16.value, devices=_DEVICES.value)
   config = EvalConfig(
     annotation=_ANNOTATION.value,
     root=_ROOT.value,
@@ -56,6 +58,19 @@ def main(argv: Sequence[str]) -> None:
     max_new_tokens=_MAX_NEW_TOKENS.value,
     limit=_LIMIT.value,
   )
+  if models := sweep.models_in(path_of(_MODEL.value)):
+    found = sweep.score_models(models, config, output, bf16=_BF16.value, devices=_DEVICES.value)
+    print(sweep.table_of(found))
+  else:
+    score_model(config, output)
+
+
+def score_model(config: EvalConfig, output: AnyPath) -> None:
+  """Scores the one model."""
+  from internvl_jax.eval.scoring import make_evaluation, summary
+  from internvl_jax.inference import open_for_inference
+
+  opened = open_for_inference(_MODEL.value, bf16=_BF16.value, devices=_DEVICES.value)
   if (opened.max_new_tokens or 0) > _MAX_NEW_TOKENS.value:
     logging.warning(
       "generation_config.json says max_new_tokens=%d; --max_new_tokens=%d is followed",

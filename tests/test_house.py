@@ -30,7 +30,7 @@ LAYERS = (
   ("integrations",),
   ("api",),
   FRONT_DOORS,
-  ("aot", "answering", "conversion", "reporting", "verification"),
+  ("aot", "answering", "conversion", "reporting", "sweep", "verification"),
   ("setup", "finish"),
   ("cli", "open_model", "output_dir"),
   ("pasted_arguments",),
