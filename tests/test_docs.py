@@ -40,6 +40,7 @@ RUN_BY = {
   "benchmarks/bench_data.py": "tests/benchmarks/test_bench_data.py",
   "benchmarks/bench_host_memory.py": "tests/benchmarks/test_bench_host_memory.py",
   "benchmarks/decoding.py": "tests/benchmarks/test_bench_decoding.py",
+  "benchmarks/forgetting.py": "tests/benchmarks/test_forgetting.py",
   "benchmarks/golden.py": "tests/test_docs.py",
   "benchmarks/gpu.py": "tests/benchmarks/test_bench_gpu.py",
   "benchmarks/memory.py": "tests/runs/test_memory.py",

@@ -1,0 +1,81 @@
+"""The measurement of forgetting: its halves of the questions, what it chooses, and a run of two steps of everything."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.scripts import load
+from tests.support.toy import REPOSITORY
+
+forgetting = load(REPOSITORY / "benchmarks" / "forgetting.py")
+
+
+def test_halves_share_no_image():
+  kinds = ("color", "shape", "yes_no_color", "yes_no_shape")
+  lines = [{"image": f"test/{i // 4}.png", "type": kinds[i % 4]} for i in range(24)]
+  found = forgetting.halves(lines)
+  assert {name: len(of) for name, of in found.items()} == dict.fromkeys(
+    ("new", "new-chosen-by", "old", "old-chosen-by"), 6
+  )
+  assert {line["type"] for line in found["new"]} == {"color", "yes_no_color"}
+  images = {name: {line["image"] for line in of} for name, of in found.items()}
+  assert images["new"] == images["old"] and not images["new"] & images["new-chosen-by"]
+
+
+BEGUN = dict.fromkeys(("new", "new-chosen-by", "old", "old-chosen-by"), 0.8)
+
+
+def way(new, old, by_new, by_old):
+  return {"new": new, "old": old, "new-chosen-by": by_new, "old-chosen-by": by_old}
+
+
+SCORES = {
+  "plain": way(0.9, 0.3, 0.9, 0.3),
+  "ema 0.9": way(0.7, 0.8, 0.7, 0.8),
+  "ema 0.5": way(0.8, 0.5, 0.8, 0.5),
+  "weight 0.0": way(0.1, 0.8, 0.1, 0.8),
+  "weight 0.5": way(0.85, 0.79, 0.895, 0.6),
+  "weight 0.6": way(0.9, 0.75, 0.9, 0.7),
+  "weight 0.7": way(0.9, 0.85, 0.88, 0.85),
+}
+
+
+def test_settings_are_chosen_by_the_other_half():
+  """The best of what is old at most a point below the best of what is new; or else what is new decides."""
+  other = {name: {**of, "new": of["new"] - 0.1} for name, of in SCORES.items()}
+  found = {row["way"]: row for row in forgetting.compare(BEGUN, [SCORES, other])}
+  assert [name for name, row in found.items() if row["chosen"]] == ["plain", "ema 0.5", "weight 0.6"]
+  row = found["weight 0.5"]
+  assert (row["new"], row["old"]) == pytest.approx((0.8, 0.79))
+  assert (row["kept"], row["lost"]) == pytest.approx((0.79 / 0.8, 0.05))
+  assert row["by_seed"] == [(0.85, 0.79), (0.75, 0.79)]
+
+
+def test_the_table_and_the_picture(tmp_path):
+  rows = forgetting.compare(BEGUN, [SCORES])
+  lines = forgetting.table(BEGUN, rows).splitlines()
+  assert lines[2] == "| start | 0.8000 | 0.8000 | 100.0 % | |" and len(lines) == 3 + len(SCORES)
+  assert "| **weight 0.6** | 0.9000 | 0.7500 | 93.8 % | 0.00 |" in lines
+  pytest.importorskip("matplotlib")
+  forgetting.draw(BEGUN, rows, tmp_path / "picture.png")
+  assert 5_000 < (tmp_path / "picture.png").stat().st_size < 100_000
+
+
+@pytest.mark.slow
+def test_two_steps_of_everything(tmp_path):
+  pytest.importorskip("easy_vqa")
+  environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+  commands = (
+    ("scripts/quickstart_data.py", f"--out={tmp_path}"),
+    ("benchmarks/forgetting.py", f"--data={tmp_path}", f"--out={tmp_path / 'out'}", "--seeds=1", "--toy"),
+  )
+  for command in commands:
+    done = subprocess.run(
+      [sys.executable, *command], cwd=REPOSITORY, env=environment, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+  found = json.loads((tmp_path / "out/forgetting.json").read_text())
+  assert [row["way"] for row in found["ways"]] == ["plain", "l2 30", "weight 0.0", "weight 0.5", "weight 1.0"]
