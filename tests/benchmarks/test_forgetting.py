@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +24,52 @@ def test_halves_share_no_image():
   assert {line["type"] for line in found["new"]} == {"color", "yes_no_color"}
   images = {name: {line["image"] for line in of} for name, of in found.items()}
   assert images["new"] == images["old"] and not images["new"] & images["new-chosen-by"]
+
+
+QUESTIONS = {
+  "color": [("what color is the shape?", "red"), ("what color is the shape?", "teal")],
+  "yes_no_color": [("is there a blue shape?", "no"), ("is there a gray shape?", "yes")],
+  "shape": [("what shape is there?", "circle")],
+  "yes_no_shape": [("is there a circle?", "yes")],
+}
+
+
+def lines_of(entry):
+  return Path(entry["annotation"]).read_text().splitlines()
+
+
+def test_the_start_learns_some_colors_and_fine_tuning_no_shapes(tmp_path):
+  (tmp_path / "data/train").mkdir(parents=True)
+  meta, test = {}, []
+  for kind, questions in QUESTIONS.items():
+    lines = [
+      {"image": f"test/{i}.png", "type": kind, "conversations": [{"value": asked}, {"value": answer}]}
+      for i, (asked, answer) in enumerate(questions)
+    ]
+    (tmp_path / f"data/train/{kind}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    meta[kind] = {
+      "root": "images",
+      "annotation": f"train/{kind}.jsonl",
+      "length": len(lines),
+      "repeat_time": 4,
+    }
+    test += lines
+  (tmp_path / "data/meta.json").write_text(json.dumps(meta))
+  (tmp_path / "data/test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in test))
+  experiment = forgetting.Experiment(data=tmp_path, out=tmp_path / "out")
+  forgetting.write_data(experiment)
+  shapes, begun, colors = (
+    json.loads((tmp_path / f"out/data/{name}.json").read_text()) for name in ("shapes", "start", "colors")
+  )
+  assert set(shapes) == {"shape", "yes_no_shape"} and set(colors) == {"color", "yes_no_color"}
+  assert set(begun) == set(meta) and {kind: begun[kind] for kind in shapes} == shapes
+  for kind, words in (("color", "red"), ("yes_no_color", "blue")):
+    assert begun[kind]["length"] == 1 and begun[kind]["repeat_time"] == 4
+    (line,) = lines_of(begun[kind])
+    assert words in line and len(lines_of(colors[kind])) == 2
+  sets = json.loads(forgetting.sets(experiment))
+  counts = {name: len(lines_of(entry)) for name, entry in sets.items()}
+  assert counts == {"new": 2, "new-chosen-by": 2, "old": 0, "old-chosen-by": 2}
 
 
 BEGUN = dict.fromkeys(("new", "new-chosen-by", "old", "old-chosen-by"), 0.8)
