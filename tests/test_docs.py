@@ -61,6 +61,8 @@ RUN_BY = {
   "scripts/quickstart.sh": "tests/test_docs.py",
   "scripts/quickstart_mpo.sh": "tests/test_docs.py",
   "scripts/quickstart_distill.sh": "tests/test_docs.py",
+  "scripts/quickstart_grpo.sh": "tests/test_docs.py",
+  "scripts/quickstart_grpo_picture.py": "tests/test_docs.py",
   "scripts/test.sh": "tests/test_docs.py",
   "scripts/launch/local.sh": "tests/runs/test_hosts.py",
   "scripts/launch/supervised.sh": "tests/runs/test_hosts.py",
@@ -240,15 +242,19 @@ def test_the_report_that_is_explained_is_the_one_that_plan_prints(words):
     "count_flops.py",
     "quickstart_data.py",
     "quickstart_picture.py",
+    "quickstart_grpo_picture.py",
     "record_families.py",
     "record_hlo.py",
     "record_decay.py",
+    "record_policy_losses.py",
   ],
 )
 def test_scripts_are_imported(script):
   """What they import is there; most need PyTorch, a package of data, or minutes to do their work."""
   if script in ("record_families.py", "record_decay.py"):
     pytest.importorskip("torch")
+  if script == "record_policy_losses.py":
+    pytest.importorskip("trl")
   if script == "quickstart_data.py":
     pytest.importorskip("easy_vqa")
   assert callable(load(REPOSITORY / "scripts" / script).main)
