@@ -1,6 +1,7 @@
 """Losses of GRPO and GSPO are TRL's: values and gradients, in rows that hold several answers; and so are advantages."""
 
 import json
+import typing
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 
 from internvl_jax.losses import policy
 from internvl_jax.losses.policy import PolicySettings, TokenLogProbs
+from internvl_jax.task_arguments import GrpoConfig
 
 RECORDED = json.loads((Path(__file__).parents[1] / "assets" / "policy_losses.json").read_text())
 CASES = RECORDED["cases"]
@@ -184,3 +186,10 @@ def test_a_new_loss_is_one_line(monkeypatch):
   )
   expected = -jnp.nansum(in_rows(RECORDED["policy"]) * jnp.nansum(advantage, axis=2) * weights.tokens)
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_the_configuration_takes_what_there_is():
+  hints = typing.get_type_hints(GrpoConfig)
+  assert set(typing.get_args(hints["loss_type"])) == set(policy.LOSSES)
+  for field, alias in (("importance_sampling_level", policy.Level), ("scale_rewards", policy.Scale)):
+    assert typing.get_args(hints[field]) == typing.get_args(alias)
