@@ -11,7 +11,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from internvl_jax.models.functional import ModelDef
-from internvl_jax.parallel.rules import StateShardings, replicated
+from internvl_jax.parallel.rules import StateShardings, device_count, replicated
 from internvl_jax.trees import count, submodule_of
 
 
@@ -101,7 +101,8 @@ def opt_state_shardings(
   """The shardings of an optimizer's state, by the shapes of its arrays.
 
   An array of a parameter's shape is sharded as `places.moments` says. One that lacks an axis of it (Adafactor's mean squares
-  by row and by column) is sharded along the others. All else is replicated.
+  by row and by column) is sharded along the others, and one with an axis of blocks of it (the scales of moments of eight
+  bits) along that axis as well, if its devices divide the blocks. All else is replicated.
 
   Args:
     opt_state: arrays or shapes.
@@ -128,10 +129,23 @@ def _reduced(shape: tuple[int, ...], whole: tuple[int, ...], sharding: NamedShar
   if shape == whole:
     return sharding
   entries = [*sharding.spec, *[None] * (len(whole) - len(sharding.spec))]
+  if len(shape) == len(whole) > 1 and all(
+    size % blocks == 0 for size, blocks in zip(whole, shape, strict=True)
+  ):
+    kept = [
+      entry if blocks % device_count(_axes_of(entry), sharding.mesh) == 0 else None
+      for entry, blocks in zip(entries, shape, strict=True)
+    ]
+    return NamedSharding(sharding.mesh, PartitionSpec(*kept))
   for axis in range(len(whole)):
     if shape == whole[:axis] + whole[axis + 1 :]:
       return NamedSharding(sharding.mesh, PartitionSpec(*entries[:axis], *entries[axis + 1 :]))
   return replicated(sharding.mesh)  # pyright: ignore[reportArgumentType]
+
+
+def _axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  """The axes of the mesh in an entry of a spec."""
+  return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def with_dtypes(model: ModelDef, trainable: set[str], *, bf16: bool) -> dict[str, jax.ShapeDtypeStruct]:
