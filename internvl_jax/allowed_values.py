@@ -41,8 +41,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 INSTEAD_OF: dict[str, dict[str, str]] = {
   "training.optim": {
-    r"adamw_(bnb|torch)_[48]bit|.*8bit.*|.*4bit.*": (
-      "moments are float32; mesh.fsdp (or training.deepspeed) shards them over the devices"
+    r".*8bit.*|.*4bit.*": (
+      "of these, adamw_8bit has moments of eight bits; mesh.fsdp (or training.deepspeed) shards those of all over the devices"
     ),
     r"paged_.*": "nothing is moved to the host's memory; mesh.fsdp shards the moments over the devices",
   },
@@ -121,6 +121,11 @@ RANGES: dict[str, Range] = {
   "training.num_train_epochs": ABOVE_0,
   "training.max_steps": _AXIS,
   "training.learning_rate": NOT_NEGATIVE,
+  "training.vision_lr": NOT_NEGATIVE,
+  "training.projector_lr": NOT_NEGATIVE,
+  "training.language_lr": NOT_NEGATIVE,
+  "training.adapters_lr": NOT_NEGATIVE,
+  "training.layer_lr_decay": Range(low=0, high=1, low_is_in=False),
   "training.weight_decay": NOT_NEGATIVE,
   "training.l2_to_start": NOT_NEGATIVE,
   "training.adam_beta1": _BELOW_1,

@@ -132,6 +132,19 @@ class TrainingArguments:
   max_steps: int = -1
   # Peak learning rate.
   learning_rate: float = 5e-5
+  # Peak learning rate of the ViT, under the same schedule; None: learning_rate.
+  vision_lr: float | None = None
+  # The same of the projector.
+  projector_lr: float | None = None
+  # The same of the language model.
+  language_lr: float | None = None
+  # The same of adapters, in whichever part they are.
+  adapters_lr: float | None = None
+  # Peak learning rates by names of the checkpoint's tensors, as JSON: '{"mlp1\\..*": 1e-4}'. Regular expressions; the first
+  # that matches a whole name counts, before all other rates.
+  lr_by_pattern: str | None = None
+  # Layer-wise decay of the ViT's rates: that of a layer is so many times that of the layer above it. 1: no decay.
+  layer_lr_decay: float = 1.0
   # Decoupled weight decay, on what the reference's names make decay: not on biases and most norms (`optim.labels.decays`).
   weight_decay: float = 0.0
   # Decoupled decay of what trains towards where the run began, in place of towards 0 (L2-SP); see docs/forgetting.md.
@@ -144,10 +157,11 @@ class TrainingArguments:
   adam_epsilon: float = 1e-8
   # Gradients are scaled down to this global norm; 0 turns clipping off.
   max_grad_norm: float = 1.0
-  # adamw_torch (the same as adamw_torch_fused, adamw_torch_xla, adamw_apex_fused), adafactor, lion_32bit, muon, sgd.
+  # adamw_torch (the same as adamw_torch_fused, adamw_torch_xla, adamw_apex_fused), adamw_8bit (the same as adamw_bnb_8bit,
+  # adamw_torch_8bit, paged_adamw_8bit), adafactor, lion_32bit, muon, sgd.
   optim: str = "adamw_torch"
   # Arguments of the optimizer: "momentum=0.9,nesterov=true". With any optimizer, ema_decay=0.999 keeps averages of the weights
-  # (see checkpoint.export_average); vision_model_rate, mlp1_rate, language_model_rate and adapters_rate multiply the learning rate.
+  # (see checkpoint.export_average).
   optim_args: str | None = None
   # linear, cosine, constant, constant_with_warmup, cosine_with_restarts, cosine_with_min_lr, polynomial,
   # inverse_sqrt.

@@ -133,8 +133,9 @@ def _choice_problems(config: TrainConfig, path: str, choices: Collection[str]) -
 
 def _optimizer_problems(config: TrainConfig) -> Iterator[str]:
   # Imported late: it brings JAX along, for which `--help` should not wait.
-  from internvl_jax.optim import optimizer
+  from internvl_jax.optim import optimizer, rates
 
+  yield from rates.problems(config.training)
   unknown = list(_choice_problems(config, "training.optim", optimizer.OPTIMIZERS))
   yield from unknown or optimizer.problems(config.training)
 

@@ -1,4 +1,4 @@
-"""Arguments that launch scripts set and that no field has: the reference's, and those of Hugging Face's Trainer.
+"""Arguments that launch scripts set and that no field has: the reference's, those of Hugging Face's Trainer, others' names.
 
 One rule, that of `internvl_jax.unused_settings`: a value that asks for what is so anyway (HARMLESS) is accepted; one that asks
 for what will not happen, and for no other result (PASSING: speed, messages), is said once in the log with what takes its
@@ -123,6 +123,18 @@ FOREIGN: dict[str, str] = {
   "ray_scope": "there is no search of settings",
 }
 """Name -> what takes its place."""
+
+SAME_AS: dict[str, str] = {
+  # ms-swift's.
+  "vit_lr": "training.vision_lr",
+  "aligner_lr": "training.projector_lr",
+  # LLaVA's and Qwen-VL's.
+  "mm_projector_lr": "training.projector_lr",
+  "mm_vision_tower_lr": "training.vision_lr",
+  "vision_tower_lr": "training.vision_lr",
+  "merger_lr": "training.projector_lr",
+}
+"""Arguments of other trainers -> the fields that say the same."""
 
 _OFF = ("false", "none", "0", "0.0", "", "no")
 _EITHER = ("true", "false")

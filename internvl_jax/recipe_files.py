@@ -20,7 +20,7 @@ from pathlib import Path
 
 from internvl_jax.config import FIELDS, LEAVES, TrainConfig
 from internvl_jax.errors import UserError, suggest
-from internvl_jax.foreign import FOREIGN
+from internvl_jax.foreign import FOREIGN, SAME_AS
 
 FLAG = "config"
 """Name of the flag that takes a recipe."""
@@ -77,6 +77,8 @@ def explain_unknown(path: str) -> str:
     return f"{flag} is a group of fields; set one of them, e.g. --{FLAG}.{example}=..."
   if name in FOREIGN:
     return f"{flag}: there is no such field; {FOREIGN[name]}"
+  if name in SAME_AS:
+    return f"{flag}: there is no such field; {SAME_AS[name]} is its name here"
   elsewhere = [field for field in FIELDS if field.rpartition(".")[2] == name]
   close = difflib.get_close_matches(name, [field.rpartition(".")[2] for field in FIELDS], n=1, cutoff=0.75)
   elsewhere += [field for field in FIELDS if close and field.rpartition(".")[2] == close[0]]

@@ -17,13 +17,13 @@ from typing import Any, Literal
 from internvl_jax.arguments import TrainingArguments
 from internvl_jax.config import FIELDS, OF_THE_REFERENCE, type_name
 from internvl_jax.errors import UserError, suggest
-from internvl_jax.foreign import FOREIGN, answer
+from internvl_jax.foreign import FOREIGN, SAME_AS, answer
 from internvl_jax.parallel import zero
 
 PATHS: dict[str, str] = {
   path.partition(".")[2]: path for path in FIELDS if path.partition(".")[0] in OF_THE_REFERENCE
-}
-"""Argument -> the path of its field."""
+} | SAME_AS
+"""Argument -> the path of its field, names of other trainers included."""
 
 _LISTS = ("report_to", "loss_type")
 """Fields of text that hold a comma list, and take several values; tuples do, too."""

@@ -19,6 +19,9 @@ from internvl_jax.parallel import rules
 from internvl_jax.parallel.rules import StateShardings
 from internvl_jax.state import TrainState, opt_state_shardings
 
+OPTIMIZER_SCOPE = "optimizer"
+"""Name of the optimizer's part of the traced program."""
+
 
 class Objective(Protocol):
   """A loss over one micro-batch; see `objectives`."""
@@ -101,9 +104,10 @@ class TrainStep:
     norm = optax.tree.norm(grads)
     # Updated in the sharding of the moments, and then resharded as parameters are.
     params = self._place(state.params, "moments")
-    updates, opt_state = self.optimizer.update(
-      grads, state.opt_state, params, grad_norm=norm, learning_rate=learning_rate
-    )
+    with jax.named_scope(OPTIMIZER_SCOPE):
+      updates, opt_state = self.optimizer.update(
+        grads, state.opt_state, params, grad_norm=norm, learning_rate=learning_rate
+      )
     params = jax.tree.map(jnp.add, params, updates)
     if self.places is not None:
       opt_state = jax.lax.with_sharding_constraint(

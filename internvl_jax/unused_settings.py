@@ -101,6 +101,7 @@ IDLE: dict[str, tuple[Idle, ...]] = {
   "model.drop_path_rate": (
     Idle(_frozen_vit, "with model.freeze_backbone=True: a frozen ViT runs as in evaluation"),
   ),
+  "training.layer_lr_decay": (Idle(_frozen_vit, "with model.freeze_backbone=True: the ViT does not train"),),
   "training.group_by_length": (
     Idle(
       lambda value: value("data.use_packed_ds"),

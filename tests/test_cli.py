@@ -92,6 +92,7 @@ def test_override_forms_of_absl(tmp_path):
     ("--config.learning_rate=1", "did you mean training.learning_rate?"),
     ("--config.trainig.seed=1", "did you mean training.seed?"),
     ("--config.training.save_only_model=True", "there is no such field; a checkpoint is there to go on from"),
+    ("--config.training.vit_lr=1", "there is no such field; training.vision_lr is its name here"),
     ("--config.model=x", "is a group of fields"),
     ("--config.training.seed=ten", "--config.training.seed=ten must be int"),
     ("--config.training.seed=None", "--config.training.seed=None must be int"),

@@ -247,6 +247,7 @@ def test_the_report_that_is_explained_is_the_one_that_plan_prints(words):
     "record_hlo.py",
     "record_decay.py",
     "record_policy_losses.py",
+    "record_optimizers.py",
   ],
 )
 def test_scripts_are_imported(script):

@@ -25,11 +25,12 @@ from internvl_jax.metrics import writers
 from internvl_jax.metrics.run_log import RunLog
 from internvl_jax.metrics.writers import TrackedRun, open_writers
 from internvl_jax.metrics.writers.console import ProgressBar
+from internvl_jax.optim.labels import labels_of, trained
 from internvl_jax.optim.learning_rate import make_schedule
 from internvl_jax.optim.optimizer import OPTIMIZERS, make_optimizer
 from internvl_jax.outputs import check_output_dir
 from internvl_jax.setup.devices import open_mesh
-from internvl_jax.setup.step import execution
+from internvl_jax.setup.step import execution, scales_of
 from internvl_jax.setup.step import set_up as make_setup
 from internvl_jax.state import TrainState
 from tests.support.toy import ASSETS
@@ -124,10 +125,9 @@ def test_max_grad_norm():
 def test_optim():
   assert not any(refusals(optim=name) for name in OPTIMIZERS)
   for name, words in {
-    "adamw_bnb_8bit": "moments are float32; mesh.fsdp",
-    "adamw_torch_4bit": "moments are float32; mesh.fsdp",
+    "adamw_torch_4bit": "adamw_8bit has moments of eight bits; mesh.fsdp",
     "paged_adamw_32bit": "host's memory",
-    "lion_8bit": "moments are float32",
+    "lion_8bit": "of these, adamw_8bit has moments of eight bits",
     "adafactr": "did you mean adafactor?",
   }.items():
     (line,) = refusals(optim=name)
@@ -137,13 +137,13 @@ def test_optim():
 def test_optim_args():
   assert not refusals(optim="sgd", optim_args="momentum=0.9, nesterov=True,ema_decay=0.99")
   for (name, given), words in {
-    ("adamw_torch", "betas=0.9"): "has no argument 'betas'; there are eps_root, nesterov, vision_model_rate",
+    ("adamw_torch", "betas=0.9"): "has no argument 'betas'; there are eps_root, nesterov, ema_decay",
     ("adamw_torch", "b1=0.9"): "set training.adam_beta1 in place of b1",
     ("sgd", "momentum"): "momentum must be a number, not ''",
     ("sgd", "nesterov=1"): "nesterov must be true or false, not '1'",
     ("muon", "ns_steps=2.5"): "ns_steps must be a whole number, not '2.5'",
     ("muon", "ema_decay=1"): "ema_decay=1 must be at least 0 and below 1",
-    ("lion_32bit", "mlp1_rate=-1"): "mlp1_rate=-1 must be at least 0",
+    ("lion_32bit", "mlp1_rate=2"): "set training.projector_lr in place of mlp1_rate",
   }.items():
     (line,) = refusals(optim=name, optim_args=given)
     assert words in line and "\n" not in line
@@ -156,6 +156,46 @@ def rates(steps=10, **settings):
 
 def test_learning_rate():
   assert max(rates(learning_rate=3e-3)) == 3e-3
+
+
+def scales(**settings):
+  """What multiplies the rate, by the paths' parts."""
+  config = configured(learning_rate=1e-3, **settings)
+  source = source_of(use_llm_lora=2)
+  config.model.use_llm_lora = 2
+  labels = trained(labels_of(config.model, source.model.shapes))
+  found = scales_of(config, source, labels)
+  return {labels[path]: scale for path, scale in found.items()}
+
+
+def test_vision_lr():
+  assert scales(vision_lr=5e-4) == {"vision_model": 0.5}
+
+
+def test_projector_lr():
+  assert scales(projector_lr=2e-3) == {"mlp1": 2}
+
+
+def test_language_lr():
+  config = configured(learning_rate=1e-3, language_lr=5e-4)
+  labels = trained(labels_of(config.model, source_of().model.shapes))
+  found = scales_of(config, source_of(), labels)
+  assert {labels[path] for path in found} == {"language_model"} and set(map(float, found.values())) == {0.5}
+
+
+def test_adapters_lr():
+  assert scales(adapters_lr=2e-3) == {"adapters": 2}
+
+
+def test_lr_by_pattern():
+  assert scales(lr_by_pattern='{".*q_proj.lora_B.*": 4e-3}') == {"adapters": 4}
+
+
+def test_layer_lr_decay():
+  assert set(scales(layer_lr_decay=0.9)) == {"vision_model"}
+  frozen = configured(layer_lr_decay=0.9)
+  frozen.model.freeze_backbone = True
+  assert "training.layer_lr_decay=0.9 has no effect with model.freeze_backbone" in idle_settings(frozen)[0]
 
 
 def test_lr_scheduler_type():

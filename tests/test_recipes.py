@@ -121,6 +121,11 @@ OF_OTHERS = {"internvl3_5/grpo.py"}
 """Recipes of scripts that are not in the reference's repository."""
 
 
+def is_published(path):
+  """Whether it is the recipe of published scripts."""
+  return not path.name.startswith("quickstart") and path.parent.name != "examples"
+
+
 def choices_of(path):
   return getattr(load_module(str(path)), "CHOICES", ("",))
 
@@ -147,7 +152,7 @@ def test_scripts_and_recipes_are_one_to_one():
   ours = [
     f"{path.relative_to(CONFIGS)}:{choice}"
     for path in recipe_files()
-    if not path.name.startswith("quickstart")
+    if is_published(path)
     for choice in choices_of(path)
     if str(path.relative_to(CONFIGS)) not in OF_OTHERS
   ]
@@ -215,7 +220,7 @@ def test_the_readme_names_every_recipe_with_its_sizes():
   text = (ROOT / "README.md").read_text(encoding="utf-8")
   for path in recipe_files():
     (cell,) = re.findall(rf"\({path.relative_to(ROOT)}\)([^|\[]*)", text)
-    if not path.name.startswith("quickstart"):
+    if is_published(path):
       named = re.findall(r"`:?(\d+b)`", cell)
       assert list(dict.fromkeys(choice.split(",")[0] for choice in choices_of(path))) == named
       assert ("ᴸ" in cell) == any(choice.endswith(",lora") for choice in choices_of(path))
@@ -247,7 +252,7 @@ def test_a_recipe_says_what_it_is_and_how_it_is_started(path):
   file, _, arg = recipe.partition(":")
   assert flag == "--config"
   assert ROOT / file == path
-  assert arg in choices_of(path)
+  assert arg in choices_of(path) or path.parent.name == "examples"
   for override in overrides:
     name, value = override.removeprefix("--config.").split("=")
     assert parsed(name.split(".")[1], value) == value

@@ -5,6 +5,7 @@ import argparse
 import pytest
 
 from internvl_jax.config import FIELDS
+from internvl_jax.foreign import FOREIGN, SAME_AS
 from internvl_jax.reference_arguments import PATHS, Foreign, is_argument, left_out_of, parse
 
 
@@ -122,4 +123,11 @@ def test_what_no_field_has_is_said_or_lost():
 def test_every_argument_is_known():
   assert all(is_argument(name) for name in ("meta_path", "split_annotations", "rpo_alpha", "fsdp"))
   assert not any(map(is_argument, ("fsdb", "scan_unroll", "expert")))
-  assert len(PATHS) == len(set(PATHS.values())) < len(FIELDS)
+  own = {name: path for name, path in PATHS.items() if name not in SAME_AS}
+  assert len(own) == len(set(own.values())) < len(FIELDS)
+
+
+def test_other_trainers_names_are_those_of_fields():
+  given = parse(["--vit_lr", "1e-5", "--mm_projector_lr=2e-4"])
+  assert given.values == {"training.vision_lr": 1e-5, "training.projector_lr": 2e-4} and not given.problems
+  assert set(SAME_AS.values()) <= set(FIELDS) and not SAME_AS.keys() & FOREIGN.keys()

@@ -23,6 +23,7 @@ MAKES_IDLE = {
   "model.drop_path_rate": {"model.freeze_backbone": True},
   "data.loss_reduction": {"data.use_packed_ds": True, "preference.loss_type": "sigmoid"},
   "preference.label_smoothing": {"preference.loss_type": "hinge"},
+  "training.layer_lr_decay": {"model.freeze_backbone": True},
   "training.group_by_length": {"data.use_packed_ds": True},
   "training.num_train_epochs": {"training.max_steps": 5},
   "training.warmup_ratio": {"training.lr_scheduler_type": "constant"},

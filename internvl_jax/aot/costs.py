@@ -8,6 +8,7 @@ import jax
 from internvl_jax.aot.program import StepPlan
 from internvl_jax.metrics.flops import Products, list_products
 from internvl_jax.models.internvl import SCOPES
+from internvl_jax.step import OPTIMIZER_SCOPE
 
 OTHER = "optimizer and other"
 PARTS: Mapping[str, str] = {
@@ -37,14 +38,14 @@ def phase_of(scope: str) -> str:
 def model_flops(plan: StepPlan) -> dict[str, dict[str, int]]:
   """Operations of one data shard's rows in a step, {part: {"forward", "backward"}}, however they are computed.
 
-  Nothing is counted twice for being recomputed. Attention of the language model counts the half of its square
+  Nothing is counted twice for being recomputed, and nothing that the optimizer computes: Muon's products are no part of the model. Attention of the language model counts the half of its square
   that a causal mask leaves; segments and windows, which leave less, are not considered.
   """
   found: dict[str, dict[str, float]] = {}
   tokens = plan.shape.tokens
   for product in _plain_products(plan):
     phase, part = phase_of(product.scope), part_of_scope(product.scope)
-    if phase == "recomputed":
+    if phase == "recomputed" or OPTIMIZER_SCOPE in product.scope:
       continue
     share = (tokens + 1) / (2 * tokens) if product.batched and part == "LLM" else 1.0
     entry = found.setdefault(part, {"forward": 0.0, "backward": 0.0})

@@ -11,12 +11,14 @@ of their states are placed by their shapes (`state.opt_state_shardings`) and sav
 """
 
 import dataclasses
-import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from optax import contrib
 
@@ -24,7 +26,8 @@ from internvl_jax.arguments import TrainingArguments
 from internvl_jax.errors import UserError
 from internvl_jax.optim.anchor import decay_to_start
 from internvl_jax.optim.average import average_weights
-from internvl_jax.optim.labels import ADAPTERS
+from internvl_jax.optim.eight_bit import scale_by_adam_8bit
+from internvl_jax.optim.rates import PARTS
 from internvl_jax.optim.transformations import clip_by_global_norm, scale_by_learning_rate
 from internvl_jax.trees import LAYER_RANGE
 
@@ -39,10 +42,12 @@ class Optimizer:
     make: the transformation by its arguments. Those that have a number or a flag as their default can be set by
       training.optim_args, if no field of `training` sets them.
     fields: the arguments that fields of `training` set, by name.
+    takes_axes: whether it also takes the names of the parameters' axes, as `axes`.
   """
 
   make: Callable[..., optax.GradientTransformation]
   fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  takes_axes: bool = False
 
   def arguments(self) -> dict[str, float | bool]:
     """The arguments that training.optim_args can set, and their defaults."""
@@ -57,11 +62,20 @@ def _adafactor(
   """Adafactor (arXiv:1804.04235) without momentum, at the learning rate that is given, as Hugging Face's Trainer has it.
 
   Mean squares are kept by row and column for matrices whose two longest axes have at least 128 entries, else for each
-  number. Updates are clipped by their root mean square over a stack of layers, not layer by layer.
+  number. Updates are clipped by their root mean square, layer by layer.
   """
+
+  def clip(path: str, update: jax.Array) -> jax.Array:
+    leading = (update.ndim - 2 if path.endswith(".kernel") else 1) if LAYER_RANGE.search(path) else 0
+    square = jnp.mean(jnp.square(update), axis=tuple(range(leading, update.ndim)), keepdims=True)
+    return update / jnp.maximum(1, jnp.sqrt(square) / clip_threshold)
+
+  def clip_all(updates: Any, params: Any) -> Any:
+    del params
+    return {path: clip(path, update) for path, update in updates.items()}
+
   return optax.chain(
-    optax.scale_by_factored_rms(decay_rate=decay_rate, epsilon=epsilon),
-    optax.clip_by_block_rms(clip_threshold),
+    optax.scale_by_factored_rms(decay_rate=decay_rate, epsilon=epsilon), optax.stateless(clip_all)
   )
 
 
@@ -76,12 +90,20 @@ def _lion(*, b1: float, b2: float) -> optax.GradientTransformation:
 
 
 def _muon(
-  *, b1: float, b2: float, eps: float, momentum: float = 0.95, ns_steps: int = 5, rms: float = 0.2
+  *,
+  b1: float,
+  b2: float,
+  eps: float,
+  momentum: float = 0.95,
+  nesterov: bool = True,
+  ns_steps: int = 5,
+  rms: float = 0.2,
 ) -> optax.GradientTransformation:
   """Muon for the matrices of the layers, each layer's by itself, and Adam for all other parameters.
 
   Updates of matrices have the root mean square `rms`, which is that of AdamW's, so that AdamW's learning rates and decay
-  suit (arXiv:2502.16982).
+  suit (arXiv:2502.16982). Nesterov's momentum is optax's, of which the bias is corrected: in the first tens of steps, its
+  directions differ from those of torch.optim.Muon.
   """
 
   def kinds(params: Any) -> Any:
@@ -98,7 +120,7 @@ def _muon(
     return jax.tree.map(lambda update: rms * max(update.shape[-2:]) ** 0.5 * update, updates)
 
   orthogonalized = contrib.scale_by_muon(
-    ns_steps=ns_steps, beta=momentum, weight_dimension_numbers=dimensions
+    ns_steps=ns_steps, beta=momentum, nesterov=nesterov, weight_dimension_numbers=dimensions
   )
   matrix = optax.chain(orthogonalized, optax.stateless(to_rms))
   return optax.partition({"matrix": matrix, "other": optax.scale_by_adam(b1, b2, eps)}, kinds)
@@ -107,12 +129,17 @@ def _muon(
 _BETAS = {"b1": "adam_beta1", "b2": "adam_beta2"}
 _ADAM = {**_BETAS, "eps": "adam_epsilon"}
 _ADAMW = Optimizer(optax.scale_by_adam, _ADAM)
+_ADAMW_8BIT = Optimizer(scale_by_adam_8bit, _ADAM, takes_axes=True)
 
 OPTIMIZERS: dict[str, Optimizer] = {
   "adamw_torch": _ADAMW,
   "adamw_torch_fused": _ADAMW,
   "adamw_torch_xla": _ADAMW,
   "adamw_apex_fused": _ADAMW,
+  "adamw_bnb_8bit": _ADAMW_8BIT,
+  "adamw_8bit": _ADAMW_8BIT,
+  "adamw_torch_8bit": _ADAMW_8BIT,
+  "paged_adamw_8bit": _ADAMW_8BIT,
   "adafactor": Optimizer(_adafactor),
   "lion_32bit": Optimizer(_lion, _BETAS),
   "muon": Optimizer(_muon, _ADAM),
@@ -121,33 +148,24 @@ OPTIMIZERS: dict[str, Optimizer] = {
 """The optimizers by training.optim, under Hugging Face's names. AdamW is the same under all of its names."""
 
 
-def scale_label(label: str, factor: float, labels: Mapping[str, str]) -> optax.GradientTransformation:
-  """Multiplies the learning rate of the parameters with that label (`labels_of`).
-
-  Raises:
-    UserError: no such parameter trains, or the factor is below 0.
-  """
-  setting = f"training.optim_args: {label}_rate={factor:g}"
-  if factor < 0:
-    raise UserError(f"{setting} must be at least 0: it multiplies the learning rate")
-  if labels and label not in labels.values():
-    raise UserError(f"{setting}, but of {label} nothing trains; remove it, or thaw that part")
-  return optax.masked(optax.scale(factor), {path: found == label for path, found in labels.items()})
-
-
 ADDITIONS: dict[str, Callable[[float, Mapping[str, str]], optax.GradientTransformation]] = {
-  **{
-    f"{label}_rate": functools.partial(scale_label, label)
-    for label in ("vision_model", "mlp1", "language_model", ADAPTERS)
-  },
   # Takes the updates as they are added to the weights: the last one.
   "ema_decay": lambda decay, labels: average_weights(decay),
 }
 """What training.optim_args adds to any optimizer, in this order: functions of a number and of the labels of what trains."""
 
 
+_REPLACED = {f"{label}_rate": field for field, label in PARTS.items()}
+"""What training.optim_args of version 0.2 multiplied rates by -> the field that says the rate."""
+
+
 def make_optimizer(
-  training: TrainingArguments, *, labels: Mapping[str, str], decay: Mapping[str, bool]
+  training: TrainingArguments,
+  *,
+  labels: Mapping[str, str],
+  decay: Mapping[str, bool],
+  scales: Mapping[str, np.ndarray] = types.MappingProxyType({}),
+  axes: Mapping[str, Sequence[str | None]] = types.MappingProxyType({}),
 ) -> optax.GradientTransformationExtraArgs:
   """The optimizer of a run, see above.
 
@@ -155,6 +173,8 @@ def make_optimizer(
     training: its settings.
     labels: of the parameters that train, by path (`labels.labels_of`).
     decay: which of them decay (`labels.decays`).
+    scales: what multiplies the learning rate of some of them (`rates.rate_scales`).
+    axes: the names of parameters' axes (`ModelDef.axes`), as far as they are known.
 
   Raises:
     UserError: training.optim_args are not arguments of it.
@@ -163,11 +183,12 @@ def make_optimizer(
   given = _arguments(training, optimizer)
   fields = {name: getattr(training, field) for name, field in optimizer.fields.items()}
   own = {name: value for name, value in given.items() if name not in ADDITIONS}
+  own |= {"axes": axes} if optimizer.takes_axes else {}
   chain = optax.chain(
     optimizer.make(**fields, **own),
     optax.add_decayed_weights(training.weight_decay, mask=dict(decay)),
     *([decay_to_start(training.l2_to_start)] if training.l2_to_start else []),
-    scale_by_learning_rate(),
+    scale_by_learning_rate(scales),
     *(add(given[name], labels) for name, add in ADDITIONS.items() if name in given),
   )
   return clip_by_global_norm(chain, training.max_grad_norm)
@@ -187,6 +208,8 @@ def _value(training: TrainingArguments, optimizer: Optimizer, name: str, text: s
   where = f"training.optim_args={training.optim_args!r}"
   if name in optimizer.fields:
     raise UserError(f"{where}: set training.{optimizer.fields[name]} in place of {name}")
+  if name in _REPLACED:
+    raise UserError(f"{where}: set training.{_REPLACED[name]} in place of {name}, to the rate itself")
   own = optimizer.arguments()
   if name not in own and name not in ADDITIONS:
     known = ", ".join([*own, *ADDITIONS])
@@ -217,7 +240,11 @@ def idle_settings(training: TrainingArguments) -> list[str]:
   """A line for each setting that training.optim does not read and that was set."""
   default = TrainingArguments()
   read = OPTIMIZERS[training.optim].fields.values()
-  return [
+  paged = training.optim.startswith("paged_")
+  lines = (
+    [f"training.optim={training.optim!r}: moments stay on the devices, nothing is paged"] if paged else []
+  )
+  return lines + [
     f"training.{name}={getattr(training, name)!r} has no effect with training.optim={training.optim!r}"
     for name in _MOMENTS
     if name not in read and getattr(training, name) != getattr(default, name)

@@ -1,9 +1,11 @@
 """Parts of the optimizer that optax has otherwise: what they need to know of a step comes as keyword arguments of `update`."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -32,16 +34,25 @@ def clip_by_global_norm(
   return optax.GradientTransformationExtraArgs(inner.init, update)  # pyright: ignore[reportArgumentType]
 
 
-def scale_by_learning_rate() -> optax.GradientTransformationExtraArgs:
+def scale_by_learning_rate(scales: Mapping[str, np.ndarray]) -> optax.GradientTransformationExtraArgs:
   """Multiplies by minus the learning rate, which `update` takes as `learning_rate` (float32 scalar).
 
   The rate comes from the host at every step (`learning_rate.make_schedule`), so that what is logged is what is used.
+
+  Args:
+    scales: what multiplies the rate of some parameters, by path (`rates.rate_scales`).
   """
+
+  def rate_of(path: str, update: jax.Array, learning_rate: jax.Array) -> jax.Array:
+    if path not in scales:
+      return learning_rate
+    scale = scales[path]
+    return learning_rate * scale.reshape(scale.shape + (1,) * (update.ndim - scale.ndim))
 
   def update(
     updates: Any, state: optax.OptState, params: Any = None, *, learning_rate: jax.Array, **extra: Any
   ) -> tuple[Any, optax.OptState]:
     del params, extra
-    return jax.tree.map(lambda update: -learning_rate * update, updates), state
+    return {path: -rate_of(path, leaf, learning_rate) * leaf for path, leaf in updates.items()}, state
 
   return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)  # pyright: ignore[reportArgumentType]

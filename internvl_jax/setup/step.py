@@ -13,12 +13,14 @@ from internvl_jax.config import TrainConfig, get
 from internvl_jax.errors import UserError
 from internvl_jax.hf.embeddings import EMBEDDINGS
 from internvl_jax.hf.model import Source
+from internvl_jax.hf.weights import names_of
 from internvl_jax.models.choice import choose_kernels
 from internvl_jax.models.internvl import Execution, InternVLConfig
 from internvl_jax.models.kernels import Device
 from internvl_jax.models.quantized import has_products
 from internvl_jax.optim import optimizer
 from internvl_jax.optim.labels import decays, labels_of, trained
+from internvl_jax.optim.rates import rate_scales, rates_text
 from internvl_jax.parallel import mesh as meshes
 from internvl_jax.parallel import rules, zero
 from internvl_jax.parallel.placement_table import placement_table, placement_warnings
@@ -36,7 +38,8 @@ class Setup:
   Attributes:
     source: the model.
     mesh: the devices.
-    trainable: the paths of the parameters that train.
+    labels: of the parameters that train, by path (`optim.labels`).
+    rates: their peak learning rates by part, for the log; empty where all have the same.
     shapes: of all parameters by path, as they are stored, and where.
     how: how forward passes are computed.
     task: the way to learn.
@@ -47,13 +50,19 @@ class Setup:
 
   source: Source
   mesh: jax.sharding.Mesh
-  trainable: set[str]
+  labels: dict[str, str]
+  rates: str
   shapes: dict[str, jax.ShapeDtypeStruct]
   how: Execution
   task: Task
   objective: Objective
   step: TrainStep
   places: rules.StateShardings
+
+  @property
+  def trainable(self) -> set[str]:
+    """The paths of the parameters that train."""
+    return set(self.labels)
 
   def create_state(self, params: Mapping[str, jax.Array]) -> TrainState:
     """Makes the state before the first step from all parameters by path, sharded."""
@@ -111,12 +120,15 @@ def set_up(
     all_gather=config.data.loss_reduction_all_gather,
     router_loss_coef=config.runtime.router_aux_loss_coef,
   )
+  scales = scales_of(config, source, labels)
   step = TrainStep(
     objective=objective,
     optimizer=optimizer.make_optimizer(
       config.training,
       labels=labels,
       decay=decays(select(source.reference_names, trainable), source.undecayed),
+      scales=scales,
+      axes=source.model.axes,
     ),
     seed=config.training.seed,
     places=places,
@@ -124,7 +136,8 @@ def set_up(
   return Setup(
     source=source,
     mesh=mesh,
-    trainable=trainable,
+    labels=labels,
+    rates=rates_text(scales, labels, config.training.learning_rate) if scales else "",
     shapes={path: leaf.update(sharding=places.params[path]) for path, leaf in shapes.items()},
     how=how,
     task=task,
@@ -132,6 +145,14 @@ def set_up(
     step=step,
     places=places,
   )
+
+
+def scales_of(config: TrainConfig, source: Source, labels: Mapping[str, str]) -> dict[str, np.ndarray]:
+  """What multiplies the learning rate of parameters that train; see `optim.rates.rate_scales`."""
+  shapes, names = source.model.shapes, {}
+  if config.training.lr_by_pattern:
+    names = {path: names_of(path, shapes[path].shape, source.table).keys for path in labels}
+  return rate_scales(config.training, labels, names, source.config.vision.num_layers)
 
 
 def state_places(
@@ -179,6 +200,8 @@ def log_parameters(setup: Setup) -> None:
     for line in placement_warnings(setup.shapes, setup.places):
       logging.warning("%s", line)
   logging.info("Model:\n%s", parameter_table(setup.shapes, setup.abstract_state()))
+  if setup.rates:
+    logging.info("Peak learning rates: %s", setup.rates)
   frozen = [path for path in EMBEDDINGS if path in setup.shapes and path not in setup.trainable]
   if setup.source.new_rows and frozen:
     logging.warning(

@@ -261,13 +261,13 @@ def test_arguments_in_a_json_file():
 
 
 def test_what_has_no_field_is_said_with_its_reason():
-  more = "--log_level info --neftune_noise_alpha 5 --hub_token hf_secret --optim adamw_bnb_8bit --fp16 True --tf32 False"
+  more = "--log_level info --neftune_noise_alpha 5 --hub_token hf_secret --optim lion_8bit --fp16 True --tf32 False"
   config, recipe, said = read(put("bf16", f"False {more}"))
   assert changes(config) == {"training.bf16": False}
   lost, left = said.split("NOT carried over:")[1].split("left out, with no change")
   for words in (
     "--neftune_noise_alpha 5: no noise",
-    "--optim adamw_bnb_8bit:",
+    "--optim lion_8bit:",
     "--fp16 True:",
     "--hub_token ***:",
   ):

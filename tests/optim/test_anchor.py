@@ -40,7 +40,8 @@ def test_with_adam_a_weight_stays_within_one_over_the_strength():
 
 def test_rates_by_part_scale_it_as_they_scale_weight_decay():
   labels = {"mlp1.a": "mlp1", "vision_model.a": "vision_model"}
-  settings = {"optim": "sgd", "l2_to_start": 0.5, "optim_args": "vision_model_rate=0.1", "max_grad_norm": 0}
+  settings = {"optim": "sgd", "l2_to_start": 0.5, "max_grad_norm": 0}
+  settings["scales"] = {"vision_model.a": np.float32(0.1)}
   zero, one = dict.fromkeys(labels, 0.0), dict.fromkeys(labels, 1.0)
   after, _ = updated(zero, one, zero, labels=labels, **settings)
   np.testing.assert_allclose(after["mlp1.a"], -1 + 0.5)

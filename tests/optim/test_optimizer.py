@@ -22,11 +22,13 @@ KERNEL = "language_model.model.layers.0:2.q_proj.kernel"
 """A stack of two matrices."""
 
 
-def updated(params, *grads, labels=None, decay=(), rate=1.0, **settings):
+def updated(params, *grads, labels=None, decay=(), rate=1.0, scales=None, **settings):
   """The parameters after a step for each of the gradients, and the optimizer's state."""
   labels = labels or dict.fromkeys(params, "language_model")
   training = TrainingArguments(**settings)
-  optimizer = make_optimizer(training, labels=labels, decay={path: path in decay for path in params})
+  optimizer = make_optimizer(
+    training, labels=labels, decay={path: path in decay for path in params}, scales=scales or {}
+  )
   params = {path: jnp.asarray(value, jnp.float32) for path, value in params.items()}
   state = optimizer.init(params)
   for grad in grads:
@@ -82,27 +84,30 @@ def test_muon_orthogonalizes_each_layers_matrix_and_leaves_the_rest_to_adam():
     singular = np.linalg.svd(update / (0.2 * np.sqrt(32)), compute_uv=False)
     assert singular.min() > 0.6 and singular.max() < 1.3
   np.testing.assert_allclose(after["language_model.norm.scale"], -1, rtol=1e-5)
+  adapter = KERNEL.replace("kernel", "adapter.a")
+  lora, state = updated(
+    {adapter: np.zeros((2, 8, 4))}, {adapter: np.ones((2, 8, 4))}, optim="muon", max_grad_norm=0
+  )
+  np.testing.assert_allclose(lora[adapter], -1, rtol=1e-5)
+  assert [leaf.shape for leaf in jax.tree.leaves(state)].count((2, 8, 4)) == 2
   alone, _ = updated(
     {KERNEL: np.zeros((1, 8, 32))}, {KERNEL: grads[KERNEL][1:]}, optim="muon", max_grad_norm=0
   )
   np.testing.assert_allclose(alone[KERNEL][0], after[KERNEL][1], atol=1e-5)
 
 
-def test_rates_by_part():
-  labels = {"vision_model.a": "vision_model", "language_model.a": "adapters", "mlp1.a": "mlp1"}
-  ones = dict.fromkeys(labels, 1.0)
-  after, _ = updated(
-    ones,
-    ones,
-    labels=labels,
-    rate=0.5,
-    optim="sgd",
-    max_grad_norm=0,
-    optim_args="vision_model_rate=0.1,adapters_rate=2",
+def test_scales_multiply_the_rate_and_the_decay():
+  params = {KERNEL: np.ones((2, 1, 3)), "mlp1.a": 1.0}
+  optimizer = make_optimizer(
+    TrainingArguments(optim="sgd", weight_decay=1.0, max_grad_norm=0),
+    labels={KERNEL: "language_model", "mlp1.a": "mlp1"},
+    decay={KERNEL: True, "mlp1.a": True},
+    scales={KERNEL: np.array([0.25, 2.0], np.float32)},
   )
-  np.testing.assert_allclose([after[path] for path in labels], [1 - 0.05, 1 - 1.0, 1 - 0.5], rtol=1e-6)
-  with pytest.raises(UserError, match="mlp1_rate=3, but of mlp1 nothing trains"):
-    updated({"a": 1.0}, optim_args="mlp1_rate=3")
+  rates = {"grad_norm": 0.0, "learning_rate": jnp.float32(0.5)}
+  updates, _ = optimizer.update(params, optimizer.init(params), params, **rates)
+  np.testing.assert_array_equal(updates[KERNEL], [[[-0.25] * 3], [[-2.0] * 3]])
+  assert updates["mlp1.a"] == -1.0
 
 
 def test_averages_of_weights():
@@ -149,6 +154,7 @@ def test_state_is_sharded_by_its_shapes():
   whole, full = (4, 256, 512), (None, "fsdp", "tensor")
   assert specs() == {(): (), whole: full}
   assert specs(optim="adafactor") == {(): (), (1,): (), (4, 256): (None, "fsdp"), (4, 512): (None, "tensor")}
+  assert specs(optim="adamw_8bit") == {(): (), whole: full, (4, 256, 4): full}
   assert specs(optim="muon") == {(): (), (3,): (), whole: full}
   assert specs(optim="sgd") == {} and specs(optim="sgd", optim_args="ema_decay=0.9") == {whole: full}
 
@@ -199,6 +205,7 @@ def run_of(steps, *, mesh=None, state=None, **settings):
 
 CASES = {
   "adamw_torch": None,
+  "adamw_8bit": None,
   "adafactor": None,
   "lion_32bit": "ema_decay=0.5",
   "muon": None,
@@ -268,3 +275,6 @@ def test_the_table_of_parameters_counts_the_optimizers_bytes():
   trains = 4 * sum(map(np.prod, SHAPES.values()))
   assert total() == 2 * trains and total(optim="lion_32bit", optim_args="ema_decay=0.9") == 2 * trains
   assert total(optim="sgd") == 0
+  # A byte for each number of the matrices and four for each block of 128; vectors as before.
+  matrices = int(np.prod(SHAPES[KERNEL]))
+  assert total(optim="adamw_8bit") == 2 * (matrices + 4 * matrices // 128 + trains - 4 * matrices)
