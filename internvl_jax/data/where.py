@@ -20,7 +20,7 @@ class DataError(UserError):
 
 
 class SharedDataError(DataError):
-  """What befell one process of a run that the others wait for: all of them raise it, in the same words."""
+  """An error of one process of a run that the others wait for: all of them raise it, in the same words."""
 
   everywhere = True
 
@@ -68,7 +68,7 @@ class Typed(Where):
 
 
 def shown(value: Any, write: Callable[[Any], str] = str) -> str:
-  """What a message shows of a value of the data: its beginning, in quotes where it is written as `str` does."""
+  """A value of the data as a message shows it: its beginning, in quotes where it is written as `str` does."""
   try:
     text = write(value)[:80]
   except RecursionError:  # What could be parsed may be too deep to be written.

@@ -17,7 +17,7 @@ from internvl_jax.data.sample.sample import Sample
 from internvl_jax.data.schedule.shapes import tile_bucket
 
 EVENTS = ("unreadable", "truncated", "fully_masked", "over_long", "shrunk", "split")
-"""What may happen to a sample: it could not be read; lost its end, or a piece without supervision; supervises nothing; is
+"""Events of a sample: it could not be read; lost its end, or a piece without supervision; supervises nothing; is
 lost because it is too long; got fewer tiles or frames; is a second, third, ... piece."""
 
 
@@ -177,7 +177,7 @@ def _bucket(needed: int, buckets: Sequence[int]) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Padding:
-  """What a batch is padded to.
+  """The sizes that a batch is padded to.
 
   Attributes:
     data_shards: D; divides R.

@@ -1,4 +1,4 @@
-"""What became of the samples of a run: counters for each dataset, and when a loss ends the run."""
+"""Counters of the samples of a run, for each dataset: lost, cut, untaught; and when a loss ends the run."""
 
 import copy
 from collections.abc import Iterable, Sequence

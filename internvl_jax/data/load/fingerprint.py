@@ -1,4 +1,4 @@
-"""What the samples of a mixture depend on: for those who keep something computed from each, and for runs that go on."""
+"""Fingerprints of a mixture and of all that makes samples of it: for caches of what is computed from each, and for runs that go on."""
 
 import contextlib
 import hashlib
@@ -97,7 +97,7 @@ _REMEDY = "or start anew with training.overwrite_output_dir=True"
 
 
 def content_of(mixture: Mixture, cache: str | os.PathLike[str] | None) -> dict[str, Any]:
-  """What a mixture is made of, as JSON values: a checkpoint holds it, and hosts compare it.
+  """A description of a mixture, as JSON values: a checkpoint holds it, and hosts compare it.
 
       {"settings": {"data.conv_style": "internvl2_5", ...}, "tokenizer": "83b0...",
        "datasets": [{"name": "vqa", "entry": {"repeat_time": 1, ...}, "lines": 2000, "block": 2, "digests": "a1f7..."}]}
@@ -180,7 +180,7 @@ def check_same_content(then: Mapping[str, Any], now: Mapping[str, Any], mixture:
 
 
 def shared_facts(content: Mapping[str, Any], mixture: Mixture) -> dict[str, Any]:
-  """What all hosts of a run must have of `content_of`, by the names that messages give it."""
+  """Facts of `content_of` that must be equal on all hosts of a run, by their names in messages."""
   facts: dict[str, Any] = {"the tokenizer": mixture.datasets[0].maker.tokenizer.fingerprint()}
   facts["the datasets of the meta file"] = [entry["name"] for entry in content["datasets"]]
   for dataset, found in zip(mixture.datasets, content["datasets"], strict=True):

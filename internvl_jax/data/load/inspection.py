@@ -27,7 +27,7 @@ _NOTES_SHOWN = 20
 
 
 class DatasetReport(NamedTuple):
-  """What becomes of a dataset's lines.
+  """A report on a dataset's lines.
 
   Attributes:
     name: of the dataset.

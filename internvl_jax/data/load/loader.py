@@ -311,7 +311,7 @@ class TrainLoader:
   # --- State ------------------------------------------------------------------------------------------------
 
   def get_state(self) -> dict[str, Any]:
-    """What a later loader needs to go on after the last batch handed out; JSON-able. See `Shards.all_sum`.
+    """The state by which a later loader goes on after the last batch handed out; JSON-able. See `Shards.all_sum`.
 
     {"next_step": 7, "counters": {"vqa": {"samples": 448, "unreadable": 0, ...}}, "plan": {...}, "content": {...}}
 
@@ -348,7 +348,7 @@ class TrainLoader:
       logging.info("%s", goes_on_as_it_began(self._cursor.balance))
 
   def _plan_fingerprint(self) -> dict[str, int]:
-    """What must be equal for a step number to mean the same samples."""
+    """Facts that must be equal for a step number to mean the same samples."""
     facts = {name: int(value) for name, value in self._task.lines.facts.items()}
     return {**facts, **self.schedule.fingerprint()}
 
@@ -387,7 +387,7 @@ class TrainLoader:
     return self._source.fingerprint()
 
   def shared_facts(self) -> dict[str, Any]:
-    """What the loaders of all hosts must have alike, as JSON values by their names in messages."""
+    """Facts that must be equal on all hosts, as JSON values by their names in messages."""
     plan = {f"{name} of the plan": value for name, value in self._plan_fingerprint().items()}
     return {**self._source.shared_facts(), **plan, "steps of the run": self.total_steps}
 

@@ -1,4 +1,4 @@
-"""What a loader tells: how full and how even its rows are, and why a run cannot go on or goes on otherwise."""
+"""A loader's log lines and errors: how full and how even its rows are, and why a run cannot go on or goes on otherwise."""
 
 from absl import logging
 

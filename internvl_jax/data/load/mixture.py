@@ -147,7 +147,7 @@ class Dataset:
 
   @property
   def records(self) -> np.ndarray:
-    """What the lines in use would be without limits: sizes.SIZE [lines]."""
+    """Sizes of the lines in use, as they would be without limits: sizes.SIZE [lines]."""
     assert self._sizes is not None, "index() comes first"
     return self._sizes.records[: self.lines]
 
@@ -216,7 +216,7 @@ class Dataset:
     }
 
   def form(self) -> str:
-    """What kind of file its records are in, and in which form they are written."""
+    """The kind of file that its records are in, and the form in which they are written."""
     return f"{self.file.kind}, {self.maker.lines.form_name}"
 
   def _frames(self, line: int) -> int:

@@ -87,7 +87,7 @@ class Samples(Protocol):
 
 
 class Settings(NamedTuple):
-  """What a source of samples is opened with; see `loader.TrainLoader`."""
+  """The settings of a source of samples; see `loader.TrainLoader`."""
 
   data: DataTrainingArguments
   training: TrainingArguments
@@ -140,7 +140,7 @@ class SampleSource(Protocol):
     ...
 
   def pack_state(self, rows: dict[str, Any] | None, step: int) -> dict[str, Any]:
-    """What a checkpoint holds of the place in the data, beside the number of the step."""
+    """The state for a checkpoint: the place in the data, beside the number of the step."""
     ...
 
   def unpack_state(self, state: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -153,7 +153,7 @@ class SampleSource(Protocol):
 
   @property
   def content(self) -> dict[str, Any]:
-    """What the data are made of, as JSON values: a checkpoint holds it."""
+    """A description of the data, as JSON values: a checkpoint holds it."""
     ...
 
   def tell_changes(self) -> None:
@@ -165,7 +165,7 @@ class SampleSource(Protocol):
     ...
 
   def shared_facts(self) -> dict[str, Any]:
-    """What all hosts must have alike, as JSON values by their names in messages."""
+    """Facts that must be equal on all hosts, as JSON values by their names in messages."""
     ...
 
   def first_varying(self) -> Varying | None:
@@ -284,7 +284,7 @@ class IndexedSamples:
     return mixture_fingerprint(self.samples)
 
   def shared_facts(self) -> dict[str, Any]:
-    """What all hosts must have alike, as JSON values by their names in messages."""
+    """Facts that must be equal on all hosts, as JSON values by their names in messages."""
     return shared_facts(self.content, self.samples)
 
   def first_varying(self) -> Varying | None:

@@ -99,7 +99,7 @@ class StreamMixture:
     self.go_to(0, Cursor(0, ((0, 0, 0),) * len(specs)))
 
   def _maker(self, spec: DatasetSpec, stream: streams.Stream) -> SampleMaker:
-    """What makes samples of a stream, in the form of its first records."""
+    """The maker of samples of a stream, in the form of its first records."""
     settings = self._settings
     return SampleMaker(
       spec=spec,

@@ -165,7 +165,7 @@ class StreamedSamples:
 
   @property
   def content(self) -> dict[str, Any]:
-    """What the streams are, as far as that is known before they are read: names and settings."""
+    """A description of the streams, as far as they are known before they are read: names and settings."""
     data = self._settings.data
     settings = ("conv_style", "max_seq_length", "force_image_size", "dynamic_image_size", "use_thumbnail")
     settings = (
@@ -192,7 +192,7 @@ class StreamedSamples:
     return hashlib.sha256(json.dumps(self.content, sort_keys=True).encode()).hexdigest()
 
   def shared_facts(self) -> dict[str, Any]:
-    """What all hosts must have alike, as JSON values by their names in messages."""
+    """Facts that must be equal on all hosts, as JSON values by their names in messages."""
     return {f"{name} of the streams": value for name, value in self.content.items()}
 
   def first_varying(self) -> Varying | None:

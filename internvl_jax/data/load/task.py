@@ -17,7 +17,7 @@ class DataTask(Protocol):
 
   @property
   def lines(self) -> LineSchema:
-    """What kind of line it reads."""
+    """The schema of the lines that it reads."""
     ...
 
   @property
@@ -47,4 +47,4 @@ class Conversations(NamedTuple):
 
 
 CONVERSATIONS = Conversations()
-"""What a loader reads where nothing else is said."""
+"""The default of a loader."""

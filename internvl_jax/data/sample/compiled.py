@@ -25,7 +25,7 @@ _PACKAGES = ("simplejpeg", "numba")
 
 
 class Compiled(NamedTuple):
-  """What is there, in this process.
+  """The compiled functions that this process has.
 
   Attributes:
     resize: resizes to a grid of tiles; None: Pillow does.
@@ -54,7 +54,7 @@ def note() -> str:
 
 
 def found(pixels: int) -> Compiled:
-  """What to use for an image of so many pixels: nothing for small ones, which are not worth the time to load it."""
+  """The compiled functions for an image of so many pixels: none for small ones, which are not worth the time to load them."""
   return load() if pixels >= WORTH else Compiled()
 
 

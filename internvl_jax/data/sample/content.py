@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, where it is none that Pillow or FFmpeg reads: its name is often wrong.
+"""The kind of a file by its first bytes, where it is none that Pillow or FFmpeg reads: its name is often wrong.
 
 A download that failed leaves an error page, a checkout without its large files leaves pointers, a phone saves HEIC.
 """
@@ -64,7 +64,7 @@ _MARKUP = (
 
 
 def kind_of(head: bytes) -> str | None:
-  """What a file is that begins with these bytes, to follow "is" in a message; None if that is not known.
+  """The kind of a file that begins with these bytes, to follow "is" in a message; None if that is not known.
 
   >>> kind_of(b"%PDF-1.4")
   'a PDF'
@@ -85,7 +85,7 @@ def kind_of(head: bytes) -> str | None:
 
 
 def kind_of_file(path: str) -> str | None:
-  """What a file on a local disk is; None if that is not known, or it cannot be read."""
+  """The kind of a file on a local disk; None if that is not known, or it cannot be read."""
   try:
     with open(path, "rb") as file:
       return kind_of(file.read(HEAD_BYTES))
@@ -118,7 +118,7 @@ def _decoded(head: bytes) -> str:
 
 
 def remedy(kind: str, *, image: bool) -> str:
-  """What to do about a file of a kind in the place of an image, or else a video.
+  """The remedy for a file of a kind in the place of an image, or else a video.
 
   Args:
     kind: as `kind_of` returns it.

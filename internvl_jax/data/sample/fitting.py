@@ -1,4 +1,4 @@
-"""What becomes of a sample that is longer than it may be: integers in, integers out.
+"""Fits a sample that is longer than it may be: integers in, integers out.
 
 `loader.on_over_length` says what is done about a sample of more than `data.max_seq_length` tokens:
 
@@ -86,7 +86,7 @@ class Piece(NamedTuple):
 
 
 class Limited(NamedTuple):
-  """What is left of a sample.
+  """A sample, cut to its limits.
 
   Attributes:
     pieces: one or more.

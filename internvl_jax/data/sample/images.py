@@ -223,7 +223,7 @@ def _check_file(path: str, where: Where) -> None:
 
 
 def _kind_of_file(path: str, opened: Any) -> str | None:
-  """What a file is that is no image; None if that is not known."""
+  """The kind of a file that is no image; None if that is not known."""
   if isinstance(opened, str):
     return content.kind_of_file(path)
   try:

@@ -1,4 +1,4 @@
-"""What a key of a line or a turn means that is not one of ours: other trainers', misspelt ones, and notes beside the data.
+"""Keys of a line or a turn that are not ours: other trainers', misspelt ones, and notes beside the data.
 
 A key is never passed over in silence if it would change what is seen or learned: by its words (`image_path`, `lossMask`),
 by being nearly a known name (`imgaes`), or by a value that is the path of an image, a video or a sound.
@@ -94,7 +94,7 @@ _VALUES_LOOKED_AT = 64
 
 @functools.lru_cache(maxsize=4096)
 def kind_of(name: str, place: Place) -> Kind | Literal["about"] | None:
-  """What a key that lines do not have is; "about" for a note about a medium or a mask, None for another one."""
+  """The kind of a key that lines do not have; "about" for a note about a medium or a mask, None for another one."""
   if place == "line" and _NOTES.fullmatch(name):
     return None
   if (_ROLES if place == "line" else _TURN_ROLES).fullmatch(name):
@@ -125,7 +125,7 @@ def nearest(name: str, place: Place) -> str | None:
 
 
 def changes(name: str, value: Any, place: Place, shown: Iterable[str]) -> Kind | None:
-  """What a key would change about what is seen or learned; None if it changes nothing.
+  """The change that a key would make to what is seen or learned; None if it changes nothing.
 
   Args:
     name: the key.

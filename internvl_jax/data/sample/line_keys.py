@@ -167,7 +167,7 @@ def _media(record: dict[str, Any], where: Where) -> dict[str, Any]:
 
 
 def _path_of(entry: Any, key: str, where: Where) -> Any:
-  """What an entry of `images` or `videos` names: a path, or the frames of a video."""
+  """Reads an entry of `images` or `videos`: a path, or the frames of a video."""
   entry = media_of(entry, f"{key[:-1]} of {key!r}", where)
   if isinstance(entry, Content):
     return entry
@@ -256,7 +256,7 @@ def checked_text(record: Mapping[str, Any], key: str, where: Where) -> str:
 
 
 def remedy_of(change: keys.Kind, kind: LineKeys) -> str:
-  """What to do about a key of a line that would change what is seen, learned or said."""
+  """The remedy for a key of a line that would change what is seen, learned or said."""
   return {"media": _MEDIA_REMEDY, "mask": kind.mask_remedy, "roles": kind.roles_remedy}[change]
 
 

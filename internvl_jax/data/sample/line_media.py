@@ -1,4 +1,4 @@
-"""What a line says about its images and its video."""
+"""A line's images and video, as it names them."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -23,7 +23,7 @@ class LineSchema(Protocol):
 
   @property
   def names(self) -> tuple[str, ...]:
-    """What the prompt is called and what each of several answers is called; () for a kind of one conversation."""
+    """Names of the prompt and of each of several answers; () for a kind of one conversation."""
     ...
 
   @property
@@ -33,17 +33,17 @@ class LineSchema(Protocol):
 
   @property
   def longest_name(self) -> str:
-    """What the longest sample, J times data.max_seq_length, is called in messages."""
+    """The name of the longest sample, J times data.max_seq_length, in messages."""
     ...
 
   @property
   def taught_hint(self) -> str:
-    """What to check where nothing is supervised: "that ... and ", or ""."""
+    """The hint where nothing is supervised, on what to check: "that ... and ", or ""."""
     ...
 
   @property
   def facts(self) -> Mapping[str, Any]:
-    """What makes other samples of a line than those of a conversation: JSON values that are true, by name."""
+    """Facts that make other samples of a line than those of a conversation: JSON values that are true, by name."""
     ...
 
   @property

@@ -1,4 +1,4 @@
-"""What is left of the over-long lines of a file under the limits of a run: their pieces, kept beside the sizes.
+"""Pieces of the over-long lines of a file under the limits of a run, kept beside the sizes.
 
 Only lines that exceed the limits are laid out again, so that a change of data.max_seq_length does not cost a pass
 over all data.

@@ -1,4 +1,4 @@
-"""What was decided about a sample's images that changes what is seen: no loss, but told once a dataset."""
+"""Notes on decisions about a sample's images that change what is seen: no loss, but told once a dataset."""
 
 import collections
 from typing import NamedTuple

@@ -82,7 +82,7 @@ class Sample:
 
 
 class _Shape(NamedTuple):
-  """What a sample would be at one size of its images.
+  """The size of a sample at one size of its images.
 
   Attributes:
     chats: its conversations.
@@ -96,7 +96,7 @@ class _Shape(NamedTuple):
 
 
 class _Plan(NamedTuple):
-  """What a sample will be, decided before its pixels are looked at.
+  """The plan of a sample, decided before its pixels are looked at.
 
   Attributes:
     shape: with its images at their size.

@@ -157,7 +157,7 @@ class ChatTokenizer:
 
   @property
   def leading_ids(self) -> list[int]:
-    """What every conversation begins with: the bos token, or nothing."""
+    """The start of every conversation: the bos token, or nothing."""
     return list(self._start)
 
   def lay_out(self, conversations: Sequence[Mapping[str, str]], num_images: int, where: Where) -> Chat:

@@ -44,7 +44,7 @@ def damaged(path: str, what: str, where: Where) -> DataError:
 
 
 class Video(NamedTuple):
-  """What the packets of a file say, f frames in p packets.
+  """The index of a file by its packets, f frames in p packets.
 
   Attributes:
     path: of the file.
@@ -237,7 +237,7 @@ def _picture(frame: Any) -> Picture:
 
 
 class Turn(NamedTuple):
-  """What makes a stored picture upright: rows and columns change places, then it is mirrored.
+  """The orientation that makes a stored picture upright: rows and columns change places, then it is mirrored.
 
   Attributes:
     transpose: the first row becomes the first column.

@@ -34,7 +34,7 @@ _STREAM = 1
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RowCost:
-  """What a training step computes for a row, in units of 1/UNIT of a token's matrix products in the decoder.
+  """The cost of a row in a training step, in units of 1/UNIT of a token's matrix products in the decoder.
 
   Attributes:
     per_tile: the vision tower and the projector.

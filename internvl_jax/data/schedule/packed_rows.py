@@ -85,7 +85,7 @@ class RowStream:
     return self._packer.feed(self._sizes(position, count))
 
   def get_state(self) -> dict[str, Any]:
-    """What the rows to come depend on, as JSON values."""
+    """The state that the rows to come depend on, as JSON values."""
     return self._packer.get_state()
 
   @property
@@ -99,7 +99,7 @@ class RowStream:
     return self._packer.stats
 
   def skipped(self, start: int, stop: int) -> Skipped:
-    """What was passed over between two places of the stream."""
+    """Samples that were passed over between two places of the stream."""
     indices = self._plan.places(start, stop - start).indices
     tokens = self._size_of(indices)[:, 0]
     return Skipped(*(indices[tokens == why] for why in (UNREADABLE, OVER_LONG, UNSUPERVISED)))

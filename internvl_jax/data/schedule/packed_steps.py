@@ -61,7 +61,7 @@ class StepShape:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackedPlan:
-  """What the steps of packed rows are a function of; picklable, for worker processes.
+  """The inputs of the steps of packed rows; picklable, for worker processes.
 
   Attributes:
     order: the stream of samples.
@@ -109,7 +109,7 @@ class PackedSteps(Protocol):
     ...
 
   def skipped(self) -> Skipped:
-    """What was passed over for the step that `next_rows` gave last."""
+    """Samples that were passed over for the step that `next_rows` gave last."""
     ...
 
   def evenness(self) -> Evenness | None:
@@ -117,7 +117,7 @@ class PackedSteps(Protocol):
     ...
 
   def get_state(self) -> dict[str, Any]:
-    """What the steps to come depend on beside their number, as JSON values."""
+    """The state that the steps to come depend on beside their number, as JSON values."""
     ...
 
 
@@ -164,7 +164,7 @@ class StepsAsTheyCome:
     return rows
 
   def skipped(self) -> Skipped:
-    """What the last step's rows passed over."""
+    """Samples that the last step's rows passed over."""
     return self._stream.skipped(self._decided, self._stream.decided)
 
   def evenness(self) -> None:

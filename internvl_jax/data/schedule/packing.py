@@ -57,7 +57,7 @@ _NEVER = np.iinfo(np.int64).max
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PackSettings:
-  """What rows may hold, and how far to look for it.
+  """The budgets of rows, and how far to look for samples.
 
   Attributes:
     max_tokens: tokens of a row.
@@ -159,7 +159,7 @@ class Packer:
     )
 
   def get_state(self) -> dict[str, Any]:
-    """What the rows to come depend on, for JSON: a few integers and the samples that wait."""
+    """The state that the rows to come depend on, for JSON: a few integers and the samples that wait."""
     return {
       "algorithm": ALGORITHM,
       "settings": dataclasses.asdict(self.settings),

@@ -44,7 +44,7 @@ class MicroBatchRows(Protocol):
 
 
 class StepRows(NamedTuple):
-  """What an optimizer step sees.
+  """The rows of an optimizer step.
 
   Attributes:
     rows: the samples of each of its A * R rows, of all hosts.
@@ -110,7 +110,7 @@ class Schedule:
     return int(tokens.max()), int(shards.max())
 
   def fingerprint(self) -> dict[str, int]:
-    """What must be equal for the number of a step to mean the same samples: numbers for a checkpoint, by name."""
+    """Facts that must be equal for the number of a step to mean the same samples: numbers for a checkpoint, by name."""
     return {
       "num_samples": self.num_samples,
       "global_batch": self.shape.rows,
@@ -133,7 +133,7 @@ class Schedule:
     return Cursor(self, step, state)
 
   def packed_plan(self) -> PackedPlan | None:
-    """What packed rows are a function of; None where a row is one sample."""
+    """The inputs of packed rows; None where a row is one sample."""
     if self.packing is None:
       return None
     return PackedPlan(
@@ -178,7 +178,7 @@ class Cursor:
     return None if self._packed is None else self._packed.balance
 
   def get_state(self) -> dict[str, Any] | None:
-    """What the rows to come depend on beside the step, as JSON values; None where that is all."""
+    """The state that the rows to come depend on beside the step, as JSON values; None where that is all."""
     return None if self._packed is None else self._packed.get_state()
 
   def micro_batches(self) -> MicroBatchRows:

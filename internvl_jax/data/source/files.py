@@ -43,7 +43,7 @@ _VERSION_KEYS = (
 
 
 class Status(NamedTuple):
-  """What is at a path.
+  """The status of a path.
 
   Attributes:
     is_folder: it is a folder.
@@ -115,7 +115,7 @@ def absolute(path: str) -> str:
 
 
 def identity(path: str) -> str:
-  """What a cache knows a file by: `absolute`, without what signs a URL anew each time and must not be kept."""
+  """A file's key in caches: `absolute`, without what signs a URL anew each time and must not be kept."""
   return redacted(absolute(path))
 
 
@@ -290,7 +290,7 @@ def _copy_path(folder: str, url: str, version: str) -> str:
 
 
 def _version(info: dict[str, Any]) -> str | None:
-  """What changes with a file's content; None if its server tells nothing that does."""
+  """A file's version, which changes with its content; None if its server tells nothing that does."""
   told = {key.lower(): value for key, value in info.items()}
   found = [f"{key}={told[key]}" for key in _VERSION_KEYS if told.get(key)]
   return " ".join([f"size={told.get('size')}", *found]) if found else None

@@ -11,7 +11,7 @@ _LINES = 10
 
 
 class Format(NamedTuple):
-  """What a file is.
+  """A file's format.
 
   Attributes:
     name: in words, to follow "is".
@@ -24,7 +24,7 @@ class Format(NamedTuple):
   kind: str = ""
 
   def explain(self, path: str) -> str:
-    """What to say about a file of this format."""
+    """The message about a file of this format."""
     jsonl = re.sub(r"(\.jsonl?|\.\w{1,8})+$", "", path) + ".lines.jsonl"
     quoted = {"path": shlex.quote(path), "jsonl": shlex.quote(jsonl)}
     remedy = re.sub(r"\{(path|jsonl)\}", lambda found: quoted[found[1]], self.remedy)
@@ -127,7 +127,7 @@ _MARKUP = re.compile(rb"<(!doctype|html|head|body)\b", re.IGNORECASE)
 
 
 def recognized(file: BinaryIO) -> Format | None:
-  """What a file is if it is no jsonl, and None where that cannot be told; its place stays.
+  """The format of a file that is no jsonl, and None where that cannot be told; its place stays.
 
   A jsonl of which some lines are broken is one still, as long as one of the first begins with `{`.
   """
@@ -153,7 +153,7 @@ def _by_beginning(head: bytes) -> Format | None:
 
 
 def _by_lines(head: bytes, *, whole: bool) -> Format | None:
-  """What text is that is no jsonl, by its first lines."""
+  """The format of text that is no jsonl, by its first lines."""
   lines = [line.rstrip() for line in head.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()][:_LINES]
   if not lines:
     return None
@@ -172,7 +172,7 @@ def _by_lines(head: bytes, *, whole: bool) -> Format | None:
 
 
 def _of_objects(first: bytes, others: list[bytes], *, whole: bool) -> Format | None:
-  """What begins with `{` and is no jsonl."""
+  """The format of text that begins with `{` and is no jsonl."""
   if re.match(rb"\{\s*'", first):
     return _PYTHON_DICTS if all(re.match(rb"\{\s*'", line) for line in others[:-1]) else None
   # The next line of a jsonl is an object of its own; that of a pretty object goes on with this one.

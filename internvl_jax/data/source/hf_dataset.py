@@ -99,7 +99,7 @@ class HfDataset(TableRecords):
     return [entry["filename"] for entry in self._data.cache_files]
 
   def stamp(self) -> tuple[str, int, int, int, int]:
-    """What changes whenever its files do; of one that is in memory alone, what `datasets` tells it by."""
+    """A stamp that changes whenever its files do; of one that is in memory alone, its fingerprint by `datasets`."""
     if self.files():
       return super().stamp()
     return self.path, zlib.crc32(self._data._fingerprint.encode()), len(self), 0, 0

@@ -1,4 +1,4 @@
-"""What is asked of an annotation file."""
+"""The interface of an annotation file."""
 
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -56,7 +56,7 @@ class Records(Protocol):
     ...
 
   def stamp(self) -> tuple[str, int, int, int, int]:
-    """What changes whenever the file is written to, put back or replaced: path, inode, size and two dates."""
+    """A stamp of the file, which changes whenever it is written to, put back or replaced: path, inode, size and two dates."""
     ...
 
   def check_unchanged(self) -> None:

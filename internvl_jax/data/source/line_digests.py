@@ -21,7 +21,7 @@ _HEX = 16
 
 
 class Digests(NamedTuple):
-  """What the first lines of a file are.
+  """Digests of the first lines of a file.
 
   Attributes:
     lines: how many.
@@ -101,7 +101,7 @@ def _read(file: Records, lines: int, block: int) -> Digests:
 
 
 def _known(path: pathlib.Path) -> str | None:
-  """What the cache has; None if it is not there, or is not as it was written."""
+  """The cached digests; None if there are none, or they are not as they were written."""
   try:
     content = json.loads(path.read_text(encoding="ascii"))
     text = content["digests"]

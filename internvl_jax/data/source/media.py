@@ -50,7 +50,7 @@ _LEAST_BASE64 = 64
 
 
 def name_of(media: Media) -> str:
-  """What errors call an image or a video."""
+  """The name of an image or a video in errors."""
   return media if isinstance(media, str) else media.name
 
 
@@ -96,7 +96,7 @@ def is_media(value: object) -> bool:
 
 
 def media_of(value: Any, what: str, where: Where) -> Any:
-  """What a value of a record holds: a path or URL, or the bytes of a file, in any of the ways in which tables say them.
+  """Reads a value of a record: a path or URL, or the bytes of a file, in any of the ways in which tables say them.
 
       {"bytes": b"...", "path": "a.jpg"}, b"...", "data:image/png;base64,iVBOR...", "iVBORw0KGgo..." -> Content
       {"path": "a.jpg"}, {"url": "a.jpg"} -> "a.jpg"

@@ -34,7 +34,7 @@ READERS: dict[str, Callable[[BinaryIO], Any]] = {
   "xz": lzma.LZMAFile,
   "zstd": _zstd,
 }
-"""What unpacks a file, by the format's name."""
+"""Functions that decompress a file, by the format's name."""
 
 # What the readers raise of a damaged file; zstandard has an exception of its own.
 _DAMAGED = (OSError, EOFError, lzma.LZMAError, ValueError)

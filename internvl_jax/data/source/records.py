@@ -107,7 +107,7 @@ def kind_of(path: str, key: str = "annotation", local: str | None = None) -> Kin
 
 
 def _format_of(local: str) -> str:
-  """What a file is by its first bytes, or a folder by its files; "" where that is not known, or is jsonl."""
+  """The kind of a file by its first bytes, or of a folder by its files; "" where that is not known, or is jsonl."""
   if os.path.isdir(local):
     return "saved dataset" if hf_dataset.is_saved(local) else ""
   try:

@@ -48,7 +48,7 @@ class SeveralFiles:
 
   @property
   def kind(self) -> str:
-    """What such files are called, and how many they are."""
+    """The kind of the files, as the log calls it, and how many there are."""
     return f"{len(self.parts)} x {self.parts[0].kind}"
 
   def __len__(self) -> int:
@@ -110,7 +110,7 @@ class SeveralFiles:
     return hashlib.sha256("".join(part.digest() for part in self.parts).encode()).hexdigest()
 
   def stamp(self) -> tuple[str, int, int, int, int]:
-    """What changes whenever a file is written to, put back or replaced."""
+    """A stamp of all files, which changes whenever one is written to, put back or replaced."""
     stamps = [part.stamp() for part in self.parts]
     names = zlib.crc32(repr([(path, inode) for path, inode, *_ in stamps]).encode())
     sizes, *dates = zip(*(stamp[2:] for stamp in stamps), strict=True)

@@ -210,7 +210,7 @@ class Index:
     self._flush(self._marks)
 
   def records_of(self, block: int) -> np.ndarray:
-    """What is known of a block's lines."""
+    """The sizes of a block's lines, as far as they are known."""
     return self._records[block * BLOCK : block * BLOCK + self.length(block)]
 
   def marks(self, missing: list[int]) -> np.ndarray:
@@ -230,7 +230,7 @@ class Index:
     return np.flatnonzero((self._records["tiles"] > 0) & self._known(missing))
 
   def record(self, line: int) -> np.void:
-    """What is known of a line."""
+    """The size of a line, as far as it is known."""
     return self._records[line]
 
   def all_blocks(self) -> list[int]:

@@ -197,7 +197,7 @@ class RecordFile:
       raise self._unreadable(error) from error
 
   def stamp(self) -> tuple[str, int, int, int, int]:
-    """What changes whenever the file is written to, put back or replaced: path, inode, size and dates.
+    """A stamp of the file, which changes whenever it is written to, put back or replaced: path, inode, size and dates.
 
     Raises:
       DataError: the file cannot be read.

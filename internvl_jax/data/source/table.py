@@ -113,7 +113,7 @@ class TableRecords:
     return self._sha256(0, len(self))
 
   def stamp(self) -> tuple[str, int, int, int, int]:
-    """What changes whenever a file of it is written to, put back or replaced."""
+    """A stamp of its files, which changes whenever one is written to, put back or replaced."""
     try:
       found = [os.stat(path) for path in self.files()]
     except OSError as error:

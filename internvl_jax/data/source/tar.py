@@ -59,13 +59,13 @@ class Member(NamedTuple):
 
   @property
   def key(self) -> str:
-    """What all members of a record are called, up to the first dot of the file's name."""
+    """The key of a record, which all of its members' names begin with: up to the first dot of the file's name."""
     folder, slash, name = self.name.rpartition("/")
     return f"{folder}{slash}{name.partition('.')[0]}"
 
   @property
   def suffix(self) -> str:
-    """What follows that dot, in small letters."""
+    """The member's extension, which follows that dot, in small letters."""
     return self.name.rpartition("/")[2].partition(".")[2].lower()
 
 

@@ -61,7 +61,7 @@ DIED = (
   "lower training.dataloader_num_workers or loader.prefetch, or find the file that kills it: "
   "python -m internvl_jax.doctor"
 )
-"""What to tell the user where a worker has ended by itself."""
+"""The message for the user where a worker has ended by itself."""
 
 
 def prepare_for_workers() -> None:
