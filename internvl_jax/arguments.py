@@ -336,6 +336,9 @@ class EvalConfig:
   limit: int | None = None
   # Write so many questions, drawn by training.seed, with pictures and answers at every evaluation; -1: all.
   show: int = 0
+  # Which tiles an InternVL3.5-Flash gives a quarter of the tokens when it answers: "auto" by the thresholds of its
+  # config.json, "all", "none", or the relative and the absolute threshold, "0.3,0.5".
+  compress: str = "auto"
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

@@ -284,11 +284,13 @@ def _best_model_problems(config: TrainConfig, strategy: str) -> Iterator[str]:
 
 
 def _set_problems(config: EvalConfig) -> Iterator[str]:
-  """What is wrong with the held-out sets, as far as that is known without the network."""
+  """What is wrong with the held-out sets and how they are asked, as far as that is known without the network."""
   # Imported late: it brings `data/` along, for which `--help` should not wait.
+  from internvl_jax.eval.compression import read_rule
   from internvl_jax.eval.sets import is_remote_json, read_sets
 
   try:
+    read_rule(config.compress, "eval.compress")
     if not is_remote_json(config.annotation or ""):
       read_sets(config)
   except UserError as error:

@@ -36,6 +36,11 @@ _GROUP_FIELD = flags.DEFINE_string("group_field", None, "Field of the lines to r
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Questions answered at once.", lower_bound=1)
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Longest answer in tokens.", lower_bound=1)
 _LIMIT = flags.DEFINE_integer("limit", None, "Score the first so many questions only.", lower_bound=1)
+_COMPRESS = flags.DEFINE_string(
+  "compress",
+  "auto",
+  "Tiles that an InternVL3.5-Flash compresses: auto (by its config.json), all, none, or its two thresholds (0.3,0.5).",
+)
 _BF16 = flags.DEFINE_bool("bf16", False, "Compute in bfloat16.")
 _DEVICES = flags.DEFINE_integer(
   "devices", 1, "Devices that share the weights, heads and the key-value cache.", lower_bound=1
@@ -57,6 +62,7 @@ def main(argv: Sequence[str]) -> None:
     batch_size=_BATCH_SIZE.value,
     max_new_tokens=_MAX_NEW_TOKENS.value,
     limit=_LIMIT.value,
+    compress=_COMPRESS.value,
   )
   if models := sweep.models_in(path_of(_MODEL.value)):
     found = sweep.score_models(models, config, output, bf16=_BF16.value, devices=_DEVICES.value)

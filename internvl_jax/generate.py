@@ -57,6 +57,11 @@ _MAX_TILES = flags.DEFINE_integer(
 _FRAMES = flags.DEFINE_integer(
   "frames", None, "Frames of each video; what training takes at most if unset.", lower_bound=1
 )
+_COMPRESS = flags.DEFINE_string(
+  "compress",
+  "auto",
+  "Tiles that an InternVL3.5-Flash compresses: auto (by its config.json), all, none, or its two thresholds (0.3,0.5).",
+)
 _BF16 = flags.DEFINE_bool("bf16", False, "Compute in bfloat16.")
 _DEVICES = flags.DEFINE_integer(
   "devices", 1, "Devices that share the weights, heads and the key-value cache.", lower_bound=1
@@ -88,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
 
 _SETTINGS = (
   *("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed"),
-  *("max_tiles", "frames"),
+  *("max_tiles", "frames", "compress"),
 )
 """Flags that are settings of answers by the same names."""
 

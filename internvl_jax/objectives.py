@@ -50,6 +50,7 @@ class ForwardPass:
     all_gather: see `normalized_weights`.
     router_loss_coef: weight of the routers' load-balancing loss; 0 is off.
     fused_loss: logits are made in chunks and never together; False is the plain way, to check it by.
+    both_features: pools have the features of compressed tiles, too, which takes a Flash; see `InternVL.extract_features`.
   """
 
   model: ModelDef[InternVL]
@@ -61,6 +62,7 @@ class ForwardPass:
   all_gather: bool = False
   router_loss_coef: float = 0.0
   fused_loss: bool = True
+  both_features: bool = False
 
   def initial_running(self) -> Running:
     """The statistics before the first batch: none, by default."""
@@ -106,7 +108,10 @@ class ForwardPass:
   def features(
     self, model: InternVL, tiles: UInt8[Array, "D T H W 3"], key: Key[Array, ""] | None
   ) -> Float[Array, "D Q E"]:
-    """Features [D, T*P, E] of a pool of tiles [D, T, H, W, 3]; an empty pool runs no ViT, no key drops nothing."""
+    """Features [D, T*P, E] of a pool of tiles [D, T, H, W, 3]; an empty pool runs no ViT, no key drops nothing.
+
+    With `both_features` they are [D, T*(P+Q), E].
+    """
     D, T = tiles.shape[:2]
     if T == 0:
       return jnp.zeros((D, 0, 0), self.how.dtype)
@@ -119,7 +124,11 @@ class ForwardPass:
     tiles = constrain(tiles.reshape(-1, *tiles.shape[2:]), "tiles", None, None, None)
     pixels = normalize_tiles(tiles, self.normalize_type)
     features = model.extract_features(
-      pixels, self.how, drop_path=drop_path, dropout_key=dropout_key if self.dropout else None
+      pixels,
+      self.how,
+      drop_path=drop_path,
+      dropout_key=dropout_key if self.dropout else None,
+      both=self.both_features,
     )
     return constrain(features.reshape(D, -1, features.shape[-1]), "rows", "tokens", None)
 

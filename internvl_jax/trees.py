@@ -58,7 +58,7 @@ def count(tree: Mapping[str, Any]) -> int:
 
 
 def submodule_of(path: str) -> str:
-  """Which of the model's three parts a parameter belongs to: vision_model, mlp1 or language_model."""
+  """Which of the model's parts a parameter belongs to: vision_model, mlp1, language_model, or one of `flash.PARTS`."""
   return path.split(".", 1)[0]
 
 

@@ -56,6 +56,7 @@ ONLY_WITH: dict[str, tuple[str, ...]] = {
   "eval.max_new_tokens": ("eval.annotation",),
   "eval.limit": ("eval.annotation",),
   "eval.show": ("eval.annotation",),
+  "eval.compress": ("eval.annotation",),
   "runtime.remat_policy": _REMAT,
   "training.metric_for_best_model": ("training.load_best_model_at_end",),
   "training.greater_is_better": ("training.load_best_model_at_end",),

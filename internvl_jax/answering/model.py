@@ -2,14 +2,16 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 from absl import logging
 
 from internvl_jax.answering.prompts import ImageLike, Prompter, Question, VideoLike
 from internvl_jax.errors import UserError
+from internvl_jax.eval.compression import AUTO, read_rule
 from internvl_jax.eval.greedy import GreedyDecoder, Prompt
+from internvl_jax.eval.routing import make_router
 from internvl_jax.eval.sampling import Sampling, make_decoder
 from internvl_jax.inference import Inference
 
@@ -33,6 +35,8 @@ class Settings(TypedDict, total=False):
     seed: of the draws.
     max_tiles: of each image at most, its thumbnail not counted; by default as in training.
     frames: of each video; by default what training takes at most.
+    compress: which tiles an InternVL3.5-Flash gives a quarter of the tokens: "auto" by its config.json's thresholds, "all",
+      "none", or the relative and the absolute threshold, "0.3,0.5".
   """
 
   max_new_tokens: int
@@ -43,6 +47,7 @@ class Settings(TypedDict, total=False):
   seed: int
   max_tiles: int
   frames: int
+  compress: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +58,7 @@ class How:
   max_new_tokens: int | None = None
   max_tiles: int | None = None
   frames: int | None = None
+  compress: str = AUTO
 
   @classmethod
   def of(cls, settings: Settings) -> "How":
@@ -62,8 +68,9 @@ class How:
       raise UserError(f"{', '.join(sorted(unknown))}: no such setting of answers; there are {known}")
     sampling = Sampling(**{name: value for name, value in settings.items() if name in fields})  # pyright: ignore[reportArgumentType]
     others = {name: value for name, value in settings.items() if name not in fields}
+    read_rule(settings.get("compress", AUTO))
     for name, value in others.items():
-      if not isinstance(value, int) or value < 1:
+      if name != "compress" and (not isinstance(value, int) or value < 1):
         raise UserError(f"{name}={value}: must be a whole number from 1")
     return cls(sampling=sampling, **others)  # pyright: ignore[reportArgumentType]
 
@@ -160,20 +167,24 @@ class Model:
   def decoder(self, how: How, batch_size: int) -> GreedyDecoder:
     """What answers prompts."""
     opened = self._opened
+    forward: dict[str, Any] = {
+      "model": opened.source.model,
+      "how": opened.how,
+      "normalize_type": opened.data.normalize_type,
+      "image_token_id": opened.tokenizer.image_token_id,
+    }
     return make_decoder(
       how.sampling,
       opened.source.config.text.vocab_size,
-      model=opened.source.model,
-      how=opened.how,
-      normalize_type=opened.data.normalize_type,
-      image_token_id=opened.tokenizer.image_token_id,
+      **forward,
+      router=make_router(opened.source.config, how.compress, **forward),
       stop_ids=opened.stop_ids,
       max_new_tokens=how.max_new_tokens or min(opened.max_new_tokens or _USUAL_LONGEST, _LONGEST),
       batch_size=batch_size,
     )
 
   def decode(self, prompts: Sequence[Prompt], decoder: GreedyDecoder) -> list[str]:
-    """The answers to prompts; says which have ended unusually."""
+    """The answers to prompts; says which have ended unusually, and how many tiles were compressed."""
     found = decoder(self._opened.params, prompts)
     self._tell_ends(decoder, found)
     return [self._text(ids) for ids in found]
@@ -181,6 +192,8 @@ class Model:
   def _tell_ends(self, decoder: GreedyDecoder, answers: Sequence[np.ndarray]) -> None:
     for line in decoder.unusual_ends(answers):
       logging.warning("%s", line)
+    if decoder.router and (counts := decoder.router.take_counts()):
+      logging.info("%s", counts.line())
 
   def _text(self, ids: np.ndarray) -> str:
     return self._opened.tokenizer.decode_answer(ids).strip()

@@ -14,6 +14,8 @@ OTHER = "optimizer and other"
 PARTS: Mapping[str, str] = {
   "vision_model": "ViT",
   "mlp1": "projector",
+  "mlp2": "projector",
+  "tile_router": "router",
   "language_model": "LLM",
   "lm_head": "head",
   "embed": "embeddings",

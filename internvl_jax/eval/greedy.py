@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from internvl_jax.batch import NO_IMAGE
 from internvl_jax.eval.embedding import embed_rows, pool_tiles
+from internvl_jax.eval.routing import TileRouter
 from internvl_jax.models.decoder import KVCache
 from internvl_jax.models.functional import ModelDef
 from internvl_jax.models.internvl import Execution, InternVL
@@ -88,6 +90,7 @@ class GreedyDecoder:
     stop_ids: ids that end an answer, each by itself.
     max_new_tokens: N.
     batch_size: B; a smaller last batch is filled up.
+    router: chooses the tiles that a Flash compresses; None: no tile is.
   """
 
   model: ModelDef[InternVL]
@@ -97,6 +100,7 @@ class GreedyDecoder:
   stop_ids: tuple[int, ...]
   max_new_tokens: int = dataclasses.field(compare=False)
   batch_size: int = dataclasses.field(compare=False)
+  router: TileRouter | None = dataclasses.field(default=None, compare=False)
 
   def __call__(self, params: dict[str, jax.Array], prompts: Sequence[Prompt]) -> list[np.ndarray]:
     """The answers' token ids, without the token that ended them."""
@@ -122,11 +126,9 @@ class GreedyDecoder:
       group: the prompts, B or fewer.
       longest: the most tokens at a time.
     """
-    mesh, padded = rules.mesh_of(params), self._pad(group)
-    length, made = padded[0].shape[1], 0
-    slots = rounded_up(length + min(self.max_new_tokens, ROOM))
+    mesh, made = rules.mesh_of(params), 0
     with rules.scope(mesh):
-      state = self._prefill(params, *padded, self.begin(group), slots=slots)
+      length, state = self._read(params, group)
     while made < self.max_new_tokens:
       count = min(self.max_new_tokens - made, longest)
       with rules.scope(mesh):
@@ -166,15 +168,26 @@ class GreedyDecoder:
       )
     return lines
 
-  def _pad(self, group: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """input_ids and segment_ids [B, S], tiles [T, H, W, 3] of all rows in order."""
-    length = rounded_up(max(len(prompt.input_ids) for prompt in group))
-    ids = np.zeros((self.batch_size, length), np.int32)
-    segments = np.zeros((self.batch_size, length), np.int32)
-    for row, prompt in enumerate(group):
-      ids[row, length - len(prompt.input_ids) :] = prompt.input_ids
-      segments[row, length - len(prompt.input_ids) :] = 1
-    return ids, segments, pool_tiles([prompt.tiles for prompt in group])
+  def _read(self, params: dict[str, jax.Array], group: Sequence[Prompt]) -> tuple[int, Decoding]:
+    """The length S of a batch's padded rows, and the rows with their prompts read."""
+    ids, tiles = [prompt.input_ids for prompt in group], [prompt.tiles for prompt in group]
+    if self.router is not None and any(map(len, tiles)):
+      ids, index, features = self.router(params, ids, tiles)
+      program, images = self._prefill_routed, (self._pad(index, NO_IMAGE), features)
+    else:
+      program, images = self._prefill, (pool_tiles(tiles),)
+    rows, segments = self._pad(ids, 0), self._pad([np.ones_like(row) for row in ids], 0)
+    length = rows.shape[1]
+    slots = rounded_up(length + min(self.max_new_tokens, ROOM))
+    return length, program(params, rows, segments, *images, self.begin(group), slots=slots)
+
+  def _pad(self, rows: Sequence[np.ndarray], empty: int) -> np.ndarray:
+    """Numbers of rows, padded on the left to int32 [B, S]."""
+    length = rounded_up(max(map(len, rows)))
+    out = np.full((self.batch_size, length), empty, np.int32)
+    for row, values in enumerate(rows):
+      out[row, length - len(values) :] = values
+    return out
 
   @functools.partial(jax.jit, static_argnums=0, static_argnames="slots")
   def _prefill(self, params, input_ids, segment_ids, tiles, draw, *, slots: int) -> Decoding:
@@ -189,6 +202,19 @@ class GreedyDecoder:
       image_token_id=self.image_token_id,
       normalize_type=self.normalize_type,
     )
+    return self._start(model, x, segment_ids, draw, slots)
+
+  @functools.partial(jax.jit, static_argnums=0, static_argnames="slots")
+  def _prefill_routed(
+    self, params, input_ids, segment_ids, image_index, features, draw, *, slots: int
+  ) -> Decoding:
+    """`_prefill` of rows whose tiles have features already: [1, Q, D], into which `image_index` [B, S] points."""
+    model = self.model.bind(params)
+    x = model.embed(input_ids, image_index, features, self.how)
+    return self._start(model, x, segment_ids, draw, slots)
+
+  def _start(self, model: InternVL, x: jax.Array, segment_ids: jax.Array, draw: Any, slots: int) -> Decoding:
+    """The rows by their embeddings x [B, S, D]."""
     positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
     hidden, cache = model.language_model.model.prefill(
       x, positions=positions, segment_ids=segment_ids, kernels=self.how.kernels
@@ -197,7 +223,7 @@ class GreedyDecoder:
     real = segment_ids.max(axis=1)
     return Decoding(
       cache=cache.with_slots(slots),
-      offset=jnp.int32(input_ids.shape[1]),
+      offset=jnp.int32(segment_ids.shape[1]),
       token=token,
       position=positions[:, -1] + 1,
       real=real,

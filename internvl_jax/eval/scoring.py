@@ -23,6 +23,7 @@ from internvl_jax.eval.loss import HeldOutLoss, TokenLoss
 from internvl_jax.eval.metrics import LOSS, METRICS
 from internvl_jax.eval.metrics.answered import Answered
 from internvl_jax.eval.questions import Asked, QuestionFile, open_questions
+from internvl_jax.eval.routing import Counts, make_router
 from internvl_jax.eval.sets import EvalSet
 from internvl_jax.eval.shown import Picture, Shown, chosen_lines
 from internvl_jax.hf.model import Source
@@ -76,6 +77,9 @@ class Question:
     )
 
 
+SAVED = "image_tokens_saved"
+"""What the share of image tokens that compressed tiles save is called beside the metrics."""
+
 _NO_PROMPT = Prompt(np.zeros(0, np.int32), np.zeros((0, 0, 0, 3), np.uint8))
 
 
@@ -95,6 +99,7 @@ class Scores:
     predictions: every answer given, as a line of predictions.jsonl.
     shown: the samples that are shown.
     start: scores that they are compared with, those of the model that a run began with, by their names in the log.
+    routed: how many tiles a Flash compressed; None where none was routed.
   """
 
   asked: EvalSet
@@ -104,11 +109,19 @@ class Scores:
   predictions: list[dict[str, Any]]
   shown: list[Shown]
   start: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  routed: Counts | None = None
 
   def summary(self) -> dict[str, Any]:
     """Everything but the single answers, for eval_results.json."""
     by_group = {name: {**group, **self._changes(name)} for name, group in self.by_group.items()}
-    return {**self.metrics, **self._changes(), "num_questions": self.num_questions, "by_group": by_group}
+    saved = {} if self.routed is None else {SAVED: self.routed.saved}
+    return {
+      **self.metrics,
+      **self._changes(),
+      "num_questions": self.num_questions,
+      "by_group": by_group,
+      **saved,
+    }
 
   def for_log(self) -> dict[str, float]:
     """The metrics by their names in the log: eval_<set>/<metric>, and eval_<set>/<metric>_<group>.
@@ -120,7 +133,7 @@ class Scores:
       values = self._values(name)
       found |= {self._logged(metric, name): value for metric, value in values.items()}
       found |= {self._logged(metric, name): value for metric, value in self._changes(name).items()}
-    return found
+    return found if self.routed is None else {**found, self._logged(SAVED, None): self.routed.saved}
 
   def line(self) -> str:
     """The metrics as a text."""
@@ -274,6 +287,9 @@ class Evaluation:
       # Only what the report needs is kept: the tiles of a large set would not fit.
       questions += [dataclasses.replace(question, prompt=_NO_PROMPT) for question in group]
     scores = score(file.asked, questions, answers, losses, start_scores)
+    if (router := self.decoder.router) and (counts := router.take_counts()):
+      logging.info("%s", counts.line())
+      scores = dataclasses.replace(scores, routed=counts)
     name = f" of {file.asked.name}" if file.asked.label else ""
     seconds = time.perf_counter() - start
     logging.info("Scored %d questions%s in %.0f s: %s", len(questions), name, seconds, scores.line())
@@ -340,7 +356,7 @@ def make_evaluation(
   """The evaluation that a config asks for; None if it names no annotation.
 
   Args:
-    config: what to score.
+    config: what to score, and which tiles a Flash compresses.
     data: tile, length and pixel settings of the questions.
     source: the model's definition.
     tokenizer: of prompts and answers.
@@ -357,12 +373,15 @@ def make_evaluation(
     "image_token_id": tokenizer.image_token_id,
     "batch_size": config.batch_size,
   }
+  router = make_router(
+    source.config, config.compress, **{name: value for name, value in forward.items() if name != "batch_size"}
+  )
   stops = tuple(dict.fromkeys((tokenizer.stop_token_id, *stop_ids)))
   sets = open_questions(config, data, tokenizer, source.config.tokens_per_tile)
   return Evaluation(
     sets=sets,
     tokenizer=tokenizer,
-    decoder=GreedyDecoder(**forward, stop_ids=stops, max_new_tokens=config.max_new_tokens),
+    decoder=GreedyDecoder(**forward, stop_ids=stops, max_new_tokens=config.max_new_tokens, router=router),
     loss=HeldOutLoss(**forward),
     shown_lines=tuple(chosen_lines(questions.limit, config.show, seed) for questions in sets),
   )

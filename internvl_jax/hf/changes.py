@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from internvl_jax.errors import UserError
+from internvl_jax.hf import flash
 from internvl_jax.models.internvl import InternVLConfig
 from internvl_jax.models.lora import LoRASpec
 
@@ -56,7 +57,8 @@ def changed(
   """
   image_size = changes.image_size or config.vision.image_size
   ratio = changes.downsample_ratio or config.downsample_ratio
-  _check_tile(image_size, config.vision.patch_size, ratio)
+  # A Flash merges the patches a second time.
+  _check_tile(image_size, config.vision.patch_size, ratio, times=1 if config.flash is None else 2)
   vision = dataclasses.replace(
     config.vision,
     image_size=image_size,
@@ -77,9 +79,11 @@ def changed(
     select_layer=select_layer,
     downsample_ratio=ratio,
     ps_version=changes.ps_version or config.ps_version,
+    flash=config.flash,
     quantize=changes.quantize,
   )
   _check_select_layer(made)
+  flash.check_sizes(made)
   return made
 
 
@@ -90,13 +94,14 @@ def _check_select_layer(config: InternVLConfig) -> None:
     raise UserError(str(error)) from None
 
 
-def _check_tile(image_size: int, patch_size: int, ratio: float) -> None:
+def _check_tile(image_size: int, patch_size: int, ratio: float, *, times: int) -> None:
   # Pixel shuffle merges squares of patches, so a tile's side must hold a whole number of them.
   merged = round(1 / ratio)
   if abs(merged * ratio - 1) > 1e-6:
     raise UserError(
       f"data.down_sample_ratio={ratio:g} merges no whole number of patches; use 0.5, which all published models have"
     )
+  merged **= times
   step = merged * patch_size
   if image_size % step:
     raise UserError(

@@ -86,13 +86,16 @@ TEXT = _of(str, "text")
 OBJECT = _of(dict, "an object")
 NOTHING = Kind("null", lambda value: value is None)
 OFF = Kind("false", lambda value: value is False)
+SHARE = Kind(
+  "a number from 0 to 1",
+  lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1,
+)
 
 _SIZE = integer(1, 2**20)
 _COUNT = integer(1, 1024)
 _LENGTH = integer(2, 2**31 - 1)
 _LAYERS = integer(1, 512)
 _EPSILON = number(0, 1)
-_SHARE = Kind("a number from 0 to 1", lambda value: isinstance(value, int | float) and 0 <= value <= 1)
 _FACTOR = number(0, 1e6)
 _SIDE = integer(1, 2048)
 _TILES = integer(1, 4096)
@@ -275,7 +278,7 @@ ADAPTER: Table = {
     lambda value: isinstance(value, dict) and all(number(0, 1e6).holds(one) for one in value.values()),
   )
   | NOTHING,
-  "lora_dropout": _SHARE,
+  "lora_dropout": SHARE,
   "use_dora": FLAG,
   "use_rslora": FLAG,
 }

@@ -11,7 +11,7 @@ from absl import logging
 from flax import nnx
 
 from internvl_jax.errors import UserError
-from internvl_jax.hf import adapted, dtypes, embeddings, hub, peft, tables, towers, weights
+from internvl_jax.hf import adapted, dtypes, embeddings, flash, hub, peft, tables, towers, weights
 from internvl_jax.hf import model_config as config_io
 from internvl_jax.hf.changes import UNCHANGED, Changes, changed
 from internvl_jax.hf.embeddings import EMBEDDING, HEAD
@@ -215,20 +215,14 @@ def open_source(name: str | Path, changes: Changes = UNCHANGED, *, with_weights:
   )
 
 
-# What an InternVL3.5-Flash has beside the usual tensors.
-_FLASH = ("mlp2.", "gating.", "pooling_before_gating.")
-
-
 def _check_kind(checkpoint: Checkpoint, raw: Mapping[str, Any]) -> None:
-  """Refuses tensors that no table could name: of quantized weights, or of a model of another kind.
+  """Refuses tensors that no table could name: those of quantized weights.
 
   Raises:
     UserError: it names one of them.
   """
   said = config_io.quantization(raw) if raw else None
   dtypes.refuse_quantized(checkpoint.types, checkpoint.key, checkpoint.where, said)
-  if flash := [name for name in checkpoint.shapes if name.removeprefix("model.").startswith(_FLASH)]:
-    config_io.refuse_flash(f"{checkpoint.where[flash[0]]}: holds the tensor {checkpoint.key(flash[0])}")
 
 
 def source_of_config(raw: Mapping[str, Any], changes: Changes = UNCHANGED) -> Source:
@@ -344,6 +338,7 @@ def _make_source(stored: _Stored, changes: Changes, *, untie: bool = False) -> S
   table = layout.table(config_io.family_of(raw), config)
   if checkpoint is not None:
     _drop_buffers(checkpoint)
+    flash.check_tensors(checkpoint, config)
     table = tables.packed(table, checkpoint.shapes)
   tied = embeddings.is_tied(raw, checkpoint, table)
   if tied and untie:
@@ -363,6 +358,8 @@ def _make_source(stored: _Stored, changes: Changes, *, untie: bool = False) -> S
   drawn = {path for path in model.shapes if submodule_of(path) in stored.lacking}
   drawn |= {path for path in lora.adapter_paths(model.shapes) if submodule_of(path) not in stored.adapters}
   if checkpoint is not None:
+    if config.flash is not None:
+      flash.check_fit(checkpoint, table, model.shapes, drawn)
     placed = select(model.shapes, lora.adapter_paths(model.shapes) - drawn)
     adapted.check_places(checkpoint, {path: leaf.shape for path, leaf in placed.items()}, table)
   adapted.check_targets(model, {part: spec for part, spec in specs.items() if spec is not None})

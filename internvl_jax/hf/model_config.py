@@ -8,10 +8,10 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from internvl_jax.errors import UserError
-from internvl_jax.hf import entries, tables, towers
+from internvl_jax.hf import entries, flash, tables, towers
 from internvl_jax.hf.families import FAMILIES, Family, complete, transformers_defaults
 from internvl_jax.hf.files import read_json, shown
 from internvl_jax.models.checkpoint_names import Row
@@ -64,7 +64,15 @@ class Layout:
       if family.as_llama is None:
         raise UserError(f"the hf layout has no form for {family.architecture}; write the internvl layout")
       language = family.as_llama(config.text)
-    return [*towers.form_of(config.vision, self.name).table(config.vision), *self.projector, *language]
+    if config.flash is not None and self is HF:
+      raise flash.refuse("config.json")
+    router = flash.TABLE if config.flash is not None else []
+    return [
+      *towers.form_of(config.vision, self.name).table(config.vision),
+      *self.projector,
+      *router,
+      *language,
+    ]
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -140,13 +148,11 @@ def model_config(config: Config) -> InternVLConfig:
   """
   family_of(config)
   layout = layout_of(config)
-  entries.check("config.json: ", config, entries.MODEL)
+  entries.check("config.json: ", config, entries.MODEL | flash.ENTRIES)
   entries.check("config.json: vision_config.", config["vision_config"], entries.VISION)
   low, high = (config.get(f"{name}_dynamic_patch") for name in ("min", "max"))
   if low and high and low > high:
     raise UserError(f"config.json: min_dynamic_patch={low} is above max_dynamic_patch={high}")
-  if flash := [name for name in config if name.startswith("flash_") and config[name]]:
-    refuse_flash(f"config.json says {flash[0]}={shown(config[flash[0]])}")
   for path, method in _quantizations(config).items():
     if method not in (None, "mxfp4"):
       raise UserError(
@@ -163,14 +169,6 @@ def model_config(config: Config) -> InternVLConfig:
       f"num_attention_heads={model.vision.num_heads}"
     )
   return model
-
-
-def refuse_flash(found: str) -> NoReturn:
-  """Refuses InternVL3.5-Flash, whose router sends tiles to one of two projectors."""
-  raise UserError(
-    f"{found}: this is an InternVL3.5-Flash, which is not supported yet; take the InternVL3.5 of the same size without "
-    "-Flash"
-  )
 
 
 def quantization(config: Config) -> str | None:
@@ -218,6 +216,7 @@ def _internvl_model(config: Config, text: DecoderConfig) -> InternVLConfig:
     select_layer=config.get("select_layer", -1),
     downsample_ratio=config["downsample_ratio"],
     ps_version=config.get("ps_version", "v1"),
+    flash=flash.read(config),
   )
 
 
@@ -249,6 +248,8 @@ _HF_CONSTANTS = {"projector_hidden_act": "gelu", "vision_feature_select_strategy
 
 def _hf_model(config: Config, text: DecoderConfig) -> InternVLConfig:
   _check_constants("", config, _HF_CONSTANTS)
+  if flash.read(config) is not None:
+    raise flash.refuse("config.json says flash_mode=True")
   return InternVLConfig(
     vision=vision_config(config["vision_config"], "hf"),
     text=text,
@@ -319,6 +320,7 @@ def written_config(
       "select_layer": model.select_layer,
       "downsample_ratio": model.downsample_ratio,
       "ps_version": model.ps_version,
+      **flash.written(model),
       "tie_word_embeddings": tied,
       "use_backbone_lora": 0,
       "use_llm_lora": 0,

@@ -391,6 +391,26 @@ def _blame(checkpoint: Checkpoint, cell: np.ndarray, dtype: Any) -> NoReturn:
 
 def _check(checkpoint: Checkpoint, names: Mapping[str, Names], shapes: Mapping[str, Any]) -> None:
   """Raises with all that does not fit."""
+  problems = _misfits(checkpoint, names, shapes, checkpoint.shapes)
+  if len(problems) > TOLD:
+    problems = [*problems[:TOLD], f"and {len(problems) - TOLD} more"]
+  if problems:
+    raise UserError(
+      "\n".join([f"{checkpoint.place}: the checkpoint does not fit the model of its config.json:", *problems])
+    )
+
+
+def misfits(
+  checkpoint: Checkpoint, table: Sequence[Row], shapes: Mapping[str, Any], keys: Iterable[str]
+) -> list[str]:
+  """What does not fit, a text each: parameters without a tensor of their shape, and tensors of `keys` without a parameter."""
+  names = {path: names_of(path, leaf.shape, table) for path, leaf in shapes.items()}
+  return _misfits(checkpoint, names, shapes, keys)
+
+
+def _misfits(
+  checkpoint: Checkpoint, names: Mapping[str, Names], shapes: Mapping[str, Any], keys: Iterable[str]
+) -> list[str]:
   found, problems, used = checkpoint.shapes, [], set()
   for path, place in names.items():
     inner = shapes[path].shape[place.lead :]
@@ -403,17 +423,8 @@ def _check(checkpoint: Checkpoint, names: Mapping[str, Names], shapes: Mapping[s
           problems.append(f"missing: {key} (wanted for {path} {inner})")
         elif found[key] != shape and not _resizes(place.row, found[key], inner):
           problems.append(f"mis-shaped: {key} is {found[key]}, expected {shape} for {path}")
-  left = sorted(set(found) - used)
-  problems += [
-    f"left over: {key[:200]} {found[key]} fits no parameter of the model" for key in left[: TOLD + 1]
-  ]
-  count = len(problems) + len(left[TOLD + 1 :])
-  if count > TOLD:
-    problems = [*problems[:TOLD], f"and {count - TOLD} more"]
-  if problems:
-    raise UserError(
-      "\n".join([f"{checkpoint.place}: the checkpoint does not fit the model of its config.json:", *problems])
-    )
+  left = sorted(set(keys) - used)
+  return problems + [f"left over: {key[:200]} {found[key]} fits no parameter of the model" for key in left]
 
 
 def shapes_of(save: Callable) -> Callable[[tuple[int, ...]], list[tuple[int, ...]]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from internvl_jax.batch import BatchCounts
 from internvl_jax.chips import PEAKS
+from internvl_jax.models.flash import PARTS
 from internvl_jax.models.internvl import InternVLConfig
 from internvl_jax.trees import LAYER_RANGE, submodule_of
 
@@ -117,6 +118,8 @@ def _passes_gradient(path: str, first: tuple[int, int]) -> bool:
 
 
 def _runs(path: str, config: InternVLConfig) -> bool:
+  if submodule_of(path) in PARTS:
+    return False
   span = LAYER_RANGE.search(path)
   return (
     span is None

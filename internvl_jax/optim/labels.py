@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from internvl_jax.arguments import ModelArguments
 from internvl_jax.errors import UserError
 from internvl_jax.hf.changes import first_trained
+from internvl_jax.models.flash import PARTS
 from internvl_jax.models.lora import adapter_paths
 from internvl_jax.trees import LAYER_RANGE, first_match, submodule_of
 
@@ -40,7 +41,8 @@ def labels_of(model: ModelArguments, paths: Iterable[str]) -> dict[str, str]:
   """Labels every parameter by what of it trains, as optax's masks and partitions take it.
 
   A label is "frozen", "adapters", or the part of the model ("vision_model", "mlp1", "language_model") that the parameter
-  trains in. Adapters freeze the rest of their part. That anything trains is a rule of the configuration.
+  trains in. Adapters freeze the rest of their part; a Flash's router is frozen. That anything trains is a rule of the
+  configuration.
 
   Args:
     model: the freeze flags.
@@ -61,6 +63,10 @@ def labels_of(model: ModelArguments, paths: Iterable[str]) -> dict[str, str]:
   patterns = [(re.escape(path), ADAPTERS) for path in adapters]
   patterns += [(re.escape(path), submodule_of(path)) for path in _thawed(model, paths)]
   patterns += [(rf"{part}\..*", FROZEN if is_frozen else part) for part, is_frozen in frozen.items()]
+  # The router of a Flash, which the forward pass of training does not run.
+  patterns += [
+    (rf"{part}\..*", FROZEN) for part in PARTS if any(submodule_of(path) == part for path in paths)
+  ]
   return first_match(patterns, paths)
 
 

@@ -176,10 +176,9 @@ def test_answers_on_a_mesh(name, axes):
 
   if name != "dense":
     return  # A program is not compiled twice for what the other shows.
-  padded = decoder._pad(prompts())
-  slots = rounded_up(padded[0].shape[1] + NEW)
   with rules.scope(mesh):
-    state = decoder._prefill(placed, *padded, None, slots=slots)
+    length, state = decoder._read(placed, prompts())
+    slots = rounded_up(length + NEW)
     program = GreedyDecoder._proceed.lower(decoder, placed, state, np.int32(NEW)).compile().as_text()
   layers, heads, width = config.text.num_layers, config.text.num_kv_heads, config.text.head_dim
   rows = ROWS // 2

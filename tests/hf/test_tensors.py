@@ -259,14 +259,11 @@ def test_the_advice_for_pickles_names_all_and_converts_them(folder, monkeypatch,
 
 
 @pytest.mark.parametrize(
-  "key", ["mlp2.0.weight", "gating.mlp1.0.weight", "pooling_before_gating.query_token", ""]
+  "key", ["mlp2.0.weight", "gating.mlp1.0.weight", "pooling_before_gating.query_token"]
 )
-def test_flash_is_recognised_by_its_tensors_or_its_config(folder, key):
-  if key:
-    edit(folder, lambda tensors: tensors.update({key: np.zeros(3, "f4")}))
-  else:
-    edit_config(folder, flash_mode=True)
-  refused(folder, key, "InternVL3.5-Flash, which is not supported yet")
+def test_tensors_of_a_flash_need_a_config_that_says_so(folder, key):
+  edit(folder, lambda tensors: tensors.update({key: np.zeros(3, "f4")}))
+  refused(folder, key, "of an InternVL3.5-Flash, but config.json does not describe one (flash_mode")
 
 
 def test_a_config_that_says_it_is_no_flash(folder):

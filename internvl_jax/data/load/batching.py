@@ -40,6 +40,7 @@ class MicroBatch(NamedTuple):
     events: bool [G, EVENTS].
     errors: messages of the samples that were lost; one for each of length 0.
     notes: what one should know about how images were taken.
+    compressed: bool [J, sum of num_tiles], which tiles are compressed in each segment of their samples; None: none is.
   """
 
   input_ids: np.ndarray
@@ -56,6 +57,7 @@ class MicroBatch(NamedTuple):
   events: np.ndarray
   errors: tuple[str, ...]
   notes: tuple[Note, ...] = ()
+  compressed: np.ndarray | None = None
 
   def happened(self, event: str) -> np.ndarray:
     """Computes bool [G]: which samples an event happened to."""
@@ -82,6 +84,7 @@ def pack_rows(
   tiles: np.ndarray,
   tokens_per_tile: int,
   image_token_id: int,
+  tokens_per_compressed_tile: int = 0,
 ) -> MicroBatch:
   """Joins the rows of a micro-batch.
 
@@ -90,14 +93,15 @@ def pack_rows(
     tiles: the tiles of all samples in this order, then unused memory of any content.
     tokens_per_tile: image tokens of one tile.
     image_token_id: the id of image tokens.
+    tokens_per_compressed_tile: image tokens of one that is compressed; samples without a compressed tile need none.
 
   Raises:
-    DataError: the image tokens of a sample's segment are not its tiles times tokens_per_tile.
+    DataError: the image tokens of a sample's segment are not those of its tiles.
   """
   places = [place for row in rows for place in row]
   samples = [place for place in places if isinstance(place, Sample)]
   for sample in samples:
-    _check_image_tokens(sample, tokens_per_tile, image_token_id)
+    _check_image_tokens(sample, tokens_per_tile, tokens_per_compressed_tile, image_token_id)
   assert len(tiles) >= sum(len(s.tiles) for s in samples)
   none = np.zeros(0, np.int32)
   segments = [sample.lengths or (len(sample.input_ids),) for sample in samples]
@@ -117,6 +121,18 @@ def pack_rows(
     events=np.array([_events(place) for place in places], np.bool_).reshape(-1, len(EVENTS)),
     errors=tuple(place.message for place in places if isinstance(place, Lost)),
     notes=tuple(note for sample in samples for note in sample.notes),
+    compressed=_compressed(samples),
+  )
+
+
+def _compressed(samples: Sequence[Sample]) -> np.ndarray | None:
+  """Which tiles are compressed, bool [J, sum of tiles]; None where none is."""
+  if all(sample.compressed is None for sample in samples):
+    return None
+  segments = len(samples[0].lengths) or 1
+  none = (np.zeros((segments, len(s.tiles)), np.bool_) for s in samples)
+  return np.concatenate(
+    [empty if s.compressed is None else s.compressed for s, empty in zip(samples, none, strict=True)], axis=1
   )
 
 
@@ -134,13 +150,18 @@ def _scatter(where: Sequence[bool], values: ArrayLike, dtype: type, empty: int =
   return out
 
 
-def _check_image_tokens(sample: Sample, tokens_per_tile: int, image_token_id: int) -> None:
+def _check_image_tokens(
+  sample: Sample, tokens_per_tile: int, tokens_per_compressed_tile: int, image_token_id: int
+) -> None:
   for number, segment in enumerate(sample.segments()):
     found = int((segment.input_ids == image_token_id).sum())
-    if found != (0 if number and sample.shared else len(sample.tiles) * tokens_per_tile):
+    fewer = 0 if sample.compressed is None else int(sample.compressed[number].sum())
+    wanted = len(sample.tiles) * tokens_per_tile - fewer * (tokens_per_tile - tokens_per_compressed_tile)
+    if found != (0 if number and sample.shared else wanted):
+      compressed = f", of which {fewer} are compressed to {tokens_per_compressed_tile}," if fewer else ""
       raise sample.where.error(
-        f"{found} image tokens but {len(sample.tiles)} tiles of {tokens_per_tile} tokens = "
-        f"{len(sample.tiles) * tokens_per_tile}; the tokenizer and the images disagree"
+        f"{found} image tokens but {len(sample.tiles)} tiles of {tokens_per_tile} tokens{compressed} = {wanted}; the "
+        "tokenizer and the images disagree"
       )
 
 
@@ -187,6 +208,8 @@ class Padding:
     loss_reduction: weight of a token, n being the supervised tokens of its segment: "token" 1, "sample" 1/n,
       "square" 1/sqrt(n).
     at_least: the least tokens of a row and tiles of a pool to pad to, because other hosts have them.
+    features_per_tile: P and Q where the model computes the features of compressed tiles as well as the usual ones
+      (`InternVL.extract_features`): a tile has P + Q of them then. None: the usual P.
   """
 
   data_shards: int
@@ -195,6 +218,7 @@ class Padding:
   tile_sizes: Sequence[int] = ()
   loss_reduction: str = "token"
   at_least: tuple[int, int] = (0, 0)
+  features_per_tile: tuple[int, int] | None = None
 
 
 def assemble(micro_batches: Sequence[MicroBatch], padding: Padding) -> TokenBatch:
@@ -239,7 +263,7 @@ def assemble(micro_batches: Sequence[MicroBatch], padding: Padding) -> TokenBatc
     positions=padded([_positions(micro) for micro in micro_batches], 0, np.int32),
     segment_ids=padded([_segment_ids(micro) for micro in micro_batches], 0, np.int32),
     image_index=padded(
-      [_image_index(micro, padding.image_token_id, padding.data_shards) for micro in micro_batches],
+      [_image_index(micro, padding) for micro in micro_batches],
       NO_IMAGE,
       np.int32,
     ),
@@ -321,19 +345,51 @@ def _token_weights(micro: MicroBatch, loss_reduction: str) -> np.ndarray:
   return (np.maximum(count, 1.0) ** power).astype(np.float32)[owner]
 
 
-def _image_index(micro: MicroBatch, image_token_id: int, data_shards: int) -> np.ndarray:
+def _image_index(micro: MicroBatch, padding: Padding) -> np.ndarray:
   """Computes int32 [sum of lengths]: the index of a token's feature in its shard's pool, or NO_IMAGE."""
-  is_image = micro.input_ids == image_token_id
+  is_image = micro.input_ids == padding.image_token_id
+  if padding.features_per_tile is not None:
+    index = np.full(is_image.shape, NO_IMAGE, np.int32)
+    index[is_image] = _mixed_index(micro, padding.data_shards, *padding.features_per_tile)
+    return index
   before = np.concatenate([[0], is_image.cumsum(dtype=np.int32)])  # image tokens before each token
   ends = micro.segments.cumsum().reshape(micro.segments.shape)
   firsts = before[ends - micro.segments]  # [G, J]
   # All segments of a sample show its tiles once; one that shares its prompt has no image tokens.
   features = before[ends[:, 0]] - firsts[:, 0]
-  shards = micro.rows // (micro.num_rows // data_shards)
+  shards = _shards_of(micro, padding.data_shards)
   start = np.concatenate([[0], features.cumsum()])
   first_features = start[:-1] - start[np.searchsorted(shards, shards)]
   shift = (firsts - first_features[:, None]).ravel().astype(np.int32)
   return np.where(is_image, before[:-1] - np.repeat(shift, micro.segments.ravel()), np.int32(NO_IMAGE))
+
+
+def _mixed_index(micro: MicroBatch, data_shards: int, usual: int, compressed: int) -> np.ndarray:
+  """Computes int32 [image tokens]: the index of each one's feature, where a tile has those of both resolutions.
+
+  Args:
+    micro: the samples.
+    data_shards: D.
+    usual: P, a tile's first features.
+    compressed: Q, those behind them, which are its tokens where it is compressed.
+  """
+  tiles, segments = int(micro.num_tiles.sum()), micro.segments.shape[1]
+  chosen = micro.compressed if micro.compressed is not None else np.zeros((segments, tiles), np.bool_)
+  owner = np.repeat(np.arange(len(micro.num_tiles)), micro.num_tiles)
+  shards = _shards_of(micro, data_shards)[owner]
+  first = (np.arange(tiles) - np.searchsorted(shards, shards)) * (usual + compressed)
+  # A segment shows the tiles of its sample in their order, unless it sees those of the first.
+  shows = (np.arange(segments)[:, None] == 0) | (micro.shared[owner] == 0)
+  shows &= (micro.segments > 0).T[:, owner]
+  order = np.argsort((owner * segments + np.arange(segments)[:, None])[shows], kind="stable")
+  starts = (first + usual * chosen)[shows][order]
+  counts = np.where(chosen, compressed, usual)[shows][order]
+  return (np.repeat(starts - counts.cumsum() + counts, counts) + np.arange(counts.sum())).astype(np.int32)
+
+
+def _shards_of(micro: MicroBatch, data_shards: int) -> np.ndarray:
+  """Computes int [G]: the data shard of each sample."""
+  return micro.rows // (micro.num_rows // data_shards)
 
 
 def _pools(micro_batches: Sequence[MicroBatch], used: np.ndarray, pool: int) -> np.ndarray:

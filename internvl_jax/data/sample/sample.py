@@ -44,6 +44,8 @@ class Sample:
     lengths: tokens of each segment; () is one of all tokens.
     shared: how many tokens of the first segment, from its first on, all others follow as well.
     notes: what one should know about how its images were taken.
+    compressed: bool [J, t], which tiles are compressed in each of its J segments: they have fewer image tokens there; None:
+      none is.
   """
 
   input_ids: np.ndarray
@@ -58,6 +60,7 @@ class Sample:
   lengths: tuple[int, ...] = ()
   shared: int = 0
   notes: tuple[Note, ...] = ()
+  compressed: np.ndarray | None = None
 
   def segments(self) -> list[ChatTokens]:
     """The tokens of each segment."""

@@ -197,6 +197,56 @@ def assemble(*micro_batches, shards=1, sequence_sizes=(16, 32), tile_sizes=(), *
   return batching.assemble(micro_batches, padding)
 
 
+def test_compressed_tiles_point_behind_the_usual_features_of_their_tile():
+  """Rows of two shards; every segment has flags of its own, and one that shares a prompt has no image tokens."""
+  few = 1
+  flags = {"one": [[True, False], [False, True]], "two": [[True], [True]], "three": None}
+
+  def make(name, tiles, *, shared=0):
+    chosen = None if flags[name] is None else np.array(flags[name])
+    shows = np.zeros((2, tiles), bool) if chosen is None else chosen
+    lengths = [int(np.where(row, few, P).sum()) + 2 for row in shows[: 1 if shared else 2]] + [2] * bool(
+      shared
+    )
+    ids = np.concatenate(
+      [np.where(np.arange(n) < n - 2, CONTEXT, 1) for n in lengths[:1]]
+      + [np.where(np.arange(n) < (0 if shared else n - 2), CONTEXT, 1) for n in lengths[1:]]
+    ).astype(np.int32)
+    pixels = np.zeros((tiles, 2, 2, 3), np.uint8)
+    labels = np.where(ids == CONTEXT, IGNORE_INDEX, ids).astype(np.int32)
+    return Sample(
+      input_ids=ids,
+      labels=labels,
+      tiles=pixels,
+      where=WHERE,
+      lengths=tuple(lengths),
+      shared=shared,
+      compressed=chosen,
+    )
+
+  rows = [[make("three", 1), make("one", 2)], [make("two", 1, shared=2)]]
+  tiles = np.zeros((4, 2, 2, 3), np.uint8)
+  micro = batching.pack_rows(
+    rows, tiles=tiles, tokens_per_tile=P, tokens_per_compressed_tile=few, image_token_id=CONTEXT
+  )
+  batch = assemble(micro, shards=2, features_per_tile=(P, few))
+  usual, one = (
+    [list(range(t * (P + few), t * (P + few) + P)) for t in range(3)],
+    [t * (P + few) + P for t in range(3)],
+  )
+  first, second = (row[row != NO_IMAGE].tolist() for row in batch.image_index[0])
+  assert first == usual[0] * 2 + [one[1], *usual[2]] + [*usual[1], one[2]]
+  assert second == [one[0]]
+  assert (batch.image_index[0] != NO_IMAGE).tolist() == (batch.input_ids[0] == CONTEXT).tolist()
+  wrong = dataclasses.replace(rows[0][1], compressed=~rows[0][1].compressed[:, ::-1] | True)
+  with pytest.raises(
+    DataError, match="5 image tokens but 2 tiles of 4 tokens, of which 2 are compressed to 1, = 2; the"
+  ):
+    batching.pack_rows(
+      [[wrong]], tiles=tiles, tokens_per_tile=P, tokens_per_compressed_tile=few, image_token_id=CONTEXT
+    )
+
+
 def test_batch_by_hand():
   batch = assemble(pack(sample(4), sample(6, 1, value=7)))
   assert batch.input_ids.shape == (1, 2, 16) and batch.tiles.shape == (1, 1, 1, 2, 2, 3)
