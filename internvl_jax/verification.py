@@ -23,7 +23,10 @@ from internvl_jax.models.functional import ModelDef
 from internvl_jax.models.internvl import Execution, InternVL
 
 _REQUIRED = ("pixel_values", "input_ids", "labels", "attention_mask", "image_token_id")
-_OUTPUTS = ("logits", "loss", "loss_square", "features", "vit_last_hidden", "grad_norm")
+_OUTPUTS = (
+  *("logits", "loss", "loss_square", "features", "vit_last_hidden", "grad_norm"),
+  *("features_compressed", "gate"),
+)
 
 
 def compute(model: str, inputs: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
@@ -155,7 +158,11 @@ def _forward(model: ModelDef[InternVL], params, inputs: Mapping[str, np.ndarray]
     segment_ids=jnp.ones_like(mask),
     kv_segment_ids=jnp.asarray(mask),
   )
-  return {"vit_last_hidden": hidden, "features": features, "logits": module.logits(states)}
+  found = {"vit_last_hidden": hidden, "features": features, "logits": module.logits(states)}
+  if module.gating is None:
+    return found
+  gate = jax.nn.softmax(module.gate(hidden), axis=-1)
+  return {**found, "features_compressed": module.compress(hidden), "gate": gate}
 
 
 def _image_index(inputs: Mapping[str, np.ndarray], num_features: int) -> np.ndarray:

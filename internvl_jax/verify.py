@@ -6,7 +6,8 @@
 Inputs (.npz): pixel_values [T, 3, H, W] normalized float, input_ids, labels and attention_mask [R, S],
 image_token_id; optionally image_flags [T], position_ids and loss_weight_square [R, S].
 Outputs (.npz): logits [R, S, V], loss, loss_square (where its weights are given), features [T, P, E],
-vit_last_hidden [T, 1+patches, C], grad_norm. Arrays that the inputs hold under an output's name are compared,
+vit_last_hidden [T, 1+patches, C], grad_norm; of an InternVL3.5-Flash also features_compressed [T, P/4, E] and gate [T, 2],
+the probabilities to compress a tile and not to. Arrays that the inputs hold under an output's name are compared,
 and the largest difference of each is printed.
 
 With --against, two checkpoints of any layouts are compared on the same arrays, or on a fixed input without

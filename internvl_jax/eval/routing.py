@@ -60,12 +60,12 @@ class RoutedPrompts(NamedTuple):
 
   Attributes:
     ids: token ids of each prompt that are left.
-    index: of each prompt's tokens, the index of the token's feature, or NO_IMAGE.
+    image_index: of each prompt's tokens, the index of the token's feature, or NO_IMAGE.
     features: [1, T*(P+Q), D], those of all tiles in both resolutions.
   """
 
   ids: list[np.ndarray]
-  index: list[np.ndarray]
+  image_index: list[np.ndarray]
   features: jax.Array
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from internvl_jax.errors import UserError
-from internvl_jax.hf.entries import FLAG, NOTHING, SHARE, Table
 from internvl_jax.hf.files import shown
 from internvl_jax.hf.weights import Checkpoint, misfits
 from internvl_jax.models.checkpoint_names import TRANSPOSE, Row, linear, norm, row
@@ -21,9 +20,6 @@ _THRESHOLDS = {
   "flash_relative_threshold": "relative_threshold",
   "flash_absolute_threshold": "absolute_threshold",
 }
-
-ENTRIES: Table = {"flash_mode": FLAG | NOTHING, **dict.fromkeys(_THRESHOLDS, SHARE | NOTHING)}
-"""Its entries of config.json."""
 
 
 def _attention(path: str) -> list[Row]:

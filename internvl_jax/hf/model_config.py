@@ -148,7 +148,7 @@ def model_config(config: Config) -> InternVLConfig:
   """
   family_of(config)
   layout = layout_of(config)
-  entries.check("config.json: ", config, entries.MODEL | flash.ENTRIES)
+  entries.check("config.json: ", config, entries.MODEL)
   entries.check("config.json: vision_config.", config["vision_config"], entries.VISION)
   low, high = (config.get(f"{name}_dynamic_patch") for name in ("min", "max"))
   if low and high and low > high:

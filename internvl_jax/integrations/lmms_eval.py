@@ -62,7 +62,8 @@ class InternVLJax(lmms):
     answers = [""] * len(requests)
     for settings, numbers in groups.items():
       asked = [self._question(requests[number]) for number in numbers]
-      known = dict(settings) | {name: value for name, value in self.media.items() if value is not None}
+      known: dict[str, Any] = dict(settings)
+      known |= {name: value for name, value in self.media.items() if value is not None}
       found = self.model.answers(asked, batch_size=self.batch_size, **known)
       for number, answer in zip(numbers, found, strict=True):
         answers[number] = answer
