@@ -85,11 +85,32 @@ def written(model: InternVLConfig) -> dict[str, Any]:
   return {"flash_mode": True, **{name: getattr(flash, ours) for name, ours in _THRESHOLDS.items()}}
 
 
-def refuse(what: str) -> UserError:
-  """The refusal of the hf layout."""
-  return UserError(
-    f"{what}: the hf layout has no form for {NAME}, which transformers does not know; use the internvl layout"
-  )
+def table(model: InternVLConfig, layout: str) -> list[Row]:
+  """Names of its tensors in a layout; none for a model without a router.
+
+  Raises:
+    UserError: the layout has no form for it.
+  """
+  if model.flash is None:
+    return []
+  if layout != "internvl":
+    raise UserError(
+      f"the hf layout has no form for {NAME}, which transformers does not know; write the internvl layout"
+    )
+  return TABLE
+
+
+def check_is_none(config: Mapping[str, Any]) -> None:
+  """Refuses a config.json of the hf layout that says it is a Flash.
+
+  Raises:
+    UserError: it does.
+  """
+  if read(config) is not None:
+    raise UserError(
+      f"config.json says flash_mode=True ({NAME}) in the hf layout, of which no Flash is published; take the checkpoint in "
+      "the internvl layout"
+    )
 
 
 def check_sizes(model: InternVLConfig) -> None:

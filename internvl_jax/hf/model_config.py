@@ -64,15 +64,8 @@ class Layout:
       if family.as_llama is None:
         raise UserError(f"the hf layout has no form for {family.architecture}; write the internvl layout")
       language = family.as_llama(config.text)
-    if config.flash is not None and self is HF:
-      raise flash.refuse("config.json")
-    router = flash.TABLE if config.flash is not None else []
-    return [
-      *towers.form_of(config.vision, self.name).table(config.vision),
-      *self.projector,
-      *router,
-      *language,
-    ]
+    tower = towers.form_of(config.vision, self.name).table(config.vision)
+    return [*tower, *self.projector, *flash.table(config, self.name), *language]
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -248,8 +241,7 @@ _HF_CONSTANTS = {"projector_hidden_act": "gelu", "vision_feature_select_strategy
 
 def _hf_model(config: Config, text: DecoderConfig) -> InternVLConfig:
   _check_constants("", config, _HF_CONSTANTS)
-  if flash.read(config) is not None:
-    raise flash.refuse("config.json says flash_mode=True")
+  flash.check_is_none(config)
   return InternVLConfig(
     vision=vision_config(config["vision_config"], "hf"),
     text=text,

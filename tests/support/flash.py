@@ -25,6 +25,8 @@ RECORDING = ASSETS / "flash.npz"
 SIDE, TOKENS, COMPRESSED, TILES = 56, 16, 4, 5
 IMAGE_TOKEN = families.IMAGE_TOKEN
 RELATIVE, ABSOLUTE = 0.3, 0.02
+SHARPNESS = 2
+"""A factor of the pooling's first projections: else all tiles look alike to the gate."""
 
 
 def config() -> dict[str, Any]:
@@ -83,8 +85,7 @@ def write_checkpoint(folder: Path, **entries: Any) -> Path:
 
 
 def _tensor(key: str, shape: tuple[int, ...]) -> np.ndarray:
-  # Else all tiles look alike to the gate.
-  return families.tensor(key, shape) * np.float32(4 if ".in_proj_weight" in key else 1)
+  return families.tensor(key, shape) * np.float32(SHARPNESS if ".in_proj_weight" in key else 1)
 
 
 def question() -> Prompt:
