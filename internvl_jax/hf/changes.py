@@ -104,9 +104,11 @@ def _check_tile(image_size: int, patch_size: int, ratio: float, *, times: int) -
   merged **= times
   step = merged * patch_size
   if image_size % step:
+    factor = "twice" if merged == 2 else f"{merged} times"
+    why = "" if times == 1 else f", as {flash.NAME} needs it to compress a tile"
     raise UserError(
-      f"data.force_image_size={image_size} is not a multiple of {'twice' if merged == 2 else f'{merged} times'} the ViT's "
-      f"patch_size={patch_size}; use {max(1, round(image_size / step)) * step}"
+      f"data.force_image_size={image_size} is not a multiple of {factor} the ViT's patch_size={patch_size}{why}; use "
+      f"{max(1, round(image_size / step)) * step}"
     )
 
 

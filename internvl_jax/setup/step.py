@@ -15,6 +15,7 @@ from internvl_jax.hf.embeddings import EMBEDDINGS
 from internvl_jax.hf.model import Source
 from internvl_jax.hf.weights import names_of
 from internvl_jax.models.choice import choose_kernels
+from internvl_jax.models.flash import PARTS
 from internvl_jax.models.internvl import Execution, InternVLConfig
 from internvl_jax.models.kernels import Device
 from internvl_jax.models.quantized import has_products
@@ -28,7 +29,7 @@ from internvl_jax.state import TrainState, parameter_table, with_dtypes
 from internvl_jax.step import Objective, TrainStep
 from internvl_jax.tasks import open_task
 from internvl_jax.tasks.task import Task
-from internvl_jax.trees import layers_with, select
+from internvl_jax.trees import layers_with, select, submodule_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -202,6 +203,12 @@ def log_parameters(setup: Setup) -> None:
   logging.info("Model:\n%s", parameter_table(setup.shapes, setup.abstract_state()))
   if setup.rates:
     logging.info("Peak learning rates: %s", setup.rates)
+  if setup.source.config.flash is not None and not any(
+    submodule_of(path) in PARTS for path in setup.trainable
+  ):
+    logging.info(
+      "The router of this InternVL3.5-Flash is frozen; every tile has all of its tokens in training"
+    )
   frozen = [path for path in EMBEDDINGS if path in setup.shapes and path not in setup.trainable]
   if setup.source.new_rows and frozen:
     logging.warning(

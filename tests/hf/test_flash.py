@@ -227,7 +227,10 @@ def test_the_hf_layout(folder, tmp_path):
     ({"flash_relative_threshold": None}, "the entry flash_relative_threshold is missing"),
     ({"flash_absolute_threshold": 1.5}, "flash_absolute_threshold=1.5 is not supported"),
     ({"select_layer": -2}, "InternVL3.5-Flash reads the last one"),
-    ({"force_image_size": 42}, "not a multiple of 4 times the ViT's patch_size=7; use 56"),
+    (
+      {"force_image_size": 42},
+      "not a multiple of 4 times the ViT's patch_size=7, as InternVL3.5-Flash needs it to compress a tile; use 56",
+    ),
     ({"vision_config__hidden_size": 24}, "does not divide into the 16 heads"),
   ],
 )
