@@ -4,8 +4,8 @@
   python benchmarks/forgetting.py --data quickstart --out forgetting [--seeds 3] [--picture forgetting.png]
   python benchmarks/forgetting.py --data quickstart --out forgetting --toy
 
-A model learns easy-VQA's questions about shapes, then about shapes and four of the eight colors: that is the start. Then it learns
-all colors, without a question about a shape. What it knows of both is compared for each way in WAYS:
+A model learns all of easy-VQA, and is stopped early: that is the start. Then it learns from questions about colors alone, without one
+about a shape. What it knows of both is compared for each way in WAYS:
 
   plain      the last weights
   ema        the moving average of the weights (training.optim_args=ema_decay=...)
@@ -34,13 +34,10 @@ from internvl_jax.sweep import models_in, score_models
 
 REPOSITORY = Path(__file__).parents[1]
 NEW, OLD = ("color", "yes_no_color"), ("shape", "yes_no_shape")
-"""Types of questions: those that are learned second, and first."""
+"""Types of questions: those that are trained on alone, and the others."""
 
-KNOWN = ("red", "blue", "green", "yellow")
-"""Colors that the start has learned."""
-
-SHAPE_STEPS, START_STEPS, STEPS, RATE = 2000, 400, 300, 5e-4
-"""Steps for shapes, for shapes and KNOWN, and for all colors, the last with its peak learning rate."""
+START_STEPS, STEPS, RATE = 1000, 300, 5e-4
+"""Steps on all questions, and on those about colors, the latter with their peak learning rate."""
 
 MOST_LOST = 0.01
 """Of the best accuracy on what is new, what a way may lose."""
@@ -65,7 +62,7 @@ class Experiment:
   Attributes:
     data: what scripts/quickstart_data.py wrote.
     out: folder of the results.
-    shape_steps, start_steps, steps: lengths of the three trainings.
+    start_steps, steps: lengths of both trainings.
     ways: names of WAYS.
     weights: of the interpolation.
     limit: questions of a set; None: all.
@@ -73,7 +70,6 @@ class Experiment:
 
   data: Path
   out: Path
-  shape_steps: int = SHAPE_STEPS
   start_steps: int = START_STEPS
   steps: int = STEPS
   ways: tuple[str, ...] = tuple(WAYS)
@@ -97,7 +93,6 @@ def main() -> None:
   if asked.toy:
     experiment = dataclasses.replace(
       experiment,
-      shape_steps=2,
       start_steps=2,
       steps=2,
       ways=("plain", "l2 30"),
@@ -139,27 +134,11 @@ def write_data(experiment: Experiment) -> None:
     kind: {**entry, "root": str(source / entry["root"]), "annotation": str(source / entry["annotation"])}
     for kind, entry in meta.items()
   }
-  known = {kind: write_known(entries[kind], folder / f"known_{kind}.jsonl") for kind in NEW}
-  shapes, colors = ({kind: entries[kind] for kind in kinds} for kinds in (OLD, NEW))
-  for name, chosen in (("shapes", shapes), ("start", shapes | known), ("colors", colors)):
-    (folder / f"{name}.json").write_text(json.dumps(chosen, indent=2) + "\n")
+  for name, kinds in (("start", OLD + NEW), ("colors", NEW)):
+    (folder / f"{name}.json").write_text(json.dumps({kind: entries[kind] for kind in kinds}, indent=2) + "\n")
   lines = [json.loads(line) for line in (source / "test.jsonl").read_text().splitlines()]
   for name, chosen in halves(lines).items():
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in chosen))
-
-
-def write_known(entry: Mapping[str, Any], path: Path) -> dict[str, Any]:
-  """Writes those questions of a dataset that are about colors of KNOWN; returns its entry of a meta file."""
-  lines = Path(entry["annotation"]).read_text().splitlines()
-  chosen = [line for line in lines if is_known(json.loads(line))]
-  path.write_text("".join(f"{line}\n" for line in chosen))
-  return {**entry, "annotation": str(path), "length": len(chosen)}
-
-
-def is_known(line: Mapping[str, Any]) -> bool:
-  """Whether a color of KNOWN is asked for, or is the answer."""
-  words = " ".join(turn["value"] for turn in line["conversations"]).replace("?", " ").split()
-  return any(color in words for color in KNOWN)
 
 
 def halves(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -203,17 +182,11 @@ def train(config: TrainConfig) -> None:
 
 
 def begin(experiment: Experiment) -> None:
-  """Trains the start: on shapes, and then on shapes and some colors."""
-  for name, steps, model in (
-    ("shapes", experiment.shape_steps, None),
-    ("start", experiment.start_steps, experiment.out / "shapes"),
-  ):
-    config = configured(experiment, experiment.out / name, seed=42)
-    if model is not None:
-      config.model.model_name_or_path, config.runtime.random_init = str(model), False
-    config.data.meta_path = str(experiment.out / "data" / f"{name}.json")
-    config.training.max_steps = steps
-    train(config)
+  """Trains the start."""
+  config = configured(experiment, experiment.out / "start", seed=42)
+  config.data.meta_path = str(experiment.out / "data" / "start.json")
+  config.training.max_steps = experiment.start_steps
+  train(config)
 
 
 def fine_tune(experiment: Experiment, way: str, seed: int) -> Path:
