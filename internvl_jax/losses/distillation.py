@@ -39,9 +39,9 @@ class TopK(NamedTuple):
     tail: floating [...], the log of the probability of all others together.
   """
 
-  ids: Int[Array, "*tokens K"]
-  logps: Float[Array, "*tokens K"]
-  tail: Float[Array, "*tokens"]
+  ids: Int[Array, "... K"]
+  logps: Float[Array, "... K"]
+  tail: Float[Array, "..."]
 
 
 class Divergence(NamedTuple):
@@ -64,8 +64,8 @@ class Losses(NamedTuple):
     divergence: from the teacher, times T^2.
   """
 
-  cross_entropy: Float[Array, "*tokens"]
-  divergence: Float[Array, "*tokens"]
+  cross_entropy: Float[Array, "..."]
+  divergence: Float[Array, "..."]
 
 
 # --- The teacher --------------------------------------------------------------------------------------------
