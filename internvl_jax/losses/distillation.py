@@ -183,7 +183,8 @@ def token_losses(
   whole = jax.nn.logsumexp(scaled, axis=-1, keepdims=True)
   classes = jnp.take_along_axis(scaled, teacher.ids, axis=-1)
   if not complete:
-    is_class = jnp.any(jax.nn.one_hot(teacher.ids, logits.shape[-1], dtype=bool), axis=-2)
+    nowhere = jnp.zeros(logits.shape, bool)
+    is_class = jnp.put_along_axis(nowhere, teacher.ids, jnp.bool_(True), axis=-1, inplace=False)
     tail = jax.nn.logsumexp(scaled, axis=-1, keepdims=True, where=~is_class)
     classes = jnp.concatenate([classes, tail], axis=-1)
   found = _divergence(how.kind, _classes(teacher, complete), classes - whole)
