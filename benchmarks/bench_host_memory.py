@@ -301,7 +301,7 @@ def one_host(folder: Path, topology: str, parameters: str) -> list[Stage]:
   with measured("read", largest, found):
     for path, leaf, indices in plans:
       for index in indices:
-        weights._read_shard(checkpoint, names[path], leaf, index)  # To a device, which is not there.
+        weights.read_shard(checkpoint, names[path], leaf, index)  # To a device, which is not there.
   return found
 
 

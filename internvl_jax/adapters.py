@@ -14,6 +14,7 @@ from internvl_jax.compiler import FULL_PRECISION
 from internvl_jax.errors import UserError
 from internvl_jax.hf.model import Source
 from internvl_jax.models import functional, lora
+from internvl_jax.models.base_weights import restored
 from internvl_jax.models.internvl import Execution, InternVL
 from internvl_jax.parallel.host_arrays import fetch
 
@@ -24,11 +25,11 @@ _TEXT_TOKENS = 32
 
 
 def without_adapters(source: Source) -> Source:
-  """The same model with its adapters merged."""
+  """The same model with its adapters merged, and no kernel quantized."""
   config = dataclasses.replace(
     source.config,
-    vision=dataclasses.replace(source.config.vision, lora=None),
-    text=dataclasses.replace(source.config.text, lora=None),
+    vision=dataclasses.replace(source.config.vision, lora=None, quantize_base="none"),
+    text=dataclasses.replace(source.config.text, lora=None, quantize_base="none"),
   )
   model = functional.define(lambda rngs: InternVL(config, rngs=rngs))
   fresh = source.fresh - lora.adapter_paths(source.fresh)
@@ -69,9 +70,8 @@ def merge_and_check(
       f"merging the adapters changed a logit by {difference:.3g}, more than the {limit:.3g} allowed, so the merged "
       "model is not written; keep the adapters apart (convert --lora peft), and report this"
     )
-  return without_adapters(source), lora.merge(
-    readable(params), {part: spec.scale for part, spec in source.specs.items()}
-  )
+  scales = {part: spec.scale for part, spec in source.specs.items()}
+  return without_adapters(source), lora.merge(restored(readable(params)), scales)
 
 
 def probe(source: Source, params: Mapping[str, Any], *, merged: bool = False) -> np.ndarray:

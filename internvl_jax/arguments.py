@@ -262,6 +262,9 @@ class LoRAConfig:
   use_dora: bool = False
   # Scale adapters by alpha / sqrt(rank) in place of alpha / rank (rsLoRA).
   use_rslora: bool = False
+  # Store the frozen weights of the layers that have adapters in 4 bits ("nf4") or 8 ("int8"), as peft does with
+  # load_in_4bit and load_in_8bit (QLoRA). Restored one by one as they are used. See docs/training.md for what it costs.
+  quantize_base: Literal["none", "int8", "nf4"] = "none"
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

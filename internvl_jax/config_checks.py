@@ -156,6 +156,20 @@ def _model_problems(config: TrainConfig) -> Iterator[str]:
       f"{setting_text(config, 'model.mlp_path')} would not be read while runtime.random_init=True draws all weights; "
       "set one of them to its default"
     )
+  if config.lora.quantize_base != "none" and config.runtime.quantize != "none":
+    yield (
+      f"{setting_text(config, 'lora.quantize_base')} stores weights that {setting_text(config, 'runtime.quantize')} would "
+      "round once more; set one of them to 'none'"
+    )
+  if (
+    config.lora.quantize_base != "none"
+    and config.model.unfreeze_vit_layers
+    and config.model.use_backbone_lora
+  ):
+    yield (
+      f"{setting_text(config, 'model.unfreeze_vit_layers')} trains layers whose weights "
+      f"{setting_text(config, 'lora.quantize_base')} stores in fewer bits; set one of them to its default"
+    )
   if config.training.bf16 and config.training.fp16:
     yield "training.bf16=True contradicts training.fp16=True; set training.fp16 to False"
 

@@ -96,6 +96,7 @@ def changes_of(config: TrainConfig) -> Changes:
     vision_lora=LoRASpec.of(config.lora, model.use_backbone_lora),
     text_lora=LoRASpec.of(config.lora, model.use_llm_lora),
     quantize=config.runtime.quantize,
+    quantize_base=config.lora.quantize_base,
   )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from internvl_jax.models.base_weights import as_kernels, is_part
 from internvl_jax.models.functional import ModelDef
 from internvl_jax.parallel.rules import StateShardings, device_count, replicated
 from internvl_jax.trees import count, submodule_of
@@ -149,12 +150,13 @@ def _axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def with_dtypes(model: ModelDef, trainable: set[str], *, bf16: bool) -> dict[str, jax.ShapeDtypeStruct]:
-  """Storage of every parameter: float32 where it trains, else the compute dtype."""
+  """Storage of every parameter: float32 where it trains, else the compute dtype; parts of quantized ones have their own."""
   frozen = jnp.bfloat16 if bf16 else jnp.float32
-  return {
-    path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if path in trainable else frozen)
-    for path, leaf in model.shapes.items()
-  }
+
+  def dtype(path: str, leaf: jax.ShapeDtypeStruct) -> Any:
+    return leaf.dtype if is_part(path) else jnp.float32 if path in trainable else frozen
+
+  return {path: jax.ShapeDtypeStruct(leaf.shape, dtype(path, leaf)) for path, leaf in model.shapes.items()}
 
 
 def parameter_table(params: Mapping[str, Any], state: TrainState) -> str:
@@ -168,6 +170,7 @@ def parameter_table(params: Mapping[str, Any], state: TrainState) -> str:
   for keys, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state):
     if (path := parameter_of(keys, state.params)) is not None:
       held[path] = held.get(path, 0) + leaf.size * leaf.dtype.itemsize
+  params = as_kernels(params)
   lines = [f"{'part':<16}{'parameters':>16}{'trainable':>16}{'optimizer bytes':>18}"]
   for part in [*dict.fromkeys(submodule_of(path) for path in params), "total"]:
     inside = {path: leaf for path, leaf in params.items() if part in (submodule_of(path), "total")}

@@ -49,6 +49,7 @@ ONLY_WITH: dict[str, tuple[str, ...]] = {
   "lora.targets": _WITH_LORA,
   "lora.use_dora": _WITH_LORA,
   "lora.use_rslora": _WITH_LORA,
+  "lora.quantize_base": _WITH_LORA,
   "eval.metrics": ("eval.annotation",),
   "eval.root": ("eval.annotation",),
   "eval.group_field": ("eval.annotation",),
@@ -174,6 +175,7 @@ REFUSED_IDLE: dict[str, str] = {
   "lora.targets": "all of the model's parts that are not frozen would train, without adapters",
   "lora.use_dora": "all of the model's parts that are not frozen would train, without adapters",
   "lora.use_rslora": "all of the model's parts that are not frozen would train, without adapters",
+  "lora.quantize_base": "weights without adapters are not quantized",
 }
 """Field -> what would be learned in place of what it asks for."""
 

@@ -50,5 +50,10 @@ def record() -> dict[str, np.ndarray]:
   return found
 
 
-if __name__ == "__main__":
+def main() -> None:
+  """Writes the recording."""
   np.savez_compressed(ASSETS / "bitsandbytes.npz", **record())
+
+
+if __name__ == "__main__":
+  main()

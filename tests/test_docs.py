@@ -248,6 +248,7 @@ def test_the_report_that_is_explained_is_the_one_that_plan_prints(words):
     "record_decay.py",
     "record_policy_losses.py",
     "record_optimizers.py",
+    "record_bitsandbytes.py",
   ],
 )
 def test_scripts_are_imported(script):
@@ -256,6 +257,8 @@ def test_scripts_are_imported(script):
     pytest.importorskip("torch")
   if script == "record_policy_losses.py":
     pytest.importorskip("trl")
+  if script == "record_bitsandbytes.py":
+    pytest.importorskip("bitsandbytes")
   if script == "quickstart_data.py":
     pytest.importorskip("easy_vqa")
   assert callable(load(REPOSITORY / "scripts" / script).main)

@@ -11,6 +11,7 @@ from internvl_jax.aot import collectives, costs, hlo, links, operations, overlap
 from internvl_jax.aot.peak import peak
 from internvl_jax.aot.program import Compiled, StepPlan
 from internvl_jax.aot.target import Target
+from internvl_jax.models.base_weights import as_kernels
 from internvl_jax.parallel.rules import bytes_per_device
 from internvl_jax.trees import count
 
@@ -165,7 +166,7 @@ def make_report(plan: StepPlan, compiled: Compiled, target: Target, *, limit: in
       "experts": how.kernels.experts if plan.source.config.text.experts else None,
       "remat": how.remat,
     },
-    parameters=count({**plan.frozen, **plan.state.params}),
+    parameters=count(as_kernels({**plan.frozen, **plan.state.params})),
     trainable=count(plan.state.params),
     memory=memory,
     limit=limit,

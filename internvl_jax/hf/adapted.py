@@ -11,6 +11,7 @@ from internvl_jax.hf import model_config as config_io
 from internvl_jax.hf import peft, weights
 from internvl_jax.hf.weights import Checkpoint
 from internvl_jax.models import functional, lora
+from internvl_jax.models.base_weights import as_kernels
 from internvl_jax.models.checkpoint_names import Row
 from internvl_jax.models.lora import LoRASpec
 from internvl_jax.trees import LAYER_RANGE, submodule_of
@@ -113,7 +114,8 @@ def check_places(checkpoint: Checkpoint, placed: Mapping[str, tuple[int, ...]], 
 def check_targets(model: functional.ModelDef, specs: Mapping[str, LoRASpec]) -> None:
   """Refuses targets that name no linear map: a part without adapters would train whole, or not at all."""
   adapted = {(submodule_of(path), linear_map(path)) for path in lora.adapter_paths(model.shapes)}
-  maps = {part: sorted({linear_map(path) for path in model.shapes if is_map(path, part)}) for part in specs}
+  kernels = as_kernels(model.shapes)
+  maps = {part: sorted({linear_map(path) for path in kernels if is_map(path, part)}) for part in specs}
   for part, spec in specs.items():
     if not any(found == part for found, _ in adapted):
       ways = [f"; {way}" for way in dict.fromkeys(map(_way_out, spec.targets)) if way]

@@ -21,6 +21,7 @@ class Changes:
     vocab_size: rows of the embeddings; the last `new_tokens` are of tokens that have none yet.
     new_tokens: how many.
     quantize: see InternVLConfig.
+    quantize_base: the format of the frozen weights of the parts that have adapters; see DecoderConfig.
     stacked: see DecoderConfig.
   """
 
@@ -34,6 +35,7 @@ class Changes:
   vocab_size: int | None = None
   new_tokens: int = 0
   quantize: str = "none"
+  quantize_base: str = "none"
   stacked: bool = True
 
 
@@ -57,6 +59,7 @@ def changed(
   """
   image_size = changes.image_size or config.vision.image_size
   ratio = changes.downsample_ratio or config.downsample_ratio
+  stored = {part: changes.quantize_base if spec else "none" for part, spec in specs.items()}
   # A Flash merges the patches a second time.
   _check_tile(image_size, config.vision.patch_size, ratio, times=1 if config.flash is None else 2)
   vision = dataclasses.replace(
@@ -64,6 +67,7 @@ def changed(
     image_size=image_size,
     split=first_trained(changes.unfreeze_vit_layers, config.vision.num_layers),
     lora=specs["vision_model"],
+    quantize_base=stored["vision_model"],
   )
   text = dataclasses.replace(
     config.text,
@@ -71,6 +75,7 @@ def changed(
     tie_word_embeddings=tied,
     stacked=changes.stacked,
     lora=specs["language_model"],
+    quantize_base=stored["language_model"],
   )
   select_layer = config.select_layer if changes.select_layer is None else changes.select_layer
   made = InternVLConfig(

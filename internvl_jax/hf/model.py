@@ -11,13 +11,25 @@ from absl import logging
 from flax import nnx
 
 from internvl_jax.errors import UserError
-from internvl_jax.hf import adapted, dtypes, embeddings, flash, hub, peft, tables, towers, weights
+from internvl_jax.hf import (
+  adapted,
+  dtypes,
+  embeddings,
+  flash,
+  hub,
+  peft,
+  quantized_base,
+  tables,
+  towers,
+  weights,
+)
 from internvl_jax.hf import model_config as config_io
 from internvl_jax.hf.changes import UNCHANGED, Changes, changed
 from internvl_jax.hf.embeddings import EMBEDDING, HEAD
 from internvl_jax.hf.model_config import Layout
 from internvl_jax.hf.weights import Checkpoint, LazyParameter, Rename
 from internvl_jax.models import functional, lora
+from internvl_jax.models.base_weights import as_kernels
 from internvl_jax.models.checkpoint_names import Row
 from internvl_jax.models.internvl import InternVL, InternVLConfig
 from internvl_jax.models.lora import LoRASpec
@@ -65,7 +77,8 @@ class Source:
     """What the reference calls the parameters (the first layer's, of a stack), whatever the checkpoint's layout."""
     table = config_io.INTERNVL.table(config_io.family_of(self.raw), self.config)
     return {
-      path: weights.names_of(path, leaf.shape, table).keys.flat[0] for path, leaf in self.model.shapes.items()
+      path: weights.names_of(path, leaf.shape, table).keys.flat[0]
+      for path, leaf in as_kernels(self.model.shapes).items()
     }
 
   @property
@@ -119,7 +132,7 @@ class Source:
     params = {}
     if self.checkpoint is not None:
       stored = {path: leaf for path, leaf in shapes.items() if path not in self.fresh}
-      params = weights.load(self.checkpoint, self.table, stored, place, paths=wanted - fresh)
+      params = quantized_base.load(self.checkpoint, self.table, stored, place, paths=wanted - fresh)
     if fresh:
       params = lora.fill_magnitudes({**params, **self._draw(select(shapes, fresh), place, seed)}, fresh)
     return {path: params[path] for path in shapes if path in wanted}

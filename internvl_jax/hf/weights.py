@@ -296,11 +296,11 @@ class LazyParameter:
 
   def __getitem__(self, cell: tuple[int, ...]) -> np.ndarray:
     index = tuple(slice(i, i + 1) for i in cell) + (slice(None),) * (len(self.shape) - len(cell))
-    return _read_shard(self.checkpoint, self.names, self.leaf, index).reshape(self.shape[len(cell) :])
+    return read_shard(self.checkpoint, self.names, self.leaf, index).reshape(self.shape[len(cell) :])
 
   def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
     del copy
-    whole = _read_shard(self.checkpoint, self.names, self.leaf, (slice(None),) * len(self.shape))
+    whole = read_shard(self.checkpoint, self.names, self.leaf, (slice(None),) * len(self.shape))
     return whole if dtype is None else whole.astype(dtype)
 
 
@@ -332,12 +332,12 @@ def _fill(
     devices_of.setdefault(str(index), []).append((device, index))
   arrays = []
   for group in devices_of.values():
-    shard = _read_shard(checkpoint, names, leaf, group[0][1])
+    shard = read_shard(checkpoint, names, leaf, group[0][1])
     arrays += [jax.device_put(shard, device) for device, _ in group]
   return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
 
 
-def _read_shard(checkpoint: Checkpoint, names: Names, leaf: jax.ShapeDtypeStruct, index: Any) -> np.ndarray:
+def read_shard(checkpoint: Checkpoint, names: Names, leaf: jax.ShapeDtypeStruct, index: Any) -> np.ndarray:
   """The part of a parameter at `index`, from the tensors that it needs."""
   index = tuple(slice(*part.indices(size)) for part, size in zip(index, leaf.shape, strict=True))
   inner, part = leaf.shape[names.lead :], index[names.lead :]

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from internvl_jax.models import lora
 from internvl_jax.models.activations import activations
 from internvl_jax.models.attention import Mask, SharedPrompts, attention
+from internvl_jax.models.base_weights import quantize_layer
 from internvl_jax.models.kernels import Kernels
 from internvl_jax.models.layers import Embed, LayerStack, Linear, RMSNorm, make_param
 from internvl_jax.models.lora import LoRASpec
@@ -51,9 +52,8 @@ class DecoderConfig:
     sinks: a learned attention sink for each head (gpt-oss).
     windows: how many keys each layer's queries see, None for all; empty for all layers.
     tie_word_embeddings: the output embedding is the input embedding.
-    stacked: the layers' weights are in stacks, for one scan; else each layer has arrays of its own, which CPUs need not
-      copy out of a stack for every token that they decode.
-    lora: adapters of the layers' linear maps.
+    stacked: the layers' weights are in stacks, for one scan; else in arrays of their own, which CPUs decode from uncopied.
+    lora, quantize_base: adapters of the layers, and the format of their frozen kernels (`weight_formats.FORMATS`) or "none".
   """
 
   vocab_size: int
@@ -77,6 +77,7 @@ class DecoderConfig:
   tie_word_embeddings: bool = False
   stacked: bool = True
   lora: LoRASpec | None = None
+  quantize_base: str = "none"
 
 
 KeysAndValues: TypeAlias = tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
@@ -249,6 +250,7 @@ class DecoderLayer(nnx.Module):
     self.post_attention_layernorm = RMSNorm(D, eps=eps)
     if config.lora is not None:
       lora.attach(self, config.lora, rngs)
+    quantize_layer(self, config.quantize_base)
 
   def __call__(
     self, x: Float[Array, "B T D"], *, valid: Bool[Array, "B T"] | None, kernels: Kernels, **attend: Any

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from internvl_jax.models.base_weights import expert_kernels
 from internvl_jax.models.grouped_matmul import grouped_matmul
 from internvl_jax.models.kernels import Kernels
 from internvl_jax.models.layers import Linear, make_param
@@ -95,14 +96,16 @@ class GptOssExperts(nnx.Module):
     """Maps x [B, T, D] by the experts `chosen` [B, T, k], summed with `weights` [B, T, k]."""
     product = functools.partial(grouped_matmul, backend=backend)
 
-    def apply(kernels: Mapping[str, jax.Array], rows: jax.Array, ids: jax.Array, sizes: jax.Array):
+    stored, axes, restore = expert_kernels(self, x.dtype)
+
+    def apply(stored: Mapping[str, jax.Array], rows: jax.Array, ids: jax.Array, sizes: jax.Array):
+      kernels = restore(stored)
       y = product(rows, kernels["gate_up_proj"], sizes)
       y = self._activate(y + _biases(kernels["gate_up_proj_bias"], ids))
       y = product(y, kernels["down_proj"], sizes)
       return y + _biases(kernels["down_proj_bias"], ids)
 
-    kernels = {name: getattr(self, name)[...].astype(x.dtype) for name in self.AXES}
-    return dispatch_to_experts(x, chosen, weights, kernels=kernels, axes=self.AXES, apply=apply)
+    return dispatch_to_experts(x, chosen, weights, kernels=stored, axes=axes, apply=apply)
 
   def _activate(self, y: jax.Array) -> jax.Array:
     """From gates and ups in turns [..., 2F] to [..., F]. A gate has no lower limit."""

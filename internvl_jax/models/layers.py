@@ -33,6 +33,7 @@ class Linear(nnx.Module):
   Attributes:
     product: how the product is sharded over a mesh.
     multiply: what computes it; `models.quantized.quantize` puts another in its place.
+    kernel: the parameter [D, F], or what `models.base_weights.quantize_layer` stores in its place.
     adapter: what `models.lora.attach` put beside the kernel, or None: a function (x, y, linear) -> y.
   """
 
@@ -50,15 +51,22 @@ class Linear(nnx.Module):
     """Makes the map; `axes`, `pieces` and `over` are those of `parallel.rules.Product`."""
     self.product = Product(axes, pieces, over)
     self.multiply: Callable[..., Any] = matmul
-    self.kernel = make_param(jax.random.normal(rngs.params(), (d_in, d_out)) / math.sqrt(d_in), axes)
+    fresh = jax.random.normal(rngs.params(), (d_in, d_out)) / math.sqrt(d_in)
+    self.kernel: Any = make_param(fresh, axes)
     self.bias = make_param(jnp.zeros(d_out), axes[1:]) if bias else None
     self.adapter: Callable[..., Any] | None = nnx.data(None)
 
   def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows F"]:
-    y = self.multiply(x, self.kernel[...].astype(x.dtype), self.product)
+    y = self.base(x)
     if self.adapter is not None:
       y = self.adapter(x, y, self)
     return y if self.bias is None else shift(y, self.bias[...].astype(x.dtype))
+
+  def base(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows F"]:
+    """`x @ kernel`, the adapter and the bias not yet added."""
+    if isinstance(self.kernel, nnx.Param):
+      return self.multiply(x, self.kernel[...].astype(x.dtype), self.product)
+    return self.kernel.matmul(x, self.product)
 
 
 class LayerNorm(nnx.Module):

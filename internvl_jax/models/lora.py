@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Key
 from internvl_jax.arguments import LoRAConfig
 from internvl_jax.models.gradients import matmul
 from internvl_jax.models.layers import Linear, make_param
+from internvl_jax.models.weight_formats import Parts, format_of
 from internvl_jax.trees import submodule_of
 
 MARK = ".adapter."
@@ -126,7 +127,7 @@ class Adapter(nnx.Module):
     norm = jax.lax.stop_gradient(_column_norms(whole))
     ratio = (self.magnitude[...].astype(jnp.float32) / norm).astype(x.dtype)
     # What dropout leaves of the input goes through both parts, as in PEFT.
-    base = y if dropped is x else linear.multiply(dropped, linear.kernel[...].astype(x.dtype), linear.product)
+    base = y if dropped is x else linear.base(dropped)
     return y + (ratio - 1) * base + ratio * part
 
 
@@ -160,9 +161,17 @@ def fill_magnitudes(params: Mapping[str, jax.Array], fresh: Iterable[str]) -> di
   for path in fresh:
     linear, _, name = path.rpartition(MARK)
     if name == "magnitude":
-      norms = jax.jit(_column_norms, out_shardings=params[path].sharding)(params[f"{linear}.kernel"])
+      kernel = f"{linear}.kernel"
+      parts = {other.rpartition(".")[2]: params[other] for other in params if other.startswith(f"{kernel}.")}
+      norms_of = jax.jit(_stored_norms if parts else _column_norms, out_shardings=params[path].sharding)
+      norms = norms_of(parts or params[kernel])
       params[path] = norms.astype(params[path].dtype)
   return params
+
+
+def _stored_norms(parts: Parts) -> jax.Array:
+  """`_column_norms` of a stack of quantized kernels, of which one at a time is restored."""
+  return jax.lax.map(lambda layer: _column_norms(format_of(layer["codes"]).restore(layer)), parts)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from internvl_jax.models.base_weights import expert_kernels
 from internvl_jax.models.grouped_matmul import grouped_matmul
 from internvl_jax.models.kernels import Kernels
 from internvl_jax.models.layers import Linear, make_param
@@ -107,14 +108,16 @@ class SwiGLUExperts(nnx.Module):
     """Maps x [B, T, D] by the experts `chosen` [B, T, k], summed with `weights` [B, T, k]."""
     product = functools.partial(grouped_matmul, backend=backend)
 
-    def apply(kernels: Mapping[str, jax.Array], rows: jax.Array, ids: jax.Array, sizes: jax.Array):
+    stored, axes, restore = expert_kernels(self, x.dtype)
+
+    def apply(stored: Mapping[str, jax.Array], rows: jax.Array, ids: jax.Array, sizes: jax.Array):
       del ids
+      kernels = restore(stored)
       gate = product(rows, kernels["gate_proj"], sizes)
       up = product(rows, kernels["up_proj"], sizes)
       return product(jax.nn.silu(gate) * up, kernels["down_proj"], sizes)
 
-    kernels = {name: getattr(self, name)[...].astype(x.dtype) for name in self.AXES}
-    return dispatch_to_experts(x, chosen, weights, kernels=kernels, axes=self.AXES, apply=apply)
+    return dispatch_to_experts(x, chosen, weights, kernels=stored, axes=axes, apply=apply)
 
 
 def fresh_experts(rngs: nnx.Rngs, shape: tuple[int, int, int]) -> Float[Array, "E D F"]:
@@ -147,8 +150,8 @@ def dispatch_to_experts(
     x: [B, T, D].
     chosen: int [B, T, k], the experts of each token.
     weights: [B, T, k], what their outputs count.
-    kernels: the experts' parameters [E, ...], in the dtype of x.
-    axes: the kernels' logical axes.
+    kernels: the experts' parameters [E, ...], as they are stored (`base_weights.expert_kernels`).
+    axes: their logical axes.
     apply: what the experts compute.
 
   Returns:
@@ -191,8 +194,8 @@ def _on_mesh(
   ):
     kernels = {name: _all_gather(kernel, stored[name], keep=partial) for name, kernel in kernels.items()}
     for name in axes:
-      # What is added to the sum over the feed-forward's width is added once.
-      if "mlp" not in axes[name]:
+      # What is added to the sum over the feed-forward's width is added once: a bias.
+      if "mlp" not in axes[name] and kernels[name].ndim == 2:
         kernels[name] = jnp.where(inner_part[0] == 0, kernels[name], 0)
     shared = [axis for axis in partial if axis in tokens]
     for axis in shared:

@@ -210,6 +210,11 @@ class Product:
       w = jax.lax.with_sharding_constraint(w, spec(rows, without(columns, (FSDP_OUTER,))))
     return jax.lax.with_sharding_constraint(w, spec(*split))
 
+  def in_use(self, w: Num[Array, "D F"]) -> Num[Array, "D F"]:
+    """The pieces of w that products are computed with, where it was made of what is all-gathered already."""
+    mesh = mesh_in_scope()
+    return w if mesh is None else jax.lax.with_sharding_constraint(w, spec(*self._split(w.shape, mesh)))
+
   def inputs(self, x: Num[Array, "*rows D"], w_shape: tuple[int, ...]) -> Num[Array, "*rows D"]:
     """Input x, or its gradient, as the product takes it."""
     mesh = mesh_in_scope()

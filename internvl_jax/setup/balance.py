@@ -7,6 +7,7 @@ from internvl_jax.config import TrainConfig
 from internvl_jax.data.schedule.balance import UNIT, RowCost
 from internvl_jax.hf.model import Source
 from internvl_jax.metrics.mfu import UsefulFlops, useful_flops
+from internvl_jax.models.base_weights import as_kernels
 from internvl_jax.optim.labels import labels_of, trained
 from internvl_jax.tasks.task import Task
 
@@ -17,7 +18,7 @@ _TILE, _PAIRS = 1 << 10, 1 << 10
 
 def run_row_cost(config: TrainConfig, source: Source, task: Task) -> RowCost:
   """The cost of the rows of a run, by its model, what of it trains, and its task, or as `loader.balance_costs` says."""
-  shapes = source.model.shapes
+  shapes = as_kernels(source.model.shapes)
   trainable = trained(labels_of(config.model, shapes))
   useful = useful_flops(source.config, shapes, trainable, twice=task.twice)
   full = config.data.use_packed_ds and bool(config.data.strict_mode)

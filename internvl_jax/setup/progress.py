@@ -17,6 +17,7 @@ from internvl_jax.metrics import mfu
 from internvl_jax.metrics.gauges import Gauges
 from internvl_jax.metrics.run_log import RunLog
 from internvl_jax.metrics.writers import TrackedRun, open_writers
+from internvl_jax.models.base_weights import as_kernels
 from internvl_jax.output_dir import begin_output, output_folder
 from internvl_jax.outputs import (
   Beginning,
@@ -163,7 +164,9 @@ def open_log(run: Run, loader: TrainLoader) -> RunLog:
     total_steps=loader.total_steps,
     epoch_of=loader.epoch_of,
     gauges=Gauges(
-      useful=mfu.useful_flops(source.config, source.model.shapes, setup.trainable, twice=setup.task.twice),
+      useful=mfu.useful_flops(
+        source.config, as_kernels(source.model.shapes), setup.trainable, twice=setup.task.twice
+      ),
       peak=mfu.peak_flops(jax.devices()),
       devices=jax.local_devices(),
     ),

@@ -63,4 +63,4 @@ def test_sparse_checkpoint(tmp_path):
   leaf = source.model.shapes[path]
   names = weights.names_of(path, leaf.shape, source.table)
   assert source.checkpoint is not None
-  assert not weights._read_shard(source.checkpoint, names, leaf, (slice(None),)).any()
+  assert not weights.read_shard(source.checkpoint, names, leaf, (slice(None),)).any()

@@ -197,7 +197,7 @@ def test_each_host_fetches_what_its_devices_hold(room, folder, fetched):
       held += 4 * np.prod(leaf.shape if transform.part is None else sharding.shard_shape(leaf.shape))
       first = reading_sharding(transform, names.lead, leaf.shape, sharding, far=True)
       index = first.devices_indices_map(leaf.shape)[jax.devices()[host]]
-      weights._read_shard(source.checkpoint, names, leaf, index)
+      weights.read_shard(source.checkpoint, names, leaf, index)
     assert (
       sum(count for *_, count in fetched)
       == held

@@ -339,9 +339,9 @@ def test_each_device_looks_at_what_it_reads(folder):
   leaf = source.model.shapes[path]
   names = weights.names_of(path, leaf.shape, source.table)
   half = leaf.shape[0] // 2
-  weights._read_shard(source.checkpoint, names, leaf, (slice(half, None), slice(None)))
+  weights.read_shard(source.checkpoint, names, leaf, (slice(half, None), slice(None)))
   with pytest.raises(UserError, match=r"mlp1\.3\.weight"):
-    weights._read_shard(source.checkpoint, names, leaf, (slice(0, half), slice(None)))
+    weights.read_shard(source.checkpoint, names, leaf, (slice(0, half), slice(None)))
   mesh = jax.make_mesh((8,), ("fsdp",))
   place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
   with pytest.raises(UserError, match=r"mlp1\.3\.weight"):
@@ -365,7 +365,7 @@ def test_a_tensor_that_is_read_as_one_is_not_copied(folder, monkeypatch):
   whole = (slice(None),) * len(leaf.shape)
   for dtype, shares in ((np.float32, True), (ml_dtypes.bfloat16, False)):
     asked = jax.ShapeDtypeStruct(leaf.shape, dtype)
-    found = weights._read_shard(source.checkpoint, names, asked, whole)
+    found = weights.read_shard(source.checkpoint, names, asked, whole)
     assert found.shape == leaf.shape and found.dtype == dtype and found.flags.c_contiguous
     assert np.shares_memory(found, kept[-1]) == shares
     np.testing.assert_array_equal(found, kept[-1].astype(dtype))

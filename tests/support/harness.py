@@ -6,9 +6,11 @@ import numpy as np
 from internvl_jax.arguments import MeshConfig, ModelArguments, TrainingArguments
 from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, TokenBatch
 from internvl_jax.models import functional
+from internvl_jax.models.base_weights import as_kernels, quantized_kernels
 from internvl_jax.models.decoder import DecoderConfig
 from internvl_jax.models.internvl import Execution, InternVL, InternVLConfig
 from internvl_jax.models.towers.internvit import InternViTConfig
+from internvl_jax.models.weight_formats import format_of
 from internvl_jax.optim.labels import decays, labels_of, trained
 from internvl_jax.optim.optimizer import make_optimizer
 from internvl_jax.parallel import batches, rules
@@ -34,12 +36,10 @@ def toy(vision_layers=2, text_layers=2, width=16, text=None, **vision):
     text=DecoderConfig(
       vocab_size=40,
       hidden_size=width,
-      intermediate_size=2 * width,
       num_layers=text_layers,
       num_heads=4,
       num_kv_heads=2,
-      head_dim=4,
-      **{"qkv_bias": True, **(text or {})},
+      **{"intermediate_size": 2 * width, "head_dim": 4, "qkv_bias": True, **(text or {})},
     ),
   )
 
@@ -94,6 +94,15 @@ def on_one_device(paths):
   return rules.StateShardings(mesh, **{kind: dict.fromkeys(paths, rules.replicated(mesh)) for kind in kinds})
 
 
+def quantized_as(shapes, values):
+  """Parameters with the kernels among them stored as those of these shapes are."""
+  values = dict(values)
+  for path, parts in quantized_kernels(shapes).items():
+    quantized = jax.jit(format_of(parts["codes"]).quantize)(values.pop(path))
+    values |= {f"{path}.{part}": np.asarray(value) for part, value in quantized.items()}
+  return {path: values[path] for path in shapes}
+
+
 class Harness:
   """A step over a toy model, on a mesh."""
 
@@ -132,9 +141,9 @@ class Harness:
     rng = np.random.default_rng(0)
     values = {
       path: (rng.normal(size=leaf.shape, scale=0.2) + path.endswith(_AROUND_ONE)).astype("f4")
-      for path, leaf in shapes.items()
+      for path, leaf in as_kernels(shapes).items()
     }
-    params = jax.device_put(values, places.params)
+    params = jax.device_put(quantized_as(shapes, values), places.params)
     self.frozen = {path: value for path, value in params.items() if path not in self.trainable}
     self.state = TrainState.create(select(params, self.trainable), optimizer, places)
     layers = config.vision.num_layers

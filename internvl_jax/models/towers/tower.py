@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Key
 
 from internvl_jax.errors import UserError
 from internvl_jax.models import lora
+from internvl_jax.models.base_weights import quantize_layer
 from internvl_jax.models.checkpoint_names import Row, Transform
 from internvl_jax.models.kernels import Kernels
 from internvl_jax.models.layers import LayerStack
@@ -34,6 +35,7 @@ class VisionConfig(abc.ABC):
     split: the layer at which the stack is stored in two, because those before it do not train and the others
       do; None or 0 is one piece.
     lora: adapters of the layers' linear maps.
+    quantize_base: see `decoder.DecoderConfig`.
     class_tokens: tokens in front of the patches, which the projector does not read.
     The others are named as in the checkpoints' config.
   """
@@ -48,6 +50,7 @@ class VisionConfig(abc.ABC):
   image_size: int
   split: int | None = None
   lora: LoRASpec | None = None
+  quantize_base: str = "none"
 
   @property
   def num_patches(self) -> int:
@@ -123,6 +126,7 @@ class VisionTransformer(nnx.Module):
       layer = make_layer(rngs)
       if config.lora is not None:
         lora.attach(layer, config.lora, rngs)
+      quantize_layer(layer, config.quantize_base)
       return layer
 
     self.encoder = VisionEncoder(make, bounds=bounds, rngs=rngs)
