@@ -21,7 +21,7 @@ from internvl_jax.arguments import (
   TrainingArguments,
 )
 from internvl_jax.errors import redacted_json
-from internvl_jax.task_arguments import DistillationConfig, GrpoConfig, PreferenceConfig
+from internvl_jax.task_arguments import DistillationConfig, FlashTrainingConfig, GrpoConfig, PreferenceConfig
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -38,6 +38,7 @@ class TrainConfig:
   preference: PreferenceConfig = dataclasses.field(default_factory=PreferenceConfig)
   grpo: GrpoConfig = dataclasses.field(default_factory=GrpoConfig)
   distillation: DistillationConfig = dataclasses.field(default_factory=DistillationConfig)
+  flash: FlashTrainingConfig = dataclasses.field(default_factory=FlashTrainingConfig)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
   loader: LoaderConfig = dataclasses.field(default_factory=LoaderConfig)

@@ -148,7 +148,12 @@ def _model_problems(config: TrainConfig) -> Iterator[str]:
     "model.use_llm_lora",
     "model.unfreeze_lm_head",
   )
-  if all(get(config, path) for path in parts) and not any(get(config, path) for path in thaw):
+  # A Flash has more parts, which its stages train.
+  if (
+    config.flash.stage == "none"
+    and all(get(config, path) for path in parts)
+    and not any(get(config, path) for path in thaw)
+  ):
     settings = ", ".join(setting_text(config, path) for path in parts)
     yield f"{settings} leave nothing to train; set one of them to False"
   if config.runtime.random_init and config.model.mlp_path:

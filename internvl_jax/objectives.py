@@ -21,7 +21,7 @@ from internvl_jax.models.moe import load_balancing_loss
 from internvl_jax.parallel.rules import constrain, even_shares
 
 Running: TypeAlias = dict[str, jax.Array]
-"""Statistics that go on from batch to batch: float32 scalars by name, or none."""
+"""Statistics that go on from batch to batch: float32 arrays by name, or none."""
 
 
 class Outcome(NamedTuple):
@@ -115,7 +115,13 @@ class ForwardPass:
     D, T = tiles.shape[:2]
     if T == 0:
       return jnp.zeros((D, 0, 0), self.how.dtype)
-    drop_path = dropout_key = None
+    return self.projected(model, self.encoded(model, tiles, key), D, both=self.both_features)
+
+  def encoded(
+    self, model: InternVL, tiles: UInt8[Array, "D T H W 3"], key: Key[Array, ""] | None
+  ) -> Float[Array, "I N C"]:
+    """The ViT's hidden states [I, N, C] of a pool of tiles [D, T, H, W, 3], I / D of each shard, the last of which are empty."""
+    T, drop_path, dropout_key = tiles.shape[1], None, None
     if key is not None:
       path_key, dropout_key = jax.random.split(key)
       drop_path = (np.array(self.drop_path_rates), path_key) if any(self.drop_path_rates) else None
@@ -123,14 +129,16 @@ class ForwardPass:
     tiles = jnp.pad(tiles, ((0, 0), (0, even_shares(T) - T), *[(0, 0)] * 3))
     tiles = constrain(tiles.reshape(-1, *tiles.shape[2:]), "tiles", None, None, None)
     pixels = normalize_tiles(tiles, self.normalize_type)
-    features = model.extract_features(
-      pixels,
-      self.how,
-      drop_path=drop_path,
-      dropout_key=dropout_key if self.dropout else None,
-      both=self.both_features,
+    return model.encode(
+      pixels, self.how, drop_path=drop_path, dropout_key=dropout_key if self.dropout else None
     )
-    return constrain(features.reshape(D, -1, features.shape[-1]), "rows", "tokens", None)
+
+  def projected(
+    self, model: InternVL, hidden: Float[Array, "I N C"], shards: int, *, both: bool
+  ) -> Float[Array, "D Q E"]:
+    """Features [D, Q, E] of the ViT's hidden states [I, N, C] of D shards' pools; see `InternVL.projected`."""
+    features = model.projected(hidden, self.how, both=both)
+    return constrain(features.reshape(shards, -1, features.shape[-1]), "rows", "tokens", None)
 
 
 def normalized_weights(

@@ -21,8 +21,10 @@ from internvl_jax.hf.model import (
 )
 from internvl_jax.hf.tokenizer import add_image_tokens, has_tokenizer, load_tokenizer
 from internvl_jax.inference_settings import differences, read_stated
+from internvl_jax.models.flash import FlashConfig
 from internvl_jax.models.lora import LoRASpec
 from internvl_jax.parallel import distributed
+from internvl_jax.task_arguments import FlashTrainingConfig
 
 
 def open_model(config: TrainConfig, *, with_weights: bool = True) -> tuple[Source, PreTrainedTokenizerBase]:
@@ -75,7 +77,9 @@ def open_shapes(config: TrainConfig) -> Source:
   )
   size = published.size_of(name) if name and not os.path.isdir(name) else None
   if size is not None:
-    return source_of_config(published.config_of(size), changes_of(config))
+    # Its router is there once the consistency stage was run.
+    router = _router(config.flash) if config.flash.stage != "none" else None
+    return source_of_config(published.config_of(size), dataclasses.replace(changes_of(config), flash=router))
   knows_tokens = has_tokenizer(base_folder(name or llm or "", with_weights=False))
   changes = _open_tokenizer(config, with_weights=False)[1] if knows_tokens else changes_of(config)
   if name:
@@ -97,7 +101,13 @@ def changes_of(config: TrainConfig) -> Changes:
     text_lora=LoRASpec.of(config.lora, model.use_llm_lora),
     quantize=config.runtime.quantize,
     quantize_base=config.lora.quantize_base,
+    flash=_router(config.flash) if config.flash.stage == "consistency" else None,
   )
+
+
+def _router(asked: FlashTrainingConfig) -> FlashConfig:
+  """What the consistency stage gives a model that has no router."""
+  return FlashConfig(relative_threshold=asked.relative_threshold, absolute_threshold=asked.absolute_threshold)
 
 
 def check_template(config: TrainConfig, source: Source) -> None:

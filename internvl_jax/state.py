@@ -25,7 +25,7 @@ class TrainState:
     step: int32, optimizer steps taken.
     params: the trainable parameters by path, float32.
     opt_state: the optimizer's state, for the trainable parameters alone.
-    running: the objective's statistics that go on from batch to batch: float32 scalars by name, or none.
+    running: the objective's statistics that go on from batch to batch: float32 arrays by name, or none.
   """
 
   step: jax.Array

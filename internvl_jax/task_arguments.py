@@ -134,3 +134,24 @@ class GrpoConfig:
   mask_truncated_completions: bool = False
   # Write the answers to so many prompts, with their rewards, at every step that is logged.
   num_completions_to_print: int = 0
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class FlashTrainingConfig:
+  """Training of InternVL3.5-Flash (ViCO): a tile learns to do with a quarter of its tokens where that changes no answer."""
+
+  # "consistency" teaches the model to answer alike when tiles are compressed, and makes a Flash of a model that is none;
+  # "router" then trains its router alone to choose the tiles; "none" trains in another way.
+  stage: Literal["none", "consistency", "router"] = "none"
+  # Probability that the consistency stage compresses a tile, each by itself.
+  compressed_share: float = 0.5
+  # Tiles may be compressed, the router stage teaches, whose compression changes answers by less than this percentile of what
+  # the last tiles' did.
+  percentile: float = 50.0
+  # How many of the last tiles that percentile is taken of.
+  window: int = 1024
+  # Thresholds of a model that is made a Flash, for its config.json: a tile is compressed whose probability is above this
+  # quantile of the question's tiles,
+  relative_threshold: float = 0.3
+  # and at least this.
+  absolute_threshold: float = 0.5

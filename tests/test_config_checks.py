@@ -71,6 +71,29 @@ def test_rewards_that_contradict_themselves(config, settings, words):
   assert words in line
 
 
+@pytest.mark.parametrize(
+  ("settings", "words"),
+  [
+    ({"preference.loss_type": "sigmoid"}, "beside preference.loss_type='sigmoid': a run learns in one way"),
+    ({"model.use_llm_lora": 4}, "beside model.use_llm_lora=4: the router trains alone"),
+    ({"flash.window": 0}, "flash.window=0 must be"),
+  ],
+)
+def test_a_stage_of_a_flash_that_is_contradicted(config, settings, words):
+  for path, value in {"flash.stage": "router", **settings}.items():
+    set_field(config, path, value)
+  (line,) = problems(config)
+  assert words in line
+
+
+def test_a_router_trains_where_all_else_is_frozen(config):
+  for part in ("llm", "mlp", "backbone"):
+    set_field(config, f"model.freeze_{part}", True)
+  assert len(problems(config)) == 1
+  set_field(config, "flash.stage", "router")
+  assert problems(config) == []
+
+
 def test_held_out_pairs_that_are_not_there(config):
   set_field(config, "preference.loss_type", "sigmoid")
   set_field(config, "preference.eval_meta_path", "nowhere.json")

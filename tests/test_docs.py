@@ -63,6 +63,7 @@ RUN_BY = {
   "scripts/quickstart_distill.sh": "tests/test_docs.py",
   "scripts/quickstart_grpo.sh": "tests/test_docs.py",
   "scripts/quickstart_grpo_picture.py": "tests/test_docs.py",
+  "scripts/quickstart_flash.sh": "tests/test_docs.py",
   "scripts/test.sh": "tests/test_docs.py",
   "scripts/launch/local.sh": "tests/runs/test_hosts.py",
   "scripts/launch/supervised.sh": "tests/runs/test_hosts.py",

@@ -21,6 +21,8 @@ ONLY_WITH, IDLE, ASKS_NOTHING = rules().only_with, rules().idle, rules().asks_no
 MAKES_IDLE = {
   "model.use_fast_tokenizer": {},
   "model.drop_path_rate": {"model.freeze_backbone": True},
+  **{path: {"flash.stage": "router"} for path in IDLE if path.startswith("model.freeze_")},
+  **{path: {} for path in IDLE if path.startswith("flash.")},
   "data.loss_reduction": {"data.use_packed_ds": True, "preference.loss_type": "sigmoid"},
   "preference.label_smoothing": {"preference.loss_type": "hinge"},
   "training.layer_lr_decay": {"model.freeze_backbone": True},
@@ -93,7 +95,9 @@ def test_tables_name_fields():
   assert {switch for switches in ONLY_WITH.values() for switch in switches} <= set(FIELDS)
   assert set(ASKS_NOTHING) | set(REFUSED_IDLE) <= set(ONLY_WITH) | set(IDLE)
   assert set(MAKES_IDLE) == set(IDLE)
-  named = re.compile(r"\b(?:model|data|training|preference|grpo|distillation|loader|lora|eval|runtime)\.\w+")
+  named = re.compile(
+    r"\b(?:model|data|training|preference|grpo|distillation|flash|loader|lora|eval|runtime)\.\w+"
+  )
   reasons = " ".join(
     idle.why if isinstance(idle.why, str) else idle.why() for cases in IDLE.values() for idle in cases
   )

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from internvl_jax.errors import UserError
 from internvl_jax.hf import flash
+from internvl_jax.models.flash import FlashConfig
 from internvl_jax.models.internvl import InternVLConfig
 from internvl_jax.models.lora import LoRASpec
 
@@ -23,6 +24,7 @@ class Changes:
     quantize: see InternVLConfig.
     quantize_base: the format of the frozen weights of the parts that have adapters; see DecoderConfig.
     stacked: see DecoderConfig.
+    flash: the router that a model gets which has none.
   """
 
   image_size: int | None = None
@@ -37,6 +39,7 @@ class Changes:
   quantize: str = "none"
   quantize_base: str = "none"
   stacked: bool = True
+  flash: FlashConfig | None = None
 
 
 UNCHANGED = Changes()

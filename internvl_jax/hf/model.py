@@ -31,6 +31,7 @@ from internvl_jax.hf.weights import Checkpoint, LazyParameter, Rename
 from internvl_jax.models import functional, lora
 from internvl_jax.models.base_weights import as_kernels
 from internvl_jax.models.checkpoint_names import Row
+from internvl_jax.models.flash import PARTS, fill_projector
 from internvl_jax.models.internvl import InternVL, InternVLConfig
 from internvl_jax.models.lora import LoRASpec
 from internvl_jax.storage.paths import is_bucket
@@ -135,6 +136,7 @@ class Source:
       params = quantized_base.load(self.checkpoint, self.table, stored, place, paths=wanted - fresh)
     if fresh:
       params = lora.fill_magnitudes({**params, **self._draw(select(shapes, fresh), place, seed)}, fresh)
+      params = fill_projector(params, fresh)
     return {path: params[path] for path in shapes if path in wanted}
 
   def lazy(self, dtype: jnp.dtype, paths: Iterable[str] | None = None) -> dict[str, LazyParameter]:
@@ -347,11 +349,13 @@ class _Stored:
 def _make_source(stored: _Stored, changes: Changes, *, untie: bool = False) -> Source:
   """The source of what is stored, with the changes; `untie` gives the output embedding a table of its own."""
   raw, config, checkpoint = stored.raw, stored.config, stored.checkpoint
-  layout = config_io.layout_of(raw)
+  lacking, layout = set(stored.lacking), config_io.layout_of(raw)
+  if changes.flash is not None and config.flash is None:
+    config, lacking = dataclasses.replace(config, flash=changes.flash), lacking | {*PARTS}
   table = layout.table(config_io.family_of(raw), config)
   if checkpoint is not None:
     _drop_buffers(checkpoint)
-    flash.check_tensors(checkpoint, config)
+    flash.check_tensors(checkpoint, stored.config)
     table = tables.packed(table, checkpoint.shapes)
   tied = embeddings.is_tied(raw, checkpoint, table)
   if tied and untie:
@@ -368,7 +372,7 @@ def _make_source(stored: _Stored, changes: Changes, *, untie: bool = False) -> S
     )
     table = embeddings.with_row(table, HEAD, transform=embeddings.grown(changes.new_tokens, is_output=True))
   model = functional.define(lambda rngs: InternVL(config, rngs=rngs))
-  drawn = {path for path in model.shapes if submodule_of(path) in stored.lacking}
+  drawn = {path for path in model.shapes if submodule_of(path) in lacking}
   drawn |= {path for path in lora.adapter_paths(model.shapes) if submodule_of(path) not in stored.adapters}
   if checkpoint is not None:
     if config.flash is not None:

@@ -44,7 +44,7 @@ def linear_token_losses(
 
 
 def over_vocabulary(
-  compute: Callable[..., Any], hidden: Float[Array, "R S E"], kernel: Float[Array, "E V"], *tokens: Any
+  compute: Callable[..., Any], hidden: Float[Array, "R S E"], kernel: Any, *tokens: Any
 ) -> Any:
   """What is computed of every token from its logits, chunk by chunk, on a mesh or without one.
 
@@ -52,16 +52,16 @@ def over_vocabulary(
     compute: function (axes that hold pieces of E, axes that split the vocabulary, x [M, E], chunks [n, pieces of E, C],
       entries [n, C], arrays of `tokens` [M, ...]) -> arrays [M, ...] in any structure; see `_chunked`.
     hidden: [R, S, E] in the compute dtype.
-    kernel: [E, V], cast to the dtype of `hidden`.
+    kernel: [E, V], or several in a tuple, sharded alike, whose chunks are one, too.
     tokens: what else is known of each token, arrays [R, S, ...].
 
   Returns:
     what `compute` does, [R, S, ...], sharded like the tokens.
   """
-  mesh = mesh_in_scope()
+  mesh, V = mesh_in_scope(), jax.tree.leaves(kernel)[0].shape[1]
   if mesh is None:
-    return _local(hidden, kernel, jnp.arange(1), *tokens, compute=compute, split=_Split(kernel.shape[1]))
-  (R, S, E), V = hidden.shape, kernel.shape[1]
+    return _local(hidden, kernel, jnp.arange(1), *tokens, compute=compute, split=_Split(V))
+  R, S, E = hidden.shape
   rows, places = dividing_axes(ACTIVATIONS["rows"], R, mesh), dividing_axes(ACTIVATIONS["tokens"], S, mesh)
   width = stored_over("table", E, mesh)
   vocab = tuple(axis for axis in ACTIVATIONS["vocab"] if axis in places and axis in width)
@@ -94,7 +94,7 @@ class _Split(NamedTuple):
 
 def _local(
   hidden: jax.Array,
-  kernel: jax.Array,
+  kernel: Any,
   part: jax.Array,
   *tokens: jax.Array,
   compute: Callable[..., Any],
@@ -109,16 +109,20 @@ def _local(
       for part in (hidden, tokens)
     )
   R, S = hidden.shape[:2]
-  chunk = _chunk_width(R * S, math.ceil(vocabulary / parts))
+  chunk = _chunk_width(R * S * len(jax.tree.leaves(kernel)), math.ceil(vocabulary / parts))
   padded = math.ceil(vocabulary / (parts * chunk)) * parts * chunk
-  kernel = jnp.pad(kernel, ((0, 0), (0, padded - vocabulary)))
-  if vocab:
-    kernel = jax.lax.all_to_all(kernel, vocab, split_axis=1, concat_axis=0, tiled=True)
-  chunks = kernel.reshape(kernel.shape[0], -1, chunk).swapaxes(0, 1)
+
+  def in_chunks(kernel: jax.Array) -> jax.Array:
+    kernel = jnp.pad(kernel, ((0, 0), (0, padded - vocabulary)))
+    if vocab:
+      kernel = jax.lax.all_to_all(kernel, vocab, split_axis=1, concat_axis=0, tiled=True)
+    return kernel.reshape(kernel.shape[0], -1, chunk).swapaxes(0, 1)
+
   # Entries of the vocabulary by chunk; -1, which is no target, where it is padded.
   entries = part[0] * (padded // parts) + jnp.arange(padded // parts).reshape(-1, chunk)
   entries = jnp.where(entries < vocabulary, entries, -1)
   flat = (x.reshape(R * S, *x.shape[2:]) for x in tokens)
+  chunks = jax.tree.map(in_chunks, kernel)
   found = compute(gathered, vocab, hidden.reshape(-1, E), chunks, entries, *flat)
 
   def own_part(x: jax.Array) -> jax.Array:

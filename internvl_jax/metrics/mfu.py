@@ -106,7 +106,7 @@ def _stage(path: str) -> tuple[int, int]:
   span, part = LAYER_RANGE.search(path), submodule_of(path)
   if part == "vision_model":
     return (1, int(span[1])) if span else (0, 0)
-  if part == "mlp1" or ".embed_tokens." in path:
+  if part in ("mlp1", "mlp2") or ".embed_tokens." in path:
     return (2, 0)
   return (3, int(span[1])) if span else (4, 0)
 

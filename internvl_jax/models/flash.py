@@ -10,6 +10,7 @@ Letters: I tiles, P patches of a tile, C ViT width, N heads, H head width, D lan
 """
 
 import dataclasses
+from collections.abc import Collection, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -138,3 +139,50 @@ class Gating(nnx.Module):
     for block in (self.block1, self.block2, self.block3, self.block4):
       x = block(x)
     return self.gate(x)[:, 0].astype(jnp.float32)
+
+
+def fill_projector(params: Mapping[str, jax.Array], fresh: Collection[str]) -> dict[str, jax.Array]:
+  """`params` with a drawn `mlp2` made of `mlp1`, so that a compressed tile's features are means of its usual ones.
+
+  A token of a compressed tile stands for two by two usual ones. Its features are the mean of what mlp1 makes of the mean of
+  the upper two and of that of the lower two; equal if their patches have the same mean and variance, since one
+  normalization spans all four. A linear layer between the GELUs is one since gelu(x) - gelu(-x) = x.
+
+  Args:
+    params: by path.
+    fresh: paths of those that are drawn.
+  """
+  own = [path for path in params if path.startswith("mlp2.")]
+  if not own or not set(own) <= set(fresh):
+    return dict(params)
+  mlp1 = {path: value for path, value in params.items() if path.startswith("mlp1.")}
+  make = jax.jit(_compressing, out_shardings={path: params[path].sharding for path in own})
+  made = make(mlp1)
+  return {**params, **{path: made[path].astype(params[path].dtype) for path in own}}
+
+
+def _compressing(mlp1: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  """mlp2's parameters from those of mlp1, in float32."""
+  mlp1 = {path.removeprefix("mlp1."): value.astype(jnp.float32) for path, value in mlp1.items()}
+  first, second = mlp1["linear_1.kernel"], mlp1["linear_2.kernel"]
+  D, C = first.shape[1], first.shape[0] // 4
+
+  def spread(values: jax.Array) -> jax.Array:
+    """From the patches of one usual token [4 C, ...] to those of two by two, in the order of pixel_shuffle: [16 C, ...]."""
+    values = values.reshape(1, 2, 1, 2, C, *values.shape[1:])
+    return jnp.broadcast_to(values, (2, 2, 2, 2, *values.shape[4:])).reshape(16 * C, *values.shape[5:])
+
+  upper = (jnp.arange(16 * C) < 8 * C)[:, None]
+  halved = spread(first) / 2
+  return {
+    "mlp2.layer_norm.scale": spread(mlp1["layer_norm.scale"]),
+    "mlp2.layer_norm.bias": spread(mlp1["layer_norm.bias"]),
+    "mlp2.linear_1.kernel": jnp.concatenate(
+      [jnp.where(upper, halved, 0), jnp.where(upper, 0, halved)], axis=1
+    ),
+    "mlp2.linear_1.bias": jnp.tile(mlp1["linear_1.bias"], 2),
+    "mlp2.linear_2.kernel": jnp.tile(jnp.concatenate([second, -second], axis=1) / 2, (2, 1)),
+    "mlp2.linear_2.bias": jnp.concatenate([mlp1["linear_2.bias"], -mlp1["linear_2.bias"]]),
+    "mlp2.linear_3.kernel": jnp.concatenate([jnp.eye(D), -jnp.eye(D)]),
+    "mlp2.linear_3.bias": jnp.zeros(D, jnp.float32),
+  }

@@ -116,10 +116,16 @@ class InternVL(nnx.Module):
     With `both`, which takes a Flash, they are [I, P + Q, E]: each tile's P features, and then the Q that it has compressed.
     """
     x = self.encode(tiles, how, drop_path=drop_path, dropout_key=dropout_key)
+    return self.projected(x, how, both=both)
+
+  def projected(
+    self, vision_hidden: Float[Array, "I N C"], how: Execution, *, both: bool = False
+  ) -> Float[Array, "I P E"]:
+    """Features [I, P, E] of hidden states [I, N, C], or with `both` [I, P + Q, E]; see `extract_features`."""
     project = self.project_both if both else self.project
     # Tiles are few, but kept at the language model's width they would wait for all of its backward pass.
     remat = remat_by_name(how.remat, in_scan=False)
-    return remat(project)(x) if remat else project(x)
+    return remat(project)(vision_hidden) if remat else project(vision_hidden)
 
   def encode(
     self,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from internvl_jax.arguments import ModelArguments
 from internvl_jax.errors import UserError
 from internvl_jax.hf.changes import first_trained
-from internvl_jax.models.flash import PARTS
+from internvl_jax.models.flash import PARTS, UNUSED
 from internvl_jax.models.lora import adapter_paths
 from internvl_jax.trees import LAYER_RANGE, first_match, submodule_of
 
@@ -37,21 +37,25 @@ FROZEN, ADAPTERS = "frozen", "adapters"
 """Labels beside the names of the model's parts; see `labels_of`."""
 
 
-def labels_of(model: ModelArguments, paths: Iterable[str]) -> dict[str, str]:
+def labels_of(model: ModelArguments, paths: Iterable[str], stage: str = "none") -> dict[str, str]:
   """Labels every parameter by what of it trains, as optax's masks and partitions take it.
 
-  A label is "frozen", "adapters", or the part of the model ("vision_model", "mlp1", "language_model") that the parameter
-  trains in. Adapters freeze the rest of their part; a Flash's router is frozen. That anything trains is a rule of the
-  configuration.
+  A label is "frozen", "adapters", or the part of the model ("vision_model", "mlp1", "language_model", ...) that the
+  parameter trains in. Adapters freeze the rest of their part. A Flash's second projector trains in the stage "consistency"
+  only, and its router in the stage "router", where all else is frozen whatever the flags say. That anything trains is a rule
+  of the configuration.
 
   Args:
     model: the freeze flags.
     paths: all parameters.
+    stage: flash.stage.
 
   Raises:
     UserError: a flag thaws what the model does not have, or the flags do not tell whether adapters train.
   """
   paths = list(paths)
+  if stage == "router":
+    return {path: submodule_of(path) if _routes(path) else FROZEN for path in paths}
   adapters = adapter_paths(paths)
   adapted = set(map(submodule_of, adapters))
   _check_adapters(model, adapted)
@@ -63,11 +67,18 @@ def labels_of(model: ModelArguments, paths: Iterable[str]) -> dict[str, str]:
   patterns = [(re.escape(path), ADAPTERS) for path in adapters]
   patterns += [(re.escape(path), submodule_of(path)) for path in _thawed(model, paths)]
   patterns += [(rf"{part}\..*", FROZEN if is_frozen else part) for part, is_frozen in frozen.items()]
-  # The router of a Flash, which the forward pass of training does not run.
+  # The forward pass of fine-tuning runs nothing of a Flash's own.
   patterns += [
-    (rf"{part}\..*", FROZEN) for part in PARTS if any(submodule_of(path) == part for path in paths)
+    (rf"{part}\..*", part if stage == "consistency" and part == "mlp2" else FROZEN)
+    for part in PARTS
+    if any(submodule_of(path) == part for path in paths)
   ]
   return first_match(patterns, paths)
+
+
+def _routes(path: str) -> bool:
+  """Whether a parameter is one of the router that is used."""
+  return submodule_of(path) in PARTS and submodule_of(path) != "mlp2" and not path.startswith(UNUSED)
 
 
 def trained(labels: Mapping[str, str]) -> dict[str, str]:
@@ -75,9 +86,9 @@ def trained(labels: Mapping[str, str]) -> dict[str, str]:
   return {path: label for path, label in labels.items() if label != FROZEN}
 
 
-def trainable_paths(model: ModelArguments, paths: Iterable[str]) -> set[str]:
+def trainable_paths(model: ModelArguments, paths: Iterable[str], stage: str = "none") -> set[str]:
   """The parameters that train, by the freeze flags; see `labels_of`."""
-  return set(trained(labels_of(model, paths)))
+  return set(trained(labels_of(model, paths, stage)))
 
 
 def _check_adapters(model: ModelArguments, parts: set[str]) -> None:

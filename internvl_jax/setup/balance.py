@@ -19,7 +19,7 @@ _TILE, _PAIRS = 1 << 10, 1 << 10
 def run_row_cost(config: TrainConfig, source: Source, task: Task) -> RowCost:
   """The cost of the rows of a run, by its model, what of it trains, and its task, or as `loader.balance_costs` says."""
   shapes = as_kernels(source.model.shapes)
-  trainable = trained(labels_of(config.model, shapes))
+  trainable = trained(labels_of(config.model, shapes, config.flash.stage))
   useful = useful_flops(source.config, shapes, trainable, twice=task.twice)
   full = config.data.use_packed_ds and bool(config.data.strict_mode)
   return row_cost(useful, pools_are_full=full, measured=config.loader.balance_costs)

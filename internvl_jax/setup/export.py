@@ -82,7 +82,8 @@ def adapter_notes(config: TrainConfig, source: Source) -> list[str]:
       f"adapter/ has no form for {source.new_rows} new row(s) of the embeddings: they will be in the merged model only, and "
       "made again where a run with runtime.grow_vocabulary=True goes on from adapter/"
     )
-  others = set(trained(labels_of(config.model, source.model.shapes)).values()) - {ADAPTERS}
+  labels = trained(labels_of(config.model, source.model.shapes, config.flash.stage))
+  others = set(labels.values()) - {ADAPTERS}
   if others:
     parts = ", ".join(sorted(others))
     found.append(

@@ -106,7 +106,7 @@ def set_up(
     UserError: the config does not fit the model or the platform.
   """
   check_quantize(config.runtime.quantize, mesh.devices.flat[0])
-  labels = trained(labels_of(config.model, source.model.shapes))
+  labels = trained(labels_of(config.model, source.model.shapes, config.flash.stage))
   trainable = set(labels)
   shapes, places = state_places(config, source, trainable, mesh)
   how = execution(config, source.config, device)

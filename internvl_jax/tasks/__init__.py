@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 TASKS: tuple[str, ...] = (
   "internvl_jax.tasks.distillation",
   "internvl_jax.tasks.grpo",
+  "internvl_jax.tasks.vico",
   "internvl_jax.tasks.preference",
   "internvl_jax.tasks.sft",
 )

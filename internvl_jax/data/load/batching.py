@@ -31,6 +31,8 @@ class MicroBatch(NamedTuple):
     segments: int32 [G, J], tokens of each segment; 0 likewise.
     shared: int32 [G], tokens of each sample's first segment that its others follow as well; see `Sample`.
     indices: int64 [G], index of each sample in the mixture; -1 for one that was dropped.
+    epochs: int64 [G], how often the data of each were run through before; with the index, what seeds all that is drawn of a
+      sample. -1 for one that was dropped.
     rows: int32 [G], the row of each sample, ascending.
     num_rows: R.
     tiles: uint8 [sum of num_tiles or more, H, W, 3]: those of the samples, then unused memory of any content. (Between processes
@@ -49,6 +51,7 @@ class MicroBatch(NamedTuple):
   segments: np.ndarray
   shared: np.ndarray
   indices: np.ndarray
+  epochs: np.ndarray
   rows: np.ndarray
   num_rows: int
   tiles: np.ndarray
@@ -113,6 +116,7 @@ def pack_rows(
     segments=_scatter(read, segments or np.zeros((0, 1)), np.int32),
     shared=_scatter(read, [s.shared for s in samples], np.int32),
     indices=_scatter(read, [s.index for s in samples], np.int64, empty=-1),
+    epochs=_scatter(read, [s.epoch for s in samples], np.int64, empty=-1),
     rows=np.repeat(np.arange(len(rows), dtype=np.int32), [len(row) for row in rows]),
     num_rows=len(rows),
     tiles=tiles,

@@ -100,7 +100,7 @@ class MicroBatchSource:
       sample = self.samples.decode(epoch, index, pool)
       if planned is not None:
         batching.check_planned(sample, planned, self.samples.index_of)
-      return sample
+      return dataclasses.replace(sample, epoch=epoch)
     except DataError as error:
       pool.rewind(start)
       return batching.Lost(dataset, _EVENTS[kind_of_loss(error)], str(error))

@@ -41,6 +41,7 @@ class Sample:
     where: the line it comes from.
     dataset: index of its dataset in the mixture.
     index: index of the sample in the mixture.
+    epoch: how often its data were run through before; see `order.Places`.
     lengths: tokens of each segment; () is one of all tokens.
     shared: how many tokens of the first segment, from its first on, all others follow as well.
     notes: what one should know about how its images were taken.
@@ -57,6 +58,7 @@ class Sample:
   where: Where
   dataset: int = 0
   index: int = 0
+  epoch: int = 0
   lengths: tuple[int, ...] = ()
   shared: int = 0
   notes: tuple[Note, ...] = ()
