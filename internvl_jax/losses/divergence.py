@@ -77,29 +77,33 @@ def _divergences(
   """The divergences [M], and the logarithms of both softmaxes' denominators [2, M].
 
   With logits s of ours and t of the teacher's, whose probabilities are p, the divergence is the mean of t - s by p, less the
-  difference of those logarithms.
+  difference of those logarithms. That difference is also -log of the mean of exp(s - t) by p, which keeps the digits of
+  small divergences; it is taken where no |t - s| is above 1.
   """
 
   def add(carry: tuple[jax.Array, ...], chunk: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], None]:
-    tops, sums, difference = carry
+    tops, sums, means, farthest = carry
     logits = _both_logits(gathered, tokens, chunk[:2], chunk[2])
     new_tops = jnp.maximum(tops, jnp.max(logits, axis=-1))
     terms = jnp.exp(logits - new_tops[..., None])
     old = jnp.exp(tops - new_tops)
     sums = sums * old + jnp.sum(terms, axis=-1)
-    difference = difference * old[1] + jnp.sum(terms[1] * (logits[1] - logits[0]), axis=-1)
-    return (new_tops, sums, difference), None
+    difference = logits[1] - logits[0]
+    both = jnp.stack([difference, jnp.expm1(jnp.clip(-difference, -1.0, 1.0))])
+    means = means * old[1] + jnp.sum(terms[1] * both, axis=-1)
+    return (new_tops, sums, means, jnp.maximum(farthest, jnp.max(jnp.abs(difference), axis=-1))), None
 
   zero = jnp.zeros((2, tokens[0].shape[0]), jnp.float32)
-  start = (jnp.full_like(zero, jnp.finfo(jnp.float32).min), zero, zero[0])
-  (tops, sums, difference), _ = jax.lax.scan(add, start, (*kernels, entries))
+  start = (jnp.full_like(zero, jnp.finfo(jnp.float32).min), zero, zero, zero[0])
+  (tops, sums, means, farthest), _ = jax.lax.scan(add, start, (*kernels, entries))
   if vocab:
-    highest = jax.lax.pmax(tops, vocab)
+    highest, farthest = jax.lax.pmax((tops, farthest), vocab)
     rescale = jnp.exp(tops - highest)
-    sums, difference = jax.lax.psum((sums * rescale, difference * rescale[1]), vocab)
+    sums, means = jax.lax.psum((sums * rescale, means * rescale[1]), vocab)
     tops = highest
   log_sums = tops + jnp.log(sums)
-  return difference / sums[1] - (log_sums[1] - log_sums[0]), log_sums
+  difference, excess = means / sums[1]
+  return difference + jnp.where(farthest > 1, log_sums[0] - log_sums[1], jnp.log1p(excess)), log_sums
 
 
 def _both_logits(

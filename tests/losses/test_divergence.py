@@ -79,6 +79,17 @@ def test_a_teacher_of_the_same_numbers_is_no_distance_away():
   assert not np.any(divergence.linear_token_divergences(hidden, kernel, hidden, kernel))
 
 
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0])
+def test_small_divergences_keep_their_digits(size):
+  """By which the tiles that change least are told apart."""
+  hidden, kernel, *_ = (x.astype("f4") for x in arrays())
+  teacher = hidden + np.float32(size) * np.random.default_rng(1).normal(size=hidden.shape).astype("f4")
+  found = divergence.linear_token_divergences(hidden, kernel, teacher, kernel)
+  wanted, _ = by_definition(*(x.astype("f8") for x in (hidden, kernel, teacher, kernel)))
+  # Logits are rounded themselves, to 1e-6 of differences of 1e-4.
+  np.testing.assert_allclose(found, wanted, rtol=3e-2 if size == 1e-4 else 1e-3)
+
+
 def test_a_kernel_that_does_not_train_costs_no_gradient():
   """And as the teacher's it stays one array."""
   hidden, kernel, teacher, _ = (jnp.asarray(x, jnp.float32) for x in arrays())
