@@ -2,7 +2,7 @@
 
 `scripts/quickstart_flash.sh` runs all of it. Measured accuracies and times stand in docs/flash.md.
 
-  python -m internvl_jax.train --config configs/quickstart_flash.py:quickstart,tiles
+  python -m internvl_jax.train --config configs/quickstart_flash.py
 """
 
 from internvl_jax.config import TrainConfig

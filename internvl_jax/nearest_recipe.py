@@ -67,13 +67,15 @@ class Published:
 
 @functools.cache
 def published_recipes() -> tuple[Published, ...]:
-  """All recipes of the published scripts, with their sizes and variants."""
+  """All recipes of the published scripts, with their sizes and variants; recipes of our own are not among them."""
   found = []
   for name in recipe_names():
     module = load_module(str(recipe_folder() / f"{name}.py"))
     for choice in getattr(module, "CHOICES", ()):
       spec = f"{name}:{choice}"
-      found.append(Published(spec=spec, config=load_recipe(spec)))
+      config = load_recipe(spec)
+      if getattr(package_for(config), "HAS_SCRIPTS", False):
+        found.append(Published(spec=spec, config=config))
   return tuple(found)
 
 

@@ -45,7 +45,7 @@ def test_no_recipe_needs_another_file_of_its_folder(tmp_path):
     ),
     (
       "nothing_like_it",
-      "--config=nothing_like_it: no such recipe; there are internvl1_2/finetune, internvl1_2",
+      "--config=nothing_like_it: no such recipe; there are examples/rates, internvl1_2/finetune",
     ),
     ("nowhere.py", "--config=nowhere.py: no such recipe file"),
     (

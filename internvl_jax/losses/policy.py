@@ -40,7 +40,7 @@ class Advantages(NamedTuple):
   degenerate: np.ndarray
 
 
-def group_advantages(rewards: np.ndarray, scale: Scale = "group") -> Advantages:
+def group_advantages(rewards: Float[np.ndarray, "N G"], scale: Scale = "group") -> Advantages:
   """Rewards less their group's mean, over a standard deviation: GRPO (arXiv:2402.03300, 4.1.2), on the host.
 
   Standard deviations are of a sample (with N - 1), as TRL and PyTorch have them.

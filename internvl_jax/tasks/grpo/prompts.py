@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int
 
 from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, TokenBatch
 from internvl_jax.data.load import batching
@@ -43,7 +44,7 @@ class PromptData:
     return PromptBatch(rows=_cut(rows, lengths), index=np.where(lengths > 0, index, -1).astype(np.int32))
 
 
-def prompt_lengths(targets: np.ndarray) -> np.ndarray:
+def prompt_lengths(targets: Int[np.ndarray, "A R S"]) -> Int[np.ndarray, "A R"]:
   """Computes int [A, R]: the tokens before the last answer of each row; 0 where nothing is to be predicted.
 
   Args:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from internvl_jax.errors import UserError, did_you_mean
 from internvl_jax.eval.metrics import METRICS
@@ -63,7 +64,7 @@ class Reward:
   label: str
   score: Score
 
-  def __call__(self, completions: Sequence[Completion]) -> np.ndarray:
+  def __call__(self, completions: Sequence[Completion]) -> Float[np.ndarray, " N"]:
     """The rewards of answers, float32 [N]; NaN where there is none. What a function raises is not caught.
 
     Raises:
@@ -112,12 +113,12 @@ def open_rewards(names: Sequence[str]) -> tuple[Reward, ...]:
   )
 
 
-def rewards_of(rewards: Sequence[Reward], completions: Sequence[Completion]) -> np.ndarray:
+def rewards_of(rewards: Sequence[Reward], completions: Sequence[Completion]) -> Float[np.ndarray, "N F"]:
   """What each function gives each answer, float32 [N, F]; NaN where that is nothing."""
   return np.stack([reward(completions) for reward in rewards], axis=1)
 
 
-def weighted_sum(values: np.ndarray, weights: Sequence[float] = ()) -> np.ndarray:
+def weighted_sum(values: Float[np.ndarray, "N F"], weights: Sequence[float] = ()) -> Float[np.ndarray, " N"]:
   """The reward of each answer, float32 [N]: the weighted sum of those that it has; NaN where it has none, as in TRL.
 
   Args:

@@ -6,6 +6,7 @@ Letters: A micro-batches, R rows, S tokens of a row, G answers of a prompt, L th
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from internvl_jax.batch import IGNORE_INDEX, NO_IMAGE, TokenBatch
 
@@ -30,7 +31,11 @@ class Answers(NamedTuple):
 
   @classmethod
   def of(
-    cls, tokens: np.ndarray, logps: np.ndarray, present: np.ndarray, stop_ids: tuple[int, ...]
+    cls,
+    tokens: Int[np.ndarray, "A R G L"],
+    logps: Float[np.ndarray, "A R G L"],
+    present: Bool[np.ndarray, "A R"],
+    stop_ids: tuple[int, ...],
   ) -> "Answers":
     """Finds where answers end.
 
@@ -76,7 +81,7 @@ def row_lengths(prompt: int, generations: int, longest: int) -> tuple[int, ...]:
   return tuple(reversed(lengths))
 
 
-def fitting_length(prompt: int, answers: np.ndarray, longest: int) -> int:
+def fitting_length(prompt: int, answers: Int[np.ndarray, "*prompts G"], longest: int) -> int:
   """The length of rows that hold answers of so many tokens, int [..., G], behind prompts of at most `prompt`."""
   generations = answers.shape[-1]
   needed = prompt + int(answers.sum(-1).max()) + generations - 1

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 CONVERSATIONS = 2
 """A line becomes the prompt with each answer."""
 
+HAS_SCRIPTS = True
+"""The reference has published scripts that learn so."""
+
 
 def is_asked_for(config: TrainConfig) -> bool:
   """Whether the config asks for it."""

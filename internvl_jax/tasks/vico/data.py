@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from jaxtyping import Bool, Int
 
 from internvl_jax.data.load import batching
 from internvl_jax.data.load.batching import MicroBatch, Padding
@@ -28,7 +29,7 @@ class Independently:
 
   share: float
 
-  def __call__(self, rng: np.random.Generator, tiles: int) -> np.ndarray:
+  def __call__(self, rng: np.random.Generator, tiles: int) -> Bool[np.ndarray, " tiles"]:
     return rng.random(tiles) < self.share
 
 
@@ -36,7 +37,7 @@ class Independently:
 class OneTile:
   """One tile of the sample."""
 
-  def __call__(self, rng: np.random.Generator, tiles: int) -> np.ndarray:
+  def __call__(self, rng: np.random.Generator, tiles: int) -> Bool[np.ndarray, " tiles"]:
     return np.arange(tiles) == rng.integers(tiles)
 
 
@@ -90,7 +91,7 @@ class FlashData:
       **owners_of_tiles(shorter, rows.tiles.shape[:3]),
     )
 
-  def drawn(self, micro: MicroBatch) -> np.ndarray:
+  def drawn(self, micro: MicroBatch) -> Bool[np.ndarray, " tiles"]:
     """Which tiles of a micro-batch are compressed, bool [sum of num_tiles]."""
     found = [np.zeros(0, np.bool_)]
     for count, epoch, index in zip(micro.num_tiles, micro.epochs, micro.indices, strict=True):
@@ -100,8 +101,11 @@ class FlashData:
 
 
 def shortened(
-  micro: MicroBatch, compressed: np.ndarray, features_per_tile: tuple[int, int], image_token_id: int
-) -> tuple[MicroBatch, np.ndarray]:
+  micro: MicroBatch,
+  compressed: Bool[np.ndarray, " tiles"],
+  features_per_tile: tuple[int, int],
+  image_token_id: int,
+) -> tuple[MicroBatch, Bool[np.ndarray, " tokens"]]:
   """A micro-batch in which tiles are compressed: of their P image tokens, the first Q stay.
 
   Args:
@@ -130,7 +134,7 @@ def shortened(
   return shorter, kept
 
 
-def offsets_in_rows(micro: MicroBatch) -> np.ndarray:
+def offsets_in_rows(micro: MicroBatch) -> Int[np.ndarray, " tokens"]:
   """Computes int32 [sum of lengths]: where in its row each token is."""
   rows = np.repeat(micro.rows, micro.lengths)
   return (np.arange(len(rows)) - np.searchsorted(rows, rows)).astype(np.int32)
