@@ -130,11 +130,13 @@ def _decode_nf4(
 
 def _lookup(codes: UInt8[Array, "..."]) -> Float[Array, "..."]:
   """`NF4_VALUES[codes]` by a tree of choices: fast where a gather from a table is not, which is on TPUs and CPUs."""
-  values: list[jax.Array | np.float32] = [np.float32(value) for value in NF4_VALUES]
+  # Of the codes, though zero: JAX would take arrays of constants out of a scan over layers, and keep them all.
+  zero = (codes & 0).astype(jnp.float32)
+  values = [zero + np.float32(value) for value in NF4_VALUES]
   for bit in range(4):
     is_set = ((codes >> bit) & 1).astype(bool)
     values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
-  return jnp.asarray(values[0])
+  return values[0]
 
 
 def dynamic_map() -> Float[np.ndarray, " 256"]:
@@ -151,12 +153,11 @@ def _dynamic_values(codes: UInt8[Array, "..."]) -> Float[Array, "..."]:
   """`dynamic_map()[codes]`, calculated: step j of decade i is 0.1 + 0.9 (j + 1/2) / 2^i, times 10^(i - 6)."""
   rank = codes.astype(jnp.float32) - 127
   size = jnp.abs(rank)
-  value = jnp.zeros_like(size)
-  for i in range(7):
-    step = 0.9 / 2**i * 10.0 ** (i - 6)
-    first = 0.1 * 10.0 ** (i - 6) + step / 2
-    value = jnp.where(size >= 2**i, first + step * (size - 2**i), value)
-  return jnp.where(rank == 128, 1.0, jnp.sign(rank) * value)
+  decades = [(0.1 * 10.0 ** (i - 6), 0.9 / 2**i * 10.0 ** (i - 6)) for i in range(7)]
+  value = size  # Of rank 0, which has no sign.
+  for i, (start, step) in enumerate([*decades, (1.0, 0.0)]):
+    value = jnp.where(size >= 2**i, start + step / 2 + step * (size - 2**i), value)
+  return jnp.sign(rank) * value
 
 
 def _compress_scales(absmax: Float[Array, "n F"]) -> dict[str, jax.Array]:

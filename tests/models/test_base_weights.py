@@ -137,6 +137,15 @@ def test_nothing_restored_is_kept_for_the_backward_pass(capsys, remat):
   assert set(kept("nf4")) <= {"uint8", "u8"}
 
 
+def test_restoring_stays_inside_the_scan():
+  """JAX takes out of a scan what depends on no layer: arrays of a table's values, one for each weight of a matrix."""
+  harness = adapted("nf4", how=Execution(remat="full"), text={"intermediate_size": 192})
+  program = jax.make_jaxpr(harness.step.__call__)(*harness.inputs(make_batch()))
+  outside = [var.aval.shape for equation in program.jaxpr.eqns for var in equation.outvars]
+  assert not [shape for shape in outside if shape[-3:] in ((2, 32, 192), (2, 32, 64))]
+  assert not [shape for shape in outside if shape[-2:] in ((64, 192), (192, 64), (1, 192), (3, 64))]
+
+
 def test_what_is_stored():
   config = toy(width=64, text={"lora": SPEC, "quantize_base": "nf4", "head_dim": 16}, lora=SPEC)
   model = functional.define(lambda rngs: InternVL(config, rngs=rngs))
