@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Reinforcement (GRPO) of the quickstart's model, stopped early: training to about 80 %, rewards, picture.
+# Reinforcement (GRPO) of the quickstart's model, stopped early: training to about 85 %, rewards, picture.
 #
 #   scripts/quickstart_grpo.sh                                       goes on from quickstart/, which it makes if need be
 #   scripts/quickstart_grpo.sh --config.grpo.num_generations=16      further flags go to the training command
