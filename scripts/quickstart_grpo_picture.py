@@ -20,7 +20,7 @@ _RUNS = flags.DEFINE_list("runs", ["quickstart/output_grpo"], "Folders of the ru
 _BEFORE = flags.DEFINE_string("before", "quickstart/output_early", "The run that they began with.")
 _PICTURE = flags.DEFINE_string("picture", "quickstart/output_grpo/grpo.png", "File to write.")
 
-SMOOTHED = 25  # logged steps of which the mean is drawn
+SMOOTHED = 5  # logged steps of which the mean is drawn
 
 
 def main(argv: Sequence[str]) -> None:
@@ -35,7 +35,9 @@ def main(argv: Sequence[str]) -> None:
     seconds = _json(run / "train_results.json")["train_runtime"]
     left.plot(*smoothed(points(history, "reward")), linewidth=1, label=run.name)
     steps, accuracies = points(history, "eval_accuracy")
-    right.plot(np.append(0, steps), np.append(before, accuracies), marker=".", linewidth=1, label=run.name)
+    # The last score is that of the exported model.
+    steps, accuracies = [0, *steps, history[-1]["step"]], [before, *accuracies, after]
+    right.plot(steps, accuracies, marker=".", linewidth=1, label=run.name)
     print(f"{run}: {before:.4f} before, {after:.4f} after; {seconds:.0f} s")
   for axes, title in ((left, "mean reward of sampled answers"), (right, "held-out answers that match")):
     axes.set_title(title, fontsize=10)
