@@ -4,7 +4,7 @@
   python benchmarks/forgetting.py --data quickstart --out forgetting [--seeds 3] [--picture forgetting.png]
   python benchmarks/forgetting.py --data quickstart --out forgetting --toy
 
-A model learns all of easy-VQA, and is stopped early: that is the start. Then it learns from questions about colors alone, without one
+The start is the quickstart's model, which has learned all of easy-VQA. Then it learns from questions about colors alone, without one
 about a shape. What it knows of both is compared for each way in WAYS:
 
   plain      the last weights
@@ -36,7 +36,7 @@ REPOSITORY = Path(__file__).parents[1]
 NEW, OLD = ("color", "yes_no_color"), ("shape", "yes_no_shape")
 """Types of questions: those that are trained on alone, and the others."""
 
-START_STEPS, STEPS, RATE = 1000, 300, 5e-4
+START_STEPS, STEPS, RATE = 3000, 400, 2e-3
 """Steps on all questions, and on those about colors, the latter with their peak learning rate."""
 
 MOST_LOST = 0.01
@@ -52,7 +52,7 @@ WAYS: dict[str, dict[str, str | float]] = {
 }
 """Name -> settings of `training`."""
 
-WEIGHTS = tuple(round(0.1 * i, 1) for i in range(11))
+WEIGHTS = tuple(round(0.1 * i, 1) for i in range(1, 11))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
