@@ -6,6 +6,7 @@
 """
 
 from internvl_jax.config import TrainConfig
+from internvl_jax.recipe_files import load_recipe
 
 
 def get_config(arg: str = "") -> TrainConfig:
@@ -25,15 +26,10 @@ def get_config(arg: str = "") -> TrainConfig:
 
 def _tiles(folder: str) -> TrainConfig:
   """The quickstart's model goes on with larger pictures: four tiles and a thumbnail."""
-  config = TrainConfig()
-
+  config = load_recipe(f"quickstart:{folder}")
   config.model.model_name_or_path = f"{folder}/output"
-  config.model.grad_checkpoint = False
-  config.runtime.scan_unroll = 3
+  config.runtime.random_init = False
 
-  config.data.meta_path = f"{folder}/data/meta.json"
-  config.data.conv_style = "internvl2_5"
-  config.data.force_image_size = 64
   # Twice as large as they are.
   config.data.dynamic_image_size = True
   config.data.use_thumbnail = True
@@ -44,24 +40,13 @@ def _tiles(folder: str) -> TrainConfig:
   config.loader.tile_buckets = (160,)
 
   config.training.output_dir = f"{folder}/output_tiles"
-  config.training.do_train = True
-  config.training.per_device_train_batch_size = 32
   config.training.max_steps = 400
   config.training.learning_rate = 5e-4
-  config.training.lr_scheduler_type = "cosine"
   config.training.warmup_ratio = 0.05
-  config.training.adam_beta2 = 0.95
   config.training.logging_steps = 10
   config.training.save_steps = 200
   config.training.save_total_limit = 1
-  config.training.report_to = "tensorboard"
-  config.training.dataloader_num_workers = 0
-
-  config.eval.annotation = f"{folder}/data/test.jsonl"
-  config.eval.root = f"{folder}/data/images"
-  config.eval.group_field = "type"
   config.eval.batch_size = 128
-  config.eval.max_new_tokens = 2
   return config
 
 

@@ -11,21 +11,15 @@ samples no other, and has nothing to learn from.
 """
 
 from internvl_jax.config import TrainConfig
+from internvl_jax.recipe_files import load_recipe
 
 
 def get_config(arg: str = "") -> TrainConfig:
   """The recipe; `arg` is the folder that the quickstart wrote to, by default "quickstart"."""
   folder = arg or "quickstart"
-  config = TrainConfig()
-
+  config = load_recipe(f"quickstart:{folder}")
   config.model.model_name_or_path = f"{folder}/output_early"
-  config.model.grad_checkpoint = False
-  config.runtime.scan_unroll = 3
-
-  config.data.meta_path = f"{folder}/data/meta.json"
-  config.data.conv_style = "internvl2_5"
-  config.data.force_image_size = 64
-  config.data.max_seq_length = 64
+  config.runtime.random_init = False
   config.loader.sequence_buckets = (48, 64)
   config.loader.tile_buckets = (64,)
 
@@ -36,24 +30,13 @@ def get_config(arg: str = "") -> TrainConfig:
   config.grpo.beta = 0.2
 
   config.training.output_dir = f"{folder}/output_grpo"
-  config.training.do_train = True
   config.training.per_device_train_batch_size = 64
   config.training.max_steps = 1200
   config.training.learning_rate = 1e-3
-  config.training.lr_scheduler_type = "cosine"
   config.training.warmup_ratio = 0.02
-  config.training.adam_beta2 = 0.95
   config.training.logging_steps = 20
   config.training.eval_strategy = "steps"
   config.training.eval_steps = 300
   config.training.save_steps = 200
   config.training.save_total_limit = 1
-  config.training.report_to = "tensorboard"
-  config.training.dataloader_num_workers = 0
-
-  config.eval.annotation = f"{folder}/data/test.jsonl"
-  config.eval.root = f"{folder}/data/images"
-  config.eval.group_field = "type"
-  config.eval.batch_size = 256
-  config.eval.max_new_tokens = 2
   return config
