@@ -114,6 +114,9 @@ class GrpoConfig:
   top_k: int = 0
   # Prompts that each data-parallel device answers at once; None: all of a step's. Fewer need less memory for the cache.
   rollout_batch_size: int | None = None
+  # The step's own forward pass decides which tokens are drawn, and how probable they were; the decoder only proposes them.
+  # None: with bf16=False, where the two hardly ever differ.
+  exact_rollouts: bool | None = None
   # How losses of tokens become one: by answer ("grpo"), by token ("bnpo" of a micro-batch, "dapo" of a step), over a constant
   # ("dr_grpo"), or by token with weights that are clipped in place of ratios ("cispo").
   loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = "dapo"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Reinforcement (GRPO) of the quickstart's model, stopped early: training to about 85 %, rewards, picture.
+# Reinforcement (GRPO) of the quickstart's model, stopped early: training to about 80 %, rewards, picture.
 #
 #   scripts/quickstart_grpo.sh                                       goes on from quickstart/, which it makes if need be
 #   scripts/quickstart_grpo.sh --config.grpo.num_generations=16      further flags go to the training command
@@ -20,7 +20,7 @@ export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 if [[ ! -f "$out/output_early/eval_results.json" ]]; then
   echo "== training, stopped early"
   "$python" -m internvl_jax.train --config "configs/quickstart.py:$out" \
-    --config.training.max_steps=1000 --config.training.output_dir="$out/output_early"
+    --config.training.max_steps=700 --config.training.output_dir="$out/output_early"
 fi
 echo "== reinforcement"
 "$python" -m internvl_jax.train --config "configs/quickstart_grpo.py:$out" "$@"

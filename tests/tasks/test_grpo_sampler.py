@@ -13,9 +13,10 @@ from internvl_jax.models.internvl import Execution
 from internvl_jax.parallel import batches
 from internvl_jax.step import TrainStep
 from internvl_jax.tasks.grpo.batch import GrpoBatch, PromptBatch
+from internvl_jax.tasks.grpo.draws import Draws
 from internvl_jax.tasks.grpo.objective import GroupRelativePolicy
 from internvl_jax.tasks.grpo.rows import Answers, answer_rows
-from internvl_jax.tasks.grpo.sampler import Sampler
+from internvl_jax.tasks.grpo.sampler import Given, Sampler
 from tests.support.harness import Harness, make_batch, toy
 
 STOPS, G, L = (3, 4, 5, 6, 7), 3, 5
@@ -48,14 +49,15 @@ def opened(mesh=None, **settings):
     temperature=settings.get("temperature", 1.0),
   )
   sampler = Sampler(
-    objective=objective, mesh=harness.mesh, stop_ids=STOPS, generations=G, longest=L, **settings
+    objective=objective, mesh=harness.mesh, stop_ids=STOPS, longest=L, draws=Draws(generations=G), **settings
   )
   return harness, objective, sampler
 
 
 def sampled(harness, sampler, prompts, step=0):
   params = {**harness.frozen, **harness.state.params}
-  found = sampler(params, batches.place_batch(prompts, harness.mesh), step)
+  given = Given.nothing(*prompts.index.shape, G, L)
+  found = sampler(params, batches.place_batch(prompts, harness.mesh), step, given)
   return Answers.of(*map(np.asarray, found), prompts.index >= 0, STOPS)
 
 
@@ -85,7 +87,7 @@ def test_the_cache_tells_what_whole_rows_tell(one, answers):
   batch = batch_of(prompts_of(), answers)
   micro = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), batch)
   params = {**harness.frozen, **harness.state.params}
-  logps = np.asarray(jax.jit(objective.token_logps)(params, micro))
+  logps = np.asarray(jax.jit(objective.forward)(params, micro)[1])
   real = batch.owner[0] > 0
   np.testing.assert_allclose(logps[real], batch.sampled[0][real], atol=2e-5)
   assert np.ptp(logps[real]) > 1
@@ -106,7 +108,7 @@ def test_cold_answers_are_the_likeliest(one):
   harness, _, sampler = one
   cold = dataclasses.replace(sampler, temperature=1e-4)
   found = sampled(harness, cold, prompts_of())
-  chosen = dataclasses.replace(sampler, top_k=1)
+  chosen = dataclasses.replace(sampler, draws=Draws(generations=G, top_k=1))
   for group, lengths in zip(found.tokens[0], found.lengths[0], strict=True):
     assert len({tuple(tokens[:n]) for tokens, n in zip(group, lengths, strict=True)}) == 1
   np.testing.assert_array_equal(found.lengths, sampled(harness, chosen, prompts_of()).lengths)

@@ -9,9 +9,9 @@ from internvl_jax.callbacks import Callback
 from internvl_jax.data.load.loader import TrainLoader
 from internvl_jax.metrics.run_log import RunLog
 from internvl_jax.step import StepMetrics
+from internvl_jax.tasks.grpo.answering import make_answering
 from internvl_jax.tasks.grpo.prompts import PromptData
 from internvl_jax.tasks.grpo.rewards import open_rewards
-from internvl_jax.tasks.grpo.sampler import make_sampler
 from internvl_jax.tasks.grpo.source import Parts, RolloutSource
 from internvl_jax.tasks.preference.reference import check_same_reference
 from internvl_jax.tasks.task import PlainHooks, RunContext
@@ -41,16 +41,13 @@ class GrpoHooks(PlainHooks):
     self._parts = Parts(
       grpo=grpo,
       chat=context.chat,
-      objective=context.objective,
-      sampler=make_sampler(
-        grpo,
+      answering=make_answering(
+        context.config,
         context.objective,
         context.mesh,
         stop_ids=(context.chat.stop_token_id,),
-        seed=context.config.training.seed,
       ),
       rewards=open_rewards(grpo.reward_funcs),
-      mesh=context.mesh,
     )
 
   def source(self, loader: TrainLoader) -> TrainLoader:

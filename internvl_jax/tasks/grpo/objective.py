@@ -91,10 +91,17 @@ class GroupRelativePolicy(ForwardPass):
     loss = _weighted(found.loss, weights.loss) + share * router_loss
     return loss, Outcome(running, jax.lax.stop_gradient(means))
 
-  def token_logps(self, params: Mapping[str, jax.Array], batch: GrpoBatch) -> Float[Array, "R S"]:
-    """Log-probabilities [R, S] of a micro-batch's tokens to predict, by the forward pass of `loss`."""
+  def forward(
+    self, params: Mapping[str, jax.Array], batch: GrpoBatch
+  ) -> tuple[Float[Array, "R S E"], Float[Array, "R S"]]:
+    """A micro-batch by the forward pass of `loss`.
+
+    Returns:
+      the hidden states [R, S, E] whose logits are at the temperature, and the log-probabilities [R, S] of tokens to predict.
+    """
     model = self.model.bind(params)
-    return self._logps(model, batch, self.features(model, batch.rows.tiles, None))[0]
+    hidden, _ = self._hidden(model, batch, self.features(model, batch.rows.tiles, None))
+    return hidden, self._token_logps(model, hidden, batch.rows)
 
   def _reference_logps(
     self, params: Mapping[str, jax.Array], batch: GrpoBatch, features: jax.Array
@@ -109,19 +116,24 @@ class GroupRelativePolicy(ForwardPass):
   def _logps(
     self, model: InternVL, batch: GrpoBatch, features: jax.Array
   ) -> tuple[jax.Array, jax.Array | float]:
+    hidden, router_loss = self._hidden(model, batch, features)
+    return self._token_logps(model, hidden, batch.rows), router_loss
+
+  def _hidden(
+    self, model: InternVL, batch: GrpoBatch, features: jax.Array
+  ) -> tuple[jax.Array, jax.Array | float]:
     shared = SharedPrompts(batch.parent, answers=self.generations)
     hidden, router_loss = self.hidden(model, batch.rows, features, None, shared)
-    if self.temperature != 1:
-      # Logits are linear in them.
-      hidden = hidden / self.temperature
-    return _whole_rows(-self._token_losses(model, hidden, batch.rows)), router_loss
+    # Logits are linear in them.
+    return hidden if self.temperature == 1 else hidden / self.temperature, router_loss
 
-  def _token_losses(self, model: InternVL, hidden: jax.Array, rows: TokenBatch) -> jax.Array:
-    """-log p [R, S] of the tokens to predict, 0 where there is none."""
+  def _token_logps(self, model: InternVL, hidden: jax.Array, rows: TokenBatch) -> jax.Array:
+    """log p [R, S] of the tokens to predict, 0 where there is none."""
     if not self.fused_loss:
-      return lm.token_losses(model.logits(hidden), rows.targets)
+      return _whole_rows(-lm.token_losses(model.logits(hidden), rows.targets))
     with jax.named_scope("lm_head"):
-      return vocab_parallel.linear_token_losses(hidden, model.language_model.output_embedding, rows.targets)
+      head = model.language_model.output_embedding
+      return _whole_rows(-vocab_parallel.linear_token_losses(hidden, head, rows.targets))
 
 
 def _whole_rows(values: jax.Array) -> jax.Array:

@@ -15,21 +15,49 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from internvl_jax.eval.sampling import Draw, processed
 from internvl_jax.models.decoder import KVCache
 from internvl_jax.models.internvl import InternVL
 from internvl_jax.objectives import ForwardPass
 from internvl_jax.parallel import rules
-from internvl_jax.task_arguments import GrpoConfig
 from internvl_jax.tasks.grpo.batch import PromptBatch
+from internvl_jax.tasks.grpo.draws import Draws
 
 _PROMPT = 1
 """The segment of prompts; answers have those that follow."""
 
-_STREAM = 0x67727
-"""Folded into the key of the seed, so that nothing else is drawn by the same numbers."""
+
+class Given(NamedTuple):
+  """What is known of answers before they are sampled: how they begin.
+
+  Attributes:
+    tokens: int32 [k, R, G, L].
+    lengths: int32 [k, R, G], of the beginnings.
+  """
+
+  tokens: Int[Array, "*rows G L"]
+  lengths: Int[Array, "*rows G"]
+
+  @classmethod
+  def nothing(cls, *shape: int) -> "Given":
+    """Of answers of a shape [k, R, G, L]."""
+    return cls(np.zeros(shape, np.int32), np.zeros(shape[:-1], np.int32))
+
+
+class _Asked(NamedTuple):
+  """What does not change while answers are sampled.
+
+  Attributes:
+    lengths: int [B], tokens of the prompts.
+    keys: [B, G], the randomness of each answer.
+    given: how answers begin, [B, G, ...].
+  """
+
+  lengths: Int[Array, " B"]
+  keys: Key[Array, "B G"]
+  given: Given
 
 
 class _Growing(NamedTuple):
@@ -55,31 +83,24 @@ class _Growing(NamedTuple):
 class Sampler:
   """Samples groups of answers.
 
-  What is drawn is a function of seed, step, prompt and number of the answer, and not of a state: a step that is taken
-  again has the same answers, whatever came before it.
-
   Attributes:
     objective: how forward passes are computed.
     mesh: the devices.
     stop_ids: tokens that end an answer.
-    generations: G.
     longest: L.
-    temperature, top_p, top_k: how tokens are drawn; see `task_arguments.GrpoConfig`.
-    seed: of the draws.
+    draws: how tokens are drawn.
+    temperature: what logits are divided by before.
   """
 
   objective: ForwardPass
   mesh: jax.sharding.Mesh | None
   stop_ids: tuple[int, ...]
-  generations: int
   longest: int
+  draws: Draws
   temperature: float = 1.0
-  top_p: float = 1.0
-  top_k: int = 0
-  seed: int = 0
 
   def __call__(
-    self, params: Mapping[str, jax.Array], prompts: PromptBatch, step: int
+    self, params: Mapping[str, jax.Array], prompts: PromptBatch, step: int, given: Given
   ) -> tuple[Int[Array, "k R G L"], Float[Array, "k R G L"]]:
     """The tokens of the answers, and their log-probabilities; what lies behind an answer's end means nothing.
 
@@ -87,20 +108,25 @@ class Sampler:
       params: all parameters by path.
       prompts: k micro-batches on the devices.
       step: whose answers they are.
+      given: how they begin; the rest is drawn.
     """
-    return self.program(dict(params), prompts, jnp.int32(step))
+    return self.program(dict(params), prompts, jnp.int32(step), given)
 
   @functools.cached_property
   def program(self) -> Callable[..., Any]:
     """The program, compiled once for every shape of prompts."""
     return jax.jit(self.sample)
 
-  def sample(self, params: dict[str, jax.Array], prompts: PromptBatch, step: Int[Array, ""]) -> Any:
+  def sample(
+    self, params: dict[str, jax.Array], prompts: PromptBatch, step: Int[Array, ""], given: Given
+  ) -> Any:
     """What `__call__` returns; under `jax.jit`."""
     with rules.scope(self.mesh):
-      return self._sample(_in_compute_dtype(params, self.objective), prompts, step)
+      return self._sample(_in_compute_dtype(params, self.objective), prompts, step, given)
 
-  def _sample(self, params: dict[str, jax.Array], prompts: PromptBatch, step: Int[Array, ""]) -> Any:
+  def _sample(
+    self, params: dict[str, jax.Array], prompts: PromptBatch, step: Int[Array, ""], given: Given
+  ) -> Any:
     rows, k, shards = prompts.rows, prompts.index.shape[0], prompts.rows.tiles.shape[1]
 
     def joined(x: jax.Array) -> jax.Array:
@@ -114,10 +140,13 @@ class Sampler:
 
     x = jax.lax.map(functools.partial(self._embed, params), rows)
     model = self.objective.model.bind(params)
-    lengths = jnp.sum(joined(rows.segment_ids) > 0, axis=1)
-    keys = self._keys(joined(prompts.index), step)
-    answers = self._first(model, joined(x), joined(rows.positions), joined(rows.segment_ids), keys)
-    extend = functools.partial(self._extend, params, lengths, keys, rows.input_ids.shape[-1])
+    asked = _Asked(
+      lengths=jnp.sum(joined(rows.segment_ids) > 0, axis=1),
+      keys=self.draws.keys(joined(prompts.index), step),
+      given=jax.tree.map(joined, given),
+    )
+    answers = self._first(model, joined(x), joined(rows.positions), joined(rows.segment_ids), asked)
+    extend = functools.partial(self._extend, params, asked, rows.input_ids.shape[-1])
     answers = jax.lax.while_loop(
       lambda so_far: (so_far.length < self.longest) & ~jnp.all(so_far.done), extend, answers
     )
@@ -129,37 +158,29 @@ class Sampler:
     features = self.objective.features(model, rows.tiles, None)
     return model.embed(rows.input_ids, rows.image_index, features, self.objective.how)
 
-  def _keys(self, index: Int[Array, " B"], step: Int[Array, ""]) -> Key[Array, "B G"]:
-    """The randomness of each answer."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), _STREAM), step)
-    by_prompt = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.maximum(index, 0))
-    fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
-    return fold(by_prompt, jnp.arange(self.generations))
-
   def _first(
     self,
     model: InternVL,
     x: Float[Array, "B S E"],
     positions: Int[Array, "B S"],
     segments: Int[Array, "B S"],
-    keys: Key[Array, "B G"],
+    asked: _Asked,
   ) -> _Growing:
     """The prompts in a cache that has room for the answers, and the first token of each."""
     kernels = self.objective.how.kernels
     hidden, cache = model.language_model.model.prefill(
       x, positions=positions, segment_ids=segments, kernels=kernels
     )
-    lengths = jnp.sum(segments > 0, axis=1)
-    last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
-    logits = jnp.repeat(model.logits(last), self.generations, axis=1)
-    token, logp = self._draw(logits, keys, jnp.int32(0))
+    last = jnp.take_along_axis(hidden, jnp.maximum(asked.lengths - 1, 0)[:, None, None], axis=1)
+    logits = jnp.repeat(model.logits(last), self.draws.generations, axis=1)
+    token, logp = self._next(logits, asked, jnp.int32(0))
     empty = jnp.zeros((*token.shape, self.longest))
-    slots = x.shape[1] + (self.longest - 1) * self.generations
+    slots = x.shape[1] + (self.longest - 1) * self.draws.generations
     return _Growing(
       length=jnp.int32(1),
       cache=cache.with_slots(slots),
       token=token,
-      done=self._ends(token) | (lengths == 0)[:, None],
+      done=self._ends(token) | (asked.lengths == 0)[:, None],
       tokens=empty.astype(jnp.int32).at[:, :, 0].set(token),
       logps=empty.at[:, :, 0].set(logp),
     )
@@ -167,13 +188,12 @@ class Sampler:
   def _extend(
     self,
     params: dict[str, jax.Array],
-    lengths: Int[Array, " B"],
-    keys: Key[Array, "B G"],
+    asked: _Asked,
     prompt: int,
     answers: _Growing,
   ) -> _Growing:
-    """One more token of every answer, behind prompts of so many `lengths` in `prompt` slots of the cache."""
-    model, how = self.objective.model.bind(params), self.objective.how
+    """One more token of every answer, behind prompts in so many slots of the cache."""
+    model, how, lengths = self.objective.model.bind(params), self.objective.how, asked.lengths
     decoder, done = model.language_model.model, answers.length
     B, G = answers.token.shape
     segments = jnp.where(lengths[:, None] > 0, _PROMPT + 1 + jnp.arange(G), 0)
@@ -186,7 +206,7 @@ class Sampler:
       prompt=_PROMPT,
       kernels=how.kernels,
     )
-    token, logp = self._draw(model.logits(hidden), keys, done)
+    token, logp = self._next(model.logits(hidden), asked, done)
     return _Growing(
       length=done + 1,
       cache=cache,
@@ -199,59 +219,26 @@ class Sampler:
   def _ends(self, token: Int[Array, "B G"]) -> Array:
     return jnp.isin(token, jnp.array(self.stop_ids, jnp.int32))
 
-  def _draw(
-    self, logits: Float[Array, "B G V"], keys: Key[Array, "B G"], place: Int[Array, ""]
+  def _next(
+    self, logits: Float[Array, "B G V"], asked: _Asked, place: Int[Array, ""]
   ) -> tuple[Int[Array, "B G"], Float[Array, "B G"]]:
     """The next token of each answer, and its log-probability at the temperature, of all tokens."""
-    V = logits.shape[-1]
-    how = Draw(
-      keys=keys,
-      step=place,
-      seen=None,
-      penalty=None,
-      temperature=None,
-      top_k=jnp.int32(min(self.top_k, V)) if self.top_k else None,
-      top_p=None if self.top_p == 1 else jnp.float32(self.top_p),
-    )
     logits = logits if self.temperature == 1 else logits / self.temperature
-    left = processed(logits.reshape(-1, V), how)
-    each = jax.vmap(jax.random.fold_in, (0, None))(keys.reshape(-1), place)
-    token = jax.vmap(jax.random.categorical)(each, left).astype(jnp.int32).reshape(keys.shape)
+    drawn = self.draws.token(logits, asked.keys, place)
+    given = jax.lax.dynamic_index_in_dim(asked.given.tokens, place, axis=2, keepdims=False)
+    token = jnp.where(place < asked.given.lengths, given, drawn)
     picked = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
     return token, picked - jax.nn.logsumexp(logits, axis=-1)
 
 
-def make_sampler(
-  grpo: GrpoConfig,
-  objective: ForwardPass,
-  mesh: jax.sharding.Mesh | None,
-  *,
-  stop_ids: tuple[int, ...],
-  seed: int = 0,
-) -> Sampler:
-  """The sampler of a run's settings."""
-  return Sampler(
-    objective=objective,
-    mesh=mesh,
-    stop_ids=stop_ids,
-    generations=grpo.num_generations,
-    longest=grpo.max_completion_length,
-    temperature=grpo.temperature,
-    top_p=grpo.top_p,
-    top_k=grpo.top_k,
-    seed=seed,
-  )
-
-
-def answered_at_once(grpo: GrpoConfig, accumulation: int, rows: int) -> int:
+def answered_at_once(wanted: int | None, accumulation: int, rows: int) -> int:
   """k, the micro-batches whose prompts are answered at once: an equal part of all of a step's.
 
   Args:
-    grpo: the settings.
+    wanted: prompts of a data shard that are answered at once at most; None: all.
     accumulation: micro-batches of a step.
     rows: of a data shard and micro-batch.
   """
-  wanted = grpo.rollout_batch_size
   most = accumulation if wanted is None else max(1, min(accumulation, wanted // rows))
   return next(k for k in range(most, 0, -1) if accumulation % k == 0)
 

@@ -1,13 +1,12 @@
 """Where batches come from: prompts of the data, answers that the policy gives them, and what these are worth.
 
-    loader -> prompts -> sampler (on the devices) -> rewards (on the host that has the rows) -> advantages -> rows
+    loader -> prompts -> answers (on the devices) -> rewards (on the host that has the rows) -> advantages -> rows
 
-Letters: A micro-batches, R rows, G answers of a prompt, L the longest answer, F rewards.
+Letters: A micro-batches, R rows, S tokens of a row, G answers of a prompt, L the longest answer, F rewards.
 """
 
 import base64
 import dataclasses
-import functools
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,16 +22,14 @@ from internvl_jax.eval.metrics.answered import Answered
 from internvl_jax.eval.questions import question_of, right_answers
 from internvl_jax.eval.shown import Shown
 from internvl_jax.losses import policy
-from internvl_jax.parallel import batches, rules
+from internvl_jax.parallel import batches
 from internvl_jax.parallel.host_arrays import fetch
-from internvl_jax.parallel.mesh import data_parallel_size, data_parts
 from internvl_jax.task_arguments import GrpoConfig
 from internvl_jax.tasks.grpo import rewards as reward_functions
+from internvl_jax.tasks.grpo.answering import Answering, Sampled
 from internvl_jax.tasks.grpo.batch import GrpoBatch, PromptBatch, RewardBatch
-from internvl_jax.tasks.grpo.objective import GroupRelativePolicy
 from internvl_jax.tasks.grpo.rewards import Completion, Reward
-from internvl_jax.tasks.grpo.rows import Answers, answer_rows, fitting_length, longest_row, row_lengths
-from internvl_jax.tasks.grpo.sampler import Sampler, answered_at_once
+from internvl_jax.tasks.grpo.rows import Answers, longest_row, row_lengths
 
 _REMEMBERED = 8
 """Steps whose answers can still be shown: devices are a step or two behind."""
@@ -45,13 +42,13 @@ class _Rollout(NamedTuple):
     batch: this host's.
     metrics: of all hosts, by their names in the log.
     shown: answers to be looked at.
-    saved: of all hosts, what a checkpoint needs to make the batch again without the weights that sampled it.
+    sampled: of all hosts, by which a checkpoint makes the batch again without the weights that sampled it.
   """
 
   batch: GrpoBatch
   metrics: dict[str, float]
   shown: list[Shown]
-  saved: dict[str, np.ndarray]
+  sampled: Sampled
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -61,18 +58,14 @@ class Parts:
   Attributes:
     grpo: the settings.
     chat: the tokenizer.
-    objective: what is minimized.
-    sampler: samples answers.
-    rewards: score them.
-    mesh: the devices.
+    answering: answers prompts.
+    rewards: score answers.
   """
 
   grpo: GrpoConfig
   chat: ChatTokenizer
-  objective: GroupRelativePolicy
-  sampler: Sampler
+  answering: Answering
   rewards: tuple[Reward, ...]
-  mesh: jax.sharding.Mesh
 
 
 class RolloutSource:
@@ -99,7 +92,7 @@ class RolloutSource:
     self._taken, self._left = 0, 0
     self._rollout: _Rollout | None = None
     self._before: dict[str, Any] | None = None
-    self._restored: dict[str, np.ndarray] | None = None
+    self._restored: Sampled | None = None
     self._shown: dict[int, list[Shown]] = {}
 
   def __getattr__(self, name: str) -> Any:
@@ -167,69 +160,43 @@ class RolloutSource:
 
   def _roll_out(self, params: Mapping[str, jax.Array], prompts: PromptBatch) -> _Rollout:
     """Samples answers, or takes those of a checkpoint; scores them and makes rows."""
-    start, restored = time.perf_counter(), self._restored
+    start, sampled = time.perf_counter(), self._restored
     self._restored = None
-    if restored is None:
-      placed = batches.place_batch(prompts, self._parts.mesh)
-      tokens, logps = self._sample(params, placed)
-      restored = {"tokens": tokens, "logps": logps, "index": fetch(placed.index)}
-    elif not np.array_equal(restored["index"], fetch(batches.place_batch(prompts, self._parts.mesh).index)):
+    if sampled is None:
+      sampled = self._parts.answering(params, prompts, self._taken)
+    elif not np.array_equal(
+      sampled.index, fetch(batches.place_batch(prompts, self._parts.answering.mesh).index)
+    ):
       raise UserError("the newest checkpoint has answers to other prompts; begin anew")
-    answers = Answers.of(
-      restored["tokens"], restored["logps"], restored["index"] >= 0, self._parts.sampler.stop_ids
-    )
     sampled_in = time.perf_counter() - start
-    rollout = self._judge(prompts, answers, restored)
-    if self._iterations > 1:
-      if "old" not in restored:
-        restored["old"] = self._score(params, rollout.batch)
-      rollout = rollout._replace(
-        batch=rollout.batch._replace(old=restored["old"][:, self._mine(prompts)]), saved=restored
-      )
-    return rollout._replace(metrics={**rollout.metrics, "rollout/seconds": sampled_in})
+    rollout = self._judge(prompts, sampled)
+    return rollout._replace(metrics={**rollout.metrics, **sampled.counts, "rollout/seconds": sampled_in})
 
-  def _sample(self, params: Mapping[str, jax.Array], placed: PromptBatch) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens int32 and log-probabilities float32 [A, R, G, L] of all hosts' answers."""
-    A, R = placed.index.shape
-    each = answered_at_once(self._parts.grpo, A, R // data_parallel_size(self._parts.mesh))
-    found = []
-    for a in range(0, A, each):
-      chosen = placed if each == A else jax.tree.map(lambda leaf, a=a: leaf[a : a + each], placed)
-      found.append(self._parts.sampler(params, chosen, self._taken))
-    tokens, logps = (np.concatenate([fetch(part) for part in parts]) for parts in zip(*found, strict=True))
-    return tokens, logps
-
-  def _mine(self, prompts: PromptBatch) -> slice:
-    """This host's rows among those of all."""
-    fed = prompts.index.shape[1]
-    part = data_parts(self._parts.mesh)[jax.process_index()]
-    return slice(part * fed, (part + 1) * fed)
-
-  def _judge(self, prompts: PromptBatch, answers: Answers, saved: dict[str, np.ndarray]) -> _Rollout:
+  def _judge(self, prompts: PromptBatch, sampled: Sampled) -> _Rollout:
     """Scores the answers and makes rows of them."""
-    grpo, mine = self._parts.grpo, self._mine(prompts)
-    own = Answers(*(field[:, mine] for field in answers))
-    scored = self._rewarded(prompts, own)
-    values = fetch(batches.place_batch(RewardBatch(scored.values), self._parts.mesh).rewards)
+    grpo, answering = self._parts.grpo, self._parts.answering
+    answers, mine = answering.answers(sampled), answering.own(prompts)
+    scored = self._rewarded(prompts, Answers(*(field[:, mine] for field in answers)))
+    values = fetch(batches.place_batch(RewardBatch(scored.values), answering.mesh).rewards)
     rewards = reward_functions.weighted_sum(values.reshape(-1, values.shape[-1]), grpo.reward_weights)
     rewards = rewards.reshape(values.shape[:-1])
-    real = saved["index"] >= 0
+    real = sampled.index >= 0
     groups = policy.group_advantages(rewards[real], grpo.scale_rewards)
     advantages = np.zeros(rewards.shape, np.float32)
     advantages[real] = groups.values
     present = np.broadcast_to(real[..., None], rewards.shape)
     kept = present & (answers.ended | (not grpo.mask_truncated_completions))
-    length = fitting_length(prompts.rows.input_ids.shape[-1], answers.lengths, grpo.max_completion_length)
-    rows = answer_rows(prompts.rows, own, length)
-    batch = GrpoBatch(
-      **rows._asdict(),
+    batch = answering.rows(prompts, answers)._replace(
       advantages=advantages[:, mine],
       present=present[:, mine].astype(np.float32),
       kept=kept[:, mine].astype(np.float32),
-      old=np.zeros_like(rows.sampled),
     )
+    if self._iterations > 1:
+      assert sampled.old is not None
+      old = answering.rows(prompts, answers._replace(logps=sampled.old)).sampled
+      batch = batch._replace(old=old)
     metrics = self._metrics(values[real], rewards[real], groups.degenerate, answers, real)
-    return _Rollout(batch, metrics, scored.shown, saved)
+    return _Rollout(batch, metrics, scored.shown, sampled)
 
   def _rewarded(self, prompts: PromptBatch, answers: Answers) -> "_Scored":
     """The rewards [A, R, G, F] of this host's answers, and some of the answers to be looked at."""
@@ -294,22 +261,6 @@ class RolloutSource:
       told[f"rewards/{reward.label}/std"] = float(np.std(known, ddof=1)) if known.size > 1 else 0.0
     return told
 
-  def _score(self, params: Mapping[str, jax.Array], batch: GrpoBatch) -> np.ndarray:
-    """Log-probabilities float32 [A, R, S] of all hosts' tokens by the step's forward pass."""
-    return fetch(self._scoring(dict(params), batches.place_batch(batch, self._parts.mesh)))
-
-  @functools.cached_property
-  def _scoring(self) -> Any:
-    objective, mesh = self._parts.objective, self._parts.mesh
-
-    def score(params: dict[str, jax.Array], batch: GrpoBatch) -> jax.Array:
-      with rules.scope(mesh):
-        if batch.owner.shape[0] == 1:  # As the step, which then has no loop.
-          return objective.token_logps(params, jax.tree.map(lambda leaf: leaf[0], batch))[None]
-        return jax.lax.map(functools.partial(objective.token_logps, params), batch)
-
-    return jax.jit(score)
-
   # --- State ------------------------------------------------------------------------------------------------
 
   def get_state(self) -> dict[str, Any]:
@@ -317,8 +268,10 @@ class RolloutSource:
     if not self._left:
       return {**self.prompts.get_state(), "steps": self._taken}
     assert self._before is not None and self._rollout is not None
-    saved = {name: _packed(array) for name, array in self._rollout.saved.items()}
-    return {**self._before, "steps": self._taken, "left": self._left, "answers": saved}
+    arrays = self._rollout.sampled._asdict()
+    told = {"counts": dict(arrays.pop("counts"))}
+    saved = {name: _packed(array) for name, array in arrays.items()}
+    return {**self._before, "steps": self._taken, "left": self._left, "answers": saved, **told}
 
   def set_state(self, state: dict[str, Any]) -> None:
     """Goes to where an earlier source said `get_state`; before the first batch.
@@ -330,8 +283,9 @@ class RolloutSource:
     self.prompts.set_state(state)
     self._taken = int(state.get("steps", state["next_step"] * self._iterations))
     if left := state.get("left", 0):
-      saved = {name: _unpacked(array) for name, array in state["answers"].items()}
-      *_, G, L = saved["tokens"].shape
+      arrays = {name: _unpacked(array) for name, array in state["answers"].items()}
+      saved = Sampled(**arrays, counts=state["counts"])
+      *_, G, L = saved.tokens.shape
       grpo = self._parts.grpo
       if (grpo.num_generations, grpo.max_completion_length) != (G, L) or left >= self._iterations:
         raise UserError(

@@ -1,8 +1,6 @@
 """Reinforcement by verifiable rewards as a task."""
 
 import functools
-from typing import Any
-
 import jax
 import numpy as np
 
@@ -13,17 +11,20 @@ from internvl_jax.hf.model import Source
 from internvl_jax.losses.policy import PolicySettings
 from internvl_jax.optim.labels import trainable_paths
 from internvl_jax.parallel import batches
-from internvl_jax.task_arguments import GrpoConfig
+from internvl_jax.tasks.grpo.answering import make_answering
 from internvl_jax.tasks.grpo.batch import GrpoBatch, PromptBatch
 from internvl_jax.tasks.grpo.hooks import GrpoHooks
 from internvl_jax.tasks.grpo.objective import GroupRelativePolicy
 from internvl_jax.tasks.grpo.prompts import PromptData
-from internvl_jax.tasks.grpo.sampler import answered_at_once, make_sampler
+from internvl_jax.tasks.grpo.sampler import Given, answered_at_once
 from internvl_jax.tasks.preference.policy import COPIES, abstract_copies, reference_policy
-from internvl_jax.tasks.task import Task
+from internvl_jax.tasks.task import Program, Task
 
 ROLLOUT = "the rollout"
-"""What plans call the program that samples answers."""
+"""What plans call the program that samples answers,"""
+
+FORWARD = "the forward pass over its answers"
+"""and the one that decides them."""
 
 SHOWN_TERMS = {"reward": "reward {:.3f}", "completions/mean_length": "length {:.1f}"}
 """Metrics that log lines show."""
@@ -65,23 +66,30 @@ def open_task(config: TrainConfig, source: Source) -> Task:
     batch=GrpoBatch,
     sizes=lambda tokens: {"G": grpo.num_generations},
     shown_terms=SHOWN_TERMS,
-    beside=functools.partial(_rollout, grpo, config.data.max_seq_length),
+    beside=functools.partial(_rollout, config),
     open_hooks=functools.partial(GrpoHooks, data),
     **({} if policy is None else {"twice": policy.parts, "abstract_copies": copies, "copy_prefix": COPIES}),
   )
 
 
 def _rollout(
-  grpo: GrpoConfig, prompt: int, objective: GroupRelativePolicy, mesh: jax.sharding.Mesh, batch: GrpoBatch
-) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-  """The program that samples the answers of a step whose batch has these shapes, behind prompts of so many tokens."""
+  config: TrainConfig, objective: GroupRelativePolicy, mesh: jax.sharding.Mesh, batch: GrpoBatch
+) -> dict[str, Program]:
+  """The programs that answer the prompts of a step whose batch has these shapes."""
+  answering = make_answering(config, objective, mesh, stop_ids=(0,))
   A, R, _ = batch.rows.input_ids.shape
   D, T, H, W = batch.rows.tiles.shape[1:5]
-  most = answered_at_once(grpo, A, R // D)
-  sizes = {"A": most, "R": R, "S": prompt, "D": D, "T": T, "H": H, "W": W}
-  prompts = abstract_batch(PromptBatch, sizes, jax.ShapeDtypeStruct)
-  prompts = jax.tree.map(
-    lambda leaf, place: leaf.update(sharding=place), prompts, batches.batch_shardings(prompts, mesh)
-  )
-  sampler = make_sampler(grpo, objective, mesh, stop_ids=(0,))
-  return {ROLLOUT: (sampler.sample, (prompts, jax.ShapeDtypeStruct((), np.int32)))}
+  sizes = {"R": R, "S": config.data.max_seq_length, "D": D, "T": T, "H": H, "W": W}
+
+  def prompts(accumulation: int) -> PromptBatch:
+    shapes = abstract_batch(PromptBatch, {**sizes, "A": accumulation}, jax.ShapeDtypeStruct)
+    places = batches.batch_shardings(shapes, mesh)
+    return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, places)
+
+  k, step = answered_at_once(answering.at_once, A, R // D), jax.ShapeDtypeStruct((), np.int32)
+  answers = (k, R, config.grpo.num_generations, config.grpo.max_completion_length)
+  given = Given(*(jax.ShapeDtypeStruct(shape, np.int32) for shape in (answers, answers[:-1])))
+  programs: dict[str, Program] = {ROLLOUT: (answering.sampler.sample, (prompts(k), step, given))}
+  if answering.asks_forward:
+    programs[FORWARD] = (answering.forward.compute, (batch, prompts(A).index, step))
+  return programs
