@@ -12,7 +12,7 @@ from internvl_jax.tasks.grpo.answering import Answering
 from internvl_jax.tasks.grpo.draws import Draws
 from internvl_jax.tasks.grpo.forward import AnswerForward
 from internvl_jax.tasks.grpo.sampler import Given
-from tests.tasks.test_grpo_sampler import STOPS, G, L, opened, prompts_of, sampled, step_on
+from tests.tasks.test_grpo_sampler import G, L, opened, prompts_of, sampled, step_on
 
 
 def answering_of(objective, sampler, draws):

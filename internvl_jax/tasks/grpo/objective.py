@@ -128,7 +128,7 @@ class GroupRelativePolicy(ForwardPass):
     return hidden if self.temperature == 1 else hidden / self.temperature, router_loss
 
   def _token_logps(self, model: InternVL, hidden: jax.Array, rows: TokenBatch) -> jax.Array:
-    """log p [R, S] of the tokens to predict, 0 where there is none."""
+    """Log p [R, S] of the tokens to predict, 0 where there is none."""
     if not self.fused_loss:
       return _whole_rows(-lm.token_losses(model.logits(hidden), rows.targets))
     with jax.named_scope("lm_head"):

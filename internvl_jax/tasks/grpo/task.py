@@ -1,6 +1,7 @@
 """Reinforcement by verifiable rewards as a task."""
 
 import functools
+
 import jax
 import numpy as np
 
