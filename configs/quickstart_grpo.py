@@ -31,12 +31,12 @@ def get_config(arg: str = "") -> TrainConfig:
 
   config.training.output_dir = f"{folder}/output_grpo"
   config.training.per_device_train_batch_size = 64
-  config.training.max_steps = 1200
+  config.training.max_steps = 800
   config.training.learning_rate = 1e-3
   config.training.warmup_ratio = 0.02
   config.training.logging_steps = 20
   config.training.eval_strategy = "steps"
-  config.training.eval_steps = 300
+  config.training.eval_steps = 200
   config.training.save_steps = 200
   config.training.save_total_limit = 1
   return config

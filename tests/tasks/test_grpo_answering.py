@@ -45,13 +45,9 @@ def batch_to_learn(answering, prompts, found):
   ],
 )
 def test_the_rollouts_numbers_are_the_steps(mesh, accumulation, temperature):
-  """Two programs, one that answers and one that learns: their log-probabilities differ by exactly 0.
-
-  The layers are computed twice, as by default (`model.grad_checkpoint`): the tests' fast compiler rounds them otherwise where
-  what they compute is kept. XLA's usual one does not (test_grpo_run.py).
-  """
+  """Two programs, one that answers and one that learns: their log-probabilities differ by exactly 0."""
   harness, objective, sampler = opened(mesh, temperature=temperature)
-  objective = dataclasses.replace(objective, how=Execution(remat="full"))
+  objective = dataclasses.replace(objective, exact=True)
   sampler = dataclasses.replace(sampler, objective=objective)
   prompts, draws = prompts_of(accumulation, harness.shards), Draws(generations=G)
   answering = answering_of(objective, sampler, draws)

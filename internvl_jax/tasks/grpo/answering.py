@@ -176,7 +176,6 @@ def make_answering(
   draws = Draws(
     generations=grpo.num_generations, top_p=grpo.top_p, top_k=grpo.top_k, seed=config.training.seed
   )
-  exact = not config.training.bf16 if grpo.exact_rollouts is None else grpo.exact_rollouts
   return Answering(
     sampler=Sampler(
       objective=objective,
@@ -186,7 +185,7 @@ def make_answering(
       draws=draws,
       temperature=grpo.temperature,
     ),
-    forward=AnswerForward(objective=objective, mesh=mesh, draws=draws if exact else None),
+    forward=AnswerForward(objective=objective, mesh=mesh, draws=draws if objective.exact else None),
     scored=grpo.num_iterations > 1,
     at_once=grpo.rollout_batch_size,
   )

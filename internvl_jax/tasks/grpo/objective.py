@@ -31,6 +31,8 @@ class GroupRelativePolicy(ForwardPass):
     longest: the most tokens of an answer.
     temperature: that answers are sampled at.
     reuses: rows are learned from more than once, and `GrpoBatch.old` is what ratios are over; else all ratios are 1.
+    exact: the gradient computes the forward pass once more for itself. What it has to keep would have XLA round the one that
+      counts otherwise than in a program without a gradient.
     reference: the policy as it was at the start; None where `settings.beta` is 0.
   """
 
@@ -39,6 +41,7 @@ class GroupRelativePolicy(ForwardPass):
   longest: int
   temperature: float = 1.0
   reuses: bool = False
+  exact: bool = False
   reference: ReferencePolicy | None = None
 
   def weights(self, batch: GrpoBatch) -> TokenWeights:
@@ -64,9 +67,11 @@ class GroupRelativePolicy(ForwardPass):
   ) -> tuple[Float[Array, ""], Outcome]:
     """The weighted sum of a micro-batch's losses; see `SupervisedFineTuning.loss`."""
     del key
-    model = self.model.bind(params)
-    features = self.features(model, batch.rows.tiles, None)
-    logps, router_loss = self._logps(model, batch, features)
+    if self.exact:
+      features, (logps, router_loss) = None, jax.checkpoint(self.logps)(dict(params), batch)
+    else:
+      features = self.features(self.model.bind(params), batch.rows.tiles, None)
+      logps, router_loss = self.logps(params, batch, features)
     found = policy.policy_losses(
       TokenLogProbs(
         policy=logps,
@@ -100,28 +105,31 @@ class GroupRelativePolicy(ForwardPass):
       the hidden states [R, S, E] whose logits are at the temperature, and the log-probabilities [R, S] of tokens to predict.
     """
     model = self.model.bind(params)
-    hidden, _ = self._hidden(model, batch, self.features(model, batch.rows.tiles, None))
+    hidden, _ = self._hidden(model, batch, None)
     return hidden, self._token_logps(model, hidden, batch.rows)
 
+  def logps(
+    self, params: Mapping[str, jax.Array], batch: GrpoBatch, features: jax.Array | None = None
+  ) -> tuple[Float[Array, "R S"], Float[Array, ""] | float]:
+    """The log-probabilities [R, S] of `forward`, and the routers' loss; `features` of the tiles, if they are there already."""
+    model = self.model.bind(params)
+    hidden, router_loss = self._hidden(model, batch, features)
+    return self._token_logps(model, hidden, batch.rows), router_loss
+
   def _reference_logps(
-    self, params: Mapping[str, jax.Array], batch: GrpoBatch, features: jax.Array
+    self, params: Mapping[str, jax.Array], batch: GrpoBatch, features: jax.Array | None
   ) -> jax.Array | None:
     if self.reference is None:
       return None
     model = self.reference.bind(params)
-    if not self.reference.shares_features:
-      features = self.features(model, batch.rows.tiles, None)
-    return jax.lax.stop_gradient(self._logps(model, batch, features)[0])
-
-  def _logps(
-    self, model: InternVL, batch: GrpoBatch, features: jax.Array
-  ) -> tuple[jax.Array, jax.Array | float]:
-    hidden, router_loss = self._hidden(model, batch, features)
-    return self._token_logps(model, hidden, batch.rows), router_loss
+    hidden, _ = self._hidden(model, batch, features if self.reference.shares_features else None)
+    return jax.lax.stop_gradient(self._token_logps(model, hidden, batch.rows))
 
   def _hidden(
-    self, model: InternVL, batch: GrpoBatch, features: jax.Array
+    self, model: InternVL, batch: GrpoBatch, features: jax.Array | None
   ) -> tuple[jax.Array, jax.Array | float]:
+    if features is None:
+      features = self.features(model, batch.rows.tiles, None)
     shared = SharedPrompts(batch.parent, answers=self.generations)
     hidden, router_loss = self.hidden(model, batch.rows, features, None, shared)
     # Logits are linear in them.
