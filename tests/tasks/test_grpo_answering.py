@@ -7,11 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from internvl_jax.batch import abstract_batch
+from internvl_jax.config import TrainConfig
 from internvl_jax.models.internvl import Execution
 from internvl_jax.tasks.grpo.answering import Answering
+from internvl_jax.tasks.grpo.batch import GrpoBatch
 from internvl_jax.tasks.grpo.draws import Draws
 from internvl_jax.tasks.grpo.forward import AnswerForward
 from internvl_jax.tasks.grpo.sampler import Given
+from internvl_jax.tasks.grpo.task import FORWARD, ROLLOUT, programs_beside
 from tests.tasks.test_grpo_sampler import G, L, opened, prompts_of, sampled, step_on
 
 
@@ -115,3 +119,22 @@ def test_answers_go_on_from_how_they_begin():
   assert (tokens[real][..., :2] == 11).all() and (tokens[real][..., 2:] != 11).any()
   # Of a token that is given, too, it says how probable it was.
   assert (logps[real][..., :2] < 0).all()
+
+
+@pytest.mark.parametrize(
+  ("exact", "iterations", "told"),
+  [(True, 1, {ROLLOUT, FORWARD}), (False, 1, {ROLLOUT}), (False, 2, {ROLLOUT, FORWARD})],
+)
+def test_plans_know_all_programs(exact, iterations, told):
+  """Those that run beside the step, at its shapes."""
+  harness, objective, _ = opened()
+  config = TrainConfig()
+  config.grpo.num_generations, config.grpo.max_completion_length = G, L
+  config.grpo.num_iterations, config.data.max_seq_length = iterations, 16
+  sizes = {"A": 2, "R": 4, "S": 40, "D": 1, "T": 3, "H": 16, "W": 16, "G": G}
+  batch = abstract_batch(GrpoBatch, sizes, jax.ShapeDtypeStruct)
+  programs = programs_beside(config, dataclasses.replace(objective, exact=exact), harness.mesh, batch)
+  assert programs.keys() == told
+  for program, inputs in programs.values():
+    tokens, logps = sorted(jax.tree.leaves(jax.eval_shape(program, params_of(harness), *inputs)), key=str)
+    assert tokens.shape == logps.shape == (2, 4, G, L)

@@ -62,19 +62,19 @@ def open_task(config: TrainConfig, source: Source) -> Task:
       longest=grpo.max_completion_length,
       temperature=grpo.temperature,
       reuses=grpo.num_iterations > 1,
-      exact=not config.training.bf16 if grpo.exact_rollouts is None else grpo.exact_rollouts,
+      exact=not config.training.bf16 if grpo.exactprograms_besides is None else grpo.exactprograms_besides,
       reference=policy,
     ),
     batch=GrpoBatch,
     sizes=lambda tokens: {"G": grpo.num_generations},
     shown_terms=SHOWN_TERMS,
-    beside=functools.partial(_rollout, config),
+    beside=functools.partial(programs_beside, config),
     open_hooks=functools.partial(GrpoHooks, data),
     **({} if policy is None else {"twice": policy.parts, "abstract_copies": copies, "copy_prefix": COPIES}),
   )
 
 
-def _rollout(
+def programs_beside(
   config: TrainConfig, objective: GroupRelativePolicy, mesh: jax.sharding.Mesh, batch: GrpoBatch
 ) -> dict[str, Program]:
   """The programs that answer the prompts of a step whose batch has these shapes."""
