@@ -32,19 +32,27 @@ def without_times(history):
   return [{name: value for name, value in entry.items() if "second" not in name} for entry in history]
 
 
+def test_what_is_logged_and_written(tmp_path):
+  history = run(tmp_path, "out", "training.save_strategy=no", "loader.sequence_buckets=(256,)", steps=2)
+  for entry in history:
+    assert entry["rewards/early_letters/std"] > 0 and entry["grad_norm"] > 0
+    assert entry["rollout/logp_difference"] == entry["rollout/redrawn_tokens"] == 0
+    assert entry["rollout/decoder_difference"] > 0
+  assert history[-1]["kl"] > 0
+  lines = (tmp_path / "out/evaluations/1/rollouts.jsonl").read_text().splitlines()
+  assert len(lines) == 4 and set(json.loads(lines[0])["scores"]) == {"early_letters", "exact_match"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("iterations", [1, 2])
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, iterations):
   """From every checkpoint: before a rollout, and between the steps that learn from one."""
   again = f"grpo.num_iterations={iterations}"
   whole = run(tmp_path, "whole", again)
-  assert whole[0]["rewards/early_letters/std"] > 0 and whole[-1]["kl"] > 0
   assert all(entry["rollout/logp_difference"] == 0 for entry in whole)
   if iterations > 1:
     assert whole[0]["policy_ratio_deviation"] == whole[2]["policy_ratio_deviation"] == 0
     assert whole[1]["policy_ratio_deviation"] > 0
-  lines = (tmp_path / "whole/evaluations/1/rollouts.jsonl").read_text().splitlines()
-  assert len(lines) == 4 and set(json.loads(lines[0])["scores"]) == {"early_letters", "exact_match"}
   for taken in (1, 2):
     name = f"after_{taken}"
     shutil.copytree(tmp_path / "whole", tmp_path / name)

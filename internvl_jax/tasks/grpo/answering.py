@@ -11,6 +11,7 @@ Letters: A micro-batches, R rows, S tokens of a row, G answers of a prompt, L th
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -36,14 +37,14 @@ class Sampled(NamedTuple):
     tokens: int32 [A, R, G, L].
     logps: float32 [A, R, G, L], log-probabilities of the tokens when they were sampled.
     old: float32 [A, R, G, L], the same by the step's forward pass; None where nobody asks.
-    index: int32 [A, R], the prompts.
+    prompts: int32 [A, R], their indices; -1 where there is none.
     counts: what the log is told of how they came about.
   """
 
   tokens: np.ndarray
   logps: np.ndarray
   old: np.ndarray | None
-  index: np.ndarray
+  prompts: np.ndarray
   counts: Mapping[str, float]
 
 
@@ -83,35 +84,35 @@ class Answering:
       step: whose answers they are.
     """
     placed = batches.place_batch(prompts, self.mesh)
-    index, longest = fetch(placed.index), self.sampler.longest
-    given = Given.nothing(*index.shape, self.sampler.draws.generations, longest)
-    redrawn = 0
-    # Each time, an answer that was not decided gets one more token that is.
-    for _ in range(longest + 1):
-      tokens, logps = self._propose(params, placed, step, given)
-      proposed = Sampled(tokens, logps, None, index, {})
-      if not self.asks_forward:
-        return proposed
-      answers = self.answers(proposed)
-      told = self._tell(params, prompts, answers, placed.index, step)
-      if self.forward.draws is None:
-        return proposed._replace(old=told.logps)
-      given, parted = _decided(answers, told)
-      if not parted:
-        break
-      redrawn += parted
-    within = _within(answers)
-    apart = np.abs(told.logps - logps)[within]
+    propose = functools.partial(self._propose, params, placed, step)
+    tell = functools.partial(self._tell, params, prompts, placed.index, step)
+    sampled = propose(
+      Given.nothing(*placed.index.shape, self.sampler.draws.generations, self.sampler.longest)
+    )
+    if not self.asks_forward:
+      return sampled
+    told = tell(sampled)
+    if self.forward.draws is None:
+      return sampled._replace(old=told.logps)
+    given, parted = _decided(self.answers(sampled), told)
+    redrawn, rounds = 0, 0
+    # In each round, an answer that is not decided gets one more token that is.
+    while parted and rounds < self.sampler.longest:
+      redrawn, rounds = redrawn + parted, rounds + 1
+      sampled = propose(given)
+      told = tell(sampled)
+      given, parted = _decided(self.answers(sampled), told)
+    apart = np.abs(told.logps - sampled.logps)[_within(self.answers(sampled))]
     counts = {
       "rollout/decoder_difference": float(apart.mean()) if apart.size else 0.0,
       "rollout/redrawn_tokens": float(redrawn),
       "rollout/undecided_answers": float(parted),
     }
-    return Sampled(tokens, told.logps, told.logps, index, counts)
+    return sampled._replace(logps=told.logps, old=told.logps, counts=counts)
 
   def answers(self, sampled: Sampled) -> Answers:
     """Where the answers of all hosts end."""
-    return Answers.of(sampled.tokens, sampled.logps, sampled.index >= 0, self.sampler.stop_ids)
+    return Answers.of(sampled.tokens, sampled.logps, sampled.prompts >= 0, self.sampler.stop_ids)
 
   def rows(self, prompts: PromptBatch, answers: Answers) -> GrpoBatch:
     """This host's rows, whose answers nothing is known of yet but their tokens.
@@ -133,8 +134,8 @@ class Answering:
 
   def _propose(
     self, params: Mapping[str, jax.Array], placed: PromptBatch, step: int, given: Given
-  ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens int32 and log-probabilities float32 [A, R, G, L] by the sampler."""
+  ) -> Sampled:
+    """Answers by the sampler."""
     A, R = placed.index.shape
     each = answered_at_once(self.at_once, A, R // data_parallel_size(self.mesh))
     found = []
@@ -142,18 +143,18 @@ class Answering:
       chosen = placed if each == A else jax.tree.map(lambda leaf, a=a: leaf[a : a + each], placed)
       found.append(self.sampler(params, chosen, step, Given(*(x[a : a + each] for x in given))))
     tokens, logps = (np.concatenate([fetch(part) for part in parts]) for parts in zip(*found, strict=True))
-    return tokens, logps
+    return Sampled(tokens=tokens, logps=logps, old=None, prompts=fetch(placed.index), counts={})
 
   def _tell(
     self,
     params: Mapping[str, jax.Array],
     prompts: PromptBatch,
-    answers: Answers,
     index: jax.Array,
     step: int,
+    sampled: Sampled,
   ) -> Told:
     """What the forward pass tells of all hosts' answers, as numpy arrays."""
-    batch = batches.place_batch(self.rows(prompts, answers), self.mesh)
+    batch = batches.place_batch(self.rows(prompts, self.answers(sampled)), self.mesh)
     return Told(*map(fetch, self.forward(params, batch, index, step)))
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from internvl_jax.parallel import rules
 from internvl_jax.parallel.rules import constrain
@@ -27,8 +27,8 @@ class Told(NamedTuple):
     tokens: int32 [A, R, G, L], what is drawn at each place by the logits there; the answers' own where nothing is.
   """
 
-  logps: Float[Array, "*rows G L"]
-  tokens: Int[Array, "*rows G L"]
+  logps: Any
+  tokens: Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

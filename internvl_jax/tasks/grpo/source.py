@@ -165,7 +165,7 @@ class RolloutSource:
     if sampled is None:
       sampled = self._parts.answering(params, prompts, self._taken)
     elif not np.array_equal(
-      sampled.index, fetch(batches.place_batch(prompts, self._parts.answering.mesh).index)
+      sampled.prompts, fetch(batches.place_batch(prompts, self._parts.answering.mesh).index)
     ):
       raise UserError("the newest checkpoint has answers to other prompts; begin anew")
     sampled_in = time.perf_counter() - start
@@ -180,7 +180,7 @@ class RolloutSource:
     values = fetch(batches.place_batch(RewardBatch(scored.values), answering.mesh).rewards)
     rewards = reward_functions.weighted_sum(values.reshape(-1, values.shape[-1]), grpo.reward_weights)
     rewards = rewards.reshape(values.shape[:-1])
-    real = sampled.index >= 0
+    real = sampled.prompts >= 0
     groups = policy.group_advantages(rewards[real], grpo.scale_rewards)
     advantages = np.zeros(rewards.shape, np.float32)
     advantages[real] = groups.values

@@ -62,7 +62,7 @@ def open_task(config: TrainConfig, source: Source) -> Task:
       longest=grpo.max_completion_length,
       temperature=grpo.temperature,
       reuses=grpo.num_iterations > 1,
-      exact=not config.training.bf16 if grpo.exactprograms_besides is None else grpo.exactprograms_besides,
+      exact=not config.training.bf16 if grpo.exact_rollouts is None else grpo.exact_rollouts,
       reference=policy,
     ),
     batch=GrpoBatch,
