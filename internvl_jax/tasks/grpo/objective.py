@@ -109,7 +109,7 @@ class GroupRelativePolicy(ForwardPass):
     return hidden, self._token_logps(model, hidden, batch.rows)
 
   def logps(
-    self, params: Mapping[str, jax.Array], batch: GrpoBatch, features: jax.Array | None = None
+    self, params: Mapping[str, jax.Array], batch: GrpoBatch, features: Float[Array, "D Q E"] | None = None
   ) -> tuple[Float[Array, "R S"], Float[Array, ""] | float]:
     """The log-probabilities [R, S] of `forward`, and the routers' loss; `features` of the tiles, if they are there already."""
     model = self.model.bind(params)
