@@ -17,7 +17,7 @@ _STREAM = 0x67727
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Draws:
-  """What is drawn is no function of a state: a step that is taken again has the same answers, whatever came before it.
+  """How tokens are drawn: by no state, so that a step that is taken again has the same answers, whatever came before it.
 
   Attributes:
     generations: G.

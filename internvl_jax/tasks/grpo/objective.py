@@ -86,8 +86,11 @@ class GroupRelativePolicy(ForwardPass):
       "entropy": -logps,
       "clip_ratio/low_mean": found.clipped_low,
       "clip_ratio/high_mean": found.clipped_high,
-      "rollout/logp_difference": jnp.abs((batch.old if self.reuses else logps) - batch.sampled),
     }
+    if not (
+      self.exact and self.reuses
+    ):  # There, `old` is what was sampled, and the ratio compares this step with it.
+      terms["rollout/logp_difference"] = jnp.abs((batch.old if self.reuses else logps) - batch.sampled)
     if self.reuses:
       terms["policy_ratio_deviation"] = jnp.abs(jnp.exp(logps - batch.old) - 1)
     if found.kl is not None:

@@ -22,10 +22,10 @@ from internvl_jax.tasks.preference.policy import COPIES, abstract_copies, refere
 from internvl_jax.tasks.task import Program, Task
 
 ROLLOUT = "the rollout"
-"""What plans call the program that samples answers,"""
+"""What plans call the program that samples answers."""
 
 FORWARD = "the forward pass over its answers"
-"""and the one that decides them."""
+"""What plans call the program that decides answers, or only says how probable they are."""
 
 SHOWN_TERMS = {"reward": "reward {:.3f}", "completions/mean_length": "length {:.1f}"}
 """Metrics that log lines show."""
